@@ -1,0 +1,141 @@
+"""Every number of the method, named once.
+
+Sizes of the network, the cache and the sampler are frozen dataclasses; presets give the published
+values with their source. Nothing else in the code base spells these numbers out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Accumulator = Literal["reference", "float32"]
+
+PUBLISHED_STEPS = (1000, 750, 500, 250)  # arXiv 2512.04678, sec. 4: four denoising steps
+NUM_TRAIN_TIMESTEPS = 1000  # Wan 2.1: flow matching on t in [0, 1000]
+FPS = 16  # Wan 2.1 writes 16 images a second
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of a Wan network. Defaults are Wan 2.1 T2V 1.3B (arXiv 2503.20314, table 2)."""
+
+    dim: int = 1536
+    """Width of the residual stream, in channels."""
+    ffn_dim: int = 8960
+    """Hidden width of the feed-forward layers, in channels."""
+    freq_dim: int = 256
+    """Length of the sinusoidal timestep embedding."""
+    text_dim: int = 4096
+    """Width of the text encoder's output, in channels."""
+    text_len: int = 512
+    """Tokens a prompt is zero-padded to."""
+    in_dim: int = 16
+    """Latent channels read."""
+    out_dim: int = 16
+    """Latent channels written."""
+    num_heads: int = 12
+    """Attention heads."""
+    num_layers: int = 30
+    """Transformer blocks."""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns a token covers."""
+    eps: float = 1e-6
+    """Added to variances by every norm."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim {self.freq_dim} is odd; it holds cosines and sines")
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size {self.patch_size} spans frames; a stream needs 1")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The sliding window and its EMA-Sink. Defaults are the published inference settings."""
+
+    window_frames: int = 9
+    """Latent frames attention sees: sink, previous and current."""
+    sink_frames: int = 3
+    """Latent frames at the window's start that stay, fed by an exponential moving average."""
+    chunk_frames: int = 3
+    """Latent frames generated together."""
+    decay: float = 0.999
+    """Alpha: what the sink keeps when a chunk leaves the window. 1 is a static sink."""
+    accumulator: Accumulator = "reference"
+    """`reference` rounds as the published code does in the cache's dtype; `float32` keeps the
+    sink in float32, so that the decay is real in bf16 too."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_frames < 1:
+            raise ValueError(f"chunk_frames is {self.chunk_frames}; a chunk has at least 1 frame")
+        if self.sink_frames < 0:
+            raise ValueError(f"sink_frames is {self.sink_frames}; use 0 for no sink")
+        if self.window_frames < self.sink_frames + self.chunk_frames:
+            raise ValueError(
+                f"window_frames {self.window_frames} cannot hold {self.sink_frames} sink frames and "
+                f"a chunk of {self.chunk_frames}; raise the window or lower the sink"
+            )
+        if not 0.0 <= self.decay <= 1.0:
+            raise ValueError(f"decay is {self.decay}; it is a fraction between 0 and 1")
+        if self.accumulator not in ("reference", "float32"):
+            raise ValueError(f"accumulator is {self.accumulator!r}; use 'reference' or 'float32'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """The few-step schedule. Defaults are the published settings."""
+
+    steps: tuple[int, ...] = PUBLISHED_STEPS
+    """Unwarped timesteps, high to low, in (0, 1000]."""
+    shift: float = 5.0
+    """Flow shift that warps the steps toward noise (Wan 2.1's for 480p)."""
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("steps is empty; give at least one timestep, such as 1000")
+        if any(not 0 < step <= NUM_TRAIN_TIMESTEPS for step in self.steps):
+            raise ValueError(f"steps {self.steps} leave (0, {NUM_TRAIN_TIMESTEPS}]")
+        if list(self.steps) != sorted(set(self.steps), reverse=True):
+            raise ValueError(f"steps {self.steps} must fall, each lower than the one before")
+        if self.shift <= 0:
+            raise ValueError(f"shift is {self.shift}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Tokens of one latent frame: what a picture's size becomes inside the network."""
+
+    height: int
+    """Token rows."""
+    width: int
+    """Token columns."""
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of one latent frame."""
+        return self.height * self.width
+
+    @classmethod
+    def of_latents(cls, height: int, width: int, patch_size: tuple[int, int, int]) -> Grid:
+        """The grid of latents `height` x `width`; ValueError where patches do not tile them."""
+        _, rows, columns = patch_size
+        if height % rows or width % columns:
+            raise ValueError(
+                f"latents of {height}x{width} are not tiled by patches of {rows}x{columns}; "
+                f"choose a picture size that is a multiple of {8 * rows} and {8 * columns} pixels"
+            )
+        return cls(height=height // rows, width=width // columns)
+
+
+WAN_1_3B = ModelConfig()
+WAN_14B = ModelConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
