@@ -1,0 +1,68 @@
+"""Attention behind one signature, with the backends a machine may have.
+
+An `Attention` takes queries, keys and values of shape [B, L, H, D] (keys and values may be longer
+than the queries) and returns [B, L, H, D]. Nothing is masked: a streaming window holds only what
+may be seen, and the bidirectional network sees everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from types import MappingProxyType
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sdpa(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+    """PyTorch's scaled dot product attention: runs everywhere, the reference for the others."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def flash2(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+    """FlashAttention 2 (package `flash-attn`): CUDA, fp16 or bf16."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q_BLHD, k_BSHD, v_BSHD)  # type: ignore[no-any-return]
+
+
+def flash3(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+    """FlashAttention 3 (module `flash_attn_interface`): Hopper, fp16 or bf16."""
+    from flash_attn_interface import flash_attn_func
+
+    result = flash_attn_func(q_BLHD, k_BSHD, v_BSHD)
+    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+
+
+def sage(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+    """SageAttention (package `sageattention`): CUDA, 8-bit products, an approximation."""
+    from sageattention import sageattn
+
+    return sageattn(q_BLHD, k_BSHD, v_BSHD, tensor_layout="NHD")  # type: ignore[no-any-return]
+
+
+BACKENDS: Mapping[str, Attention] = MappingProxyType(
+    {"sdpa": sdpa, "flash2": flash2, "flash3": flash3, "sage": sage}
+)
+_PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "sage": "sageattention"}
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends whose package is installed here."""
+    return tuple(n for n in BACKENDS if n not in _PACKAGES or find_spec(_PACKAGES[n]) is not None)
+
+
+def attention_backend(name: str) -> Attention:
+    """The backend called `name`; ValueError when unknown or not installed."""
+    if name not in BACKENDS:
+        raise ValueError(f"attention {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if name not in available_backends():
+        raise ValueError(
+            f"attention {name!r} needs the package {_PACKAGES[name]}, which is not installed; "
+            f"install it or choose one of {', '.join(available_backends())}"
+        )
+    return BACKENDS[name]

@@ -1,0 +1,157 @@
+"""The transformer block of Wan: self-attention, cross-attention to the prompt, feed-forward.
+
+Module and parameter names are Wan's own, so released state dicts load without renaming. Layers
+come from an injected namespace (`torch.nn` or ComfyUI's `operations`); attention is a function
+handed down with each call.
+
+Letters: B batch, F latent frames, L tokens (F * tokens a frame), S tokens of the window or prompt,
+H heads, D channels of a head, C channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import Attention
+from .config import ModelConfig
+from .kv_cache import KeyValues
+from .rope import Rope, apply_rope
+
+Operations = ModuleType | type
+"""A namespace with Linear, LayerNorm, RMSNorm and Conv3d, taking `device` and `dtype`."""
+
+
+class PromptKV(NamedTuple):
+    """Keys and values of one prompt in one layer, each [B, S, H, D]."""
+
+    k_BSHD: Tensor
+    v_BSHD: Tensor
+
+
+class Projections(nn.Module):
+    """The weights of an attention layer; q and k are RMS-normed over the full width."""
+
+    def __init__(self, config: ModelConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        for name in "qkvo":
+            setattr(self, name, operations.Linear(config.dim, config.dim, **factory))
+        self.norm_q = operations.RMSNorm(config.dim, eps=config.eps, **factory)
+        self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
+
+    def queries(self, x_BLC: Tensor) -> Tensor:
+        """[B, L, C] -> [B, L, H, D]"""
+        return self._heads(self.norm_q(self.q(x_BLC)))
+
+    def keys_values(self, x_BLC: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, C] -> two of [B, L, H, D]"""
+        return self._heads(self.norm_k(self.k(x_BLC))), self._heads(self.v(x_BLC))
+
+    def output(self, x_BLHD: Tensor) -> Tensor:
+        """[B, L, H, D] -> [B, L, C]"""
+        return self.o(x_BLHD.flatten(2))  # type: ignore[no-any-return, operator]
+
+    def _heads(self, x_BLC: Tensor) -> Tensor:
+        return rearrange(x_BLC, "b l (h d) -> b l h d", h=self.num_heads)
+
+
+class SelfAttention(Projections):
+    """Attention among latent tokens: over the cache's window, or over all of them without one."""
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        rope: Rope,
+        layer: int,
+        cache: KeyValues | None,
+        attention: Attention,
+    ) -> Tensor:
+        q, (k, v) = self.queries(x_BLC), self.keys_values(x_BLC)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        window = k.shape[1]
+        q = apply_rope(q, rope.tokens(window - q.shape[1], window))
+        return self.output(attention(q, apply_rope(k, rope.tokens(0, window)), v))
+
+
+class CrossAttention(Projections):
+    """Attention from latent tokens to the prompt."""
+
+    def forward(self, x_BLC: Tensor, prompt: PromptKV, attention: Attention) -> Tensor:
+        return self.output(attention(self.queries(x_BLC), prompt.k_BSHD, prompt.v_BSHD))
+
+
+class Block(nn.Module):
+    """One transformer block, modulated per latent frame by the timestep."""
+
+    def __init__(self, config: ModelConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm1 = operations.LayerNorm(dim, eps=eps, elementwise_affine=False, **factory)
+        self.self_attn = SelfAttention(config, operations, **factory)
+        self.norm3 = operations.LayerNorm(dim, eps=eps, **factory)
+        self.cross_attn = CrossAttention(config, operations, **factory)
+        self.norm2 = operations.LayerNorm(dim, eps=eps, elementwise_affine=False, **factory)
+        self.ffn = nn.Sequential(
+            operations.Linear(dim, config.ffn_dim, **factory),
+            nn.GELU(approximate="tanh"),
+            operations.Linear(config.ffn_dim, dim, **factory),
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim, **factory))
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        time_BF6C: Tensor,
+        prompt: PromptKV,
+        rope: Rope,
+        layer: int,
+        cache: KeyValues | None,
+        attention: Attention,
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation, time_BF6C)
+        x = x_BLC
+        y = self.self_attn(modulate(self.norm1(x), shift1, scale1), rope, layer, cache, attention)
+        x = x + gate(y, gate1)
+        x = x + self.cross_attn(self.norm3(x), prompt, attention)
+        y = self.ffn(modulate(self.norm2(x), shift2, scale2))
+        return x + gate(y, gate2)
+
+
+class Head(nn.Module):
+    """The last norm and projection to patches, [B, L, C] -> [B, L, patch channels]."""
+
+    def __init__(self, config: ModelConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        frames, rows, columns = config.patch_size
+        patch_channels = frames * rows * columns * config.out_dim
+        self.norm = operations.LayerNorm(
+            config.dim, eps=config.eps, elementwise_affine=False, **factory
+        )
+        self.head = operations.Linear(config.dim, patch_channels, **factory)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim, **factory))
+
+    def forward(self, x_BLC: Tensor, time_BFC: Tensor) -> Tensor:
+        shift, scale = modulations(self.modulation, time_BFC[:, :, None])
+        return self.head(modulate(self.norm(x_BLC), shift, scale))  # type: ignore[no-any-return]
+
+
+def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
+    """The N modulation vectors of each frame, [B, F, 1, C] each, ready for tokens of a frame."""
+    return (learned_1NC.to(time_BFNC)[:, None] + time_BFNC).split(1, dim=2)
+
+
+def modulate(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, with each frame's own shift and scale."""
+    x_BFTC = x_BLC.unflatten(1, (shift_BF1C.shape[1], -1))
+    return (x_BFTC * (1 + scale_BF1C) + shift_BF1C).flatten(1, 2)
+
+
+def gate(x_BLC: Tensor, gate_BF1C: Tensor) -> Tensor:
+    """x * gate, with each frame's own gate."""
+    return (x_BLC.unflatten(1, (gate_BF1C.shape[1], -1)) * gate_BF1C).flatten(1, 2)

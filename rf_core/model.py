@@ -1,0 +1,134 @@
+"""The Wan network, once: a causal student with a cache, a bidirectional teacher without.
+
+The module holds weights only. The prompt's keys and values (`PromptContext`), the cache and the
+attention backend come in with each call, so one set of weights serves any number of streams, can
+be cloned and offloaded by its host, and gives the same result when a forward is recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import Attention, sdpa
+from .config import Grid, ModelConfig
+from .kv_cache import KeyValues
+from .layers import Block, Head, PromptKV
+from .rope import rope_table
+
+PromptContext = tuple[PromptKV, ...]
+"""A prompt's cross-attention keys and values, one pair a layer."""
+
+MAX_PERIOD = 10000.0  # of the sinusoidal timestep embedding
+
+
+class WanModel(nn.Module):
+    """Wan 2.1 text-to-video (arXiv 2503.20314), keyed as released.
+
+    `operations` supplies Linear, LayerNorm, RMSNorm and Conv3d. Parameters are uninitialised until
+    a state dict is loaded or `initialise` is called.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        operations: Any = nn,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        factory = {"dtype": dtype, "device": device}
+        linear, dim, patch = operations.Linear, config.dim, config.patch_size
+        self.patch_embedding = operations.Conv3d(
+            config.in_dim, dim, kernel_size=patch, stride=patch, **factory
+        )
+        self.text_embedding = nn.Sequential(
+            linear(config.text_dim, dim, **factory),
+            nn.GELU(approximate="tanh"),
+            linear(dim, dim, **factory),
+        )
+        self.time_embedding = nn.Sequential(
+            linear(config.freq_dim, dim, **factory), nn.SiLU(), linear(dim, dim, **factory)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), linear(dim, 6 * dim, **factory))
+        blocks = (Block(config, operations, **factory) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(blocks)
+        self.head = Head(config, operations, **factory)
+
+    def prompt_context(self, prompt_embeds_BSD: Tensor) -> PromptContext:
+        """Cross-attention keys and values of a prompt, computed once for as long as it lasts.
+
+        Takes the text encoder's output [B, S, text_dim] with S up to `text_len`; shorter prompts
+        are padded with zeros to `text_len`, which the network attends to, as it was trained.
+        """
+        short = self.config.text_len - prompt_embeds_BSD.shape[1]
+        if short < 0 or prompt_embeds_BSD.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"prompt embeddings have shape {tuple(prompt_embeds_BSD.shape)}; this model reads "
+                f"at most {self.config.text_len} tokens of width {self.config.text_dim}: "
+                "use the text encoder it was trained with"
+            )
+        text = self.text_embedding(F.pad(prompt_embeds_BSD, (0, 0, 0, short)))
+        return tuple(PromptKV(*block.cross_attn.keys_values(text)) for block in self.blocks)  # type: ignore[operator, union-attr]
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep_BF: Tensor,
+        prompt: PromptContext,
+        cache: KeyValues | None = None,
+        attention: Attention = sdpa,
+    ) -> Tensor:
+        """Predict the flow of latents `x` [B, C, F, h, w] at timesteps in [0, 1000] per frame.
+
+        With a cache the frames are the current chunk and see its window; `cache.advance()` must
+        have opened their slot. Without one all frames see each other.
+        """
+        grid = Grid.of_latents(*x.shape[-2:], self.config.patch_size)
+        time_BFC = self._embed_time(timestep_BF, x.dtype)
+        time_BF6C = self.time_projection(time_BFC).unflatten(2, (6, -1))
+        frames = x.shape[2] + (cache.context_frames if cache is not None else 0)
+        rope = rope_table(frames, grid, self.config.head_dim, x.device)
+        tokens = rearrange(self.patch_embedding(x), "b c f h w -> b (f h w) c")
+        for layer, (block, prompt_kv) in enumerate(zip(self.blocks, prompt, strict=True)):
+            tokens = block(tokens, time_BF6C, prompt_kv, rope, layer, cache, attention)
+        return self._unpatchify(self.head(tokens, time_BFC), grid)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Draw weights as Wan does: Xavier for matrices, a zero head, small embeddings."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("modulation"):
+                parameter.normal_(std=self.config.dim**-0.5, generator=generator)
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif name.startswith(("text_embedding", "time_embedding")):
+                parameter.normal_(std=0.02, generator=generator)
+            else:
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
+        self.head.head.weight.zero_()
+
+    def _embed_time(self, timestep_BF: Tensor, dtype: torch.dtype) -> Tensor:
+        half = self.config.freq_dim // 2
+        exponents = torch.arange(half, dtype=torch.float64, device=timestep_BF.device) / half
+        angles = timestep_BF.double()[..., None] * MAX_PERIOD**-exponents
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.time_embedding(waves.to(dtype))  # type: ignore[no-any-return]
+
+    def _unpatchify(self, patches_BLC: Tensor, grid: Grid) -> Tensor:
+        frames, rows, columns = self.config.patch_size
+        return rearrange(
+            patches_BLC,
+            "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
+            h=grid.height,
+            w=grid.width,
+            p=frames,
+            q=rows,
+            r=columns,
+        )

@@ -1,0 +1,60 @@
+"""The flow-matching schedule as pure functions.
+
+A noisy sample is x = (1 - sigma) x0 + sigma noise with sigma = t / 1000, and the network predicts
+the flow noise - x0 (Wan 2.1; Lipman et al. 2022). `shift` bends the steps toward noise:
+sigma' = shift sigma / (1 + (shift - 1) sigma) (Esser et al. 2024, eq. 23).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import NUM_TRAIN_TIMESTEPS, SamplerConfig
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """Bend noise levels in [0, 1] toward 1; any shape."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sampling_timesteps(config: SamplerConfig) -> Tensor:
+    """The warped denoising timesteps, [steps] in float32, high to low."""
+    sigma = torch.tensor(config.steps, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
+    return (shift_sigma(sigma, config.shift) * NUM_TRAIN_TIMESTEPS).float()
+
+
+def training_sigmas(shift: float) -> Tensor:
+    """The 1000 training noise levels, [1000] in float32, from 1 downward."""
+    sigma = torch.linspace(1, 0, NUM_TRAIN_TIMESTEPS + 1)[:-1]
+    return shift_sigma(sigma, shift)
+
+
+def training_weights(timesteps: Tensor) -> Tensor:
+    """Wan's loss weight per timestep: a bell around t = 500, of mean one over the table [1000]."""
+    bell = torch.exp(-2 * ((timesteps - NUM_TRAIN_TIMESTEPS / 2) / NUM_TRAIN_TIMESTEPS) ** 2)
+    lifted = bell - bell.min()
+    return lifted * (NUM_TRAIN_TIMESTEPS / lifted.sum())
+
+
+def sigma_of(timestep_BF: Tensor) -> Tensor:
+    """Noise level per frame, ready to multiply [B, C, F, h, w]."""
+    return timestep_BF[:, None, :, None, None] / NUM_TRAIN_TIMESTEPS
+
+
+def add_noise(x0: Tensor, noise: Tensor, timestep_BF: Tensor) -> Tensor:
+    """The noisy sample at each frame's timestep; x0 and noise are [B, C, F, h, w]."""
+    sigma = sigma_of(timestep_BF)
+    return ((1 - sigma) * x0 + sigma * noise).to(x0.dtype)
+
+
+def flow_to_x0(flow: Tensor, noisy: Tensor, timestep_BF: Tensor) -> Tensor:
+    """The clean sample a predicted flow implies: x0 = x - sigma flow, in float32 or wider."""
+    wide = torch.promote_types(flow.dtype, torch.float32)
+    return (noisy.to(wide) - sigma_of(timestep_BF) * flow.to(wide)).to(flow.dtype)
+
+
+def x0_to_flow(x0: Tensor, noisy: Tensor, timestep_BF: Tensor) -> Tensor:
+    """The flow that leads from `noisy` to `x0`: (x - x0) / sigma. Sigma must not be 0."""
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    return ((noisy.to(wide) - x0.to(wide)) / sigma_of(timestep_BF)).to(x0.dtype)
