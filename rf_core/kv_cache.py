@@ -146,6 +146,10 @@ class KVCache:
         assert 0 <= frames <= self.num_frames
         self.num_frames, self.slot_frames = frames, 0
 
+    def reset(self) -> None:
+        """Forget everything; the memory is kept."""
+        self.num_frames = self.slot_frames = self.num_evictions = 0
+
     def snapshot(self) -> KVSnapshot:
         """The current chunk's context, copied, for passes under autograd."""
         stop = self.context_frames * self.frame_tokens

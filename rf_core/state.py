@@ -1,0 +1,207 @@
+"""What a stream knows, as plain data, and its form on disk.
+
+An exact snapshot holds every tensor and goes on bit for bit. A compact one holds the clean latents
+of the stream's first and last chunks, from which the window is made again by clean passes: a few
+hundred kilobytes in place of gigabytes, at the price of the sink's running average and of the
+decoder's longer memory. Files are safetensors; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import CacheConfig
+from .decoder import DecoderState
+from .kv_cache import KVCache
+from .prompts import Interpolation
+
+FORMAT = "reward-forcing-stream-1"
+METADATA_KEY = "rf_stream"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend:
+    """A prompt change under way, spread over several chunks."""
+
+    start: Tensor
+    """Prompt embeddings it leaves, [B, S, D]."""
+    target: Tensor
+    """Prompt embeddings it reaches, [B, S, D]."""
+    num_chunks: int
+    """Chunks it takes; the last is fully new."""
+    done: int = 0
+    """Chunks that have been made."""
+    interpolation: Interpolation = "lerp"
+
+    def embeds(self) -> Tensor:
+        """The prompt of the chunk after `done`."""
+        weight = (self.done + 1) / self.num_chunks
+        mix = slerp if self.interpolation == "slerp" else torch.lerp
+        return self.target if weight >= 1 else mix(self.start, self.target, weight)
+
+
+@dataclass
+class StreamState:
+    """Everything about a stream that changes."""
+
+    seed: int
+    cache: KVCache
+    prompt_embeds: Tensor
+    """What the last chunk saw, [B, S, D]."""
+    num_chunks: int = 0
+    """Chunks finished since the stream began."""
+    blend: Blend | None = None
+    recache_due: bool = False
+    """The window is to be rewritten under the new prompt before the next chunk."""
+    chunk_open: bool = False
+    """A chunk was begun and not finished; the next step begins it again."""
+    first_latents: Tensor | None = None
+    """Clean latents that seeded the sink, [B, C, <= sink frames, h, w]."""
+    last_latents: Tensor | None = None
+    """Clean latents the rest of the window was made from, [B, C, <= window - sink, h, w]."""
+    decoder: DecoderState | None = None
+
+    def clone(self) -> StreamState:
+        """An independent copy. The cache alone is ever written in place; the rest is replaced."""
+        return replace(self, cache=self.cache.clone())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A state as named tensors and facts that JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, which is the file's size but for its header."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def compact(self) -> bool:
+        """Whether the window has to be made again from latents."""
+        return "cache.k" not in self.tensors
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file; a file already there is replaced only when all is written."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        save_file(tensors, part, metadata={METADATA_KEY: json.dumps(self.facts)})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Snapshot:
+        """Read a file written by `save`; ValueError says what is wrong with it."""
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise ValueError(f"there is no snapshot at {path}; check the path") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} cannot be read as a snapshot ({error}); it may be cut short: "
+                "take an earlier one"
+            ) from error
+        if facts.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is not a stream snapshot of this version (format {facts.get('format')!r}, "
+                f"{FORMAT!r} is read); save it again with this version"
+            )
+        return cls(tensors=tensors, facts=facts)
+
+
+def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False) -> Snapshot:
+    """The snapshot of a state; `facts` of the owner (model, size) are kept beside its own."""
+    cache, blend, decoder = state.cache, state.blend, state.decoder
+    tensors: dict[str, Tensor | None] = {
+        "prompt_embeds": state.prompt_embeds,
+        "first_latents": state.first_latents,
+        "last_latents": state.last_latents,
+    }
+    if blend is not None:
+        tensors |= {"blend.start": blend.start, "blend.target": blend.target}
+    if not compact:
+        tensors |= {f"cache.{name}": tensor for name, tensor in cache.tensors().items()}
+        if decoder is not None:
+            tensors |= {f"decoder.{name}": tensor for name, tensor in decoder.tensors.items()}
+    own = {
+        "format": FORMAT,
+        "seed": state.seed,
+        "num_chunks": state.num_chunks,
+        "recache_due": state.recache_due,
+        "chunk_open": state.chunk_open and not compact,
+        "cache": asdict(cache.config),
+        "frames": [cache.num_frames, cache.slot_frames, cache.num_evictions],
+        "blend": None if blend is None else [blend.num_chunks, blend.done, blend.interpolation],
+        "decoder_frames": None if decoder is None else decoder.num_frames,
+    }
+    copies = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
+    return Snapshot(tensors=copies, facts={**facts, **own})
+
+
+def unpack(snapshot: Snapshot, empty: KVCache) -> StreamState:
+    """The state of a snapshot on the device of `empty`, a cache of the right size.
+
+    Of a compact snapshot the cache stays empty and the decoder unset: the owner rebuilds them.
+    """
+    facts, device = snapshot.facts, empty.k_NBWHD.device
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in snapshot.tensors.items()}
+    cache, decoder = empty, None
+    if not snapshot.compact:
+        cache = empty.with_tensors(_under(tensors, "cache."))
+        cache.num_frames, cache.slot_frames, cache.num_evictions = facts["frames"]
+        if facts["decoder_frames"] is not None:
+            decoder = DecoderState(_under(tensors, "decoder."), facts["decoder_frames"])
+    blend = None
+    if facts["blend"] is not None:
+        num_chunks, done, interpolation = facts["blend"]
+        blend = Blend(
+            start=tensors["blend.start"],
+            target=tensors["blend.target"],
+            num_chunks=num_chunks,
+            done=done,
+            interpolation=interpolation,
+        )
+    return StreamState(
+        seed=facts["seed"],
+        cache=cache,
+        prompt_embeds=tensors["prompt_embeds"],
+        num_chunks=facts["num_chunks"],
+        blend=blend,
+        recache_due=facts["recache_due"],
+        chunk_open=facts["chunk_open"],
+        first_latents=tensors.get("first_latents"),
+        last_latents=tensors.get("last_latents"),
+        decoder=decoder,
+    )
+
+
+def cache_config_of(snapshot: Snapshot) -> CacheConfig:
+    """Window, sink and chunk the snapshot was made with."""
+    return CacheConfig(**snapshot.facts["cache"])
+
+
+def slerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """Spherical interpolation of each vector along the last axis; linear where nearly parallel."""
+    a, b = start.float(), end.float()
+    angle = torch.nn.functional.cosine_similarity(a, b, dim=-1)[..., None].clamp(-1, 1).arccos()
+    sine = angle.sin()
+    mixed = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / sine
+    apart = (sine > 1e-4) & (a.norm(dim=-1, keepdim=True) > 0) & (b.norm(dim=-1, keepdim=True) > 0)
+    return torch.where(apart, mixed, torch.lerp(a, b, weight)).to(start.dtype)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

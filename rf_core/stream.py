@@ -1,0 +1,425 @@
+"""The stream: a video that is made chunk by chunk and never has to end.
+
+A `Stream` puts a network, a decoder and a plain `StreamState` together. Each `step()` denoises one
+chunk in a few passes, rewrites its cache slot by one clean pass, and decodes it. All that changes
+lives in the state, so saving, restoring and forking are copies of data. Noise is a function of
+(seed, chunk) alone: a longer video begins with the shorter one.
+
+Prompt changes act at chunk boundaries in one of four modes (`Stream.switch`). The published code
+never refreshes cross-attention, so they are ours; `recache` follows LongLive (arXiv 2509.22622).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from .attention import Attention, sdpa
+from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
+from .decoder import Decoder
+from .kv_cache import KVCache
+from .model import PromptContext, WanModel
+from .prompts import Switch
+from .scheduler import add_noise, flow_to_x0, sampling_timesteps
+from .state import Blend, Snapshot, StreamState, cache_config_of, pack, unpack
+
+DEFAULT_SWITCH = Switch()
+
+OnPass = Callable[[Literal["denoise", "clean"], int], None]
+"""Called before every pass of the network with its kind and its number. What it raises ends the
+chunk within one pass; the next step begins the same chunk again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Latent frames made together, and their images."""
+
+    index: int
+    """Place in the stream, from 0."""
+    latents: Tensor
+    """Clean latents [B, C, F, h, w], float32."""
+    images: Tensor | None
+    """Images [B, T, 3, H, W] in [0, 1]; None without a decoder."""
+
+
+class Stream:
+    """One video in the making.
+
+    `prompt_embeds` is the text encoder's output, [B or 1, S, D]; `height` and `width` are the
+    picture's, in pixels. Sample b of a batch draws the noise of seed + b, so a batch equals its
+    samples made alone. `dtype` is what the network computes in, by default that of its weights;
+    latents stay float32 between passes.
+    """
+
+    def __init__(
+        self,
+        model: WanModel,
+        prompt_embeds: Tensor,
+        *,
+        height: int,
+        width: int,
+        decoder: Decoder | None = None,
+        seed: int = 0,
+        batch: int = 1,
+        cache: CacheConfig | None = None,
+        sampler: SamplerConfig | None = None,
+        attention: Attention = sdpa,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        weight = model.patch_embedding.weight
+        self.model, self.decoder, self.attention = model, decoder, attention
+        self.dtype, self.device = dtype or weight.dtype, torch.device(device or weight.device)
+        self.sampler = sampler or SamplerConfig()
+        self.height, self.width, self.batch = height, width, batch
+        self.latent_size = latent_size(height, width, model.config.patch_size)
+        embeds = self._batched(prompt_embeds)
+        self.state = StreamState(seed, self._new_cache(cache or CacheConfig()), embeds)
+        self._context = self._prompt_context(embeds)
+
+    @property
+    def cache_config(self) -> CacheConfig:
+        """Window, sink and chunk of this stream."""
+        return self.state.cache.config
+
+    def step(self, on_pass: OnPass | None = None) -> Chunk:
+        """Make the next chunk: denoise, rewrite its cache slot, decode."""
+        index = self.state.num_chunks
+        latents = self.generate(on_pass)
+        return Chunk(index=index, latents=latents, images=self.decode(latents))
+
+    @torch.no_grad()
+    def generate(self, on_pass: OnPass | None = None) -> Tensor:
+        """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one."""
+        on_pass = on_pass or (lambda kind, number: None)
+        self._begin_chunk(on_pass)
+        noise, *renoise = self._noise()
+        timesteps = sampling_timesteps(self.sampler).tolist()
+        x0 = denoise(self._predict, noise, renoise, timesteps, on_pass)
+        on_pass("clean", 0)
+        self._clean_pass(x0)
+        self._finish_chunk(x0)
+        return x0
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """Images [B, T, 3, H, W] of the chunk just generated; None without a decoder."""
+        if self.decoder is None:
+            return None
+        images, self.state.decoder = self.decoder.decode(latents, self.state.decoder)
+        return images
+
+    @torch.no_grad()
+    def start_from(self, latents: Tensor) -> list[Chunk]:
+        """Begin with given clean latents [B, C, F, h, w] in place of noise; F is whole chunks.
+
+        They enter the cache by clean passes, stand at the head of the video, and count as its
+        first chunks.
+        """
+        frames = self.cache_config.chunk_frames
+        expected = (self.batch, self.model.config.in_dim, *self.latent_size)
+        if self.state.num_chunks:
+            raise ValueError("the stream has begun; start latents come before its first chunk")
+        if (*latents.shape[:2], *latents.shape[3:]) != expected or latents.shape[2] % frames:
+            raise ValueError(
+                f"start latents have shape {tuple(latents.shape)}; this stream needs batch, "
+                f"channels, height and width {expected} and whole chunks of {frames} frames"
+            )
+        parts = latents.to(self.device, torch.float32).split(frames, dim=2)
+        return [self._adopt(part) for part in parts]
+
+    def start_from_images(self, images: Tensor) -> list[Chunk]:
+        """Begin with a picture or a clip, images [B, T, 3, H, W] in [0, 1].
+
+        A single picture is held for one chunk. Of a clip the last images that make whole chunks
+        are taken. The published student was trained on text alone: this is experimental.
+        """
+        if self.decoder is None:
+            raise ValueError("start images need the decoder's encoder; give the stream a decoder")
+        frames = self.cache_config.chunk_frames
+        first, later = (
+            self.decoder.images_of(frames, first=is_first) for is_first in (True, False)
+        )
+        if images.shape[1] == 1:
+            images = repeat(images, "b 1 c h w -> b t c h w", t=first)
+        if images.shape[1] < first:
+            raise ValueError(
+                f"the start clip has {images.shape[1]} images; give 1 picture or at least {first}"
+            )
+        keep = first + (images.shape[1] - first) // later * later
+        return self.start_from(self.decoder.encode(images[:, -keep:]))
+
+    def switch(self, prompt_embeds: Tensor, switch: Switch | str = DEFAULT_SWITCH) -> None:
+        """Change the prompt from the next chunk on; `switch` may be written `blend 3 slerp`.
+
+        - `soft`: only the cross-attention changes; slow and smooth.
+        - `recache`: as soft, then the window's clean chunks after the sink run once under the new
+          prompt, so that the past no longer speaks of the old one; the sink is kept.
+        - `blend`: embeddings move over some chunks, the last fully new, then one recache.
+        - `cut`: a fresh cache, sink, cross-attention and decoder: a clean cut.
+        """
+        if isinstance(switch, str):
+            switch = Switch.parse(switch)
+        embeds, state = self._batched(prompt_embeds), self.state
+        if switch.mode == "blend":
+            state.blend = Blend(
+                start=state.prompt_embeds,
+                target=embeds,
+                num_chunks=switch.blend_chunks,
+                interpolation=switch.interpolation,
+            )
+            return
+        self._set_prompt(embeds)
+        state.blend, state.recache_due = None, switch.mode == "recache"
+        if switch.mode == "cut":
+            state.cache.reset()
+            state.chunk_open = False
+            state.first_latents = state.last_latents = state.decoder = None
+
+    def snapshot(self, *, compact: bool = False) -> Snapshot:
+        """The state between two chunks, to save or to `restore`; see `rf_core.state`."""
+        facts = {
+            "model": asdict(self.model.config),
+            "fingerprint": self._fingerprint(),
+            "sampler": asdict(self.sampler),
+            "height": self.height,
+            "width": self.width,
+            "batch": self.batch,
+        }
+        return pack(self.state, facts, compact=compact)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot. ValueError when it is another model's or of another size."""
+        facts = snapshot.facts
+        self._require("model sizes", _plain(facts["model"]), _plain(asdict(self.model.config)))
+        self._require("model weights", facts["fingerprint"], self._fingerprint())
+        for fact in ("height", "width", "batch"):
+            self._require(fact, facts[fact], getattr(self, fact))
+        state = unpack(snapshot, self._new_cache(cache_config_of(snapshot)))
+        self.state = state
+        self._set_prompt(self._batched(state.prompt_embeds))
+        if snapshot.compact:
+            self._rebuild(bool(facts["decoder_frames"]))
+
+    @classmethod
+    def from_snapshot(
+        cls, model: WanModel, snapshot: Snapshot, *, decoder: Decoder | None = None, **options: Any
+    ) -> Stream:
+        """A stream of the snapshot's size and steps that goes on from it."""
+        facts = snapshot.facts
+        sampler = facts["sampler"] | {"steps": tuple(facts["sampler"]["steps"])}
+        stream = cls(
+            model,
+            snapshot.tensors["prompt_embeds"],
+            height=facts["height"],
+            width=facts["width"],
+            batch=facts["batch"],
+            decoder=decoder,
+            sampler=SamplerConfig(**sampler),
+            cache=cache_config_of(snapshot),
+            **options,
+        )
+        stream.restore(snapshot)
+        return stream
+
+    def fork(self) -> Stream:
+        """A second stream that goes on from here on its own; weights are shared."""
+        twin = object.__new__(type(self))
+        twin.__dict__ = {**self.__dict__, "state": self.state.clone()}
+        return twin
+
+    def _begin_chunk(self, on_pass: OnPass) -> None:
+        state = self.state
+        if state.chunk_open:
+            state.cache.truncate(state.cache.context_frames)
+            state.chunk_open = False
+        if state.recache_due:
+            self._recache(on_pass)
+        if state.blend is not None:
+            self._set_prompt(state.blend.embeds())
+        state.cache.advance()
+        state.chunk_open = True
+
+    def _finish_chunk(self, x0: Tensor) -> None:
+        state = self.state
+        state.num_chunks += 1
+        state.chunk_open = False
+        self._remember(x0)
+        if state.blend is not None:
+            state.blend = replace(state.blend, done=state.blend.done + 1)
+            if state.blend.done == state.blend.num_chunks:
+                state.blend, state.recache_due = None, True
+
+    def _remember(self, x0: Tensor) -> None:
+        state, config = self.state, self.cache_config
+        held = 0 if state.first_latents is None else state.first_latents.shape[2]
+        to_sink = min(config.sink_frames - held, x0.shape[2])
+        if to_sink:
+            state.first_latents = _append(state.first_latents, x0[:, :, :to_sink])
+        if to_sink < x0.shape[2]:
+            room = config.window_frames - config.sink_frames
+            state.last_latents = _append(state.last_latents, x0[:, :, to_sink:])[:, :, -room:]
+
+    def _adopt(self, latents: Tensor) -> Chunk:
+        index = self.state.num_chunks
+        self.state.cache.advance(latents.shape[2])
+        self._clean_pass(latents)
+        self._finish_chunk(latents)
+        return Chunk(index=index, latents=latents, images=self.decode(latents))
+
+    @torch.no_grad()
+    def _recache(self, on_pass: OnPass) -> None:
+        state, sink = self.state, self.cache_config.sink_frames
+        rewritten = state.cache.num_frames - sink
+        if rewritten > 0:
+            assert state.last_latents is not None
+            state.cache.truncate(sink)
+            self._rerun(state.last_latents[:, :, -rewritten:], on_pass)
+        state.recache_due = False
+
+    @torch.no_grad()
+    def _rebuild(self, had_decoder: bool) -> None:
+        state = self.state
+        for latents in (state.first_latents, state.last_latents):
+            if latents is not None:
+                self._rerun(latents, lambda kind, number: None)
+        if had_decoder and state.last_latents is not None:
+            self.decode(state.last_latents)
+
+    def _rerun(self, latents: Tensor, on_pass: OnPass) -> None:
+        for number, part in enumerate(_chunks(latents, self.cache_config.chunk_frames)):
+            on_pass("clean", number)
+            self.state.cache.advance(part.shape[2])
+            self._clean_pass(part)
+
+    def _predict(self, x: Tensor, timestep: float) -> Tensor:
+        timestep_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
+        return self.model(
+            x.to(self.dtype), timestep_BF, self._context, self.state.cache, self.attention
+        )
+
+    def _clean_pass(self, latents: Tensor) -> None:
+        self._predict(latents, 0.0)
+
+    def _noise(self) -> list[Tensor]:
+        shape = (self.model.config.in_dim, self.cache_config.chunk_frames, *self.latent_size)
+        seeds = [self.state.seed + sample for sample in range(self.batch)]
+        draws = chunk_noise(seeds, self.state.num_chunks, shape, len(self.sampler.steps))
+        return [draw.to(self.device) for draw in draws]
+
+    def _batched(self, prompt_embeds: Tensor) -> Tensor:
+        if prompt_embeds.shape[0] not in (1, self.batch):
+            raise ValueError(
+                f"{prompt_embeds.shape[0]} prompts were given for a batch of {self.batch}; "
+                "give one for all, or one each"
+            )
+        return prompt_embeds.expand(self.batch, -1, -1).to(self.device, self.dtype)
+
+    def _set_prompt(self, embeds: Tensor) -> None:
+        self.state.prompt_embeds = embeds
+        self._context = self._prompt_context(embeds)
+
+    @torch.no_grad()
+    def _prompt_context(self, embeds: Tensor) -> PromptContext:
+        return self.model.prompt_context(embeds)
+
+    def _new_cache(self, config: CacheConfig) -> KVCache:
+        sizes = self.model.config
+        return KVCache.allocate(
+            config,
+            num_layers=sizes.num_layers,
+            batch=self.batch,
+            frame_tokens=Grid.of_latents(*self.latent_size, sizes.patch_size).frame_tokens,
+            num_heads=sizes.num_heads,
+            head_dim=sizes.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def _fingerprint(self) -> str:
+        # The modulation is small, differs between trainings, and is left alone by quantisation
+        # and by adapters; bfloat16 makes it the same for every dtype a checkpoint is stored in.
+        modulation = self.model.get_parameter("blocks.0.modulation").detach()
+        data = modulation.to("cpu", torch.bfloat16).float().numpy().tobytes()
+        return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+    def _require(self, what: str, found: object, wanted: object) -> None:
+        if found != wanted:
+            raise ValueError(
+                f"the snapshot's {what} is {found}, this stream's is {wanted}; "
+                "restore it with the model and the size it was made with"
+            )
+
+
+def denoise(
+    predict: Callable[[Tensor, float], Tensor],
+    noise: Tensor,
+    renoise: Sequence[Tensor],
+    timesteps: Sequence[float],
+    on_pass: OnPass | None = None,
+) -> Tensor:
+    """Turn noise into a clean chunk, both [B, C, F, h, w].
+
+    `predict(x, timestep)` gives the flow; `renoise[i]` is mixed back between passes i and i + 1:
+    x = (1 - sigma) x0 + sigma noise. The last pass's x0 is the result.
+    """
+    x = noise
+    for i, timestep in enumerate(timesteps):
+        if on_pass is not None:
+            on_pass("denoise", i)
+        at_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
+        x = flow_to_x0(predict(x, timestep), x, at_BF)
+        if i + 1 < len(timesteps):
+            x = add_noise(x, renoise[i], torch.full_like(at_BF, timesteps[i + 1]))
+    return x
+
+
+def chunk_noise(
+    seeds: Sequence[int], chunk: int, shape: tuple[int, ...], num_draws: int
+) -> list[Tensor]:
+    """The noise of one chunk: `num_draws` tensors [len(seeds), *shape], float32 on the CPU.
+
+    The first starts the chunk, the others go back in between its passes. A function of its
+    arguments alone, drawn on the CPU so that every device sees the same.
+    """
+    samples = []
+    for seed in seeds:
+        digest = hashlib.blake2b(f"{seed}/{chunk}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+        samples.append(torch.randn((num_draws, *shape), generator=generator))
+    return list(torch.stack(samples, dim=1))
+
+
+def latent_size(height: int, width: int, patch_size: tuple[int, int, int]) -> tuple[int, int]:
+    """Latent rows and columns of a picture in pixels; ValueError where it does not fit."""
+    units = [SPATIAL_FACTOR * patch for patch in patch_size[1:]]
+    sizes = (height, width)
+    if any(size < unit or size % unit for size, unit in zip(sizes, units, strict=True)):
+        near = [max(1, round(s / unit)) * unit for s, unit in zip(sizes, units, strict=True)]
+        raise ValueError(
+            f"a picture of {width}x{height} pixels does not fit the model: width must be a "
+            f"multiple of {units[1]}, height of {units[0]}; the nearest is {near[1]}x{near[0]}"
+        )
+    return height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+
+
+def _chunks(latents: Tensor, frames: int) -> list[Tensor]:
+    # The last chunk is whole; the first is what the sink left of its chunk.
+    head = latents.shape[2] % frames
+    parts = list(latents[:, :, head:].split(frames, dim=2))
+    return [latents[:, :, :head], *parts] if head else parts
+
+
+def _append(old: Tensor | None, new: Tensor) -> Tensor:
+    return new.clone() if old is None else torch.cat([old, new], dim=2)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))

@@ -1,0 +1,249 @@
+"""A self-check against recorded outputs of the published code.
+
+`python -m rf_core verify FOLDER` runs every file of the known kinds on a user's own card and
+backends, and prints the largest error of each output. Sizes come from the files. Kinds that
+belong to the trainer are named and left to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .attention import Attention, sdpa
+from .config import NUM_TRAIN_TIMESTEPS, CacheConfig, Grid, ModelConfig, SamplerConfig
+from .kv_cache import KVCache
+from .model import WanModel
+from .scheduler import flow_to_x0, sampling_timesteps, training_sigmas, training_weights
+from .stream import denoise
+from .vae import VAEConfig, WanVAE
+
+ATOL, RTOL = 2e-5, 1e-4  # agreed for float32, element by element
+RELATIVE_NORM = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the whole tensor, by rounding
+
+Tensors = dict[str, Tensor]
+Outputs = Iterator[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """Where and how a file is run again."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    attention: Attention = sdpa
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One output against its record."""
+
+    file: str
+    output: str
+    max_error: float
+    """Largest absolute difference."""
+    relative_error: float
+    """Norm of the difference over the norm of the record."""
+    agrees: bool
+
+
+def verify_folder(folder: Path, backend: Backend) -> Iterator[Comparison | str]:
+    """Compare every known file below `folder`; yields a line of text for each that is skipped.
+
+    ValueError when the folder holds no file that can be compared.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the one that holds the golden files")
+    compared = 0
+    for path in sorted(folder.rglob("*.safetensors")):
+        kind, config, tensors = _read(path)
+        if kind not in KINDS:
+            yield f"{path.name}: kind {kind!r} skipped; {SKIPPED.get(kind, 'it is unknown here')}"
+            continue
+        compared += 1
+        for output, found in KINDS[kind](config, tensors, backend):
+            record = tensors[output]
+            if output.startswith("cache."):  # a record may go on past what was ever written
+                record = record[:, : found.shape[1]]
+            yield _compare(path.name, output, found, record, backend.dtype)
+    if not compared:
+        raise ValueError(f"{folder} holds no file of the kinds {', '.join(KINDS)}")
+
+
+def student_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Outputs:
+    """A streamed rollout from given noise, with the cache it leaves."""
+    model, sizes = _network(config, tensors, backend)
+    cache_config = CacheConfig(
+        window_frames=_window(config, tensors),
+        sink_frames=config["sink_size"],
+        chunk_frames=config["num_frame_per_block"],
+        decay=config["alpha"],
+    )
+    sampler = SamplerConfig(steps=tuple(config["denoising_step_list"]), shift=config["shift"])
+    timesteps = sampling_timesteps(sampler)
+    if "denoising_timesteps" in tensors:
+        yield "denoising_timesteps", timesteps
+    noise, renoise = tensors["noise"], iter(tensors["renoise"])
+    grid = Grid.of_latents(noise.shape[-2], noise.shape[-1], sizes.patch_size)
+    cache = KVCache.allocate(
+        cache_config,
+        num_layers=sizes.num_layers,
+        batch=noise.shape[0],
+        frame_tokens=Grid.of_latents(
+            noise.shape[-2], noise.shape[-1], sizes.patch_size
+        ).frame_tokens,
+        num_heads=sizes.num_heads,
+        head_dim=sizes.head_dim,
+        dtype=backend.dtype,
+        device=backend.device,
+    )
+    prompt = model.prompt_context(_to(tensors["prompt_embeds"], backend))
+
+    def predict(x: Tensor, timestep: float) -> Tensor:
+        at_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
+        return model(x.to(backend.dtype), at_BF, prompt, cache, backend.attention)
+
+    chunks = []
+    for start in _chunks(tensors.get("initial_latent"), cache_config.chunk_frames, backend):
+        cache.advance(start.shape[2])
+        predict(start, 0.0)
+        chunks.append(start)
+    for chunk in _chunks(noise, cache_config.chunk_frames, backend):
+        cache.advance(chunk.shape[2])
+        again = [_video(next(renoise), backend) for _ in range(len(timesteps) - 1)]
+        chunks.append(denoise(predict, chunk, again, timesteps.tolist()))
+        predict(chunks[-1], 0.0)
+    yield "latents", rearrange(torch.cat(chunks, dim=2), "b c f h w -> b f c h w")
+    for name in sorted(name for name in tensors if name.startswith("cache.")):
+        _, layer, which = name.split(".")
+        window = cache.k_NBWHD if which == "k" else cache.v_NBWHD
+        yield name, window[int(layer)][:, : cache.num_frames * cache.frame_tokens]
+
+
+def teacher_forward(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Outputs:
+    """The bidirectional network and the tables of the training schedule."""
+    model, _ = _network(config, tensors, backend)
+    x, timestep = _video(tensors["x"], backend), tensors["timestep"].to(backend.device)
+    prompt = model.prompt_context(_to(tensors["prompt_embeds"], backend))
+    flow = model(x.to(backend.dtype), timestep, prompt, None, backend.attention)
+    sigmas = training_sigmas(config["shift"])
+    timesteps = sigmas * NUM_TRAIN_TIMESTEPS
+    yield "flow", rearrange(flow, "b c f h w -> b f c h w")
+    yield "x0", rearrange(flow_to_x0(flow, x, timestep), "b c f h w -> b f c h w")
+    tables = {"sigmas": sigmas, "timesteps": timesteps, "loss_weights": training_weights(timesteps)}
+    yield from ((name, table) for name, table in tables.items() if name in tensors)
+
+
+def vae(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Outputs:
+    """The Wan VAE both ways, decoded whole and, which must be the same, frame by frame."""
+    sizes = {k: config[k] for k in ("dim", "z_dim", "num_res_blocks")}
+    model = WanVAE(
+        VAEConfig(
+            **sizes,
+            dim_mult=tuple(config["dim_mult"]),
+            temporal_downsample=tuple(config["temporal_downsample"]),
+        )
+    )
+    model.load_state_dict(_weights(tensors))
+    model = model.to(backend.device, backend.dtype)
+    if "latents" in tensors:
+        latents = _to(tensors["latents"], backend)
+        yield "pixels", model.decode(latents)
+        parts, state = [], None
+        for frame in latents.split(1, dim=2):
+            part, state = model.decode_chunk(frame, state)
+            parts.append(part)
+        yield "pixels", torch.cat(parts, dim=2)
+    if "video" in tensors:
+        yield "encoded", model.encode(_to(tensors["video"], backend))
+
+
+KINDS: Mapping[str, Callable[[Mapping[str, Any], Tensors, Backend], Outputs]] = {
+    "student_stream": student_stream,
+    "teacher_forward": teacher_forward,
+    "vae": vae,
+}
+SKIPPED = {"redmd_losses": "the trainer checks it: python -m training verify FOLDER"}
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any], Tensors]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+    return metadata.get("kind", "unknown"), json.loads(metadata.get("config", "{}")), tensors
+
+
+def _network(
+    config: Mapping[str, Any], tensors: Tensors, backend: Backend
+) -> tuple[WanModel, ModelConfig]:
+    names = ("dim", "ffn_dim", "freq_dim", "text_dim", "text_len", "in_dim", "num_heads")
+    sizes = ModelConfig(
+        **{name: config[name] for name in names},
+        num_layers=config["num_layers"],
+        out_dim=config.get("out_dim", config["in_dim"]),
+    )
+    model = WanModel(sizes)
+    model.load_state_dict(_weights(tensors))
+    return model.to(backend.device, backend.dtype).requires_grad_(False), sizes
+
+
+def _window(config: Mapping[str, Any], tensors: Tensors) -> int:
+    # The published code writes -1 for attention to the whole clip.
+    window = config["local_attn_size"]
+    start = tensors.get("initial_latent")
+    whole = tensors["noise"].shape[1] + (0 if start is None else start.shape[1])
+    least = config["sink_size"] + config["num_frame_per_block"]
+    return max(whole, least) if window == -1 else int(window)
+
+
+def _chunks(frames: Tensor | None, size: int, backend: Backend) -> tuple[Tensor, ...]:
+    return () if frames is None else _video(frames, backend).split(size, dim=2)
+
+
+def _weights(tensors: Tensors) -> Tensors:
+    prefix = "weights."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _to(tensor: Tensor, backend: Backend) -> Tensor:
+    return tensor.to(backend.device, backend.dtype)
+
+
+def _video(frames: Tensor, backend: Backend) -> Tensor:
+    return rearrange(frames, "b f c h w -> b c f h w").to(backend.device)
+
+
+def _compare(
+    file: str, output: str, found: Tensor, record: Tensor, dtype: torch.dtype
+) -> Comparison:
+    found, record = found.detach().double().cpu(), record.double()
+    if found.shape != record.shape:
+        raise ValueError(
+            f"{file}: {output} has shape {tuple(found.shape)}, the record {tuple(record.shape)}"
+        )
+    error = (found - record).abs()
+    relative = float(error.norm() / record.norm())
+    if dtype in RELATIVE_NORM:
+        agrees = relative <= RELATIVE_NORM[dtype]
+    else:
+        agrees = bool((error <= ATOL + RTOL * record.abs()).all())
+    return Comparison(
+        file=file,
+        output=output,
+        max_error=float(error.max()),
+        relative_error=relative,
+        agrees=agrees,
+    )
