@@ -276,12 +276,15 @@ class Stream:
 
     @torch.no_grad()
     def _recache(self, on_pass: OnPass) -> None:
-        state, sink = self.state, self.cache_config.sink_frames
-        rewritten = state.cache.num_frames - sink
-        if rewritten > 0:
+        state, cache = self.state, self.state.cache
+        frames, sink = cache.num_frames, cache.config.sink_frames
+        if frames > sink:
             assert state.last_latents is not None
-            state.cache.truncate(sink)
-            self._rerun(state.last_latents[:, :, -rewritten:], on_pass)
+            cache.truncate(sink)
+            try:
+                self._rerun(state.last_latents[:, :, sink - frames :], on_pass)
+            finally:  # a stop in between must leave the recache to be done again, as a whole
+                cache.num_frames, cache.slot_frames = frames, 0
         state.recache_due = False
 
     @torch.no_grad()

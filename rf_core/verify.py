@@ -97,9 +97,7 @@ def student_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend
         cache_config,
         num_layers=sizes.num_layers,
         batch=noise.shape[0],
-        frame_tokens=Grid.of_latents(
-            noise.shape[-2], noise.shape[-1], sizes.patch_size
-        ).frame_tokens,
+        frame_tokens=grid.frame_tokens,
         num_heads=sizes.num_heads,
         head_dim=sizes.head_dim,
         dtype=backend.dtype,
