@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from types import MappingProxyType
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def flash2(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
     """FlashAttention 2 (package `flash-attn`): CUDA, fp16 or bf16."""
     from flash_attn import flash_attn_func
 
-    return flash_attn_func(q_BLHD, k_BSHD, v_BSHD)  # type: ignore[no-any-return]
+    return flash_attn_func(q_BLHD, k_BSHD, v_BSHD)
 
 
 def flash3(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
@@ -35,14 +36,14 @@ def flash3(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
     from flash_attn_interface import flash_attn_func
 
     result = flash_attn_func(q_BLHD, k_BSHD, v_BSHD)
-    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+    return result[0] if isinstance(result, tuple) else result
 
 
 def sage(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
     """SageAttention (package `sageattention`): CUDA, 8-bit products, an approximation."""
     from sageattention import sageattn
 
-    return sageattn(q_BLHD, k_BSHD, v_BSHD, tensor_layout="NHD")  # type: ignore[no-any-return]
+    return sageattn(q_BLHD, k_BSHD, v_BSHD, tensor_layout="NHD")
 
 
 BACKENDS: Mapping[str, Attention] = MappingProxyType(
@@ -66,3 +67,19 @@ def attention_backend(name: str) -> Attention:
             f"install it or choose one of {', '.join(available_backends())}"
         )
     return BACKENDS[name]
+
+
+def check_device(device: str, dtype: torch.dtype, attention: str) -> None:
+    """ValueError unless this PyTorch can compute there, with that attention, in that dtype."""
+    attention_backend(attention)
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; use cpu, cuda, cuda:1 or mps") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {device} is asked for, but this PyTorch sees no CUDA card; "
+            "use cpu, or install a CUDA build of torch"
+        )
+    if attention != "sdpa" and (kind != "cuda" or dtype == torch.float32):
+        raise ValueError(f"attention {attention} runs on cuda in bfloat16 or float16; use sdpa")

@@ -14,6 +14,9 @@ Accumulator = Literal["reference", "float32"]
 PUBLISHED_STEPS = (1000, 750, 500, 250)  # arXiv 2512.04678, sec. 4: four denoising steps
 NUM_TRAIN_TIMESTEPS = 1000  # Wan 2.1: flow matching on t in [0, 1000]
 FPS = 16  # Wan 2.1 writes 16 images a second
+TEMPORAL_FACTOR = 4  # Wan 2.1 VAE: images a latent frame stands for; the first of a stream is 1
+SPATIAL_FACTOR = 8  # Wan 2.1 VAE: pixels a latent row or column stands for
+WAN_SIZE = (480, 832)  # height and width the published student streams at, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,8 @@ class CacheConfig:
             raise ValueError(f"sink_frames is {self.sink_frames}; use 0 for no sink")
         if self.window_frames < self.sink_frames + self.chunk_frames:
             raise ValueError(
-                f"window_frames {self.window_frames} cannot hold {self.sink_frames} sink frames and "
-                f"a chunk of {self.chunk_frames}; raise the window or lower the sink"
+                f"window_frames {self.window_frames} cannot hold {self.sink_frames} sink frames "
+                f"and a chunk of {self.chunk_frames}; raise the window or lower the sink"
             )
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay is {self.decay}; it is a fraction between 0 and 1")
@@ -132,7 +135,8 @@ class Grid:
         if height % rows or width % columns:
             raise ValueError(
                 f"latents of {height}x{width} are not tiled by patches of {rows}x{columns}; "
-                f"choose a picture size that is a multiple of {8 * rows} and {8 * columns} pixels"
+                "choose a picture size that is a multiple of "
+                f"{SPATIAL_FACTOR * rows} and {SPATIAL_FACTOR * columns} pixels"
             )
         return cls(height=height // rows, width=width // columns)
 

@@ -1,0 +1,360 @@
+"""The command line: `python -m rf_core generate | inspect | convert | verify | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from .attention import BACKENDS, attention_backend, check_device
+from .bench import SIZES, BenchOptions, bench, format_bench
+from .checkpoint import convert, describe, read_checkpoint
+from .config import FPS, CacheConfig, SamplerConfig
+from .generate import Files, Options, Progress, generate, load, plan
+from .lora import parse_lora_argument
+from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
+from .verify import Backend, Comparison, verify_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it went well, 1 on an error of the user's, 130 when stopped."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    settled = plan(_options(args))
+    print(format_table(settled.prompts, width=shutil.get_terminal_size().columns))
+    length = "without end, Ctrl-C stops"
+    if settled.total is not None:
+        length = f"{settled.total} chunks, {settled.clock.seconds(settled.total):.2f} s"
+    print(f"{settled.width}x{settled.height} at {FPS} images/s, seed {args.seed}, {length}")
+    stream, embeds = load(settled)
+    if settled.snapshot is not None:
+        print(f"resuming after chunk {stream.state.num_chunks}")
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        finished = generate(settled, stream, embeds, _ProgressLine(), stop.is_set)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    seconds = settled.clock.seconds(stream.state.num_chunks)
+    print(f"{args.output}: {seconds:.2f} s of video")
+    if not finished:
+        print("stopped; the same command with --resume goes on from here")
+    return 0 if finished else 130
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    print(describe(read_checkpoint(args.model, submodel=args.submodel, num_heads=args.num_heads)))
+    return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    source = read_checkpoint(args.source, submodel=args.submodel, num_heads=args.num_heads)
+    checkpoint = convert(
+        args.source,
+        args.target,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        submodel=args.submodel,
+        num_heads=args.num_heads,
+        cache=replace(source.cache or CacheConfig(), **_cache_fields(args)),
+        sampler=replace(source.sampler or SamplerConfig(), **_sampler_fields(args)),
+        loras=tuple(args.lora),
+    )
+    print(describe(checkpoint))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    torch.backends.cudnn.allow_tf32 = False  # records are float32 in earnest
+    backend = Backend(
+        device=args.device, dtype=DTYPES[args.dtype], attention=attention_backend(args.attention)
+    )
+    check_device(args.device, backend.dtype, args.attention)
+    failures = 0
+    with torch.no_grad():
+        for result in verify_folder(args.folder, backend):
+            if isinstance(result, Comparison):
+                failures += not result.agrees
+                print(
+                    f"{'ok  ' if result.agrees else 'FAIL'} {result.file} {result.output}: "
+                    f"largest error {result.max_error:.3g}, relative {result.relative_error:.3g}"
+                )
+            else:
+                print(f"     {result}")
+    print("all agree" if not failures else f"{failures} outputs disagree")
+    return 1 if failures else 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    check_device(args.device, DTYPES[args.dtype], args.attention)
+    options = BenchOptions(
+        size=args.size,
+        chunks=args.chunks,
+        height=args.height,
+        width=args.width,
+        device=args.device,
+        dtype=DTYPES[args.dtype],
+        attention=args.attention,
+        cache=CacheConfig(**_cache_fields(args)),
+    )
+    result = bench(options)
+    print(format_bench(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    return 0
+
+
+class _ProgressLine:
+    """One line that is rewritten on a terminal, a line a chunk elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+
+    def __call__(self, progress: Progress) -> None:
+        text = _progress_text(progress)
+        if not self._terminal:
+            print(text, flush=True)
+            return
+        columns = shutil.get_terminal_size().columns - 1
+        last = progress.chunks == progress.total
+        line = f"{_bar(progress)} {text}"[:columns].ljust(columns)
+        print(f"\r{line}", end="\n" if last else "", flush=True)
+
+
+def _progress_text(progress: Progress) -> str:
+    made = f"{progress.chunks}" if progress.total is None else f"{progress.chunks}/{progress.total}"
+    images = progress.chunk_images
+    text = (
+        f"chunk {made}, {progress.images / FPS:.2f} s, network "
+        f"{images / progress.network_seconds:.1f} fps, decode "
+        f"{images / progress.decode_seconds:.1f} fps, both {progress.fps:.1f} fps"
+    )
+    return text if progress.seconds_left is None else f"{text}, {progress.seconds_left:.0f} s left"
+
+
+def _bar(progress: Progress, width: int = 20) -> str:
+    if progress.total is None:
+        return "[endless]"
+    done = width * progress.chunks // progress.total
+    return f"[{'#' * done}{'.' * (width - done)}]"
+
+
+def _options(args: argparse.Namespace) -> Options:
+    cuda = torch.device(args.device).type == "cuda"
+    return Options(
+        timeline=_timeline(args),
+        output=args.output or _free_name(Path("outputs")),
+        files=_files(args),
+        chunks=args.chunks,
+        seconds=args.seconds,
+        height=args.height,
+        width=args.width,
+        seed=args.seed,
+        cache=_cache_fields(args),
+        sampler=_sampler_fields(args),
+        start=args.start,
+        device=args.device,
+        dtype=DTYPES[args.dtype or ("bfloat16" if cuda else "float32")],
+        attention=args.attention,
+        group_frames=args.group_frames,
+        crf=args.crf,
+        snapshot_every=args.snapshot_every,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
+
+
+def _timeline(args: argparse.Namespace) -> PromptTimeline:
+    if (args.prompt is None) == (args.timeline is None):
+        raise ValueError("give either --prompt TEXT or --timeline FILE")
+    if args.prompt is not None:
+        if not args.prompt.strip():
+            raise ValueError("the prompt is empty; say what the video shows")
+        return PromptTimeline().append(0, "s", Switch(), args.prompt)
+    try:
+        text = args.timeline.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"there is no timeline at {args.timeline}; check the path") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.timeline} is not a text file in UTF-8") from None
+    try:
+        return parse_timeline(text)
+    except TimelineError as error:
+        raise ValueError(f"{args.timeline}: {error}") from error
+
+
+def _files(args: argparse.Namespace) -> Files:
+    if args.model == "demo":
+        given = {"vae": args.vae, "text_encoder": args.text_encoder, "tokenizer": args.tokenizer}
+        return Files(loras=tuple(args.lora), **{k: v for k, v in given.items() if v is not None})
+    if args.vae is None or args.text_encoder is None:
+        raise ValueError(
+            f"--model {args.model} needs its --vae and --text-encoder as well "
+            "(README, 'With the official checkpoint', says where to get them)"
+        )
+    return Files(
+        model=Path(args.model),
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        tokenizer=args.tokenizer,
+        loras=tuple(args.lora),
+    )
+
+
+def _free_name(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    number = 1
+    while (path := folder / f"stream-{number:04d}.mp4").exists():
+        number += 1
+    return path
+
+
+def _cache_fields(args: argparse.Namespace) -> dict[str, Any]:
+    fields = {
+        "window_frames": args.window,
+        "sink_frames": args.sink,
+        "decay": args.decay,
+        "accumulator": args.accumulator,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _sampler_fields(args: argparse.Namespace) -> dict[str, Any]:
+    fields = {"steps": args.steps, "shift": args.shift}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="reward-forcing", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="stream a video to an MP4"))
+    _add_inspect(commands.add_parser("inspect", help="say what a checkpoint is"))
+    _add_convert(commands.add_parser("convert", help="write a checkpoint as safetensors"))
+    _add_verify(commands.add_parser("verify", help="compare with recorded outputs"))
+    _add_bench(commands.add_parser("bench", help="measure time and memory per chunk"))
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=run_generate)
+    add = parser.add_argument
+    add("--prompt", help="what the video shows")
+    add("--timeline", type=Path, help="a file of prompts in time, such as '8s [cut]: a city'")
+    add("--seconds", type=float, help="length; without it and --chunks, on until Ctrl-C")
+    add("--chunks", type=int, help="length in chunks")
+    add("--output", type=Path, help="the MP4; by default a new name in outputs/")
+    add("--model", default="demo", help="checkpoint of the student (default: the bundled demo)")
+    add("--vae", type=Path, help="Wan VAE or TAEHV")
+    add("--text-encoder", help="UMT5: a folder, a file or a hub id")
+    add("--tokenizer", help="folder or hub id of the tokenizer, where the encoder has none")
+    add("--start", type=Path, help="a picture or clip to begin with (experimental)")
+    add("--width", type=int, help="picture width in pixels")
+    add("--height", type=int, help="picture height in pixels")
+    add("--seed", type=int, default=0, help="the same seed gives the same video")
+    _add_settings(parser)
+    add("--lora", type=parse_lora_argument, action="append", default=[], metavar="FILE:STRENGTH")
+    _add_backend(parser, dtype=None)
+    add("--group-frames", type=int, help="latent frames decoded at once; fewer take less memory")
+    add("--crf", type=int, default=18, help="MP4 quality: 0 lossless, 51 worst")
+    add("--snapshot-every", type=int, default=20, help="chunks between snapshots; 0 for none")
+    add("--resume", action="store_true", help="go on with an output that was stopped")
+    add("--overwrite", action="store_true", help="replace an output that is there")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=run_inspect)
+    parser.add_argument("model", type=Path, help="a checkpoint: file, folder or index")
+    _add_choice(parser)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=run_convert)
+    parser.add_argument("source", type=Path, help="a checkpoint: file, folder or index")
+    parser.add_argument("target", type=Path, help="the .safetensors to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="by default the source's own")
+    parser.add_argument(
+        "--lora", type=parse_lora_argument, action="append", default=[], metavar="FILE:STRENGTH"
+    )
+    _add_choice(parser)
+    _add_settings(parser)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=run_verify)
+    parser.add_argument("folder", type=Path, help="folder of golden safetensors files")
+    _add_backend(parser, dtype="float32")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=run_bench)
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="tiny", help="network, with random weights")
+    add("--chunks", type=int, default=500, help="chunks to stream")
+    add("--width", type=int, default=64, help="picture width in pixels")
+    add("--height", type=int, default=64, help="picture height in pixels")
+    add("--json", type=Path, help="write the measurements here too")
+    _add_cache(parser)
+    _add_backend(parser, dtype="float32")
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--submodel", help="network of a bundle (default: generator_ema)")
+    parser.add_argument("--num-heads", type=int, help="attention heads, where none are recorded")
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--window", type=int, help="latent frames attention sees")
+    add("--sink", type=int, help="latent frames of the sink; 0 for none")
+    add("--decay", type=float, help="what the sink keeps when a chunk leaves; 1 is static")
+    add("--accumulator", choices=("reference", "float32"), help="how the sink's average rounds")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    _add_cache(parser)
+    parser.add_argument("--steps", type=_steps, help="denoising steps, such as 1000,750,500,250")
+    parser.add_argument("--shift", type=float, help="flow shift that warps the steps")
+
+
+def _add_backend(parser: argparse.ArgumentParser, dtype: str | None) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"default: {device}")
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="computing precision")
+    parser.add_argument("--attention", choices=BACKENDS, default="sdpa")
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    return tuple(int(step) for step in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,611 @@
+"""The prompt timeline: which prompt a stream follows from which chunk on, and how it switches.
+
+One small language, read once and shared by the command line and the nodes. One entry a line:
+
+    # a line that starts with # is a comment; blank lines do not count
+    global: film grain, wide shot
+    0s: a panda walks
+    8s [recache]: it sits down,
+        looks up and yawns
+    +4s [blend 3 slerp]: snow
+    c40 [cut]: a city at night
+
+A time is in seconds (`8s`, `1.5s`, `1:30`), video frames (`96f`) or chunks (`c40`, `40c`); `+`
+counts from the time asked for by the entry before, so roundings do not add up. The mode in
+brackets is `soft`, `recache` (when none is given), `blend K [lerp|slerp]` or `cut`. The first entry
+is at 0, and needs no mode. What `global` says is put in front of every prompt, joined by ", ". A
+line indented deeper than the entry above it continues it; any other without a time is an error.
+
+Text in which no line has a time is one prompt at 0, or, with `|` in it, prompts that share the
+video in equal parts. FizzNodes' JSON (`"0": "a", "12": "b"`, keys in video frames) is read too.
+Runs of white space in a prompt count as one space.
+
+Prompts change at chunk boundaries. `ChunkClock` knows where these lie; `PromptTimeline.resolve`
+moves every time to the nearest one, the later of two equally near.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from fractions import Fraction
+from math import ceil, floor, isfinite
+from typing import Literal, get_args
+
+from .config import FPS, TEMPORAL_FACTOR, CacheConfig
+
+Mode = Literal["soft", "recache", "blend", "cut"]
+Interpolation = Literal["lerp", "slerp"]
+Unit = Literal["s", "f", "c", "part"]
+
+_LATEST = 10**9  # in any unit: years of video, and numbers that stay cheap to compute with
+_UNITS: dict[str, Unit] = {"s": "s", "f": "f", "c": "c"}
+_EXAMPLES = "seconds as 8s or 0:08, video frames as 96f, chunks as c40"
+
+_COLON = "[:\uff1a]"  # the full-width one comes with East Asian keyboards
+_HEADER = re.compile(
+    rf"""\s*(?P<time>(?:[+-]\s*)?(?:
+        [0-9]+(?::[0-9][0-9.,]*)+                       # 1:30
+      | c\s*[0-9][0-9.,]*                               # c40
+      | \.?[0-9][0-9.,]*(?:[a-z]+|\s+[sfc])             # 8s
+      | [0-9][0-9.,]*(?=\s*(?:\[|{_COLON}(?![0-9])))    # 8, an error to name; not 16:9
+    ))\s*(?:
+        (?:\[(?P<mode>[^\]]*)\]\s*)?{_COLON}
+      | (?P<unfinished>\[\s*(?:{"|".join(get_args(Mode))})\b)
+    )(?P<text>.*)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_GLOBAL = re.compile(rf"\s*global\s*{_COLON}(?P<text>.*)", re.IGNORECASE)
+_CLOCK_TIME = re.compile(r"(?P<minutes>[0-9]+):(?P<seconds>[0-5][0-9](?:\.[0-9]+)?)")
+_CHUNK_TIME = re.compile(r"c\s*(?P<value>[0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
+_UNIT_TIME = re.compile(r"(?P<value>(?:[0-9]*\.)?[0-9]+)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
+
+_JSON_START = re.compile(r'\s*(?:\{\s*(?:["\'}0-9]|\Z)|"\s*[+-]?[0-9.]+\s*"\s*:)')
+_JSON_OPEN = re.compile(r"\s*(?P<brace>\{?)\s*")
+_JSON_STRING = r'"(?:[^"\\]|\\.)*"'
+_JSON_PAIR = re.compile(rf"(?P<key>{_JSON_STRING})\s*:\s*(?P<prompt>{_JSON_STRING})\s*(?:,\s*|\Z)")
+
+
+class TimelineError(ValueError):
+    """A timeline that cannot be followed: the problem and its remedy, at a line and column."""
+
+    def __init__(self, problem: str, line: int, column: int) -> None:
+        super().__init__(problem, line, column)
+        self.problem = problem
+        self.line = line
+        """Counted from 1. An appended entry counts as the line below the last entry."""
+        self.column = column
+        """Counted from 1, in characters; a tab is one."""
+
+    def __str__(self) -> str:
+        return f"line {self.line}, column {self.column}: {self.problem}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkClock:
+    """Where chunks lie in time, in images: a pure function of the chunk's size and the cuts.
+
+    A latent frame decodes to `TEMPORAL_FACTOR` images, but the first one after a fresh start to a
+    single image, so chunk 0 and every chunk that is cut to are three images shorter.
+    """
+
+    chunk_frames: int = CacheConfig.chunk_frames
+    """Latent frames of a chunk."""
+    cuts: tuple[int, ...] = ()
+    """Chunks that start afresh, rising; chunk 0 always does and is not named."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_frames < 1:
+            raise ValueError(f"chunk_frames is {self.chunk_frames}; a chunk has at least 1 frame")
+        if list(self.cuts) != sorted(set(self.cuts)) or (self.cuts and self.cuts[0] < 1):
+            raise ValueError(f"cuts are {self.cuts}; give chunks from 1 on, each once, rising")
+
+    def images_before(self, chunk: int) -> int:
+        """The first image of `chunk`: how many images the chunks before it hold."""
+        fresh = bisect_left(self.cuts, chunk) + (chunk > 0)
+        return chunk * self.chunk_frames * TEMPORAL_FACTOR - fresh * (TEMPORAL_FACTOR - 1)
+
+    def images_of(self, chunk: int) -> int:
+        """Images that `chunk` decodes to."""
+        return self.images_before(chunk + 1) - self.images_before(chunk)
+
+    def seconds(self, chunk: int) -> float:
+        """When `chunk` starts; for a chunk count, how long the video is."""
+        return self.images_before(chunk) / FPS
+
+    def chunk_at_image(self, image: int) -> int:
+        """The chunk that holds `image`, counted from 0."""
+        return bisect_right(range(image), image, key=lambda chunk: self.images_before(chunk + 1))
+
+    def nearest_chunk(self, images: Fraction) -> int:
+        """The chunk whose start is nearest to a time in images; the later one in a tie."""
+        chunk = self.chunk_at_image(floor(images))
+        start, end = self.images_before(chunk), self.images_before(chunk + 1)
+        return chunk if images - start < end - images else chunk + 1
+
+    def num_chunks_for_seconds(self, seconds: float) -> int:
+        """The fewest chunks that make at least `seconds` of video; ValueError unless positive."""
+        if not (isfinite(seconds) and seconds > 0):
+            raise ValueError(f"seconds is {seconds}; a length of video is a positive number")
+        return self.chunk_at_image(ceil(Fraction(seconds) * FPS) - 1) + 1
+
+    def with_cuts(self, *chunks: int) -> ChunkClock:
+        """The clock with `chunks` cut to as well."""
+        return replace(self, cuts=tuple(sorted({*self.cuts, *chunks})))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """How a stream goes over to a new prompt. `str` gives it as the language writes it."""
+
+    mode: Mode = "recache"
+    """`soft`: cross-attention alone. `recache`: the window is rewritten too. `blend`: the
+    embedding moves over in steps, then one recache; a switch that comes before it is done starts
+    from where the embedding then stands. `cut`: everything starts afresh."""
+    blend_chunks: int = 0
+    """Chunks a blend takes, the last being fully the new prompt; 0 for the other modes."""
+    interpolation: Interpolation = "lerp"
+    """How a blend moves between embeddings."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"unknown mode {self.mode!r}; use soft, recache, blend K or cut")
+        if self.interpolation not in get_args(Interpolation):
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; use lerp or slerp")
+        if self.mode == "blend" and self.blend_chunks < 1:
+            raise ValueError(
+                f"a blend over {self.blend_chunks} chunks; it takes at least 1, as in blend 3"
+            )
+        if self.mode != "blend" and (self.blend_chunks or self.interpolation != "lerp"):
+            raise ValueError(f"{self.mode} takes neither chunks nor interpolation; only blend does")
+
+    @classmethod
+    def parse(cls, text: str) -> Switch:
+        """Read what stands between the brackets, such as `blend 3 slerp`; ValueError if wrong."""
+        mode, *rest = text.lower().split() or [""]
+        if mode != "blend":
+            if mode in get_args(Mode) and rest:
+                raise ValueError(f"{mode} stands alone; remove {' '.join(rest)!r}")
+            return cls(mode=mode)  # type: ignore[arg-type]  # checked on construction
+        if len(rest) not in (1, 2) or not re.fullmatch("[0-9]{1,9}", rest[0]):
+            raise ValueError(f"{text.strip()!r} is no blend; write blend 3 or blend 3 slerp")
+        interpolation = rest[1] if len(rest) == 2 else "lerp"
+        return cls(mode="blend", blend_chunks=int(rest[0]), interpolation=interpolation)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        if self.mode != "blend":
+            return self.mode
+        ending = "" if self.interpolation == "lerp" else f" {self.interpolation}"
+        return f"blend {self.blend_chunks}{ending}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One prompt and its time as written; TimelineError where either is impossible."""
+
+    value: Decimal
+    """When, in `unit`s."""
+    unit: Unit
+    """`s` seconds, `f` video frames, `c` chunks, `part` the parts of equal length before it."""
+    text: str
+    """The prompt without the global prefix; brought on one line."""
+    relative: bool = False
+    """Whether `value` counts from the entry before."""
+    switch: Switch = Switch()
+    """How the stream goes over to it."""
+    line: int = field(default=1, compare=False)
+    """Line it was read from, from 1."""
+    column: int = field(default=1, compare=False)
+    """Column its time stands in, from 1."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", " ".join(self.text.split()))
+        if self.unit not in get_args(Unit):
+            raise self.error(f"unknown unit {self.unit!r}; write {_EXAMPLES}")
+        if not self.value.is_finite() or abs(self.value) > _LATEST:
+            raise self.error(f"a time of {self.value:.4g} is out of reach; stay below {_LATEST}")
+        if self.value < 0:
+            raise self.error(f"{self.time} is negative; times count from 0, the video's start")
+        if self.unit != "s" and self.value % 1:
+            raise self.error(f"{self.time} is not a whole number; only seconds have decimals")
+        if not self.text:
+            raise self.error(f"the entry at {self.time} has no prompt; write one after its time")
+
+    @property
+    def time(self) -> str:
+        """The time as the language writes it, such as `+4s`."""
+        if self.unit == "part":
+            return f"part {int(self.value) + 1}"
+        digits = _digits(self.value)
+        time = f"c{digits}" if self.unit == "c" else f"{digits}{self.unit}"
+        return f"+{time}" if self.relative else time
+
+    def error(self, problem: str) -> TimelineError:
+        """A TimelineError that points at this entry."""
+        return TimelineError(problem, self.line, self.column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedEntry:
+    """One prompt with the chunk it starts at."""
+
+    chunk: int
+    """First chunk that follows the prompt."""
+    seconds: float
+    """When that chunk starts."""
+    requested_seconds: float
+    """When the timeline asked for it."""
+    switch: Switch
+    """How the stream goes over to it; without meaning for the first entry."""
+    text: str
+    """The prompt with the global prefix in front."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTimeline:
+    """Prompts in time. Empty it is the seed of a chain of `append`s; TimelineError if unordered."""
+
+    entries: tuple[Entry, ...] = ()
+    """The first at 0, times rising; all of them parts, or none."""
+    global_prefix: str = ""
+    """Put in front of every prompt, joined by ", "; brought on one line."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "global_prefix", " ".join(self.global_prefix.split()))
+        if self.entries:
+            _check_first(self.entries[0])
+        _check_rising(self.entries)
+
+    def append(
+        self,
+        at: float | Decimal,
+        unit: Literal["s", "f", "c"],
+        switch: Switch,
+        text: str,
+        *,
+        relative: bool = False,
+    ) -> PromptTimeline:
+        """The timeline with one more entry, checked as if it had been written on the next line."""
+        line = self.entries[-1].line + 1 if self.entries else 1
+        entry = Entry(
+            value=Decimal(str(at)),
+            unit=unit,
+            text=text,
+            relative=relative,
+            switch=switch,
+            line=line,
+        )
+        return replace(self, entries=(*self.entries, entry))
+
+    def resolve(
+        self, clock: ChunkClock, total_chunks: int | None = None
+    ) -> tuple[ResolvedEntry, ...]:
+        """Each entry with its chunk, every cut moving what follows.
+
+        `clock` may hold cuts of its own, made outside the timeline. TimelineError where two entries
+        meet in one chunk, fall back in time, or lie outside a run of `total_chunks`, which
+        equal parts must know; ValueError for an empty timeline or run.
+        """
+        if not self.entries:
+            raise ValueError("the timeline is empty; give it a prompt at 0s")
+        if total_chunks is not None and total_chunks < 1:
+            raise ValueError(f"total_chunks is {total_chunks}; a run has at least 1 chunk")
+        chunk, images, resolved = 0, Fraction(0), list[ResolvedEntry]()
+        for number, entry in enumerate(self.entries):
+            previous = chunk
+            chunk, images = self._locate(entry, clock, chunk, images, total_chunks)
+            if number and chunk <= previous:
+                raise _collision(entry, self.entries[number - 1], previous, clock)
+            if total_chunks is not None and chunk >= total_chunks:
+                raise _past_end(entry, chunk, total_chunks, clock)
+            if number and entry.switch.mode == "cut":
+                clock = clock.with_cuts(chunk)
+            resolved.append(
+                ResolvedEntry(
+                    chunk=chunk,
+                    seconds=clock.seconds(chunk),
+                    requested_seconds=float(images / FPS),
+                    switch=entry.switch,
+                    text=", ".join(filter(None, (self.global_prefix, entry.text))),
+                )
+            )
+        return tuple(resolved)
+
+    def num_chunks_for_seconds(self, seconds: float, clock: ChunkClock) -> int:
+        """The fewest chunks that make `seconds` of video, the timeline's own cuts counted."""
+        if self.entries and self.entries[-1].unit != "part":
+            cuts = [entry.chunk for entry in self.resolve(clock) if entry.switch.mode == "cut"]
+            clock = clock.with_cuts(*cuts)
+        return clock.num_chunks_for_seconds(seconds)
+
+    def to_text(self) -> str:
+        """The timeline in its language; `parse_timeline` reads an equal one back."""
+        lines = [f"global: {self.global_prefix}"] if self.global_prefix else []
+        if self.entries and self.entries[0].unit == "part":
+            return "\n".join([*lines, " | ".join(entry.text for entry in self.entries)])
+        for entry in self.entries:
+            mode = "" if entry.switch == Switch() else f" [{entry.switch}]"
+            lines.append(f"{entry.time}{mode}: {entry.text}")
+        return "\n".join(lines)
+
+    def _locate(
+        self, entry: Entry, clock: ChunkClock, chunk: int, images: Fraction, total: int | None
+    ) -> tuple[int, Fraction]:
+        value = Fraction(entry.value)
+        if entry.unit == "part":
+            if total is None:
+                raise entry.error("equal parts need the video's length; set one, or write times")
+            parts = len(self.entries)
+            if total < parts:
+                raise entry.error(
+                    f"{parts} equal parts do not fit a run of {total} chunks; a prompt lasts at "
+                    "least one, so make the run longer"
+                )
+            share = value / parts
+            return floor(share * total + Fraction(1, 2)), share * clock.images_before(total)
+        if entry.unit == "c":
+            start = int(value) + (chunk if entry.relative else 0)
+            return start, Fraction(clock.images_before(start))
+        time = value * (FPS if entry.unit == "s" else 1) + (images if entry.relative else 0)
+        return clock.nearest_chunk(time), time
+
+
+def parse_timeline(text: str) -> PromptTimeline:
+    """Read a timeline, in any of the forms above; TimelineError says where it is wrong."""
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    lines = ["" if line.lstrip().startswith("#") else line for line in text.split("\n")]
+    prefix, lines = _take_global(lines)
+    body = "\n".join(lines)
+    if _JSON_START.match(body):
+        entries = _read_json(body)
+    elif any(_HEADER.match(line) for line in (*lines, " ".join(body.split()))):
+        entries = _read_timed(lines)
+    else:
+        entries = _read_untimed(body)
+    return PromptTimeline(entries=tuple(entries), global_prefix=prefix)
+
+
+def format_table(resolved: Sequence[ResolvedEntry], width: int = 100) -> str:
+    """The resolved timeline as aligned text for a terminal, prompts cut to fit `width` columns."""
+    rows = [("chunk", "seconds", "starts", "mode")]
+    for entry in resolved:
+        mode = str(entry.switch) if entry.chunk else "start"
+        rows.append((str(entry.chunk), f"{entry.seconds:.2f}", _clock_text(entry.seconds), mode))
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = max(width - sum(sizes) - 2 * len(sizes), 10)
+    lines = []
+    prompts = ["prompt", *(entry.text for entry in resolved)]
+    for (chunk, seconds, starts, mode), prompt in zip(rows, prompts, strict=True):
+        numbers = f"{chunk:>{sizes[0]}}  {seconds:>{sizes[1]}}  {starts:>{sizes[2]}}"
+        lines.append(f"{numbers}  {mode:<{sizes[3]}}  {_shorten(prompt, room)}")
+    return "\n".join(lines)
+
+
+def _take_global(lines: list[str]) -> tuple[str, list[str]]:
+    found = [(at, match) for at, line in enumerate(lines) if (match := _GLOBAL.match(line))]
+    if not found:
+        return "", lines
+    at, match = found[0]
+    if len(found) > 1:
+        again = found[1][0]
+        raise TimelineError(
+            f"global is given twice, first on line {at + 1}; join the two in one line",
+            again + 1,
+            _indent(lines[again]) + 1,
+        )
+    end = at + 1
+    while end < len(lines) and _continues(lines[end], lines[at]):
+        end += 1
+    prefix = " ".join([match["text"], *lines[at + 1 : end]])
+    if not prefix.strip():
+        raise TimelineError(
+            "global has no text; write some or remove the line", at + 1, _indent(lines[at]) + 1
+        )
+    return prefix, [*lines[:at], *[""] * (end - at), *lines[end:]]
+
+
+def _read_timed(lines: list[str]) -> list[Entry]:
+    found = list[tuple[int, re.Match[str], list[str]]]()
+    for number, line in enumerate(lines, 1):
+        if match := _HEADER.match(line):
+            found.append((number, match, [match["text"]]))
+        elif found and _continues(line, found[-1][1].string):
+            found[-1][2].append(line)
+        elif line.strip():
+            raise TimelineError(
+                "this line has no time and colon in front; begin it as in '8s [cut]: prompt', or "
+                "indent it to continue the entry above",
+                number,
+                _indent(line) + 1,
+            )
+    return [_read_entry(number, match, " ".join(text)) for number, match, text in found]
+
+
+def _read_entry(line: int, match: re.Match[str], text: str) -> Entry:
+    column = match.start("time") + 1
+    if match["unfinished"]:
+        raise TimelineError(
+            "the mode is not closed by a bracket and a colon; write it as in '8s [cut]: prompt'",
+            line,
+            match.start("unfinished") + 1,
+        )
+    value, unit = _read_time(match["time"], line, column)
+    switch = Switch()
+    if match["mode"] is not None:
+        try:
+            switch = Switch.parse(match["mode"])
+        except ValueError as error:
+            raise TimelineError(str(error), line, match.start("mode") + 1) from error
+    relative = match["time"].startswith("+")
+    return Entry(
+        value=value,
+        unit=unit,
+        text=text,
+        relative=relative,
+        switch=switch,
+        line=line,
+        column=column,
+    )
+
+
+def _read_time(time: str, line: int, column: int) -> tuple[Decimal, Unit]:
+    amount = time.lstrip("+-").lstrip()
+    sign = -1 if time.startswith("-") else 1
+    shown = repr(_shorten(time, 40))
+    if match := _CLOCK_TIME.fullmatch(amount):
+        return sign * (Decimal(match["minutes"]) * 60 + Decimal(match["seconds"])), "s"
+    if match := _CHUNK_TIME.fullmatch(amount):
+        return sign * Decimal(match["value"]), "c"
+    if match := _UNIT_TIME.fullmatch(amount):
+        if unit := _UNITS.get(match["unit"].lower()):
+            return sign * Decimal(match["value"]), unit
+        problem = f"the unknown unit {match['unit']!r}" if match["unit"] else "no unit"
+        problem = f"{shown} has {problem}"
+    else:
+        problem = f"{shown} is not a time"
+    raise TimelineError(
+        f"{problem}; write {_EXAMPLES}, or put '0s:' in front if this is a prompt", line, column
+    )
+
+
+def _read_json(body: str) -> list[Entry]:
+    start, end = _JSON_OPEN.match(body), len(body.rstrip())
+    assert start is not None, "every part of the pattern may be empty"
+    if start["brace"]:
+        if body[end - 1] != "}":
+            raise TimelineError("the JSON's { is never closed; add }", *_position(body, end))
+        end -= 1
+    at, entries = start.end(), list[Entry]()
+    while at < end:
+        pair = _JSON_PAIR.match(body, at, end)
+        if not pair:
+            raise TimelineError(
+                'this is not read as JSON; write "12": "prompt" pairs, each but the last with '
+                "a comma behind it",
+                *_position(body, at),
+            )
+        entries.append(_read_pair(pair, *_position(body, at)))
+        at = pair.end()
+    if not entries:
+        raise _no_prompt()
+    return entries
+
+
+def _read_pair(pair: re.Match[str], line: int, column: int) -> Entry:
+    try:
+        key, prompt = (json.loads(pair[name], strict=False) for name in ("key", "prompt"))
+    except json.JSONDecodeError as error:
+        raise TimelineError(f"{error.msg} in this JSON pair; correct it", line, column) from error
+    if not re.fullmatch(r"\s*-?[0-9]+\s*", key):
+        raise TimelineError(
+            f'the key {_shorten(key, 40)!r} is not a video frame; write a number such as "12"',
+            line,
+            column,
+        )
+    return Entry(value=Decimal(key), unit="f", text=prompt, line=line, column=column)
+
+
+def _read_untimed(body: str) -> list[Entry]:
+    if not body.strip():
+        raise _no_prompt()
+    parts = body.split("|")
+    unit: Unit = "part" if len(parts) > 1 else "s"
+    offset, entries = 0, list[Entry]()
+    for number, part in enumerate(parts):
+        line, column = _position(body, offset + _indent(part))
+        value = Decimal(number)
+        entries.append(Entry(value=value, unit=unit, text=part, line=line, column=column))
+        offset += len(part) + 1
+    return entries
+
+
+def _check_first(entry: Entry) -> None:
+    if entry.relative:
+        raise entry.error(f"{entry.time} has no entry before it; let the first entry be at 0s")
+    if entry.value:
+        raise entry.error(f"the first entry is at {entry.time}; put a prompt at 0s before it")
+    if entry.switch != Switch():
+        raise entry.error(
+            f"the first entry has nothing to switch from; remove its [{entry.switch}]"
+        )
+
+
+def _check_rising(entries: Sequence[Entry]) -> None:
+    latest: dict[str, Fraction] = {}  # in images or chunks or parts, which only a clock compares
+    for entry in entries:
+        scale = "images" if entry.unit in ("s", "f") else entry.unit
+        value = Fraction(entry.value) * (FPS if entry.unit == "s" else 1)
+        if ("part" in latest) != (entry.unit == "part") and latest:
+            raise entry.error("equal parts take no times; write a time for every prompt instead")
+        if entry.relative and not entry.value:
+            raise entry.error(f"{entry.time} adds nothing; times rise from entry to entry")
+        if not entry.relative and value <= latest.get(scale, -1):
+            raise entry.error(
+                f"{entry.time} does not come after the entries before it; put them in order"
+            )
+        latest[scale] = value + (latest.get(scale, Fraction(0)) if entry.relative else 0)
+
+
+def _collision(entry: Entry, before: Entry, chunk: int, clock: ChunkClock) -> TimelineError:
+    return entry.error(
+        f"{entry.time} is not a chunk later than {before.time} (line {before.line}), which starts "
+        f"chunk {chunk}; a prompt lasts at least one chunk, so move it to "
+        f"{clock.seconds(chunk + 1):g}s or later"
+    )
+
+
+def _past_end(entry: Entry, chunk: int, total_chunks: int, clock: ChunkClock) -> TimelineError:
+    return entry.error(
+        f"{entry.time} is chunk {chunk}, but the run ends after {total_chunks} chunks "
+        f"({clock.seconds(total_chunks):g} s); move the entry up or make the run longer"
+    )
+
+
+def _no_prompt() -> TimelineError:
+    return TimelineError("there is no prompt; write one, such as '0s: a panda walks'", 1, 1)
+
+
+def _position(text: str, offset: int) -> tuple[int, int]:
+    return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _continues(line: str, above: str) -> bool:
+    deeper = _indent(line.expandtabs()) > _indent(above.expandtabs())
+    return not line.strip() or (deeper and not _HEADER.match(line))
+
+
+def _digits(value: Decimal) -> str:
+    digits = f"{value:f}"
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def _clock_text(seconds: float) -> str:
+    minutes, hundredths = divmod(round(seconds * 100), 6000)
+    return f"{minutes}:{hundredths / 100:05.2f}"
+
+
+def _shorten(text: str, width: int) -> str:
+    if sum(map(_columns, text)) <= width:
+        return text
+    kept, room = "", width - 1
+    for character in text:
+        room -= _columns(character)
+        if room < 0:
+            break
+        kept += character
+    return f"{kept.rstrip()}…"
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
