@@ -1,1 +1,1 @@
-"""The Reward Forcing engine: a causal Wan student, its KV cache with the EMA-Sink, and the stream."""
+"""The Reward Forcing engine: a causal Wan student, its cache with the EMA-Sink, its stream."""

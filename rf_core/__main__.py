@@ -223,6 +223,8 @@ def _files(args: argparse.Namespace) -> Files:
         )
     return Files(
         model=Path(args.model),
+        submodel=args.submodel,
+        num_heads=args.num_heads,
         vae=args.vae,
         text_encoder=args.text_encoder,
         tokenizer=args.tokenizer,
@@ -273,6 +275,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--chunks", type=int, help="length in chunks")
     add("--output", type=Path, help="the MP4; by default a new name in outputs/")
     add("--model", default="demo", help="checkpoint of the student (default: the bundled demo)")
+    _add_choice(parser)
     add("--vae", type=Path, help="Wan VAE or TAEHV")
     add("--text-encoder", help="UMT5: a folder, a file or a hub id")
     add("--tokenizer", help="folder or hub id of the tokenizer, where the encoder has none")

@@ -109,12 +109,12 @@ def format_bench(result: dict[str, Any]) -> str:
         f"a later chunk   {chunk['p50']:.4f} s median, {chunk['p95']:.4f} p95, "
         f"{chunk['max']:.4f} max, {result['images_per_second']:.2f} images/s (network alone)",
         f"time growth     {result['seconds_per_100_chunks'] * 1e3:+.3f} ms per 100 chunks",
-        f"weights, cache  {result['weight_bytes'] / 1e6:.1f} MB, {result['cache_bytes'] / 1e6:.1f} MB",
+        f"weights         {result['weight_bytes'] / 1e6:.1f} MB",
+        f"KV cache        {result['cache_bytes'] / 1e6:.1f} MB",
     ]
     if memory is not None:
-        lines.append(
-            f"process memory  {memory / 1e6:.1f} MB, {growth / 1e6:+.3f} MB per 100 chunks"
-        )
+        lines.append(f"memory held     {memory / 1e6:.1f} MB")
+        lines.append(f"memory growth   {growth / 1e6:+.3f} MB per 100 chunks")
     return "\n".join(lines)
 
 

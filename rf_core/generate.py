@@ -37,6 +37,10 @@ class Files:
 
     model: Path = DEMO / "student.safetensors"
     """Checkpoint of the student."""
+    submodel: str | None = None
+    """Network of a bundle; by default `generator_ema` goes before `generator`."""
+    num_heads: int | None = None
+    """Attention heads, for a checkpoint of unusual width that does not record them."""
     vae: Path = DEMO / "vae.safetensors"
     """Wan VAE, or TAEHV."""
     text_encoder: str = str(DEMO / "text_encoder.safetensors")
@@ -49,7 +53,8 @@ class Files:
     def named(self) -> dict[str, Any]:
         """Names alone, for the record kept in videos and snapshots."""
         loras = [f"{lora.path.name}:{lora.strength:g}" for lora in self.loras]
-        return {"model": self.model.name, "vae": self.vae.name, "loras": loras}
+        names = {"model": self.model.name, "submodel": self.submodel, "vae": self.vae.name}
+        return {**names, "loras": loras}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +169,8 @@ def plan(options: Options) -> Plan:
     """Settle and check a run. ValueError, one sentence, for whatever is wrong."""
     _check_values(options)
     _check_files(options)
-    checkpoint = read_checkpoint(options.files.model)
+    files = options.files
+    checkpoint = read_checkpoint(files.model, submodel=files.submodel, num_heads=files.num_heads)
     cache = replace(checkpoint.cache or CacheConfig(), **options.cache)
     sampler = replace(checkpoint.sampler or SamplerConfig(), **options.sampler)
     native = checkpoint.size or WAN_SIZE
@@ -204,7 +210,14 @@ def load(settled: Plan) -> tuple[Stream, dict[str, Tensor]]:
         ),
     )
     device, dtype = options.device, options.dtype
-    model, _ = load_student(files.model, device=device, dtype=dtype, loras=files.loras)
+    model, _ = load_student(
+        files.model,
+        device=device,
+        dtype=dtype,
+        submodel=files.submodel,
+        num_heads=files.num_heads,
+        loras=files.loras,
+    )
     decoder = load_decoder(files.vae, device, dtype, options.group_frames)
     stream = Stream(
         model,
@@ -345,7 +358,7 @@ def _check_files(options: Options) -> None:
         if not path.exists():
             raise ValueError(f"there is no {what} at {path}; check the path")
     for lora in options.files.loras:
-        if not lora.path.is_file():
+        if not lora.path.exists():
             raise ValueError(f"there is no LoRA at {lora.path}; check the path")
 
 

@@ -10,7 +10,6 @@ H heads, D channels of a head, C channels of the residual stream.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +20,6 @@ from .attention import Attention
 from .config import ModelConfig
 from .kv_cache import KeyValues
 from .rope import Rope, apply_rope
-
-Operations = ModuleType | type
-"""A namespace with Linear, LayerNorm, RMSNorm and Conv3d, taking `device` and `dtype`."""
 
 
 class PromptKV(NamedTuple):
@@ -39,8 +35,10 @@ class Projections(nn.Module):
     def __init__(self, config: ModelConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        for name in "qkvo":
-            setattr(self, name, operations.Linear(config.dim, config.dim, **factory))
+        self.q = operations.Linear(config.dim, config.dim, **factory)
+        self.k = operations.Linear(config.dim, config.dim, **factory)
+        self.v = operations.Linear(config.dim, config.dim, **factory)
+        self.o = operations.Linear(config.dim, config.dim, **factory)
         self.norm_q = operations.RMSNorm(config.dim, eps=config.eps, **factory)
         self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
 
@@ -54,7 +52,7 @@ class Projections(nn.Module):
 
     def output(self, x_BLHD: Tensor) -> Tensor:
         """[B, L, H, D] -> [B, L, C]"""
-        return self.o(x_BLHD.flatten(2))  # type: ignore[no-any-return, operator]
+        return self.o(x_BLHD.flatten(2))
 
     def _heads(self, x_BLC: Tensor) -> Tensor:
         return rearrange(x_BLC, "b l (h d) -> b l h d", h=self.num_heads)
@@ -138,7 +136,7 @@ class Head(nn.Module):
 
     def forward(self, x_BLC: Tensor, time_BFC: Tensor) -> Tensor:
         shift, scale = modulations(self.modulation, time_BFC[:, :, None])
-        return self.head(modulate(self.norm(x_BLC), shift, scale))  # type: ignore[no-any-return]
+        return self.head(modulate(self.norm(x_BLC), shift, scale))
 
 
 def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:

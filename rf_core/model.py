@@ -90,7 +90,7 @@ class WanModel(nn.Module):
         With a cache the frames are the current chunk and see its window; `cache.advance()` must
         have opened their slot. Without one all frames see each other.
         """
-        grid = Grid.of_latents(*x.shape[-2:], self.config.patch_size)
+        grid = Grid.of_latents(x.shape[-2], x.shape[-1], self.config.patch_size)
         time_BFC = self._embed_time(timestep_BF, x.dtype)
         time_BF6C = self.time_projection(time_BFC).unflatten(2, (6, -1))
         frames = x.shape[2] + (cache.context_frames if cache is not None else 0)
@@ -119,7 +119,7 @@ class WanModel(nn.Module):
         exponents = torch.arange(half, dtype=torch.float64, device=timestep_BF.device) / half
         angles = timestep_BF.double()[..., None] * MAX_PERIOD**-exponents
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.time_embedding(waves.to(dtype))  # type: ignore[no-any-return]
+        return self.time_embedding(waves.to(dtype))
 
     def _unpatchify(self, patches_BLC: Tensor, grid: Grid) -> Tensor:
         frames, rows, columns = self.config.patch_size

@@ -49,12 +49,12 @@ def add_noise(x0: Tensor, noise: Tensor, timestep_BF: Tensor) -> Tensor:
 
 
 def flow_to_x0(flow: Tensor, noisy: Tensor, timestep_BF: Tensor) -> Tensor:
-    """The clean sample a predicted flow implies: x0 = x - sigma flow, in float32 or wider."""
-    wide = torch.promote_types(flow.dtype, torch.float32)
-    return (noisy.to(wide) - sigma_of(timestep_BF) * flow.to(wide)).to(flow.dtype)
+    """The clean sample a predicted flow implies, x0 = x - sigma flow, in the sample's dtype."""
+    wide = torch.promote_types(noisy.dtype, torch.float32)
+    return (noisy.to(wide) - sigma_of(timestep_BF) * flow.to(wide)).to(noisy.dtype)
 
 
 def x0_to_flow(x0: Tensor, noisy: Tensor, timestep_BF: Tensor) -> Tensor:
     """The flow that leads from `noisy` to `x0`: (x - x0) / sigma. Sigma must not be 0."""
-    wide = torch.promote_types(x0.dtype, torch.float32)
-    return ((noisy.to(wide) - x0.to(wide)) / sigma_of(timestep_BF)).to(x0.dtype)
+    wide = torch.promote_types(noisy.dtype, torch.float32)
+    return ((noisy.to(wide) - x0.to(wide)) / sigma_of(timestep_BF)).to(noisy.dtype)

@@ -1,0 +1,533 @@
+"""Checkpoints of the student: every published layout read, checked strictly, and one written.
+
+Reading takes a network out of whatever holds it (bundles, prefixes, diffusers' names), finds its
+sizes from the tensors and refuses what is not a text-to-video Wan with one clear sentence. Writing
+gives a safetensors file that carries the cache and sampler settings it was trained for, and that
+ComfyUI core 0.27 detects as causal: core takes the metadata `config`, and every key under its
+`transformer` becomes a constructor argument there, so that holds `causal_ar` alone and our settings
+stand under `reward_forcing`. Core reads bare keys (or `model.` and `model.diffusion_model.`), takes
+128 channels a head, frequencies of 256, text of 512 tokens and patches of (1, 2, 2) as given, and
+so runs the released sizes only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import layouts
+from .config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
+from .lora import Lora, apply_loras
+from .model import WanModel
+from .weight_files import CheckpointError as CheckpointError
+from .weight_files import WeightFile, parse_json, read_weights, shorten
+
+SETTINGS_KEY = "reward_forcing"
+SETTINGS_FORMAT = 1
+HEAD_DIM = 128  # of every released Wan; shapes do not show it
+PREFERRED_SUBMODELS = ("generator_ema", "generator", "")
+CAUSAL_CONFIG = {"transformer": {"causal_ar": True}}
+
+_Config = TypeVar("_Config", ModelConfig, CacheConfig, SamplerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A text-to-video Wan as read from disk, under Wan's own names, and what was found about it."""
+
+    path: Path
+    """The file or folder."""
+    tensors: dict[str, Tensor] = field(repr=False)
+    """Bare key to tensor in the file's dtypes, memory-mapped where possible."""
+    config: ModelConfig
+    """Sizes, from the tensors; heads, text length and eps from metadata or Wan's convention."""
+    cache: CacheConfig | None
+    """The cache it was trained for, where the file says so."""
+    sampler: SamplerConfig | None
+    """The few-step schedule it was trained for, where the file says so."""
+    size: tuple[int, int] | None
+    """Height and width in pixels it was trained at, where the file says so."""
+    provenance: dict[str, Any]
+    """Where it came from, as recorded by `write_checkpoint`."""
+    metadata: dict[str, str]
+    """The safetensors header's free text."""
+    container: str
+    """Kind of file, and number of shards."""
+    names: str
+    """Whose key names the file used: `Wan` or `diffusers`."""
+    prefix: str
+    """What stood before the bare names, sub-model included."""
+    submodel: str
+    """The sub-model taken; empty where the file holds one unnamed network."""
+    submodels: tuple[str, ...]
+    """All networks in the file."""
+    dtypes: dict[str, int]
+    """Parameters of each dtype in the file."""
+    num_bytes: int
+    """Bytes of the network's tensors in the file."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the network."""
+        return sum(self.dtypes.values())
+
+    @property
+    def causal(self) -> bool:
+        """Whether ComfyUI core takes the file for a causal Wan."""
+        try:
+            config = parse_json(self.path, self.metadata.get("config", "{}"))
+        except CheckpointError:  # another program's key of the same name
+            return False
+        transformer = config.get("transformer")
+        return isinstance(transformer, dict) and transformer.get("causal_ar") is True
+
+
+def read_checkpoint(
+    path: str | Path, *, submodel: str | None = None, num_heads: int | None = None
+) -> Checkpoint:
+    """Read and check a student without loading its weights.
+
+    `submodel` picks a network of a bundle; by default `generator_ema` goes before `generator`.
+    `num_heads` is for files of unusual width that do not record it. CheckpointError, one sentence,
+    for every file that is not a complete text-to-video Wan.
+    """
+    file = read_weights(path)
+    prefix, tensors, submodels = _take_submodel(file, submodel)
+    names = "diffusers" if layouts.is_diffusers(tensors) else "Wan"
+    tensors = {layouts.from_diffusers(key): tensor for key, tensor in tensors.items()}
+    _require_text_to_video(file.path, tensors)
+    _require_keys(file.path, tensors)
+    settings = _settings(file)
+    config = _find_sizes(file, tensors, settings, num_heads)
+    _require_shapes(file.path, tensors, config)
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        dtypes[_dtype_name(tensor.dtype)] += tensor.numel()
+    return Checkpoint(
+        path=file.path,
+        tensors=tensors,
+        config=config,
+        cache=_parse(file.path, CacheConfig, settings.get("cache")),
+        sampler=_parse(file.path, SamplerConfig, settings.get("sampler")),
+        size=_parse_size(file.path, settings.get("size")),
+        provenance=settings.get("provenance") or {},
+        metadata=file.metadata,
+        container=file.container,
+        names=names,
+        prefix=_prefix_on_disk(file.tensors, prefix),
+        submodel=layouts.submodel_name(prefix),
+        submodels=submodels,
+        dtypes=dict(dtypes.most_common()),
+        num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def load_student(
+    path: str | Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    submodel: str | None = None,
+    num_heads: int | None = None,
+    expected: ModelConfig | None = None,
+    loras: Sequence[Lora] = (),
+    operations: Any = nn,
+) -> tuple[WanModel, Checkpoint]:
+    """A frozen student in eval mode, and the checkpoint it came from, now holding its weights.
+
+    Loads strictly, LoRAs merged, without a second copy in memory. CheckpointError also where the
+    sizes differ from `expected` or a weight is NaN or infinite in `dtype`.
+    """
+    checkpoint = read_checkpoint(path, submodel=submodel, num_heads=num_heads)
+    if expected is not None:
+        _require_size(checkpoint, expected)
+    merged = apply_loras(checkpoint.tensors, loras)
+    tensors = {key: merged.pop(key).to(device=device, dtype=dtype) for key in list(merged)}
+    _require_finite(checkpoint.path, tensors)
+    model = WanModel(checkpoint.config, operations=operations, device="meta")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.eval().requires_grad_(False), replace(checkpoint, tensors=tensors)
+
+
+def write_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    cache: CacheConfig | None,
+    sampler: SamplerConfig | None,
+    *,
+    size: tuple[int, int] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network as safetensors with its settings, in full or not at all.
+
+    With a cache the file is marked causal for ComfyUI core; without one it is a bidirectional
+    network (a teacher, a critic) and is not. `size` is the height and width in pixels it is made
+    for; `provenance` is free JSON on the weights' origin.
+    CheckpointError where tensors and config disagree or the file cannot be one of ours.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: checkpoints are written as .safetensors; change the name")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: its folder does not exist; create it first")
+    _require_keys(path, tensors)
+    _require_shapes(path, tensors, config)
+    settings = {
+        "format": SETTINGS_FORMAT,
+        "model": asdict(config),
+        "cache": asdict(cache) if cache else None,
+        "sampler": asdict(sampler) if sampler else None,
+        "size": size,
+        "provenance": dict(provenance or {}),
+    }
+    metadata = {"format": "pt", SETTINGS_KEY: json.dumps(settings)}
+    if cache is not None:
+        metadata["config"] = json.dumps(CAUSAL_CONFIG)
+    _write_atomically(path, tensors, metadata)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    submodel: str | None = None,
+    num_heads: int | None = None,
+    cache: CacheConfig | None = None,
+    sampler: SamplerConfig | None = None,
+    loras: Sequence[Lora] = (),
+) -> Checkpoint:
+    """Write any readable student to `target` and read it back.
+
+    `dtype` float32, bfloat16 or float16; None keeps each tensor's own. Settings not given are the
+    source's own, or else the published ones.
+    """
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype}; convert to float32, bfloat16 or float16")
+    if Path(source).resolve() == Path(target).resolve():
+        raise ValueError(f"{target} is both source and target; give the result another name")
+    checkpoint = read_checkpoint(source, submodel=submodel, num_heads=num_heads)
+    merged = apply_loras(checkpoint.tensors, loras)
+    tensors = {key: merged[key].to(dtype or t.dtype) for key, t in checkpoint.tensors.items()}
+    _require_finite(checkpoint.path, tensors)
+    write_checkpoint(
+        target,
+        tensors,
+        checkpoint.config,
+        cache or checkpoint.cache or CacheConfig(),
+        sampler or checkpoint.sampler or SamplerConfig(),
+        size=checkpoint.size,
+        provenance={
+            **checkpoint.provenance,
+            "source": checkpoint.path.name,
+            "sub-model": checkpoint.submodel,
+            "loras": [f"{lora.path.name}:{lora.strength:g}" for lora in loras],
+        },
+    )
+    return read_checkpoint(target)
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What `inspect` prints: a table of everything found."""
+    c = checkpoint.config
+    others = [name for name in checkpoint.submodels if name != checkpoint.submodel]
+    rows = {
+        "file": str(checkpoint.path),
+        "layout": f"{checkpoint.container}, {checkpoint.names} names"
+        + (f", prefix {checkpoint.prefix!r} removed" if checkpoint.prefix else ""),
+        "sub-model": (checkpoint.submodel or "without a name")
+        + (f" (also there: {', '.join(others)})" if others else ""),
+        "family": family(c),
+        "sizes": f"{c.num_layers} layers, width {c.dim} = {c.num_heads} heads x {c.head_dim}, "
+        f"feed-forward {c.ffn_dim}",
+        "latents": f"{c.in_dim} channels, patches {'x'.join(map(str, c.patch_size))}",
+        "prompt": f"{c.text_len} tokens x {c.text_dim}",
+        "parameters": f"{checkpoint.num_parameters:,}",
+        "dtypes": ", ".join(f"{name} {count:,}" for name, count in checkpoint.dtypes.items()),
+        "bytes": f"{checkpoint.num_bytes:,}",
+        "cache": _describe_cache(checkpoint.cache),
+        "sampler": _describe_sampler(checkpoint.sampler),
+        "picture": f"{checkpoint.size[1]}x{checkpoint.size[0]} pixels"
+        if checkpoint.size
+        else "size not recorded",
+        "ComfyUI core": "detects it as causal" if checkpoint.causal else "not marked as causal",
+        "fits": f"LoRAs of this size, a VAE of {c.in_dim} latent channels, a text encoder "
+        f"{c.text_dim} wide",
+    }
+    rows |= {name: str(value) for name, value in checkpoint.provenance.items() if value}
+    width = max(map(len, rows))
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
+
+
+def family(config: ModelConfig) -> str:
+    """A size's name: `Wan 2.1 T2V 1.3B`, or its width and depth where it has none."""
+    for name, preset in (("1.3B", WAN_1_3B), ("14B", WAN_14B)):
+        if config == preset:
+            return f"Wan 2.1 T2V {name}"
+    return f"Wan of width {config.dim} and {config.num_layers} layers"
+
+
+def _describe_cache(cache: CacheConfig | None) -> str:
+    if cache is None:
+        return "not recorded; the published settings apply"
+    return (
+        f"window {cache.window_frames} frames, sink {cache.sink_frames}, chunk "
+        f"{cache.chunk_frames}, decay {cache.decay} ({cache.accumulator})"
+    )
+
+
+def _describe_sampler(sampler: SamplerConfig | None) -> str:
+    if sampler is None:
+        return "not recorded; the published settings apply"
+    return f"steps {', '.join(map(str, sampler.steps))}, shift {sampler.shift:g}"
+
+
+def _take_submodel(
+    file: WeightFile, wanted: str | None
+) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
+    tensors = {layouts.unwrap(key): tensor for key, tensor in file.tensors.items()}
+    prefixes = _find_networks(file.path, tensors)
+    by_name = {layouts.submodel_name(prefix): prefix for prefix in prefixes}
+    if len(by_name) < len(prefixes) or len(tensors) < len(file.tensors):
+        raise CheckpointError(
+            f"{file.path}: holds the same network under several prefixes "
+            f"({shorten(prefixes)}); save one of them alone"
+        )
+    prefix = by_name[_choose(file.path, list(by_name), wanted)]
+    nested = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+    own = {
+        key[len(prefix) :]: tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix) and not key.startswith(nested)
+    }
+    return prefix, own, tuple(by_name)
+
+
+def _find_networks(path: Path, keys: Mapping[str, Tensor]) -> list[str]:
+    if layouts.is_lora(keys):
+        raise CheckpointError(f"{path}: is a LoRA, not a model; give it with --lora {path}:1.0")
+    if prefixes := layouts.wan_prefixes(keys):
+        return prefixes
+    kind = layouts.other_model(keys)
+    raise CheckpointError(
+        f"{path}: is {kind}, not a Wan text-to-video model; give the model's own file"
+        if kind is not None
+        else f"{path}: holds no Wan model; its tensors are named {shorten(list(keys))}"
+    )
+
+
+def _choose(path: Path, names: list[str], wanted: str | None) -> str:
+    listed = ", ".join(name or "one without a name" for name in names)
+    if wanted is not None:
+        if wanted not in names:
+            raise CheckpointError(
+                f"{path}: has no sub-model {wanted!r}; it holds {listed}: choose one of those"
+            )
+        return wanted
+    if len(names) == 1:
+        return names[0]
+    for name in PREFERRED_SUBMODELS:
+        if name in names:
+            return name
+    raise CheckpointError(f"{path}: holds several networks ({listed}); say which is the student")
+
+
+def _prefix_on_disk(keys: Iterable[str], prefix: str) -> str:
+    marker = prefix + "blocks."
+    key = next(key for key in keys if layouts.unwrap(key).startswith(marker))
+    return key[: key.index("blocks.")]
+
+
+def _require_text_to_video(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    kind = layouts.wan_variant(tensors)
+    patch, head = tensors.get("patch_embedding.weight"), tensors.get("head.head.bias")
+    if kind is None and patch is not None and head is not None and patch.ndim == 5:
+        read, written = patch.shape[1], head.numel() // patch.shape[2:].numel()
+        if read > written:
+            kind = f"an image-to-video Wan (it reads {read} channels and writes {written})"
+    if kind is not None:
+        raise CheckpointError(f"{path}: is {kind}; only text-to-video Wan models can stream here")
+    if layouts.is_scaled(tensors) or not all(t.is_floating_point() for t in tensors.values()):
+        raise CheckpointError(
+            f"{path}: has quantised weights with scales beside them, which are not supported; use "
+            "the bf16 or fp16 file, or plain fp8"
+        )
+
+
+def _require_keys(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Names depend on the number of layers alone; any width will do.
+    tiny = ModelConfig(dim=2, ffn_dim=2, freq_dim=2, text_dim=2, num_heads=1)
+    expected = _shapes(replace(tiny, num_layers=_count_layers(tensors))).keys()
+    missing = sorted(expected - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected)
+    if missing or unexpected:
+        found = [
+            f"{len(keys)} {label} ({shorten(keys)})"
+            for label, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        ]
+        raise CheckpointError(
+            f"{path}: is incomplete or no plain text-to-video Wan; of its tensors "
+            f"{' and '.join(found)}: use another file"
+        )
+
+
+def _require_shapes(path: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+    wrong = [
+        f"{key} is {list(tensors[key].shape)} instead of {list(shape)}"
+        for key, shape in _shapes(config).items()
+        if tensors[key].shape != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {len(wrong)} of its shapes do not fit {family(config)} "
+            f"({shorten(wrong)}); the file is damaged or not a plain Wan model"
+        )
+
+
+def _require_size(checkpoint: Checkpoint, expected: ModelConfig) -> None:
+    found = asdict(checkpoint.config)
+    differences = [
+        f"{name} {found[name]} instead of {wanted}"
+        for name, wanted in asdict(expected).items()
+        if found[name] != wanted
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint.path}: is {family(checkpoint.config)} where {family(expected)} is needed "
+            f"({', '.join(differences)}); give a checkpoint of that size"
+        )
+
+
+def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
+    if bad:
+        dtype = _dtype_name(tensors[bad[0]].dtype)
+        raise CheckpointError(
+            f"{path}: holds NaN or infinite weights in {dtype} in {len(bad)} of its tensors "
+            f"({shorten(bad)}); the file is damaged, its training diverged, or it needs bfloat16"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Extremes carry NaN along and take a single pass, 30 times faster than isfinite on every
+    # element (bf16, one core); fp8 has no arithmetic of its own.
+    low, high = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
+def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    state = WanModel(config, device="meta").state_dict()
+    return {key: tensor.shape for key, tensor in state.items()}
+
+
+def _find_sizes(
+    file: WeightFile,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    num_heads: int | None,
+) -> ModelConfig:
+    patch = tensors["patch_embedding.weight"]
+    if patch.ndim != 5:
+        raise CheckpointError(
+            f"{file.path}: patch_embedding.weight has shape {list(patch.shape)} instead of five "
+            "axes; the file is not a plain Wan model"
+        )
+    dim, recorded = patch.shape[0], _recorded_sizes(file, settings)
+    sizes = {
+        "dim": dim,
+        "ffn_dim": tensors["blocks.0.ffn.0.bias"].numel(),
+        "freq_dim": tensors["time_embedding.0.weight"].numel() // dim,
+        "text_dim": tensors["text_embedding.0.weight"].numel() // dim,
+        "in_dim": patch.shape[1],
+        "out_dim": tensors["head.head.bias"].numel() // patch.shape[2:].numel(),
+        "num_heads": num_heads or recorded.get("num_heads") or _usual_heads(file.path, dim),
+        "num_layers": _count_layers(tensors),
+        "patch_size": tuple(patch.shape[2:]),
+    }
+    config = _parse(file.path, ModelConfig, {**recorded, **sizes})
+    assert config is not None
+    return config
+
+
+def _usual_heads(path: Path, dim: int) -> int:
+    if dim % HEAD_DIM:
+        raise CheckpointError(
+            f"{path}: is {dim} channels wide and does not record its number of attention heads "
+            f"(released models have {HEAD_DIM} channels a head); give it as num_heads"
+        )
+    return dim // HEAD_DIM
+
+
+def _count_layers(keys: Iterable[str]) -> int:
+    return len({key.split(".")[1] for key in keys if key.startswith("blocks.")})
+
+
+def _recorded_sizes(file: WeightFile, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes cannot show: from our metadata, or the config.json of Wan or diffusers."""
+    known = {"num_heads": file.sidecar.get("num_attention_heads"), **file.sidecar}
+    known |= settings.get("model") or {}
+    return {
+        name: known[name]
+        for name in ("num_heads", "text_len", "eps")
+        if known.get(name) is not None
+    }
+
+
+def _settings(file: WeightFile) -> dict[str, Any]:
+    settings = parse_json(file.path, file.metadata.get(SETTINGS_KEY, "{}"))
+    found = settings.get("format", SETTINGS_FORMAT)
+    if found != SETTINGS_FORMAT:
+        raise CheckpointError(
+            f"{file.path}: has settings of format {found}, this version reads "
+            f"{SETTINGS_FORMAT}; update Reward Forcing"
+        )
+    return settings
+
+
+def _parse(path: Path, config: type[_Config], values: Mapping[str, Any] | None) -> _Config | None:
+    if values is None:
+        return None
+    try:
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return config(**arguments)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: has an unusable {config.__name__}: {error}") from error
+
+
+def _parse_size(path: Path, values: object) -> tuple[int, int] | None:
+    match values:
+        case None:
+            return None
+        case [int(height), int(width)] if height > 0 and width > 0:
+            return height, width
+    raise CheckpointError(f"{path}: has an unusable size {values!r}; it is [height, width]")
+
+
+def _write_atomically(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    try:
+        save_file(plain, partial, metadata=dict(metadata))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

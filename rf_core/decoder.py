@@ -1,0 +1,158 @@
+"""The border between latents and images: what a stream needs of the Wan VAE or TAEHV.
+
+One protocol, two adapters. They settle what differs (pixel range, how a clip ends, dtype) and run
+long inputs a few latent frames at a time, so that memory follows `group_frames` and not the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .taehv import TAEHV, fill_last_group, is_taehv, scales_of_file, taehv_of
+from .vae import VAEState, WanVAE, naming, vae_of
+from .weight_files import read_weights
+
+DecoderState = VAEState
+
+
+class Decoder(Protocol):
+    """Latents of a stream to images, and start images to latents."""
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels along each side of a latent."""
+
+    @property
+    def temporal_factor(self) -> int:
+        """Images of each latent frame but a stream's first, which has one."""
+
+    def images_of(self, latent_frames: int, first: bool) -> int:
+        """How many images the frames decode to; `first` where they begin a stream."""
+
+    def decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        """The stream's next normalised latents [B, C, F, h, w] -> images, and the state after.
+
+        Images are float32 [B, T, 3, H, W] in [0, 1]; `state` is None at the start of a stream.
+        """
+
+    def encode(self, images: Tensor) -> Tensor:
+        """A start clip's images [B, 4k+1, 3, H, W] in [0, 1] -> latents [B, C, k+1, h, w]."""
+
+
+class _Adapter:
+    """What both adapters share: sizes, dtype and running in groups."""
+
+    def __init__(self, codec: WanVAE | TAEHV, group_frames: int | None = None) -> None:
+        if group_frames is not None and group_frames < 1:
+            raise ValueError(f"group_frames is {group_frames}; use 1 or more, or None for no limit")
+        self.codec = codec
+        self.group_frames = group_frames
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels along each side of a latent."""
+        return self.codec.config.spatial_factor
+
+    @property
+    def temporal_factor(self) -> int:
+        """Images of each latent frame but a stream's first, which has one."""
+        return self.codec.config.temporal_factor
+
+    def images_of(self, latent_frames: int, first: bool) -> int:
+        """How many images the frames decode to; `first` where they begin a stream."""
+        skipped = self.temporal_factor - 1 if first else 0
+        return self.temporal_factor * latent_frames - skipped
+
+    def _decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        group = self.group_frames or latents.shape[2]
+        return _in_turn(self.codec.decode_chunk, self._cast(latents).split(group, dim=2), state)
+
+    def _encode(self, video: Tensor, first_images: int) -> Tensor:
+        """`first_images` is how many images the clip's first latent frame stands for."""
+        later = self.temporal_factor * (self.group_frames or video.shape[2])
+        first = later - self.temporal_factor + first_images
+        parts = [video[:, :, :first], *video[:, :, first:].split(later, dim=2)]
+        latents, _ = _in_turn(self.codec.encode_chunk, [p for p in parts if p.shape[2]], None)
+        return latents.float()
+
+    def _video_of(self, images: Tensor) -> Tensor:
+        step = self.temporal_factor
+        if images.ndim != 5 or images.shape[1] % step != 1:
+            raise ValueError(
+                f"a start clip is {list(images.shape)}; it must be [batch, {step}k + 1 images, 3, "
+                "height, width]: trim it"
+            )
+        return self._cast(rearrange(images, "b t c h w -> b c t h w"))
+
+    def _cast(self, x: Tensor) -> Tensor:
+        weights = next(self.codec.parameters())
+        return x.to(device=weights.device, dtype=weights.dtype)
+
+
+class WanDecoder(_Adapter):
+    """The Wan VAE as a `Decoder`; `group_frames` latent frames at a time (None: all at once)."""
+
+    def decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        """See `Decoder.decode`."""
+        pixels, state = self._decode(latents, state)
+        return _images_of(pixels.float() / 2 + 0.5), state
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See `Decoder.encode`."""
+        return self._encode(self._video_of(images) * 2 - 1, first_images=1)
+
+
+class TAEHVDecoder(_Adapter):
+    """TAEHV as a `Decoder`; `group_frames` latent frames at a time (None: all at once)."""
+
+    def decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        """See `Decoder.decode`."""
+        pixels, state = self._decode(latents, state)
+        return _images_of(pixels.float()), state
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See `Decoder.encode`."""
+        video = fill_last_group(self._video_of(images))
+        return self._encode(video, first_images=self.temporal_factor)
+
+
+def load_decoder(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    group_frames: int | None = None,
+) -> WanDecoder | TAEHVDecoder:
+    """The decoder a .safetensors or .pth file holds: a Wan 2.1 VAE or a TAEHV (`taew2_1`).
+
+    ValueError, with the file's path, for a file that is neither.
+    """
+    file = read_weights(path)
+    with naming(file.path):
+        if is_taehv(file.tensors):
+            taehv = taehv_of(file.tensors, scales_of_file(file), device, dtype)
+            return TAEHVDecoder(taehv, group_frames)
+        return WanDecoder(vae_of(file.tensors, file.metadata, device, dtype), group_frames)
+
+
+def _in_turn(
+    run: Callable[[Tensor, VAEState | None], tuple[Tensor, VAEState]],
+    parts: Iterable[Tensor],
+    state: VAEState | None,
+) -> tuple[Tensor, VAEState]:
+    done = []
+    for part in parts:
+        out, state = run(part, state)
+        done.append(out)
+    assert state is not None
+    return torch.cat(done, dim=2), state
+
+
+def _images_of(pixels: Tensor) -> Tensor:
+    images: Tensor = rearrange(pixels.clamp(0, 1), "b c t h w -> b t c h w")
+    return images

@@ -1,0 +1,389 @@
+"""Video files: an MP4 that grows while it is made, and pictures and clips read as tensors.
+
+Each chunk of images is encoded by a fresh encoder into one closed group of pictures and appended
+as one MP4 fragment. Whatever is on disk therefore plays, also after a kill, and a file resumed
+after any chunk holds exactly the images of one that was never stopped. Nothing but the chunk at
+hand is kept in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .config import FPS
+
+_BT709 = 1  # the number of BT.709 as matrix, primaries and transfer (ITU-T H.273, tables 2 to 4)
+_BT601 = 5
+_LIMITED_RANGE = 1  # luma from 16 to 235, what players expect
+_CODECS = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf", "h264_nvenc", "mpeg4")
+# Containers add these to what they report; they are no metadata of ours to copy.
+_CONTAINER_KEYS = ("major_brand", "minor_version", "compatible_brands", "encoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoFormat:
+    """How images become a video stream."""
+
+    width: int
+    """Columns of an image, in pixels; even, since colour is stored at half resolution."""
+    height: int
+    """Rows of an image, in pixels; even."""
+    fps: int = FPS
+    """Images a second."""
+    crf: int = 18
+    """Quality of libx264: 0 is lossless, 18 looks lossless, 51 is the worst."""
+    codec: str = "libx264"
+    """Encoder, by FFmpeg's name. Others than libx264 get a generous bit rate instead of crf."""
+
+    def __post_init__(self) -> None:
+        if self.width < 2 or self.height < 2 or self.width % 2 or self.height % 2:
+            raise ValueError(
+                f"a video of {self.width}x{self.height} pixels cannot be written: width and height "
+                "must be even, as colour is stored at half resolution; choose multiples of 16"
+            )
+        if self.fps < 1:
+            raise ValueError(f"fps is {self.fps}; a video needs at least 1 image a second")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf is {self.crf}; it lies between 0 (lossless) and 51 (worst)")
+        _check_codec(self.codec)
+
+
+class VideoWriter:
+    """Writes an MP4 chunk by chunk; after each `write` the file on disk plays to its end.
+
+    The file is created by the first `write`, over one of the same name.
+
+    Args:
+        path: the MP4 to write; its folder must exist.
+        format: size, rate and quality.
+        metadata: names and texts stored in the file, such as `title` and `comment`.
+
+    Raises:
+        ValueError: the folder does not exist, or the encoder does not start.
+    """
+
+    def __init__(
+        self, path: str | Path, format: VideoFormat, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._path = Path(path)
+        if not self._path.absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder does not exist; create it")
+        _black_fragment(format)
+        self._format = format
+        self._metadata = dict(metadata or {})
+        self._num_images = 0
+        self._file: BinaryIO | None = None
+
+    @classmethod
+    def resume(cls, path: str | Path, num_images: int, format: VideoFormat) -> VideoWriter:
+        """A writer that goes on after the first `num_images` images of an existing file.
+
+        The file may have been cut off by a kill, hold more images (they are dropped), or have
+        been through `remux`. It is replaced at once, so a crash in here leaves it as it was.
+
+        Raises:
+            ValueError: no such file, too few images in it, or it has another format.
+        """
+        writer = cls(path, format)
+        _check_continues(writer._path, num_images, format)
+        _copy_stream(writer._path, num_images=num_images, fragmented=True)
+        writer._num_images = num_images
+        writer._file = writer._path.open("ab")
+        return writer
+
+    @property
+    def num_images(self) -> int:
+        """Images in the file so far."""
+        return self._num_images
+
+    def write(self, images: Tensor) -> None:
+        """Append one chunk, uint8 [T, H, W, 3]; when this returns, the chunk is on disk.
+
+        Raises:
+            ValueError: the images have another size or type than the video.
+        """
+        expected = (self._format.height, self._format.width, 3)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images are {images.dtype} {list(images.shape)}; this video takes uint8 "
+                f"[T, {expected[0]}, {expected[1]}, 3] (see to_uint8)"
+            )
+        if not len(images):
+            raise ValueError("images holds no image; a chunk has at least 1")
+        data = _fragment(images, self._num_images, self._format, self._metadata)
+        if self._file is None:
+            self._file = self._path.open("wb")
+        else:
+            data = data[_header_length(data) :]
+        self._file.write(data)
+        self._file.flush()
+        self._num_images += len(images)
+
+    def close(self) -> None:
+        """Close the file; more than once does no harm."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def remux(path: str | Path) -> None:
+    """Rewrite a closed MP4 with its index in front, as editors and web pages like it.
+
+    The encoded images are copied, not encoded again; `VideoWriter.resume` reads the result too.
+    The file is replaced at once when the new one is complete. Takes about a second an hour of
+    video.
+
+    Raises:
+        ValueError: no such file, or not a video.
+    """
+    _copy_stream(Path(path), num_images=None, fragmented=False)
+
+
+def read_images(
+    path: str | Path, *, width: int, height: int, num_images: int | None = None, last: bool = False
+) -> Tensor:
+    """A picture or a clip, scaled to cover `width` x `height` pixels and cropped to its centre.
+
+    Args:
+        path: a picture (PNG, JPEG, WebP ...) or a video, in any format FFmpeg reads.
+        width: columns wanted.
+        height: rows wanted.
+        num_images: how many images to take, as they come, whatever the clip's rate; all if None.
+        last: take the last images instead of the first.
+
+    Returns:
+        Tensor: float32 [1, T, 3, height, width] in [0, 1].
+
+    Raises:
+        ValueError: no such file, no images in it, or fewer than `num_images`.
+    """
+    frames = _decode(Path(path))
+    kept = deque(frames, maxlen=num_images) if last else list(islice(frames, num_images))
+    if not kept or len(kept) < (num_images or 0):
+        raise ValueError(
+            f"{path} holds {len(kept)} images, {num_images or 1} are needed; give a longer clip"
+        )
+    return torch.stack([_cover(frame, width, height) for frame in kept]).unsqueeze(0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images [..., 3, H, W] in [0, 1], clipped to it, as the nearest bytes [..., H, W, 3]."""
+    rounded = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return rearrange(rounded, "... c h w -> ... h w c").contiguous()
+
+
+def _check_codec(name: str) -> None:
+    import av
+
+    if name not in av.codecs_available:
+        others = [codec for codec in _CODECS if codec in av.codecs_available]
+        raise ValueError(
+            f"this build of PyAV has no encoder {name!r}; it has {', '.join(others) or 'none'} of "
+            "those that fit an MP4: choose one as codec, or install PyAV from PyPI"
+        )
+
+
+def _fragment(
+    images: Tensor, first: int, format: VideoFormat, metadata: Mapping[str, str]
+) -> bytes:
+    """A whole MP4 of one fragment whose images are numbers `first` and on of their stream."""
+    import av
+
+    options = {
+        # frag_discont dates the fragment by its packets; skip_trailer leaves it open-ended.
+        "movflags": "empty_moov+default_base_moof+frag_discont+skip_trailer+use_metadata_tags",
+        "avoid_negative_ts": "make_non_negative",  # the muxer's own choice moves each chunk to 0
+        "fragment_index": str(first + 1),  # must grow from fragment to fragment
+        "video_track_timescale": str(_timescale(format)),
+    }
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options=options) as container:
+        container.metadata.update(metadata)
+        stream = _add_encoder(container, format)
+        for index, image in enumerate(images.cpu().numpy(), start=first):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=_BT709)
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def _black_fragment(format: VideoFormat) -> bytes:
+    """One image in this format, to see that its encoder starts and how it describes itself."""
+    import av
+
+    image = torch.zeros(1, format.height, format.width, 3, dtype=torch.uint8)
+    try:
+        return _fragment(image, 0, format, {})
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"encoder {format.codec!r} does not start for {format.width}x{format.height}: "
+            f"{error.strerror}; choose another codec, such as libx264"
+        ) from error
+
+
+def _add_encoder(container: Any, format: VideoFormat) -> Any:
+    # One thread: x264's output depends on their number, and should not on the machine's cores.
+    # Past "veryfast", presets cost three times the time for 5 % of the size on 12 images.
+    options = {"crf": str(format.crf), "preset": "veryfast", "threads": "1", "sc_threshold": "0"}
+    is_x264 = format.codec == "libx264"
+    stream = container.add_stream(
+        format.codec, rate=format.fps, options=options if is_x264 else None
+    )
+    stream.width, stream.height, stream.pix_fmt = format.width, format.height, "yuv420p"
+    context = stream.codec_context
+    context.max_b_frames = 0  # pictures in the order shown: any leading part of the file decodes
+    context.color_primaries = context.color_trc = context.colorspace = _BT709
+    context.color_range = _LIMITED_RANGE
+    if not is_x264:
+        context.bit_rate = format.width * format.height * format.fps // 2
+    return stream
+
+
+def _timescale(format: VideoFormat) -> int:
+    return format.fps * 1024
+
+
+def _header_length(data: bytes) -> int:
+    """Bytes before the first fragment: ISO/IEC 14496-12 boxes are a length, a name, a body."""
+    offset = 0
+    while data[offset + 4 : offset + 8] != b"moof":
+        offset += int(struct.unpack_from(">I", data, offset)[0])
+    return offset
+
+
+def _open(source: Path | io.BytesIO) -> Any:
+    import av
+
+    if isinstance(source, Path) and not source.is_file():
+        raise ValueError(f"{source} is not a file; check the path")
+    try:
+        container = av.open(str(source) if isinstance(source, Path) else source)
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{source} is not a picture or video FFmpeg can read: {error.strerror}"
+        ) from error
+    streams = container.streams.video
+    # FFmpeg "plays" any text file as a terminal recording; a codec it lacks leaves no context.
+    if not streams or streams[0].codec_context is None or container.format.name == "tty":
+        container.close()
+        raise ValueError(f"{source} holds no picture or video; give an image file or a clip")
+    return container
+
+
+def _check_continues(path: Path, num_images: int, format: VideoFormat) -> None:
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; to go on after no image, begin a new file")
+    with _open(io.BytesIO(_black_fragment(format))) as ours, _open(path) as theirs:
+        # The decoder's configuration holds size, rate and coding tools. It is stored once, at the
+        # front, so appended images decode only under the same one.
+        same = (
+            ours.streams.video[0].codec_context.extradata
+            == theirs.streams.video[0].codec_context.extradata
+        )
+    if not same:
+        raise ValueError(
+            f"{path} was written with another size, rate or encoder than {format}; resume with "
+            "the settings it was begun with, or write to a new file"
+        )
+
+
+def _copy_stream(path: Path, *, num_images: int | None, fragmented: bool) -> None:
+    """Copy the first `num_images` encoded images (all if None) into a new file in its place."""
+    import av
+
+    part = path.with_name(path.name + ".part")
+    try:
+        with _open(path) as source:
+            stream = source.streams.video[0]
+            layout = "frag_keyframe+empty_moov+default_base_moof" if fragmented else "faststart"
+            options = {
+                "movflags": layout + "+use_metadata_tags",
+                "video_track_timescale": str(stream.time_base.denominator),
+            }
+            with av.open(str(part), "w", format="mp4", options=options) as target:
+                target.metadata.update(
+                    {k: v for k, v in source.metadata.items() if k not in _CONTAINER_KEYS}
+                )
+                copied = _copy_packets(source, target, num_images)
+        if copied < (num_images or 1):
+            raise ValueError(f"{path} holds {copied} whole images, {num_images or 1} are needed")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _copy_packets(source: Any, target: Any, num_images: int | None) -> int:
+    stream = source.streams.video[0]
+    out = target.add_stream_from_template(stream, opaque=True)
+    copied = 0
+    for packet in islice(_whole_packets(source), num_images):
+        packet.stream = out
+        target.mux(packet)
+        copied += 1
+    return copied
+
+
+def _whole_packets(container: Any) -> Iterator[Any]:
+    """The encoded images of a file, up to where it was cut off."""
+    import av
+
+    try:
+        for packet in container.demux(video=0):
+            if packet.is_corrupt:
+                return
+            if packet.size:  # the last one is empty: it tells a decoder to flush
+                yield packet
+    except av.FFmpegError:
+        return
+
+
+def _decode(path: Path) -> Iterator[Tensor]:
+    """The images of a file, uint8 [H, W, 3], upright."""
+    with _open(path) as container:
+        decoder = container.streams.video[0].codec_context
+        for packet in _whole_packets(container):
+            yield from map(_pixels, decoder.decode(packet))
+        yield from map(_pixels, decoder.decode(None))
+
+
+def _pixels(frame: Any) -> Tensor:
+    # RGB has no matrix; PyAV 14 minds the frame's own only where another target is named.
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24", dst_colorspace=_BT601))
+    return torch.rot90(image, round(frame.rotation / 90))
+
+
+def _cover(image: Tensor, width: int, height: int) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, height, width]: scaled until both sides fit, then cropped."""
+    pixels = rearrange(image, "h w c -> 1 c h w").float() / 255
+    scale = max(Fraction(height, image.shape[0]), Fraction(width, image.shape[1]))
+    size = (round(image.shape[0] * scale), round(image.shape[1] * scale))
+    if size != tuple(image.shape[:2]):
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return pixels[0, :, top : top + height, left : left + width]

@@ -1,0 +1,179 @@
+"""The decoders a stream uses: one protocol over the Wan VAE and TAEHV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rf_core.decoder import Decoder, DecoderState, TAEHVDecoder, WanDecoder, load_decoder
+from rf_core.taehv import TAEHV, TAEHVConfig
+from rf_core.vae import VAEConfig, WanVAE
+
+Adapter = type[WanDecoder] | type[TAEHVDecoder]
+BOTH = pytest.mark.parametrize("kind", [WanDecoder, TAEHVDecoder])
+
+
+def codec_of(kind: Adapter) -> WanVAE | TAEHV:
+    torch.manual_seed(0)
+    if kind is WanDecoder:
+        codec = WanVAE(VAEConfig(dim=4, num_res_blocks=1))
+    else:
+        codec = TAEHV(TAEHVConfig(decoder_widths=(6, 5, 4, 4), encoder_width=5))
+    return codec.eval().requires_grad_(False)
+
+
+def latents(frames: int = 7) -> Tensor:
+    return 2 * torch.randn(2, 16, frames, 2, 3, generator=torch.Generator().manual_seed(1))
+
+
+def images(count: int = 13) -> Tensor:
+    return torch.rand(2, count, 3, 16, 24, generator=torch.Generator().manual_seed(2))
+
+
+def stream_of(decoder: Decoder, z: Tensor, sizes: list[int]) -> tuple[Tensor, DecoderState]:
+    done, state = [], None
+    for part in z.split(sizes, dim=2):
+        out, state = decoder.decode(part, state)
+        done.append(out)
+    return torch.cat(done, dim=1), state
+
+
+def test_the_wan_vae_s_pixels_become_images_between_0_and_1() -> None:
+    vae = codec_of(WanDecoder)
+    vae.decoder.head.get_submodule("2").weight.mul_(20)  # well beyond [-1, 1]
+    pixels = vae.decode(latents())
+    assert pixels.abs().max() > 2
+    decoded, state = WanDecoder(vae).decode(latents(), None)
+    assert decoded.shape == (2, 25, 3, 16, 24)
+    torch.testing.assert_close(decoded, ((pixels + 1) / 2).clamp(0, 1).transpose(1, 2))
+    assert state.num_frames == 7
+
+
+def test_taehv_s_pixels_are_images_already() -> None:
+    taehv = codec_of(TAEHVDecoder)
+    decoded, _ = TAEHVDecoder(taehv).decode(latents(), None)
+    torch.testing.assert_close(decoded, taehv.decode(latents()).transpose(1, 2))
+
+
+@BOTH
+@pytest.mark.parametrize("sizes", [[1] * 7, [3, 3, 1], [2, 5]], ids=str)
+def test_a_stream_in_chunks_equals_the_whole(kind: Adapter, sizes: list[int]) -> None:
+    decoder = kind(codec_of(kind))
+    whole, _ = decoder.decode(latents(), None)
+    streamed, state = stream_of(decoder, latents(), sizes)
+    torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)
+    assert state.num_frames == 7
+
+
+@BOTH
+@pytest.mark.parametrize("group", [1, 2, 3, 100])
+def test_decoding_in_groups_changes_neither_images_nor_state(kind: Adapter, group: int) -> None:
+    codec = codec_of(kind)
+    whole, after = kind(codec).decode(latents(), None)
+    grouped, state = kind(codec, group_frames=group).decode(latents(), None)
+    torch.testing.assert_close(grouped, whole, atol=1e-5, rtol=1e-5)
+    assert state.num_frames == after.num_frames
+    torch.testing.assert_close(state.tensors, after.tensors, atol=1e-4, rtol=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("group", [1, 2, 3, 100])
+def test_encoding_in_groups_equals_encoding_whole(kind: Adapter, group: int) -> None:
+    codec = codec_of(kind)
+    scaled = images() * 2 - 1 if kind is WanDecoder else images()
+    encoded = kind(codec, group_frames=group).encode(images())
+    assert encoded.shape == (2, 16, 4, 2, 3)
+    torch.testing.assert_close(encoded, codec.encode(scaled.transpose(1, 2)), atol=1e-5, rtol=1e-5)
+
+
+@BOTH
+def test_groups_bound_what_the_network_sees_at_once(kind: Adapter) -> None:
+    codec, seen = codec_of(kind), []
+    run = codec.decode_chunk
+    codec.decode_chunk = lambda z, state: (seen.append(z.shape[2]), run(z, state))[1]
+    kind(codec, group_frames=3).decode(latents(), None)
+    assert seen == [3, 3, 1]
+
+
+@BOTH
+def test_images_of_counts_what_decode_returns(kind: Adapter) -> None:
+    decoder = kind(codec_of(kind))
+    first, state = decoder.decode(latents(frames=3), None)
+    later, _ = decoder.decode(latents(frames=3), state)
+    assert decoder.images_of(3, first=True) == first.shape[1] == 9
+    assert decoder.images_of(3, first=False) == later.shape[1] == 12
+    assert (decoder.spatial_factor, decoder.temporal_factor) == (8, 4)
+
+
+@BOTH
+def test_a_fork_of_the_state_leaves_its_parent_untouched(kind: Adapter) -> None:
+    decoder = kind(codec_of(kind))
+    _, state = decoder.decode(latents()[:, :, :3], None)
+    fork, before = state.clone(), state.clone()
+    decoder.decode(latents(frames=2), fork)
+    for tensor in fork.tensors.values():
+        tensor.zero_()
+    assert all(torch.equal(state.tensors[key], before.tensors[key]) for key in before.tensors)
+    rest, _ = decoder.decode(latents()[:, :, 3:], state)
+    whole, _ = decoder.decode(latents(), None)
+    torch.testing.assert_close(rest, whole[:, 9:], atol=1e-5, rtol=1e-5)
+
+
+@BOTH
+def test_a_state_tells_its_size_and_moves_between_dtypes(kind: Adapter) -> None:
+    _, state = kind(codec_of(kind)).decode(latents(), None)
+    half = state.to(dtype=torch.float16)
+    assert half.nbytes * 2 == state.nbytes == sum(4 * t.numel() for t in state.tensors.values())
+    assert half.num_frames == state.num_frames
+    assert {tensor.dtype for tensor in half.tensors.values()} == {torch.float16}
+
+
+@BOTH
+def test_latents_of_any_dtype_decode_to_float32_images(kind: Adapter) -> None:
+    decoder = kind(codec_of(kind).to(torch.bfloat16))
+    decoded, _ = decoder.decode(latents(), None)
+    assert decoded.dtype == decoder.encode(images()).dtype == torch.float32
+    exact, _ = kind(codec_of(kind)).decode(latents(), None)
+    assert (decoded - exact).abs().max() < 0.1
+
+
+@BOTH
+def test_a_file_says_by_its_tensors_which_decoder_it_holds(kind: Adapter, tmp_path: Path) -> None:
+    codec = codec_of(kind)
+    save_file(codec.state_dict(), tmp_path / "decoder.safetensors")
+    decoder = load_decoder(tmp_path / "decoder.safetensors", group_frames=2)
+    assert type(decoder) is kind and decoder.group_frames == 2
+    whole, _ = kind(codec).decode(latents(), None)
+    torch.testing.assert_close(decoder.decode(latents(), None)[0], whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_that_holds_no_decoder_is_refused(tmp_path: Path) -> None:
+    save_file({"blocks.0.self_attn.q.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors.*not a Wan VAE.*self_attn"):
+        load_decoder(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"nothing\.safetensors"):
+        load_decoder(tmp_path / "nothing.safetensors")
+
+
+@BOTH
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_a_start_clip_of_another_length_is_refused(kind: Adapter, count: int) -> None:
+    with pytest.raises(ValueError, match=rf"\[2, {count}, 3.*4k \+ 1 images.*trim"):
+        kind(codec_of(kind)).encode(images(count))
+
+
+@BOTH
+def test_a_state_of_the_other_decoder_is_refused(kind: Adapter) -> None:
+    other = TAEHVDecoder if kind is WanDecoder else WanDecoder
+    _, state = other(codec_of(other)).decode(latents(), None)
+    with pytest.raises(ValueError, match="belongs to another"):
+        kind(codec_of(kind)).decode(latents(), state)
+
+
+def test_a_group_of_no_frames_is_refused() -> None:
+    with pytest.raises(ValueError, match="group_frames is 0"):
+        WanDecoder(codec_of(WanDecoder), group_frames=0)
