@@ -151,14 +151,18 @@ class _ProgressLine:
 
 
 def _progress_text(progress: Progress) -> str:
-    made = f"{progress.chunks}" if progress.total is None else f"{progress.chunks}/{progress.total}"
-    images = progress.chunk_images
+    total = "" if progress.total is None else f"/{progress.total}"
     text = (
-        f"chunk {made}, {progress.images / FPS:.2f} s, network "
-        f"{images / progress.network_seconds:.1f} fps, decode "
-        f"{images / progress.decode_seconds:.1f} fps, both {progress.fps:.1f} fps"
+        f"chunk {progress.chunks}{total}, {progress.images / FPS:.2f} s, "
+        f"network {_rate(progress.chunk_images, progress.network_seconds)}, "
+        f"decode {_rate(progress.chunk_images, progress.decode_seconds)}, "
+        f"all {progress.fps:.1f} fps"
     )
     return text if progress.seconds_left is None else f"{text}, {progress.seconds_left:.0f} s left"
+
+
+def _rate(images: int, seconds: float) -> str:
+    return f"{images / seconds:.1f} fps" if seconds else "idle"
 
 
 def _bar(progress: Progress, width: int = 20) -> str:
@@ -169,7 +173,7 @@ def _bar(progress: Progress, width: int = 20) -> str:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    cuda = torch.device(args.device).type == "cuda"
+    cuda = args.device.startswith("cuda")
     return Options(
         timeline=_timeline(args),
         output=args.output or _free_name(Path("outputs")),

@@ -152,7 +152,7 @@ class Progress:
     chunk_images: int
     """Images of the last chunk."""
     network_seconds: float
-    """Time the network took for the last chunk."""
+    """Time the network took for the last chunk; 0 where it was given."""
     decode_seconds: float
     """Time decoding and writing took for the last chunk."""
     fps: float
@@ -298,28 +298,29 @@ class _Pace:
         self._total, self._chunks, self._device = total, chunks, torch.device(device)
         self._began = self._marked = time.perf_counter()
         self._images = 0
-        self.network_seconds = 0.0
+        self._network_seconds = 0.0
 
     def network_done(self) -> None:
         """The chunk's latents are made."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.network_seconds = time.perf_counter() - self._marked
+        self._network_seconds = time.perf_counter() - self._marked
 
     def chunk_done(self, chunks: int, images: int, images_in_file: int) -> Progress:
         """The chunk is written."""
         now = time.perf_counter()
-        decode_seconds = now - self._marked - self.network_seconds
+        decode_seconds = now - self._marked - self._network_seconds
         self._marked, self._images = now, self._images + images
         left = None
         if self._total is not None:
             left = (self._total - chunks) * (now - self._began) / (chunks - self._chunks)
+        network_seconds, self._network_seconds = self._network_seconds, 0.0
         return Progress(
             chunks=chunks,
             total=self._total,
             images=images_in_file,
             chunk_images=images,
-            network_seconds=self.network_seconds,
+            network_seconds=network_seconds,
             decode_seconds=decode_seconds,
             fps=self._images / (now - self._began),
             seconds_left=left,

@@ -223,6 +223,7 @@ def fill_last_group(video: Tensor) -> Tensor:
 
     How the published code ends a clip; 4k + 1 images become k + 1 latent frames.
     """
+    check_shape(video, RGB, "video")
     lacking = -video.shape[2] % TAEHVConfig.temporal_factor
     return torch.cat([video, video[:, :, -1:].expand(-1, -1, lacking, -1, -1)], dim=2)
 

@@ -307,10 +307,10 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read as {path.suffix or 'a torch file'}: it is cut off or of "
-            "another kind; download it again"
+            f"{path} cannot be read ({_first_line(error)}): it is cut off or of another kind; "
+            "download it again"
         ) from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} holds a {type(tensors).__name__}; a dict of weights is needed")
@@ -440,13 +440,17 @@ def _place(path_or_id: str) -> dict[str, Any]:
 
 
 def _failure(path_or_id: str, what: str, error: Exception) -> ValueError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = _first_line(error)
     if Path(path_or_id).is_dir():
         return ValueError(f"the {what} in {path_or_id} cannot be read: {reason}")
     return ValueError(
         f"{path_or_id} is no file or folder here, and the Hugging Face hub gave no {what} for it "
         f"({reason}); check the name and the connection, or give a local path"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _load_tokenizer(path_or_id: str) -> Tokenize:
@@ -473,6 +477,7 @@ def _load_pretrained(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> tuple[Any, Tokenize]:
+    from safetensors import SafetensorError
     from transformers import UMT5Config, UMT5EncoderModel
 
     place = _place(path_or_id)
@@ -489,7 +494,7 @@ def _load_pretrained(
         model, report = UMT5EncoderModel.from_pretrained(
             **place, torch_dtype=dtype, output_loading_info=True, **_ATTENTION
         )
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise _failure(path_or_id, "text encoder", error) from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path_or_id} lacks {len(missing)} weights, such as {missing[0]}")

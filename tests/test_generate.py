@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from rf_core.__main__ import main
+from rf_core.checkpoint import write_checkpoint
+from rf_core.config import CacheConfig, ModelConfig
+from rf_core.text import UMT5Encoder, byte_ids, save_text_encoder
+from rf_core.vae import VAEConfig, WanVAE, vae_metadata
+
+ROOT = Path(__file__).parents[1]
+MODEL = ModelConfig(
+    dim=48, ffn_dim=64, freq_dim=32, text_dim=16, text_len=24, num_heads=2, num_layers=2
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with a tiny student, VAE and text encoder of random weights."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    folder = tmp_path_factory.mktemp("weights")
+    student = tiny.model(MODEL)
+    write_checkpoint(
+        folder / "student.safetensors",
+        student.state_dict(),
+        MODEL,
+        CacheConfig(decay=0.9),
+        tiny.TWO_STEPS,
+        size=(32, 48),
+    )
+    torch.manual_seed(0)
+    config = VAEConfig(dim=4, num_res_blocks=1)
+    vae = WanVAE(config)
+    metadata = vae_metadata(config)
+    save_file(vae.state_dict(), folder / "vae.safetensors", metadata=metadata)
+    umt5 = UMT5Config(
+        vocab_size=260, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    encoder = UMT5Encoder(UMT5EncoderModel(umt5), byte_ids, text_len=24)
+    save_text_encoder(folder / "text.safetensors", encoder)
+    return folder
+
+
+def arguments(weights: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "generate",
+        *("--model", str(weights / "student.safetensors")),
+        *("--vae", str(weights / "vae.safetensors")),
+        *("--text-encoder", str(weights / "text.safetensors")),
+        *("--device", "cpu", "--output", str(output)),
+        *more,
+    ]
+
+
+def images_of(path: Path) -> np.ndarray:
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+def comment_of(path: Path) -> dict:
+    with av.open(str(path)) as file:
+        return json.loads(file.metadata["comment"])
+
+
+def test_a_prompt_becomes_a_video_of_the_length_asked_for(weights, tmp_path, capsys):
+    output = tmp_path / "a.mp4"
+    assert (
+        main(arguments(weights, output, "--prompt", "a cat", "--seconds", "2", "--seed", "5")) == 0
+    )
+    images = images_of(output)
+    assert images.shape == (9 + 12 * 2, 32, 48, 3)
+    record = comment_of(output)
+    assert (record["seed"], record["cache"]["decay"]) == (5, 0.9)
+    assert record["prompts"] == [[0, "recache", "a cat"]]
+    out = capsys.readouterr().out
+    assert "chunk 3/3" in out and "network" in out and "decode" in out and "2.06 s" in out
+    assert not list(tmp_path.glob("*.state*"))
+
+
+def test_a_timeline_is_printed_resolved_and_a_cut_makes_a_short_chunk(weights, tmp_path, capsys):
+    timeline = tmp_path / "t.txt"
+    timeline.write_text("0s: a cat\nc2 [soft]: a dog\nc3 [cut]: a city\n", encoding="utf-8")
+    output = tmp_path / "a.mp4"
+    assert main(arguments(weights, output, "--timeline", str(timeline), "--chunks", "4")) == 0
+    assert len(images_of(output)) == 9 + 12 + 12 + 9
+    assert "1.31" in capsys.readouterr().out.splitlines()[2]
+
+
+def test_the_same_seed_gives_the_same_video_and_another_seed_another(weights, tmp_path):
+    videos = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        output = tmp_path / f"{name}.mp4"
+        main(arguments(weights, output, "--prompt", "x", "--chunks", "1", "--seed", seed))
+        videos.append(images_of(output))
+    assert np.array_equal(videos[0], videos[1])
+    assert not np.array_equal(videos[0], videos[2])
+
+
+def test_window_and_steps_on_the_command_line_go_before_the_checkpoints_own(weights, tmp_path):
+    output = tmp_path / "a.mp4"
+    more = ("--window", "6", "--sink", "0", "--steps", "1000,600,300", "--shift", "3")
+    assert main(arguments(weights, output, "--prompt", "x", "--chunks", "1", *more)) == 0
+    record = comment_of(output)
+    assert (record["cache"]["window_frames"], record["cache"]["sink_frames"]) == (6, 0)
+    assert record["sampler"] == {"steps": [1000, 600, 300], "shift": 3.0}
+    assert record["cache"]["decay"] == 0.9
+
+
+def test_a_picture_and_a_clip_stand_at_the_head_of_the_video(weights, tmp_path):
+    first, second = tmp_path / "first.mp4", tmp_path / "second.mp4"
+    main(arguments(weights, first, "--prompt", "x", "--chunks", "2"))
+    more = ("--prompt", "x", "--chunks", "3", "--start", str(first))
+    assert main(arguments(weights, second, *more)) == 0
+    assert len(images_of(second)) == 9 + 12 * 2
+
+
+def run_and_stop(weights, output, number, lines, *more) -> subprocess.Popen:
+    """Start a long run, send it a signal after some lines of progress, wait for its end."""
+    command = [sys.executable, "-m", "rf_core", *arguments(weights, output, *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    seen = 0
+    while seen < lines:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        seen += line.startswith("chunk ") and "fps" in line
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process
+
+
+TIMELINE = "0s: a cat\nc4 [blend 3]: a dog\nc9 [recache]: a bird\nc12 [cut]: a city\n"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(weights, tmp_path_factory) -> tuple[Path, np.ndarray]:
+    folder = tmp_path_factory.mktemp("whole")
+    timeline, output = folder / "t.txt", folder / "whole.mp4"
+    timeline.write_text(TIMELINE, encoding="utf-8")
+    assert main(arguments(weights, output, "--timeline", str(timeline), "--chunks", "14")) == 0
+    return timeline, images_of(output)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_run_plays_and_resumes_to_the_very_same_images(weights, undisturbed, tmp_path):
+    timeline, expected = undisturbed
+    output = tmp_path / "a.mp4"
+    more = ("--timeline", str(timeline), "--chunks", "14", "--snapshot-every", "2")
+    run_and_stop(weights, output, signal.SIGKILL, 5, *more)
+    cut = images_of(output)
+    assert 9 + 12 * 4 <= len(cut) < len(expected)
+    assert np.array_equal(cut, expected[: len(cut)])
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    assert np.array_equal(images_of(output), expected)
+    assert not list(tmp_path.glob("*.state*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a child")
+def test_ctrl_c_closes_the_file_and_resume_goes_on_from_the_pass_it_hit(
+    weights, undisturbed, tmp_path
+):
+    timeline, expected = undisturbed
+    output = tmp_path / "a.mp4"
+    more = ("--timeline", str(timeline), "--chunks", "14", "--snapshot-every", "0")
+    process = run_and_stop(weights, output, signal.SIGINT, 5, *more)
+    assert process.returncode == 130
+    assert len(images_of(output)) < len(expected)
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    assert np.array_equal(images_of(output), expected)
+
+
+def test_a_run_without_a_length_goes_on_until_it_is_stopped(weights, tmp_path):
+    output = tmp_path / "a.mp4"
+    began = time.monotonic()
+    process = run_and_stop(weights, output, signal.SIGINT, 4, "--prompt", "x")
+    assert process.returncode == 130
+    assert len(images_of(output)) >= 9 + 12 * 3
+    assert time.monotonic() - began < 60
+
+
+def test_resume_refuses_another_seed_and_a_changed_past_but_takes_a_new_future(
+    weights, tmp_path, capsys
+):
+    timeline, output = tmp_path / "t.txt", tmp_path / "a.mp4"
+    timeline.write_text(TIMELINE, encoding="utf-8")
+    more = ("--timeline", str(timeline), "--snapshot-every", "3")
+    run_and_stop(weights, output, signal.SIGKILL, 6, *more, "--chunks", "50")
+    assert main(arguments(weights, output, *more, "--chunks", "14", "--resume", "--seed", "9")) == 1
+    assert "seed 0, now it is 9" in capsys.readouterr().err
+    timeline.write_text(TIMELINE.replace("a dog", "a fox"), encoding="utf-8")
+    assert main(arguments(weights, output, *more, "--chunks", "14", "--resume")) == 1
+    assert "prompts" in capsys.readouterr().err
+    timeline.write_text(TIMELINE.replace("a city", "a sea"), encoding="utf-8")
+    assert main(arguments(weights, output, *more, "--chunks", "14", "--resume")) == 0
+
+
+WRONG = [
+    (["--prompt", "x", "--chunks", "0"], "at least 1"),
+    (["--prompt", "x", "--chunks", "2", "--seconds", "2"], "give one"),
+    (["--prompt", "x", "--seconds", "-3"], "-3"),
+    (["--prompt", "  "], "prompt is empty"),
+    ([], "--prompt TEXT or --timeline FILE"),
+    (["--prompt", "x", "--width", "50"], "nearest is 48x32"),
+    (["--prompt", "x", "--sink", "7"], "cannot hold 7 sink frames"),
+    (["--prompt", "x", "--decay", "2"], "between 0 and 1"),
+    (["--prompt", "x", "--steps", "500,750"], "must fall"),
+    (["--prompt", "x", "--device", "gpu"], "device 'gpu' is unknown"),
+    (["--prompt", "x", "--attention", "flash2"], "flash_attn|runs on cuda"),
+    (["--prompt", "x", "--crf", "99"], "crf is 99"),
+    (["--prompt", "x", "--seed", "-1"], "seed is -1"),
+    (["--prompt", "x", "--snapshot-every", "-1"], "snapshot_every is -1"),
+    (["--prompt", "x", "--group-frames", "0"], "group_frames is 0"),
+    (["--prompt", "x", "--start", "none.png"], "no start picture or clip"),
+    (["--timeline", "none.txt"], "no timeline at none.txt"),
+    (["--prompt", "x", "--lora", "none.safetensors:0.5"], "no LoRA at none.safetensors"),
+    (["--prompt", "x", "--model", "none.safetensors"], "no model at none.safetensors"),
+    (["--prompt", "x", "--vae", "none.pth"], "no VAE at none.pth"),
+    (["--prompt", "x", "--output", "x.avi"], "must end in .mp4"),
+    (["--prompt", "x", "--output", "nowhere/x.mp4"], "nowhere does not exist"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[" ".join(w) for w, _ in WRONG])
+def test_a_bad_option_gets_one_clear_sentence_before_anything_is_loaded(
+    wrong, message, weights, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("rf_core.__main__.load", lambda plan: pytest.fail("loaded"))
+    assert main(arguments(weights, tmp_path / "a.mp4", *wrong)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+def test_a_timeline_error_names_the_file_line_and_column(weights, tmp_path, capsys):
+    timeline = tmp_path / "t.txt"
+    timeline.write_text("0s: a cat\n8s [fade]: a dog\n", encoding="utf-8")
+    assert main(arguments(weights, tmp_path / "a.mp4", "--timeline", str(timeline))) == 1
+    assert "t.txt: line 2, column" in capsys.readouterr().err
+
+
+def test_an_output_that_is_there_is_not_touched_unasked(weights, tmp_path, capsys):
+    output = tmp_path / "a.mp4"
+    output.write_text("mine")
+    more = ("--prompt", "x", "--chunks", "1")
+    assert main(arguments(weights, output, *more)) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    assert main(arguments(weights, output, *more, "--overwrite")) == 0
+
+
+def test_a_model_without_its_vae_and_text_encoder_is_refused(capsys):
+    assert main(["generate", "--prompt", "x", "--model", "m.safetensors"]) == 1
+    assert "--vae and --text-encoder" in capsys.readouterr().err
+
+
+def test_inspect_and_convert_show_what_a_file_holds(weights, tmp_path, capsys):
+    target = tmp_path / "b.safetensors"
+    source = str(weights / "student.safetensors")
+    assert main(["inspect", source]) == 0
+    assert "0.9" in capsys.readouterr().out
+    assert main(["convert", source, str(target), "--dtype", "bfloat16", "--decay", "0.5"]) == 0
+    assert "0.5" in capsys.readouterr().out
+    assert target.stat().st_size < Path(source).stat().st_size
+    assert main(["inspect", str(tmp_path / "none.safetensors")]) == 1
+
+
+def test_verify_passes_on_the_golden_files_and_fails_on_a_changed_one(tmp_path, capsys):
+    golden = ROOT / "tests" / "parity" / "golden"
+    assert main(["verify", str(golden), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "all agree" in out and "redmd_losses" in out and out.count("ok ") >= 12
+
+    from safetensors import safe_open
+
+    with safe_open(golden / "teacher_forward.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["flow"][0, 0, 0, 0, 0] += 1e-3
+    save_file(tensors, tmp_path / "changed.safetensors", metadata=metadata)
+    assert main(["verify", str(tmp_path), "--device", "cpu"]) == 1
+    assert "FAIL changed.safetensors flow" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "none")]) == 1
+
+
+def test_bench_prints_flat_memory_and_time_and_writes_json(tmp_path, capsys):
+    path = tmp_path / "b.json"
+    more = ["--chunks", "12", "--width", "32", "--height", "32", "--device", "cpu"]
+    assert main(["bench", *more, "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "time growth" in out and "memory growth" in out
+    assert json.loads(path.read_text())["chunk_seconds"]["p50"] > 0
+    assert main(["bench", "--chunks", "2", "--device", "cpu"]) == 1
