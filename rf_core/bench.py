@@ -55,11 +55,8 @@ class BenchOptions:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(f"size {self.size!r} is unknown; use one of {', '.join(SIZES)}")
-        least = self.cache.window_frames // self.cache.chunk_frames + 2
-        if self.chunks < least:
-            raise ValueError(
-                f"{self.chunks} chunks do not get past the window; measure at least {least}"
-            )
+        if self.chunks < 2:
+            raise ValueError(f"{self.chunks} chunks leave nothing after the first; measure 2")
 
 
 @torch.no_grad()
@@ -77,9 +74,10 @@ def bench(
         seconds.append(time.perf_counter() - began)
         memory.append(_memory(options.device))
         report(chunk, seconds[-1])
-    full = options.cache.window_frames // options.cache.chunk_frames + 1
+    growing = options.cache.window_frames // options.cache.chunk_frames + 1
+    skipped = growing if options.chunks > 2 * growing else 1
     images = options.cache.chunk_frames * TEMPORAL_FACTOR
-    steady = np.array(seconds[full:])
+    steady = np.array(seconds[skipped:])
     return {
         "options": {**asdict(options), "dtype": str(options.dtype).removeprefix("torch.")},
         "torch": torch.__version__,
@@ -87,20 +85,17 @@ def bench(
         "first_chunk_seconds": seconds[0],
         "chunk_seconds": dict(zip(("p50", "p95", "max"), _percentiles(steady), strict=True)),
         "images_per_second": images / float(np.median(steady)),
-        "seconds_per_100_chunks": 100 * _slope(steady),
+        "seconds_per_100_chunks": _growth(steady),
         "cache_bytes": stream.state.cache.nbytes,
         "weight_bytes": sum(p.nbytes for p in stream.model.parameters()),
         "memory_bytes": memory[-1],
-        "memory_bytes_per_100_chunks": None
-        if memory[-1] is None
-        else 100 * _slope(np.array(memory[full:], dtype=float)),
+        "memory_bytes_per_100_chunks": _growth(np.array(memory[skipped:], dtype=float)),
     }
 
 
 def format_bench(result: dict[str, Any]) -> str:
     """The measurements as lines of text."""
     options, chunk = result["options"], result["chunk_seconds"]
-    memory, growth = result["memory_bytes"], result["memory_bytes_per_100_chunks"]
     lines = [
         f"{options['size']} {options['width']}x{options['height']} {options['dtype']} "
         f"{options['attention']}, {options['chunks']} chunks, {result['machine']}, "
@@ -108,13 +103,15 @@ def format_bench(result: dict[str, Any]) -> str:
         f"first chunk     {result['first_chunk_seconds']:.4f} s",
         f"a later chunk   {chunk['p50']:.4f} s median, {chunk['p95']:.4f} p95, "
         f"{chunk['max']:.4f} max, {result['images_per_second']:.2f} images/s (network alone)",
-        f"time growth     {result['seconds_per_100_chunks'] * 1e3:+.3f} ms per 100 chunks",
         f"weights         {result['weight_bytes'] / 1e6:.1f} MB",
         f"KV cache        {result['cache_bytes'] / 1e6:.1f} MB",
     ]
-    if memory is not None:
-        lines.append(f"memory held     {memory / 1e6:.1f} MB")
-        lines.append(f"memory growth   {growth / 1e6:+.3f} MB per 100 chunks")
+    if result["memory_bytes"] is not None:
+        lines.append(f"memory held     {result['memory_bytes'] / 1e6:.1f} MB")
+    for what, unit, scale in (("time", "ms", 1e3), ("memory", "MB", 1e-6)):
+        key = "seconds_per_100_chunks" if what == "time" else "memory_bytes_per_100_chunks"
+        if result[key] is not None:
+            lines.append(f"{what + ' growth':<15} {result[key] * scale:+.3f} {unit} per 100 chunks")
     return "\n".join(lines)
 
 
@@ -140,8 +137,11 @@ def _percentiles(values: np.ndarray[Any, Any]) -> Sequence[float]:
     return [float(v) for v in np.percentile(values, (50, 95, 100))]
 
 
-def _slope(values: np.ndarray[Any, Any]) -> float:
-    return float(np.polyfit(np.arange(len(values)), values, 1)[0])
+def _growth(values: np.ndarray[Any, Any]) -> float | None:
+    """How much the values rise over 100 chunks, by a straight line; None for too few."""
+    if len(values) < 10 or np.isnan(values).any():
+        return None
+    return 100 * float(np.polyfit(np.arange(len(values)), values, 1)[0])
 
 
 def _memory(device: str) -> int | None:

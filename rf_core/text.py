@@ -180,7 +180,8 @@ class PromptCache:
     def get(self, prompt: str) -> Tensor:
         """The embedding [1, L, D] of one prompt, on the CPU."""
         if prompt not in self._embeds:
-            self._encoder = self._encoder or self._factory()
+            if self._encoder is None:
+                self._encoder = self._factory()
             self._embeds[prompt] = self._encoder.encode([prompt]).cpu()
         return self._embeds[prompt]
 
@@ -277,7 +278,8 @@ def _load_file(
 ) -> tuple[Any, Tokenize, int]:
     from transformers import UMT5Config
 
-    tensors, metadata = _read_file(path)
+    weights, metadata = _read_file(path)
+    tokenize: Tokenize = byte_ids
     if METADATA_KEY in metadata:
         about = json.loads(metadata[METADATA_KEY])
         if about["tokenizer"] != "bytes" or tokenizer is not None:
@@ -285,15 +287,14 @@ def _load_file(
                 f"{path} reads {about['tokenizer']} and was given the tokenizer {tokenizer}; "
                 "this version knows 'bytes', which takes none"
             )
-        model = _build(
-            path, UMT5Config(**about["umt5"], **_ATTENTION), _plain(path, tensors, device, dtype)
-        )
-        return model, byte_ids, int(about["text_len"])
-    weights = _encoder_weights(path, tensors)
-    config = _config_of(path, weights)
-    tokenize = _load_tokenizer(str(tokenizer or _release_tokenizer(path)))
-    model = _build(path, config, _plain(path, weights, device, dtype))
-    return model, tokenize, WAN_1_3B.text_len
+        config = UMT5Config(**about["umt5"], **_ATTENTION)
+        text_len = int(about["text_len"])
+    else:
+        weights = _encoder_weights(path, weights)
+        config = _config_of(path, weights)
+        tokenize = _load_tokenizer(str(tokenizer or _release_tokenizer(path)))
+        text_len = WAN_1_3B.text_len
+    return _build(path, config, _plain(path, weights, device, dtype)), tokenize, text_len
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -303,7 +304,8 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(str(path), framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                keys = file.keys()
+                return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
         tensors = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
@@ -397,14 +399,15 @@ def _build(path: Path, config: Any, weights: dict[str, Tensor]) -> Any:
 
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
-    weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
+    if "shared.weight" in weights:
+        weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     found = {key: tensor.shape for key, tensor in weights.items()}
-    wrong = sorted(key for key, _ in expected.items() ^ found.items())
+    wrong = sorted({key for key, _ in expected.items() ^ found.items()})
     if wrong:
         raise ValueError(
-            f"{path} is not a whole UMT5 encoder: {len(set(wrong))} tensors are missing, unknown "
-            f"or of a wrong size, such as {wrong[0]}; download it again"
+            f"{path} is not a whole UMT5 encoder: {len(wrong)} tensors missing, unknown or "
+            f"of a wrong size, such as {wrong[0]}; download it again"
         )
     model.load_state_dict(weights, assign=True)
     model.tie_weights()

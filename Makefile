@@ -1,0 +1,33 @@
+# Everything a fresh clone needs: `make test` and `make demo` set up their own .venv.
+# Without make, the README gives the same steps as plain commands.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: test demo lint clean
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+demo: $(READY)
+	$(BIN)/python -m rf_core generate --timeline rf_core/demo/timeline.txt --seconds 10 \
+		--output demo.mp4 --overwrite
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch comes first and from the constraints: the CPU build of a CUDA machine's choice is enough.
+$(READY): pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[dev,training]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage build dist *.egg-info
