@@ -26,7 +26,7 @@ from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
 from .state import Snapshot
 from .stream import Chunk, Stream, latent_size
 from .text import encode_prompts, load_text_encoder
-from .video import VideoFormat, VideoWriter, read_images, remux, to_uint8
+from .video import VideoFormat, VideoWriter, read_images, read_metadata, remux, to_uint8
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -370,21 +370,36 @@ def _snapshot_of(options: Options) -> Snapshot | None:
 
 
 def _check_resume(settled: Plan) -> None:
-    snapshot = settled.snapshot
-    if snapshot is None:
+    options, snapshot = settled.options, settled.snapshot
+    if not options.resume or not (snapshot or options.output.exists()):
         return
-    made, wanted = snapshot.facts["run"], json.loads(json.dumps(settled.record()))
-    done = snapshot.facts["num_chunks"]
-    for record in (made, wanted):  # what comes later may change
-        record["prompts"] = [p for p in record["prompts"] if p[0] < max(done, 1)]
+    if snapshot is not None:
+        made, done = snapshot.facts.get("run"), snapshot.facts["num_chunks"]
+        fixed = done + snapshot.facts["chunk_open"]  # chunks whose prompts cannot change
+    else:
+        made, done, fixed = _record_in(options.output), 0, 1
+    if made is None:
+        raise ValueError(f"{options.output} was not made by this command; --overwrite it instead")
+    wanted = json.loads(json.dumps(settled.record()))
     for name, value in wanted.items():
-        if made[name] != value:
+        before = made[name]
+        if name == "prompts":
+            before, value = ([p for p in ps if p[0] < max(fixed, 1)] for ps in (before, value))
+        if before != value:
             raise ValueError(
-                f"{settled.options.snapshot_path} was made with {name} {made[name]}, now it is "
-                f"{value}; resume with what it was begun with, or --overwrite the video"
+                f"{options.output} was begun with {name} {before}, now it is {value}; "
+                "resume with what it was begun with, or --overwrite it"
             )
     if settled.total is not None and settled.total < done:
-        raise ValueError(f"the video has {done} chunks already; ask for more than {done}")
+        raise ValueError(f"{options.output} has {done} chunks already; ask for more than {done}")
+
+
+def _record_in(video: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(read_metadata(video)["comment"])
+    except (ValueError, KeyError):
+        return None
+    return record if isinstance(record, dict) and "prompts" in record else None
 
 
 def _open_writer(settled: Plan, chunks: int) -> VideoWriter:

@@ -190,6 +190,16 @@ def read_images(
     return torch.stack([_cover(frame, width, height) for frame in kept]).unsqueeze(0)
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The names and texts a video was written with.
+
+    Raises:
+        ValueError: no such file, or not a video.
+    """
+    with _open(Path(path)) as container:
+        return {k: v for k, v in container.metadata.items() if k not in _CONTAINER_KEYS}
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Images [..., 3, H, W] in [0, 1], clipped to it, as the nearest bytes [..., H, W, 3]."""
     rounded = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)

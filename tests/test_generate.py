@@ -226,6 +226,23 @@ def test_resume_refuses_another_seed_and_a_changed_past_but_takes_a_new_future(
     assert main(arguments(weights, output, *more, "--chunks", "14", "--resume")) == 0
 
 
+def test_resume_refuses_a_file_that_is_not_its_own_or_was_begun_otherwise(
+    weights, tmp_path, capsys
+):
+    output = tmp_path / "a.mp4"
+    output.write_text("mine")
+    more = ("--prompt", "x", "--chunks", "1")
+    assert main(arguments(weights, output, *more, "--resume")) == 1
+    assert "not made by this command" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    assert main(arguments(weights, output, *more, "--overwrite")) == 0
+    before = images_of(output)
+    assert main(arguments(weights, output, *more, "--resume", "--seed", "4")) == 1
+    assert "seed 0, now it is 4" in capsys.readouterr().err
+    assert main(arguments(weights, output, "--prompt", "x", "--chunks", "2", "--resume")) == 0
+    assert np.array_equal(images_of(output)[: len(before)], before)
+
+
 WRONG = [
     (["--prompt", "x", "--chunks", "0"], "at least 1"),
     (["--prompt", "x", "--chunks", "2", "--seconds", "2"], "give one"),
