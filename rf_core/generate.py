@@ -80,7 +80,7 @@ class Options:
     sampler: dict[str, Any] = field(default_factory=dict)
     """Fields of SamplerConfig in place of the checkpoint's."""
     start: Path | None = None
-    """A picture or clip to begin with."""
+    """A picture or clip to begin with; of a clip the last images, as many as the window holds."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     attention: str = "sdpa"
@@ -412,8 +412,11 @@ def _open_writer(settled: Plan, chunks: int) -> VideoWriter:
 
 
 def _start_images(settled: Plan) -> Tensor:
+    # What the window cannot hold would be forgotten at once.
+    most = settled.clock.images_before(settled.cache.window_frames // settled.cache.chunk_frames)
+    size = {"width": settled.width, "height": settled.height}
     assert settled.options.start is not None
-    return read_images(settled.options.start, width=settled.width, height=settled.height, last=True)
+    return read_images(settled.options.start, num_images=most, last=True, **size)
 
 
 def _save(settled: Plan, stream: Stream) -> None:

@@ -172,21 +172,19 @@ def read_images(
         path: a picture (PNG, JPEG, WebP ...) or a video, in any format FFmpeg reads.
         width: columns wanted.
         height: rows wanted.
-        num_images: how many images to take, as they come, whatever the clip's rate; all if None.
+        num_images: the most images to take, as they come, whatever the clip's rate; all if None.
         last: take the last images instead of the first.
 
     Returns:
         Tensor: float32 [1, T, 3, height, width] in [0, 1].
 
     Raises:
-        ValueError: no such file, no images in it, or fewer than `num_images`.
+        ValueError: no such file, or no images in it.
     """
     frames = _decode(Path(path))
     kept = deque(frames, maxlen=num_images) if last else list(islice(frames, num_images))
-    if not kept or len(kept) < (num_images or 0):
-        raise ValueError(
-            f"{path} holds {len(kept)} images, {num_images or 1} are needed; give a longer clip"
-        )
+    if not kept:
+        raise ValueError(f"{path} holds no images; give a picture or a clip")
     return torch.stack([_cover(frame, width, height) for frame in kept]).unsqueeze(0)
 
 
