@@ -21,12 +21,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch comes first and from the constraints: the CPU build of a CUDA machine's choice is enough.
+# torch comes first, pinned for development alone: nothing may choose another one later.
 $(READY): pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[dev,training]"
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[dev]"
 	touch $(READY)
 
 clean:

@@ -355,7 +355,10 @@ def _check_files(options: Options) -> None:
         )
     if start is not None and not start.is_file():
         raise ValueError(f"there is no start picture or clip at {start}; check the path")
-    for what, path in (("model", options.files.model), ("VAE", options.files.vae)):
+    encoder = Path(options.files.text_encoder)
+    local = encoder.suffix or encoder.is_absolute()  # the rest may be a hub id
+    wanted = {"model": options.files.model, "VAE": options.files.vae}
+    for what, path in (wanted | {"text encoder": encoder} if local else wanted).items():
         if not path.exists():
             raise ValueError(f"there is no {what} at {path}; check the path")
     for lora in options.files.loras:

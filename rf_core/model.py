@@ -115,11 +115,13 @@ class WanModel(nn.Module):
         self.head.head.weight.zero_()
 
     def _embed_time(self, timestep_BF: Tensor, dtype: torch.dtype) -> Tensor:
-        half = self.config.freq_dim // 2
+        half, device = self.config.freq_dim // 2, timestep_BF.device
+        if device.type == "mps":  # which has no float64
+            timestep_BF = timestep_BF.cpu()
         exponents = torch.arange(half, dtype=torch.float64, device=timestep_BF.device) / half
         angles = timestep_BF.double()[..., None] * MAX_PERIOD**-exponents
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.time_embedding(waves.to(dtype))
+        return self.time_embedding(waves.to(dtype).to(device))
 
     def _unpatchify(self, patches_BLC: Tensor, grid: Grid) -> Tensor:
         frames, rows, columns = self.config.patch_size

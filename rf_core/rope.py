@@ -9,6 +9,7 @@ Letters: B batch, L tokens, H heads, D channels of a head, P pairs (D / 2).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -37,20 +38,23 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return pairs - 2 * third, third, third
 
 
-def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | None = None) -> Rope:
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | str = "cpu") -> Rope:
     """Angles for `frames` latent frames from position 0, tokens in frame, row, column order.
 
-    Computed in float64 and kept in float32: in bf16, positions collapse from 256 on.
+    Computed once, in float64 on the CPU (not every device has it), and kept in float32: in bf16,
+    positions collapse from 256 on.
     """
     sizes = (frames, grid.height, grid.width)
     patterns = ("f p -> f h w p", "h p -> f h w p", "w p -> f h w p")
     axes = dict(zip("fhw", sizes, strict=True))
     angles = [
-        repeat(_axis_angles(size, pairs, device), pattern, **axes)
+        repeat(_axis_angles(size, pairs), pattern, **axes)
         for size, pairs, pattern in zip(sizes, axis_pairs(head_dim), patterns, strict=True)
     ]
     angles_LP = rearrange(torch.cat(angles, dim=-1), "f h w p -> (f h w) p")
-    return Rope(angles_LP.cos().float(), angles_LP.sin().float())
+    return Rope(angles_LP.cos().float().to(device), angles_LP.sin().float().to(device))
 
 
 def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:
@@ -61,7 +65,7 @@ def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2).to(x_BLHD.dtype)
 
 
-def _axis_angles(size: int, pairs: int, device: torch.device | None) -> Tensor:
-    exponents = torch.arange(pairs, dtype=torch.float64, device=device) / pairs
-    positions = torch.arange(size, dtype=torch.float64, device=device)
+def _axis_angles(size: int, pairs: int) -> Tensor:
+    exponents = torch.arange(pairs, dtype=torch.float64) / pairs
+    positions = torch.arange(size, dtype=torch.float64)
     return torch.outer(positions, THETA**-exponents)

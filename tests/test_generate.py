@@ -264,6 +264,7 @@ WRONG = [
     (["--prompt", "x", "--lora", "none.safetensors:0.5"], "no LoRA at none.safetensors"),
     (["--prompt", "x", "--model", "none.safetensors"], "no model at none.safetensors"),
     (["--prompt", "x", "--vae", "none.pth"], "no VAE at none.pth"),
+    (["--prompt", "x", "--text-encoder", "no.pth"], "no text encoder at no.pth"),
     (["--prompt", "x", "--output", "x.avi"], "must end in .mp4"),
     (["--prompt", "x", "--output", "nowhere/x.mp4"], "nowhere does not exist"),
 ]  # fmt: skip
