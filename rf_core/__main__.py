@@ -327,7 +327,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=run_bench)
     add = parser.add_argument
-    add("--size", choices=SIZES, default="tiny", help="network, with random weights")
+    add("--size", choices=SIZES, default="tiny", help="demo, or a size with random weights")
     add("--chunks", type=int, default=500, help="chunks to stream")
     add("--width", type=int, default=64, help="picture width in pixels")
     add("--height", type=int, default=64, help="picture height in pixels")

@@ -320,5 +320,7 @@ def test_bench_prints_flat_memory_and_time_and_writes_json(tmp_path, capsys):
     assert main(["bench", *more, "--json", str(path)]) == 0
     out = capsys.readouterr().out
     assert "time growth" in out and "memory growth" in out
-    assert json.loads(path.read_text())["chunk_seconds"]["p50"] > 0
+    result = json.loads(path.read_text())
+    assert result["network_seconds"]["p50"] > 0
+    assert result["snapshot"]["compact_bytes"] < result["snapshot"]["exact_bytes"]
     assert main(["bench", "--chunks", "1", "--device", "cpu"]) == 1
