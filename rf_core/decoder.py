@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor
 
 from .taehv import TAEHV, fill_last_group, is_taehv, scales_of_file, taehv_of
-from .vae import VAEState, WanVAE, naming, vae_of
+from .vae import VAEState, WanVAE
+from .vae_files import naming, vae_of
 from .weight_files import read_weights
 
 DecoderState = VAEState

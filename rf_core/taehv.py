@@ -30,12 +30,10 @@ from .vae import (
     VAEState,
     check_shape,
     check_video,
-    load_strictly,
-    naming,
-    normalisation_of,
     scales,
     some_keys,
 )
+from .vae_files import load_strictly, naming, normalisation_of
 from .weight_files import WeightFile, read_weights
 
 _MEMORY_BLOCKS = 3  # per level

@@ -20,7 +20,8 @@ from rf_core.__main__ import main
 from rf_core.checkpoint import write_checkpoint
 from rf_core.config import CacheConfig, ModelConfig
 from rf_core.text import UMT5Encoder, byte_ids, save_text_encoder
-from rf_core.vae import VAEConfig, WanVAE, vae_metadata
+from rf_core.vae import VAEConfig, WanVAE
+from rf_core.vae_files import vae_metadata
 
 ROOT = Path(__file__).parents[1]
 MODEL = ModelConfig(

@@ -205,7 +205,7 @@ def test_muon_takes_the_blocks_matrices_and_adam_all_the_rest() -> None:
 def test_clips_are_the_same_however_often_a_run_is_cut_off(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = WanVAE(MICRO_VAE).eval().requires_grad_(False)
-    config = ClipsConfig(num_clips=5, frames=2, shard_clips=2, batch=2)
+    config = ClipsConfig(num_clips=5, frames=2, shard_clips=2)
     assert list(write_clips(vae, config, tmp_path / "whole")) == [2, 4, 5]
     parts = write_clips(vae, config, tmp_path / "parts")
     next(parts)

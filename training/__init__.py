@@ -1,0 +1,1 @@
+"""Training: the miniature world and, later, the distillation that makes Reward Forcing students."""

@@ -1,0 +1,154 @@
+"""The miniature world's command line, from nothing to the demo model.
+
+`python -m training.world vae | text | clips | teacher | ode | student | evaluate | release | all`.
+Each stage reads what the ones before left in the output folder, takes a budget in minutes or
+steps, writes its result as it goes on, and records how it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from . import stages
+from .budget import Budget
+from .clips import ClipsConfig
+from .evaluate import EvaluateConfig, format_report
+from .ode_pairs import EulerConfig, PairsConfig
+from .stages import Files
+from .train_student import StudentConfig
+from .train_teacher import TeacherConfig
+from .train_text import TextTrainConfig
+from .train_vae import VAETrainConfig, train_vae
+
+DEMO = Path(__file__).parents[2] / "rf_core" / "demo"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one stage, or all; 0 when it went well, 1 on an error of the user's."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    args = _parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    files = Files(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for stage in STAGES if args.stage == "all" else (args.stage,):
+            STAGES[stage](args, files)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_vae(args: argparse.Namespace, files: Files) -> None:
+    """Train the VAE."""
+    config = VAETrainConfig(seed=args.seed or 0)
+    train_vae(replace(config, budget=_budget(args, config.budget)), files.folder)
+
+
+def run_text(args: argparse.Namespace, files: Files) -> None:
+    """Train the text encoder."""
+    config = TextTrainConfig(seed=args.seed or 0)
+    accuracy = stages.make_text(files, replace(config, budget=_budget(args, config.budget)))
+    print(f"facts a token tells, read correctly on new captions: {accuracy:.2%}")
+
+
+def run_clips(args: argparse.Namespace, files: Files) -> None:
+    """Encode the training clips."""
+    defaults = ClipsConfig(minutes=args.minutes, part=args.part)
+    stages.make_clips(files, replace(defaults, num_clips=args.count or defaults.num_clips))
+
+
+def run_teacher(args: argparse.Namespace, files: Files) -> None:
+    """Train the teacher, on the clips that are there."""
+    config = TeacherConfig(seed=args.seed or 0)
+    stages.make_teacher(files, replace(config, budget=_budget(args, config.budget)), args.start)
+
+
+def run_ode(args: argparse.Namespace, files: Files) -> None:
+    """Follow the teacher's ODE."""
+    defaults = PairsConfig(minutes=args.minutes, euler=_euler(args))
+    count = args.count or defaults.num_trajectories
+    stages.make_pairs(files, replace(defaults, num_trajectories=count))
+
+
+def run_student(args: argparse.Namespace, files: Files) -> None:
+    """Train the student on the trajectories that are there."""
+    config = StudentConfig(seed=args.seed or 0)
+    stages.make_student(files, replace(config, budget=_budget(args, config.budget)), args.start)
+
+
+def run_evaluate(args: argparse.Namespace, files: Files) -> None:
+    """Measure what is there and print it."""
+    report = stages.make_report(files, EvaluateConfig(), _euler(args))
+    print(format_report(report))
+    print(f"\nwritten to {files.report}")
+
+
+def run_release(args: argparse.Namespace, files: Files) -> None:
+    """Copy the results to the demo's folder."""
+    sizes = stages.release(files, args.demo)
+    print(json.dumps(sizes, indent=1))
+    print(f"{sum(sizes.values()) / 2**20:.2f} MiB in all")
+
+
+Stage = Callable[[argparse.Namespace, Files], None]
+STAGES: dict[str, Stage] = {
+    "vae": run_vae,
+    "text": run_text,
+    "clips": run_clips,
+    "teacher": run_teacher,
+    "ode": run_ode,
+    "student": run_student,
+    "evaluate": run_evaluate,
+    "release": run_release,
+}
+
+
+def _budget(args: argparse.Namespace, default: Budget) -> Budget:
+    if args.steps is None and args.minutes is None:
+        return default
+    return replace(default, steps=args.steps, minutes=args.minutes)
+
+
+def _euler(args: argparse.Namespace) -> EulerConfig:
+    default = EulerConfig()
+    return replace(
+        default,
+        guidance=args.guidance or default.guidance,
+        steps=args.euler_steps or default.steps,
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    which, parts = text.split("/")
+    return int(which), int(parts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training.world", description=__doc__)
+    parser.add_argument("stage", choices=(*STAGES, "all"))
+    parser.add_argument("--out", type=Path, default=Path("runs/world"), help="where results go")
+    parser.add_argument("--minutes", type=float, help="wall-clock limit of the stage")
+    parser.add_argument("--steps", type=int, help="optimiser steps at most")
+    parser.add_argument("--count", type=int, help="clips or trajectories at most")
+    parser.add_argument("--part", type=_part, default=(0, 1), help="i/n: every n-th clip shard")
+    parser.add_argument("--seed", type=int, help="seed of the training stages (default 0)")
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from, not from scratch")
+    parser.add_argument("--guidance", type=float, help="the teacher's guidance")
+    parser.add_argument("--euler-steps", type=int, help="the teacher's sampling steps")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--demo", type=Path, default=DEMO, help="where `release` writes")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

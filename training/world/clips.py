@@ -1,0 +1,141 @@
+"""Training clips: scenes of the world, encoded once by the trained VAE and kept as latents.
+
+Scene i of a seed is the same on every machine. Shards are written one by one, so a run that was
+cut off goes on where it stopped, and one with a time limit keeps what it has.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rf_core.config import TEMPORAL_FACTOR
+from rf_core.vae import WanVAE
+
+from .scenes import Scene, caption, render, sample_scene
+from .train_vae import from_wan, to_wan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipsConfig:
+    """How many clips, how long, and from which seed."""
+
+    num_clips: int = 4096
+    """Clips at most."""
+    minutes: float | None = None
+    """Wall-clock minutes after which no further shard is begun; None for no limit."""
+    frames: int = 15
+    """Latent frames of a clip."""
+    shard_clips: int = 128
+    """Clips in a file."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): make every n-th shard from the i-th on. Convolutions of this size scale with
+    processes rather than threads."""
+    seed: int = 1
+    """Clip i shows the scene drawn from (seed, i)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """Encoded clips and the scenes they show."""
+
+    latents: Tensor
+    """Normalised latents [N, C, F, h, w], float16."""
+    scenes: list[Scene]
+    """What is seen; captions and true speeds follow from it."""
+
+
+def num_images(frames: int) -> int:
+    """Images of a clip of latent frames: the first stands for one, every other for four."""
+    return TEMPORAL_FACTOR * (frames - 1) + 1
+
+
+def scene_of(seed: int, index: int) -> Scene:
+    """Scene `index` of a data set."""
+    return sample_scene(np.random.default_rng([seed, index]))
+
+
+@torch.no_grad()
+def encode_scenes(vae: WanVAE, scenes: list[Scene], frames: int, batch: int = 2) -> Tensor:
+    """Normalised latents [N, C, F, h, w] of scenes, float32."""
+    parts = []
+    for start in range(0, len(scenes), batch):
+        video = to_wan(render(scenes[start : start + batch], num_images(frames)))
+        parts.append(vae.encode(video.contiguous(memory_format=torch.channels_last_3d)))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode_latents(vae: WanVAE, latents: Tensor, batch: int = 2) -> Tensor:
+    """Images [N, T, 3, H, W] in [0, 1] of latents [N, C, F, h, w]."""
+    return torch.cat([from_wan(vae.decode(part.float())) for part in latents.split(batch)])
+
+
+def lay_out_channels_last(vae: WanVAE) -> WanVAE:
+    """The same VAE with its kernels in the order CPUs convolve fastest in."""
+    for weight in vae.parameters():
+        if weight.ndim == 5:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return vae
+
+
+def write_clips(vae: WanVAE, config: ClipsConfig, folder: Path) -> Iterator[int]:
+    """Encode the missing shards into `folder`; yields the number of clips there are so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    which, parts = config.part
+    shards = range(0, config.num_clips, config.shard_clips)[which::parts]
+    for start in shards:
+        path = folder / f"clips-{start:06}.safetensors"
+        stop = min(start + config.shard_clips, config.num_clips)
+        if not path.exists():
+            if config.minutes is not None and time.monotonic() - started > 60 * config.minutes:
+                return
+            _write_shard(vae, config, path, range(start, stop))
+        yield stop
+
+
+def _write_shard(vae: WanVAE, config: ClipsConfig, path: Path, indices: range) -> None:
+    scenes = [scene_of(config.seed, index) for index in indices]
+    latents = encode_scenes(vae, scenes, config.frames)
+    note = {"seed": config.seed, "start": indices.start}
+    metadata = {"clips": json.dumps(note)}
+    write_atomically(path, {"latents": latents.half()}, metadata)
+
+
+def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file in full or not at all."""
+    partial = path.with_suffix(".partial")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+def read_clips(folder: Path) -> Clips:
+    """Every shard of `folder`; ValueError where there is none."""
+    paths = sorted(folder.glob("clips-*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder} holds no clips; run `python -m training.world clips` first")
+    latents, scenes = [], []
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            latents.append(file.get_tensor("latents"))
+            note = json.loads(file.metadata()["clips"])
+        indices = range(note["start"], note["start"] + len(latents[-1]))
+        scenes += [scene_of(note["seed"], index) for index in indices]
+    return Clips(latents=torch.cat(latents), scenes=scenes)
+
+
+def captions(scenes: list[Scene], rng: np.random.Generator | None = None) -> list[str]:
+    """One caption a scene; `rng` picks among the phrasings."""
+    return [caption(scene, rng) for scene in scenes]

@@ -1,0 +1,328 @@
+"""Measures teacher and student by what their videos show.
+
+Every number is the tracker's. Its own accuracy on true videos, and on true videos that went
+through the VAE, stands beside the models': what is lost there is not the models' to gain.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rf_core.config import CacheConfig, SamplerConfig
+from rf_core.decoder import WanDecoder
+from rf_core.model import WanModel
+from rf_core.stream import Stream
+from rf_core.text import TextEncoder
+from rf_core.vae import WanVAE
+
+from .clips import captions, decode_latents, encode_scenes, num_images, scene_of
+from .ode_pairs import EulerConfig, sample
+from .scenes import SIZE, SPEED_RANGES, all_captions, parse_caption, place_all, render
+from .tracker import Drift, drift, score, switch_delay
+
+ATTRIBUTES = ("colour", "shape", "direction", "speed")
+SWITCH_MODES = ("soft", "recache", "blend 3", "cut")
+Report = dict[str, Any]
+"""Plain JSON."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured, and on how much."""
+
+    single: int = 216
+    """Captions of one thing, drawn from all 216."""
+    double: int = 64
+    """Captions of two things."""
+    frames: int = 15
+    """Latent frames of the teacher's and the true clips."""
+    chunks: int = 7
+    """Chunks of the student's clips."""
+    drift_videos: int = 16
+    """Streams measured for drift."""
+    drift_chunks: int = 40
+    """Their length."""
+    drift_window: int = 48
+    """Images of a window of drift."""
+    switches: int = 24
+    """Prompt changes of each mode."""
+    switch_after: int = 4
+    """Chunks before the change."""
+    switch_chunks: int = 10
+    """Chunks after it."""
+    batch: int = 24
+    """Streams made together."""
+    seed: int = 3
+    """Seeds captions and noise."""
+
+
+def evaluate(
+    vae: WanVAE,
+    encoder: TextEncoder,
+    teacher: WanModel | None,
+    student: WanModel | None,
+    euler: EulerConfig,
+    config: EvaluateConfig,
+    cache: CacheConfig | None = None,
+    sampler: SamplerConfig | None = None,
+) -> Report:
+    """All measurements of the models that are given."""
+    prompts = evaluation_prompts(config)
+    report: Report = {"true": true_accuracy(vae, prompts, config)}
+    if teacher is not None:
+        _log.info("teacher")
+        latents = sample(teacher, encoder, prompts, euler, config.frames, config.seed)
+        report["teacher"] = accuracy(vae, latents, prompts)
+    if student is not None:
+        streams = Streams(student, encoder, vae, config, cache, sampler)
+        _log.info("student")
+        report["student"] = accuracy_of(streams.videos(prompts, config.chunks), prompts)
+        _log.info("drift")
+        report["drift"] = drift_report(streams)
+        _log.info("switches")
+        report["switch"] = {mode: switch_report(streams, mode) for mode in SWITCH_MODES}
+    return report
+
+
+def evaluation_prompts(config: EvaluateConfig) -> list[str]:
+    """Captions of one thing, then of two."""
+    rng = np.random.default_rng(config.seed)
+    every = all_captions()
+    singles = [every[index] for index in rng.permutation(len(every))[: config.single]]
+    doubles: list[str] = []
+    index = 0
+    while len(doubles) < config.double:
+        scene = scene_of(config.seed, index)
+        doubles += captions([scene]) if len(scene) == 2 else []
+        index += 1
+    return singles + doubles
+
+
+def accuracy(vae: WanVAE, latents: Tensor, prompts: Sequence[str]) -> Report:
+    """How latents [N, C, F, h, w] keep their prompts, once decoded."""
+    videos = [decode_latents(vae, part)[0] for part in latents.split(1)]
+    return accuracy_of(videos, prompts)
+
+
+def accuracy_of(videos: Sequence[Tensor], prompts: Sequence[str]) -> Report:
+    """Right and counted videos [T, 3, H, W] per attribute, for all and for one and two things.
+
+    Speed counts where the caption names one; `free_speed` describes those that leave it open.
+    """
+    scores = [score(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+    wanted = [parse_caption(prompt) for prompt in prompts]
+    groups = {
+        "all": range(len(prompts)),
+        "one": [i for i, things in enumerate(wanted) if len(things) == 1],
+        "two": [i for i, things in enumerate(wanted) if len(things) == 2],
+    }
+    named = {i for i, things in enumerate(wanted) if any(t.speed_name for t in things)}
+    report: Report = {}
+    for group, members in groups.items():
+        speeds = [i for i in members if i in named]
+        counted = {name: speeds if name == "speed" else members for name in ATTRIBUTES}
+        report[group] = {
+            name: {"right": int(sum(scores[i][name] for i in rows)), "of": len(rows)}
+            for name, rows in counted.items()
+        }
+    free = [i for i in groups["one"] if i not in named]
+    report["free_speed"] = _spread([scores[i]["measured_speed"] for i in free])
+    for name in ("slowly", "quickly"):
+        rows = [i for i in groups["one"] if wanted[i][0].speed_name == name]
+        report[f"{name}_speed"] = _spread([scores[i]["measured_speed"] for i in rows])
+    return report
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, deviation and deciles of what is a number; nan where nothing is."""
+    known = np.array([value for value in values if not math.isnan(value)])
+    if not len(known):
+        return dict.fromkeys(("mean", "std", "p10", "p50", "p90"), math.nan)
+    deciles = np.quantile(known, (0.1, 0.5, 0.9)).tolist()
+    numbers = (float(known.mean()), float(known.std()), *deciles)
+    return dict(zip(("mean", "std", "p10", "p50", "p90"), numbers, strict=True))
+
+
+def true_accuracy(vae: WanVAE, prompts: Sequence[str], config: EvaluateConfig) -> Report:
+    """The tracker on true videos of the prompts, and on those videos through the VAE."""
+    rng = np.random.default_rng([config.seed, 1])
+    scenes = [place_all(parse_caption(prompt), rng) for prompt in prompts]
+    images = num_images(config.frames)
+    true = [render([scene], images)[0] for scene in scenes]
+    latents = encode_scenes(vae, scenes, config.frames)
+    return {
+        "pixels": accuracy_of(true, prompts),
+        "vae": accuracy(vae, latents, prompts),
+        "uniform_speed": dict(zip(("low", "high"), SPEED_RANGES[None], strict=True)),
+    }
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A student with what it takes to stream videos of the world."""
+
+    student: WanModel
+    encoder: TextEncoder
+    vae: WanVAE
+    config: EvaluateConfig
+    cache: CacheConfig | None = None
+    sampler: SamplerConfig | None = None
+
+    def open(self, prompts: Sequence[str], seed: int) -> Stream:
+        """A stream of a batch of prompts; sample b has the noise of seed + b."""
+        return Stream(
+            self.student,
+            self.encoder.encode(prompts),
+            height=SIZE,
+            width=SIZE,
+            decoder=WanDecoder(self.vae),
+            seed=seed,
+            batch=len(prompts),
+            cache=self.cache,
+            sampler=self.sampler,
+        )
+
+    def videos(self, prompts: Sequence[str], chunks: int) -> list[Tensor]:
+        """A video [T, 3, H, W] of each prompt."""
+        videos: list[Tensor] = []
+        for start in range(0, len(prompts), self.config.batch):
+            stream = self.open(prompts[start : start + self.config.batch], seed=1000 + start)
+            videos += roll(stream, chunks).unbind()
+        return videos
+
+
+def roll(stream: Stream, chunks: int) -> Tensor:
+    """The images of a stream's next chunks, [B, T, 3, H, W]."""
+    parts = []
+    for _ in range(chunks):
+        images = stream.step().images
+        assert images is not None
+        parts.append(images)
+    return torch.cat(parts, dim=1)
+
+
+def drift_report(streams: Streams) -> Report:
+    """The look of early and late windows of long videos, and what late ones still show."""
+    config = streams.config
+    prompts = evaluation_prompts(config)[: config.drift_videos]
+    videos = streams.videos(prompts, config.drift_chunks)
+    windows = [drift(video, config.drift_window) for video in videos]
+    late_images = num_images(3 * config.chunks)
+    return {
+        "windows": [_mean_drift([each[i] for each in windows]) for i in range(len(windows[0]))],
+        "early": _mean_drift([each[0] for each in windows]),
+        "late": _mean_drift([each[-1] for each in windows]),
+        "late_accuracy": accuracy_of([video[-late_images:] for video in videos], prompts),
+    }
+
+
+def _mean_drift(windows: Sequence[Drift]) -> dict[str, float]:
+    """Mean of each measure over the windows in which it is a number."""
+    names = [field.name for field in fields(Drift)]
+    columns = {name: np.array([getattr(window, name) for window in windows]) for name in names}
+    return {
+        name: float(column[~np.isnan(column)].mean()) if not np.isnan(column).all() else math.nan
+        for name, column in columns.items()
+    }
+
+
+def switch_report(streams: Streams, mode: str) -> Report:
+    """How long a change of colour, shape and direction takes to show, in images and chunks."""
+    config = streams.config
+    before, after = switch_prompts(config)
+    stream = streams.open(before, seed=5000)
+    first = roll(stream, config.switch_after)
+    stream.switch(streams.encoder.encode(after), mode)
+    videos = torch.cat([first, roll(stream, config.switch_chunks)], dim=1)
+    delays = [
+        switch_delay(video, first.shape[1], prompt)
+        for video, prompt in zip(videos, after, strict=True)
+    ]
+    followed = [delay for delay in delays if delay is not None]
+    images = 4 * stream.cache_config.chunk_frames
+    median = float(np.median(followed)) if followed else math.nan
+    return {
+        "followed": len(followed),
+        "of": len(delays),
+        "median_images": median,
+        "median_chunks": median / images,
+        "worst_images": max(followed, default=None),
+        "delays": delays,
+    }
+
+
+def switch_prompts(config: EvaluateConfig) -> tuple[list[str], list[str]]:
+    """Pairs of captions of one thing that differ in colour, shape and direction."""
+    rng = np.random.default_rng([config.seed, 2])
+    every = all_captions()
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < config.switches:
+        a, b = (every[index] for index in rng.integers(len(every), size=2))
+        (x,), (y,) = parse_caption(a), parse_caption(b)
+        if x.colour != y.colour and x.shape != y.shape and x.direction != y.direction:
+            pairs.append((a, b))
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def format_report(report: Report) -> str:
+    """The report as tables for a terminal."""
+    rows = {
+        "tracker on true videos": report["true"]["pixels"],
+        "true videos through the VAE": report["true"]["vae"],
+    }
+    rows |= {name: report[name] for name in ("teacher", "student") if name in report}
+    lines = [_accuracy_table(rows)]
+    if "drift" in report:
+        lines += [_drift_table(report["drift"]), _switch_table(report["switch"])]
+    return "\n\n".join(lines)
+
+
+def _accuracy_table(rows: dict[str, Report]) -> str:
+    lines = [f"{'caption accuracy':<34}" + "".join(f"{name:>17}" for name in ATTRIBUTES)]
+    for name, report in rows.items():
+        for group in ("all", "one", "two"):
+            if report[group]["colour"]["of"]:
+                label = name if group == "all" else f"  {group} thing{'s' * (group == 'two')}"
+                cells = (_share(report[group][attribute]) for attribute in ATTRIBUTES)
+                lines.append(f"{label:<34}" + "".join(f"{cell:>17}" for cell in cells))
+        speeds = (
+            f"{kind} {report[f'{kind}_speed']['mean']:.2f} +- {report[f'{kind}_speed']['std']:.2f}"
+            for kind in ("slowly", "quickly", "free")
+        )
+        lines.append("  measured speed: " + ", ".join(speeds))
+    return "\n".join(lines)
+
+
+def _share(count: dict[str, int]) -> str:
+    share = f"{count['right'] / count['of']:.1%}" if count["of"] else "-"
+    return f"{share} ({count['right']}/{count['of']})"
+
+
+def _drift_table(report: Report) -> str:
+    names = ("palette_error", "background_error", "area_error", "softness")
+    lines = [f"{'drift':<34}" + "".join(f"{name:>17}" for name in names)]
+    for when in ("early", "late"):
+        lines.append(f"{when:<34}" + "".join(f"{report[when][name]:>17.4f}" for name in names))
+    late = report["late_accuracy"]["all"]
+    lines.append("late accuracy: " + ", ".join(f"{n} {_share(late[n])}" for n in ATTRIBUTES))
+    return "\n".join(lines)
+
+
+def _switch_table(report: dict[str, Report]) -> str:
+    lines = [f"{'prompt switch':<34}{'followed':>17}{'median images':>17}{'median chunks':>17}"]
+    for mode, each in report.items():
+        lines.append(
+            f"{mode:<34}{_share({'right': each['followed'], 'of': each['of']}):>17}"
+            f"{each['median_images']:>17.1f}{each['median_chunks']:>17.2f}"
+        )
+    return "\n".join(lines)

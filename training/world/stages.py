@@ -1,0 +1,246 @@
+"""The stages of making the demo model: what each reads, writes and records.
+
+Every file says in its metadata how it was made: the stage's config, what it took, and the hashes
+of the files it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rf_core.checkpoint import load_student, read_checkpoint, write_checkpoint
+from rf_core.config import CacheConfig, SamplerConfig
+from rf_core.model import WanModel
+from rf_core.text import UMT5Encoder, load_text_encoder, save_text_encoder
+from rf_core.vae import WanVAE
+from rf_core.vae_files import load_vae
+
+from .clips import ClipsConfig, lay_out_channels_last, read_clips, write_clips
+from .evaluate import EvaluateConfig, Report, accuracy, evaluate, evaluation_prompts
+from .ode_pairs import EulerConfig, PairsConfig, read_pairs, sample, write_pairs
+from .scenes import SIZE
+from .train_student import StudentConfig, train_student
+from .train_teacher import TeacherConfig, Training, train_teacher
+from .train_text import TextTrainConfig, train_text
+from .train_vae import FILE_NAME as VAE_FILE_NAME
+from .train_vae import PROVENANCE_KEY
+
+_log = logging.getLogger(__name__)
+
+PREVIEW = EvaluateConfig(single=16, double=6, seed=4)
+"""What a teacher in training is tried on."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the stages leave their results."""
+
+    folder: Path
+
+    @property
+    def vae(self) -> Path:
+        return self.folder / VAE_FILE_NAME
+
+    @property
+    def text(self) -> Path:
+        return self.folder / "text_encoder.safetensors"
+
+    @property
+    def clips(self) -> Path:
+        return self.folder / "clips"
+
+    @property
+    def teacher(self) -> Path:
+        return self.folder / "teacher.safetensors"
+
+    @property
+    def pairs(self) -> Path:
+        return self.folder / "pairs"
+
+    @property
+    def student(self) -> Path:
+        return self.folder / "student.safetensors"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "evaluation.json"
+
+
+def make_text(files: Files, config: TextTrainConfig) -> float:
+    """Train and write the text encoder; returns the probe's accuracy."""
+    clock = time.monotonic()
+    encoder, accuracy = train_text(config)
+    save_text_encoder(files.text, encoder)
+    note = provenance("text", config, clock, []) | {"accuracy": accuracy}
+    add_metadata(files.text, {PROVENANCE_KEY: json.dumps(note)})
+    return accuracy
+
+
+def make_clips(files: Files, config: ClipsConfig) -> None:
+    """Encode the training clips."""
+    vae = open_vae(files)
+    for count in write_clips(vae, config, files.clips):
+        _log.info("%d clips", count)
+
+
+def make_teacher(files: Files, config: TeacherConfig, start: Path | None = None) -> None:
+    """Train and write the teacher, anew or from a checkpoint; tries it at every checkpoint."""
+    vae, encoder, clock = open_vae(files), open_encoder(files), time.monotonic()
+    clips = read_clips(files.clips)
+    _log.info("%d clips", len(clips.scenes))
+    about = provenance("teacher", config, clock, [files.vae, files.text])
+
+    def checkpoint(training: Training) -> None:
+        found = preview(vae, encoder, training.average, config.phases[-1].frames)
+        note = about | progress(training, clock) | {"clips": len(clips.scenes), "preview": found}
+        write_network(files.teacher, training.average, note)
+        _log.info("%d steps, loss %.4f, %s", training.steps, training.loss, found)
+
+    first = open_network(start) if start else None
+    train_teacher(config, clips, encoder, checkpoint, first)
+
+
+def preview(vae: WanVAE, encoder: UMT5Encoder, teacher: WanModel, frames: int) -> dict[str, str]:
+    """The teacher's accuracy on a few captions."""
+    prompts = evaluation_prompts(PREVIEW)
+    latents = sample(teacher, encoder, prompts, EulerConfig(steps=16), frames, PREVIEW.seed)
+    counts = accuracy(vae, latents, prompts)["all"]
+    return {name: f"{count['right']}/{count['of']}" for name, count in counts.items()}
+
+
+def make_pairs(files: Files, config: PairsConfig) -> None:
+    """Follow the teacher's ODE from noise to clips."""
+    teacher, encoder = open_network(files.teacher), open_encoder(files)
+    for count in write_pairs(teacher, encoder, config, files.pairs):
+        _log.info("%d trajectories", count)
+
+
+def make_student(files: Files, config: StudentConfig, start: Path | None = None) -> None:
+    """Train and write the student, from the teacher or from a checkpoint of its own."""
+    encoder, clock = open_encoder(files), time.monotonic()
+    pairs = read_pairs(files.pairs)
+    _log.info("%d trajectories", len(pairs.captions))
+    origin = start or files.teacher
+    about = provenance("student", config, clock, [files.vae, files.text, origin])
+
+    def checkpoint(training: Training) -> None:
+        note = about | progress(training, clock) | {"trajectories": len(pairs.captions)}
+        sampler = SamplerConfig()
+        write_network(files.student, training.average, note, config.cache, sampler)
+
+    train_student(config, open_network(origin), pairs, encoder, checkpoint)
+
+
+def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig) -> Report:
+    """Evaluate the teacher and the student, as far as they are there, and write the report."""
+    teacher, student = (
+        open_network(path) if path.exists() else None for path in (files.teacher, files.student)
+    )
+    clock = time.monotonic()
+    report = evaluate(open_vae(files), open_encoder(files), teacher, student, euler, config)
+    made = [path for path in (files.vae, files.text, files.teacher, files.student) if path.exists()]
+    report["made_by"] = provenance("evaluate", config, clock, made) | {"euler": asdict(euler)}
+    files.report.write_text(json.dumps(report, indent=1))
+    return report
+
+
+def release(files: Files, demo: Path) -> dict[str, int]:
+    """Copy the results to the demo's folder; returns the size of each in bytes.
+
+    The two networks go in half precision, which keeps the whole below 15 MB.
+    """
+    demo.mkdir(parents=True, exist_ok=True)
+    for path in (files.vae, files.text):
+        (demo / path.name).write_bytes(path.read_bytes())
+    for path in (files.teacher, files.student):
+        made = read_checkpoint(path)
+        tensors = {name: tensor.half() for name, tensor in made.tensors.items()}
+        write_checkpoint(
+            demo / path.name,
+            tensors,
+            made.config,
+            made.cache,
+            made.sampler,
+            provenance=made.provenance,
+        )
+    return {path.name: path.stat().st_size for path in sorted(demo.glob("*.safetensors"))}
+
+
+def open_vae(files: Files) -> WanVAE:
+    """The VAE; ValueError where it has not been made."""
+    return lay_out_channels_last(load_vae(_made(files.vae, "vae")))
+
+
+def open_encoder(files: Files) -> UMT5Encoder:
+    """The text encoder; ValueError where it has not been made."""
+    path = _made(files.text, "text")
+    return load_text_encoder(path, device="cpu", dtype=torch.float32)
+
+
+def open_network(path: Path) -> WanModel:
+    """A teacher or student in float32."""
+    return load_student(_made(path, path.stem), device="cpu", dtype=torch.float32)[0]
+
+
+def write_network(
+    path: Path,
+    network: WanModel,
+    note: dict[str, Any],
+    cache: CacheConfig | None = None,
+    sampler: SamplerConfig | None = None,
+) -> None:
+    """Write a teacher (no cache) or a student."""
+    tensors = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    size = (SIZE, SIZE)
+    write_checkpoint(path, tensors, network.config, cache, sampler, size=size, provenance=note)
+
+
+def provenance(stage: str, config: Any, clock: float, parents: Iterable[Path]) -> dict[str, Any]:
+    """How a file is made, as plain JSON."""
+    return {
+        "command": f"python -m training.world {stage}",
+        "config": asdict(config),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "minutes": round((time.monotonic() - clock) / 60, 2),
+        "made_from": {path.name: file_hash(path) for path in parents},
+    }
+
+
+def progress(training: Training, clock: float) -> dict[str, Any]:
+    """How far a training has come."""
+    return {
+        "steps": training.steps,
+        "samples": training.samples,
+        "loss": round(training.loss, 6),
+        "minutes": round((time.monotonic() - clock) / 60, 2),
+    }
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def add_metadata(path: Path, extra: dict[str, str]) -> None:
+    """Add to a safetensors file's metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    save_file(load_file(path), path, metadata | extra)
+
+
+def _made(path: Path, stage: str) -> Path:
+    if not path.exists():
+        raise ValueError(f"{path} is missing; run `python -m training.world {stage}` first")
+    return path
