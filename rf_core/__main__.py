@@ -275,27 +275,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=run_generate)
-    add = parser.add_argument
-    add("--prompt", help="what the video shows")
-    add("--timeline", type=Path, help="a file of prompts in time, such as '8s [cut]: a city'")
-    add("--seconds", type=float, help="length; without it and --chunks, on until Ctrl-C")
-    add("--chunks", type=int, help="length in chunks")
-    add("--output", type=Path, help="the MP4; by default a new name in outputs/")
-    add("--model", default="demo", help="checkpoint of the student (default: the bundled demo)")
-    _add_choice(parser)
-    add("--vae", type=Path, help="Wan VAE or TAEHV")
-    add("--text-encoder", help="UMT5: a folder, a file or a hub id")
-    add("--tokenizer", help="folder or hub id of the tokenizer, where the encoder has none")
-    add("--start", type=Path, help="a picture or clip to begin with (experimental)")
-    add("--width", type=int, help="picture width in pixels")
-    add("--height", type=int, help="picture height in pixels")
-    add("--seed", type=int, default=0, help="the same seed gives the same video")
-    _add_settings(parser)
-    add("--lora", type=parse_lora_argument, action="append", default=[], metavar="FILE:STRENGTH")
-    _add_backend(parser, dtype=None)
-    add("--group-frames", type=int, help="latent frames decoded at once; fewer take less memory")
-    add("--crf", type=int, default=18, help="MP4 quality: 0 lossless, 51 worst")
-    add("--snapshot-every", type=int, default=20, help="chunks between snapshots; 0 for none")
+    add = parser.add_argument_group("what the video shows").add_argument
+    add("--prompt", metavar="TEXT", help="one prompt for the whole video")
+    add("--timeline", type=Path, metavar="FILE", help="prompts in time, as '8s [cut]: a city'")
+    add("--seconds", type=float, metavar="S", help="length; without it, on until Ctrl-C")
+    add("--chunks", type=int, metavar="N", help="length in chunks")
+    add("--start", type=Path, metavar="FILE", help="a picture or clip to begin with (experimental)")
+    add("--width", type=int, metavar="PIXELS", help="default: the model's own")
+    add("--height", type=int, metavar="PIXELS", help="default: the model's own")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same video")
+    weights = parser.add_argument_group("weights")
+    add = weights.add_argument
+    add("--model", default="demo", metavar="FILE", help="student (default: the bundled demo)")
+    add("--vae", type=Path, metavar="FILE", help="Wan VAE or TAEHV")
+    add("--text-encoder", metavar="PLACE", help="UMT5: a file, a folder or a hub id")
+    add("--tokenizer", metavar="PLACE", help="its tokenizer, where the encoder has none")
+    _add_lora(weights)
+    _add_choice(weights)
+    _add_settings(parser.add_argument_group("the past and the steps (default: the model's own)"))
+    machine = parser.add_argument_group("machine")
+    _add_backend(machine, dtype=None)
+    machine.add_argument(
+        "--group-frames", type=int, metavar="N", help="latent frames decoded at once (memory)"
+    )
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=Path, metavar="FILE", help="the MP4 (default: a new name in outputs/)")
+    add("--crf", type=int, default=18, metavar="N", help="quality: 0 lossless, 51 worst")
+    add("--snapshot-every", type=int, default=20, metavar="N", help="in chunks; 0 for never")
     add("--resume", action="store_true", help="go on with an output that was stopped")
     add("--overwrite", action="store_true", help="replace an output that is there")
 
@@ -311,9 +317,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="a checkpoint: file, folder or index")
     parser.add_argument("target", type=Path, help="the .safetensors to write")
     parser.add_argument("--dtype", choices=DTYPES, help="by default the source's own")
-    parser.add_argument(
-        "--lora", type=parse_lora_argument, action="append", default=[], metavar="FILE:STRENGTH"
-    )
+    _add_lora(parser)
     _add_choice(parser)
     _add_settings(parser)
 
@@ -336,30 +340,44 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     _add_backend(parser, dtype="float32")
 
 
-def _add_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--submodel", help="network of a bundle (default: generator_ema)")
-    parser.add_argument("--num-heads", type=int, help="attention heads, where none are recorded")
+def _add_lora(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--lora",
+        type=parse_lora_argument,
+        action="append",
+        default=[],
+        metavar="FILE:STRENGTH",
+        help="an adapter to merge; may be given more than once",
+    )
 
 
-def _add_cache(parser: argparse.ArgumentParser) -> None:
+def _add_choice(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
-    add("--window", type=int, help="latent frames attention sees")
-    add("--sink", type=int, help="latent frames of the sink; 0 for none")
-    add("--decay", type=float, help="what the sink keeps when a chunk leaves; 1 is static")
+    add("--submodel", metavar="NAME", help="network of a bundle (default: generator_ema)")
+    add("--num-heads", type=int, metavar="N", help="attention heads, where none are recorded")
+
+
+def _add_settings(parser: argparse._ActionsContainer) -> None:
+    _add_cache(parser)
+    add = parser.add_argument
+    add("--steps", type=_steps, metavar="T,T,..", help="denoising steps, as 1000,750,500,250")
+    add("--shift", type=float, metavar="X", help="flow shift that warps the steps")
+
+
+def _add_cache(parser: argparse._ActionsContainer) -> None:
+    add = parser.add_argument
+    add("--window", type=int, metavar="FRAMES", help="latent frames attention sees")
+    add("--sink", type=int, metavar="FRAMES", help="latent frames of the sink; 0 for none")
+    add("--decay", type=float, metavar="ALPHA", help="what the sink keeps of itself; 1 is static")
     add("--accumulator", choices=("reference", "float32"), help="how the sink's average rounds")
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    _add_cache(parser)
-    parser.add_argument("--steps", type=_steps, help="denoising steps, such as 1000,750,500,250")
-    parser.add_argument("--shift", type=float, help="flow shift that warps the steps")
-
-
-def _add_backend(parser: argparse.ArgumentParser, dtype: str | None) -> None:
+def _add_backend(parser: argparse._ActionsContainer, dtype: str | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"default: {device}")
-    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="computing precision")
-    parser.add_argument("--attention", choices=BACKENDS, default="sdpa")
+    add = parser.add_argument
+    add("--device", default=device, help=f"default: {device}")
+    add("--dtype", choices=DTYPES, default=dtype, help="computing precision")
+    add("--attention", choices=BACKENDS, default="sdpa", help="default: sdpa")
 
 
 def _steps(text: str) -> tuple[int, ...]:
