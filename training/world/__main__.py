@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from rf_core.config import CacheConfig
+
 from . import stages
 from .budget import Budget
 from .clips import ClipsConfig
@@ -70,14 +72,28 @@ def run_clips(args: argparse.Namespace, files: Files) -> None:
 def run_teacher(args: argparse.Namespace, files: Files) -> None:
     """Train the teacher, on the clips that are there."""
     config = TeacherConfig(seed=args.seed or 0)
+    if args.start:  # what the shortest clips teach, it knows
+        config = replace(config, phases=config.phases[1:], matrix_rate=config.matrix_rate / 1.5)
     stages.make_teacher(files, replace(config, budget=_budget(args, config.budget)), args.start)
 
 
 def run_ode(args: argparse.Namespace, files: Files) -> None:
     """Follow the teacher's ODE."""
-    defaults = PairsConfig(minutes=args.minutes, euler=_euler(args))
-    count = args.count or defaults.num_trajectories
-    stages.make_pairs(files, replace(defaults, num_trajectories=count))
+    clips = PairsConfig(euler=_euler(args))
+    openings = replace(
+        clips,
+        frames=CacheConfig().chunk_frames,
+        euler=replace(clips.euler, steps=16),
+        num_trajectories=3072,
+        shard=128,
+        seed=5,
+    )
+    if args.count:
+        clips, openings = (replace(each, num_trajectories=args.count) for each in (clips, openings))
+    if args.minutes:
+        clips = replace(clips, minutes=0.6 * args.minutes)
+        openings = replace(openings, minutes=0.4 * args.minutes)
+    stages.make_pairs(files, clips, openings)
 
 
 def run_student(args: argparse.Namespace, files: Files) -> None:

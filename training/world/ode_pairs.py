@@ -1,9 +1,10 @@
 """The teacher's ODE trajectories: what the causal student is first taught to reproduce.
 
-The teacher's sampler walks from noise to a clean clip in small Euler steps. Its grid contains the
-student's few timesteps exactly, and the states there are kept with the clip they lead to: pairs
-of (noisy state, clean clip) for a regression (CausVid, arXiv 2412.07772, sec. 4.2). Shards are
-functions of (seed, shard), so a run that was cut off goes on where it stopped.
+The teacher's sampler walks from noise to a clean clip in small Euler steps; both ends are kept,
+pairs for a regression (CausVid, arXiv 2412.07772, sec. 4.2). There are whole clips, and single
+chunks: what a clip's first chunk shows hangs on the noise of all its frames, of which the student
+sees only the first, so it learns how a video begins from clips that are no longer than a chunk.
+Shards are functions of (seed, shard), so a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rf_core.config import NUM_TRAIN_TIMESTEPS, SamplerConfig
+from rf_core.config import NUM_TRAIN_TIMESTEPS
 from rf_core.model import PromptContext, WanModel
-from rf_core.scheduler import sampling_timesteps, shift_sigma
+from rf_core.scheduler import shift_sigma
 from rf_core.text import TextEncoder
 
 from .clips import captions, scene_of, write_atomically
@@ -30,11 +32,12 @@ from .clips import captions, scene_of, write_atomically
 class EulerConfig:
     """The teacher's sampler."""
 
-    steps: int = 24
-    """Euler steps; the grid must meet the student's timesteps."""
-    shift: float = 5.0
-    """Flow shift of the grid, the student's own."""
-    guidance: float = 1.0
+    steps: int = 28
+    """Euler steps."""
+    shift: float = 12.0
+    """Flow shift of the grid. Few latents of large amplitude hold all of a video of this world, so
+    what it shows is decided above a noise level of 0.9, and that is where steps are needed."""
+    guidance: float = 2.5
     """Classifier-free guidance: 1 is none, s gives uncond + s (cond - uncond)."""
 
     def sigmas(self) -> Tensor:
@@ -53,8 +56,6 @@ class PairsConfig:
     """Wall-clock minutes after which no further shard is begun; None for no limit."""
     euler: EulerConfig = field(default_factory=EulerConfig)
     """The teacher's sampler."""
-    student: SamplerConfig = field(default_factory=SamplerConfig)
-    """Whose timesteps are kept."""
     frames: int = 15
     """Latent frames of a trajectory."""
     shard: int = 32
@@ -65,16 +66,14 @@ class PairsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Trajectories as the student reads them. N trajectories, K timesteps."""
+    """Ends of trajectories."""
 
-    states: Tensor
-    """Noisy states at the student's timesteps [N, K, C, F, h, w], float16."""
+    noise: Tensor
+    """Where they begin [N, C, F, h, w], float16."""
     clean: Tensor
     """The clips they lead to [N, C, F, h, w], float16."""
     captions: list[str]
     """What each shows, or should."""
-    timesteps: tuple[float, ...]
-    """The K timesteps, high to low."""
 
 
 @torch.no_grad()
@@ -84,41 +83,22 @@ def integrate(
     prompt: PromptContext,
     unconditional: PromptContext | None,
     config: EulerConfig,
-    keep: Sequence[int] = (),
-) -> tuple[Tensor, list[Tensor]]:
+) -> Tensor:
     """Follow the teacher's flow from noise [B, C, F, h, w] to clean latents.
 
-    Returns them with the states before the steps in `keep`. With guidance other than 1,
-    `unconditional` is the context of the empty prompt.
+    With guidance other than 1, `unconditional` is the context of the empty prompt.
     """
-    x, states = noise, []
-    sigmas = config.sigmas()
-    for step in range(config.steps):
-        if step in keep:
-            states.append(x)
-        timestep_BF = x.new_full(
-            (x.shape[0], x.shape[2]), float(sigmas[step]) * NUM_TRAIN_TIMESTEPS
-        )
+    x, sigmas = noise, config.sigmas()
+    for sigma, after in pairwise(sigmas):
+        timestep = float(sigma) * NUM_TRAIN_TIMESTEPS
+        timestep_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
         flow = model(x, timestep_BF, prompt)
         if config.guidance != 1:
             assert unconditional is not None
             plain = model(x, timestep_BF, unconditional)
             flow = plain + config.guidance * (flow - plain)
-        x = x + (sigmas[step + 1] - sigmas[step]) * flow
-    return x, states
-
-
-def kept_steps(euler: EulerConfig, student: SamplerConfig) -> list[int]:
-    """Steps of the teacher's grid at the student's timesteps; ValueError where they do not meet."""
-    grid = euler.sigmas() * NUM_TRAIN_TIMESTEPS
-    wanted = sampling_timesteps(student)
-    distance, step = (wanted[:, None] - grid[None, :-1]).abs().min(dim=1)
-    if float(distance.max()) > 1e-2:
-        raise ValueError(
-            f"a grid of {euler.steps} steps at shift {euler.shift} misses the student's timesteps "
-            f"{wanted.tolist()}; use the student's shift and a multiple of {len(student.steps)}"
-        )
-    return step.tolist()
+        x = x + (after - sigma) * flow
+    return x
 
 
 def sample(
@@ -138,7 +118,7 @@ def sample(
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         noise = torch.randn(len(some), *shape, generator=generator)
-        parts.append(_integrate_prompts(model, encoder, some, noise, config)[0])
+        parts.append(_integrate_prompts(model, encoder, some, noise, config))
     return torch.cat(parts)
 
 
@@ -155,7 +135,7 @@ def _integrate_prompts(
     empty = None
     if config.guidance != 1:
         empty = model.prompt_context(encoder.encode([""] * len(prompts)))
-    return integrate(model, noise, prompt, empty, config, keep)
+    return integrate(model, noise, prompt, empty, config)
 
 
 def write_pairs(
@@ -181,16 +161,9 @@ def _write_shard(
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + indices.start)
     shape = (len(prompts), model.config.in_dim, config.frames, 8, 8)
     noise = torch.randn(shape, generator=generator)
-    keep = kept_steps(config.euler, config.student)
-    clean, states = _integrate_prompts(model, encoder, prompts, noise, config.euler, keep)
-    note = {
-        "captions": prompts,
-        "timesteps": sampling_timesteps(config.student).tolist(),
-        "seed": config.seed,
-        "guidance": config.euler.guidance,
-        "steps": config.euler.steps,
-    }
-    tensors = {"states": torch.stack(states, dim=1).half(), "clean": clean.half()}
+    clean = _integrate_prompts(model, encoder, prompts, noise, config.euler)
+    note = {"captions": prompts, "seed": config.seed, "euler": asdict(config.euler)}
+    tensors = {"noise": noise.half(), "clean": clean.half()}
     write_atomically(path, tensors, {"pairs": json.dumps(note)})
 
 
@@ -201,7 +174,7 @@ def read_pairs(folder: Path) -> Pairs:
         raise ValueError(
             f"{folder} holds no trajectories; run `python -m training.world ode` first"
         )
-    tensors: dict[str, list[Tensor]] = {"states": [], "clean": []}
+    tensors: dict[str, list[Tensor]] = {"noise": [], "clean": []}
     prompts: list[str] = []
     for path in paths:
         with safe_open(path, framework="pt") as file:
@@ -209,9 +182,5 @@ def read_pairs(folder: Path) -> Pairs:
                 parts.append(file.get_tensor(name))
             note = json.loads(file.metadata()["pairs"])
         prompts += note["captions"]
-    return Pairs(
-        states=torch.cat(tensors["states"]),
-        clean=torch.cat(tensors["clean"]),
-        captions=prompts,
-        timesteps=tuple(note["timesteps"]),
-    )
+    noise, clean = torch.cat(tensors["noise"]), torch.cat(tensors["clean"])
+    return Pairs(noise=noise, clean=clean, captions=prompts)

@@ -65,8 +65,12 @@ class Files:
         return self.folder / "teacher.safetensors"
 
     @property
-    def pairs(self) -> Path:
-        return self.folder / "pairs"
+    def trajectories(self) -> Path:
+        return self.folder / "trajectories"
+
+    @property
+    def openings(self) -> Path:
+        return self.folder / "openings"
 
     @property
     def student(self) -> Path:
@@ -100,6 +104,8 @@ def make_teacher(files: Files, config: TeacherConfig, start: Path | None = None)
     clips = read_clips(files.clips)
     _log.info("%d clips", len(clips.scenes))
     about = provenance("teacher", config, clock, [files.vae, files.text])
+    if start:
+        about["started_from"] = {"sha256": file_hash(start)} | read_checkpoint(start).provenance
 
     def checkpoint(training: Training) -> None:
         found = preview(vae, encoder, training.average, config.phases[-1].frames)
@@ -119,36 +125,48 @@ def preview(vae: WanVAE, encoder: UMT5Encoder, teacher: WanModel, frames: int) -
     return {name: f"{count['right']}/{count['of']}" for name, count in counts.items()}
 
 
-def make_pairs(files: Files, config: PairsConfig) -> None:
-    """Follow the teacher's ODE from noise to clips."""
+def make_pairs(files: Files, clips: PairsConfig, openings: PairsConfig) -> None:
+    """Follow the teacher's ODE from noise to clips, and to single chunks."""
     teacher, encoder = open_network(files.teacher), open_encoder(files)
-    for count in write_pairs(teacher, encoder, config, files.pairs):
-        _log.info("%d trajectories", count)
+    for config, folder in ((openings, files.openings), (clips, files.trajectories)):
+        for count in write_pairs(teacher, encoder, config, folder):
+            _log.info("%d trajectories of %d frames", count, config.frames)
 
 
 def make_student(files: Files, config: StudentConfig, start: Path | None = None) -> None:
     """Train and write the student, from the teacher or from a checkpoint of its own."""
     encoder, clock = open_encoder(files), time.monotonic()
-    pairs = read_pairs(files.pairs)
-    _log.info("%d trajectories", len(pairs.captions))
+    clips, openings = read_pairs(files.trajectories), read_pairs(files.openings)
+    counts = {"trajectories": len(clips.captions), "openings": len(openings.captions)}
+    _log.info("%s", counts)
     origin = start or files.teacher
     about = provenance("student", config, clock, [files.vae, files.text, origin])
+    if start:
+        about["started_from"] = {"sha256": file_hash(start)} | read_checkpoint(start).provenance
 
     def checkpoint(training: Training) -> None:
-        note = about | progress(training, clock) | {"trajectories": len(pairs.captions)}
-        sampler = SamplerConfig()
-        write_network(files.student, training.average, note, config.cache, sampler)
+        note = about | progress(training, clock) | counts
+        write_network(files.student, training.average, note, config.cache, config.sampler)
 
-    train_student(config, open_network(origin), pairs, encoder, checkpoint)
+    train_student(config, open_network(origin), clips, openings, encoder, checkpoint)
 
 
 def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig) -> Report:
     """Evaluate the teacher and the student, as far as they are there, and write the report."""
-    teacher, student = (
-        open_network(path) if path.exists() else None for path in (files.teacher, files.student)
-    )
+    teacher = open_network(files.teacher) if files.teacher.exists() else None
+    student = open_network(files.student) if files.student.exists() else None
+    settings = read_checkpoint(files.student) if student else None
     clock = time.monotonic()
-    report = evaluate(open_vae(files), open_encoder(files), teacher, student, euler, config)
+    report = evaluate(
+        open_vae(files),
+        open_encoder(files),
+        teacher,
+        student,
+        euler,
+        config,
+        settings.cache if settings else None,
+        settings.sampler if settings else None,
+    )
     made = [path for path in (files.vae, files.text, files.teacher, files.student) if path.exists()]
     report["made_by"] = provenance("evaluate", config, clock, made) | {"euler": asdict(euler)}
     files.report.write_text(json.dumps(report, indent=1))
@@ -172,6 +190,7 @@ def release(files: Files, demo: Path) -> dict[str, int]:
             made.config,
             made.cache,
             made.sampler,
+            size=made.size,
             provenance=made.provenance,
         )
     return {path.name: path.stat().st_size for path in sorted(demo.glob("*.safetensors"))}

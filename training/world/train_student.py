@@ -2,9 +2,13 @@
 
 Each chunk is seen exactly as in a stream: the cache advances (and evicts into its sink), the chunk
 at one of the few sampling timesteps attends to the window, and a clean pass rewrites its slot. The
-target is the clip the teacher's trajectory leads to (CausVid, arXiv 2412.07772, sec. 4.2). The
-past is the teacher's own clean chunks at first; later part of the batch sees the student's
-predictions of them instead, since its own past is what it will have to live with.
+target is the clip the teacher's trajectory leads to (CausVid, arXiv 2412.07772, sec. 4.2).
+
+The published regression takes its inputs from the trajectory at every timestep. There, noise tells
+what the clip will be; in a stream it does so at the first timestep only, as fresh noise is added
+before every other. Taught both, the student read the future out of fresh noise: at timestep 937 its
+error was twice that from pure noise. So here only the first timestep sees the trajectory's noise,
+and the others see the clean chunk, or the student's own guess of it, under fresh noise.
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rf_core.config import CacheConfig, Grid
+from rf_core.config import CacheConfig, Grid, SamplerConfig
 from rf_core.kv_cache import KVCache
+from rf_core.layers import PromptKV
 from rf_core.model import PromptContext, WanModel
-from rf_core.scheduler import add_noise, flow_to_x0
+from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
 from rf_core.text import TextEncoder
 
 from .budget import Budget, Every, run
@@ -33,22 +38,27 @@ _log = logging.getLogger(__name__)
 class StudentConfig:
     """The regression."""
 
-    budget: Budget = field(default_factory=lambda: Budget(minutes=15.0))
+    budget: Budget = field(default_factory=lambda: Budget(minutes=15.0, warmup_steps=20))
     """How long to train."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """The window and sink of the streams it will make."""
     batch: int = 16
     """Trajectories a step."""
-    renoised_share: float = 0.5
-    """Share of chunks that start from the clean clip with fresh noise, as they do between the
-    passes of a stream, in place of the trajectory's own state."""
-    own_past_from: float = 0.4
-    """Share of the run after which part of the batch sees the student's own past."""
-    own_past_share: float = 0.5
-    """That part."""
-    matrix_rate: float = 1e-3
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The few-step schedule of the streams it will make."""
+    openings: int = 32
+    """Single chunks a step, from which it learns how a video begins."""
+    first_step_share: float = 0.4
+    """Share of inputs at the first timestep, the hardest; the others share the rest evenly."""
+    guessed_share: float = 0.5
+    """Share of inputs after the first timestep that hold the student's own guess of the chunk,
+    made at the timestep before; the others hold the clean chunk."""
+    own_past_from: float = 0.3
+    """Share of the run after which chunks predicted at the last timestep become the past of the
+    next ones, in place of the teacher's."""
+    matrix_rate: float = 4e-3
     """Muon's peak learning rate, for the blocks' matrices."""
-    other_rate: float = 1e-3
+    other_rate: float = 1.5e-3
     """AdamW's peak learning rate, for everything else."""
     weight_decay: float = 0.01
     """Of the matrices."""
@@ -66,8 +76,8 @@ class StudentConfig:
 class Batch:
     """Trajectories, with the choices that were drawn for them."""
 
-    states: Tensor
-    """States at the sampling timesteps [B, K, C, F, h, w]."""
+    noise: Tensor
+    """Where they begin [B, C, F, h, w]."""
     clean: Tensor
     """The clips they lead to [B, C, F, h, w]."""
     prompt_embeds: Tensor
@@ -76,20 +86,22 @@ class Batch:
     """The K sampling timesteps."""
     step: Tensor
     """Which of them each sample of each chunk is at, [chunks, B]."""
-    renoised: Tensor
-    """Whether it starts from fresh noise there, [chunks, B]."""
-    own_past: Tensor
-    """Whether each sample's past is the student's own, [B]."""
+    guessed: Tensor
+    """Whether its input holds the student's guess, [chunks, B]."""
 
 
 def train_student(
     config: StudentConfig,
     teacher: WanModel,
-    pairs: Pairs,
+    clips: Pairs,
+    openings: Pairs,
     encoder: TextEncoder,
     checkpoint: Hook | None = None,
 ) -> Training:
-    """Train a student that begins from `teacher`'s weights, which it takes over."""
+    """Train a student that begins from `teacher`'s weights, which it takes over.
+
+    `clips` are trajectories of several chunks, `openings` of a single one.
+    """
     torch.manual_seed(config.seed)
     training = training_of(teacher.requires_grad_(True))
     optimisers = make_optimisers(
@@ -97,16 +109,23 @@ def train_student(
     )
     due = Every(config.checkpoint_minutes)
     rng = np.random.default_rng(config.seed)
-    order = endless_order(len(pairs.clean), rng)
+    draws = [
+        (pairs, count, endless_order(range(len(pairs.clean)), rng))
+        for pairs, count in ((clips, config.batch), (openings, config.openings))
+    ]
     for step, spent in run(config.budget, optimisers):
-        share = config.own_past_share if spent >= config.own_past_from else 0.0
-        rows = [next(order) for _ in range(config.batch)]
-        batch = draw_batch(pairs, rows, encoder, config, share, rng)
-        loss = regression_loss(training.model, batch, config.cache)
-        loss.backward()
-        finish_step(training, loss, len(rows), config.ema, optimisers[1], config.clip_norm)
+        own_past = spent >= config.own_past_from
+        losses = []
+        for pairs, count, order in draws:
+            rows = [next(order) for _ in range(count)]
+            batch = draw_batch(pairs, rows, encoder, config, rng)
+            losses.append(regression_loss(training.model, batch, config.cache, own_past))
+            losses[-1].backward()
+        total = torch.stack(losses).mean().detach()
+        finish_step(training, total, config.batch, config.ema, optimisers[1], config.clip_norm)
         if step % 50 == 0:
-            _log.info("%d %.3f loss %.4f", step, spent, training.loss)
+            clip, opening = (loss.item() for loss in losses)
+            _log.info("%d %.3f loss %.4f %.4f %.4f", step, spent, training.loss, clip, opening)
         if checkpoint is not None and due():
             checkpoint(training)
     if checkpoint is not None:
@@ -114,23 +133,29 @@ def train_student(
     return training
 
 
-def regression_loss(model: WanModel, batch: Batch, config: CacheConfig) -> Tensor:
+def regression_loss(
+    model: WanModel, batch: Batch, config: CacheConfig, own_past: bool = False
+) -> Tensor:
     """Mean squared error of the predicted clean chunks, over a whole rollout.
 
-    Gradients stay within a chunk: the past enters through snapshots of the cache.
+    Of a clip of several chunks the first is only the past of the others. Gradients stay within a
+    chunk: the past enters through snapshots of the cache.
     """
     prompt = model.prompt_context(batch.prompt_embeds)
-    with torch.no_grad():
-        frozen = tuple(type(kv)(kv.k_BSHD.detach(), kv.v_BSHD.detach()) for kv in prompt)
+    frozen = tuple(PromptKV(kv.k_BSHD.detach(), kv.v_BSHD.detach()) for kv in prompt)
     cache = new_cache(model, batch.clean, config)
+    chunks = batch.clean.split(config.chunk_frames, dim=2)
     losses = []
-    for index, clean in enumerate(batch.clean.split(config.chunk_frames, dim=2)):
+    for index, clean in enumerate(chunks):
         cache.advance(clean.shape[2])
-        frames = slice(index * config.chunk_frames, index * config.chunk_frames + clean.shape[2])
-        noisy, timestep_BF = _noisy_chunk(batch, index, frames)
-        x0 = predict(model, noisy, timestep_BF, prompt, cache)
-        losses.append((x0 - clean).square().mean())
-        past = _past_chunk(model, batch, frames, frozen, cache)
+        past = clean
+        if index or len(chunks) == 1:
+            noisy, timestep_BF = _noisy_chunk(model, batch, index, clean, frozen, cache)
+            x0 = predict(model, noisy, timestep_BF, prompt, cache)
+            losses.append((x0 - clean).square().mean())
+            if own_past:
+                last = batch.step[index] == len(batch.timesteps) - 1
+                past = torch.where(_per_sample(last), x0.detach(), clean)
         with torch.no_grad():
             model(past, past.new_zeros(past.shape[0], past.shape[2]), frozen, cache)
     return torch.stack(losses).mean()
@@ -159,31 +184,31 @@ def new_cache(model: WanModel, latents: Tensor, config: CacheConfig) -> KVCache:
     )
 
 
-def _noisy_chunk(batch: Batch, index: int, frames: slice) -> tuple[Tensor, Tensor]:
-    step = batch.step[index]
-    noisy, clean = batch.states[torch.arange(len(step)), step, :, frames], batch.clean[:, :, frames]
-    timestep_BF = batch.timesteps[step][:, None].expand(-1, noisy.shape[2])
-    fresh = add_noise(clean, torch.randn_like(clean), timestep_BF)
-    return torch.where(batch.renoised[index, :, None, None, None, None], fresh, noisy), timestep_BF
-
-
 @torch.no_grad()
-def _past_chunk(
-    model: WanModel, batch: Batch, frames: slice, prompt: PromptContext, cache: KVCache
-) -> Tensor:
-    """What later chunks see of this one: the teacher's clean latents or the student's guess.
+def _noisy_chunk(
+    model: WanModel,
+    batch: Batch,
+    index: int,
+    clean: Tensor,
+    prompt: PromptContext,
+    cache: KVCache,
+) -> tuple[Tensor, Tensor]:
+    """A chunk's input at the timestep drawn for each sample, as a stream would come by it."""
+    step, frames = batch.step[index], clean.shape[2]
+    noise = batch.noise[:, :, index * frames : (index + 1) * frames]
+    before = (step - 1).clamp_min(0)
+    earlier_BF = batch.timesteps[before][:, None].expand(-1, frames)
+    earlier = add_noise(clean, torch.randn_like(clean), earlier_BF)
+    earlier = torch.where(_per_sample(before == 0), noise, earlier)
+    guess = flow_to_x0(model(earlier, earlier_BF, prompt, cache), earlier, earlier_BF)
+    signal = torch.where(_per_sample(batch.guessed[index]), guess, clean)
+    timestep_BF = batch.timesteps[step][:, None].expand(-1, frames)
+    noisy = add_noise(signal, torch.randn_like(clean), timestep_BF)
+    return torch.where(_per_sample(step == 0), noise, noisy), timestep_BF
 
-    The guess is made from the trajectory's last kept state, so that it still leads on to the
-    teacher's next chunk, but with the student's own mistakes in it.
-    """
-    clean = batch.clean[:, :, frames]
-    own = batch.own_past
-    if not own.any():
-        return clean
-    noisy = batch.states[:, -1, :, frames]
-    timestep_BF = batch.timesteps[-1].expand(noisy.shape[0], noisy.shape[2])
-    guess = flow_to_x0(model(noisy, timestep_BF, prompt, cache), noisy, timestep_BF)
-    return torch.where(own[:, None, None, None, None], guess, clean)
+
+def _per_sample(choice_B: Tensor) -> Tensor:
+    return choice_B[:, None, None, None, None]
 
 
 def draw_batch(
@@ -191,20 +216,19 @@ def draw_batch(
     rows: list[int],
     encoder: TextEncoder,
     config: StudentConfig,
-    own_share: float,
     rng: np.random.Generator,
 ) -> Batch:
-    """Some trajectories with a timestep for each chunk; `own_share` of them see their own past."""
+    """Some trajectories, with a timestep for each chunk."""
     chunks = -(-pairs.clean.shape[2] // config.cache.chunk_frames)
-    step = rng.integers(len(pairs.timesteps), size=(chunks, len(rows)))
-    # At the first timestep all is noise: only the trajectory knows what it leads to.
-    renoised = (rng.random(step.shape) < config.renoised_share) & (step > 0)
+    timesteps = sampling_timesteps(config.sampler)
+    shape = (chunks, len(rows))
+    later = rng.integers(1, len(timesteps), size=shape) if len(timesteps) > 1 else 0
+    step = np.where(rng.random(shape) < config.first_step_share, 0, later)
     return Batch(
-        states=pairs.states[rows].float(),
+        noise=pairs.noise[rows].float(),
         clean=pairs.clean[rows].float(),
         prompt_embeds=encoder.encode([pairs.captions[row] for row in rows]),
-        timesteps=torch.tensor(pairs.timesteps),
+        timesteps=timesteps,
         step=torch.from_numpy(step),
-        renoised=torch.from_numpy(renoised),
-        own_past=torch.from_numpy(rng.random(len(rows)) < own_share),
+        guessed=torch.from_numpy(rng.random(shape) < config.guessed_share),
     )

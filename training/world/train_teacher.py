@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -59,6 +59,8 @@ class TeacherConfig:
         Phase(until=1.0, frames=15, batch=16),
     )
     """Clip lengths over the run."""
+    two_things_share: float = 0.5
+    """Share of clips that show two things, the slower ones to learn; the world has 0.3."""
     matrix_rate: float = 1.5e-2
     """Muon's peak learning rate, for the blocks' matrices."""
     other_rate: float = 6e-3
@@ -195,12 +197,14 @@ def finish_step(
 
 
 def _batches(config: TeacherConfig, clips: Clips) -> Callable[[Phase], tuple[Tensor, list[str]]]:
-    """Draws batches without replacement until every clip has been seen, then anew."""
+    """Draws batches; of each kind, no clip comes again before every other has been seen."""
     rng = np.random.default_rng(config.seed)
-    order = endless_order(len(clips.latents), rng)
+    kinds = [[i for i, scene in enumerate(clips.scenes) if len(scene) == n] for n in (1, 2)]
+    orders = [endless_order(kind or list(range(len(clips.scenes))), rng) for kind in kinds]
 
     def draw(phase: Phase) -> tuple[Tensor, list[str]]:
-        indices = [next(order) for _ in range(phase.batch)]
+        double = rng.random(phase.batch) < config.two_things_share
+        indices = [next(orders[kind]) for kind in double.astype(int)]
         prompts = captions([clips.scenes[index] for index in indices], rng)
         dropped = rng.random(phase.batch) < config.prompt_dropout
         prompts = ["" if drop else text for drop, text in zip(dropped, prompts, strict=True)]
@@ -209,7 +213,7 @@ def _batches(config: TeacherConfig, clips: Clips) -> Callable[[Phase], tuple[Ten
     return draw
 
 
-def endless_order(count: int, rng: np.random.Generator) -> Iterator[int]:
-    """Indices below `count`, each once before any comes again."""
+def endless_order(indices: Sequence[int], rng: np.random.Generator) -> Iterator[int]:
+    """The indices in random order, each once before any comes again."""
     while True:
-        yield from rng.permutation(count).tolist()
+        yield from rng.permutation(indices).tolist()
