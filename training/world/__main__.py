@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 
-from rf_core.config import CacheConfig
-
 from . import stages
 from .budget import Budget
 from .clips import ClipsConfig
@@ -53,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_vae(args: argparse.Namespace, files: Files) -> None:
     """Train the VAE."""
     config = VAETrainConfig(seed=args.seed or 0)
-    train_vae(replace(config, budget=_budget(args, config.budget)), files.folder)
+    train_vae(replace(config, budget=_budget(args, config.budget)), files.folder, args.start)
 
 
 def run_text(args: argparse.Namespace, files: Files) -> None:
@@ -72,28 +70,16 @@ def run_clips(args: argparse.Namespace, files: Files) -> None:
 def run_teacher(args: argparse.Namespace, files: Files) -> None:
     """Train the teacher, on the clips that are there."""
     config = TeacherConfig(seed=args.seed or 0)
-    if args.start:  # what the shortest clips teach, it knows
+    if args.start:  # what openings alone teach, it knows
         config = replace(config, phases=config.phases[1:], matrix_rate=config.matrix_rate / 1.5)
     stages.make_teacher(files, replace(config, budget=_budget(args, config.budget)), args.start)
 
 
 def run_ode(args: argparse.Namespace, files: Files) -> None:
     """Follow the teacher's ODE."""
-    clips = PairsConfig(euler=_euler(args))
-    openings = replace(
-        clips,
-        frames=CacheConfig().chunk_frames,
-        euler=replace(clips.euler, steps=16),
-        num_trajectories=3072,
-        shard=128,
-        seed=5,
-    )
-    if args.count:
-        clips, openings = (replace(each, num_trajectories=args.count) for each in (clips, openings))
-    if args.minutes:
-        clips = replace(clips, minutes=0.6 * args.minutes)
-        openings = replace(openings, minutes=0.4 * args.minutes)
-    stages.make_pairs(files, clips, openings)
+    config = PairsConfig(euler=_euler(args), minutes=args.minutes, part=args.part)
+    count = args.count or config.num_excerpts
+    stages.make_pairs(files, replace(config, num_excerpts=count))
 
 
 def run_student(args: argparse.Namespace, files: Files) -> None:
@@ -103,8 +89,10 @@ def run_student(args: argparse.Namespace, files: Files) -> None:
 
 
 def run_evaluate(args: argparse.Namespace, files: Files) -> None:
-    """Measure what is there and print it."""
-    report = stages.make_report(files, EvaluateConfig(), _euler(args))
+    """Measure what is there, or the demo where nothing has been trained, and print it."""
+    measured = files if files.vae.exists() else Files(args.demo)
+    print(f"measuring the networks in {measured.folder}")
+    report = stages.make_report(measured, EvaluateConfig(), _euler(args), files.report)
     print(format_report(report))
     print(f"\nwritten to {files.report}")
 
@@ -162,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, help="the teacher's guidance")
     parser.add_argument("--euler-steps", type=int, help="the teacher's sampling steps")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--demo", type=Path, default=DEMO, help="where `release` writes")
+    parser.add_argument("--demo", type=Path, default=DEMO, help="the demo's folder")
     return parser
 
 

@@ -1,10 +1,9 @@
 """The teacher's ODE trajectories: what the causal student is first taught to reproduce.
 
-The teacher's sampler walks from noise to a clean clip in small Euler steps; both ends are kept,
-pairs for a regression (CausVid, arXiv 2412.07772, sec. 4.2). There are whole clips, and single
-chunks: what a clip's first chunk shows hangs on the noise of all its frames, of which the student
-sees only the first, so it learns how a video begins from clips that are no longer than a chunk.
-Shards are functions of (seed, shard), so a run that was cut off goes on where it stopped.
+The teacher's sampler walks from noise to a clean chunk in small Euler steps, with the past of an
+excerpt in sight; both ends are kept, pairs for a regression (CausVid, arXiv 2412.07772, sec. 4.2).
+A chunk is a function of its own noise and its past alone, both of which the student sees. Shards
+are functions of (seed, shard), so a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -25,7 +25,8 @@ from rf_core.model import PromptContext, WanModel
 from rf_core.scheduler import shift_sigma
 from rf_core.text import TextEncoder
 
-from .clips import captions, scene_of, write_atomically
+from .clips import Clips, write_atomically
+from .excerpts import ExcerptConfig, Excerpts, Past, Prompts, draw_excerpts, pasts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,30 +51,32 @@ class EulerConfig:
 class PairsConfig:
     """How many trajectories, and how they are made."""
 
-    num_trajectories: int = 768
-    """Trajectories at most."""
+    num_excerpts: int = 1536
+    """Excerpts at most, with three trajectories each."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): make every n-th shard from the i-th on."""
     minutes: float | None = None
     """Wall-clock minutes after which no further shard is begun; None for no limit."""
     euler: EulerConfig = field(default_factory=EulerConfig)
     """The teacher's sampler."""
-    frames: int = 15
-    """Latent frames of a trajectory."""
-    shard: int = 32
-    """Trajectories in a file, made together."""
+    excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
+    """How excerpts are drawn."""
+    shard: int = 64
+    """Excerpts in a file, made together."""
     seed: int = 2
-    """Trajectory i has the caption of scene (seed, i); its shard's noise is seeded alike."""
+    """Seeds each shard's excerpts and noise, together with the shard's number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Ends of trajectories."""
+    """Ends of trajectories: three of each of N excerpts."""
 
+    excerpts: Excerpts
+    """What the trajectories see of their past."""
     noise: Tensor
-    """Where they begin [N, C, F, h, w], float16."""
+    """Where they begin [3, N, C, F, h, w], float16."""
     clean: Tensor
-    """The clips they lead to [N, C, F, h, w], float16."""
-    captions: list[str]
-    """What each shows, or should."""
+    """The chunks they lead to [3, N, C, F, h, w], float16."""
 
 
 @torch.no_grad()
@@ -83,19 +86,21 @@ def integrate(
     prompt: PromptContext,
     unconditional: PromptContext | None,
     config: EulerConfig,
+    past: Past | None = None,
 ) -> Tensor:
     """Follow the teacher's flow from noise [B, C, F, h, w] to clean latents.
 
-    With guidance other than 1, `unconditional` is the context of the empty prompt.
+    With guidance other than 1, `unconditional` is the context of the empty prompt; both passes see
+    the same past.
     """
     x, sigmas = noise, config.sigmas()
     for sigma, after in pairwise(sigmas):
         timestep = float(sigma) * NUM_TRAIN_TIMESTEPS
         timestep_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
-        flow = model(x, timestep_BF, prompt)
+        flow = model(x, timestep_BF, prompt, past)
         if config.guidance != 1:
             assert unconditional is not None
-            plain = model(x, timestep_BF, unconditional)
+            plain = model(x, timestep_BF, unconditional, past)
             flow = plain + config.guidance * (flow - plain)
         x = x + (after - sigma) * flow
     return x
@@ -129,41 +134,66 @@ def _integrate_prompts(
     prompts: Sequence[str],
     noise: Tensor,
     config: EulerConfig,
-    keep: Sequence[int] = (),
-) -> tuple[Tensor, list[Tensor]]:
+) -> Tensor:
     prompt = model.prompt_context(encoder.encode(prompts))
-    empty = None
-    if config.guidance != 1:
-        empty = model.prompt_context(encoder.encode([""] * len(prompts)))
-    return integrate(model, noise, prompt, empty, config)
+    return integrate(model, noise, prompt, _empty(model, encoder, len(prompts)), config)
+
+
+def _empty(model: WanModel, encoder: TextEncoder, count: int) -> PromptContext:
+    return model.prompt_context(encoder.encode([""] * count))
 
 
 def write_pairs(
-    model: WanModel, encoder: TextEncoder, config: PairsConfig, folder: Path
+    model: WanModel, encoder: TextEncoder, clips: Clips, config: PairsConfig, folder: Path
 ) -> Iterator[int]:
-    """Make the missing shards in `folder`; yields the number of trajectories so far."""
+    """Make the missing shards in `folder`; yields the number of excerpts so far."""
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    for start in range(0, config.num_trajectories, config.shard):
+    which, parts = config.part
+    shards = range(0, config.num_excerpts, config.shard)[which::parts]
+    for start in shards:
         path = folder / f"pairs-{start:06}.safetensors"
-        stop = min(start + config.shard, config.num_trajectories)
+        stop = min(start + config.shard, config.num_excerpts)
         if not path.exists():
             if config.minutes is not None and time.monotonic() - started > 60 * config.minutes:
                 return
-            _write_shard(model, encoder, config, path, range(start, stop))
+            rng = np.random.default_rng([config.seed, start])
+            rows, others = rng.integers(len(clips.scenes), size=(2, stop - start)).tolist()
+            excerpts = draw_excerpts(clips, rows, others, rng, config.excerpts)
+            _write_shard(path, config, follow(model, encoder, excerpts, config, start))
         yield stop
 
 
-def _write_shard(
-    model: WanModel, encoder: TextEncoder, config: PairsConfig, path: Path, indices: range
-) -> None:
-    prompts = captions([scene_of(config.seed, index) for index in indices])
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + indices.start)
-    shape = (len(prompts), model.config.in_dim, config.frames, 8, 8)
-    noise = torch.randn(shape, generator=generator)
-    clean = _integrate_prompts(model, encoder, prompts, noise, config.euler)
-    note = {"captions": prompts, "seed": config.seed, "euler": asdict(config.euler)}
-    tensors = {"noise": noise.half(), "clean": clean.half()}
+@torch.no_grad()
+def follow(
+    model: WanModel, encoder: TextEncoder, excerpts: Excerpts, config: PairsConfig, seed: int
+) -> Pairs:
+    """The trajectories of some excerpts from freshly drawn noise."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + seed)
+    noise = torch.randn(excerpts.targets.shape, generator=generator)
+    prompts, empty = Prompts.read(model, encoder, excerpts), _empty(model, encoder, len(excerpts))
+    past_of = pasts(model, excerpts, prompts, config.excerpts, generator)
+    prompt_of = (prompts.first, prompts.first, prompts.later)
+    clean = [
+        integrate(model, *each, config.euler, past)
+        for *each, past in zip(noise, prompt_of, [empty] * 3, past_of, strict=True)
+    ]
+    return Pairs(excerpts=excerpts, noise=noise, clean=torch.stack(clean))
+
+
+LATENTS = ("opening", "second", "before", "later")
+
+
+def _write_shard(path: Path, config: PairsConfig, pairs: Pairs) -> None:
+    excerpts = pairs.excerpts
+    tensors = {name: getattr(excerpts, name).half() for name in LATENTS}
+    tensors |= {"noise": pairs.noise.half(), "clean": pairs.clean.half()}
+    tensors["recached"] = excerpts.recached
+    note = {
+        "prompts": excerpts.prompts,
+        "later_prompts": excerpts.later_prompts,
+        "config": asdict(config),
+    }
     write_atomically(path, tensors, {"pairs": json.dumps(note)})
 
 
@@ -174,13 +204,14 @@ def read_pairs(folder: Path) -> Pairs:
         raise ValueError(
             f"{folder} holds no trajectories; run `python -m training.world ode` first"
         )
-    tensors: dict[str, list[Tensor]] = {"noise": [], "clean": []}
-    prompts: list[str] = []
+    shards, prompts, later_prompts = [], [], []
     for path in paths:
         with safe_open(path, framework="pt") as file:
-            for name, parts in tensors.items():
-                parts.append(file.get_tensor(name))
+            shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             note = json.loads(file.metadata()["pairs"])
-        prompts += note["captions"]
-    noise, clean = torch.cat(tensors["noise"]), torch.cat(tensors["clean"])
-    return Pairs(noise=noise, clean=clean, captions=prompts)
+        prompts += note["prompts"]
+        later_prompts += note["later_prompts"]
+    joined = {name: torch.cat([shard[name] for shard in shards]) for name in (*LATENTS, "recached")}
+    excerpts = Excerpts(**joined, prompts=prompts, later_prompts=later_prompts)
+    noise, clean = (torch.cat([s[name] for s in shards], dim=1) for name in ("noise", "clean"))
+    return Pairs(excerpts=excerpts, noise=noise, clean=clean)

@@ -27,7 +27,15 @@ from rf_core.vae import WanVAE
 from rf_core.vae_files import load_vae
 
 from .clips import ClipsConfig, lay_out_channels_last, read_clips, write_clips
-from .evaluate import EvaluateConfig, Report, accuracy, evaluate, evaluation_prompts
+from .evaluate import (
+    EvaluateConfig,
+    Report,
+    Streams,
+    accuracy,
+    accuracy_of,
+    evaluate,
+    evaluation_prompts,
+)
 from .ode_pairs import EulerConfig, PairsConfig, read_pairs, sample, write_pairs
 from .scenes import SIZE
 from .train_student import StudentConfig, train_student
@@ -38,8 +46,11 @@ from .train_vae import PROVENANCE_KEY
 
 _log = logging.getLogger(__name__)
 
-PREVIEW = EvaluateConfig(single=16, double=6, seed=4)
-"""What a teacher in training is tried on."""
+PREVIEW = EvaluateConfig(single=16, double=6, chunks=5, seed=4)
+"""What a network in training is tried on."""
+
+MANY_STEPS = SamplerConfig(steps=tuple(range(1000, 0, -50)))
+"""A schedule fine enough for the teacher to stream by, without guidance."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +78,6 @@ class Files:
     @property
     def trajectories(self) -> Path:
         return self.folder / "trajectories"
-
-    @property
-    def openings(self) -> Path:
-        return self.folder / "openings"
 
     @property
     def student(self) -> Path:
@@ -108,7 +115,10 @@ def make_teacher(files: Files, config: TeacherConfig, start: Path | None = None)
         about["started_from"] = {"sha256": file_hash(start)} | read_checkpoint(start).provenance
 
     def checkpoint(training: Training) -> None:
-        found = preview(vae, encoder, training.average, config.phases[-1].frames)
+        found = {
+            "whole": preview(vae, encoder, training.average),
+            "streamed": preview_stream(vae, encoder, training.average, MANY_STEPS),
+        }
         note = about | progress(training, clock) | {"clips": len(clips.scenes), "preview": found}
         write_network(files.teacher, training.average, note)
         _log.info("%d steps, loss %.4f, %s", training.steps, training.loss, found)
@@ -117,27 +127,42 @@ def make_teacher(files: Files, config: TeacherConfig, start: Path | None = None)
     train_teacher(config, clips, encoder, checkpoint, first)
 
 
-def preview(vae: WanVAE, encoder: UMT5Encoder, teacher: WanModel, frames: int) -> dict[str, str]:
-    """The teacher's accuracy on a few captions."""
+def preview(vae: WanVAE, encoder: UMT5Encoder, teacher: WanModel) -> dict[str, str]:
+    """The teacher's accuracy on whole clips of a few captions."""
     prompts = evaluation_prompts(PREVIEW)
-    latents = sample(teacher, encoder, prompts, EulerConfig(steps=16), frames, PREVIEW.seed)
-    counts = accuracy(vae, latents, prompts)["all"]
-    return {name: f"{count['right']}/{count['of']}" for name, count in counts.items()}
+    latents = sample(teacher, encoder, prompts, EulerConfig(steps=16), PREVIEW.frames, PREVIEW.seed)
+    return _counts(accuracy(vae, latents, prompts))
 
 
-def make_pairs(files: Files, clips: PairsConfig, openings: PairsConfig) -> None:
-    """Follow the teacher's ODE from noise to clips, and to single chunks."""
-    teacher, encoder = open_network(files.teacher), open_encoder(files)
-    for config, folder in ((openings, files.openings), (clips, files.trajectories)):
-        for count in write_pairs(teacher, encoder, config, folder):
-            _log.info("%d trajectories of %d frames", count, config.frames)
+def preview_stream(
+    vae: WanVAE, encoder: UMT5Encoder, student: WanModel, sampler: SamplerConfig
+) -> dict[str, str]:
+    """The accuracy of short streams of a few captions."""
+    prompts = evaluation_prompts(PREVIEW)
+    streams = Streams(student, encoder, vae, PREVIEW, sampler=sampler)
+    return _counts(accuracy_of(streams.videos(prompts, PREVIEW.chunks), prompts))
+
+
+def _counts(report: Report) -> dict[str, str]:
+    return {name: f"{count['right']}/{count['of']}" for name, count in report["all"].items()}
+
+
+def make_pairs(files: Files, config: PairsConfig) -> None:
+    """Follow the teacher's ODE from noise to chunks."""
+    teacher, encoder, clips = (
+        open_network(files.teacher),
+        open_encoder(files),
+        read_clips(files.clips),
+    )
+    for count in write_pairs(teacher, encoder, clips, config, files.trajectories):
+        _log.info("%d excerpts", count)
 
 
 def make_student(files: Files, config: StudentConfig, start: Path | None = None) -> None:
     """Train and write the student, from the teacher or from a checkpoint of its own."""
-    encoder, clock = open_encoder(files), time.monotonic()
-    clips, openings = read_pairs(files.trajectories), read_pairs(files.openings)
-    counts = {"trajectories": len(clips.captions), "openings": len(openings.captions)}
+    vae, encoder, clock = open_vae(files), open_encoder(files), time.monotonic()
+    pairs = read_pairs(files.trajectories)
+    counts = {"excerpts": len(pairs.excerpts)}
     _log.info("%s", counts)
     origin = start or files.teacher
     about = provenance("student", config, clock, [files.vae, files.text, origin])
@@ -145,13 +170,15 @@ def make_student(files: Files, config: StudentConfig, start: Path | None = None)
         about["started_from"] = {"sha256": file_hash(start)} | read_checkpoint(start).provenance
 
     def checkpoint(training: Training) -> None:
-        note = about | progress(training, clock) | counts
+        found = preview_stream(vae, encoder, training.average, config.sampler)
+        note = about | progress(training, clock) | counts | {"preview": found}
         write_network(files.student, training.average, note, config.cache, config.sampler)
+        _log.info("%d steps, loss %.4f, %s", training.steps, training.loss, found)
 
-    train_student(config, open_network(origin), clips, openings, encoder, checkpoint)
+    train_student(config, open_network(origin), pairs, encoder, checkpoint)
 
 
-def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig) -> Report:
+def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig, path: Path) -> Report:
     """Evaluate the teacher and the student, as far as they are there, and write the report."""
     teacher = open_network(files.teacher) if files.teacher.exists() else None
     student = open_network(files.student) if files.student.exists() else None
@@ -169,7 +196,7 @@ def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig) -> Rep
     )
     made = [path for path in (files.vae, files.text, files.teacher, files.student) if path.exists()]
     report["made_by"] = provenance("evaluate", config, clock, made) | {"euler": asdict(euler)}
-    files.report.write_text(json.dumps(report, indent=1))
+    path.write_text(json.dumps(report, indent=1))
     return report
 
 

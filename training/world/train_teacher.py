@@ -1,8 +1,11 @@
-"""Trains the tiny bidirectional teacher by flow matching on encoded clips.
+"""Trains the tiny teacher by flow matching on encoded clips.
 
-The network is Wan's, without a cache: all frames see each other. Most of the run sees short clips
-(a clip's first frames are a clip of their own, as the VAE is causal), which cost less and already
-hold every attribute; the last part sees whole ones.
+One network learns both to denoise whole clips, in which all frames see each other, as Wan does, and
+to continue a stream chunk by chunk from a clean past, as the student will. The second is what makes
+its trajectories teachable: in a whole clip the first chunk hangs on the noise of all later ones,
+which a causal student cannot see, so that its regression falls to a mean (Causal Forcing, arXiv
+2602.02214, argues this). Most of the early run sees openings alone (a clip's first frames are a
+clip of their own, as the VAE is causal), which cost least and already hold every attribute.
 """
 
 from __future__ import annotations
@@ -12,18 +15,29 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
-from rf_core.model import WanModel
+from rf_core.model import PromptContext, WanModel
 from rf_core.scheduler import add_noise, shift_sigma
 from rf_core.text import TextEncoder
 
 from .budget import Budget, Every, run
 from .clips import Clips, captions
+from .excerpts import (
+    CHUNK_FRAMES,
+    ExcerptConfig,
+    Excerpts,
+    Past,
+    Prompts,
+    choose,
+    draw_excerpts,
+    pasts,
+)
 from .muon import Muon
 
 TINY_WAN = ModelConfig(
@@ -33,16 +47,18 @@ TINY_WAN = ModelConfig(
 _log = logging.getLogger(__name__)
 
 
+Kind = Literal["opening", "excerpt", "whole"]
+"""What a step is taught on: first chunks, chunks with their past, or whole clips."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A part of the run with clips of one length."""
+    """A part of the run."""
 
     until: float
     """Share of the budget at which it ends; 1 for the last."""
-    frames: int
-    """Latent frames of a clip."""
-    batch: int
-    """Clips a step."""
+    kinds: tuple[Kind, ...]
+    """What the steps see, in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +70,18 @@ class TeacherConfig:
     budget: Budget = field(default_factory=lambda: Budget(minutes=45.0))
     """How long to train."""
     phases: tuple[Phase, ...] = (
-        Phase(until=0.2, frames=3, batch=48),
-        Phase(until=0.55, frames=6, batch=32),
-        Phase(until=1.0, frames=15, batch=16),
+        Phase(until=0.3, kinds=("opening",)),
+        Phase(until=1.0, kinds=("excerpt", "excerpt", "whole")),
     )
-    """Clip lengths over the run."""
+    """What is seen over the run."""
+    opening_batch: int = 64
+    """Openings a step."""
+    excerpt_batch: int = 16
+    """Excerpts a step, each of three chunks to be learnt."""
+    whole_batch: int = 16
+    """Whole clips a step."""
+    excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
+    """How excerpts are drawn."""
     two_things_share: float = 0.5
     """Share of clips that show two things, the slower ones to learn; the world has 0.3."""
     matrix_rate: float = 1.5e-2
@@ -118,13 +141,16 @@ def train_teacher(
         training.model, config.matrix_rate, config.other_rate, config.weight_decay
     )
     due = Every(config.checkpoint_minutes)
-    batches = _batches(config, clips)
+    draw = Draw(config, clips)
     for step, spent in run(config.budget, optimisers):
         phase = next(each for each in config.phases if spent < each.until)
-        latents, prompts = batches(phase)
-        loss = flow_loss(training.model, latents, encoder.encode(prompts), config.shift)
+        kind = phase.kinds[step % len(phase.kinds)]
+        if kind == "excerpt":
+            loss = excerpt_loss(training.model, encoder, draw.excerpts(), config, draw.rng)
+        else:
+            loss = clip_loss(training.model, encoder, *draw.clips(kind), config, draw.rng)
         loss.backward()
-        finish_step(training, loss, len(prompts), config.ema, optimisers[1], config.clip_norm)
+        finish_step(training, loss, draw.count, config.ema, optimisers[1], config.clip_norm)
         if step % 100 == 0:
             _log.info("%d %.3f loss %.4f", step, spent, training.loss)
         if checkpoint is not None and due():
@@ -134,7 +160,40 @@ def train_teacher(
     return training
 
 
-def flow_loss(model: WanModel, latents: Tensor, prompt_embeds: Tensor, shift: float) -> Tensor:
+def clip_loss(
+    model: WanModel,
+    encoder: TextEncoder,
+    latents: Tensor,
+    prompts: Sequence[str],
+    config: TeacherConfig,
+    rng: np.random.Generator,
+) -> Tensor:
+    """Flow matching on clips [B, C, F, h, w] whose frames see each other."""
+    prompt = model.prompt_context(encoder.encode(prompts))
+    return flow_loss(model, latents, _dropped(model, encoder, prompt, config, rng), config.shift)
+
+
+def excerpt_loss(
+    model: WanModel,
+    encoder: TextEncoder,
+    excerpts: Excerpts,
+    config: TeacherConfig,
+    rng: np.random.Generator,
+) -> Tensor:
+    """Flow matching on the three chunks of excerpts, each with its clean past."""
+    prompts = Prompts.read(model, encoder, excerpts)
+    losses = []
+    past_of = pasts(model, excerpts, prompts, config.excerpts)
+    prompt_of = (prompts.first, prompts.first, prompts.later)
+    for target, past, prompt in zip(excerpts.targets, past_of, prompt_of, strict=True):
+        dropped = _dropped(model, encoder, prompt, config, rng)
+        losses.append(flow_loss(model, target, dropped, config.shift, past))
+    return torch.stack(losses).mean()
+
+
+def flow_loss(
+    model: WanModel, latents: Tensor, prompt: PromptContext, shift: float, past: Past | None = None
+) -> Tensor:
     """Flow matching on clean latents [B, C, F, h, w], one timestep a clip (Lipman et al. 2022)."""
     # One draw in each of B equal parts: a batch always covers the whole range.
     batch = len(latents)
@@ -142,10 +201,20 @@ def flow_loss(model: WanModel, latents: Tensor, prompt_embeds: Tensor, shift: fl
     timestep = shift_sigma(uniform, shift) * NUM_TRAIN_TIMESTEPS
     timestep_BF = timestep[:, None].expand(-1, latents.shape[2])
     noise = torch.randn_like(latents)
-    flow = model(
-        add_noise(latents, noise, timestep_BF), timestep_BF, model.prompt_context(prompt_embeds)
-    )
+    flow = model(add_noise(latents, noise, timestep_BF), timestep_BF, prompt, past)
     return (flow - (noise - latents)).square().mean()
+
+
+def _dropped(
+    model: WanModel,
+    encoder: TextEncoder,
+    prompt: PromptContext,
+    config: TeacherConfig,
+    rng: np.random.Generator,
+) -> PromptContext:
+    """The prompt, empty in a share of the samples."""
+    drop = torch.from_numpy(rng.random(len(prompt[0].k_BSHD)) < config.prompt_dropout)
+    return choose(drop, model.prompt_context(encoder.encode([""])), prompt)
 
 
 def new_model(config: ModelConfig, seed: int) -> WanModel:
@@ -196,21 +265,36 @@ def finish_step(
     training.loss = value if math.isnan(training.loss) else 0.98 * training.loss + 0.02 * value
 
 
-def _batches(config: TeacherConfig, clips: Clips) -> Callable[[Phase], tuple[Tensor, list[str]]]:
-    """Draws batches; of each kind, no clip comes again before every other has been seen."""
-    rng = np.random.default_rng(config.seed)
-    kinds = [[i for i, scene in enumerate(clips.scenes) if len(scene) == n] for n in (1, 2)]
-    orders = [endless_order(kind or list(range(len(clips.scenes))), rng) for kind in kinds]
+class Draw:
+    """Draws batches; of each kind of scene, none comes again before every other has been seen."""
 
-    def draw(phase: Phase) -> tuple[Tensor, list[str]]:
-        double = rng.random(phase.batch) < config.two_things_share
-        indices = [next(orders[kind]) for kind in double.astype(int)]
-        prompts = captions([clips.scenes[index] for index in indices], rng)
-        dropped = rng.random(phase.batch) < config.prompt_dropout
-        prompts = ["" if drop else text for drop, text in zip(dropped, prompts, strict=True)]
-        return clips.latents[indices, :, : phase.frames].float(), prompts
+    def __init__(self, config: TeacherConfig, clips: Clips) -> None:
+        self.config, self.source = config, clips
+        self.rng = np.random.default_rng(config.seed)
+        kinds = [[i for i, scene in enumerate(clips.scenes) if len(scene) == n] for n in (1, 2)]
+        every = list(range(len(clips.scenes)))
+        self._orders = [endless_order(kind or every, self.rng) for kind in kinds]
+        self.count = 0
+        """Samples of the last batch."""
 
-    return draw
+    def clips(self, kind: Kind) -> tuple[Tensor, list[str]]:
+        """Clips [B, C, F, h, w] or their openings, with captions."""
+        whole = kind == "whole"
+        rows = self._rows(self.config.whole_batch if whole else self.config.opening_batch)
+        frames = self.source.latents.shape[2] if whole else CHUNK_FRAMES
+        latents = self.source.latents[rows, :, :frames].float()
+        return latents, captions([self.source.scenes[row] for row in rows], self.rng)
+
+    def excerpts(self) -> Excerpts:
+        """Excerpts, with other scenes for those whose prompt changes."""
+        others = self._rows(self.config.excerpt_batch)
+        rows = self._rows(self.config.excerpt_batch)
+        return draw_excerpts(self.source, rows, others, self.rng, self.config.excerpts)
+
+    def _rows(self, count: int) -> list[int]:
+        self.count = count
+        double = self.rng.random(count) < self.config.two_things_share
+        return [next(self._orders[kind]) for kind in double.astype(int)]
 
 
 def endless_order(indices: Sequence[int], rng: np.random.Generator) -> Iterator[int]:

@@ -4,8 +4,10 @@ Most of a picture is plain background, so training looks at crops around shapes 
 pixels up; a share of whole pictures and of long clips teaches what crops cannot: how far to look
 in space and in time. Noise on the latents, in units of their own spread, makes the decoder
 forgiving of what a diffusion model gets slightly wrong, and keeps it from hiding detail in
-latents too fine to model. The result carries the measured latent statistics, so that
-`WanVAE.encode` returns latents of unit spread.
+latents too fine to model. Three channels are pulled to the mean colour of what they stand for: left
+alone, the encoder puts red and yellow a tenth as far apart as red and cyan, and a model of the
+latents then takes long to tell them apart. The result carries the measured latent statistics, so
+that `WanVAE.encode` returns latents of unit spread.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange, reduce
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rf_core.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from rf_core.vae import VAEConfig, WanVAE
 from rf_core.vae_files import vae_metadata
 
@@ -87,8 +90,12 @@ class VAETrainConfig:
     """Decay a step of the averaged weights, which are what is saved."""
     shape_weight: float = 8.0
     """Weight of pixels near a shape; 1 for the rest."""
-    latent_noise: float = 0.15
+    latent_noise: float = 0.3
     """Standard deviation of the noise on latents, in units of each channel's own."""
+    colour_weight: float = 0.1
+    """Weight of the squared distance between the first three channels and the mean colour."""
+    colour_unit: float = 0.12
+    """Difference of mean colour from the background, in [0, 1], that makes 1 in a latent."""
     latent_penalty: float = 1e-4
     """Weight of the latents' mean square: holds their scale."""
     checkpoint_minutes: float = 5.0
@@ -118,14 +125,16 @@ def from_wan(pixels: Tensor) -> Tensor:
     return rearrange((pixels.clamp(-1, 1) + 1) / 2, "b c t h w -> b t c h w")
 
 
-def train_vae(config: VAETrainConfig, out: Path) -> Path:
-    """Train a VAE and write it to the folder `out`; returns the file.
+def train_vae(config: VAETrainConfig, out: Path, start: Path | None = None) -> Path:
+    """Train a VAE, anew or from the file `start`, and write it to `out`; returns the file.
 
     The safetensors metadata holds the latent statistics and, under `provenance`, the config, the
     steps taken and the quality reached. The file is rewritten as the run goes on.
     """
     torch.manual_seed(config.seed)
     vae, average = _new_vae(config), _new_vae(config).requires_grad_(False)
+    if start:
+        vae.load_state_dict(load_file(start))
     average.load_state_dict(vae.state_dict())
     matrices = _matrices(vae)
     batches, save_now, step = sample_batches(config), Every(config.checkpoint_minutes), 0
@@ -233,7 +242,23 @@ def reconstruction_loss(vae: WanVAE, video: Tensor, config: VAETrainConfig) -> T
     error = (vae.decode(latents + noise) - target).abs()
     weight = 1 + (config.shape_weight - 1) * near_shapes(video)
     loss = (weight * (error + error.square())).mean() / weight.mean()
-    return loss + config.latent_penalty * latents.square().mean()
+    colour = (latents[:, :NUM_CHANNELS] - mean_colour(video) / config.colour_unit).square().mean()
+    return (
+        loss
+        + config.colour_weight * colour
+        + config.latent_penalty * latents[:, NUM_CHANNELS:].square().mean()
+    )
+
+
+def mean_colour(video: Tensor) -> Tensor:
+    """The mean difference from the background over what each latent stands for.
+
+    Takes [B, T, 3, H, W] with T = 4k + 1; returns [B, 3, k + 1, H / 8, W / 8].
+    """
+    shown = rearrange(video - torch.tensor(BACKGROUND)[:, None, None], "b t c h w -> b c t h w")
+    first = shown[:, :, :1].expand(-1, -1, TEMPORAL_FACTOR, -1, -1)
+    cell = (TEMPORAL_FACTOR, SPATIAL_FACTOR, SPATIAL_FACTOR)
+    return F.avg_pool3d(torch.cat([first, shown[:, :, 1:]], dim=2), cell)
 
 
 def near_shapes(video: Tensor) -> Tensor:
