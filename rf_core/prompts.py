@@ -97,7 +97,9 @@ class ChunkClock:
     chunk_frames: int = CacheConfig.chunk_frames
     """Latent frames of a chunk."""
     cuts: tuple[int, ...] = ()
-    """Chunks that start afresh, rising; chunk 0 always does and is not named."""
+    """Chunks that start afresh, rising, from 1 on."""
+    fresh: bool = True
+    """Whether chunk 0 starts afresh; it does not where a run goes on from another's state."""
 
     def __post_init__(self) -> None:
         if self.chunk_frames < 1:
@@ -107,7 +109,7 @@ class ChunkClock:
 
     def images_before(self, chunk: int) -> int:
         """The first image of `chunk`: how many images the chunks before it hold."""
-        fresh = bisect_left(self.cuts, chunk) + (chunk > 0)
+        fresh = bisect_left(self.cuts, chunk) + (self.fresh and chunk > 0)
         return chunk * self.chunk_frames * TEMPORAL_FACTOR - fresh * (TEMPORAL_FACTOR - 1)
 
     def images_of(self, chunk: int) -> int:

@@ -36,6 +36,9 @@ OnPass = Callable[[Literal["denoise", "clean"], int], None]
 """Called before every pass of the network with its kind and its number. What it raises ends the
 chunk within one pass; the next step begins the same chunk again."""
 
+OnGuess = Callable[[int, Tensor], None]
+"""Called after every denoising pass with its number and the clean chunk it predicts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
@@ -89,20 +92,20 @@ class Stream:
         """Window, sink and chunk of this stream."""
         return self.state.cache.config
 
-    def step(self, on_pass: OnPass | None = None) -> Chunk:
+    def step(self, on_pass: OnPass | None = None, on_guess: OnGuess | None = None) -> Chunk:
         """Make the next chunk: denoise, rewrite its cache slot, decode."""
         index = self.state.num_chunks
-        latents = self.generate(on_pass)
+        latents = self.generate(on_pass, on_guess)
         return Chunk(index=index, latents=latents, images=self.decode(latents))
 
     @torch.no_grad()
-    def generate(self, on_pass: OnPass | None = None) -> Tensor:
+    def generate(self, on_pass: OnPass | None = None, on_guess: OnGuess | None = None) -> Tensor:
         """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one."""
         on_pass = on_pass or (lambda kind, number: None)
         self._begin_chunk(on_pass)
         noise, *renoise = self._noise()
         timesteps = sampling_timesteps(self.sampler).tolist()
-        x0 = denoise(self._predict, noise, renoise, timesteps, on_pass)
+        x0 = denoise(self._predict, noise, renoise, timesteps, on_pass, on_guess)
         on_pass("clean", 0)
         self._clean_pass(x0)
         self._finish_chunk(x0)
@@ -367,6 +370,7 @@ def denoise(
     renoise: Sequence[Tensor],
     timesteps: Sequence[float],
     on_pass: OnPass | None = None,
+    on_guess: OnGuess | None = None,
 ) -> Tensor:
     """Turn noise into a clean chunk, both [B, C, F, h, w].
 
@@ -379,6 +383,8 @@ def denoise(
             on_pass("denoise", i)
         at_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
         x = flow_to_x0(predict(x, timestep), x, at_BF)
+        if on_guess is not None:
+            on_guess(i, x)
         if i + 1 < len(timesteps):
             x = add_noise(x, renoise[i], torch.full_like(at_BF, timesteps[i + 1]))
     return x

@@ -26,7 +26,14 @@ from rf_core.text import UMT5Encoder, load_text_encoder, save_text_encoder
 from rf_core.vae import WanVAE
 from rf_core.vae_files import load_vae
 
-from .clips import ClipsConfig, lay_out_channels_last, read_clips, write_clips
+from .clips import (
+    ClipsConfig,
+    lay_out_channels_last,
+    num_images,
+    read_clips,
+    scene_of,
+    write_clips,
+)
 from .evaluate import (
     EvaluateConfig,
     Report,
@@ -42,7 +49,7 @@ from .train_student import StudentConfig, train_student
 from .train_teacher import TeacherConfig, Training, train_teacher
 from .train_text import TextTrainConfig, train_text
 from .train_vae import FILE_NAME as VAE_FILE_NAME
-from .train_vae import PROVENANCE_KEY
+from .train_vae import PROVENANCE_KEY, latent_colours
 
 _log = logging.getLogger(__name__)
 
@@ -203,11 +210,15 @@ def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig, path: 
 def release(files: Files, demo: Path) -> dict[str, int]:
     """Copy the results to the demo's folder; returns the size of each in bytes.
 
-    The two networks go in half precision, which keeps the whole below 15 MB.
+    The two networks go in half precision, which keeps the whole below 15 MB; the VAE is given the
+    colours of its latents, for previews.
     """
     demo.mkdir(parents=True, exist_ok=True)
     for path in (files.vae, files.text):
         (demo / path.name).write_bytes(path.read_bytes())
+    scenes = [scene_of(PREVIEW.seed, index) for index in range(16)]
+    colours = latent_colours(open_vae(files), scenes, num_images(PREVIEW.frames))
+    add_metadata(demo / files.vae.name, {"latent_rgb": json.dumps(colours)})
     for path in (files.teacher, files.student):
         made = read_checkpoint(path)
         tensors = {name: tensor.half() for name, tensor in made.tensors.items()}

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange, reduce
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -141,7 +142,7 @@ def train_vae(config: VAETrainConfig, out: Path, start: Path | None = None) -> P
     for step, spent in run(config.budget, _optimisers(config, vae, matrices)):
         _average(average, vae, min(config.ema_decay, (1 + step) / (10 + step)))
         if save_now():
-            _save(config, average, step, out)
+            _save(config, average, step, out, start)
         vae.zero_grad()
         loss = reconstruction_loss(vae, next(batches), config)
         loss.backward()
@@ -150,7 +151,7 @@ def train_vae(config: VAETrainConfig, out: Path, start: Path | None = None) -> P
             matrix.grad = None if weight.grad is None else _as_matrix(weight.grad)
         if step % 50 == 0:
             _log.info("step %d, %.1f%%: loss %.5f", step, 100 * spent, loss.item())
-    return _save(config, average, step + 1, out)
+    return _save(config, average, step + 1, out, start)
 
 
 def _new_vae(config: VAETrainConfig) -> WanVAE:
@@ -268,7 +269,9 @@ def near_shapes(video: Tensor) -> Tensor:
     return F.max_pool2d(shown.float(), 5, 1, 2)[:, None]
 
 
-def _save(config: VAETrainConfig, average: WanVAE, steps: int, out: Path) -> Path:
+def _save(
+    config: VAETrainConfig, average: WanVAE, steps: int, out: Path, start: Path | None
+) -> Path:
     """Write the averaged weights with their statistics and quality."""
     rng = np.random.default_rng([config.seed, 1])  # other scenes than those trained on
     scenes = [sample_scene(rng) for _ in range(config.statistics_clips)]
@@ -283,6 +286,9 @@ def _save(config: VAETrainConfig, average: WanVAE, steps: int, out: Path) -> Pat
         "torch": str(torch.__version__),
         "quality": quality,
     }
+    if start:
+        with safe_open(start, framework="pt") as file:
+            provenance["started_from"] = json.loads((file.metadata() or {})[PROVENANCE_KEY])
     out.mkdir(parents=True, exist_ok=True)
     path, part = out / FILE_NAME, out / f"{FILE_NAME}.part"
     tensors = {key: value.contiguous() for key, value in average.state_dict().items()}
@@ -334,3 +340,20 @@ def _psnr(seen: Tensor, true: Tensor, weight: Tensor | None = None) -> float:
     weight = torch.ones_like(true) if weight is None else weight.expand_as(true)
     error = (weight * (seen - true).square()).sum() / weight.sum()
     return -10 * math.log10(max(float(error), 1e-10))
+
+
+@torch.no_grad()
+def latent_colours(vae: WanVAE, scenes: list[Scene], images: int) -> list[list[float]]:
+    """The affine map from normalised latents to the mean colour in [-1, 1] of what they stand for.
+
+    Least squares over the scenes: rows of z_dim + 1 for red, green and blue, the last the bias. A
+    user interface can show latents by it without a decoder.
+    """
+    rows, colours = [], []
+    for video, _ in _pairs(scenes, images):
+        latents = rearrange(vae.encode(to_wan(video)), "b c f h w -> (b f h w) c")
+        rows.append(F.pad(latents, (0, 1), value=1.0))
+        mean = mean_colour(video) + torch.tensor(BACKGROUND)[:, None, None, None]
+        colours.append(rearrange(2 * mean - 1, "b c f h w -> (b f h w) c"))
+    solution = torch.linalg.lstsq(torch.cat(rows), torch.cat(colours)).solution
+    return [[round(value, 5) for value in row] for row in solution.T.tolist()]

@@ -1,0 +1,30 @@
+"""The ComfyUI pack: thin nodes over `rf_core`."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loaders import LoadDemo, LoadModel, SinkConfig
+from .output import LoadState, ModelInfo, SaveState
+from .prompt import PromptSchedule, PromptSwitch
+from .sampler import StreamingSampler
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadModel,
+    LoadDemo,
+    SinkConfig,
+    PromptSwitch,
+    PromptSchedule,
+    StreamingSampler,
+    SaveState,
+    LoadState,
+    ModelInfo,
+]
+
+
+class RewardForcing(ComfyExtension):
+    """What ComfyUI asks the pack for."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """The node classes."""
+        return NODES

@@ -1,0 +1,105 @@
+"""ComfyUI's own VAE objects as streaming decoders.
+
+The stock modules decode whole clips and remember nothing between calls; fed chunk by chunk with
+their past kept here, they give the very same images. The weights stay where ComfyUI put them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..rf_core.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ..rf_core.vae import VAEState
+from . import host
+
+
+class _Stock:
+    """What both share: sizes, dtype and the way between a stream's latents and the VAE's."""
+
+    spatial_factor = SPATIAL_FACTOR
+    temporal_factor = TEMPORAL_FACTOR
+
+    def __init__(self, vae: Any, latent_format: Any) -> None:
+        self.vae, self.latent_format = vae, latent_format
+        self.codec = vae.first_stage_model
+
+    def images_of(self, latent_frames: int, first: bool) -> int:
+        """See `Decoder.images_of`."""
+        return TEMPORAL_FACTOR * latent_frames - (TEMPORAL_FACTOR - 1 if first else 0)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See `Decoder.encode`; one clip."""
+        latents = self.vae.encode(rearrange(images[0], "t c h w -> t h w c"))
+        return self.latent_format.process_in(latents).float()
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(self.vae.device, self.vae.vae_dtype)
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        images = self.vae.process_output(pixels.float())
+        return rearrange(images, "b c t h w -> b t c h w")
+
+
+class StockWanDecoder(_Stock):
+    """The Wan 2.1 VAE: a stream's first latent frame alone, then the others together."""
+
+    def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
+        """See `Decoder.decode`; all but the first frame of a stream come in twos or more."""
+        z = self.codec.conv2(self._cast(self.latent_format.process_out(latents)))
+        layers = host.count_cache_layers(self.codec.decoder)
+        past = [None] * layers
+        if state is None:
+            parts, done = [z[:, :, :1], z[:, :, 1:]], 0
+        else:
+            parts, done = [z], state.num_frames
+            for name, tensor in state.tensors.items():
+                past[int(name)] = self._cast(tensor)
+        assert parts[-1].shape[2] > 1, "one latent frame alone would be decoded as a clip's end"
+        pixels = []
+        for part in parts:
+            pixels += self.codec.decoder(part, feat_cache=past, feat_idx=[0])
+        kept = {str(i): tensor for i, tensor in enumerate(past) if torch.is_tensor(tensor)}
+        return self._images(torch.cat(pixels, dim=2)), VAEState(kept, done + latents.shape[2])
+
+
+class StockTAEHVDecoder(_Stock):
+    """TAEHV: each memory block reads the frame before, and a stream's first images are dropped."""
+
+    def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
+        """See `Decoder.decode`."""
+        batch = latents.shape[0]
+        latents = self.codec.process_in(self.latent_format.process_out(latents))
+        x = rearrange(self._cast(latents), "b c t h w -> (b t) c h w")
+        kept: dict[str, Tensor] = {}
+        for index, block in enumerate(self.codec.decoder):
+            if isinstance(block, host.MemBlock):
+                frames = rearrange(x, "(b t) c h w -> b t c h w", b=batch)
+                first = torch.zeros_like(frames[:, :1])
+                if state is not None:
+                    first = self._cast(state.tensors[str(index)])
+                before = torch.cat([first, frames[:, :-1]], dim=1)
+                kept[str(index)] = frames[:, -1:].clone()
+                x = block(x, before.flatten(0, 1))
+            else:
+                x = block(x)
+        images = rearrange(x, "(b t) c h w -> b c t h w", b=batch)
+        done = 0 if state is None else state.num_frames
+        trim = 0 if state else self.codec.frames_to_trim
+        return self._images(images[:, :, trim:]), VAEState(kept, done + latents.shape[2])
+
+
+def decoder_of(vae: Any, latent_format: Any) -> StockWanDecoder | StockTAEHVDecoder:
+    """The streaming decoder of a VAE socket; ValueError that names a VAE of another kind."""
+    codec = vae.first_stage_model
+    if isinstance(codec, host.StockWanVAE) and codec.z_dim == latent_format.latent_channels:
+        return StockWanDecoder(vae, latent_format)
+    if isinstance(codec, host.StockTAEHV) and codec.latent_channels == 16:
+        return StockTAEHVDecoder(vae, latent_format)
+    raise ValueError(
+        f"this VAE is {type(codec).__module__}.{type(codec).__name__}, which does not decode Wan "
+        "2.1 latents: load wan_2.1_vae.safetensors, or taew2_1.safetensors for TAEHV"
+    )

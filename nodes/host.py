@@ -1,0 +1,455 @@
+"""ComfyUI, seen from here: the one file that touches `comfy` and `folder_paths`.
+
+A student becomes a real MODEL: a ModelPatcher around rf_core's network, built with ComfyUI's
+`operations`, so that LoRA, offloading, fp8 weights and torch.compile treat it like any other. A
+stream runs through `BaseModel.apply_model`, where wrappers act, and reads attention from
+`optimized_attention`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.ldm.wan.vae
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.taesd.taehv
+import comfy.text_encoders.t5
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..rf_core.checkpoint import Checkpoint, read_checkpoint
+from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..rf_core.kv_cache import KeyValues
+from ..rf_core.model import PromptContext, WanModel
+from ..rf_core.text import byte_ids, clean_prompt
+
+StockWanVAE = comfy.ldm.wan.vae.WanVAE
+StockTAEHV = comfy.taesd.taehv.TAEHV
+MemBlock = comfy.taesd.taehv.MemBlock
+count_cache_layers = comfy.ldm.wan.vae.count_cache_layers
+
+SETTINGS = "reward_forcing"
+"""Key of a patcher's `model_options` under which the checkpoint's settings travel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a checkpoint says about its use."""
+
+    cache: CacheConfig
+    sampler: SamplerConfig
+    size: tuple[int, int] | None
+    """Height and width in pixels it was trained at."""
+    name: str
+    """The file's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What a pass of a stream sees besides its latents."""
+
+    prompt: PromptContext
+    cache: KeyValues | None
+
+
+class HostedWan(WanModel):
+    """rf_core's network as ComfyUI constructs it: sizes by name, layers from `operations`."""
+
+    def __init__(self, *, dtype: Any, device: Any, operations: Any, **unet_config: Any) -> None:
+        names = ModelConfig.__dataclass_fields__
+        sizes = ModelConfig(**{name: unet_config[name] for name in names})
+        super().__init__(sizes, operations=operations, dtype=dtype, device=device)
+        self.dtype = dtype
+
+
+class StreamingModel(comfy.model_base.WAN21):
+    """A student that runs as a stream and in no other way."""
+
+    def __init__(self, model_config: Any, device: Any = None) -> None:
+        # WAN21's own constructor would build ComfyUI's network.
+        super(comfy.model_base.WAN21, self).__init__(
+            model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostedWan
+        )
+        self.image_to_video = False
+
+    def _apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        rf_pass: Pass | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The flow of latents x [B, C, F, h, w] at timesteps t [B, F], float32."""
+        if rf_pass is None:
+            raise ValueError(
+                "this MODEL is a causal student that makes video chunk by chunk, at CFG 1 and "
+                "without a negative prompt: connect it to Streaming Sampler, not to a KSampler or "
+                "guider"
+            )
+        options = (transformer_options or {}) | {"prefetch_dynamic_vbars": self._is_dynamic()}
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            merged = (each.flatten(2) for each in (q, k, v))
+            heads = q.shape[2]
+            out = optimized_attention(*merged, heads=heads, transformer_options=options)
+            return out.unflatten(2, (heads, -1))
+
+        x = x.to(self.get_dtype_inference())
+        return self.diffusion_model(x, t, rf_pass.prompt, rf_pass.cache, attend).float()
+
+    def _is_dynamic(self) -> bool:
+        return self.current_patcher is not None and self.current_patcher.is_dynamic()
+
+    def memory_required(self, input_shape: list[int], cond_shapes: Any = None) -> float:
+        """Bytes of one pass over latents [B, C, F, h, w], and of the published cache."""
+        batch, _, frames, rows, columns = input_shape
+        return self.stream_memory(batch, min(frames, 3), (rows, columns), CacheConfig())
+
+    def stream_memory(
+        self, batch: int, chunk: int, latent_size: tuple[int, int], cache: CacheConfig
+    ) -> float:
+        """Bytes a stream takes beside the weights: its cache, and one pass over a chunk."""
+        sizes = self.diffusion_model.config
+        itemsize = comfy.model_management.dtype_size(self.get_dtype_inference())
+        per_frame = batch * Grid.of_latents(*latent_size, sizes.patch_size).frame_tokens
+        window, tokens = per_frame * cache.window_frames, per_frame * chunk
+        kept = 2 * sizes.num_layers * window * sizes.dim * itemsize
+        if cache.accumulator == "float32" and itemsize < 4:
+            kept += 2 * sizes.num_layers * per_frame * cache.sink_frames * sizes.dim * 4
+        # Feed-forward and its GELU, the residual stream with its norms and modulations, queries;
+        # rotated keys of the window, in the cache's dtype and in float32 on the way.
+        act = tokens * (2 * sizes.ffn_dim + 12 * sizes.dim) * itemsize
+        rotated = window * sizes.dim * (2 * itemsize + 8)
+        return float(kept + act + rotated)
+
+
+class StreamingWan(comfy.supported_models.WAN21_T2V):
+    """How ComfyUI describes the model: Wan 2.1's latents and sampling shift 5."""
+
+    sampling_settings = {"shift": 5.0}  # noqa: RUF012  # as ComfyUI declares it
+
+    def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> StreamingModel:
+        """The model without weights."""
+        return StreamingModel(self, device=device)
+
+
+def model_files() -> list[str]:
+    """Names in models/diffusion_models."""
+    return folder_paths.get_filename_list("diffusion_models")
+
+
+def load_student(
+    path: Path,
+    weight_dtype: str = "default",
+    submodel: str | None = None,
+    latent_format: comfy.latent_formats.LatentFormat | None = None,
+    disable_dynamic: bool = False,
+) -> comfy.model_patcher.ModelPatcher:
+    """A checkpoint in any layout the engine reads, as a MODEL.
+
+    `latent_format` stands for a VAE with statistics of its own; the default is Wan 2.1's.
+    """
+    checkpoint = read_checkpoint(path, submodel=submodel)
+    options = _dtype_options(weight_dtype)
+    manage = comfy.model_management
+    device = manage.get_torch_device()
+    config = StreamingWan(_unet_config(checkpoint.config))
+    if latent_format is not None:
+        config.latent_format = latent_format
+    parameters = checkpoint.num_parameters
+    dtype = options.get("dtype") or manage.unet_dtype(
+        model_params=parameters,
+        supported_dtypes=list(config.supported_inference_dtypes),
+        weight_dtype=comfy.utils.weight_dtype(checkpoint.tensors),
+    )
+    cast = manage.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, cast)
+    config.optimizations["fp8"] = options.get("fp8_optimizations", False)
+
+    model = config.get_model(None)
+    kind = (
+        comfy.model_patcher.ModelPatcher
+        if disable_dynamic
+        else comfy.model_patcher.CoreModelPatcher
+    )
+    patcher = kind(model, load_device=device, offload_device=manage.unet_offload_device())
+    tensors = {name: _finite(checkpoint, name, t) for name, t in checkpoint.tensors.items()}
+    model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
+    model.to(patcher.offload_device)
+    patcher.cached_patcher_init = (load_student, (path, weight_dtype, submodel, latent_format))
+    patcher.model_options[SETTINGS] = Settings(
+        cache=checkpoint.cache or CacheConfig(),
+        sampler=checkpoint.sampler or SamplerConfig(),
+        size=checkpoint.size,
+        name=path.name,
+    )
+    return patcher
+
+
+def _unet_config(sizes: ModelConfig) -> dict[str, Any]:
+    return {"image_model": "wan2.1", "model_type": "t2v", **asdict(sizes)}
+
+
+def _dtype_options(weight_dtype: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if weight_dtype != "default":
+        name, _, fast = weight_dtype.partition(" ")
+        options["dtype"] = getattr(torch, name)
+        options["fp8_optimizations"] = bool(fast)
+    return options
+
+
+def _finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.float().isfinite().all():
+        raise ValueError(
+            f"{checkpoint.path.name} holds NaN or infinite numbers in {name}: the file is damaged "
+            "or its training failed; download it again or take an earlier checkpoint"
+        )
+    return tensor
+
+
+def latent_format(
+    mean: Sequence[float],
+    std: Sequence[float],
+    rgb_factors: list[list[float]],
+    rgb_bias: list[float],
+) -> comfy.latent_formats.LatentFormat:
+    """Wan's latent format with other statistics and preview colours (of normalised latents)."""
+    made = comfy.latent_formats.Wan21()
+    made.latents_mean, made.latents_std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (mean, std)
+    )
+    made.latent_rgb_factors, made.latent_rgb_factors_bias = rgb_factors, rgb_bias
+    made.taesd_decoder_name = None
+    return made
+
+
+def build_vae(weights: dict[str, Tensor]) -> comfy.sd.VAE:
+    """A VAE socket from weights that ComfyUI recognises."""
+    return comfy.sd.VAE(sd=weights)
+
+
+class ByteTokenizer:
+    """Text to the UTF-8 bytes that the demo's text encoder reads, as ComfyUI's CLIP asks for it."""
+
+    def __init__(self, text_len: int) -> None:
+        self.text_len = text_len
+
+    def __call__(self, **_: Any) -> ByteTokenizer:
+        """ComfyUI constructs its tokenizers; this one is made already."""
+        return self
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> Any:
+        """One row of (token, weight), padded to the encoder's length."""
+        ids = byte_ids(clean_prompt(text))
+        if len(ids) > self.text_len:
+            log(f"the prompt {text[:40]!r}... is cut to {self.text_len} bytes")
+            ids = [*ids[: self.text_len - 1], ids[-1]]
+        ids += [0] * (self.text_len - len(ids))
+        row = [(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in ids]
+        return {ByteT5.name: [row]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to save: bytes need no vocabulary."""
+        return {}
+
+
+class ByteT5(comfy.sd1_clip.SD1ClipModel):
+    """ComfyUI's T5 at the demo's size."""
+
+    name = "demo"
+
+    def __init__(self, sizes: dict[str, Any], **options: Any) -> None:
+        encoder = functools.partial(
+            comfy.sd1_clip.SDClipModel,
+            textmodel_json_config=sizes,
+            special_tokens={"end": 1, "pad": 0},
+            model_class=comfy.text_encoders.t5.T5,
+            enable_attention_masks=True,
+            zero_out_masked=True,
+        )
+        super().__init__(name=self.name, clip_model=encoder, **options)
+
+
+def build_clip(weights: dict[str, Tensor], sizes: dict[str, Any], text_len: int) -> comfy.sd.CLIP:
+    """A CLIP socket from the weights and sizes of a UMT5 over bytes."""
+    sizes = sizes | {
+        "model_type": "umt5",
+        "dense_act_fn": "gelu_pytorch_tanh",
+        "is_gated_act": True,
+    }
+    target = comfy.supported_models_base.ClipTarget(ByteTokenizer(text_len), ByteT5)
+    target.params = {"sizes": sizes}
+    parameters = comfy.utils.calculate_parameters(weights)
+    return comfy.sd.CLIP(target, parameters=parameters, state_dict=[weights])
+
+
+def student_of(model: Any) -> StreamingModel:
+    """The streaming model inside a MODEL; ValueError that names what it is otherwise."""
+    inside = model.model
+    if not isinstance(inside, StreamingModel):
+        raise ValueError(
+            f"this MODEL is {type(inside).__name__}, which is not a Reward Forcing student: load "
+            "the checkpoint with Load RF Model (or Load RF Demo)"
+        )
+    return inside
+
+
+class Hosted:
+    """What a Stream asks of a network, answered by a loaded MODEL."""
+
+    def __init__(self, model: Any) -> None:
+        self._base = student_of(model)
+        network = self._base.diffusion_model
+        self.config = network.config
+        self.patch_embedding = network.patch_embedding
+        self.get_parameter = network.get_parameter
+        self.prompt_context = network.prompt_context
+        self._options = comfy.model_patcher.create_model_options_clone(model.model_options)
+        transformer = self._options.setdefault("transformer_options", {})
+        for name in ("wrappers", "callbacks"):
+            comfy.patcher_extension.merge_nested_dicts(
+                transformer.setdefault(name, {}), getattr(model, name), copy_dict1=False
+            )
+
+    def __call__(
+        self, x: Tensor, timestep_BF: Tensor, prompt: PromptContext, cache: Any, attention: Any
+    ) -> Tensor:
+        """See `WanModel.forward`; ComfyUI chooses the attention."""
+        return self._base.apply_model(
+            x,
+            timestep_BF,
+            transformer_options=self._options["transformer_options"],
+            rf_pass=Pass(prompt=prompt, cache=cache),
+        )
+
+
+@contextlib.contextmanager
+def loaded(model: Any, others: list[Any], memory: float) -> Iterator[None]:
+    """The models in memory with `memory` bytes to spare, as a sampler has them."""
+    extra = model.get_nested_additional_models()
+    comfy.model_management.load_models_gpu([model, *others, *extra], memory_required=memory)
+    model.pre_run()
+    try:
+        yield
+    finally:
+        model.cleanup()
+
+
+def settings_of(model: Any) -> Settings:
+    """What the MODEL's checkpoint says about its use."""
+    student_of(model)
+    return model.model_options[SETTINGS]
+
+
+class Progress:
+    """ComfyUI's progress bar, previews and interrupt, over the denoising passes of a run."""
+
+    def __init__(self, model: Any, num_chunks: int, num_steps: int) -> None:
+        self._total, self._steps, self._done = num_chunks * num_steps, num_steps, 0
+        self._bar = comfy.utils.ProgressBar(self._total)
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def on_pass(self, kind: str, number: int) -> None:
+        """Act on an interrupt before every pass."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def on_guess(self, number: int, x0: Tensor) -> None:
+        """Count a step; show all latent frames of the chunk as it stands, in a loop."""
+        self._done += 1
+        shown = None
+        if self._previewer is not None:
+            frames = [
+                self._previewer.decode_latent_to_preview_image("JPEG", x0[:1, :, i : i + 1])
+                for i in range(x0.shape[2])
+            ]
+            shown = ("PNG", animated([frame[1] for frame in frames], frames[0][2]), None)
+        self._bar.update_absolute(self._done, self._total, shown)
+
+
+def animated(frames: list[Image.Image], max_size: int | None) -> Image.Image:
+    """The first frame, which saves as an animated PNG of all of them.
+
+    ComfyUI sends previews as PNG or JPEG; browsers play a PNG that is animated.
+    """
+    if max_size:
+        frames = [ImageOps.contain(frame, (max_size, max_size)) for frame in frames]
+    first, *others = frames
+    duration = round(1000 * TEMPORAL_FACTOR / FPS)
+
+    def save(file: Any, format: str = "PNG", **_: Any) -> None:
+        Image.Image.save(
+            first, file, "PNG", save_all=True, append_images=others, duration=duration, loop=0
+        )
+
+    first.save = save  # type: ignore[method-assign]
+    return first
+
+
+def model_path(name: str) -> Path:
+    """Where a file of models/diffusion_models lies."""
+    return Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+
+
+def output_file(prefix: str, width: int, height: int, suffix: str) -> tuple[Path, str]:
+    """A free name in the output folder for a prefix such as `video/rf`, and its sub-folder."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory(), width, height
+    )
+    return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder
+
+
+def state_folder() -> Path:
+    """Where stream states are saved."""
+    folder = Path(folder_paths.get_output_directory()) / "stream_states"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def resize(images: Tensor, width: int, height: int) -> Tensor:
+    """Images [T, 3, H, W] scaled to cover the size and cut at the centre."""
+    return comfy.utils.common_upscale(images, width, height, "lanczos", "center")
+
+
+def block(message: str) -> ExecutionBlocker:
+    """An output that stops whatever is connected to it, with a reason."""
+    return ExecutionBlocker(message)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device's memory ran out."""
+    return isinstance(error, comfy.model_management.OOM_EXCEPTION)
+
+
+def free_memory() -> None:
+    """Give cached device memory back."""
+    comfy.model_management.soft_empty_cache()
+
+
+def log(message: str) -> None:
+    """One line in ComfyUI's log."""
+    logging.info("[Reward Forcing] %s", message)

@@ -1,0 +1,172 @@
+"""Nodes that bring in models: a student, the demo, and the settings of its sink."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..rf_core.config import CacheConfig
+from . import demo, host
+from .types import RFSink
+
+CATEGORY = "Reward Forcing"
+WEIGHT_DTYPES = ["default", "bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fn fast"]
+AUTO = "auto"
+
+PRESETS = {
+    "Published": CacheConfig(),
+    "Long": CacheConfig(window_frames=15, decay=0.99, accumulator="float32"),
+    "Static sink": CacheConfig(decay=1.0),
+    "No sink": CacheConfig(sink_frames=0),
+}
+"""Sinks by name; the first is what a checkpoint that says nothing gets."""
+CUSTOM = "Custom"
+
+
+class LoadModel(io.ComfyNode):
+    """A checkpoint to a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RFLoadModel",
+            display_name="Load RF Model",
+            category=CATEGORY,
+            description="Loads a Reward Forcing student (or another causal Wan 2.1 student) from "
+            "models/diffusion_models, in every layout it is published in.",
+            search_aliases=["reward forcing", "self forcing", "causal wan", "streaming video"],
+            inputs=[
+                io.Combo.Input("model_name", options=host.model_files()),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=WEIGHT_DTYPES,
+                    default="default",
+                    tooltip="How weights are kept. fp8 halves their memory and changes the video a "
+                    "little; 'fast' also computes in fp8 where the card can.",
+                ),
+                io.Combo.Input(
+                    "submodel",
+                    options=[AUTO, "generator_ema", "generator"],
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which network of a training file with several to take. Auto prefers "
+                    "the averaged one.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str, submodel: str = AUTO) -> io.NodeOutput:
+        path = host.model_path(model_name)
+        return io.NodeOutput(
+            host.load_student(path, weight_dtype, None if submodel == AUTO else submodel)
+        )
+
+
+class LoadDemo(io.ComfyNode):
+    """The bundled miniature model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RFLoadDemo",
+            display_name="Load RF Demo",
+            category=CATEGORY,
+            description="A miniature student that needs no download: coloured shapes that move, "
+            "64x64. Prompts are of the form 'a red circle moves left slowly'.",
+            inputs=[],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(demo.load_model(), demo.load_clip(), demo.load_vae())
+
+
+class SinkConfig(io.ComfyNode):
+    """What a stream remembers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        published = CacheConfig()
+        return io.Schema(
+            node_id="RFSinkConfig",
+            display_name="EMA-Sink Config",
+            category=CATEGORY,
+            description="What a stream remembers of its past. Presets set all values; choose "
+            f"{CUSTOM} to use those below.",
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=[*PRESETS, CUSTOM],
+                    default=next(iter(PRESETS)),
+                    tooltip="Published: the paper's. Long: a longer memory that forgets its start "
+                    "sooner. Static sink: the opening never fades; steady look, less motion. No "
+                    "sink: only the last frames count; freest, drifts soonest.",
+                ),
+                io.Int.Input(
+                    "window_frames",
+                    default=published.window_frames,
+                    min=3,
+                    max=63,
+                    tooltip="Latent frames (4 images each) the model sees at once. More keeps "
+                    "things steadier, costs memory and time; the model was trained on 9.",
+                ),
+                io.Int.Input(
+                    "sink_frames",
+                    default=published.sink_frames,
+                    min=0,
+                    max=60,
+                    tooltip="How many of them are kept for the start of the video. They hold its "
+                    "look and colours together over minutes.",
+                ),
+                io.Float.Input(
+                    "decay",
+                    default=published.decay,
+                    min=0.0,
+                    max=1.0,
+                    step=0.0001,
+                    round=False,
+                    tooltip="What the sink keeps each time a chunk leaves the window. 1: it never "
+                    "changes. Lower: it follows the video, which moves and changes more freely.",
+                ),
+                io.Combo.Input(
+                    "accumulator",
+                    options=["reference", "float32"],
+                    default=published.accumulator,
+                    tooltip="reference rounds like the published code: in bf16 a decay this close "
+                    "to 1 hardly moves the sink. float32 makes the decay real.",
+                ),
+            ],
+            outputs=[RFSink.Output(display_name="sink")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, preset: str, window_frames: int, sink_frames: int, decay: float, accumulator: str
+    ) -> bool | str:
+        try:
+            _sink(preset, window_frames, sink_frames, decay, accumulator)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, preset: str, window_frames: int, sink_frames: int, decay: float, accumulator: str
+    ) -> io.NodeOutput:
+        return io.NodeOutput(_sink(preset, window_frames, sink_frames, decay, accumulator))
+
+
+def _sink(
+    preset: str, window_frames: int, sink_frames: int, decay: float, accumulator: str
+) -> CacheConfig:
+    if preset != CUSTOM:
+        return PRESETS[preset]
+    return CacheConfig(
+        window_frames=window_frames,
+        sink_frames=sink_frames,
+        decay=decay,
+        accumulator=accumulator,  # type: ignore[arg-type]  # checked on construction
+    )

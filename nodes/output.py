@@ -1,0 +1,121 @@
+"""Nodes for what a stream leaves: its state on disk, and facts about a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..rf_core.checkpoint import describe, read_checkpoint
+from ..rf_core.state import Snapshot
+from . import host
+from .loaders import CATEGORY
+from .types import RFState, State
+
+SUFFIX = ".safetensors"
+
+
+class SaveState(io.ComfyNode):
+    """A stream's state to disk."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RFSaveState",
+            display_name="Save Stream State",
+            category=CATEGORY,
+            description="Writes the state to output/stream_states, so that the stream can go on "
+            "tomorrow or branch.",
+            inputs=[
+                RFState.Input("state"),
+                io.String.Input("name", default="stream", tooltip="Name without folder or ending."),
+            ],
+            outputs=[RFState.Output(display_name="state")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        if name is not None and (not name.strip() or Path(name).name != name or "\\" in name):
+            return f"{name!r} is no file name; give one without folders, such as 'beach'"
+        return True
+
+    @classmethod
+    def execute(cls, state: State, name: str) -> io.NodeOutput:
+        path = _free(host.state_folder(), name)
+        state.snapshot.save(path)
+        text = f"{path.name}: {_told(state.snapshot)}"
+        return io.NodeOutput(state, ui=ui.PreviewText(text))
+
+
+class LoadState(io.ComfyNode):
+    """A stream's state from disk."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RFLoadState",
+            display_name="Load Stream State",
+            category=CATEGORY,
+            description="Reads a state from output/stream_states.",
+            inputs=[io.Combo.Input("name", options=_saved())],
+            outputs=[RFState.Output(display_name="state")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        if name is not None and name not in _saved():
+            return f"there is no state {name!r} in output/stream_states; save one first"
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str) -> Any:
+        return (host.state_folder() / name).stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        snapshot = Snapshot.load(host.state_folder() / name)
+        state = State(snapshot=snapshot, source={"file": name})
+        return io.NodeOutput(state, ui=ui.PreviewText(_told(snapshot)))
+
+
+class ModelInfo(io.ComfyNode):
+    """What a checkpoint is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RFModelInfo",
+            display_name="RF Model Info",
+            category=CATEGORY,
+            description="What a file in models/diffusion_models is: sizes, layout, settings.",
+            inputs=[io.Combo.Input("model_name", options=host.model_files())],
+            outputs=[io.String.Output(display_name="text")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        text = describe(read_checkpoint(host.model_path(model_name)))
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def _saved() -> list[str]:
+    return sorted(path.name for path in host.state_folder().glob(f"*{SUFFIX}"))
+
+
+def _free(folder: Path, name: str) -> Path:
+    path, number = folder / f"{name}{SUFFIX}", 2
+    while path.exists():
+        path, number = folder / f"{name}_{number}{SUFFIX}", number + 1
+    return path
+
+
+def _told(snapshot: Snapshot) -> str:
+    facts = snapshot.facts
+    kind = "compact" if snapshot.compact else "exact"
+    return (
+        f"{kind}, {snapshot.nbytes / 1e6:.1f} MB, {facts['width']}x{facts['height']}, "
+        f"after {facts['num_chunks']} chunks"
+    )

@@ -1,0 +1,183 @@
+"""Nodes that put prompts in time: one change after another, or all in one text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..rf_core.prompts import (
+    ChunkClock,
+    PromptTimeline,
+    Switch,
+    TimelineError,
+    format_table,
+    parse_timeline,
+)
+from .loaders import CATEGORY
+from .types import RFTimeline, Timeline
+
+UNITS = {"seconds": "s", "frames": "f", "chunks": "c"}
+MODES = ["recache", "soft", "blend", "cut"]
+MODE_TOOLTIP = (
+    "How the video goes over. recache: the last chunks are read again under the new prompt, so it "
+    "takes hold at once and the picture stays continuous. soft: slow and smooth. blend: the prompt "
+    "itself is mixed over some chunks. cut: a clean cut to a new scene."
+)
+
+
+class PromptSwitch(io.ComfyNode):
+    """One prompt change, chained."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RFPromptSwitch",
+            display_name="Prompt Switch",
+            category=CATEGORY,
+            description="Adds a prompt to a timeline. The first one, without a timeline, is what "
+            "the video starts with; its time is 0.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The prompt that begins here."),
+                RFTimeline.Input("timeline", optional=True, tooltip="The prompts before it."),
+                io.Float.Input("at", default=0.0, min=0.0, max=1e6, step=0.5, round=False),
+                io.Combo.Input("unit", options=list(UNITS), default="seconds"),
+                io.Combo.Input("mode", options=MODES, default="recache", tooltip=MODE_TOOLTIP),
+                io.Int.Input(
+                    "blend_chunks",
+                    default=3,
+                    min=1,
+                    max=100,
+                    tooltip="Chunks (0.75 s each) that a blend takes; other modes ignore it.",
+                ),
+                io.Combo.Input(
+                    "interpolation",
+                    options=["lerp", "slerp"],
+                    default="lerp",
+                    tooltip="How a blend mixes prompts: in a straight line, or along the arc.",
+                ),
+            ],
+            outputs=[RFTimeline.Output(display_name="timeline")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        conditioning: Any,
+        at: float,
+        unit: str,
+        mode: str,
+        blend_chunks: int,
+        interpolation: str,
+        timeline: Timeline | None = None,
+    ) -> io.NodeOutput:
+        before = timeline or Timeline(timeline=PromptTimeline(), embeds={})
+        number = len(before.timeline.entries) + 1
+        name = f"prompt {number}"
+        switch = Switch(mode=mode)  # type: ignore[arg-type]  # checked on construction
+        if mode == "blend":
+            switch = Switch(mode="blend", blend_chunks=blend_chunks, interpolation=interpolation)  # type: ignore[arg-type]
+        try:
+            joined = before.timeline.append(at, UNITS[unit], switch, name)  # type: ignore[arg-type]
+        except TimelineError as error:
+            raise ValueError(f"Prompt Switch number {number}: {error.problem}") from None
+        embeds = before.embeds | {name: embedding_of(conditioning)}
+        return io.NodeOutput(Timeline(timeline=joined, embeds=embeds))
+
+
+class PromptSchedule(io.ComfyNode):
+    """All prompts in one text."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RFPromptSchedule",
+            display_name="Prompt Schedule",
+            category=CATEGORY,
+            description="Prompts in time, one a line: '0s: a panda walks', '8s [recache]: it sits "
+            "down', '+4s [blend 3 slerp]: snow', 'c40 [cut]: a city'. Units: s, m:ss, f (frames), "
+            "c (chunks). A line 'global: ...' goes in front of every prompt. FizzNodes' JSON and "
+            "parts separated by | are read too.",
+            inputs=[
+                io.Clip.Input("clip"),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="0s: a blue square moves up quickly\n"
+                    "5s [recache]: a cyan circle moves right slowly",
+                ),
+                io.Float.Input(
+                    "length",
+                    default=10.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.5,
+                    round=False,
+                    optional=True,
+                    tooltip="Length in seconds that the table is shown for and equal parts share; "
+                    "the sampler's own length decides in the end.",
+                ),
+            ],
+            outputs=[
+                RFTimeline.Output(display_name="timeline"),
+                io.String.Output(display_name="table"),
+            ],
+            is_output_node=False,
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, text: str | None = None) -> bool | str:
+        try:
+            if text is not None:
+                parse_timeline(text)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, clip: Any, text: str, length: float = 10.0) -> io.NodeOutput:
+        timeline = parse_timeline(text)
+        clock = ChunkClock()
+        total = clock.num_chunks_for_seconds(length) if length else None
+        try:
+            resolved = timeline.resolve(clock, total)
+        except TimelineError:  # the table's length is no promise
+            resolved = timeline.resolve(clock)
+        embeds = {entry.text: encode(clip, entry.text) for entry in resolved}
+        table = format_table(resolved)
+        return io.NodeOutput(
+            Timeline(timeline=timeline, embeds=embeds), table, ui=ui.PreviewText(table)
+        )
+
+
+def encode(clip: Any, text: str) -> Any:
+    """A text's embedding [1, S, D], as CLIPTextEncode makes it."""
+    return embedding_of(clip.encode_from_tokens_scheduled(clip.tokenize(text)))
+
+
+def embedding_of(conditioning: Any) -> Any:
+    """The embedding [1, S, D] of a CONDITIONING; ValueError for one that holds more."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"this CONDITIONING is a combination of {len(conditioning)} prompts; a stream follows "
+            "one at a time: connect a single CLIPTextEncode, and change prompts in time with "
+            "Prompt Switch"
+        )
+    embeds, options = conditioning[0]
+    unsupported = {"area", "mask", "control", "hooks", "concat_latent_image"} & set(options)
+    if unsupported:
+        raise ValueError(
+            f"this CONDITIONING carries {', '.join(sorted(unsupported))}, which a causal student "
+            "cannot follow; connect CLIPTextEncode directly"
+        )
+    return embeds
+
+
+def timeline_of(prompt: Any) -> Timeline:
+    """What a sampler's prompt socket holds, as a timeline."""
+    if isinstance(prompt, Timeline):
+        return prompt
+    single = PromptTimeline().append(0, "s", Switch(), "prompt 1")
+    return Timeline(timeline=single, embeds={"prompt 1": embedding_of(prompt)})

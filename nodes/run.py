@@ -1,0 +1,185 @@
+"""A run of the Streaming Sampler: chunks to a file, a preview and what the sockets carry."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..rf_core.config import FPS, CacheConfig, SamplerConfig
+from ..rf_core.decoder import Decoder
+from ..rf_core.prompts import ChunkClock, ResolvedEntry
+from ..rf_core.state import Snapshot
+from ..rf_core.stream import Chunk, Stream
+from ..rf_core.video import VideoFormat, VideoWriter, remux, to_uint8
+from . import host
+from .types import Timeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a run is asked to make."""
+
+    model: Any
+    """The MODEL."""
+    prompts: Timeline
+    length: float
+    """In `unit`s."""
+    unit: str
+    """seconds, frames or chunks."""
+    width: int
+    height: int
+    seed: int
+    sampler: SamplerConfig
+    cache: CacheConfig
+    decoder: Decoder | None
+    path: Path | None
+    """The MP4 to write; None without a decoder."""
+    metadata: dict[str, str]
+    """Kept in the file."""
+    start_latents: Tensor | None
+    """Normalised latents [1, C, F, h, w] the video begins with."""
+    start_images: Tensor | None
+    """Images [1, T, 3, H, W] the video begins with."""
+    snapshot: Snapshot | None
+    """The state it goes on from."""
+    keep_images: int
+    """Last images for the IMAGE socket; -1 for all."""
+    keep_latents: int
+    """Last latent frames for the LATENT socket; -1 for all."""
+
+
+@dataclass
+class Made:
+    """What a run has made so far."""
+
+    latents: deque[Tensor] = field(default_factory=deque)
+    images: deque[Tensor] = field(default_factory=deque)
+    num_images: int = 0
+
+
+def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
+    """The prompts with their chunks, counted from where the run begins, and its chunks.
+
+    ValueError for a timeline that does not fit.
+    """
+    clock = ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
+    timeline = request.prompts.timeline
+    if request.unit == "chunks":
+        total = round(request.length)
+    else:
+        seconds = request.length / (FPS if request.unit == "frames" else 1)
+        total = timeline.num_chunks_for_seconds(seconds, clock)
+    return timeline.resolve(clock, total), total
+
+
+def open_stream(request: Request, first: ResolvedEntry) -> Stream:
+    """The stream at its start, or at the state it goes on from."""
+    base = host.student_of(request.model)
+    network = host.Hosted(request.model)
+    placement = {"device": request.model.load_device, "dtype": base.get_dtype_inference()}
+    embeds = request.prompts.embeds[first.text]
+    if request.snapshot is None:
+        stream = Stream(
+            network,  # type: ignore[arg-type]  # answers as a WanModel does
+            embeds,
+            height=request.height,
+            width=request.width,
+            decoder=request.decoder,
+            seed=request.seed,
+            cache=request.cache,
+            sampler=request.sampler,
+            **placement,
+        )
+    else:
+        stream = Stream.from_snapshot(
+            network,  # type: ignore[arg-type]
+            request.snapshot,
+            decoder=request.decoder,
+            **placement,
+        )
+        stream.state.seed, stream.sampler = request.seed, request.sampler
+        if not torch.equal(stream.state.prompt_embeds, stream._batched(embeds)):
+            stream.switch(embeds, first.switch)
+    return stream
+
+
+def chunks(
+    request: Request, stream: Stream, prompts: tuple[ResolvedEntry, ...], total: int, progress: Any
+) -> Iterator[Chunk]:
+    """The chunks of a run, prompts changed on the way."""
+    begun, made = stream.state.num_chunks, 0
+    if request.start_latents is not None:
+        yield from stream.start_from(request.start_latents)
+    elif request.start_images is not None:
+        yield from stream.start_from_images(request.start_images)
+    switches = {entry.chunk: entry for entry in prompts[1:]}
+    while (made := stream.state.num_chunks - begun) < total:
+        if made in switches:
+            entry = switches[made]
+            stream.switch(request.prompts.embeds[entry.text], entry.switch)
+        yield stream.step(progress.on_pass, progress.on_guess)
+
+
+def run(request: Request) -> tuple[Made, Stream]:
+    """Make the video; however it ends, the file is closed and plays."""
+    prompts, total = plan(request)
+    stream = open_stream(request, prompts[0])
+    progress = host.Progress(request.model, total, len(request.sampler.steps))
+    made = Made()
+    writer = _writer(request)
+    try:
+        for chunk in chunks(request, stream, prompts, total, progress):
+            _keep(made.latents, chunk.latents.cpu(), request.keep_latents, dim=2)
+            if chunk.images is not None:
+                made.num_images += chunk.images.shape[1]
+                images = to_uint8(chunk.images[0]).cpu()
+                if writer is not None:
+                    writer.write(images)
+                _keep(made.images, chunk.images[0].cpu(), request.keep_images, dim=0)
+    finally:
+        if writer is not None:
+            writer.close()
+    if writer is not None and request.path is not None:
+        remux(request.path)
+    return made, stream
+
+
+def _writer(request: Request) -> VideoWriter | None:
+    if request.path is None:
+        return None
+    format = VideoFormat(width=request.width, height=request.height)
+    return VideoWriter(request.path, format, request.metadata)
+
+
+def _keep(kept: deque[Tensor], new: Tensor, most: int, dim: int) -> None:
+    """Append, and let go of what the last `most` frames do not need."""
+    if most == 0:
+        return
+    kept.append(new)
+    if most > 0:
+        while sum(each.shape[dim] for each in kept) - kept[0].shape[dim] >= most:
+            kept.popleft()
+
+
+def images_of(made: Made, keep: int) -> Tensor | None:
+    """The IMAGE of a run [T, H, W, 3], float32 on the CPU."""
+    if not made.images:
+        return None
+    images = torch.cat(list(made.images))
+    images = images if keep < 0 else images[-keep:]
+    return rearrange(images, "t c h w -> t h w c").contiguous()
+
+
+def latents_of(made: Made, keep: int) -> Tensor | None:
+    """The last latents of a run [1, C, F, h, w], normalised."""
+    if not made.latents:
+        return None
+    latents = torch.cat(list(made.latents), dim=2)
+    return latents if keep < 0 else latents[:, :, -keep:]

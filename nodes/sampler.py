@@ -1,0 +1,280 @@
+"""The Streaming Sampler: prompts to a video that is written while it is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from comfy_api.latest import InputImpl, io, ui
+from einops import rearrange
+
+from ..rf_core.config import NUM_TRAIN_TIMESTEPS, CacheConfig, SamplerConfig
+from ..rf_core.stream import latent_size
+from . import host
+from .decoders import decoder_of
+from .loaders import CATEGORY
+from .prompt import timeline_of
+from .run import Request, images_of, latents_of, plan, run
+from .types import RFSink, RFState, RFTimeline, State
+
+UNITS = ["seconds", "frames", "chunks"]
+STATES = ["compact", "exact", "none"]
+
+
+class StreamingSampler(io.ComfyNode):
+    """A MODEL and prompts to LATENT, VIDEO, IMAGE and state."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RFStreamingSampler",
+            display_name="Streaming Sampler",
+            category=CATEGORY,
+            description="Makes a video of any length chunk by chunk, following prompts in time. "
+            "With a VAE, images are decoded and written to an MP4 as they are made.",
+            search_aliases=["video sampler", "long video", "endless video", "autoregressive"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load RF Model or Load RF Demo."),
+                io.MultiType.Input(
+                    "prompt",
+                    types=[io.Conditioning, RFTimeline],
+                    tooltip="One prompt, or a timeline of several.",
+                ),
+                io.Int.Input("width", default=832, min=16, max=4096, step=16),
+                io.Int.Input("height", default=480, min=16, max=4096, step=16),
+                io.Float.Input("length", default=10.0, min=0.1, max=1e6, step=0.5, round=False),
+                io.Combo.Input(
+                    "unit",
+                    options=UNITS,
+                    default="seconds",
+                    tooltip="16 frames make a second; a chunk is 12 frames. The video ends with "
+                    "the chunk that reaches the length.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The same seed gives the same video, whatever its length. To go on "
+                    "from a state as if it had never stopped, keep the seed.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=4,
+                    min=1,
+                    max=16,
+                    tooltip="Denoising steps a chunk. The student was trained for 4.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Wan 2.1 VAE, or TAEHV for speed. Without one only LATENT and state "
+                    "come out.",
+                ),
+                RFSink.Input("sink", optional=True, tooltip="From EMA-Sink Config."),
+                io.Image.Input(
+                    "start_image",
+                    optional=True,
+                    tooltip="A picture or clip to begin with; needs a VAE. Experimental: the "
+                    "student was trained on text only.",
+                ),
+                io.Latent.Input(
+                    "start_latent",
+                    optional=True,
+                    tooltip="Latents to begin with: their last frames that make whole chunks.",
+                ),
+                RFState.Input("state", optional=True, tooltip="Go on where another run ended."),
+                io.Int.Input(
+                    "keep_images",
+                    default=81,
+                    min=-1,
+                    max=100_000,
+                    optional=True,
+                    tooltip="How many of the last images go to IMAGE; -1 for all. At 832x480 a "
+                    "second takes 77 MB of RAM, a minute 4.6 GB: use VIDEO for long ones.",
+                ),
+                io.Int.Input(
+                    "keep_latents",
+                    default=-1,
+                    min=-1,
+                    max=100_000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many of the last latent frames go to LATENT; -1 for all. At "
+                    "832x480 a minute takes 96 MB of RAM.",
+                ),
+                io.Combo.Input(
+                    "keep_state",
+                    options=STATES,
+                    default="compact",
+                    optional=True,
+                    advanced=True,
+                    tooltip="compact: a few MB, the window is made again on going on, with a "
+                    "difference you hardly see. exact: goes on bit for bit; takes the whole cache "
+                    "(2.6 GB at 832x480).",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/reward_forcing",
+                    optional=True,
+                    tooltip="Where in the output folder the MP4 is written.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="LATENT"),
+                io.Video.Output(display_name="VIDEO"),
+                io.Image.Output(display_name="IMAGE"),
+                RFState.Output(display_name="state"),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        prompt: Any,
+        width: int,
+        height: int,
+        length: float,
+        unit: str,
+        seed: int,
+        steps: int,
+        vae: Any = None,
+        sink: CacheConfig | None = None,
+        start_image: Any = None,
+        start_latent: Any = None,
+        state: State | None = None,
+        keep_images: int = 81,
+        keep_latents: int = -1,
+        keep_state: str = "compact",
+        filename_prefix: str = "video/reward_forcing",
+    ) -> io.NodeOutput:
+        _one_start(start_image, start_latent, state)
+        base, settings = host.student_of(model), host.settings_of(model)
+        format = base.latent_format
+        latent_size(height, width, base.diffusion_model.config.patch_size)
+        decoder = decoder_of(vae, format) if vae is not None else None
+        path, subfolder = None, ""
+        if decoder is not None:
+            path, subfolder = host.output_file(filename_prefix, width, height, ".mp4")
+        request = Request(
+            model=model,
+            prompts=timeline_of(prompt),
+            length=length,
+            unit=unit,
+            width=width,
+            height=height,
+            seed=seed,
+            sampler=sampler_of(steps, settings.sampler),
+            cache=sink or settings.cache,
+            decoder=decoder,
+            path=path,
+            metadata=_metadata(cls.hidden),
+            start_latents=_latents(start_latent, format, sink or settings.cache),
+            start_images=_images(start_image, width, height),
+            snapshot=state.snapshot if state else None,
+            keep_images=keep_images if decoder else 0,
+            keep_latents=keep_latents,
+        )
+        plan(request)
+        if start_image is not None and decoder is None:
+            raise ValueError("a start image needs a VAE: connect one, or give a start_latent")
+        made, snapshot = _run(request, vae, keep_state)
+        outputs = _outputs(request, made, snapshot, format)
+        saved = None
+        if path is not None:
+            saved = ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.output)])
+        return io.NodeOutput(*outputs, ui=saved)
+
+
+def _run(request: Request, vae: Any, keep_state: str) -> Any:
+    base = host.student_of(request.model)
+    size = latent_size(request.height, request.width, base.diffusion_model.config.patch_size)
+    memory = base.stream_memory(1, request.cache.chunk_frames, size, request.cache)
+    others = []
+    if vae is not None:
+        others = [vae.patcher]
+        shape = (1, 16, request.cache.chunk_frames, *size)
+        memory += vae.memory_used_decode(shape, vae.vae_dtype)
+    try:
+        with host.loaded(request.model, others, memory):
+            made, stream = run(request)
+            snapshot = None
+            if keep_state != "none":
+                snapshot = stream.snapshot(compact=keep_state == "compact")
+            return made, snapshot
+    except Exception as error:
+        if not host.out_of_memory(error):
+            raise
+        host.free_memory()
+        kept = f" What was made until then is in {request.path.name}." if request.path else ""
+        raise RuntimeError(
+            f"memory ran out: a stream of {request.width}x{request.height} takes about "
+            f"{memory / 2**30:.1f} GiB beside the weights, most of it in proportion to width x "
+            f"height and window ({request.cache.window_frames} frames). Half of each side takes a "
+            "quarter; weight_dtype float8_e4m3fn halves the weights; TAEHV in place of the Wan VAE "
+            f"saves most of the decoding.{kept}"
+        ) from None
+
+
+def _outputs(request: Request, made: Any, snapshot: Any, format: Any) -> list[Any]:
+    latents = latents_of(made, request.keep_latents)
+    state = None
+    if snapshot is not None:
+        name = host.settings_of(request.model).name
+        state = State(snapshot=snapshot, source={"model": name, "seed": request.seed})
+    missing = host.block("connect a VAE to Streaming Sampler to get images and video")
+    return [
+        {"samples": format.process_out(latents)} if latents is not None else None,
+        InputImpl.VideoFromFile(str(request.path)) if request.path else missing,
+        images_of(made, request.keep_images) if request.keep_images else missing,
+        state or host.block("keep_state is none; choose compact or exact to pass the state on"),
+    ]
+
+
+def sampler_of(steps: int, trained: SamplerConfig) -> SamplerConfig:
+    """The checkpoint's schedule, or one of as many even steps as are asked for."""
+    if steps == len(trained.steps):
+        return trained
+    even = tuple(NUM_TRAIN_TIMESTEPS * (steps - i) // steps for i in range(steps))
+    return replace(trained, steps=even)
+
+
+def _one_start(image: Any, latent: Any, state: Any) -> None:
+    given = {"start_image": image, "start_latent": latent, "state": state}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} are connected; a video begins in one way only")
+
+
+def _latents(start: Any, format: Any, cache: CacheConfig) -> Any:
+    if start is None:
+        return None
+    samples = start["samples"]
+    frames = samples.shape[2] // cache.chunk_frames * cache.chunk_frames
+    if samples.ndim != 5 or not frames:
+        raise ValueError(
+            f"start_latent has shape {list(samples.shape)}; a video's latents are [1, 16, frames, "
+            f"height/8, width/8] with at least {cache.chunk_frames} frames"
+        )
+    return format.process_in(samples[:1, :, -frames:].float())
+
+
+def _images(start: Any, width: int, height: int) -> Any:
+    if start is None:
+        return None
+    images = host.resize(rearrange(start[..., :3], "t h w c -> t c h w"), width, height)
+    return images[None]
+
+
+def _metadata(hidden: Any) -> dict[str, str]:
+    kept = {}
+    if hidden.prompt is not None:
+        kept["prompt"] = json.dumps(hidden.prompt)
+    for name, value in (hidden.extra_pnginfo or {}).items():
+        kept[name] = json.dumps(value)
+    return kept

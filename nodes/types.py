@@ -1,0 +1,41 @@
+"""The sockets that ComfyUI has no type for, and what travels through them.
+
+Everything here is immutable: ComfyUI caches outputs and hands them to many nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..rf_core.prompts import PromptTimeline
+    from ..rf_core.state import Snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """Prompts in time with their encoded texts."""
+
+    timeline: PromptTimeline
+    """When which prompt holds."""
+    embeds: dict[str, Tensor] = field(repr=False)
+    """Each entry's text, global prefix included, to its embedding [1, S, D]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Where a stream stands after its last chunk."""
+
+    snapshot: Snapshot
+    source: dict[str, Any]
+    """What made it: shown on nodes, never needed to go on."""
+
+
+RFTimeline = io.Custom("RF_TIMELINE")
+RFSink = io.Custom("RF_SINK")
+RFState = io.Custom("RF_STATE")
