@@ -5,11 +5,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
+COMFY_VENV := .venv-comfy
+COMFY_READY := $(COMFY_VENV)/.ready
 
-.PHONY: test demo lint clean
+.PHONY: test test-comfy demo lint clean
 
 test: $(READY)
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# Against the ComfyUI at COMFYUI_PATH, which is only read; its packages go to a venv of their own.
+test-comfy: $(COMFY_READY)
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_VENV)/bin/python -m pytest tests/comfyui
 
 demo: $(READY)
 	$(BIN)/python -m rf_core generate --timeline rf_core/demo/timeline.txt --seconds 10 \
@@ -29,5 +36,11 @@ $(READY): pyproject.toml constraints-dev.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[dev]"
 	touch $(READY)
 
+$(COMFY_READY): $(COMFYUI_PATH)/requirements.txt constraints-comfy.txt
+	$(PYTHON) -m venv $(COMFY_VENV)
+	$(COMFY_VENV)/bin/python -m pip install --quiet --constraint constraints-comfy.txt \
+		--requirement "$(COMFYUI_PATH)/requirements.txt" pytest playwright comfy-cli
+	touch $(COMFY_READY)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage build dist *.egg-info
+	rm -rf $(VENV) $(COMFY_VENV) .pytest_cache .mypy_cache .ruff_cache .coverage build dist *.egg-info

@@ -374,6 +374,10 @@ class Progress:
         self._bar = comfy.utils.ProgressBar(self._total)
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
+    def given(self, chunks: int) -> None:
+        """So many chunks need no denoising."""
+        self._total -= chunks * self._steps
+
     def on_pass(self, kind: str, number: int) -> None:
         """Act on an interrupt before every pass."""
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -421,6 +425,19 @@ def output_file(prefix: str, width: int, height: int, suffix: str) -> tuple[Path
         prefix, folder_paths.get_output_directory(), width, height
     )
     return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder
+
+
+def temp_folder(name: str) -> Path:
+    """A folder that ComfyUI empties when it starts."""
+    folder = Path(folder_paths.get_temp_directory()) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def identity(model: Any) -> list[Any]:
+    """Names a MODEL's weights, patches and options as long as the process lives."""
+    options = model.model_options.get("transformer_options", {})
+    return [id(model.model), str(model.patches_uuid), sorted(map(str, options))]
 
 
 def state_folder() -> Path:

@@ -18,7 +18,7 @@ from ..rf_core.prompts import ChunkClock, ResolvedEntry
 from ..rf_core.state import Snapshot
 from ..rf_core.stream import Chunk, Stream
 from ..rf_core.video import VideoFormat, VideoWriter, remux, to_uint8
-from . import host
+from . import host, reuse
 from .types import Timeline
 
 
@@ -62,6 +62,10 @@ class Made:
     latents: deque[Tensor] = field(default_factory=deque)
     images: deque[Tensor] = field(default_factory=deque)
     num_images: int = 0
+    reused: int = 0
+    """Chunks taken over from an earlier run."""
+    stream: Stream | None = None
+    """At its end."""
 
 
 def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
@@ -111,31 +115,46 @@ def open_stream(request: Request, first: ResolvedEntry) -> Stream:
 
 
 def chunks(
-    request: Request, stream: Stream, prompts: tuple[ResolvedEntry, ...], total: int, progress: Any
+    request: Request,
+    stream: Stream,
+    prompts: tuple[ResolvedEntry, ...],
+    numbers: range,
+    progress: Any,
 ) -> Iterator[Chunk]:
     """The chunks of a run, prompts changed on the way."""
-    begun, made = stream.state.num_chunks, 0
-    if request.start_latents is not None:
-        yield from stream.start_from(request.start_latents)
-    elif request.start_images is not None:
-        yield from stream.start_from_images(request.start_images)
+    if not numbers.start:
+        if request.start_latents is not None:
+            yield from stream.start_from(request.start_latents)
+        elif request.start_images is not None:
+            yield from stream.start_from_images(request.start_images)
+    given = stream.state.num_chunks if request.snapshot is None and not numbers.start else 0
+    progress.given(given)
     switches = {entry.chunk: entry for entry in prompts[1:]}
-    while (made := stream.state.num_chunks - begun) < total:
-        if made in switches:
-            entry = switches[made]
+    for number in range(numbers.start + given, numbers.stop):
+        if number in switches:
+            entry = switches[number]
             stream.switch(request.prompts.embeds[entry.text], entry.switch)
         yield stream.step(progress.on_pass, progress.on_guess)
 
 
-def run(request: Request) -> tuple[Made, Stream]:
+def run(request: Request) -> Made:
     """Make the video; however it ends, the file is closed and plays."""
     prompts, total = plan(request)
-    stream = open_stream(request, prompts[0])
-    progress = host.Progress(request.model, total, len(request.sampler.steps))
-    made = Made()
-    writer = _writer(request)
+    stream, made = open_stream(request, prompts[0]), Made()
+    made.stream = stream
+    kept = reuse.find(request, prompts, total)
+    if kept is None:
+        writer = _writer(request)
+    else:
+        writer = reuse.resume(request, kept, stream, made)
+        made.reused = kept.chunks
+    numbers = range(made.reused, total)
+    progress = host.Progress(request.model, len(numbers), len(request.sampler.steps))
+    ends = {entry.chunk for entry in prompts[1:]} | {total}
+    number = numbers.start
     try:
-        for chunk in chunks(request, stream, prompts, total, progress):
+        for chunk in chunks(request, stream, prompts, numbers, progress):
+            number += 1
             _keep(made.latents, chunk.latents.cpu(), request.keep_latents, dim=2)
             if chunk.images is not None:
                 made.num_images += chunk.images.shape[1]
@@ -143,12 +162,14 @@ def run(request: Request) -> tuple[Made, Stream]:
                 if writer is not None:
                     writer.write(images)
                 _keep(made.images, chunk.images[0].cpu(), request.keep_images, dim=0)
+            if number in ends:
+                reuse.keep(request, prompts, number, stream, made)
     finally:
         if writer is not None:
             writer.close()
-    if writer is not None and request.path is not None:
-        remux(request.path)
-    return made, stream
+    if request.path is not None:
+        remux(request.path, request.metadata)
+    return made
 
 
 def _writer(request: Request) -> VideoWriter | None:

@@ -9,17 +9,28 @@ from typing import Any
 from comfy_api.latest import InputImpl, io, ui
 from einops import rearrange
 
-from ..rf_core.config import NUM_TRAIN_TIMESTEPS, CacheConfig, SamplerConfig
+from ..rf_core.config import (
+    FPS,
+    NUM_TRAIN_TIMESTEPS,
+    SPATIAL_FACTOR,
+    WAN_SIZE,
+    CacheConfig,
+    ModelConfig,
+    SamplerConfig,
+)
+from ..rf_core.prompts import ChunkClock
 from ..rf_core.stream import latent_size
 from . import host
 from .decoders import decoder_of
 from .loaders import CATEGORY
 from .prompt import timeline_of
-from .run import Request, images_of, latents_of, plan, run
+from .run import Made, Request, images_of, latents_of, plan, run
 from .types import RFSink, RFState, RFTimeline, State
 
 UNITS = ["seconds", "frames", "chunks"]
 STATES = ["compact", "exact", "none"]
+UNIT = SPATIAL_FACTOR * ModelConfig.patch_size[1]
+"""Pixels that width and height are multiples of."""
 
 
 class StreamingSampler(io.ComfyNode):
@@ -41,8 +52,8 @@ class StreamingSampler(io.ComfyNode):
                     types=[io.Conditioning, RFTimeline],
                     tooltip="One prompt, or a timeline of several.",
                 ),
-                io.Int.Input("width", default=832, min=16, max=4096, step=16),
-                io.Int.Input("height", default=480, min=16, max=4096, step=16),
+                io.Int.Input("width", default=WAN_SIZE[1], min=UNIT, max=4096, step=UNIT),
+                io.Int.Input("height", default=WAN_SIZE[0], min=UNIT, max=4096, step=UNIT),
                 io.Float.Input("length", default=10.0, min=0.1, max=1e6, step=0.5, round=False),
                 io.Combo.Input(
                     "unit",
@@ -133,6 +144,14 @@ class StreamingSampler(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, width: int = UNIT, height: int = UNIT) -> bool | str:
+        for side, value in (("width", width), ("height", height)):
+            if value % UNIT:
+                near = round(value / UNIT) * UNIT
+                return f"{side} {value} is not a multiple of {UNIT}; the nearest is {near}"
+        return True
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -185,10 +204,11 @@ class StreamingSampler(io.ComfyNode):
             raise ValueError("a start image needs a VAE: connect one, or give a start_latent")
         made, snapshot = _run(request, vae, keep_state)
         outputs = _outputs(request, made, snapshot, format)
-        saved = None
+        shown: dict[str, Any] = {"text": (_told(request, made),)}
         if path is not None:
-            saved = ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.output)])
-        return io.NodeOutput(*outputs, ui=saved)
+            saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)
+            shown |= ui.PreviewVideo([saved]).as_dict()
+        return io.NodeOutput(*outputs, ui=shown)
 
 
 def _run(request: Request, vae: Any, keep_state: str) -> Any:
@@ -202,10 +222,10 @@ def _run(request: Request, vae: Any, keep_state: str) -> Any:
         memory += vae.memory_used_decode(shape, vae.vae_dtype)
     try:
         with host.loaded(request.model, others, memory):
-            made, stream = run(request)
+            made = run(request)
             snapshot = None
             if keep_state != "none":
-                snapshot = stream.snapshot(compact=keep_state == "compact")
+                snapshot = made.stream.snapshot(compact=keep_state == "compact")
             return made, snapshot
     except Exception as error:
         if not host.out_of_memory(error):
@@ -234,6 +254,16 @@ def _outputs(request: Request, made: Any, snapshot: Any, format: Any) -> list[An
         images_of(made, request.keep_images) if request.keep_images else missing,
         state or host.block("keep_state is none; choose compact or exact to pass the state on"),
     ]
+
+
+def _told(request: Request, made: Made) -> str:
+    clock = ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
+    text = f"{made.num_images} images, {made.num_images / FPS:.2f} s"
+    if made.reused:
+        until = clock.seconds(made.reused)
+        text += f"; the first {made.reused} chunks ({until:.2f} s) are re-used from an earlier run"
+    host.log(text)
+    return text
 
 
 def sampler_of(steps: int, trained: SamplerConfig) -> SamplerConfig:

@@ -150,8 +150,10 @@ class VideoWriter:
         self.close()
 
 
-def remux(path: str | Path) -> None:
+def remux(path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Rewrite a closed MP4 with its index in front, as editors and web pages like it.
+
+    `metadata` replaces what the file carries; None keeps it.
 
     The encoded images are copied, not encoded again; `VideoWriter.resume` reads the result too.
     The file is replaced at once when the new one is complete. Takes about a second an hour of
@@ -160,7 +162,7 @@ def remux(path: str | Path) -> None:
     Raises:
         ValueError: no such file, or not a video.
     """
-    _copy_stream(Path(path), num_images=None, fragmented=False)
+    _copy_stream(Path(path), num_images=None, fragmented=False, metadata=metadata)
 
 
 def read_images(
@@ -321,8 +323,17 @@ def _check_continues(path: Path, num_images: int, format: VideoFormat) -> None:
         )
 
 
-def _copy_stream(path: Path, *, num_images: int | None, fragmented: bool) -> None:
-    """Copy the first `num_images` encoded images (all if None) into a new file in its place."""
+def _copy_stream(
+    path: Path,
+    *,
+    num_images: int | None,
+    fragmented: bool,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Copy the first `num_images` encoded images (all if None) into a new file in its place.
+
+    `metadata` replaces the file's own.
+    """
     import av
 
     part = path.with_name(path.name + ".part")
@@ -335,9 +346,8 @@ def _copy_stream(path: Path, *, num_images: int | None, fragmented: bool) -> Non
                 "video_track_timescale": str(stream.time_base.denominator),
             }
             with av.open(str(part), "w", format="mp4", options=options) as target:
-                target.metadata.update(
-                    {k: v for k, v in source.metadata.items() if k not in _CONTAINER_KEYS}
-                )
+                kept = source.metadata if metadata is None else metadata
+                target.metadata.update({k: v for k, v in kept.items() if k not in _CONTAINER_KEYS})
                 copied = _copy_packets(source, target, num_images)
         if copied < (num_images or 1):
             raise ValueError(f"{path} holds {copied} whole images, {num_images or 1} are needed")

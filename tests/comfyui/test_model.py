@@ -1,0 +1,277 @@
+"""The MODEL as ComfyUI handles models: patches, clones, offloading, dtypes, compilation.
+
+In this process, with ComfyUI's own modules. Every way to run a student is compared with the plain
+one over chunks that fill the window and evict from it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .conftest import DEMO
+from .lora import write_lora
+from .server import ROOT, comfy_root
+
+STUDENT = DEMO / "student.safetensors"
+CHUNKS = 5  # the window holds three: two evictions
+PACK = "rf_pack"
+
+
+@pytest.fixture(scope="module")
+def pack() -> Iterator[Any]:
+    """The pack, imported as ComfyUI imports it, on the CPU."""
+    root = comfy_root()
+    if root is None:
+        pytest.skip("there is no ComfyUI; set COMFYUI_PATH")
+    sys.path.insert(0, str(root))
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.model_management  # reads the arguments
+
+    sys.argv = arguments
+    spec = importlib.util.spec_from_file_location(
+        PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(root))
+
+
+@pytest.fixture
+def host(pack: Any) -> Any:
+    """`nodes.host` of the pack."""
+    return importlib.import_module(f"{PACK}.nodes.host")
+
+
+@pytest.fixture
+def demo(pack: Any) -> Any:
+    """`nodes.demo` of the pack."""
+    return importlib.import_module(f"{PACK}.nodes.demo")
+
+
+@pytest.fixture
+def stream(pack: Any, demo: Any, host: Any) -> Callable[..., Tensor]:
+    """Latents of a stream of a MODEL, through the machinery of the sampler."""
+    prompt = importlib.import_module(f"{PACK}.nodes.prompt")
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    sampler = importlib.import_module(f"{PACK}.nodes.sampler")
+    conditioning = prompt.encode(demo.load_clip(), "a red circle moves right quickly")
+
+    def made(model: Any, chunks: int = CHUNKS) -> Tensor:
+        settings = host.settings_of(model)
+        request = run.Request(
+            model=model,
+            prompts=prompt.timeline_of([[conditioning, {}]]),
+            length=chunks,
+            unit="chunks",
+            width=64,
+            height=64,
+            seed=3,
+            sampler=settings.sampler,
+            cache=settings.cache,
+            decoder=None,
+            path=None,
+            metadata={},
+            start_latents=None,
+            start_images=None,
+            snapshot=None,
+            keep_images=0,
+            keep_latents=-1,
+        )
+        result, _ = sampler._run(request, None, "none")
+        latents = run.latents_of(result, -1)
+        assert latents is not None
+        return latents
+
+    return made
+
+
+def test_it_equals_the_engine_without_comfyui(
+    demo: Any, stream: Callable[..., Tensor], pack: Any
+) -> None:
+    from rf_core.checkpoint import load_student
+    from rf_core.stream import Stream
+    from rf_core.text import load_text_encoder
+
+    model, checkpoint = load_student(STUDENT, device="cpu", dtype=torch.float32)
+    encoder = load_text_encoder(DEMO / "text_encoder.safetensors", "cpu", torch.float32)
+    embeds = encoder.encode(["a red circle moves right quickly"])
+    engine = Stream(
+        model,
+        embeds,
+        height=64,
+        width=64,
+        seed=3,
+        cache=checkpoint.cache,
+        sampler=checkpoint.sampler,
+    )
+    expected = torch.cat([engine.generate() for _ in range(CHUNKS)], dim=2)
+    torch.testing.assert_close(stream(demo.load_model()), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_a_lora_is_the_same_as_merged_weights(
+    demo: Any, host: Any, stream: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    import comfy.sd
+    import comfy.utils
+
+    from rf_core.checkpoint import read_checkpoint, write_checkpoint
+
+    path = tmp_path / "style.safetensors"
+    write_lora(STUDENT, path)
+    lora = load_file(path)
+    plain = demo.load_model()
+    patched, _ = comfy.sd.load_lora_for_models(
+        plain, None, comfy.utils.load_torch_file(path), 0.7, 0
+    )
+
+    found = read_checkpoint(STUDENT)
+    merged = {key: tensor.float() for key, tensor in found.tensors.items()}
+    for key in [key for key in lora if key.endswith("lora_A.weight")]:
+        name = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
+        up = lora[key.replace("lora_A", "lora_B")]
+        merged[f"{name}.weight"] = merged[f"{name}.weight"] + 0.7 * up @ lora[key]
+    by_hand = tmp_path / "merged.safetensors"
+    write_checkpoint(by_hand, merged, found.config, found.cache, found.sampler)
+
+    base, with_lora = stream(plain), stream(patched)
+    assert (with_lora - base).abs().max() > 0.05
+    torch.testing.assert_close(with_lora, stream(host.load_student(by_hand)), atol=2e-3, rtol=1e-3)
+    assert torch.equal(stream(plain), base)  # the patch went with its MODEL
+
+
+def test_clones_share_weights(demo: Any) -> None:
+    model = demo.load_model()
+    clone = model.clone()
+    weights = [
+        each.model.diffusion_model.blocks[0].ffn[0].weight.data_ptr() for each in (model, clone)
+    ]
+    assert weights[0] == weights[1] and clone.model_options.keys() == model.model_options.keys()
+
+
+@pytest.mark.parametrize("budget", [0, 2_000_000])
+def test_partly_offloaded_weights_change_nothing(
+    demo: Any, stream: Callable[..., Tensor], budget: int
+) -> None:
+    import comfy.model_management
+
+    plain, offloaded = demo.load_model(), demo.load_model()
+    expected = stream(plain)
+    offloaded.load(torch.device("cpu"), lowvram_model_memory=budget or 1)
+    assert any(getattr(module, "comfy_cast_weights", False) for module in offloaded.model.modules())
+    torch.testing.assert_close(stream(offloaded), expected, atol=1e-4, rtol=1e-4)
+    comfy.model_management.unload_all_models()
+
+
+def test_fp8_weights_stay_close(host: Any, demo: Any, stream: Callable[..., Tensor]) -> None:
+    exact = stream(demo.load_model())
+    model = host.load_student(STUDENT, "float8_e4m3fn", latent_format=demo._latents())
+    kept = model.model.diffusion_model.blocks[0].ffn[0].weight
+    assert kept.dtype == torch.float8_e4m3fn
+    rough = stream(model)
+    assert rough.isfinite().all()
+    assert (rough - exact)[:, :, :3].square().mean().sqrt() < 0.5 * exact.std()
+
+
+def test_a_compiled_model_gives_the_same_over_evictions(
+    demo: Any, stream: Callable[..., Tensor]
+) -> None:
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model = demo.load_model()
+    expected = stream(model)
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="aot_eager")
+    torch.testing.assert_close(stream(compiled), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_attention_goes_through_comfyui(demo: Any, stream: Callable[..., Tensor]) -> None:
+    model, calls = demo.load_model(), []
+
+    def counting(original: Any, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args[0].shape)
+        return original(*args, **kwargs)
+
+    watched = model.clone()
+    watched.model_options["transformer_options"]["optimized_attention_override"] = counting
+    expected = stream(model, chunks=1)
+    assert torch.equal(stream(watched, chunks=1), expected)
+    layers = model.model.diffusion_model.config.num_layers
+    assert len(calls) == 2 * layers * 5  # self and cross, four steps and the clean pass
+
+
+def test_memory_counts_the_cache(host: Any, demo: Any) -> None:
+    inside = host.student_of(demo.load_model())
+    from rf_core.config import CacheConfig
+
+    small = inside.stream_memory(1, 3, (8, 8), CacheConfig())
+    wide = inside.stream_memory(1, 3, (16, 16), CacheConfig())
+    long = inside.stream_memory(1, 3, (8, 8), CacheConfig(window_frames=21))
+    cache = 2 * 5 * 9 * 16 * 160 * 4
+    assert small > cache and wide == pytest.approx(4 * small) and long > small + cache
+
+
+def test_a_broken_checkpoint_is_refused(host: Any, tmp_path: Path) -> None:
+    from rf_core.checkpoint import read_checkpoint, write_checkpoint
+
+    found = read_checkpoint(STUDENT)
+    found.tensors["head.head.weight"][0, 0] = torch.nan
+    path = tmp_path / "broken.safetensors"
+    write_checkpoint(path, found.tensors, found.config, found.cache, found.sampler)
+    with pytest.raises(ValueError, match=r"head\.head\.weight"):
+        host.load_student(path)
+
+
+def test_a_model_that_is_no_student_is_refused(host: Any) -> None:
+    class Other:
+        model = torch.nn.Linear(1, 1)
+
+    with pytest.raises(ValueError, match="Load RF Model"):
+        host.student_of(Other())
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_stock_decoders_stream_to_the_very_images_of_a_whole_decode(
+    pack: Any, demo: Any, chunks: int
+) -> None:
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    import comfy.sd
+    from comfy.taesd.taehv import TAEHV
+
+    format = demo.load_model().model.latent_format
+    torch.manual_seed(0)
+    tiny = TAEHV(16).state_dict()
+    taehv = comfy.sd.VAE(sd={key: value.float() for key, value in tiny.items()})
+    for vae in (demo.load_vae(), taehv):
+        latents = torch.randn(1, 16, 3 * chunks, 8, 8)
+        whole = vae.decode(format.process_out(latents))[0]
+        decoder, state, parts = decoders.decoder_of(vae, format), None, []
+        for part in latents.split(3, dim=2):
+            images, state = decoder.decode(part, state)
+            parts.append(images[0])
+        streamed = torch.cat(parts).movedim(1, -1)
+        torch.testing.assert_close(streamed, whole.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_vae_of_another_kind_is_refused_by_name(pack: Any, demo: Any) -> None:
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+
+    class Other:
+        first_stage_model = torch.nn.Linear(1, 1)
+
+    with pytest.raises(ValueError, match=r"Linear.*wan_2\.1_vae"):
+        decoders.decoder_of(Other(), demo.load_model().model.latent_format)

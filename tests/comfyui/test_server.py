@@ -1,0 +1,228 @@
+"""The nodes in a running ComfyUI: what they make, what they refuse, how they stop."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from .prompts import demo_prompt, with_node
+from .server import Server
+
+NODES = {
+    "RFLoadModel",
+    "RFLoadDemo",
+    "RFSinkConfig",
+    "RFPromptSwitch",
+    "RFPromptSchedule",
+    "RFStreamingSampler",
+    "RFSaveState",
+    "RFLoadState",
+    "RFModelInfo",
+}
+
+
+def images_of(path: Path) -> np.ndarray:
+    """Every image of a video, [T, H, W, 3] uint8."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def video_of(server: Server, shown: dict[str, list[dict[str, str]]]) -> Path:
+    """The file a node shows."""
+    (image,) = shown["images"]
+    return server.output / image["subfolder"] / image["filename"]
+
+
+def test_every_node_is_there_and_says_what_its_widgets_do(server: Server) -> None:
+    info = server.get("/object_info")
+    ours = {name: node for name, node in info.items() if name.startswith("RF")}
+    assert set(ours) == NODES
+    for name, node in ours.items():
+        assert node["description"], name
+        assert node["category"] == "Reward Forcing"
+    assert "IMPORT FAILED" not in server.log
+
+
+def test_it_imports_in_less_than_half_a_second(server: Server) -> None:
+    (line,) = [line for line in server.log.splitlines() if "seconds: " in line and "Reward" in line]
+    assert float(line.split("seconds:")[0].split()[-1]) < 0.5
+
+
+def test_the_stock_decoder_gives_the_very_images_of_the_stream(server: Server) -> None:
+    prompt = demo_prompt(length=4, keep_images=-1)
+    prompt = with_node(prompt, "decoded", "VAEDecode", samples=["stream", 0], vae=["demo", 2])
+    for name, source in (("streamed", "stream"), ("whole", "decoded")):
+        output = 2 if source == "stream" else 0
+        prompt = with_node(prompt, name, "SaveImage", images=[source, output], filename_prefix=name)
+    run = server.run(prompt)
+    names = [[i["filename"] for i in run.output(n)["images"]] for n in ("streamed", "whole")]
+    assert len(names[0]) == len(names[1]) == 9 + 3 * 12
+    pairs = [
+        [np.asarray(Image.open(server.output / name)).astype(int) for name in pair]
+        for pair in zip(*names, strict=True)
+    ]
+    assert max(np.abs(a - b).max() for a, b in pairs) <= 1
+
+
+def test_the_video_is_written_with_its_workflow_and_can_be_saved_again(server: Server) -> None:
+    prompt = with_node(
+        demo_prompt(),
+        "saved",
+        "SaveVideo",
+        video=["stream", 1],
+        filename_prefix="video/again",
+        format="auto",
+        codec="auto",
+    )
+    run = server.run(prompt)
+    first, again = (video_of(server, run.output(name)) for name in ("stream", "saved"))
+    assert images_of(first).shape == (21, 64, 64, 3)
+    assert np.array_equal(images_of(first), images_of(again))
+    with av.open(str(first)) as container:
+        assert "RFStreamingSampler" in container.metadata["prompt"]
+
+
+def test_a_longer_video_begins_with_the_shorter_one(server: Server) -> None:
+    short, long = (
+        server.run(
+            with_node(
+                demo_prompt(length=length, keep_images=-1),
+                "save",
+                "SaveImage",
+                images=["stream", 2],
+                filename_prefix=f"l{length}",
+            )
+        )
+        for length in (2, 3)
+    )
+    for a, b in zip(short.output("save")["images"], long.output("save")["images"], strict=False):
+        pictures = [Image.open(server.output / each["filename"]) for each in (a, b)]
+        assert np.array_equal(*(np.asarray(picture) for picture in pictures))
+
+
+def test_progress_counts_every_step_and_previews_move(server: Server) -> None:
+    run = server.run(demo_prompt(seed=11, length=3))
+    progress = [e["data"] for e in run.events if e["type"] == "progress"]
+    values = [each["value"] for each in progress if each["node"] == "stream"]
+    assert values == list(range(1, 13)) and {each["max"] for each in progress} == {12}
+    assert len(run.previews) == 12
+    picture = Image.open(io.BytesIO(run.previews[-1][8:]))
+    assert picture.format == "PNG" and picture.n_frames == 3
+
+
+def test_an_interrupt_acts_within_a_step_and_leaves_a_playable_file(server: Server) -> None:
+    run = server.run(
+        demo_prompt(seed=12, length=200, filename_prefix="video/cut_off"), interrupt_after=14
+    )
+    assert run.events[-1]["type"] == "execution_interrupted"
+    steps = [e["data"]["value"] for e in run.events if e["type"] == "progress"]
+    assert steps[-1] <= 14 + 4  # the request itself takes a moment
+    (path,) = (server.output / "video").glob("cut_off*.mp4")
+    assert len(images_of(path)) >= 9 + 2 * 12
+
+
+def test_a_state_goes_on_as_if_the_stream_had_never_stopped(server: Server) -> None:
+    whole = demo_prompt(length=5, keep_state="exact", keep_images=24)
+    whole = with_node(whole, "a", "SaveImage", images=["stream", 2], filename_prefix="whole")
+    first = demo_prompt(length=3, keep_state="exact")
+    rest = first | {"second": demo_prompt(length=2, keep_images=24)["stream"]}
+    rest["second"]["inputs"]["state"] = ["stream", 3]
+    rest = with_node(rest, "a", "SaveImage", images=["second", 2], filename_prefix="rest")
+    names = [[i["filename"] for i in server.run(p).output("a")["images"]] for p in (whole, rest)]
+    assert len(names[0]) == 24
+    for a, b in zip(*names, strict=True):
+        pictures = [np.asarray(Image.open(server.output / name)) for name in (a, b)]
+        assert np.array_equal(*pictures)
+
+
+def test_a_saved_state_is_listed_and_loaded(server: Server) -> None:
+    prompt = with_node(demo_prompt(), "save", "RFSaveState", state=["stream", 3], name="kept")
+    (told,) = server.run(prompt).output("save")["text"]
+    assert "compact" in told and "64x64" in told
+    listed = server.get("/object_info/RFLoadState")["RFLoadState"]["input"]["required"]["name"]
+    assert "kept.safetensors" in str(listed)
+    going_on = demo_prompt(state=["load", 0], length=2)
+    going_on = with_node(going_on, "load", "RFLoadState", name="kept.safetensors")
+    shown = server.run(going_on).output("stream")
+    assert len(images_of(video_of(server, shown))) == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"width": 72}, "multiple of"),
+        ({"prompt": ["demo", 0]}, "mismatch"),
+        ({"steps": 0}, "smaller than min"),
+    ],
+)
+def test_wrong_values_are_refused_before_the_run(
+    server: Server, changes: dict[str, object], said: str
+) -> None:
+    assert said in server.refusal(demo_prompt(**changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0s: a\n99s: b", "99"),
+        ("5s: a", "0s"),
+        ("", "prompt"),
+    ],
+)
+def test_a_wrong_schedule_names_line_and_remedy(server: Server, text: str, said: str) -> None:
+    prompt = demo_prompt(prompt=["script", 0], length=3, unit="seconds")
+    prompt = with_node(prompt, "script", "RFPromptSchedule", clip=["demo", 1], text=text)
+    answer = server.post("/prompt", {"prompt": prompt})
+    if "prompt_id" in answer:
+        error = server.run(prompt).error
+        assert error is not None
+        assert said in error["exception_message"]
+    else:
+        assert said in str(answer["node_errors"])
+
+
+def test_other_samplers_and_models_are_refused_with_a_remedy(server: Server) -> None:
+    prompt = with_node(
+        demo_prompt(),
+        "latent",
+        "EmptyHunyuanLatentVideo",
+        width=64,
+        height=64,
+        length=9,
+        batch_size=1,
+    )
+    prompt = with_node(
+        prompt,
+        "k",
+        "KSampler",
+        model=["demo", 0],
+        positive=["text", 0],
+        negative=["text", 0],
+        latent_image=["latent", 0],
+        seed=0,
+        steps=1,
+        cfg=4.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    prompt = with_node(prompt, "d", "VAEDecode", samples=["k", 0], vae=["demo", 2])
+    prompt = with_node(prompt, "s", "SaveImage", images=["d", 0], filename_prefix="never")
+    del prompt["stream"]
+    error = server.run(prompt).error
+    assert error is not None
+    assert "Streaming Sampler" in error["exception_message"]
+    assert "CFG 1" in error["exception_message"]
+
+
+def test_a_stream_without_a_vae_gives_latents_and_a_reason(server: Server) -> None:
+    prompt = with_node(
+        demo_prompt(vae=None), "d", "VAEDecode", samples=["stream", 0], vae=["demo", 2]
+    )
+    prompt = with_node(prompt, "s", "SaveImage", images=["d", 0], filename_prefix="latents")
+    assert len(server.run(prompt).output("s")["images"]) == 21
