@@ -15,7 +15,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from rf_core.config import CacheConfig, ModelConfig
 from rf_core.kv_cache import KVCache
 from rf_core.model import WanModel
-from rf_core.scheduler import flow_to_x0
+from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.text import BYTE_VOCAB_SIZE, UMT5Encoder, byte_ids
 from rf_core.vae import VAEConfig, WanVAE
 from training.world.budget import Budget, Every, run
@@ -115,8 +115,8 @@ def some_excerpts(count: int = 4, config: ExcerptConfig = PLAIN) -> Excerpts:
 def some_pairs(count: int = 4) -> Pairs:
     excerpts = some_excerpts(count)
     generator = torch.Generator().manual_seed(2)
-    noise, clean = torch.randn(2, *excerpts.targets.shape, generator=generator)
-    return Pairs(excerpts=excerpts, noise=noise, clean=clean)
+    *points, clean = torch.randn(5, *excerpts.targets.shape, generator=generator)
+    return Pairs(excerpts=excerpts, points=torch.stack(points), clean=clean)
 
 
 def test_every_token_of_a_clause_is_labelled_with_its_own_clause() -> None:
@@ -274,7 +274,7 @@ def test_the_sampler_follows_the_flow_and_guidance_extrapolates(
     prompt, empty = (model.prompt_context(encoder.encode([text])) for text in ("a red", ""))
 
     def one_step(guidance: float) -> Tensor:
-        return integrate(model, noise, prompt, empty, EulerConfig(steps=1, guidance=guidance))
+        return integrate(model, noise, prompt, empty, EulerConfig(steps=1, guidance=guidance))[0]
 
     full = torch.full((1, 2), 1000.0)
     conditional, plain = (noise - model(noise, full, context) for context in (prompt, empty))
@@ -293,15 +293,34 @@ def test_trajectories_resume_and_lead_from_their_noise_to_their_chunks(
     parts.close()
     list(write_pairs(model, encoder, clips, config, tmp_path / "parts"))
     whole, again = read_pairs(tmp_path / "whole"), read_pairs(tmp_path / "parts")
-    assert torch.equal(whole.noise, again.noise) and torch.equal(whole.clean, again.clean)
-    assert whole.clean.shape == (3, 5, 16, 3, 8, 8) and len(whole.excerpts) == 5
+    assert torch.equal(whole.points, again.points) and torch.equal(whole.clean, again.clean)
+    assert whole.points.shape == (4, 3, 5, 16, 3, 8, 8) and len(whole.excerpts) == 5
 
     excerpts = whole.excerpts.rows(range(5))
     prompts = Prompts.read(model, encoder, excerpts)
     empty = model.prompt_context(encoder.encode([""] * 5))
     past = pasts(model, excerpts, prompts, PLAIN)[2]
-    led = integrate(model, whole.noise[2].float(), prompts.later, empty, config.euler, past)
-    torch.testing.assert_close(led, whole.clean[2].float(), atol=1e-2, rtol=1e-2)
+    levels = (sampling_timesteps(config.sampler) / 1000).tolist()
+    noise = whole.points[0, 2].float()
+    led, points = integrate(model, noise, prompts.later, empty, config.euler, past, levels)
+    close = {"atol": 1e-2, "rtol": 1e-2}
+    torch.testing.assert_close(led, whole.clean[2].float(), **close)
+    torch.testing.assert_close(torch.stack(points), whole.points[:, 2].float(), **close)
+    assert torch.equal(points[0], noise)
+
+
+def test_a_trajectory_through_given_levels_is_the_same_walk_with_more_steps(
+    model: WanModel, encoder: UMT5Encoder
+) -> None:
+    config = EulerConfig(steps=2, shift=1.0, guidance=1.0)
+    assert config.sigmas().tolist() == [1.0, 0.5, 0.0]
+    assert config.sigmas([0.5, 0.75]).tolist() == [1.0, 0.75, 0.5, 0.0]
+    noise = torch.randn(1, 16, 1, 8, 8)
+    prompt = model.prompt_context(encoder.encode(["a red"]))
+    end, (middle,) = integrate(model, noise, prompt, prompt, config, through=[0.5])
+    half = noise - 0.5 * model(noise, torch.full((1, 1), 1000.0), prompt)
+    torch.testing.assert_close(middle, half)
+    torch.testing.assert_close(end, half - 0.5 * model(half, torch.full((1, 1), 500.0), prompt))
 
 
 def test_an_excerpt_sees_exactly_what_a_stream_would(model: WanModel, encoder: UMT5Encoder) -> None:
@@ -364,43 +383,27 @@ def test_a_stale_sink_and_context_noise_change_the_past_alone(
         assert not torch.equal(noisy[2].chunks[1][layer][0], clean[2].chunks[1][layer][0])
 
 
-def test_inputs_are_the_trajectory_at_first_and_renoised_later(
-    model: WanModel, encoder: UMT5Encoder
-) -> None:
-    """Inputs by timestep, guesses and targets: the slow, obvious way."""
-    config = StudentConfig(excerpts=PLAIN)
-    batch = draw_batch(some_pairs(), [0, 1, 2, 3], config, np.random.default_rng(0))
-    prompts = Prompts.read(model, encoder, batch.pairs.excerpts)
-    past_of = pasts(model, batch.pairs.excerpts, prompts, PLAIN)
-    assert {int(step) for step in batch.step.flatten()} == {0, 1, 2, 3}
-
-    torch.manual_seed(0)
-    torch.rand(0)
+def test_the_regression_equals_one_written_out(model: WanModel, encoder: UMT5Encoder) -> None:
+    config, pairs = StudentConfig(excerpts=PLAIN), some_pairs()
+    rows = [2, 0, 3, 1]
+    batch = draw_batch(pairs, rows, config, np.random.default_rng(0))
+    prompts = Prompts.read(model, encoder, batch.excerpts)
+    past_of = pasts(model, batch.excerpts, prompts, PLAIN)
+    timesteps = sampling_timesteps(config.sampler).tolist()
     got = regression_losses(model, encoder, batch, config)
-    torch.manual_seed(0)
-    pasts(model, batch.pairs.excerpts, prompts, PLAIN)  # draws the same numbers
     for kind in range(3):
-        noise, clean = batch.pairs.noise[kind], batch.pairs.clean[kind]
-        fresh = [torch.randn_like(clean) for _ in range(2)]
         errors = []
-        for row in range(4):
-            step = int(batch.step[kind, row])
-
-            def x0_of(noisy: Tensor, timestep: Tensor, kind: int = kind) -> Tensor:
-                timestep_BF = timestep.expand(4, 3)
-                prompt = (prompts.first, prompts.first, prompts.later)[kind]
-                flow = model(noisy, timestep_BF, prompt, past_of[kind])
-                return flow_to_x0(flow, noisy, timestep_BF)
-
-            x = noise
-            if step:
-                before, now = batch.timesteps[step - 1], batch.timesteps[step]
-                earlier = (1 - before / 1000) * clean + before / 1000 * fresh[0]
-                guess = x0_of(noise if step == 1 else earlier, before)
-                signal = guess if batch.guessed[kind, row] else clean
-                x = (1 - now / 1000) * signal + now / 1000 * fresh[1]
-            errors.append((x0_of(x, batch.timesteps[step])[row] - clean[row]).square().mean())
+        for place, row in enumerate(rows):
+            step = timesteps.index(float(batch.timestep[kind, place]))
+            noisy = torch.zeros_like(batch.noisy[kind])
+            noisy[place] = pairs.points[step, kind, row]
+            timestep_BF = torch.full((4, 3), timesteps[step])
+            prompt = (prompts.first, prompts.first, prompts.later)[kind]
+            flow = model(noisy, timestep_BF, prompt, past_of[kind])
+            x0 = flow_to_x0(flow, noisy, timestep_BF)
+            errors.append((x0[place] - pairs.clean[kind, row]).square().mean())
         torch.testing.assert_close(got[kind], torch.stack(errors).mean())
+    assert len(batch.timestep.unique()) == 4
 
 
 def test_a_few_steps_of_the_student_lower_its_loss(encoder: UMT5Encoder) -> None:
@@ -425,10 +428,8 @@ def test_gradients_reach_every_weight_and_the_past(encoder: UMT5Encoder) -> None
     model = lively(new_model(MICRO, 0))
     config = StudentConfig()
     batch = draw_batch(some_pairs(), [0, 1], config, np.random.default_rng(0))
-    excerpts = replace(
-        batch.pairs.excerpts, before=batch.pairs.excerpts.before.requires_grad_(True)
-    )
-    batch = replace(batch, pairs=replace(batch.pairs, excerpts=excerpts))
+    excerpts = replace(batch.excerpts, before=batch.excerpts.before.requires_grad_(True))
+    batch = replace(batch, excerpts=excerpts)
     regression_losses(model, encoder, batch, config).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert excerpts.before.grad is not None and excerpts.before.grad.abs().sum() > 0

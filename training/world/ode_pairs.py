@@ -1,9 +1,11 @@
 """The teacher's ODE trajectories: what the causal student is first taught to reproduce.
 
 The teacher's sampler walks from noise to a clean chunk in small Euler steps, with the past of an
-excerpt in sight; both ends are kept, pairs for a regression (CausVid, arXiv 2412.07772, sec. 4.2).
-A chunk is a function of its own noise and its past alone, both of which the student sees. Shards
-are functions of (seed, shard), so a run that was cut off goes on where it stopped.
+excerpt in sight. Its end is kept with the points where it passes the student's own timesteps: pairs
+for a regression (CausVid, arXiv 2412.07772, sec. 4.2). Each point leads to one end alone, so the
+student learns to make up its mind; taught the mean of what a noised chunk may have been, it began
+videos with nothing at all. Shards are functions of (seed, shard), so a run that was cut off goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rf_core.config import NUM_TRAIN_TIMESTEPS
+from rf_core.config import NUM_TRAIN_TIMESTEPS, SamplerConfig
 from rf_core.model import PromptContext, WanModel
-from rf_core.scheduler import shift_sigma
+from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.text import TextEncoder
 
 from .clips import Clips, write_atomically
@@ -41,10 +43,11 @@ class EulerConfig:
     guidance: float = 2.5
     """Classifier-free guidance: 1 is none, s gives uncond + s (cond - uncond)."""
 
-    def sigmas(self) -> Tensor:
-        """Noise levels from 1 to 0, [steps + 1] in float32."""
+    def sigmas(self, through: Sequence[float] = ()) -> Tensor:
+        """Noise levels from 1 to 0 in float32: steps + 1 of them, and those of `through`."""
         plain = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
-        return shift_sigma(plain, self.shift).float()
+        levels = torch.cat([shift_sigma(plain, self.shift).float(), torch.tensor(through)])
+        return levels.unique().flip(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,8 @@ class PairsConfig:
     """Wall-clock minutes after which no further shard is begun; None for no limit."""
     euler: EulerConfig = field(default_factory=EulerConfig)
     """The teacher's sampler."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The student's schedule, at whose timesteps points are kept."""
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
     """How excerpts are drawn."""
     shard: int = 64
@@ -69,12 +74,13 @@ class PairsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Ends of trajectories: three of each of N excerpts."""
+    """Three trajectories of each of N excerpts."""
 
     excerpts: Excerpts
     """What the trajectories see of their past."""
-    noise: Tensor
-    """Where they begin [3, N, C, F, h, w], float16."""
+    points: Tensor
+    """Where they are at each of the K sampling timesteps, the first being noise:
+    [K, 3, N, C, F, h, w], float16."""
     clean: Tensor
     """The chunks they lead to [3, N, C, F, h, w], float16."""
 
@@ -84,26 +90,29 @@ def integrate(
     model: WanModel,
     noise: Tensor,
     prompt: PromptContext,
-    unconditional: PromptContext | None,
+    unconditional: PromptContext,
     config: EulerConfig,
     past: Past | None = None,
-) -> Tensor:
+    through: Sequence[float] = (),
+) -> tuple[Tensor, list[Tensor]]:
     """Follow the teacher's flow from noise [B, C, F, h, w] to clean latents.
 
-    With guidance other than 1, `unconditional` is the context of the empty prompt; both passes see
-    the same past.
+    Returns the end, and where it was at each noise level of `through`. `unconditional` is the
+    context of the empty prompt; with guidance both passes see the same past.
     """
-    x, sigmas = noise, config.sigmas()
+    x, sigmas, points = noise, config.sigmas(through), {}
+    wanted = torch.tensor(through).tolist()  # in float32, as the grid is
     for sigma, after in pairwise(sigmas):
+        if float(sigma) in wanted:
+            points[float(sigma)] = x
         timestep = float(sigma) * NUM_TRAIN_TIMESTEPS
         timestep_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
         flow = model(x, timestep_BF, prompt, past)
         if config.guidance != 1:
-            assert unconditional is not None
             plain = model(x, timestep_BF, unconditional, past)
             flow = plain + config.guidance * (flow - plain)
         x = x + (after - sigma) * flow
-    return x
+    return x, [points[level] for level in wanted]
 
 
 def sample(
@@ -136,7 +145,7 @@ def _integrate_prompts(
     config: EulerConfig,
 ) -> Tensor:
     prompt = model.prompt_context(encoder.encode(prompts))
-    return integrate(model, noise, prompt, _empty(model, encoder, len(prompts)), config)
+    return integrate(model, noise, prompt, _empty(model, encoder, len(prompts)), config)[0]
 
 
 def _empty(model: WanModel, encoder: TextEncoder, count: int) -> PromptContext:
@@ -174,11 +183,13 @@ def follow(
     prompts, empty = Prompts.read(model, encoder, excerpts), _empty(model, encoder, len(excerpts))
     past_of = pasts(model, excerpts, prompts, config.excerpts, generator)
     prompt_of = (prompts.first, prompts.first, prompts.later)
-    clean = [
-        integrate(model, *each, config.euler, past)
-        for *each, past in zip(noise, prompt_of, [empty] * 3, past_of, strict=True)
-    ]
-    return Pairs(excerpts=excerpts, noise=noise, clean=torch.stack(clean))
+    levels = (sampling_timesteps(config.sampler) / NUM_TRAIN_TIMESTEPS).tolist()
+    clean, points = [], []
+    for start, prompt, past in zip(noise, prompt_of, past_of, strict=True):
+        end, passed = integrate(model, start, prompt, empty, config.euler, past, levels)
+        clean.append(end)
+        points.append(torch.stack(passed))
+    return Pairs(excerpts=excerpts, points=torch.stack(points, dim=1), clean=torch.stack(clean))
 
 
 LATENTS = ("opening", "second", "before", "later")
@@ -187,7 +198,7 @@ LATENTS = ("opening", "second", "before", "later")
 def _write_shard(path: Path, config: PairsConfig, pairs: Pairs) -> None:
     excerpts = pairs.excerpts
     tensors = {name: getattr(excerpts, name).half() for name in LATENTS}
-    tensors |= {"noise": pairs.noise.half(), "clean": pairs.clean.half()}
+    tensors |= {"points": pairs.points.half(), "clean": pairs.clean.half()}
     tensors["recached"] = excerpts.recached
     note = {
         "prompts": excerpts.prompts,
@@ -213,5 +224,8 @@ def read_pairs(folder: Path) -> Pairs:
         later_prompts += note["later_prompts"]
     joined = {name: torch.cat([shard[name] for shard in shards]) for name in (*LATENTS, "recached")}
     excerpts = Excerpts(**joined, prompts=prompts, later_prompts=later_prompts)
-    noise, clean = (torch.cat([s[name] for s in shards], dim=1) for name in ("noise", "clean"))
-    return Pairs(excerpts=excerpts, noise=noise, clean=clean)
+    return Pairs(
+        excerpts=excerpts,
+        points=torch.cat([shard["points"] for shard in shards], dim=2),
+        clean=torch.cat([shard["clean"] for shard in shards], dim=1),
+    )

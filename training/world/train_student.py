@@ -1,14 +1,8 @@
 """Teaches the causal student the teacher's trajectories, chunk by chunk.
 
-The student sees each chunk of an excerpt at one of the few sampling timesteps, with the past it
-would see in a stream, and is asked for the chunk that the teacher's trajectory leads to (CausVid,
-arXiv 2412.07772, sec. 4.2).
-
-The published regression takes its inputs from the trajectory at every timestep. There, noise tells
-what the chunk will be; in a stream it does so at the first timestep only, as fresh noise is added
-before every other. Taught both, the student read the future out of fresh noise: at timestep 937 its
-error was twice that from pure noise. So here only the first timestep sees the trajectory's noise,
-and the others see the clean chunk, or the student's own guess of it, under fresh noise.
+The student sees each chunk of an excerpt where the teacher's trajectory passes one of the few
+sampling timesteps, with the past it would see in a stream, and is asked for the chunk that the
+trajectory leads to (CausVid, arXiv 2412.07772, sec. 4.2).
 """
 
 from __future__ import annotations
@@ -21,12 +15,12 @@ import torch
 from torch import Tensor
 
 from rf_core.config import CacheConfig, SamplerConfig
-from rf_core.model import PromptContext, WanModel
-from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
+from rf_core.model import WanModel
+from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.text import TextEncoder
 
 from .budget import Budget, Every, run
-from .excerpts import ExcerptConfig, Past, Prompts, pasts
+from .excerpts import ExcerptConfig, Excerpts, Prompts, pasts
 from .ode_pairs import Pairs
 from .train_teacher import Hook, Training, endless_order, finish_step, make_optimisers, training_of
 
@@ -49,9 +43,6 @@ class StudentConfig:
     """Excerpts a step, of three chunks each."""
     first_step_share: float = 0.4
     """Share of inputs at the first timestep, the hardest; the others share the rest evenly."""
-    guessed_share: float = 0.5
-    """Share of inputs after the first timestep that hold the student's own guess of the chunk,
-    made at the timestep before; the others hold the clean chunk."""
     matrix_rate: float = 4e-3
     """Muon's peak learning rate, for the blocks' matrices."""
     other_rate: float = 1.5e-3
@@ -70,16 +61,15 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Trajectories of B excerpts, with the choices that were drawn for them."""
+    """Trajectories of B excerpts, each of the three chunks at a timestep of its own."""
 
-    pairs: Pairs
-    """The trajectories, in float32."""
-    timesteps: Tensor
-    """The K sampling timesteps."""
-    step: Tensor
-    """Which of them each chunk is at, [3, B]."""
-    guessed: Tensor
-    """Whether its input holds the student's guess, bool [3, B]."""
+    excerpts: Excerpts
+    noisy: Tensor
+    """Where each chunk's trajectory is, [3, B, C, F, h, w]."""
+    timestep: Tensor
+    """When that is, [3, B]."""
+    clean: Tensor
+    """Where it leads, [3, B, C, F, h, w]."""
 
 
 def train_student(
@@ -119,56 +109,29 @@ def draw_batch(
 ) -> Batch:
     """Some trajectories, with a timestep for each chunk."""
     timesteps = sampling_timesteps(config.sampler)
-    shape = (len(pairs.noise), len(rows))
+    shape = (len(pairs.clean), len(rows))
     later = rng.integers(1, len(timesteps), size=shape) if len(timesteps) > 1 else 0
-    step = np.where(rng.random(shape) < config.first_step_share, 0, later)
-    some = Pairs(
+    step = torch.from_numpy(np.where(rng.random(shape) < config.first_step_share, 0, later))
+    kinds = torch.arange(len(pairs.clean))[:, None]
+    return Batch(
         excerpts=pairs.excerpts.rows(rows),
-        noise=pairs.noise[:, rows].float(),
+        noisy=pairs.points[step, kinds, torch.tensor(rows)].float(),
+        timestep=timesteps[step],
         clean=pairs.clean[:, rows].float(),
     )
-    guessed = torch.from_numpy(rng.random(shape) < config.guessed_share)
-    return Batch(pairs=some, timesteps=timesteps, step=torch.from_numpy(step), guessed=guessed)
 
 
 def regression_losses(
     model: WanModel, encoder: TextEncoder, batch: Batch, config: StudentConfig
 ) -> Tensor:
     """Mean squared error of the predicted clean chunks of each kind, [3]."""
-    pairs = batch.pairs
-    prompts = Prompts.read(model, encoder, pairs.excerpts)
-    past_of = pasts(model, pairs.excerpts, prompts, config.excerpts)
+    prompts = Prompts.read(model, encoder, batch.excerpts)
+    past_of = pasts(model, batch.excerpts, prompts, config.excerpts)
     prompt_of = (prompts.first, prompts.first, prompts.later)
     losses = []
     for kind, (past, prompt) in enumerate(zip(past_of, prompt_of, strict=True)):
-        noisy, timestep_BF = _noisy_chunk(model, batch, kind, prompt, past)
-        x0 = _predict(model, noisy, timestep_BF, prompt, past)
-        losses.append((x0 - pairs.clean[kind]).square().mean())
+        noisy = batch.noisy[kind]
+        timestep_BF = batch.timestep[kind][:, None].expand(-1, noisy.shape[2])
+        x0 = flow_to_x0(model(noisy, timestep_BF, prompt, past), noisy, timestep_BF)
+        losses.append((x0 - batch.clean[kind]).square().mean())
     return torch.stack(losses)
-
-
-def _predict(
-    model: WanModel, noisy: Tensor, timestep_BF: Tensor, prompt: PromptContext, past: Past
-) -> Tensor:
-    return flow_to_x0(model(noisy, timestep_BF, prompt, past), noisy, timestep_BF)
-
-
-@torch.no_grad()
-def _noisy_chunk(
-    model: WanModel, batch: Batch, kind: int, prompt: PromptContext, past: Past
-) -> tuple[Tensor, Tensor]:
-    """A chunk's input at the timestep drawn for each sample, as a stream would come by it."""
-    step, noise, clean = batch.step[kind], batch.pairs.noise[kind], batch.pairs.clean[kind]
-    before = (step - 1).clamp_min(0)
-    earlier_BF = batch.timesteps[before][:, None].expand(-1, clean.shape[2])
-    earlier = add_noise(clean, torch.randn_like(clean), earlier_BF)
-    earlier = torch.where(_per_sample(before == 0), noise, earlier)
-    guess = _predict(model, earlier, earlier_BF, prompt, past)
-    signal = torch.where(_per_sample(batch.guessed[kind]), guess, clean)
-    timestep_BF = batch.timesteps[step][:, None].expand(-1, clean.shape[2])
-    noisy = add_noise(signal, torch.randn_like(clean), timestep_BF)
-    return torch.where(_per_sample(step == 0), noise, noisy), timestep_BF
-
-
-def _per_sample(choice_B: Tensor) -> Tensor:
-    return choice_B[:, None, None, None, None]
