@@ -45,7 +45,7 @@ def test_make_demo_streams_ten_seconds(video):
 def test_the_demo_shows_its_first_prompt_and_then_its_second(video):
     first, second = parse_timeline_prompts()
     before, after = score(video[:81], first), score(video[-48:], second)
-    for attribute in ("colour", "direction", "speed"):
+    for attribute in ("colour", "shape", "direction", "speed"):
         assert before[attribute], (attribute, before)
         assert after[attribute], (attribute, after)
 

@@ -27,6 +27,12 @@ FIT = """
 }
 """
 
+BARE = """
+#graph-canvas-container > *:not(canvas), .graph-canvas-container > *:not(canvas),
+.side-tool-bar-container, .actionbar-container, .minimap-main-container, .p-buttongroup,
+.workflow-tabs-container { visibility: hidden !important; }
+"""
+
 
 def chromium() -> str | None:
     """Where Debian's chromium is, or None."""

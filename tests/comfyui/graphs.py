@@ -97,6 +97,7 @@ def text(prompt: str, row: int, column: int = 1) -> Node:
 def sampler(column: int = 2, row: int = 0, title: str | None = None, **widgets: Any) -> Node:
     """A Streaming Sampler at the demo's size."""
     small = {"width": 64, "height": 64, "length": 10.0, "seed": 1}
+    small |= {"control_after_generate": "fixed"}
     return Node(
         type="RFStreamingSampler",
         at=(column, row),
@@ -196,12 +197,13 @@ GRAPHS: dict[str, Graph] = {
         nodes=demo()
         | {"prompt": text("a red circle moves right", 180, column=0)}
         | {
-            f"sink{i}": Node(type="RFSinkConfig", at=(1, 700 * i), widgets={"preset": preset})
+            f"sink{i}": Node(type="RFSinkConfig", at=(1 + i, 0), widgets={"preset": preset})
             for i, preset in enumerate(("Published", "Long", "Static sink", "No sink"))
         }
         | {
             f"stream{i}": sampler(
-                row=700 * i,
+                column=1 + i,
+                row=260,
                 title=preset,
                 length=30.0,
                 filename_prefix=f"video/sink_{preset.lower().replace(' ', '_')}",
@@ -213,7 +215,7 @@ GRAPHS: dict[str, Graph] = {
             *(link for i in range(4) for link in fed(f"stream{i}", "prompt.CONDITIONING")),
             *((f"sink{i}.sink", f"stream{i}.sink") for i in range(4)),
         ),
-        groups={"Model and prompt": (0, 0), "Sinks": (1, 1), "Streams": (2, 2)},
+        groups={"Model and prompt": (0, 0), "Four sinks, four streams": (1, 4)},
     ),
     "start_from_image": Graph(
         note="## Start from an image (experimental)\n\nThe student was trained on text alone: it "
