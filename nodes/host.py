@@ -173,7 +173,7 @@ def load_student(
 
     `latent_format` stands for a VAE with statistics of its own; the default is Wan 2.1's.
     """
-    checkpoint = read_checkpoint(path, submodel=submodel)
+    checkpoint = _read_student(path, submodel)
     options = _dtype_options(weight_dtype)
     manage = comfy.model_management
     device = manage.get_torch_device()
@@ -208,6 +208,21 @@ def load_student(
         name=path.name,
     )
     return patcher
+
+
+def _read_student(path: Path, submodel: str | None) -> Checkpoint:
+    checkpoint = read_checkpoint(path, submodel=submodel)
+    if checkpoint.provenance and checkpoint.cache is None:
+        raise ValueError(
+            f"{path.name} is a bidirectional Wan, a teacher, which cannot stream; load a causal "
+            "student such as rewardforcing.pt"
+        )
+    if not (checkpoint.causal or checkpoint.submodel):
+        log(
+            f"{path.name} does not say whether it is causal. A student such as Reward Forcing's is "
+            "fine; a plain Wan 2.1 has the same tensors and cannot stream"
+        )
+    return checkpoint
 
 
 def _unet_config(sizes: ModelConfig) -> dict[str, Any]:

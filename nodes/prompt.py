@@ -172,6 +172,10 @@ def embedding_of(conditioning: Any) -> Any:
             f"this CONDITIONING carries {', '.join(sorted(unsupported))}, which a causal student "
             "cannot follow; connect CLIPTextEncode directly"
         )
+    if (embeds != 0).any(dim=-1).sum(dim=-1).min() <= 1:  # the end token alone, or not even that
+        raise ValueError(
+            "a prompt is empty; a stream follows its prompt and nothing else: write one"
+        )
     return embeds
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..rf_core.config import FPS, CacheConfig, SamplerConfig
 from ..rf_core.decoder import Decoder
 from ..rf_core.prompts import ChunkClock, ResolvedEntry
-from ..rf_core.state import Snapshot
+from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Chunk, Stream
 from ..rf_core.video import VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
@@ -71,8 +71,21 @@ class Made:
 def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
     """The prompts with their chunks, counted from where the run begins, and its chunks.
 
-    ValueError for a timeline that does not fit.
+    ValueError for a timeline, or a state, that does not fit.
     """
+    if request.snapshot is not None:
+        facts = request.snapshot.facts
+        size = f"{facts['width']}x{facts['height']}"
+        if size != f"{request.width}x{request.height}":
+            raise ValueError(
+                f"the state is of a video of {size}, this one is {request.width}x{request.height}; "
+                f"set width and height to {size}"
+            )
+        if cache_config_of(request.snapshot) != request.cache:
+            raise ValueError(
+                "the state was made with another window, sink or decay than EMA-Sink Config asks "
+                "for; disconnect it and the state's own are used"
+            )
     clock = ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
     timeline = request.prompts.timeline
     if request.unit == "chunks":
@@ -85,31 +98,24 @@ def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
 
 def open_stream(request: Request, first: ResolvedEntry) -> Stream:
     """The stream at its start, or at the state it goes on from."""
-    base = host.student_of(request.model)
-    network = host.Hosted(request.model)
-    placement = {"device": request.model.load_device, "dtype": base.get_dtype_inference()}
     embeds = request.prompts.embeds[first.text]
-    if request.snapshot is None:
-        stream = Stream(
-            network,  # type: ignore[arg-type]  # answers as a WanModel does
-            embeds,
-            height=request.height,
-            width=request.width,
-            decoder=request.decoder,
-            seed=request.seed,
-            cache=request.cache,
-            sampler=request.sampler,
-            **placement,
-        )
-    else:
-        stream = Stream.from_snapshot(
-            network,  # type: ignore[arg-type]
-            request.snapshot,
-            decoder=request.decoder,
-            **placement,
-        )
-        stream.state.seed, stream.sampler = request.seed, request.sampler
-        if not torch.equal(stream.state.prompt_embeds, stream._batched(embeds)):
+    stream = Stream(
+        host.Hosted(request.model),  # type: ignore[arg-type]  # answers as a WanModel does
+        embeds,
+        height=request.height,
+        width=request.width,
+        decoder=request.decoder,
+        seed=request.seed,
+        cache=request.cache,
+        sampler=request.sampler,
+        device=request.model.load_device,
+        dtype=host.student_of(request.model).get_dtype_inference(),
+    )
+    if request.snapshot is not None:
+        new = stream.state.prompt_embeds
+        stream.restore(request.snapshot)
+        stream.state.seed = request.seed
+        if not torch.equal(stream.state.prompt_embeds, new):
             stream.switch(embeds, first.switch)
     return stream
 

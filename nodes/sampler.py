@@ -19,6 +19,7 @@ from ..rf_core.config import (
     SamplerConfig,
 )
 from ..rf_core.prompts import ChunkClock
+from ..rf_core.state import cache_config_of
 from ..rf_core.stream import latent_size
 from . import host
 from .decoders import decoder_of
@@ -174,7 +175,7 @@ class StreamingSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         _one_start(start_image, start_latent, state)
         base, settings = host.student_of(model), host.settings_of(model)
-        format = base.latent_format
+        format, cache = base.latent_format, _cache(sink, state, settings)
         latent_size(height, width, base.diffusion_model.config.patch_size)
         decoder = decoder_of(vae, format) if vae is not None else None
         path, subfolder = None, ""
@@ -189,11 +190,11 @@ class StreamingSampler(io.ComfyNode):
             height=height,
             seed=seed,
             sampler=sampler_of(steps, settings.sampler),
-            cache=sink or settings.cache,
+            cache=cache,
             decoder=decoder,
             path=path,
             metadata=_metadata(cls.hidden),
-            start_latents=_latents(start_latent, format, sink or settings.cache),
+            start_latents=_latents(start_latent, format, cache),
             start_images=_images(start_image, width, height),
             snapshot=state.snapshot if state else None,
             keep_images=keep_images if decoder else 0,
@@ -279,6 +280,13 @@ def _one_start(image: Any, latent: Any, state: Any) -> None:
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} are connected; a video begins in one way only")
+
+
+def _cache(sink: CacheConfig | None, state: State | None, settings: host.Settings) -> CacheConfig:
+    """What the user chose, else what the state was made with, else the checkpoint's."""
+    if sink is None and state is not None:
+        return cache_config_of(state.snapshot)
+    return sink or settings.cache
 
 
 def _latents(start: Any, format: Any, cache: CacheConfig) -> Any:

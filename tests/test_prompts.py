@@ -53,13 +53,14 @@ def error_of(text: str) -> TimelineError:
 def images_by_counting(clock: ChunkClock, chunk: int) -> int:
     total = 0
     for index in range(chunk):
-        fresh = index == 0 or index in clock.cuts
+        fresh = (index == 0 and clock.fresh) or index in clock.cuts
         total += TEMPORAL_FACTOR * (clock.chunk_frames - fresh) + fresh
     return total
 
 
 CLOCKS = [
-    ChunkClock(chunk_frames=frames, cuts=cuts)
+    ChunkClock(chunk_frames=frames, cuts=cuts, fresh=fresh)
+    for fresh in (True, False)
     for frames in (1, 2, 3, 5)
     for cuts in ((), (1,), (4,), (1, 2, 3), (3, 11, 12, 30))
 ]

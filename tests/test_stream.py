@@ -369,6 +369,15 @@ def test_a_switch_during_a_blend_starts_from_where_the_prompt_then_stands():
     torch.testing.assert_close(stream.state.prompt_embeds, torch.lerp(between, tiny.prompt(6), 0.5))
 
 
+def test_guesses_are_shown_after_every_step_and_change_nothing():
+    guesses = []
+    watched = tiny.stream()
+    chunk = watched.step(on_guess=lambda number, x0: guesses.append((number, x0.clone())))
+    assert [number for number, _ in guesses] == list(range(len(watched.sampler.steps)))
+    assert torch.equal(guesses[-1][1], chunk.latents)
+    assert torch.equal(chunk.latents, tiny.stream().step().latents)
+
+
 def test_cut_starts_afresh_and_keeps_the_clock():
     stream = tiny.stream()
     latents_of(stream, 4)

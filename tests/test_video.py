@@ -201,6 +201,17 @@ def test_metadata_survives_writing_resuming_and_remuxing(tmp_path: Path) -> None
         assert metadata.items() <= container.metadata.items()
 
 
+def test_remuxing_can_replace_the_metadata(tmp_path: Path) -> None:
+    path, images = tmp_path / "a.mp4", make_images(CHUNK)
+    with VideoWriter(path, FORMAT, {"prompt": "old", "gone": "yes"}) as writer:
+        writer.write(images)
+    before = read(path)
+    remux(path, {"prompt": "new"})
+    kept = video.read_metadata(path)
+    assert kept["prompt"] == "new" and "gone" not in kept
+    assert torch.equal(read(path), before)
+
+
 def test_resuming_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with pytest.raises(ValueError, match="not a file"):

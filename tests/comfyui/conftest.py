@@ -5,6 +5,7 @@ They run in ComfyUI's own environment (`make test-comfy`); elsewhere none is col
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ collect_ignore_glob = [] if find_spec("aiohttp") and find_spec("comfy_cli") else
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for all tests."""
-    from .lora import write_lora
+    from .files import write_changed, write_lora
     from .server import Server, comfy_root
 
     if comfy_root() is None:
@@ -32,8 +33,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     models = base / "models"
     for folder in ("diffusion_models", "loras"):
         (models / folder).mkdir(parents=True)
-    shutil.copy2(DEMO / "student.safetensors", models / "diffusion_models" / "demo.safetensors")
-    write_lora(DEMO / "student.safetensors", models / "loras" / "style.safetensors")
+    student, networks = DEMO / "student.safetensors", models / "diffusion_models"
+    shutil.copy2(student, networks / "demo.safetensors")
+    shutil.copy2(DEMO / "teacher.safetensors", networks / "teacher.safetensors")
+    write_changed(student, networks / "other.safetensors", "blocks.0.modulation", 1.0)
+    write_changed(student, networks / "broken.safetensors", "head.head.bias", math.nan)
+    write_lora(student, models / "loras" / "style.safetensors")
     running = Server(base, "--preview-method", "auto")
     yield running
     running.stop()

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .conftest import DEMO
-from .lora import write_lora
+from .files import write_lora
 from .server import ROOT, comfy_root
+from .video import images_of
 
 STUDENT = DEMO / "student.safetensors"
 CHUNKS = 5  # the window holds three: two evictions
@@ -67,38 +69,53 @@ def demo(pack: Any) -> Any:
 @pytest.fixture
 def stream(pack: Any, demo: Any, host: Any) -> Callable[..., Tensor]:
     """Latents of a stream of a MODEL, through the machinery of the sampler."""
-    prompt = importlib.import_module(f"{PACK}.nodes.prompt")
     run = importlib.import_module(f"{PACK}.nodes.run")
-    sampler = importlib.import_module(f"{PACK}.nodes.sampler")
-    conditioning = prompt.encode(demo.load_clip(), PROMPT)
 
     def made(model: Any, chunks: int = CHUNKS) -> Tensor:
-        settings = host.settings_of(model)
-        request = run.Request(
-            model=model,
-            prompts=prompt.timeline_of([[conditioning, {}]]),
-            length=chunks,
-            unit="chunks",
-            width=64,
-            height=64,
-            seed=3,
-            sampler=settings.sampler,
-            cache=settings.cache,
-            decoder=None,
-            path=None,
-            metadata={},
-            start_latents=None,
-            start_images=None,
-            snapshot=None,
-            keep_images=0,
-            keep_latents=-1,
-        )
-        result, _ = sampler._run(request, None, "none")
+        result, _ = sampled(pack, request_of(pack, model, PROMPT, length=chunks))
         latents = run.latents_of(result, -1)
         assert latents is not None
         return latents
 
     return made
+
+
+def request_of(pack: Any, model: Any, text: str, **changes: Any) -> Any:
+    """A run of the sampler without a decoder; `text` is a schedule, or a single prompt."""
+    demo, host, prompt, run, types = (
+        importlib.import_module(f"{PACK}.nodes.{name}")
+        for name in ("demo", "host", "prompt", "run", "types")
+    )
+    settings = host.settings_of(model)
+    timeline = prompt.parse_timeline(text)
+    clip = demo.load_clip()
+    embeds = {entry.text: prompt.encode(clip, entry.text) for entry in timeline.entries}
+    values = {
+        "model": model,
+        "prompts": types.Timeline(timeline=timeline, embeds=embeds),
+        "length": CHUNKS,
+        "unit": "chunks",
+        "width": 64,
+        "height": 64,
+        "seed": 3,
+        "sampler": settings.sampler,
+        "cache": settings.cache,
+        "decoder": None,
+        "path": None,
+        "metadata": {},
+        "start_latents": None,
+        "start_images": None,
+        "snapshot": None,
+        "keep_images": 0,
+        "keep_latents": -1,
+    }
+    return run.Request(**values | changes)
+
+
+def sampled(pack: Any, request: Any, vae: Any = None) -> Any:
+    """The run and the state it leaves, made anew."""
+    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    return importlib.import_module(f"{PACK}.nodes.sampler")._run(request, vae, "none")
 
 
 def test_it_equals_the_engine_without_comfyui(
@@ -216,6 +233,54 @@ def test_attention_goes_through_comfyui(demo: Any, stream: Callable[..., Tensor]
     assert torch.equal(stream(watched, chunks=1), expected)
     layers = model.model.diffusion_model.config.num_layers
     assert len(calls) == 2 * layers * 5  # self and cross, four steps and the clean pass
+
+
+def test_a_run_with_another_ending_goes_on_from_the_shared_beginning(
+    pack: Any, demo: Any, tmp_path: Path
+) -> None:
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    sampler = importlib.import_module(f"{PACK}.nodes.sampler")
+    model, vae = demo.load_model(), demo.load_vae()
+
+    def request(ending: str, name: str) -> Any:
+        return request_of(
+            pack,
+            model,
+            f"0s: {PROMPT}\nc3: {ending}",
+            decoder=decoders.decoder_of(vae, model.model.latent_format),
+            path=tmp_path / name,
+            keep_images=-1,
+        )
+
+    afresh, _ = sampled(pack, request("a green circle moves up", "afresh.mp4"), vae)
+    sampled(pack, request("a blue square moves down", "before.mp4"), vae)
+    again, _ = sampler._run(request("a green circle moves up", "again.mp4"), vae, "none")
+    assert (afresh.reused, again.reused) == (0, 3)
+    assert all(map(torch.equal, afresh.latents, again.latents))
+    assert all(map(torch.equal, afresh.images, again.images))
+    assert len(afresh.images) == len(again.images) == CHUNKS
+    assert np.array_equal(images_of(tmp_path / "afresh.mp4"), images_of(tmp_path / "again.mp4"))
+
+
+def test_out_of_memory_keeps_the_file_and_says_what_to_lower(
+    pack: Any, demo: Any, host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    model, vae, passes = demo.load_model(), demo.load_vae(), []
+    plain = host.Hosted.__call__
+
+    def failing(*args: Any) -> Tensor:
+        passes.append(1)
+        if len(passes) > 2 * 5 + 1:  # in the third chunk
+            raise torch.OutOfMemoryError("no more")
+        return plain(*args)
+
+    monkeypatch.setattr(host.Hosted, "__call__", failing)
+    decoder = decoders.decoder_of(vae, model.model.latent_format)
+    request = request_of(pack, model, PROMPT, decoder=decoder, path=tmp_path / "part.mp4")
+    with pytest.raises(RuntimeError, match=r"64x64.*window \(9 frames\).*part\.mp4"):
+        sampled(pack, request, vae)
+    assert len(images_of(tmp_path / "part.mp4")) == 9 + 12
 
 
 def test_memory_counts_the_cache(host: Any, demo: Any) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from .prompts import demo_prompt, with_node
 from .server import Server
+from .video import images_of
 
 NODES = {
     "RFLoadModel",
@@ -24,12 +25,6 @@ NODES = {
     "RFLoadState",
     "RFModelInfo",
 }
-
-
-def images_of(path: Path) -> np.ndarray:
-    """Every image of a video, [T, H, W, 3] uint8."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def video_of(server: Server, shown: dict[str, list[dict[str, str]]]) -> Path:

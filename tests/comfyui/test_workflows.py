@@ -11,7 +11,8 @@ from comfy_cli.workflow_to_api import convert_ui_to_api
 
 from .browser import chromium, open_page
 from .server import ROOT, Server
-from .test_server import images_of, video_of
+from .test_server import video_of
+from .video import images_of
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 OPEN = """

@@ -1,10 +1,11 @@
-"""A small LoRA for the demo student, in the names that Wan LoRAs are shared under."""
+"""Files made of the demo student for tests."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 RANK = 2
@@ -12,7 +13,10 @@ TARGETS = ("self_attn.q", "self_attn.v", "cross_attn.k", "ffn.0")
 
 
 def write_lora(student: Path, path: Path, seed: int = 0) -> None:
-    """Random factors for every block, strong enough to be seen."""
+    """A LoRA in the names that Wan LoRAs are shared under.
+
+    Random factors for every block, strong enough to be seen.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for key, weight in load_file(student).items():
@@ -23,3 +27,12 @@ def write_lora(student: Path, path: Path, seed: int = 0) -> None:
             tensors[f"{base}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / 8
             tensors[f"{base}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) / 8
     save_file(tensors, path)
+
+
+def write_changed(student: Path, path: Path, name: str, addend: float) -> None:
+    """The student with something added to one of its tensors."""
+    with safe_open(student, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(student)
+    tensors[name] = tensors[name] + addend
+    save_file(tensors, path, metadata)
