@@ -24,7 +24,7 @@ collect_ignore_glob = [] if find_spec("aiohttp") and find_spec("comfy_cli") else
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for all tests."""
-    from .files import write_changed, write_lora
+    from .files import write_changed, write_lora, write_plain_wan
     from .server import Server, comfy_root
 
     if comfy_root() is None:
@@ -38,6 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     shutil.copy2(DEMO / "teacher.safetensors", networks / "teacher.safetensors")
     write_changed(student, networks / "other.safetensors", "blocks.0.modulation", 1.0)
     write_changed(student, networks / "broken.safetensors", "head.head.bias", math.nan)
+    write_plain_wan(networks / "wan.safetensors")
     write_lora(student, models / "loras" / "style.safetensors")
     running = Server(base, "--preview-method", "auto")
     yield running

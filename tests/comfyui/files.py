@@ -8,6 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rf_core.checkpoint import write_checkpoint
+from rf_core.config import ModelConfig
+from rf_core.model import WanModel
+
 RANK = 2
 TARGETS = ("self_attn.q", "self_attn.v", "cross_attn.k", "ffn.0")
 
@@ -36,3 +40,9 @@ def write_changed(student: Path, path: Path, name: str, addend: float) -> None:
     tensors = load_file(student)
     tensors[name] = tensors[name] + addend
     save_file(tensors, path, metadata)
+
+
+def write_plain_wan(path: Path) -> None:
+    """A bidirectional Wan of one narrow layer, as ComfyUI's own loader takes it."""
+    sizes = ModelConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=1)
+    write_checkpoint(path, WanModel(sizes).state_dict(), sizes, None, None)

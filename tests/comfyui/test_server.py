@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .prompts import demo_prompt, with_node
+from .prompts import Prompt, demo_prompt, with_node
 from .server import Server
 from .video import images_of
 
@@ -221,3 +221,80 @@ def test_a_stream_without_a_vae_gives_latents_and_a_reason(server: Server) -> No
     )
     prompt = with_node(prompt, "s", "SaveImage", images=["d", 0], filename_prefix="latents")
     assert len(server.run(prompt).output("s")["images"]) == 21
+
+
+def test_a_second_run_says_what_it_took_over(server: Server) -> None:
+    def script(ending: str) -> Prompt:
+        prompt = demo_prompt(prompt=["script", 0], length=4, seed=21)
+        text = f"0s: a red circle moves left\nc2: {ending}"
+        return with_node(prompt, "script", "RFPromptSchedule", clip=["demo", 1], text=text)
+
+    server.run(script("a blue square moves up"))
+    run = server.run(script("a green triangle moves right"))
+    (told,) = run.output("stream")["text"]
+    assert "first 2 chunks (1.31 s) are re-used" in told
+    progress = [e["data"] for e in run.events if e["type"] == "progress"]
+    assert {each["max"] for each in progress if each["node"] == "stream"} == {2 * 4}
+
+
+def error_of(server: Server, prompt: Prompt) -> str:
+    """What a run that must fail says."""
+    error = server.run(prompt).error
+    assert error is not None
+    return str(error["exception_message"])
+
+
+def test_an_empty_prompt_is_refused(server: Server) -> None:
+    prompt = demo_prompt()
+    prompt["text"]["inputs"]["text"] = "  "
+    assert "empty" in error_of(server, prompt)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("broken.safetensors", "head.head.bias"),
+        ("teacher.safetensors", "bidirectional"),
+    ],
+)
+def test_files_that_cannot_stream_are_refused_by_name(server: Server, name: str, said: str) -> None:
+    prompt = demo_prompt(model=["load", 0])
+    prompt = with_node(prompt, "load", "RFLoadModel", model_name=name, weight_dtype="default")
+    error = error_of(server, prompt)
+    assert name in error and said in error
+
+
+def test_a_model_of_another_loader_is_refused_by_name(server: Server) -> None:
+    prompt = demo_prompt(model=["load", 0])
+    prompt = with_node(
+        prompt, "load", "UNETLoader", unet_name="wan.safetensors", weight_dtype="default"
+    )
+    error = error_of(server, prompt)
+    assert "WAN21" in error and "Load RF Model" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"width": 128}, "64x64"),
+        ({"sink": ["sink", 0]}, "EMA-Sink Config"),
+        ({"model": ["other", 0]}, "model weights"),
+        ({"start_latent": ["stream", 0]}, "one way only"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(
+    server: Server, changes: dict[str, object], said: str
+) -> None:
+    prompt = demo_prompt()
+    prompt["second"] = demo_prompt(state=["stream", 3], **changes)["stream"]
+    sink = {"window_frames": 9, "sink_frames": 3, "decay": 0.5, "accumulator": "reference"}
+    prompt = with_node(prompt, "sink", "RFSinkConfig", preset="No sink", **sink)
+    other = {"model_name": "other.safetensors", "weight_dtype": "default"}
+    prompt = with_node(prompt, "other", "RFLoadModel", **other)
+    assert said in error_of(server, prompt)
+
+
+def test_facts_about_a_model_are_shown(server: Server) -> None:
+    prompt = {"info": {"class_type": "RFModelInfo", "inputs": {"model_name": "demo.safetensors"}}}
+    (text,) = server.run(prompt).output("info")["text"]
+    assert "5 layers, width 160 = 4 heads x 40" in text and "window 9 frames, sink 3" in text
