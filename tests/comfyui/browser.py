@@ -27,11 +27,22 @@ FIT = """
 }
 """
 
-BARE = """
-#graph-canvas-container > *:not(canvas), .graph-canvas-container > *:not(canvas),
-.side-tool-bar-container, .actionbar-container, .minimap-main-container, .p-buttongroup,
-.workflow-tabs-container { visibility: hidden !important; }
+BOX = """
+() => {
+  const {canvas, graph} = window.comfyAPI.app.app;
+  const boxes = [...graph.nodes, ...graph.groups].map((each) => each.boundingRect ?? each.bounding);
+  const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])));
+  const [right, bottom] = [0, 1].map((i) => Math.max(...boxes.map((box) => box[i] + box[i + 2])));
+  const {scale, offset} = canvas.ds, frame = canvas.canvas.getBoundingClientRect();
+  return {
+    x: Math.max(0, frame.x + (left + offset[0]) * scale - 8),
+    y: Math.max(0, frame.y + (top + offset[1]) * scale - 8),
+    width: (right - left) * scale + 16,
+    height: (bottom - top) * scale + 16,
+  };
+}
 """
+"""Where on the page the graph lies."""
 
 
 def chromium() -> str | None:
@@ -61,6 +72,12 @@ def open_page(address: str) -> Iterator[tuple[Any, list[str]]]:
             "Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100",
             timeout=120_000,
         )
+        page.wait_for_function(  # its own empty graph, which would replace ours
+            "window.comfyAPI.app.app.extensionManager?.workflow?.activeWorkflow?.isLoaded",
+            timeout=120_000,
+        )
+        page.wait_for_timeout(1000)
+        page.keyboard.press("Escape")  # the template browser greets a new user
         try:
             yield page, errors
         finally:

@@ -65,7 +65,7 @@ class Graph:
 
 def demo(row: int = 0) -> dict[str, Node]:
     """The bundled model."""
-    return {"demo": Node(type="RFLoadDemo", at=(0, row))}
+    return {"demo": Node(type="RFLoadDemo", at=(0, row), size=(300, 90))}
 
 
 def official(weight_dtype: str = "default", vae: dict[str, str] = VAE) -> dict[str, Node]:
@@ -148,13 +148,13 @@ GRAPHS: dict[str, Graph] = {
         nodes=demo()
         | {
             "first": text(DEMO_PROMPT, 0),
-            "second": text(DEMO_NEXT, 180),
-            "third": text("a red triangle moves down", 360),
+            "second": text(DEMO_NEXT, 290),
+            "third": text("a red triangle moves down", 580),
             "start": Node(type="RFPromptSwitch", at=(2, 0)),
             "then": Node(
-                type="RFPromptSwitch", at=(2, 230), widgets={"at": 4.0, "mode": "recache"}
+                type="RFPromptSwitch", at=(2, 290), widgets={"at": 4.0, "mode": "recache"}
             ),
-            "last": Node(type="RFPromptSwitch", at=(2, 460), widgets={"at": 8.0, "mode": "cut"}),
+            "last": Node(type="RFPromptSwitch", at=(2, 580), widgets={"at": 8.0, "mode": "cut"}),
             "stream": sampler(column=3, length=12.0),
         },
         links=(

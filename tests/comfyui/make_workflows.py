@@ -1,7 +1,7 @@
 """Draws the graphs of `graphs.py` in a running ComfyUI's own frontend and saves what it saves,
 with a picture of each for the template browser.
 
-    python tests/comfy/make_workflows.py http://127.0.0.1:8188
+    python tests/comfyui/make_workflows.py http://127.0.0.1:8188
 
 Needs Debian's chromium and playwright. Run it when a node's sockets or widgets have changed.
 """
@@ -14,13 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from browser import FIT, open_page
+from browser import BOX, FIT, open_page
 from graphs import GRAPHS, Graph
 from PIL import Image, ImageOps
 
 ROOT = Path(__file__).parents[2]
 COLUMN = 440
-NOTE_HEIGHT = 260
+NOTE_HEIGHT = 200
 PICTURE = (960, 540)
 
 DRAW = """
@@ -103,7 +103,7 @@ def picture(page: Any, path: Path) -> None:
     page.keyboard.press("Escape")
     page.evaluate(FIT)
     page.wait_for_timeout(800)
-    page.locator("#graph-canvas").screenshot(path=path.with_suffix(".png"))
+    page.screenshot(path=path.with_suffix(".png"), clip=page.evaluate(BOX))
     with Image.open(path.with_suffix(".png")) as image:
         ImageOps.contain(image.convert("RGB"), PICTURE).save(path, quality=80)
     path.with_suffix(".png").unlink()
@@ -117,6 +117,7 @@ def main(address: str) -> None:
     )
     with open_page(address) as (page, errors):
         comfy = page.evaluate("fetch('/system_stats').then(r => r.json())")["system"]
+        page.add_style_tag(content=".minimap-main-container { display: none !important; }")
         for name, graph in GRAPHS.items():
             pack = {"name": "comfyui-rewardforcing", "version": version}
             saved = json.loads(page.evaluate(DRAW, drawing(graph, comfy["comfyui_version"], pack)))
