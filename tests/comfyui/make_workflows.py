@@ -1,5 +1,5 @@
 """Draws the graphs of `graphs.py` in a running ComfyUI's own frontend and saves what it saves,
-with a picture of each for the template browser.
+with a picture of each for the template browser; and writes the English locale.
 
     python tests/comfyui/make_workflows.py http://127.0.0.1:8188
 
@@ -17,6 +17,8 @@ from typing import Any
 from browser import BOX, FIT, open_page
 from graphs import GRAPHS, Graph
 from PIL import Image, ImageOps
+
+from locales import english
 
 ROOT = Path(__file__).parents[2]
 COLUMN = 440
@@ -126,6 +128,10 @@ def main(address: str) -> None:
             path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
             picture(page, path.with_suffix(".jpg"))
             print(path.name, len(saved["nodes"]), "nodes")
+        info = page.evaluate("fetch('/object_info').then(r => r.json())")
+        english_file = ROOT / "locales" / "en" / "nodeDefs.json"
+        english_file.parent.mkdir(parents=True, exist_ok=True)
+        english_file.write_text(json.dumps(english(info), indent=2, ensure_ascii=False) + "\n")
         if errors:
             raise SystemExit("\n".join(errors))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import urllib.request
 from pathlib import Path
 
 import av
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from .locales import english, paths
 from .prompts import Prompt, demo_prompt, with_node
-from .server import Server
+from .server import ROOT, Server
 from .video import images_of
 
 NODES = {
@@ -41,6 +44,24 @@ def test_every_node_is_there_and_says_what_its_widgets_do(server: Server) -> Non
         assert node["description"], name
         assert node["category"] == "Reward Forcing"
     assert "IMPORT FAILED" not in server.log
+
+
+def test_both_locales_hold_every_text(server: Server) -> None:
+    texts = {
+        name: json.loads((ROOT / "locales" / name / "nodeDefs.json").read_text(encoding="utf-8"))
+        for name in ("en", "zh")
+    }
+    assert texts["en"] == english(server.get("/object_info"))  # else: make_workflows.py
+    assert paths(texts["zh"]) == paths(texts["en"])
+    served = server.get("/i18n")
+    assert served["zh"]["nodeDefs"]["RFStreamingSampler"] == texts["zh"]["RFStreamingSampler"]
+
+
+def test_every_node_has_a_help_page(server: Server) -> None:
+    for name in NODES:
+        address = f"{server.address}/extensions/ComfyUI-RewardForcing/docs/{name}.md"
+        with urllib.request.urlopen(address) as answer:
+            assert answer.read().startswith(b"# ")
 
 
 def test_it_imports_in_less_than_half_a_second(server: Server) -> None:
