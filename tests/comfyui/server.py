@@ -40,7 +40,7 @@ def copy_pack(target: Path) -> None:
         text=True,
     )
     for name in listed.stdout.splitlines():
-        if not name.startswith(("tests/", "training/", "docs/")) and (ROOT / name).is_file():
+        if not name.startswith(("tests/", "docs/")) and (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
 
