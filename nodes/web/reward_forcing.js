@@ -51,9 +51,10 @@ function dropVideo(node) {
   outputStore()?.removeNodeOutputsForNode?.(node);
 }
 
-function makeRoom(node, tries = 20) {
-  const height = node.computeSize()[1];
-  if (node.size[1] < height) node.setSize([node.size[0], height]);
+function makeRoom(node, tries = 60) {
+  const video = node.widgets?.find((widget) => widget.name === MEDIA[0]);
+  const bottom = video ? video.y + (video.computedHeight ?? 0) + 8 : 0;
+  if (node.size[1] < bottom) node.setSize([node.size[0], bottom]);
   if (tries) setTimeout(() => makeRoom(node, tries - 1), 250); // the video is still loading
 }
 

@@ -121,8 +121,8 @@ GRAPHS: dict[str, Graph] = {
     "text_to_video_demo": Graph(
         note="## Text to video, no downloads\n\nThe bundled miniature model: coloured shapes that "
         "move, 64x64. Queue it: the video grows while it is made.\n\nPrompts are of the form "
-        "`a red circle moves left slowly`: red, green, blue, yellow, purple, cyan; circle, square, "
-        "triangle; left, right, up, down; slowly, quickly or nothing.",
+        "**a red circle moves left slowly**: red, green, blue, yellow, purple, cyan; circle, "
+        "square, triangle; left, right, up, down; slowly, quickly or nothing.",
         nodes=demo() | {"prompt": text(DEMO_PROMPT, 0), "stream": sampler()},
         links=(("demo.CLIP", "prompt.clip"), *fed("stream", "prompt.CONDITIONING")),
         groups={"Model": (0, 0), "Prompt": (1, 1), "Stream": (2, 2)},
@@ -130,7 +130,7 @@ GRAPHS: dict[str, Graph] = {
     "text_to_video": Graph(
         note="## Text to video with the published weights\n\nComfyUI offers the three downloads "
         "(student 2.8 GB, text encoder 6.7 GB, VAE 0.25 GB). The student was trained at 832x480. "
-        "The video is written to `output/video` while it is made; interrupting keeps what is "
+        "The video is written to **output/video** while it is made; interrupting keeps what is "
         "there.",
         nodes=official()
         | {
@@ -142,9 +142,9 @@ GRAPHS: dict[str, Graph] = {
     ),
     "prompt_switch": Graph(
         note="## Change the prompt on the way\n\nEach **Prompt Switch** adds one prompt. The first "
-        "is what the video starts with. `recache` takes hold at once and keeps the picture "
-        "continuous, `soft` is slow, `blend` mixes the prompts over some chunks, `cut` is a clean "
-        "cut.",
+        "is what the video starts with. **recache** takes hold at once and keeps the picture "
+        "continuous, **soft** is slow, **blend** mixes the prompts over some chunks, **cut** is a "
+        "clean cut.",
         nodes=demo()
         | {
             "first": text(DEMO_PROMPT, 0),
@@ -237,8 +237,8 @@ GRAPHS: dict[str, Graph] = {
     ),
     "continue_from_state": Graph(
         note="## Go on from a state\n\nThe state of a stream is a file of a few MB in "
-        "`output/stream_states`. **Load Stream State** reads it tomorrow; here it is passed on at "
-        "once. Connect it to several samplers to branch.",
+        "**output/stream_states**. **Load Stream State** reads it tomorrow; here it is passed on "
+        "at once. Connect it to several samplers to branch.",
         nodes=demo()
         | {
             "before": text(DEMO_PROMPT, 0),

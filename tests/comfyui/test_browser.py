@@ -42,6 +42,12 @@ TOLD = """
 () => window.comfyAPI.app.app.graph.nodes.flatMap((node) =>
   (node.widgets ?? []).filter((each) => each.name === "result").map((each) => each.value))
 """
+FITS = """
+() => window.comfyAPI.app.app.graph.nodes.some((node) => {
+  const video = node.widgets?.find((each) => each.name === "video-preview");
+  return video && video.y + video.computedHeight <= node.size[1];
+})
+"""
 
 
 def workflow(name: str) -> Any:
@@ -65,7 +71,7 @@ def test_a_queued_stream_previews_and_then_shows_its_video(
 ) -> None:
     saved = workflow("prompt_switch")
     sampler = next(node for node in saved["nodes"] if node["type"] == "RFStreamingSampler")
-    sampler["widgets_values"][4] = 40 + vue_nodes  # a seed of its own: nothing is cached
+    sampler["widgets_values"][4] = 1 + vue_nodes  # a seed of its own: nothing is cached
     with open_page(server.address) as (page, errors):
         page.evaluate(
             "(on) => window.comfyAPI.app.app.extensionManager.setting"
@@ -77,8 +83,11 @@ def test_a_queued_stream_previews_and_then_shows_its_video(
         page.evaluate(FIT)
         page.evaluate(QUEUE)
         page.wait_for_function(ENDED, timeout=180_000)
-        page.wait_for_timeout(4000)
-        seen, videos, told = (page.evaluate(each) for each in ("window.seen", VIDEOS, TOLD))
+        page.wait_for_selector("video", timeout=30_000)
+        page.wait_for_timeout(2000)
+        seen, videos, told, fits = (
+            page.evaluate(each) for each in ("window.seen", VIDEOS, TOLD, FITS)
+        )
         picture = Path(os.environ.get("RF_SCREENSHOT", tmp_path / "end.png"))
         page.screenshot(path=picture)
         assert errors == []
@@ -89,3 +98,4 @@ def test_a_queued_stream_previews_and_then_shows_its_video(
     ((address, width, seconds),) = videos
     assert "type=output" in address and width == 64 and 12 <= seconds < 13
     assert any("images, 12." in text for text in told)
+    assert vue_nodes or fits

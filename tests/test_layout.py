@@ -1,0 +1,37 @@
+"""Which part may know which: the pack's side of what `lint-imports` checks for the rest."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level names that a file imports; relative ones keep their dots."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or "").partition(".")[0])
+    return found
+
+
+def test_one_file_of_the_pack_touches_comfyui_s_inside() -> None:
+    inside = {"comfy", "comfy_execution", "folder_paths", "latent_preview", "server", "execution"}
+    touching = {path.name for path in (ROOT / "nodes").glob("*.py") if imports_of(path) & inside}
+    assert touching == {"host.py"}
+
+
+def test_the_pack_imports_the_engine_relatively_and_no_trainer() -> None:
+    for path in (ROOT / "nodes").glob("*.py"):
+        names = imports_of(path)
+        assert not names & {"rf_core", "training", "nodes", ".training", "..training"}, path.name
+
+
+def test_nothing_is_registered_outside_comfyui() -> None:
+    scope: dict[str, object] = {"__package__": "pack"}
+    exec((ROOT / "__init__.py").read_text(encoding="utf-8"), scope)
+    assert not {"comfy_entrypoint", "NODE_CLASS_MAPPINGS"} & set(scope)
