@@ -457,9 +457,7 @@ def identity(model: Any) -> list[Any]:
 
 def state_folder() -> Path:
     """Where stream states are saved."""
-    folder = Path(folder_paths.get_output_directory()) / "stream_states"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return Path(folder_paths.get_output_directory()) / "stream_states"
 
 
 def resize(images: Tensor, width: int, height: int) -> Tensor:

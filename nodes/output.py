@@ -43,7 +43,9 @@ class SaveState(io.ComfyNode):
 
     @classmethod
     def execute(cls, state: State, name: str) -> io.NodeOutput:
-        path = _free(host.state_folder(), name)
+        folder = host.state_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = _free(folder, name)
         state.snapshot.save(path)
         text = f"{path.name}: {_told(state.snapshot)}"
         return io.NodeOutput(state, ui=ui.PreviewText(text))
