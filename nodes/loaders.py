@@ -35,7 +35,11 @@ class LoadModel(io.ComfyNode):
             "models/diffusion_models, in every layout it is published in.",
             search_aliases=["reward forcing", "self forcing", "causal wan", "streaming video"],
             inputs=[
-                io.Combo.Input("model_name", options=host.model_files()),
+                io.Combo.Input(
+                    "model_name",
+                    options=host.model_files(),
+                    tooltip="The student, in models/diffusion_models; .pt files are read too.",
+                ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=WEIGHT_DTYPES,

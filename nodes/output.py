@@ -28,7 +28,7 @@ class SaveState(io.ComfyNode):
             description="Writes the state to output/stream_states, so that the stream can go on "
             "tomorrow or branch.",
             inputs=[
-                RFState.Input("state"),
+                RFState.Input("state", tooltip="From Streaming Sampler."),
                 io.String.Input("name", default="stream", tooltip="Name without folder or ending."),
             ],
             outputs=[RFState.Output(display_name="state")],
@@ -61,7 +61,11 @@ class LoadState(io.ComfyNode):
             display_name="Load Stream State",
             category=CATEGORY,
             description="Reads a state from output/stream_states.",
-            inputs=[io.Combo.Input("name", options=_saved())],
+            inputs=[
+                io.Combo.Input(
+                    "name", options=_saved(), tooltip="A file that Save Stream State has written."
+                )
+            ],
             outputs=[RFState.Output(display_name="state")],
         )
 
@@ -92,7 +96,13 @@ class ModelInfo(io.ComfyNode):
             display_name="RF Model Info",
             category=CATEGORY,
             description="What a file in models/diffusion_models is: sizes, layout, settings.",
-            inputs=[io.Combo.Input("model_name", options=host.model_files())],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.model_files(),
+                    tooltip="A file in models/diffusion_models; it is read, not loaded.",
+                )
+            ],
             outputs=[io.String.Output(display_name="text")],
             is_output_node=True,
         )

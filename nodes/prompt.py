@@ -40,8 +40,22 @@ class PromptSwitch(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The prompt that begins here."),
                 RFTimeline.Input("timeline", optional=True, tooltip="The prompts before it."),
-                io.Float.Input("at", default=0.0, min=0.0, max=1e6, step=0.5, round=False),
-                io.Combo.Input("unit", options=list(UNITS), default="seconds"),
+                io.Float.Input(
+                    "at",
+                    default=0.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.5,
+                    round=False,
+                    tooltip="When the prompt takes over; it acts at the nearest chunk, every "
+                    "0.75 s.",
+                ),
+                io.Combo.Input(
+                    "unit",
+                    options=list(UNITS),
+                    default="seconds",
+                    tooltip="16 frames make a second; a chunk is 12 frames.",
+                ),
                 io.Combo.Input("mode", options=MODES, default="recache", tooltip=MODE_TOOLTIP),
                 io.Int.Input(
                     "blend_chunks",
@@ -99,13 +113,15 @@ class PromptSchedule(io.ComfyNode):
             "c (chunks). A line 'global: ...' goes in front of every prompt. FizzNodes' JSON and "
             "parts separated by | are read too.",
             inputs=[
-                io.Clip.Input("clip"),
+                io.Clip.Input("clip", tooltip="Reads the prompts, as for CLIPTextEncode."),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
                     default="0s: a blue square moves up quickly\n"
                     "5s [recache]: a cyan circle moves right slowly",
+                    tooltip="One prompt a line: a time, in brackets how to go over, a colon, the "
+                    "text.",
                 ),
                 io.Float.Input(
                     "length",

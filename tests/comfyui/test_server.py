@@ -43,6 +43,9 @@ def test_every_node_is_there_and_says_what_its_widgets_do(server: Server) -> Non
     for name, node in ours.items():
         assert node["description"], name
         assert node["category"] == "Reward Forcing"
+        for kind in ("required", "optional"):
+            for key, (_, *options) in node["input"].get(kind, {}).items():
+                assert options and options[0].get("tooltip"), f"{name}.{key}"
     assert "IMPORT FAILED" not in server.log
 
 
