@@ -107,10 +107,7 @@ def run_verify(args: argparse.Namespace) -> int:
         for result in verify_folder(args.folder, backend):
             if isinstance(result, Comparison):
                 failures += not result.agrees
-                print(
-                    f"{'ok  ' if result.agrees else 'FAIL'} {result.file} {result.output}: "
-                    f"largest error {result.max_error:.3g}, relative {result.relative_error:.3g}"
-                )
+                print(result)
             else:
                 print(f"     {result}")
     print("all agree" if not failures else f"{failures} outputs disagree")

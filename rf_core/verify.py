@@ -27,10 +27,13 @@ from .stream import denoise
 from .vae import VAEConfig, WanVAE
 
 ATOL, RTOL = 2e-5, 1e-4  # agreed for float32, element by element
-RELATIVE_NORM = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the whole tensor, by rounding
+RELATIVE_NORM = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Norm of the error over the norm of the record, by rounding."""
 
 Tensors = dict[str, Tensor]
 Outputs = Iterator[tuple[str, Tensor]]
+Kinds = Mapping[str, "Callable[[Mapping[str, Any], Tensors, Backend], Outputs]"]
+"""What re-runs a file of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +57,37 @@ class Comparison:
     """Norm of the difference over the norm of the record."""
     agrees: bool
 
+    def __str__(self) -> str:
+        return (
+            f"{'ok  ' if self.agrees else 'FAIL'} {self.file} {self.output}: "
+            f"largest error {self.max_error:.3g}, relative {self.relative_error:.3g}"
+        )
 
-def verify_folder(folder: Path, backend: Backend) -> Iterator[Comparison | str]:
+
+def verify_folder(
+    folder: Path, backend: Backend, kinds: Kinds | None = None
+) -> Iterator[Comparison | str]:
     """Compare every known file below `folder`; yields a line of text for each that is skipped.
 
-    ValueError when the folder holds no file that can be compared.
+    `kinds` are `KINDS` unless given. ValueError when no file in the folder is of them.
     """
+    kinds = KINDS if kinds is None else kinds
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the one that holds the golden files")
     compared = 0
     for path in sorted(folder.rglob("*.safetensors")):
         kind, config, tensors = _read(path)
-        if kind not in KINDS:
-            yield f"{path.name}: kind {kind!r} skipped; {SKIPPED.get(kind, 'it is unknown here')}"
+        if kind not in kinds:
+            yield f"{path.name}: kind {kind!r} skipped; {WHERE.get(kind, 'it is unknown here')}"
             continue
         compared += 1
-        for output, found in KINDS[kind](config, tensors, backend):
+        for output, found in kinds[kind](config, tensors, backend):
             record = tensors[output]
             if output.startswith("cache."):  # a record may go on past what was ever written
                 record = record[:, : found.shape[1]]
             yield _compare(path.name, output, found, record, backend.dtype)
     if not compared:
-        raise ValueError(f"{folder} holds no file of the kinds {', '.join(KINDS)}")
+        raise ValueError(f"{folder} holds no file of the kinds {', '.join(kinds)}")
 
 
 def student_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Outputs:
@@ -164,12 +176,14 @@ def vae(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Output
         yield "encoded", model.encode(_to(tensors["video"], backend))
 
 
-KINDS: Mapping[str, Callable[[Mapping[str, Any], Tensors, Backend], Outputs]] = {
+KINDS: Kinds = {
     "student_stream": student_stream,
     "teacher_forward": teacher_forward,
     "vae": vae,
 }
-SKIPPED = {"redmd_losses": "the trainer checks it: python -m training verify FOLDER"}
+WHERE = dict.fromkeys(KINDS, "the engine checks it: python -m rf_core verify FOLDER") | {
+    "redmd_losses": "the trainer checks it: python -m training verify FOLDER"
+}
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any], Tensors]:
@@ -233,11 +247,10 @@ def _compare(
             f"{file}: {output} has shape {tuple(found.shape)}, the record {tuple(record.shape)}"
         )
     error = (found - record).abs()
-    relative = float(error.norm() / record.norm())
-    if dtype in RELATIVE_NORM:
-        agrees = relative <= RELATIVE_NORM[dtype]
-    else:
-        agrees = bool((error <= ATOL + RTOL * record.abs()).all())
+    relative = float(error.norm() / record.norm().clamp_min(torch.finfo(dtype).tiny))
+    agrees = relative <= RELATIVE_NORM[dtype]
+    if dtype == torch.float32:
+        agrees &= bool((error <= ATOL + RTOL * record.abs()).all())
     return Comparison(
         file=file,
         output=output,

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+
+from rf_core.config import CacheConfig, SamplerConfig
+from rf_core.layers import Block
+from rf_core.model import WanModel
+from rf_core.stream import chunk_noise
+from training.rollout import Draws, Rollout, draw, roll_out
+
+CHUNKS = 6  # the window of 9 holds three: three evictions
+SIZE = (4, 6)
+SAMPLER = SamplerConfig(steps=(1000, 700, 400))
+
+
+def draws_of(seeds: list[int], exit_step: int, chunks: int = CHUNKS) -> Draws:
+    """What a stream of these seeds draws."""
+    shape = (tiny.CONFIG.in_dim, 3, *SIZE)
+    each = [chunk_noise(seeds, n, shape, len(SAMPLER.steps)) for n in range(chunks)]
+    noise = torch.cat([chunk[0] for chunk in each], dim=2)
+    renoise = torch.stack([torch.cat(step, dim=2) for step in zip(*each, strict=True)][1:])
+    return Draws(noise=noise, renoise=renoise, exit_step=exit_step)
+
+
+def trainable(seed: int = 0) -> WanModel:
+    return tiny.model(seed=seed).requires_grad_(True)
+
+
+def rolled(model: WanModel, draws: Draws, cache: CacheConfig, **options: object) -> Rollout:
+    batch = draws.noise.shape[0]
+    return roll_out(model, tiny.prompt().expand(batch, -1, -1), draws, SAMPLER, cache, **options)
+
+
+def gradients(model: WanModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def loss_of(latents: torch.Tensor) -> torch.Tensor:
+    """Some loss in which every element has its own weight."""
+    weights = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(9))
+    return (latents * weights).sum()
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        pytest.param(tiny.window(9, 3), id="published window"),
+        pytest.param(tiny.window(9, 3, decay=1.0), id="static sink"),
+        pytest.param(tiny.window(6, 0), id="no sink"),
+    ],
+)
+def test_a_rollout_to_the_last_step_is_what_a_stream_makes(cache):
+    stream = tiny.stream(cache=cache, sampler=SAMPLER, seed=5)
+    expected = torch.cat([stream.generate() for _ in range(CHUNKS)], dim=2)
+    result = rolled(trainable(), draws_of([5], len(SAMPLER.steps) - 1), cache)
+    torch.testing.assert_close(result.latents, expected, atol=2e-5, rtol=1e-4)
+    assert result.num_evictions == stream.state.cache.num_evictions > 0
+
+
+@pytest.mark.parametrize("exit_step", [0, 1, 2])
+def test_the_gradient_is_that_of_each_exit_pass_with_its_past_held_fixed(exit_step):
+    cache, model, draws = tiny.window(9, 3), trainable(), draws_of([5], exit_step)
+    loss = loss_of(rolled(model, draws, cache).latents)
+    whole = gradients(model, loss)
+    parts: dict[str, torch.Tensor] = {}
+    for chunk in range(CHUNKS):  # the last chunk alone, of rollouts that end there
+        shorter = Draws(
+            noise=draws.noise[:, :, : 3 * (chunk + 1)],
+            renoise=draws.renoise[:, :, :, : 3 * (chunk + 1)],
+            exit_step=exit_step,
+        )
+        latents = rolled(model, shorter, cache, supervised_chunks=1).latents
+        padding = latents.new_zeros(1, tiny.CONFIG.in_dim, 3 * CHUNKS, *SIZE)
+        padding[:, :, 3 * chunk : 3 * chunk + 3] = latents[:, :, -3:]
+        for name, gradient in gradients(model, loss_of(padding)).items():
+            parts[name] = parts.get(name, 0) + gradient
+    assert parts.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=1e-4, rtol=1e-3)
+
+
+def test_recomputing_the_blocks_changes_no_gradient_across_evictions():
+    cache, draws = tiny.window(9, 3), draws_of([5, 6], 1)
+    plain, recomputing = trainable(), trainable()
+    apply_activation_checkpointing(recomputing, check_fn=lambda layer: isinstance(layer, Block))
+    results = [rolled(model, draws, cache) for model in (plain, recomputing)]
+    assert torch.equal(results[0].latents, results[1].latents) and results[0].num_evictions == 3
+    first, second = (
+        gradients(model, loss_of(result.latents))
+        for model, result in zip((plain, recomputing), results, strict=True)
+    )
+    assert first.keys() == second.keys() and len(first) == len(list(plain.parameters()))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_only_the_supervised_chunks_carry_gradient():
+    model, cache, draws = trainable(), tiny.window(9, 3), draws_of([5], 1)
+    whole = rolled(model, draws, cache)
+    result = rolled(model, draws, cache, supervised_chunks=2)
+    assert torch.equal(result.latents, whole.latents)
+    assert result.supervised == slice(12, 18)
+    mask = torch.zeros_like(whole.latents)
+    mask[:, :, result.supervised] = 1
+    expected = gradients(model, loss_of(whole.latents * mask))
+    for name, gradient in gradients(model, loss_of(result.latents)).items():
+        torch.testing.assert_close(gradient, expected[name])
+    assert not rolled(model, draws, cache, supervised_chunks=0).latents.requires_grad
+
+
+def test_a_batch_is_the_sum_of_its_samples():
+    model, cache = trainable(), tiny.window(9, 3)
+    whole = gradients(model, loss_of(rolled(model, draws_of([5, 6], 1), cache).latents))
+    for name, gradient in gradients(
+        model,
+        sum(loss_of(rolled(model, draws_of([seed], 1), cache).latents) for seed in (5, 6)),
+    ).items():
+        torch.testing.assert_close(gradient, whole[name], atol=1e-4, rtol=1e-3)
+
+
+def test_draws_are_a_function_of_their_generator_and_exit_anywhere():
+    shape = (1, 4, 3, *SIZE)
+    first, second = (draw(shape, SAMPLER, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first.noise, second.noise) and torch.equal(first.renoise, second.renoise)
+    generator = torch.Generator().manual_seed(0)
+    assert {draw(shape, SAMPLER, generator).exit_step for _ in range(40)} == {0, 1, 2}
+
+
+def test_noise_that_is_not_whole_chunks_is_refused():
+    draws = draw((1, 4, 7, *SIZE), SAMPLER)
+    with pytest.raises(ValueError, match="7 latent frames is not whole chunks of 3"):
+        rolled(trainable(), draws, tiny.window(9, 3))
