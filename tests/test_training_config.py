@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from rf_core.config import CacheConfig
+from training.config import build, changed, from_json, to_json
+from training.redmd import ReDMDConfig
+from training.rewards import WeightConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 1e-4
+    betas: tuple[float, float] = (0.0, 0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    kind: Literal["a", "b"] = "a"
+    inner: Inner = field(default_factory=Inner)
+    steps: tuple[int, ...] = (1, 2)
+    limit: int | None = None
+    where: Path = Path("runs")
+    fast: bool = False
+
+
+def test_a_config_survives_json():
+    config = ReDMDConfig(
+        weights=WeightConfig(beta=0.5, baseline="batch", limit=2.0),
+        cache=CacheConfig(decay=0.9, accumulator="float32"),
+        supervised_chunks=None,
+    )
+    assert from_json(ReDMDConfig, to_json(config)) == config
+    outer = Outer(name="x", limit=3, steps=(4,), where=Path("here"), fast=True)
+    assert from_json(Outer, to_json(outer)) == outer
+
+
+def test_settings_of_a_command_line_change_single_fields():
+    config = changed(
+        Outer(name="x"),
+        ["inner.rate=2e-6", "kind=b", "steps=[5, 6, 7]", "limit=9", "fast=true", "name=plain text"],
+    )
+    assert config == Outer(
+        name="plain text", kind="b", inner=Inner(rate=2e-6), steps=(5, 6, 7), limit=9, fast=True
+    )
+    assert changed(config, ["limit=null"]).limit is None
+    assert changed(config, ["inner.rate=1"]).inner.rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"name": "x", "stepz": [1]}, "no field stepz; did you mean steps"),
+        ({"name": "x", "inner": {"rate": "fast"}}, "config.inner.rate is 'fast'; give a value of"),
+        ({"name": "x", "inner": {"betas": [0.1]}}, "config.inner.betas has 1 values; give 2"),
+        ({"name": "x", "inner": 3}, "config.inner is 3; give the fields of Inner"),
+        ({"name": "x", "kind": "c"}, "choose one of 'a', 'b'"),
+        ({"name": "x", "steps": 4}, "give a list"),
+        ({"name": "x", "steps": [1, "two"]}, r"config.steps\[1\] is 'two'"),
+        ({"name": "x", "fast": 1}, "config.fast is 1; give a value of type bool"),
+        ({"name": "x", "limit": True}, "config.limit is True"),
+        ({}, "name"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(data, said):
+    with pytest.raises(ValueError, match=said):
+        build(Outer, data)
+
+
+def test_impossible_values_are_refused_where_they_stand():
+    with pytest.raises(ValueError, match=r"config\.weights: beta is -1"):
+        changed(ReDMDConfig(), ["weights.beta=-1"])
+    with pytest.raises(ValueError, match="no group of fields weight"):
+        changed(ReDMDConfig(), ["weight.beta=1"])
+    with pytest.raises(ValueError, match=r"field\.name=value"):
+        changed(ReDMDConfig(), ["beta"])
+    with pytest.raises(ValueError, match="not JSON"):
+        from_json(ReDMDConfig, "{")
