@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from rf_core.config import SamplerConfig
+from training.draws import noising_draws, prompt_numbers, rollout_draws
+from training.redmd import ReDMDConfig
+from training.trainer import OptimiserConfig, RunConfig, Trainer
+
+REDMD = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=4)
+RATE = OptimiserConfig(rate=1e-3)
+CONFIG = RunConfig(
+    redmd=REDMD,
+    generator=RATE,
+    critic=RATE,
+    latents=(tiny.CONFIG.in_dim, 12, 4, 6),
+    critic_ratio=2,
+    micro_batch=2,
+    ema=0.5,
+    ema_from=1,
+)
+
+
+def trainer(config: RunConfig = CONFIG, judge=None) -> Trainer:
+    student, teacher, critic = (tiny.model(seed=seed) for seed in (0, 1, 1))
+    prompts = tiny.prompt(batch=6)
+    return Trainer(config, student, teacher, critic, prompts, tiny.prompt(9), judge)
+
+
+def weights(run: Trainer) -> list[torch.Tensor]:
+    networks = (run.student, run.critic, run.average)
+    return [p.detach().clone() for network in networks for p in network.parameters()]
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
+    whole = trainer()
+    reports = [whole.step() for _ in range(4)]
+    first = trainer()
+    first.step()
+    first.step()
+    first.save(tmp_path / "at2")
+    second = trainer()
+    second.load(tmp_path / "at2")
+    assert second.update == 2
+    assert [second.step() for _ in range(2)] == reports[2:]
+    assert all(map(torch.equal, weights(second), weights(whole)))
+
+
+def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+
+    run = trainer()
+    monkeypatch.setattr(dcp, "save", lambda *a, checkpoint_id, **k: checkpoint_id.mkdir())
+    monkeypatch.setattr("pathlib.Path.rename", lambda *a: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        run.save(tmp_path / "at0")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        run.load(tmp_path / "at0")
+
+
+def test_micro_batches_change_nothing_but_rounding():
+    whole, parts = (trainer(replace(CONFIG, micro_batch=size)) for size in (REDMD.batch, 1))
+    first, second = whole.step(), parts.step()
+    assert first.generator_loss == pytest.approx(second.generator_loss, rel=1e-4)
+    assert first.critic_loss == pytest.approx(second.critic_loss, rel=1e-4)
+    assert first.generator_norm == pytest.approx(second.generator_norm, rel=1e-3)
+
+
+def test_the_average_is_the_student_until_averaging_begins_and_then_follows_it():
+    run = trainer()
+    run.step()
+    assert all(map(torch.equal, run.average.parameters(), run.student.parameters()))
+    before = [p.clone() for p in run.average.parameters()]
+    run.step()
+    for old, average, current in zip(
+        before, run.average.parameters(), run.student.parameters(), strict=True
+    ):
+        torch.testing.assert_close(average, 0.5 * old + 0.5 * current)
+
+
+def test_rewards_reach_the_log_and_see_their_prompts():
+    seen = []
+
+    def judge(x0, numbers):
+        seen.append(numbers)
+        return torch.tensor([float(n) for n in numbers]) / 10
+
+    report = trainer(judge=judge).step()
+    expected = prompt_numbers(0, "generator", 0, range(4), 4, 6)
+    assert [n for numbers in seen for n in numbers] == expected
+    assert report.mean_score == pytest.approx(sum(expected) / 40)
+    assert 0 < report.effective_share < 1
+
+
+def test_a_runaway_critic_and_a_nan_stop_the_run():
+    with pytest.raises(FloatingPointError, match=r"critic's loss is .* lower critic\.rate"):
+        trainer(replace(CONFIG, runaway=1e-6)).step()
+    run = trainer()
+    with torch.no_grad():
+        run.teacher.head.head.bias.fill_(torch.nan)
+    before = weights(run)[0]
+    run.step()  # a teacher that says nothing gives no direction, as published
+    assert torch.isfinite(before).all() and all(w.isfinite().all() for w in weights(run))
+    with torch.no_grad():
+        run.student.head.head.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError):
+        run.step()
+
+
+def test_draws_do_not_depend_on_how_samples_are_shared_out():
+    shape = CONFIG.latents
+    whole = rollout_draws(0, "critic", 3, range(4), shape, REDMD.sampler)
+    part = rollout_draws(0, "critic", 3, [2, 3], shape, REDMD.sampler)
+    assert torch.equal(whole.noise[2:], part.noise)
+    assert torch.equal(whole.renoise[:, 2:], part.renoise) and whole.exit_step == part.exit_step
+    judged = noising_draws(0, "critic", 3, range(4), shape, REDMD)
+    assert torch.equal(judged.noise[2:], noising_draws(0, "critic", 3, [2, 3], shape, REDMD).noise)
+    other = rollout_draws(0, "generator", 3, range(4), shape, REDMD.sampler)
+    assert not torch.equal(whole.noise, other.noise)
+
+
+def test_every_prompt_is_seen_once_an_epoch_in_an_order_of_its_own():
+    epochs = [
+        [
+            n
+            for update in range(3)
+            for n in prompt_numbers(0, "critic", e * 3 + update, range(2), 2, 6)
+        ]
+        for e in range(3)
+    ]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_impossible_runs_are_refused():
+    with pytest.raises(ValueError, match="whole chunks"):
+        replace(CONFIG, latents=(4, 13, 4, 6))
+    with pytest.raises(ValueError, match="does not divide"):
+        replace(CONFIG, micro_batch=3)
+    with pytest.raises(ValueError, match="ema is 1"):
+        replace(CONFIG, ema=1.0)

@@ -1,0 +1,82 @@
+"""Everything random in a run, as a function of (seed, role, update, sample) alone.
+
+No generator lives on between updates, so there is no random state to save: a run that goes on from
+a checkpoint, on as many processes as there are now, draws what the uninterrupted run would have. The
+exit step is a function of (seed, role, update), the same for all samples on all ranks, without a
+word between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from rf_core.config import SamplerConfig
+
+from .losses import matching_timesteps
+from .redmd import Noising, ReDMDConfig
+from .rollout import Draws
+
+Role = Literal["generator", "critic"]
+"""Whose update it is: each rolls out afresh."""
+
+
+def generator_of(*key: object) -> torch.Generator:
+    """A CPU generator named by its key."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def rollout_draws(
+    seed: int,
+    role: Role,
+    update: int,
+    samples: Sequence[int],
+    shape: tuple[int, ...],
+    sampler: SamplerConfig,
+) -> Draws:
+    """Draws of some samples of an update; `shape` is one sample's latents, [C, F, h, w]."""
+    steps = len(sampler.steps)
+    each = [
+        torch.randn((steps, *shape), generator=generator_of(seed, role, update, sample, "rollout"))
+        for sample in samples
+    ]
+    noise, *renoise = torch.stack(each, dim=1)
+    exits = generator_of(seed, role, update, "exit")
+    return Draws(
+        noise=noise,
+        renoise=torch.stack(renoise) if renoise else noise.new_empty((0, *noise.shape)),
+        exit_step=int(torch.randint(steps, (), generator=exits)),
+    )
+
+
+def noising_draws(
+    seed: int,
+    role: Role,
+    update: int,
+    samples: Sequence[int],
+    shape: tuple[int, ...],
+    config: ReDMDConfig,
+) -> Noising:
+    """Where those samples are judged."""
+    noises, timesteps = [], []
+    for sample in samples:
+        generator = generator_of(seed, role, update, sample, "noising")
+        noises.append(torch.randn(shape, generator=generator))
+        timesteps.append(matching_timesteps(1, config.shift, config.bounds, generator))
+    return Noising(noise=torch.stack(noises), timestep_B=torch.cat(timesteps))
+
+
+def prompt_numbers(
+    seed: int, role: Role, update: int, samples: Sequence[int], batch: int, num_prompts: int
+) -> list[int]:
+    """Which prompts those samples show: a new shuffle every time all have been seen."""
+    numbers = []
+    for sample in samples:
+        epoch, place = divmod(update * batch + sample, num_prompts)
+        order = torch.randperm(num_prompts, generator=generator_of(seed, role, epoch, "order"))
+        numbers.append(int(order[place]))
+    return numbers
