@@ -102,6 +102,10 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, dim, **factory))
 
+    def prompt_kv(self, text_BSC: Tensor) -> PromptKV:
+        """This layer's cross-attention keys and values of an embedded prompt."""
+        return PromptKV(*self.cross_attn.keys_values(text_BSC))
+
     def forward(
         self,
         x_BLC: Tensor,

@@ -75,7 +75,7 @@ class WanModel(nn.Module):
                 "use the text encoder it was trained with"
             )
         text = self.text_embedding(F.pad(prompt_embeds_BSD, (0, 0, 0, short)))
-        return tuple(PromptKV(*block.cross_attn.keys_values(text)) for block in self.blocks)  # type: ignore[operator, union-attr]
+        return tuple(block.prompt_kv(text) for block in self.blocks)  # type: ignore[operator]
 
     def forward(
         self,

@@ -1,9 +1,9 @@
 """Everything random in a run, as a function of (seed, role, update, sample) alone.
 
 No generator lives on between updates, so there is no random state to save: a run that goes on from
-a checkpoint, on as many processes as there are now, draws what the uninterrupted run would have. The
-exit step is a function of (seed, role, update), the same for all samples on all ranks, without a
-word between them.
+a checkpoint, on as many processes as there are now, draws what the uninterrupted run would have.
+The exit step is a function of (seed, role, update), the same for all samples on all ranks, without
+a word between them.
 """
 
 from __future__ import annotations

@@ -19,10 +19,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from rf_core.model import WanModel
 
+from .distributed import clip_gradients, my_samples, rank, shard, summed, world_size
 from .draws import Role, noising_draws, prompt_numbers, rollout_draws
 from .redmd import Prompts, ReDMDConfig, critic_update, generator_update
 
@@ -75,10 +81,6 @@ class RunConfig:
         frames, chunk = self.latents[1], self.redmd.cache.chunk_frames
         if frames % chunk:
             raise ValueError(f"latents have {frames} frames; give whole chunks of {chunk}")
-        if self.redmd.batch % self.micro_batch:
-            raise ValueError(
-                f"micro_batch {self.micro_batch} does not divide the batch of {self.redmd.batch}"
-            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
 
@@ -113,10 +115,12 @@ class Trainer:
     ) -> None:
         """`prompt_embeds` are all prompts, [N, S, D]; `uncond` is [1, S, D]."""
         self.config, self.judge = config, judge
-        self.student = student.requires_grad_(True)
-        self.critic = critic.requires_grad_(True)
-        self.teacher = teacher.requires_grad_(False)
-        self.average = deepcopy(student).requires_grad_(False)
+        device = prompt_embeds.device.type
+        self.average = shard(deepcopy(student).requires_grad_(False), device)
+        self.student = shard(student.requires_grad_(True), device)
+        self.critic = shard(critic.requires_grad_(True), device)
+        self.teacher = shard(teacher.requires_grad_(False), device)
+        self.micro_batches = my_samples(config.redmd.batch, config.micro_batch)
         self.prompt_embeds, self.uncond = prompt_embeds, uncond
         self.generator_optimiser = _adamw(self.student, config.generator)
         self.critic_optimiser = _adamw(self.critic, config.critic)
@@ -135,7 +139,10 @@ class Trainer:
         """Write everything to go on from; `folder` is complete once it exists."""
         unfinished = folder.with_name(f"{folder.name}.partial")
         dcp.save(self._state(), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
-        unfinished.rename(folder)
+        if rank() == 0:
+            unfinished.rename(folder)
+        if dist.is_initialized():
+            dist.barrier()
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` has written."""
@@ -150,11 +157,11 @@ class Trainer:
                 model_state_dict=state[name]["model"],
                 optim_state_dict=state[name]["optimiser"],
             )
-        self.average.load_state_dict(state["average"])
+        set_model_state_dict(self.average, state["average"])
         self.update = int(state["update"])
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"average": self.average.state_dict()}
+        state: dict[str, Any] = {"average": get_model_state_dict(self.average)}
         state["update"] = torch.tensor(self.update)
         for network, optimiser, name in self._trained():
             model, moments = get_state_dict(network, optimiser)
@@ -169,13 +176,14 @@ class Trainer:
 
     def _critic_step(self, number: int) -> float:
         total = 0.0
-        for samples in self._micro_batches():
+        for samples in self.micro_batches:
             _, prompts, draws, noising = self._batch("critic", number, samples)
             loss = critic_update(
                 self.student, self.critic, prompts, draws, noising, self.config.redmd
             )
-            loss.backward()
+            self._backward(loss)
             total += float(loss.detach())
+        total = summed(total)
         if not total < self.config.runaway:
             raise FloatingPointError(
                 f"the critic's loss is {total:.4g} at its update {number}; lower critic.rate"
@@ -185,7 +193,7 @@ class Trainer:
 
     def _generator_step(self, critic_loss: float) -> Report:
         total, scores, shares = 0.0, [], []
-        for samples in self._micro_batches():
+        for samples in self.micro_batches:
             numbers, prompts, draws, noising = self._batch("generator", self.update, samples)
             judge = self.judge and partial(self.judge, numbers=numbers)
             update = generator_update(
@@ -198,11 +206,12 @@ class Trainer:
                 self.config.redmd,
                 judge,
             )
-            update.loss.backward()
+            self._backward(update.loss)
             total += float(update.loss.detach())
             if update.weighed is not None:
                 scores.append(update.weighed.mean_score)
                 shares.append(update.weighed.effective_share)
+        total = summed(total)
         if not math.isfinite(total):
             raise FloatingPointError(f"the generator's loss is {total} at update {self.update}")
         norm = _descend(self.student, self.generator_optimiser, self.config.generator.clip_norm)
@@ -215,9 +224,8 @@ class Trainer:
             effective_share=_mean(shares),
         )
 
-    def _micro_batches(self) -> list[range]:
-        size = self.config.micro_batch
-        return [range(i, i + size) for i in range(0, self.config.redmd.batch, size)]
+    def _backward(self, loss: Tensor) -> None:
+        (loss * world_size()).backward()  # FSDP averages over processes; losses are shares of a sum
 
     def _batch(self, role: Role, update: int, samples: range) -> tuple[list[int], Any, Any, Any]:
         c = self.config
@@ -246,11 +254,11 @@ def _adamw(network: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
 
 
 def _descend(network: nn.Module, optimiser: torch.optim.Optimizer, clip_norm: float) -> float:
-    norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm, error_if_nonfinite=True)
+    norm = clip_gradients(network, clip_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm
 
 
 def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return summed(sum(values)) / world_size() / len(values) if values else None
