@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
-from rf_core.checkpoint import load_student
+from rf_core.checkpoint import load_student, read_checkpoint
 from rf_core.generate import DEMO
+from rf_core.lora import Lora
 from training.__main__ import main
 from training.config import changed
-from training.recipes import MiniatureConfig, distil
+from training.distil import distil
+from training.journal import read_journal
+from training.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
 
 SETTINGS = [
     "run.updates=2",
@@ -15,48 +21,163 @@ SETTINGS = [
     "run.redmd.batch=2",
     "run.micro_batch=2",
     "run.latents=[16, 6, 8, 8]",
-    "two_things=1",
-    "checkpoint_every=1",
+    "data.limit=3",
+    "output.checkpoint_every=1",
+    "output.validate_every=0",
+    "output.tensorboard=false",
 ]
+CPU = torch.device("cpu")
+
+
+def small(*more: str) -> DistilConfig:
+    return changed(miniature(), [*SETTINGS, *more])
+
+
+def weights_of(path):
+    return load_student(path, device="cpu", dtype=torch.float32)[0].state_dict()
 
 
 def test_the_miniature_is_distilled_to_a_student_that_streams(tmp_path, capsys):
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    assert main(["re_dmd", "--out", str(tmp_path / "run"), *settings]) == 0
-    printed = capsys.readouterr().out
-    assert '"beta": 2.0' in printed and "update 1" in printed and "effective_share" in printed
-    model, found = load_student(
-        tmp_path / "run" / "student.safetensors", device="cpu", dtype=torch.float32
-    )
+    out = tmp_path / "run"
+    validated = ["--set", "output.validate_every=2", "--set", "output.validation_chunks=2"]
+    assert main(["re_dmd", "--out", str(out), *settings, *validated]) == 0
+    printed = capsys.readouterr()
+    assert '"effective_share": 0.4' in printed.out and "student.safetensors" in printed.out
+    model, found = load_student(out / "student.safetensors", device="cpu", dtype=torch.float32)
     demo, _ = load_student(DEMO / "student.safetensors", device="cpu", dtype=torch.float32)
     assert found.causal and found.size == (64, 64)
     assert found.provenance["config"]["run"]["updates"] == 2
     change = model.blocks[0].ffn[0].weight.float() - demo.blocks[0].ffn[0].weight.float()
     assert 0 < change.abs().max() < 1e-3  # two small steps
+    lines = read_journal(out / "log.jsonl")
+    assert [line["update"] for line in lines] == [0, 1]
+    assert 0 < lines[0]["reward/effective_share"] <= 1 and lines[1]["validation/motion"] > 0
+    assert len(list((out / "validation" / "update_000002").glob("*.mp4"))) == 3
 
-
-def test_a_resumed_run_makes_the_same_student(tmp_path):
-    config = changed(MiniatureConfig(), [*SETTINGS, "reward=none"])
-    list(distil(config, DEMO, tmp_path / "whole", resume=False))
-    begun = distil(config, DEMO, tmp_path / "cut", resume=False)
-    next(begun)
-    assert next(begun).update == 1  # the first checkpoint is written between the two
-    begun.close()
-    assert [report.update for report in distil(config, DEMO, tmp_path / "cut", resume=True)] == [1]
-    whole, cut = (
-        load_student(tmp_path / name / "student.safetensors", device="cpu", dtype=torch.float32)[
-            0
-        ].state_dict()
-        for name in ("whole", "cut")
+    assert (
+        main(["export", str(out), str(tmp_path / "again.safetensors"), "--dtype", "float32"]) == 0
     )
+    again = weights_of(tmp_path / "again.safetensors")
+    assert all(torch.equal(weight, again[name]) for name, weight in model.state_dict().items())
+    assert read_checkpoint(tmp_path / "again.safetensors").cache == found.cache
+    assert main(["export", str(out), str(tmp_path / "x.safetensors"), "--update", "7"]) == 1
+    assert "holds no update 7; it has [1, 2]" in capsys.readouterr().err
+
+
+def test_a_resumed_run_makes_the_same_student_and_one_log(tmp_path):
+    config = small("reward.kind=none")
+    list(distil(config, tmp_path / "whole", CPU))
+    begun = distil(config, tmp_path / "cut", CPU)
+    next(begun)
+    begun.close()
+    # As after a kill in the second update: its line is there, its checkpoint is not.
+    with (tmp_path / "cut" / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"update": 1, "generator_loss": 9.0}) + '\n{"update"')
+    assert [r.update for r in distil(config, tmp_path / "cut", CPU, resume=True)] == [1]
+    whole, cut = (weights_of(tmp_path / name / "student.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    logs = [read_journal(tmp_path / name / "log.jsonl") for name in ("whole", "cut")]
+    for first, second in zip(*logs, strict=True):
+        assert first | {"seconds": 0} == second | {"seconds": 0}
 
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path):
-    config = changed(MiniatureConfig(), [*SETTINGS, "run.updates=1", "reward=none"])
-    list(distil(config, DEMO, tmp_path, resume=False))
+    config = small("run.updates=1", "reward.kind=none")
+    list(distil(config, tmp_path, CPU))
     with pytest.raises(ValueError, match="holds a run at update 1; --resume"):
-        next(distil(config, DEMO, tmp_path, resume=False))
-    other = changed(config, ["run.seed=1"])
+        next(distil(config, tmp_path, CPU))
     with pytest.raises(ValueError, match="begun with another config"):
-        next(distil(other, DEMO, tmp_path, resume=True))
+        next(distil(changed(config, ["run.seed=1"]), tmp_path, CPU, resume=True))
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    config = small("run.updates=3", "reward.kind=none", "output.keep=1")
+    list(distil(config, tmp_path, CPU))
+    assert [path.name for path in sorted(tmp_path.glob("update_*"))] == ["update_000003"]
+
+
+def test_a_long_run_is_supervised_by_windows_with_anchors(tmp_path):
+    config = small("run.updates=1", "run.latents=[16, 12, 8, 8]", "run.redmd.window_chunks=2")
+    (report,) = distil(config, tmp_path, CPU)
+    assert config.run.windows == 2 and report.generator_loss > 0
+    assert report.rewards is not None and len(report.rewards.weights) == 2
+
+
+def test_adapters_are_trained_alone_and_merge_to_what_they_streamed_as(tmp_path):
+    config = small("run.updates=2", 'student_lora={"rank": 4}', 'critic_lora={"rank": 4}')
+    list(distil(config, tmp_path, CPU))
+    demo = weights_of(DEMO / "student.safetensors")
+    by_engine, _ = load_student(
+        DEMO / "student.safetensors",
+        device="cpu",
+        dtype=torch.float32,
+        loras=[Lora(path=tmp_path / "lora.safetensors")],
+    )
+    out = tmp_path / "merged.safetensors"
+    assert main(["export", str(tmp_path), str(out), "--dtype", "float32"]) == 0
+    exported = weights_of(out)
+    changed_names = set()
+    for name, weight in by_engine.state_dict().items():
+        torch.testing.assert_close(weight, exported[name], atol=1e-6, rtol=1e-5)
+        if not torch.equal(weight, demo[name]):
+            changed_names.add(name.split(".", 2)[2])
+    assert "self_attn.q.weight" in changed_names and "ffn.2.weight" in changed_names
+    assert not any("norm" in name or "modulation" in name for name in changed_names)
+    alone = tmp_path / "alone.safetensors"
+    assert main(["export", str(tmp_path), str(alone), "--adapter"]) == 0
+    assert alone.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["files.student=nowhere.safetensors"], "files.student is nowhere.safetensors"),
+        (['data.prompts=["none.txt"]'], "data.prompts names none.txt"),
+        (["placement.dtype=bfloat16"], "start the run with `torchrun"),
+        (["output.wandb=x"], "wandb is not installed"),
+        (['student_lora={"targets": "nothing"}'], "match no layer"),
+        (["reward.score=beauty"], "tracker gives motion, caption"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_sentence(tmp_path, capsys, settings, said):
+    every = [part for s in [*SETTINGS, *settings] for part in ("--set", s)]
+    assert main(["re_dmd", "--out", str(tmp_path / "run"), *every]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+
+
+def test_presets_are_the_published_numbers_and_survive_json():
+    for preset in PRESETS.values():
+        assert changed(preset(), []) == preset()
+    published = wan()
+    assert published.run.latents == (16, 21, 60, 104) and published.run.updates == 600
+    assert published.run.generator.rate == 2e-6 and published.run.critic.rate == 4e-7
+    assert published.run.redmd.weights.beta == 2.0 and not published.run.redmd.weights.of_batch
+    with pytest.raises(ValueError, match=r"give reward\.path"):
+        changed(published, ["reward.path=null"])
+
+
+def test_sinks_are_three_caches():
+    caches = {
+        sink: with_sink(miniature(), sink).run.redmd.cache for sink in ("ema", "static", "none")
+    }
+    assert caches["ema"].decay == 0.999 and caches["static"].decay == 1.0
+    assert caches["none"].sink_frames == 0 and caches["none"].window_frames == 9
+
+
+def test_a_checkpoint_s_index_may_name_nothing_but_an_index(tmp_path):
+    import pickle
+
+    from training.checkpointing import load, read_part
+
+    list(distil(small("run.updates=1", "reward.kind=none"), tmp_path / "run", CPU))
+    folder = tmp_path / "run" / "update_000001"
+    assert read_part(folder, "average").keys() == weights_of(DEMO / "student.safetensors").keys()
+    with pytest.raises(ValueError, match="holds no nonsense"):
+        read_part(folder, "nonsense")
+    evil = tmp_path / "evil"
+    shutil.copytree(folder, evil)
+    (evil / ".metadata").write_bytes(pickle.dumps(print))
+    with pytest.raises(ValueError, match=r"index names builtins\.print, which is refused"):
+        load({}, evil)

@@ -10,16 +10,20 @@ import torch
 
 from rf_core.config import SamplerConfig
 from rf_core.scheduler import add_noise, flow_to_x0
+from training.draws import noising_draws
 from training.redmd import (
+    Networks,
     Noising,
     Prompts,
     ReDMDConfig,
-    critic_update,
-    draw_noising,
-    generator_update,
+    critic_losses,
+    generator_losses,
+    judged_latents,
+    num_windows,
 )
-from training.rewards import TrackerReward, WeightConfig, weigh
-from training.rollout import Draws, draw
+from training.rewards import WeightConfig, weigh
+from training.rollout import Draws, draw, roll_out
+from training.world.reward import TrackerReward
 from training.world.scenes import parse_caption, place_all, render
 
 CONFIG = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=2)
@@ -27,27 +31,46 @@ SHAPE = (2, tiny.CONFIG.in_dim, 15, 4, 6)  # five chunks: two evictions
 
 
 @pytest.fixture
-def networks():
+def networks() -> Networks:
     student, teacher, critic = (tiny.model(seed=seed) for seed in (0, 1, 2))
-    return student.requires_grad_(True), teacher, critic.requires_grad_(True)
+    return Networks(
+        student=student.requires_grad_(True), teacher=teacher, critic=critic.requires_grad_(True)
+    )
 
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(0)
+    return batch_of(SHAPE)
+
+
+def batch_of(shape, config: ReDMDConfig = CONFIG):
     prompts = Prompts(cond=tiny.prompt(batch=2), uncond=tiny.prompt(7))
-    draws = draw(SHAPE, CONFIG.sampler, generator)
-    return prompts, draws, draw_noising(draws.noise, CONFIG, generator)
+    draws = draw(shape, config.sampler, torch.Generator().manual_seed(0))
+    windows = num_windows(shape[2], config)
+    window = (shape[1], shape[2] // windows, *shape[3:])
+    noisings = [
+        noising_draws(0, "generator", 0, range(2), window, config, index)
+        for index in range(windows)
+    ]
+    return prompts, draws, noisings
 
 
 def sample(batch, b: int):
-    prompts, draws, noising = batch
+    prompts, draws, noisings = batch
     one = slice(b, b + 1)
     return (
         Prompts(cond=prompts.cond[one], uncond=prompts.uncond),
         Draws(noise=draws.noise[one], renoise=draws.renoise[:, one], exit_step=draws.exit_step),
-        Noising(noise=noising.noise[one], timestep_B=noising.timestep_B[one]),
+        [Noising(noise=n.noise[one], timestep_B=n.timestep_B[one]) for n in noisings],
     )
+
+
+def backward(losses) -> float:
+    total = 0.0
+    for loss in losses:
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 def gradients(model) -> list[torch.Tensor]:
@@ -60,15 +83,18 @@ def rewards(x0: torch.Tensor) -> torch.Tensor:
     return x0.flatten(1).mean(1)
 
 
+def published(x0: torch.Tensor, window: int) -> torch.Tensor:
+    return weigh(rewards(x0), WeightConfig()).weights
+
+
 def test_the_generator_s_gradient_is_the_weighed_direction_through_the_rollout(networks, batch):
-    student, teacher, critic = networks
-    prompts, _, noising = batch
-    update = generator_update(*networks, *batch, CONFIG, rewards)
-    update.loss.backward()
+    student, teacher, critic = networks.student, networks.teacher, networks.critic
+    prompts, draws, (noising,) = batch
+    backward(generator_losses(networks, *batch, CONFIG, published))
     found = gradients(student)
 
-    update = generator_update(*networks, *batch, CONFIG)
-    x0 = update.rollout.latents
+    (rollout,) = roll_out(student, prompts.cond, draws, CONFIG.sampler, CONFIG.cache)
+    x0 = rollout.latents
     at = noising.timestep_B[:, None].expand(-1, SHAPE[2])
     noisy = add_noise(x0.detach(), noising.noise, at)
 
@@ -92,44 +118,84 @@ def test_the_generator_s_gradient_is_the_weighed_direction_through_the_rollout(n
 
 
 def test_accumulated_micro_batches_equal_the_full_batch(networks, batch):
-    student, _, critic = networks
-    generator_update(*networks, *batch, CONFIG, rewards).loss.backward()
-    critic_update(student, critic, *batch, CONFIG).backward()
-    whole = gradients(student), gradients(critic)
-    for b in range(2):
-        generator_update(*networks, *sample(batch, b), CONFIG, rewards).loss.backward()
-        critic_update(student, critic, *sample(batch, b), CONFIG).backward()
-    for model, expected in zip((student, critic), whole, strict=True):
-        for first, second in zip(gradients(model), expected, strict=True):
+    for losses, model in (
+        (generator_losses, networks.student),
+        (critic_losses, networks.critic),
+    ):
+        backward(losses(networks, *batch, CONFIG, published))
+        whole = gradients(model)
+        for b in range(2):
+            backward(losses(networks, *sample(batch, b), CONFIG, published))
+        for first, second in zip(gradients(model), whole, strict=True):
             torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
 
 
 def test_each_loss_moves_its_own_network_alone(networks, batch):
-    student, teacher, critic = networks
-    generator_update(*networks, *batch, CONFIG, rewards).loss.backward()
-    assert gradients(student) and not gradients(critic) and not gradients(teacher)
-    critic_update(student, critic, *batch, CONFIG).backward()
-    assert gradients(critic) and not gradients(student)
+    backward(generator_losses(networks, *batch, CONFIG, published))
+    assert gradients(networks.student)
+    assert not gradients(networks.critic) and not gradients(networks.teacher)
+    backward(critic_losses(networks, *batch, CONFIG))
+    assert gradients(networks.critic) and not gradients(networks.student)
 
 
-def test_without_a_judge_it_is_plain_distribution_matching(networks, batch):
-    plain = generator_update(*networks, *batch, CONFIG)
-    nought = replace(CONFIG, weights=WeightConfig(beta=0.0))
-    assert plain.weighed is None
-    assert torch.equal(plain.loss, generator_update(*networks, *batch, nought, rewards).loss)
+def test_a_weigher_of_ones_is_plain_distribution_matching(networks, batch):
+    def ones(x0, window):
+        return torch.ones(len(x0))
+
+    plain = backward(generator_losses(networks, *batch, CONFIG))
+    assert plain == backward(generator_losses(networks, *batch, CONFIG, ones))
+    assert plain != backward(generator_losses(networks, *batch, CONFIG, published))
 
 
 def test_a_critic_learns_what_a_fixed_student_makes(networks, batch):
-    student, _, critic = networks
-    optimiser = torch.optim.Adam(critic.parameters(), lr=2e-3)
+    optimiser = torch.optim.Adam(networks.critic.parameters(), lr=2e-3)
     losses = []
     for _ in range(12):
-        loss = critic_update(student, critic, *batch, CONFIG)
         optimiser.zero_grad()
-        loss.backward()
+        losses.append(backward(critic_losses(networks, *batch, CONFIG)))
         optimiser.step()
-        losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
+
+
+LONG = replace(CONFIG, window_chunks=2)
+
+
+def test_a_long_rollout_is_judged_window_by_window_as_shorter_clips(networks):
+    """The losses of windows are those of clips that begin where the windows do."""
+    prompts, draws, noisings = batch_of((2, tiny.CONFIG.in_dim, 18, 4, 6), LONG)
+    assert len(noisings) == 3
+    losses = [
+        float(loss.detach()) for loss in critic_losses(networks, prompts, draws, noisings, LONG)
+    ]
+    made = roll_out(
+        networks.student, prompts.cond, draws, LONG.sampler, LONG.cache, supervised=False
+    )
+    (rollout,) = made
+    for index, noising in enumerate(noisings):
+        x0 = rollout.latents[:, :, 6 * index : 6 * index + 6]
+        noisy, at = noising.apply(x0)
+        flow = networks.predict_flow(networks.critic, noisy, at, prompts.cond)
+        expected = (flow - (noising.noise - x0)).square().flatten(1).mean(1).sum() / (2 * 3)
+        assert losses[index] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_first_frame_of_a_later_window_is_an_anchor_that_is_not_supervised(networks):
+    seen = []
+
+    def anchor(frames):
+        seen.append(frames)
+        return torch.full_like(frames[:, :, -1:], 7.0)
+
+    batch = batch_of((2, tiny.CONFIG.in_dim, 12, 4, 6), LONG)
+    anchored = replace(networks, anchor=anchor)
+    first, second = judged_latents(anchored, *batch[:2], LONG)
+    plain = list(judged_latents(networks, *batch[:2], LONG))
+    assert torch.equal(first, plain[0]) and torch.equal(second[:, :, 1:], plain[1][:, :, 1:])
+    assert (second[:, :, 0] == 7).all()
+    torch.testing.assert_close(seen[0], torch.cat([plain[0][:, :, -3:], plain[1][:, :, :1]], 2))
+
+    backward(generator_losses(anchored, *batch, LONG))
+    assert all(g.isfinite().all() for g in gradients(networks.student))
 
 
 def test_weights_are_published_unless_asked_otherwise():
@@ -166,3 +232,35 @@ def test_impossible_settings_and_scores_are_refused():
         ReDMDConfig(bounds=(900.0, 20.0))
     with pytest.raises(ValueError, match="finite"):
         weigh(torch.tensor([0.0, math.nan]), WeightConfig())
+    with pytest.raises(ValueError, match=r"effective_share is 1\.5"):
+        WeightConfig(effective_share=1.5)
+    with pytest.raises(ValueError, match=r"whole groups of weights\.best_of 3"):
+        ReDMDConfig(weights=WeightConfig(best_of=3))
+    with pytest.raises(ValueError, match="27 frames; give whole chunks of 3, at most 7"):
+        num_windows(27, ReDMDConfig())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_beta_is_found_for_an_effective_share_of_the_batch(sign):
+    scores = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    for share in (0.3, 0.5, 0.9):
+        found = weigh(scores, WeightConfig(effective_share=share, mean_one=True), sign)
+        assert found.effective_share == pytest.approx(share, abs=1e-3)
+        assert found.weights.mean() == pytest.approx(1.0)
+        assert found.weights.argmax() == (sign * scores).argmax()
+    alike = weigh(torch.ones(4), WeightConfig(effective_share=0.5))
+    assert alike.effective_share == 1.0
+
+
+def test_only_the_best_of_each_group_counts_and_for_all_of_it():
+    scores = torch.tensor([0.0, 2.0, 5.0, 4.0])
+    config = WeightConfig(best_of=2)
+    assert weigh(scores, config).weights.tolist() == [0.0, 2.0, 2.0, 0.0]
+    assert weigh(scores, config, -1).weights.tolist() == [2.0, 0.0, 0.0, 2.0]
+
+
+def test_shuffled_weights_are_the_same_weights_of_other_samples():
+    scores = torch.tensor([0.0, 1.0, 2.0])
+    plain, control = (weigh(scores, WeightConfig(shuffled=s)).weights for s in (False, True))
+    assert torch.equal(plain.sort().values, control.sort().values)
+    assert not torch.equal(plain, control)

@@ -33,7 +33,9 @@ def trainable(seed: int = 0) -> WanModel:
 
 def rolled(model: WanModel, draws: Draws, cache: CacheConfig, **options: object) -> Rollout:
     batch = draws.noise.shape[0]
-    return roll_out(model, tiny.prompt().expand(batch, -1, -1), draws, SAMPLER, cache, **options)
+    prompt = tiny.prompt().expand(batch, -1, -1)
+    (rollout,) = roll_out(model, prompt, draws, SAMPLER, cache, **options)
+    return rollout
 
 
 def gradients(model: WanModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -74,15 +76,16 @@ def test_the_gradient_is_that_of_each_exit_pass_with_its_past_held_fixed(exit_st
     loss = loss_of(rolled(model, draws, cache).latents)
     whole = gradients(model, loss)
     parts: dict[str, torch.Tensor] = {}
-    for chunk in range(CHUNKS):  # the last chunk alone, of rollouts that end there
+    for chunk in range(CHUNKS):  # the last chunk's part alone, of rollouts that end there
         shorter = Draws(
             noise=draws.noise[:, :, : 3 * (chunk + 1)],
             renoise=draws.renoise[:, :, :, : 3 * (chunk + 1)],
             exit_step=exit_step,
         )
-        latents = rolled(model, shorter, cache, supervised_chunks=1).latents
+        latents = rolled(model, shorter, cache).latents
+        held = torch.cat([latents[:, :, :-3].detach(), latents[:, :, -3:]], dim=2)
         padding = latents.new_zeros(1, tiny.CONFIG.in_dim, 3 * CHUNKS, *SIZE)
-        padding[:, :, 3 * chunk : 3 * chunk + 3] = latents[:, :, -3:]
+        padding[:, :, : held.shape[2]] = held
         for name, gradient in gradients(model, loss_of(padding)).items():
             parts[name] = parts.get(name, 0) + gradient
     assert parts.keys() == whole.keys()
@@ -105,18 +108,34 @@ def test_recomputing_the_blocks_changes_no_gradient_across_evictions():
         assert torch.equal(first[name], second[name]), name
 
 
-def test_only_the_supervised_chunks_carry_gradient():
+@pytest.mark.parametrize("window_chunks", [1, 2, 3])
+def test_windows_are_the_same_rollout_with_the_gradient_a_window_at_a_time(window_chunks):
     model, cache, draws = trainable(), tiny.window(9, 3), draws_of([5], 1)
     whole = rolled(model, draws, cache)
-    result = rolled(model, draws, cache, supervised_chunks=2)
-    assert torch.equal(result.latents, whole.latents)
-    assert result.supervised == slice(12, 18)
-    mask = torch.zeros_like(whole.latents)
-    mask[:, :, result.supervised] = 1
-    expected = gradients(model, loss_of(whole.latents * mask))
-    for name, gradient in gradients(model, loss_of(result.latents)).items():
-        torch.testing.assert_close(gradient, expected[name])
-    assert not rolled(model, draws, cache, supervised_chunks=0).latents.requires_grad
+    weights = torch.randn(whole.latents.shape[1:], generator=torch.Generator().manual_seed(9))
+    expected = gradients(model, loss_of(whole.latents))
+    model.zero_grad()
+    made, start = [], 0
+    for window in roll_out(
+        model, tiny.prompt(), draws, SAMPLER, cache, window_chunks=window_chunks
+    ):
+        stop = start + window.latents.shape[2]
+        (window.latents * weights[:, start:stop]).sum().backward()
+        past = torch.cat(made, dim=2)[:, :, -3:] if made else window.past
+        assert torch.equal(window.past, past) and past.shape[2] == (3 if made else 0)
+        made.append(window.latents.detach())
+        start = stop
+    assert torch.equal(torch.cat(made, dim=2), whole.latents)
+    assert window.num_evictions == whole.num_evictions == 3
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_rollout_that_is_not_supervised_is_the_same_without_gradient():
+    model, cache, draws = trainable(), tiny.window(9, 3), draws_of([5], 1)
+    still = rolled(model, draws, cache, supervised=False).latents
+    assert not still.requires_grad
+    torch.testing.assert_close(still, rolled(model, draws, cache).latents)
 
 
 def test_a_batch_is_the_sum_of_its_samples():
@@ -139,5 +158,5 @@ def test_draws_are_a_function_of_their_generator_and_exit_anywhere():
 
 def test_noise_that_is_not_whole_chunks_is_refused():
     draws = draw((1, 4, 7, *SIZE), SAMPLER)
-    with pytest.raises(ValueError, match="7 latent frames is not whole chunks of 3"):
+    with pytest.raises(ValueError, match="7 latent frames is not whole windows"):
         rolled(trainable(), draws, tiny.window(9, 3))

@@ -11,8 +11,10 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rf_core.config import SamplerConfig
+from training.data import MemoryEmbeds
+from training.distributed import shard
 from training.draws import noising_draws, prompt_numbers, rollout_draws
-from training.redmd import ReDMDConfig
+from training.redmd import Networks, ReDMDConfig
 from training.trainer import OptimiserConfig, RunConfig, Trainer
 
 REDMD = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=4)
@@ -31,13 +33,16 @@ CONFIG = RunConfig(
 
 def trainer(config: RunConfig = CONFIG, judge=None) -> Trainer:
     student, teacher, critic = (tiny.model(seed=seed) for seed in (0, 1, 1))
-    prompts = tiny.prompt(batch=6)
-    return Trainer(config, student, teacher, critic, prompts, tiny.prompt(9), judge)
+    for network in (student.requires_grad_(True), teacher, critic.requires_grad_(True)):
+        shard(network, "cpu")
+    networks = Networks(student=student, teacher=teacher, critic=critic)
+    return Trainer(config, networks, MemoryEmbeds(tiny.prompt(batch=6)), tiny.prompt(9), judge)
 
 
 def weights(run: Trainer) -> list[torch.Tensor]:
-    networks = (run.student, run.critic, run.average)
-    return [p.detach().clone() for network in networks for p in network.parameters()]
+    networks = (run.networks.student, run.networks.critic)
+    trained = [p.detach().clone() for network in networks for p in network.parameters()]
+    return [*trained, *(t.clone() for t in run.average.tensors.values())]
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
@@ -77,11 +82,11 @@ def test_micro_batches_change_nothing_but_rounding():
 def test_the_average_is_the_student_until_averaging_begins_and_then_follows_it():
     run = trainer()
     run.step()
-    assert all(map(torch.equal, run.average.parameters(), run.student.parameters()))
-    before = [p.clone() for p in run.average.parameters()]
+    assert all(map(torch.equal, run.average.tensors.values(), run.networks.student.parameters()))
+    before = [p.clone() for p in run.average.tensors.values()]
     run.step()
     for old, average, current in zip(
-        before, run.average.parameters(), run.student.parameters(), strict=True
+        before, run.average.tensors.values(), run.networks.student.parameters(), strict=True
     ):
         torch.testing.assert_close(average, 0.5 * old + 0.5 * current)
 
@@ -96,8 +101,8 @@ def test_rewards_reach_the_log_and_see_their_prompts():
     report = trainer(judge=judge).step()
     expected = prompt_numbers(0, "generator", 0, range(4), 4, 6)
     assert [n for numbers in seen for n in numbers] == expected
-    assert report.mean_score == pytest.approx(sum(expected) / 40)
-    assert 0 < report.effective_share < 1
+    assert report.rewards.mean_score == pytest.approx(sum(expected) / 40)
+    assert 0 < report.rewards.effective_share < 1
 
 
 def test_a_runaway_critic_and_a_nan_stop_the_run():
@@ -105,12 +110,12 @@ def test_a_runaway_critic_and_a_nan_stop_the_run():
         trainer(replace(CONFIG, runaway=1e-6)).step()
     run = trainer()
     with torch.no_grad():
-        run.teacher.head.head.bias.fill_(torch.nan)
+        run.networks.teacher.head.head.bias.fill_(torch.nan)
     before = weights(run)[0]
     run.step()  # a teacher that says nothing gives no direction, as published
     assert torch.isfinite(before).all() and all(w.isfinite().all() for w in weights(run))
     with torch.no_grad():
-        run.student.head.head.bias.fill_(torch.nan)
+        run.networks.student.head.head.bias.fill_(torch.nan)
     with pytest.raises(FloatingPointError):
         run.step()
 
@@ -127,7 +132,9 @@ def run_rank(rank: int, world: int, folder: Path, go_on: bool) -> None:
     reports = [run.step() for _ in range(2)]
     if not go_on:
         run.save(folder / "at2")
-    whole = get_model_state_dict(run.student, options=StateDictOptions(full_state_dict=True))
+    whole = get_model_state_dict(
+        run.networks.student, options=StateDictOptions(full_state_dict=True)
+    )
     if rank == 0:
         torch.save((reports, whole), folder / f"result{go_on}.pt")
     dist.destroy_process_group()
@@ -148,8 +155,8 @@ def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
     alone.step(), alone.step()
     mp.spawn(run_rank, (4, tmp_path, True), nprocs=4)
     _, four = torch.load(tmp_path / "resultTrue.pt", weights_only=False)
-    for name, weight in one.student.state_dict().items():
-        for other in (alone.student.state_dict()[name], four[name]):
+    for name, weight in one.networks.student.state_dict().items():
+        for other in (alone.networks.student.state_dict()[name], four[name]):
             torch.testing.assert_close(other, weight, atol=3e-4, rtol=1e-2)
 
 

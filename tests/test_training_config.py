@@ -33,7 +33,7 @@ def test_a_config_survives_json():
     config = ReDMDConfig(
         weights=WeightConfig(beta=0.5, baseline="batch", limit=2.0),
         cache=CacheConfig(decay=0.9, accumulator="float32"),
-        supervised_chunks=None,
+        window_chunks=3,
     )
     assert from_json(ReDMDConfig, to_json(config)) == config
     outer = Outer(name="x", limit=3, steps=(4,), where=Path("here"), fast=True)

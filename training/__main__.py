@@ -1,4 +1,7 @@
-"""The trainer's command line: `python -m training re_dmd | verify`."""
+"""The trainer's command line: recipes, and what is done with what they make.
+
+Run by `torchrun`, a recipe takes every process it is given; by `python`, one.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from rf_core.attention import check_device
-from rf_core.generate import DEMO
 from rf_core.verify import Backend, Comparison, verify_folder
 
-from .config import changed, to_json
-from .recipes import MiniatureConfig, distil
+from .config import changed, from_json, to_json
+from .distil import CONFIG, check_files, checkpoints, distil, made, provenance
+from .distributed import processes, rank
+from .export import export
+from .journal import numbers_of
+from .recipes import PRESETS, DistilConfig, with_sink
+from .trainer import Report
 from .verify import KINDS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,19 +51,63 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_redmd(args: argparse.Namespace) -> int:
-    """Distil the miniature world's student."""
-    config = changed(MiniatureConfig(), args.set)
-    print(to_json(config), flush=True)
-    for report in distil(config, args.world, args.out, args.resume):
-        print(
-            ", ".join(f"{name} {_told(value)}" for name, value in vars(report).items()), flush=True
-        )
-    print(f"{args.out}: the averaged student is student.safetensors")
+    """Distil a student."""
+    config = _config(args)
+    with processes(args.device) as device:
+        first = rank() == 0
+        if first:
+            print(to_json(config), flush=True)
+        with tqdm(total=config.run.updates, unit="update", disable=not first) as bar:
+            for report in distil(config, args.out, device, resume=args.resume):
+                bar.update(report.update + 1 - bar.n)
+                bar.write(_line(report))
+    if first:
+        print(f"{args.out}: the averaged weights are in {', '.join(made(args.out))}")
     return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Write a checkpoint of a run as a student's file."""
+    config = from_json(DistilConfig, (args.run / CONFIG).read_text(encoding="utf-8"))
+    found = dict(checkpoints(args.run))
+    if not found:
+        raise ValueError(f"{args.run} holds no checkpoint")
+    update = args.update if args.update is not None else max(found)
+    if update not in found:
+        raise ValueError(f"{args.run} holds no update {update}; it has {sorted(found)}")
+    export(
+        config,
+        check_files(config)["student"],
+        found[update],
+        args.out,
+        weights=args.weights,
+        dtype=DTYPES[args.dtype],
+        adapter=args.adapter,
+        note=provenance(config, update),
+    )
+    print(args.out)
+    return 0
+
+
+def _config(args: argparse.Namespace) -> DistilConfig:
+    if args.config is not None:
+        config = from_json(DistilConfig, args.config.read_text(encoding="utf-8"))
+    else:
+        config = PRESETS[args.preset]()
+    config = changed(config, args.set)
+    return with_sink(config, args.sink) if args.sink else config
+
+
+def _line(report: Report) -> str:
+    return ", ".join(f"{name} {_told(value)}" for name, value in numbers_of(report).items())
 
 
 def _told(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,14 +118,23 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path, help="folder of golden safetensors files")
     verify.add_argument("--device", default="cpu")
     verify.add_argument("--dtype", choices=DTYPES, default="float32")
-    redmd = commands.add_parser("re_dmd", help="distil the miniature world's student")
+    redmd = commands.add_parser("re_dmd", help="distil a student")
     redmd.set_defaults(command=run_redmd)
-    redmd.add_argument("--out", type=Path, required=True, help="where checkpoints go")
-    redmd.add_argument(
-        "--world", type=Path, default=DEMO, help="folder of the networks to begin with"
-    )
+    redmd.add_argument("--out", type=Path, required=True, help="the run's folder")
+    redmd.add_argument("--preset", choices=PRESETS, default="miniature", help="where to begin")
+    redmd.add_argument("--config", type=Path, help="a config.json, in place of a preset")
     redmd.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    redmd.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
     redmd.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    redmd.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+    export = commands.add_parser("export", help="write a run's checkpoint as a student")
+    export.set_defaults(command=run_export)
+    export.add_argument("run", type=Path, help="folder of a re_dmd run")
+    export.add_argument("out", type=Path, help="the .safetensors to write")
+    export.add_argument("--update", type=int, help="which checkpoint (default: the newest)")
+    export.add_argument("--weights", choices=("average", "student"), default="average")
+    export.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    export.add_argument("--adapter", action="store_true", help="the LoRA alone, not merged")
     return parser
 
 

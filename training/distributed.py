@@ -6,11 +6,22 @@ second way in, `prompt_kv`, gathers them as its forward does.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from rf_core.model import WanModel
 
@@ -25,17 +36,62 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def shard(network: WanModel, device: str) -> WanModel:
-    """Shard a network's parameters over all processes, in place; `device` is its kind."""
+@contextmanager
+def processes(device: str) -> Iterator[torch.device]:
+    """The process group that `torchrun` asks for, if it does; gives this process' device.
+
+    `device` is a kind, cpu or cuda. Without torchrun there is a single process and no group.
+    """
+    if "RANK" not in os.environ:
+        yield torch.device(device)
+        return
+    place = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else device
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        yield torch.device(place)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(
+    network: WanModel,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+    reshard_blocks: bool = True,
+) -> WanModel:
+    """Shard a network's parameters over all processes, in place; `device` is its kind.
+
+    Blocks compute in `dtype` and sum gradients in float32. With `offload`, shards wait in host
+    memory; without `reshard_blocks`, gathered blocks are kept until the backward pass.
+    """
     if not dist.is_initialized():
         return network
-    mesh = init_device_mesh(device, (world_size(),))
+    # Inputs are cast by whoever calls: timesteps and positions must stay in float32.
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    options = {
+        "mesh": init_device_mesh(device, (world_size(),)),
+        "mp_policy": precision,
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
     for block in network.blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, reshard_after_forward=reshard_blocks, **options)
         register_fsdp_forward_method(block, "prompt_kv")
-    fully_shard(network, mesh=mesh)
+    fully_shard(network, **options)
     register_fsdp_forward_method(network, "prompt_context")
     return network
+
+
+def shard_modules(network: nn.Module, parts: Iterable[nn.Module], device: str) -> None:
+    """Shard any frozen network, part by part, in place, in the dtype it has."""
+    mesh = init_device_mesh(device, (world_size(),))
+    for part in parts:
+        fully_shard(part, mesh=mesh)
+    fully_shard(network, mesh=mesh)
 
 
 def my_samples(batch: int, micro_batch: int) -> list[range]:
@@ -61,6 +117,28 @@ def summed(value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     return float(total)
+
+
+def gathered(values: Tensor) -> Tensor:
+    """Every process' values [n, ...] one after the other, in order of rank."""
+    if not dist.is_initialized():
+        return values
+    every = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(every, values.contiguous())
+    return torch.cat(every)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def reshard(network: nn.Module) -> None:
+    """Forget gathered weights, after those they were gathered from have changed."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def clip_gradients(network: nn.Module, largest: float) -> float:

@@ -60,23 +60,33 @@ def noising_draws(
     samples: Sequence[int],
     shape: tuple[int, ...],
     config: ReDMDConfig,
+    window: int = 0,
 ) -> Noising:
-    """Where those samples are judged."""
+    """Where a window of those samples is judged; `shape` is the window's, [C, F, h, w]."""
     noises, timesteps = [], []
     for sample in samples:
-        generator = generator_of(seed, role, update, sample, "noising")
+        generator = generator_of(seed, role, update, sample, "noising", window)
         noises.append(torch.randn(shape, generator=generator))
         timesteps.append(matching_timesteps(1, config.shift, config.bounds, generator))
     return Noising(noise=torch.stack(noises), timestep_B=torch.cat(timesteps))
 
 
 def prompt_numbers(
-    seed: int, role: Role, update: int, samples: Sequence[int], batch: int, num_prompts: int
+    seed: int,
+    role: Role,
+    update: int,
+    samples: Sequence[int],
+    batch: int,
+    num_prompts: int,
+    copies: int = 1,
 ) -> list[int]:
-    """Which prompts those samples show: a new shuffle every time all have been seen."""
+    """Which prompts those samples show: a new shuffle every time all have been seen.
+
+    Each prompt is shown by `copies` neighbouring samples.
+    """
     numbers = []
     for sample in samples:
-        epoch, place = divmod(update * batch + sample, num_prompts)
+        epoch, place = divmod((update * batch + sample) // copies, num_prompts)
         order = torch.randperm(num_prompts, generator=generator_of(seed, role, epoch, "order"))
         numbers.append(int(order[place]))
     return numbers

@@ -1,140 +1,151 @@
-"""Recipes: whole runs by name, each a function that gives its full config and one that opens it.
+"""Recipes: whole runs by name, each a function that gives its full config.
 
-The miniature distils the bundled demo: its teacher and student, its captions, its exact tracker as
-the reward. Everything is what a large run uses but the sizes.
+`miniature` distils the bundled demo: its teacher and student, its captions, its exact tracker as
+the reward. `wan` is the published run. Both are one code; only numbers and files differ.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
-import torch
-from torch import Tensor
+from rf_core.config import WAN_SIZE, CacheConfig
+from rf_core.stream import latent_size
 
-from rf_core.checkpoint import write_checkpoint
-
-from .config import from_json, to_json
+from .data import DataConfig
+from .lora import LoRAConfig
+from .networks import PlacementConfig
 from .redmd import ReDMDConfig
-from .rewards import TrackerReward, WeightConfig
-from .trainer import Judge, OptimiserConfig, Report, RunConfig, Trainer
-from .world.clips import captions, decode_latents, scene_of
-from .world.scenes import SIZE, all_captions
-from .world.stages import Files, file_hash, open_encoder, open_network, open_vae
+from .rewards import WeightConfig
+from .trainer import OptimiserConfig, RunConfig
 
-_CONFIG, _STUDENT = "config.json", "student.safetensors"
+Sink = Literal["ema", "static", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniatureConfig:
-    """A distillation of the miniature world's student."""
+class FilesConfig:
+    """What a run begins with; None takes the bundled demo's."""
 
-    run: RunConfig = field(
-        default_factory=lambda: RunConfig(
+    student: Path | None = None
+    """The student, best from `ode_init`."""
+    teacher: Path | None = None
+    """The bidirectional network whose distribution is matched."""
+    critic: Path | None = None
+    """What the critic begins as; None for the teacher's file."""
+    vae: Path | None = None
+    """Wan VAE or TAEHV, for rewards, anchors and validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What weighs samples."""
+
+    kind: Literal["none", "tracker", "flow", "videoalign"] = "none"
+    """`none` is plain distribution matching; `tracker` knows the miniature world alone."""
+    score: str = "motion"
+    """Which of the reward's scores counts: tracker motion, caption; flow motion, mean_motion;
+    videoalign MQ, VQ, TA, Overall."""
+    path: Path | None = None
+    """Folder of a converted VideoAlign."""
+    published_frames: bool = False
+    """Whether VideoAlign is shown frames as the published trainer does, every frame and scaled
+    wrongly, rather than as it was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run leaves behind, and how often."""
+
+    checkpoint_every: int = 50
+    """Updates between checkpoints."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+    validate_every: int = 50
+    """Updates between validation videos of the averaged student; 0 for none."""
+    validation_prompts: int = 4
+    """How many of the first prompts are shown."""
+    validation_chunks: int = 14
+    """Their length, in chunks."""
+    tensorboard: bool = True
+    """Whether TensorBoard's files are written, where it is installed."""
+    wandb: str | None = None
+    """Project of Weights & Biases; None for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig:
+    """A whole distillation."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Sizes, rates and counts."""
+    files: FilesConfig = field(default_factory=FilesConfig)
+    """Weights to begin with."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts and their encoder."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The judge."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """How networks are held."""
+    student_lora: LoRAConfig | None = None
+    """Where given, the student is trained as an adapter."""
+    critic_lora: LoRAConfig | None = None
+    """The same for the critic."""
+    anchor: bool = True
+    """Whether a later window's first frame is encoded anew from its image, so that teacher and
+    critic see a clip that begins as their clips do."""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    """Checkpoints, logs, videos."""
+
+    def __post_init__(self) -> None:
+        if self.reward.kind == "videoalign" and self.reward.path is None:
+            raise ValueError("reward.kind is videoalign; give reward.path, a converted folder")
+
+
+def miniature() -> DistilConfig:
+    """The bundled demo's student, in minutes on a laptop."""
+    return DistilConfig(
+        run=RunConfig(
             redmd=ReDMDConfig(
-                batch=8,
-                supervised_chunks=None,
-                weights=WeightConfig(baseline="batch", unit="batch", mean_one=True),
+                cache=CacheConfig(accumulator="float32"),
+                weights=WeightConfig(effective_share=0.4, mean_one=True),
             ),
             generator=OptimiserConfig(rate=2e-5),
             critic=OptimiserConfig(rate=4e-5),
-            latents=(16, 15, SIZE // 8, SIZE // 8),
+            latents=(16, 15, 8, 8),  # the window evicts twice
             updates=80,
             micro_batch=8,
             ema_from=20,
-        )
+        ),
+        reward=RewardConfig(kind="tracker"),
+        output=OutputConfig(checkpoint_every=20, validate_every=40, validation_chunks=7),
     )
-    """The run; the window evicts twice in 15 latent frames."""
-    reward: Literal["none", "motion", "caption"] = "motion"
-    """The tracker's score that weighs samples; none is plain distribution matching."""
-    two_things: int = 64
-    """Captions of two things beside all 216 of one."""
-    checkpoint_every: int = 20
-    """Updates between checkpoints."""
 
 
-def distil(config: MiniatureConfig, world: Path, out: Path, resume: bool) -> Iterator[Report]:
-    """Run it, yielding a report an update; checkpoints, config and the student go to `out`.
+def wan() -> DistilConfig:
+    """The published run (arXiv 2512.04678); `files` are still to be given.
 
-    `world` holds vae, text_encoder, teacher and student. ValueError where `out` holds another run.
+    Total batch 64 and 600 updates are the paper's; a run on fewer cards accumulates.
     """
-    files = Files(world)
-    trainer = _open(config, files)
-    saved = _checkpoints(out)
-    if saved and not resume:
-        raise ValueError(f"{out} holds a run at update {saved[-1][0]}; --resume it, or choose anew")
-    out.mkdir(parents=True, exist_ok=True)
-    if saved:
-        before = from_json(MiniatureConfig, (out / _CONFIG).read_text(encoding="utf-8"))
-        if before != config:
-            raise ValueError(f"{out} was begun with another config; see {out / _CONFIG}")
-        trainer.load(saved[-1][1])
-    (out / _CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
-    clock = time.monotonic()
-    while trainer.update < config.run.updates:
-        yield trainer.step()
-        if trainer.update % config.checkpoint_every == 0 or trainer.update == config.run.updates:
-            trainer.save(out / f"update_{trainer.update:06}")
-            _write_student(config, files, trainer, out / _STUDENT, time.monotonic() - clock)
-
-
-def _open(config: MiniatureConfig, files: Files) -> Trainer:
-    encoder = open_encoder(files)
-    doubles = (captions([scene_of(5, index)])[0] for index in range(100 * config.two_things))
-    two = [text for text in doubles if " and " in text][: config.two_things]
-    prompts = [*all_captions(), *two]
-    teacher = open_network(files.teacher)
-    return Trainer(
-        config.run,
-        open_network(files.student),
-        teacher,
-        deepcopy(teacher),
-        torch.cat([encoder.encode([text]) for text in prompts]),
-        encoder.encode([""]),
-        _judge(config, files, prompts),
+    height, width = latent_size(*WAN_SIZE, (1, 2, 2))
+    return DistilConfig(
+        run=RunConfig(redmd=ReDMDConfig(batch=64), latents=(16, 21, height, width)),
+        reward=RewardConfig(kind="videoalign", score="MQ", path=Path("videoalign")),
+        placement=PlacementConfig(dtype="bfloat16", checkpointing=True),
+        data=DataConfig(text_encoder="google/umt5-xxl"),
     )
 
 
-def _judge(config: MiniatureConfig, files: Files, prompts: list[str]) -> Judge | None:
-    if config.reward == "none":
-        return None
-    vae, reward = open_vae(files), TrackerReward()
-
-    def judge(x0: Tensor, numbers: list[int]) -> Tensor:
-        videos = decode_latents(vae, x0)
-        return reward(videos, [prompts[number] for number in numbers])[config.reward]
-
-    return judge
+PRESETS: Mapping[str, Callable[[], DistilConfig]] = MappingProxyType(
+    {"miniature": miniature, "wan": wan}
+)
 
 
-def _checkpoints(out: Path) -> list[tuple[int, Path]]:
-    found = [path for path in out.glob("update_*") if path.suffix != ".partial"]
-    return sorted((int(path.name.removeprefix("update_")), path) for path in found)
-
-
-def _write_student(
-    config: MiniatureConfig, files: Files, trainer: Trainer, path: Path, seconds: float
-) -> None:
-    note = {
-        "command": "python -m training re_dmd",
-        "config": json.loads(to_json(config)),
-        "updates": trainer.update,
-        "minutes_since_start_or_resume": round(seconds / 60, 2),
-        "made_from": {each.name: file_hash(each) for each in (files.teacher, files.student)},
-    }
-    tensors = {name: tensor.detach() for name, tensor in trainer.average.state_dict().items()}
-    redmd = config.run.redmd
-    write_checkpoint(
-        path,
-        tensors,
-        trainer.average.config,
-        redmd.cache,
-        redmd.sampler,
-        size=(SIZE, SIZE),
-        provenance=note,
-    )
+def with_sink(config: DistilConfig, sink: Sink) -> DistilConfig:
+    """The same run with another sink: fed by the moving average, left as it was, or none."""
+    cache = config.run.redmd.cache
+    changes = {"ema": {}, "static": {"decay": 1.0}, "none": {"sink_frames": 0}}[sink]
+    redmd = replace(config.run.redmd, cache=replace(cache, **changes))
+    return replace(config, run=replace(config.run, redmd=redmd))

@@ -1,14 +1,17 @@
-"""One update of Re-DMD: the generator's loss on a rollout, and the critic's.
+"""One update of Re-DMD: the generator's losses on a rollout, and the critic's.
 
-The teacher and the critic are bidirectional networks that see the whole rollout; both judge it at
-one noised point a sample. Losses are sums over samples divided by `config.batch`, whatever the size
-of a micro-batch: gradients accumulated over micro-batches are those of the full batch.
+The teacher and the critic are bidirectional networks that see a window of the rollout; both judge
+it at one noised point a sample. A rollout of many windows is supervised a window at a time, as
+LongLive does (arXiv 2509.22622), so that cache and sink are trained as they are used. Losses are
+sums over samples divided by `config.batch`, whatever the size of a micro-batch: gradients
+accumulated over micro-batches and windows are those of the full batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +21,14 @@ from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.model import WanModel
 from rf_core.scheduler import add_noise, flow_to_x0
 
-from .losses import critic_loss, generator_loss, guided, matching_direction, matching_timesteps
-from .rewards import Weighed, WeightConfig, weigh
+from .losses import critic_loss, generator_loss, guided, matching_direction
+from .rewards import WeightConfig
 from .rollout import Draws, Rollout, roll_out
 
-Judge = Callable[[Tensor], Tensor]
-"""Scores [B] of a rollout's clean latents."""
+Weigher = Callable[[Tensor, int], Tensor]
+"""Weights [B] of a window's clean latents, given the window's number."""
+Anchor = Callable[[Tensor], Tensor]
+"""The last of some latent frames [B, C, F, h, w] as the first frame of a clip, [B, C, 1, h, w]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,12 @@ class ReDMDConfig:
     """Flow shift of the timesteps at which scores are compared."""
     bounds: tuple[float, float] = (20.0, 980.0)
     """Those timesteps' range, of 1000."""
-    supervised_chunks: int | None = 7
-    """How many of a rollout's last chunks carry gradient; None for all."""
+    window_chunks: int = 7
+    """Chunks judged together; a longer rollout is whole windows of them."""
+    weigh: Literal["generator", "critic"] = "generator"
+    """Whose loss a reward weighs: the generator's with exp(beta r), as published, which leaves the
+    fixed point where it is; or the critic's with exp(-beta r), which moves it to the teacher's
+    distribution tilted by exp(beta r)."""
     batch: int = 8
     """Samples an update, over all ranks and micro-batches."""
 
@@ -51,8 +60,18 @@ class ReDMDConfig:
         low, high = self.bounds
         if not 0 < low < high <= 1000:
             raise ValueError(f"bounds are {self.bounds}; give two rising timesteps in (0, 1000]")
-        if self.batch < 1:
-            raise ValueError(f"batch is {self.batch}; an update needs at least one sample")
+        if self.batch < 1 or self.batch % self.weights.best_of:
+            raise ValueError(
+                f"batch is {self.batch}; give whole groups of weights.best_of "
+                f"{self.weights.best_of}, at least one"
+            )
+        if self.window_chunks < 1:
+            raise ValueError(f"window_chunks is {self.window_chunks}; a window has at least 1")
+
+    @property
+    def reward_sign(self) -> int:
+        """Of rewards in the exponent."""
+        return 1 if self.weigh == "generator" else -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,119 +93,141 @@ class Noising:
     timestep_B: Tensor
     """One a sample, of 1000."""
 
+    def to(self, device: torch.device) -> Noising:
+        """The same on another device."""
+        return Noising(noise=self.noise.to(device), timestep_B=self.timestep_B.to(device))
+
     def apply(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """The noised latents and their timesteps [B, F]."""
-        timestep_BF = self.timestep_B.to(x0)[:, None].expand(-1, x0.shape[2])
-        return add_noise(x0, self.noise.to(x0), timestep_BF), timestep_BF
-
-
-def draw_noising(
-    latents: Tensor, config: ReDMDConfig, generator: torch.Generator | None = None
-) -> Noising:
-    """Noise and timesteps for a batch of latents."""
-    return Noising(
-        noise=torch.randn(latents.shape, generator=generator),
-        timestep_B=matching_timesteps(
-            latents.shape[0], config.shift, config.bounds, generator=generator
-        ),
-    )
+        timestep_BF = self.timestep_B[:, None].expand(-1, x0.shape[2])
+        return add_noise(x0, self.noise, timestep_BF), timestep_BF
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorUpdate:
-    """A micro-batch's share of the generator's loss."""
+class Networks:
+    """The three networks of the distillation, and how they are run."""
 
-    loss: Tensor
-    """A scalar to call backward on."""
-    rollout: Rollout
-    weighed: Weighed | None
-    """None without a reward."""
+    student: WanModel
+    teacher: WanModel
+    critic: WanModel
+    anchor: Anchor | None = None
+    """How a later window's first frame is shown; None shows it as it is."""
+    attention: Attention = sdpa
+    dtype: torch.dtype | None = None
+    """What they compute in; None for that of their weights."""
+
+    def predict_flow(
+        self, network: WanModel, noisy: Tensor, timestep_BF: Tensor, prompt_embeds: Tensor
+    ) -> Tensor:
+        """A bidirectional network's flow for latents [B, C, F, h, w]."""
+        dtype = self.dtype or network.patch_embedding.weight.dtype
+        prompt = network.prompt_context(prompt_embeds.expand(len(noisy), -1, -1).to(dtype))
+        return network(noisy.to(dtype), timestep_BF, prompt, attention=self.attention)
+
+    def predict_x0(
+        self, network: WanModel, noisy: Tensor, timestep_BF: Tensor, prompt_embeds: Tensor
+    ) -> Tensor:
+        """The clean latents that its flow implies."""
+        flow = self.predict_flow(network, noisy, timestep_BF, prompt_embeds)
+        return flow_to_x0(flow, noisy, timestep_BF)
 
 
-def generator_update(
-    student: WanModel,
-    teacher: WanModel,
-    critic: WanModel,
+def generator_losses(
+    networks: Networks,
     prompts: Prompts,
     draws: Draws,
-    noising: Noising,
+    noisings: Sequence[Noising],
     config: ReDMDConfig,
-    judge: Judge | None = None,
-    attention: Attention = sdpa,
-) -> GeneratorUpdate:
-    """Roll out, compare scores at one noised point, weigh by reward (`judge` None: plain DMD)."""
-    rollout = roll_out(
-        student,
+    weigher: Weigher | None = None,
+) -> Iterator[Tensor]:
+    """A scalar loss a window, each to be called backward on before the next is asked for.
+
+    Rolls out, compares scores at one noised point a sample (`noisings`, one a window), and weighs
+    samples; `weigher` None is plain distribution matching.
+    """
+    n = networks
+    windows = _windows(n, prompts, draws, config, supervised=True)
+    for index, (rollout, noising) in enumerate(zip(windows, noisings, strict=True)):
+        x0, mask = _judged(rollout, n.anchor)
+        noisy, timestep = noising.apply(x0)
+        with torch.no_grad():
+            fake = n.predict_x0(n.critic, noisy, timestep, prompts.cond)
+            real = guided(
+                n.predict_x0(n.teacher, noisy, timestep, prompts.cond),
+                n.predict_x0(n.teacher, noisy, timestep, prompts.uncond),
+                config.guidance,
+            )
+        direction = matching_direction(x0, fake, real)
+        losses = generator_loss(rollout.latents, direction, mask)
+        if weigher is not None:
+            losses = weigher(x0, index).to(losses) * losses
+        yield losses.sum() / (config.batch * len(noisings))
+
+
+def critic_losses(
+    networks: Networks,
+    prompts: Prompts,
+    draws: Draws,
+    noisings: Sequence[Noising],
+    config: ReDMDConfig,
+    weigher: Weigher | None = None,
+) -> Iterator[Tensor]:
+    """As `generator_losses`, of the critic on a rollout without gradient."""
+    n = networks
+    windows = _windows(n, prompts, draws, config, supervised=False)
+    for index, (rollout, noising) in enumerate(zip(windows, noisings, strict=True)):
+        x0, _ = _judged(rollout, n.anchor)
+        noisy, timestep = noising.apply(x0)
+        flow = n.predict_flow(n.critic, noisy, timestep, prompts.cond)
+        losses = critic_loss(flow.float(), x0, noising.noise)
+        if weigher is not None:
+            losses = weigher(x0, index).to(losses) * losses
+        yield losses.sum() / (config.batch * len(noisings))
+
+
+def judged_latents(
+    networks: Networks, prompts: Prompts, draws: Draws, config: ReDMDConfig
+) -> Iterator[Tensor]:
+    """What a reward sees of a rollout: each window's clean latents, without gradient."""
+    for rollout in _windows(networks, prompts, draws, config, supervised=False):
+        yield _judged(rollout, networks.anchor)[0]
+
+
+def num_windows(frames: int, config: ReDMDConfig) -> int:
+    """Windows of a rollout of so many latent frames; ValueError where they are not whole."""
+    chunks, rest = divmod(frames, config.cache.chunk_frames)
+    if rest or (chunks > config.window_chunks and chunks % config.window_chunks):
+        raise ValueError(
+            f"latents have {frames} frames; give whole chunks of {config.cache.chunk_frames}, at "
+            f"most {config.window_chunks} of them or whole windows of {config.window_chunks}"
+        )
+    return max(1, chunks // config.window_chunks)
+
+
+def _windows(
+    networks: Networks, prompts: Prompts, draws: Draws, config: ReDMDConfig, supervised: bool
+) -> Iterator[Rollout]:
+    windows = num_windows(draws.noise.shape[2], config)
+    return roll_out(
+        networks.student,
         prompts.cond,
         draws,
         config.sampler,
         config.cache,
-        supervised_chunks=config.supervised_chunks,
-        attention=attention,
+        window_chunks=config.window_chunks if windows > 1 else None,
+        supervised=supervised,
+        attention=networks.attention,
+        dtype=networks.dtype,
     )
+
+
+@torch.no_grad()
+def _judged(rollout: Rollout, anchor: Anchor | None) -> tuple[Tensor, Tensor | None]:
+    """A window's latents as teacher, critic and reward see them, and where the loss counts."""
     x0 = rollout.latents.detach()
-    noisy, timestep = noising.apply(x0)
-    with torch.no_grad():
-        fake = predict_x0(critic, noisy, timestep, prompts.cond, attention)
-        real = guided(
-            predict_x0(teacher, noisy, timestep, prompts.cond, attention),
-            predict_x0(teacher, noisy, timestep, prompts.uncond, attention),
-            config.guidance,
-        )
-    mask = torch.zeros_like(x0, dtype=torch.bool)
-    mask[:, :, rollout.supervised] = True
-    losses = generator_loss(rollout.latents, matching_direction(x0, fake, real), mask)
-    weighed = weigh(judge(x0), config.weights) if judge is not None else None
-    if weighed is not None:
-        losses = weighed.weights.to(losses) * losses
-    return GeneratorUpdate(loss=losses.sum() / config.batch, rollout=rollout, weighed=weighed)
-
-
-def critic_update(
-    student: WanModel,
-    critic: WanModel,
-    prompts: Prompts,
-    draws: Draws,
-    noising: Noising,
-    config: ReDMDConfig,
-    attention: Attention = sdpa,
-) -> Tensor:
-    """A micro-batch's share of the critic's loss on a fresh rollout, to call backward on."""
-    with torch.no_grad():
-        x0 = roll_out(
-            student,
-            prompts.cond,
-            draws,
-            config.sampler,
-            config.cache,
-            supervised_chunks=0,
-            attention=attention,
-        ).latents
-    noisy, timestep = noising.apply(x0)
-    flow = predict_flow(critic, noisy, timestep, prompts.cond, attention)
-    return critic_loss(flow.float(), x0, noising.noise.to(x0)).sum() / config.batch
-
-
-def predict_flow(
-    model: WanModel,
-    noisy: Tensor,
-    timestep_BF: Tensor,
-    prompt_embeds: Tensor,
-    attention: Attention = sdpa,
-) -> Tensor:
-    """A bidirectional network's flow for latents [B, C, F, h, w]."""
-    dtype = model.patch_embedding.weight.dtype
-    embeds = prompt_embeds.expand(noisy.shape[0], -1, -1).to(dtype)
-    return model(noisy.to(dtype), timestep_BF, model.prompt_context(embeds), attention=attention)
-
-
-def predict_x0(
-    model: WanModel,
-    noisy: Tensor,
-    timestep_BF: Tensor,
-    prompt_embeds: Tensor,
-    attention: Attention = sdpa,
-) -> Tensor:
-    """The clean latents that its flow implies."""
-    flow = predict_flow(model, noisy, timestep_BF, prompt_embeds, attention)
-    return flow_to_x0(flow, noisy, timestep_BF)
+    if anchor is None or not rollout.past.shape[2]:
+        return x0, None
+    seen = torch.cat([rollout.past, x0[:, :, :1]], dim=2)
+    mask = torch.ones_like(x0, dtype=torch.bool)
+    mask[:, :, 0] = False
+    return torch.cat([anchor(seen).to(x0), x0[:, :, 1:]], dim=2), mask

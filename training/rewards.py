@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .losses import effective_samples, reward_weights
-from .world.tracker import score
 
 
 class Reward(Protocol):
@@ -30,68 +29,103 @@ class Reward(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightConfig:
-    """From scores to weights."""
+    """From scores to weights; the defaults are the published form, exp(2 r)."""
 
     beta: float = 2.0
     """Strength; 0 is plain distribution matching."""
     baseline: Literal["none", "batch"] = "none"
-    """What is taken off a score first: nothing, as published, or the batch's mean."""
+    """What is taken off a score first: nothing, as published, or the update's mean."""
     unit: Literal["none", "batch"] = "none"
-    """What a score is divided by: nothing, as published, or the batch's standard deviation."""
+    """What a score is divided by: nothing, as published, or the update's standard deviation."""
     limit: float | None = None
     """Largest absolute score after that; None for no limit."""
+    effective_share: float | None = None
+    """Where given, beta is found for every update so that the effective sample size is this share
+    of the batch; all samples of an update end at one step, so this normalises step by step."""
     mean_one: bool = False
     """Whether weights are divided by their mean, so that they move no learning rate."""
+    best_of: int = 1
+    """Where above 1, only the best of so many samples of each prompt counts, and for all of them;
+    nothing else here then has an effect."""
+    shuffled: bool = False
+    """Whether each sample is given its neighbour's weight: a control, in which weights vary as
+    much as ever but mean nothing."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise ValueError(f"beta is {self.beta}; give a number from 0 (no reward) on")
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"limit is {self.limit}; give a positive score, or None for no limit")
+        if self.effective_share is not None and not 0 < self.effective_share <= 1:
+            raise ValueError(f"effective_share is {self.effective_share}; give a share in (0, 1]")
+        if self.best_of < 1:
+            raise ValueError(f"best_of is {self.best_of}; give 1 for no choice, or more")
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether a sample's weight depends on the other samples of its update."""
+        tied = (self.baseline, self.unit) != ("none", "none") or self.effective_share is not None
+        return tied or self.mean_one or self.best_of > 1 or self.shuffled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
-    """Weights of a batch, and what a log should say of them."""
+    """An update's weights, and what a log should say of them."""
 
     weights: Tensor
-    """[B]"""
+    """[N]"""
     mean_score: float
     effective_share: float
     """Effective sample size over the batch size, in (0, 1]."""
+    quantiles: tuple[float, float, float]
+    """Of the weights over their mean: 10 %, 50 % and 90 %."""
 
 
-def weigh(score_B: Tensor, config: WeightConfig) -> Weighed:
-    """Weights of a batch's scores; ValueError for a score that is not finite."""
-    if not score_B.isfinite().all():
-        raise ValueError(f"the reward gave {score_B.tolist()}; a score must be finite")
-    reward = score_B.double()
-    if config.baseline == "batch":
-        reward = reward - reward.mean()
-    if config.unit == "batch":
-        reward = reward / reward.std(correction=0).clamp_min(1e-6)
-    if config.limit is not None:
-        reward = reward.clamp(-config.limit, config.limit)
-    weights = reward_weights(reward, config.beta)
-    if config.mean_one:
-        weights = weights / weights.mean()
+def weigh(score_N: Tensor, config: WeightConfig, sign: int = 1) -> Weighed:
+    """Weights of an update's scores; ValueError for a score that is not finite.
+
+    `sign` -1 weighs by exp(-beta r).
+    """
+    if not score_N.isfinite().all():
+        raise ValueError(f"the reward gave {score_N.tolist()}; a score must be finite")
+    weights = _weights(score_N.double(), config, sign)
+    if config.shuffled:
+        weights = weights.roll(1)
+    relative = weights / weights.mean()
+    low, median, high = relative.quantile(weights.new_tensor([0.1, 0.5, 0.9])).tolist()
     return Weighed(
-        weights=weights.float(),
-        mean_score=float(score_B.mean()),
-        effective_share=float(effective_samples(weights)) / len(score_B),
+        weights=(relative if config.mean_one else weights).float(),
+        mean_score=float(score_N.mean()),
+        effective_share=float(effective_samples(weights)) / len(score_N),
+        quantiles=(low, median, high),
     )
 
 
-class TrackerReward:
-    """The miniature world's exact judge: `motion` is the measured speed, in sizes a latent frame.
+def _weights(reward_N: Tensor, config: WeightConfig, sign: int) -> Tensor:
+    if config.best_of > 1:
+        groups = sign * reward_N.unflatten(0, (-1, config.best_of))
+        best = torch.nn.functional.one_hot(groups.argmax(1), config.best_of)
+        return (config.best_of * best).flatten().to(reward_N)
+    if config.baseline == "batch":
+        reward_N = reward_N - reward_N.mean()
+    if config.unit == "batch":
+        reward_N = reward_N / reward_N.std(correction=0).clamp_min(1e-6)
+    if config.limit is not None:
+        reward_N = reward_N.clamp(-config.limit, config.limit)
+    if config.effective_share is None:
+        return reward_weights(sign * reward_N, config.beta)
+    below_best = sign * reward_N - (sign * reward_N).max()
+    return reward_weights(below_best, beta_for(below_best, config.effective_share))
 
-    `caption` is the share of attributes that are right. A video in which nothing is seen moves 0.
+
+def beta_for(reward_N: Tensor, share: float, largest: float = 1e3) -> float:
+    """The beta at which the effective sample size is `share` of the batch, by bisection.
+
+    The best reward must be 0. Rewards that are too alike for that share give `largest`.
     """
-
-    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """See `Reward`."""
-        found = [score(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
-        motion = torch.tensor([each["measured_speed"] for each in found]).nan_to_num()
-        names = ("colour", "shape", "direction", "speed")
-        caption = torch.tensor([[each[name] for name in names] for each in found]).mean(1)
-        return {"motion": motion, "caption": caption}
+    low, high = 0.0, largest
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = effective_samples(reward_weights(reward_N, middle)) / len(reward_N)
+        low, high = (middle, high) if found > share else (low, middle)
+    return (low + high) / 2

@@ -9,8 +9,8 @@ and no gradient leaks from a chunk into the ones before it. Window, evictions an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,16 +25,16 @@ from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """What a rollout made."""
+    """A window of what a rollout made: some chunks that follow each other."""
 
     latents: Tensor
-    """Clean latents [B, C, F, h, w]; gradients flow into the supervised chunks."""
-    supervised: slice
-    """Latent frames with gradient."""
+    """Clean latents [B, C, F, h, w], with gradient where the window is supervised."""
+    past: Tensor
+    """The clean latents of the chunk before it, without gradient; no frames for the first."""
     timestep: float
     """The exit step's: how noised the input of that last pass was."""
     num_evictions: int
-    """How often the window gave frames to the sink."""
+    """How often the cache has given frames to the sink so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,10 @@ class Draws:
     """What goes back in between passes, [steps - 1, B, C, F, h, w]."""
     exit_step: int
     """The pass that ends every chunk, from 0; shared by all chunks, samples and ranks."""
+
+    def to(self, device: torch.device) -> Draws:
+        """The same on another device."""
+        return replace(self, noise=self.noise.to(device), renoise=self.renoise.to(device))
 
 
 def draw(
@@ -71,47 +75,47 @@ def roll_out(
     sampler: SamplerConfig,
     cache_config: CacheConfig,
     *,
-    supervised_chunks: int | None = None,
+    window_chunks: int | None = None,
+    supervised: bool = True,
     attention: Attention = sdpa,
-) -> Rollout:
-    """Stream as many chunks as there is noise; the last `supervised_chunks` of them with gradient.
+    dtype: torch.dtype | None = None,
+) -> Iterator[Rollout]:
+    """Stream as many chunks as there is noise, yielding them `window_chunks` at a time.
 
-    `prompt_embeds` is [B, S, D]. All chunks are supervised by default. ValueError where the noise
-    is not whole chunks.
+    `prompt_embeds` is [B, S, D]; `window_chunks` None yields all chunks at once. No gradient leads
+    from a window into the one before: call backward on each before the next is asked for, and a
+    rollout of any length takes the memory of one window. `dtype` is what the network computes in,
+    by default that of its weights. ValueError where the noise is not whole windows.
     """
     chunk = cache_config.chunk_frames
-    parts = draws.noise.split(chunk, dim=2)
-    if parts[-1].shape[2] != chunk:
-        raise ValueError(
-            f"noise of {draws.noise.shape[2]} latent frames is not whole chunks of {chunk}"
+    parts = list(
+        zip(
+            draws.noise.split(chunk, dim=2),
+            draws.renoise.split(chunk, dim=3),
+            strict=True,
         )
-    count = len(parts) if supervised_chunks is None else min(supervised_chunks, len(parts))
-    first = len(parts) - count
-    timesteps = sampling_timesteps(sampler).tolist()[: draws.exit_step + 1]
-    cache = _cache(model, draws.noise, cache_config)
-    prompt = model.prompt_context(prompt_embeds)
-    still = detached(prompt)
-    latents = []
-    for index, (noise, renoise) in enumerate(
-        zip(parts, draws.renoise.split(chunk, dim=3), strict=True)
-    ):
-        cache.advance()
-        with torch.no_grad():
-            x = _approach(model, noise, renoise, timesteps, still, cache, attention)
-        if index < first:
-            with torch.no_grad():
-                x0 = _guess(model, x, timesteps[-1], still, cache, attention)
-        else:
-            x0 = _guess(model, x, timesteps[-1], prompt, cache.snapshot(), attention)
-        latents.append(x0)
-        with torch.no_grad():
-            _flow(model, x0.detach(), 0.0, still, cache, attention)
-    return Rollout(
-        latents=torch.cat(latents, dim=2),
-        supervised=slice(first * chunk, len(parts) * chunk),
-        timestep=timesteps[-1],
-        num_evictions=cache.num_evictions,
     )
+    per_window = window_chunks or len(parts)
+    if draws.noise.shape[2] % (chunk * per_window):
+        raise ValueError(
+            f"noise of {draws.noise.shape[2]} latent frames is not whole windows of {per_window} "
+            f"chunks of {chunk}"
+        )
+    timesteps = sampling_timesteps(sampler).tolist()[: draws.exit_step + 1]
+    dtype = dtype or model.patch_embedding.weight.dtype
+    cache = _cache(model, draws.noise, cache_config, dtype)
+    past = draws.noise[:, :, :0]
+    for first in range(0, len(parts), per_window):
+        student = _Student(model, prompt_embeds.to(dtype), cache, attention, dtype, supervised)
+        chunks = [student.make(*part, timesteps) for part in parts[first : first + per_window]]
+        latents = torch.cat(chunks, dim=2)
+        yield Rollout(
+            latents=latents,
+            past=past,
+            timestep=timesteps[-1],
+            num_evictions=cache.num_evictions,
+        )
+        past = chunks[-1].detach()
 
 
 def detached(prompt: PromptContext) -> PromptContext:
@@ -119,52 +123,53 @@ def detached(prompt: PromptContext) -> PromptContext:
     return tuple(PromptKV(kv.k_BSHD.detach(), kv.v_BSHD.detach()) for kv in prompt)
 
 
-def _approach(
-    model: WanModel,
-    noise: Tensor,
-    renoise: Tensor,
-    timesteps: Sequence[float],
-    prompt: PromptContext,
-    cache: KeyValues,
-    attention: Attention,
-) -> Tensor:
-    """The input of the last of `timesteps`' passes."""
-    x = noise
-    for step, timestep in enumerate(timesteps[:-1]):
-        x0 = _guess(model, x, timestep, prompt, cache, attention)
-        x = add_noise(x0, renoise[step], _everywhere(x0, timesteps[step + 1]))
-    return x
+class _Student:
+    """The network in the middle of a rollout, with one reading of the prompt."""
 
+    def __init__(
+        self,
+        model: WanModel,
+        prompt_embeds: Tensor,
+        cache: KVCache,
+        attention: Attention,
+        dtype: torch.dtype,
+        supervised: bool,
+    ) -> None:
+        self.model, self.cache, self.attention, self.dtype = model, cache, attention, dtype
+        self.supervised = supervised
+        with torch.set_grad_enabled(supervised):
+            self.prompt = model.prompt_context(prompt_embeds)
+        self.still = detached(self.prompt)
 
-def _guess(
-    model: WanModel,
-    x: Tensor,
-    timestep: float,
-    prompt: PromptContext,
-    cache: KeyValues,
-    attention: Attention,
-) -> Tensor:
-    flow = _flow(model, x, timestep, prompt, cache, attention)
-    return flow_to_x0(flow, x, _everywhere(x, timestep))
+    def make(self, noise: Tensor, renoise: Tensor, timesteps: Sequence[float]) -> Tensor:
+        """The next chunk, with gradient through the last of `timesteps`' passes."""
+        self.cache.advance()
+        x = noise
+        with torch.no_grad():
+            for step, timestep in enumerate(timesteps[:-1]):
+                x0 = self._guess(x, timestep, self.still, self.cache)
+                x = add_noise(x0, renoise[step], _everywhere(x0, timesteps[step + 1]))
+        with torch.set_grad_enabled(self.supervised):
+            context = self.cache.snapshot() if self.supervised else self.cache
+            x0 = self._guess(x, timesteps[-1], self.prompt, context)
+        with torch.no_grad():
+            self._flow(x0.detach(), 0.0, self.still, self.cache)
+        return x0
 
+    def _guess(self, x: Tensor, timestep: float, prompt: PromptContext, cache: KeyValues) -> Tensor:
+        flow = self._flow(x, timestep, prompt, cache)
+        return flow_to_x0(flow, x, _everywhere(x, timestep))
 
-def _flow(
-    model: WanModel,
-    x: Tensor,
-    timestep: float,
-    prompt: PromptContext,
-    cache: KeyValues,
-    attention: Attention,
-) -> Tensor:
-    dtype = model.patch_embedding.weight.dtype
-    return model(x.to(dtype), _everywhere(x, timestep), prompt, cache, attention)
+    def _flow(self, x: Tensor, timestep: float, prompt: PromptContext, cache: KeyValues) -> Tensor:
+        at = _everywhere(x, timestep)
+        return self.model(x.to(self.dtype), at, prompt, cache, self.attention)
 
 
 def _everywhere(x: Tensor, timestep: float) -> Tensor:
     return x.new_full((x.shape[0], x.shape[2]), timestep)
 
 
-def _cache(model: WanModel, noise: Tensor, config: CacheConfig) -> KVCache:
+def _cache(model: WanModel, noise: Tensor, config: CacheConfig, dtype: torch.dtype) -> KVCache:
     sizes = model.config
     return KVCache.allocate(
         config,
@@ -173,6 +178,6 @@ def _cache(model: WanModel, noise: Tensor, config: CacheConfig) -> KVCache:
         frame_tokens=Grid.of_latents(*noise.shape[-2:], sizes.patch_size).frame_tokens,
         num_heads=sizes.num_heads,
         head_dim=sizes.head_dim,
-        dtype=model.patch_embedding.weight.dtype,
+        dtype=dtype,
         device=noise.device,
     )

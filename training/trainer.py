@@ -8,32 +8,51 @@ weights, optimisers and that number, and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
+    StateDictOptions,
     get_state_dict,
-    set_model_state_dict,
     set_state_dict,
 )
 
 from rf_core.model import WanModel
 
-from .distributed import clip_gradients, my_samples, rank, shard, summed, world_size
+from . import checkpointing
+from .distributed import clip_gradients, my_samples, reshard, summed, world_size
 from .draws import Role, noising_draws, prompt_numbers, rollout_draws
-from .redmd import Prompts, ReDMDConfig, critic_update, generator_update
+from .ema import WeightAverage
+from .redmd import (
+    Networks,
+    Noising,
+    Prompts,
+    ReDMDConfig,
+    critic_losses,
+    generator_losses,
+    judged_latents,
+    num_windows,
+)
+from .rewards import Weighed
+from .rollout import Draws
+from .weighing import Judge, Weighing
 
-Judge = Callable[[Tensor, list[int]], Tensor]
-"""Scores [B] of clean latents and the `numbers` of their prompts."""
+
+class PromptEmbeds(Protocol):
+    """The prompts of a run, encoded."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def embeds(self, numbers: list[int]) -> Tensor:
+        """Some of them, [B, S, D]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +97,25 @@ class RunConfig:
     """The run stops when the critic's loss is above this, or anything is not finite."""
 
     def __post_init__(self) -> None:
-        frames, chunk = self.latents[1], self.redmd.cache.chunk_frames
-        if frames % chunk:
-            raise ValueError(f"latents have {frames} frames; give whole chunks of {chunk}")
+        num_windows(self.latents[1], self.redmd)  # refuses what is not whole windows
+        if min(self.updates, self.critic_ratio, self.micro_batch) < 1:
+            raise ValueError(
+                f"updates {self.updates}, critic_ratio {self.critic_ratio} and micro_batch "
+                f"{self.micro_batch} must be 1 or more"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
+
+    @property
+    def windows(self) -> int:
+        """Windows of a rollout, each supervised by itself."""
+        return num_windows(self.latents[1], self.redmd)
+
+    @property
+    def window_latents(self) -> tuple[int, int, int, int]:
+        """Shape of a window of one sample."""
+        channels, frames, rows, columns = self.latents
+        return channels, frames // self.windows, rows, columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +128,27 @@ class Report:
     """Mean over the critic's updates."""
     generator_norm: float
     """Of its gradients, before clipping."""
-    mean_score: float | None
-    effective_share: float | None
-    """Mean over micro-batches."""
+    critic_norm: float
+    """The same, mean over the critic's updates."""
+    rewards: Weighed | None
+    """Weights of the last update a reward weighed; None without a reward."""
+
+
+_Losses = Callable[..., Iterator[Tensor]]
+_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    numbers: list[int]
+    drawn: tuple[Prompts, Draws, list[Noising]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    loss: float
+    norm: float
+    rewards: Weighed | None
 
 
 class Trainer:
@@ -106,159 +157,164 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        student: WanModel,
-        teacher: WanModel,
-        critic: WanModel,
-        prompt_embeds: Tensor,
+        networks: Networks,
+        prompts: PromptEmbeds,
         uncond: Tensor,
         judge: Judge | None = None,
     ) -> None:
-        """`prompt_embeds` are all prompts, [N, S, D]; `uncond` is [1, S, D]."""
-        self.config, self.judge = config, judge
-        device = prompt_embeds.device.type
-        self.average = shard(deepcopy(student).requires_grad_(False), device)
-        self.student = shard(student.requires_grad_(True), device)
-        self.critic = shard(critic.requires_grad_(True), device)
-        self.teacher = shard(teacher.requires_grad_(False), device)
+        """`networks` are placed and sharded already; `uncond` is [1, S, D] on their device."""
+        self.config, self.networks, self.judge = config, networks, judge
+        self.prompts, self.uncond = prompts, uncond
         self.micro_batches = my_samples(config.redmd.batch, config.micro_batch)
-        self.prompt_embeds, self.uncond = prompt_embeds, uncond
-        self.generator_optimiser = _adamw(self.student, config.generator)
-        self.critic_optimiser = _adamw(self.critic, config.critic)
+        self.average = WeightAverage(networks.student)
+        self.generator_optimiser = _adamw(networks.student, config.generator)
+        self.critic_optimiser = _adamw(networks.critic, config.critic)
         self.update = 0
 
     def step(self) -> Report:
         """The critic's updates, one of the generator, the average. FloatingPointError on a NaN."""
-        ratio = self.config.critic_ratio
-        critic_losses = [self._critic_step(ratio * self.update + i) for i in range(ratio)]
-        report = self._generator_step(sum(critic_losses) / max(ratio, 1))
+        ratio, c = self.config.critic_ratio, self.config
+        critic = [self._critic_step(ratio * self.update + i) for i in range(ratio)]
+        generator = self._generator_step()
         self.update += 1
-        self._average()
-        return report
+        self.average.follow(c.ema if self.update > c.ema_from else 0.0)
+        weighed = generator if c.redmd.weigh == "generator" else critic[-1]
+        return Report(
+            update=self.update - 1,
+            generator_loss=generator.loss,
+            critic_loss=sum(each.loss for each in critic) / ratio,
+            generator_norm=generator.norm,
+            critic_norm=sum(each.norm for each in critic) / ratio,
+            rewards=weighed.rewards,
+        )
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, the student has its averaged weights."""
+        return self.average.applied()
 
     def save(self, folder: Path) -> None:
         """Write everything to go on from; `folder` is complete once it exists."""
-        unfinished = folder.with_name(f"{folder.name}.partial")
-        dcp.save(self._state(), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
-        if rank() == 0:
-            unfinished.rename(folder)
-        if dist.is_initialized():
-            dist.barrier()
+        checkpointing.save(self._state(), folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` has written."""
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is no checkpoint of a run")
+        """Go on from what `save` has written, on however many processes."""
         state = self._state()
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        checkpointing.load(state, folder)
         for network, optimiser, name in self._trained():
+            _, live = get_state_dict(network, optimiser, options=_TRAINED_ONLY)
             set_state_dict(
                 network,
                 optimiser,
                 model_state_dict=state[name]["model"],
-                optim_state_dict=state[name]["optimiser"],
+                optim_state_dict=live | {"state": state[name]["moments"]},
+                options=_TRAINED_ONLY,
             )
-        set_model_state_dict(self.average, state["average"])
         self.update = int(state["update"])
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"average": get_model_state_dict(self.average)}
+        state: dict[str, Any] = {"average": self.average.tensors}
         state["update"] = torch.tensor(self.update)
         for network, optimiser, name in self._trained():
-            model, moments = get_state_dict(network, optimiser)
-            state[name] = {"model": model, "optimiser": moments}
+            model, moments = get_state_dict(network, optimiser, options=_TRAINED_ONLY)
+            state[name] = {"model": model, "moments": moments["state"]}
         return state
 
     def _trained(self) -> list[tuple[WanModel, torch.optim.Optimizer, str]]:
         return [
-            (self.student, self.generator_optimiser, "student"),
-            (self.critic, self.critic_optimiser, "critic"),
+            (self.networks.student, self.generator_optimiser, "student"),
+            (self.networks.critic, self.critic_optimiser, "critic"),
         ]
 
-    def _critic_step(self, number: int) -> float:
-        total = 0.0
-        for samples in self.micro_batches:
-            _, prompts, draws, noising = self._batch("critic", number, samples)
-            loss = critic_update(
-                self.student, self.critic, prompts, draws, noising, self.config.redmd
-            )
-            self._backward(loss)
-            total += float(loss.detach())
-        total = summed(total)
-        if not total < self.config.runaway:
-            raise FloatingPointError(
-                f"the critic's loss is {total:.4g} at its update {number}; lower critic.rate"
-            )
-        _descend(self.critic, self.critic_optimiser, self.config.critic.clip_norm)
-        return total
-
-    def _generator_step(self, critic_loss: float) -> Report:
-        total, scores, shares = 0.0, [], []
-        for samples in self.micro_batches:
-            numbers, prompts, draws, noising = self._batch("generator", self.update, samples)
-            judge = self.judge and partial(self.judge, numbers=numbers)
-            update = generator_update(
-                self.student,
-                self.teacher,
-                self.critic,
-                prompts,
-                draws,
-                noising,
-                self.config.redmd,
-                judge,
-            )
-            self._backward(update.loss)
-            total += float(update.loss.detach())
-            if update.weighed is not None:
-                scores.append(update.weighed.mean_score)
-                shares.append(update.weighed.effective_share)
-        total = summed(total)
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the generator's loss is {total} at update {self.update}")
-        norm = _descend(self.student, self.generator_optimiser, self.config.generator.clip_norm)
-        return Report(
-            update=self.update,
-            generator_loss=total,
-            critic_loss=critic_loss,
-            generator_norm=norm,
-            mean_score=_mean(scores),
-            effective_share=_mean(shares),
+    def _critic_step(self, number: int) -> _Step:
+        return self._descend(
+            "critic", number, critic_losses, self.critic_optimiser, self.config.critic
         )
 
-    def _backward(self, loss: Tensor) -> None:
-        (loss * world_size()).backward()  # FSDP averages over processes; losses are shares of a sum
+    def _generator_step(self) -> _Step:
+        return self._descend(
+            "generator",
+            self.update,
+            generator_losses,
+            self.generator_optimiser,
+            self.config.generator,
+        )
 
-    def _batch(self, role: Role, update: int, samples: range) -> tuple[list[int], Any, Any, Any]:
-        c = self.config
-        count = len(self.prompt_embeds)
-        numbers = prompt_numbers(c.seed, role, update, samples, c.redmd.batch, count)
-        prompts = Prompts(cond=self.prompt_embeds[numbers], uncond=self.uncond)
-        draws = rollout_draws(c.seed, role, update, samples, c.latents, c.redmd.sampler)
-        noising = noising_draws(c.seed, role, update, samples, c.latents, c.redmd)
-        return numbers, prompts, draws, noising
+    def _descend(
+        self,
+        role: Role,
+        number: int,
+        losses: _Losses,
+        optimiser: torch.optim.Optimizer,
+        config: OptimiserConfig,
+    ) -> _Step:
+        total, weighing = 0.0, self._weighing(role, number)
+        for samples in self.micro_batches:
+            batch = self._batch(role, number, samples)
+            weigher = weighing and weighing.of(samples, batch.numbers)
+            for loss in losses(self.networks, *batch.drawn, self.config.redmd, weigher):
+                # FSDP averages over processes, where losses are shares of a sum.
+                (loss * world_size()).backward()
+                total += float(loss.detach())
+        total = summed(total)
+        self._check(role, number, total)
+        network = self.networks.student if role == "generator" else self.networks.critic
+        norm = clip_gradients(network, config.clip_norm)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        reshard(network)
+        return _Step(total, norm, weighing and weighing.log())
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = self.config.ema if self.update > self.config.ema_from else 0.0
-        pairs = zip(self.average.parameters(), self.student.parameters(), strict=True)
-        for average, current in pairs:
-            average.lerp_(current.detach(), 1 - decay)
+    def _check(self, role: Role, number: int, loss: float) -> None:
+        limit = self.config.runaway if role == "critic" else math.inf
+        if not loss < limit:
+            raise FloatingPointError(
+                f"the {role}'s loss is {loss:.4g} at its update {number}; lower {role}.rate"
+            )
+
+    def _batch(self, role: Role, number: int, samples: range) -> _Batch:
+        c, device = self.config, self.uncond.device
+        numbers = prompt_numbers(
+            c.seed,
+            role,
+            number,
+            samples,
+            c.redmd.batch,
+            len(self.prompts),
+            copies=c.redmd.weights.best_of,
+        )
+        noisings = [
+            noising_draws(c.seed, role, number, samples, c.window_latents, c.redmd, window)
+            for window in range(c.windows)
+        ]
+        draws = rollout_draws(c.seed, role, number, samples, c.latents, c.redmd.sampler)
+        prompts = Prompts(cond=self.prompts.embeds(numbers).to(device), uncond=self.uncond)
+        drawn = prompts, draws.to(device), [each.to(device) for each in noisings]
+        return _Batch(numbers=numbers, drawn=drawn)
+
+    def _weighing(self, role: Role, number: int) -> Weighing | None:
+        redmd = self.config.redmd
+        if self.judge is None or redmd.weigh != role:
+            return None
+        weighing = Weighing(self.judge, redmd, self.config.windows)
+        if redmd.weights.of_batch and (len(self.micro_batches), self.config.windows) != (1, 1):
+            with torch.no_grad():
+                scores = [self._scores(role, number, samples) for samples in self.micro_batches]
+            weighing.know(scores)
+        return weighing
+
+    def _scores(self, role: Role, number: int, samples: range) -> Tensor:
+        """Scores [windows, samples] of a micro-batch, before its own turn comes."""
+        batch = self._batch(role, number, samples)
+        assert self.judge is not None
+        prompts, draws, _ = batch.drawn
+        made = judged_latents(self.networks, prompts, draws, self.config.redmd)
+        return torch.stack([self.judge(x0, batch.numbers) for x0 in made])
 
 
 def _adamw(network: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        network.parameters(),
+        [p for p in network.parameters() if p.requires_grad],
         lr=config.rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
-
-
-def _descend(network: nn.Module, optimiser: torch.optim.Optimizer, clip_norm: float) -> float:
-    norm = clip_gradients(network, clip_norm)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return norm
-
-
-def _mean(values: list[float]) -> float | None:
-    return summed(sum(values)) / world_size() / len(values) if values else None

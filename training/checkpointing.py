@@ -1,0 +1,97 @@
+"""Checkpoints to go on from: torch's distributed checkpoints, of tensors alone.
+
+Written by any number of processes and read by any other. Their index is a pickle, which PyTorch
+reads without a guard; here it may name the few classes of an index and nothing else, and a
+checkpoint holds no other object: opening one runs no code of its author's.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as index_classes
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from .distributed import barrier, rank
+
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": set(dir(index_classes)),
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath"},
+}
+
+
+def save(state: Mapping[str, Any], folder: Path) -> None:
+    """Write a nested dictionary of tensors; `folder` is complete once it exists."""
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    with _quiet():
+        dcp.save(dict(state), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+    if rank() == 0:
+        unfinished.rename(folder)
+    barrier()
+
+
+def load(state: dict[str, Any], folder: Path) -> None:
+    """Fill the tensors of `state` from a checkpoint; ValueError where it is none."""
+    _index(folder)
+    with _quiet():
+        dcp.load(state, storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
+
+
+def read_part(folder: Path, part: str) -> dict[str, Tensor]:
+    """The tensors under `part`, such as `average`, whole and by name, without a process group."""
+    every = _index(folder).state_dict_metadata
+    found = {
+        name.removeprefix(f"{part}."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in every.items()
+        if name.startswith(f"{part}.")
+    }
+    if not found:
+        raise ValueError(f"{folder} holds no {part}")
+    with _quiet():
+        dcp.load({part: found}, storage_reader=_Reader(folder), no_dist=True)
+    return found
+
+
+def _index(folder: Path) -> index_classes.Metadata:
+    if not (folder / ".metadata").is_file():
+        raise ValueError(f"{folder} is no checkpoint of a run")
+    return _Reader(folder).read_metadata()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+            if not is_dtype:
+                raise ValueError(f"a checkpoint's index names {module}.{name}, which is refused")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> index_classes.Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            found: index_classes.Metadata = _IndexUnpickler(file).load()
+        if found.storage_meta is None:
+            found.storage_meta = index_classes.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found

@@ -1,0 +1,229 @@
+"""Prompts and their embeddings: read once, encoded once, kept on disk.
+
+A prompt file is plain text with a prompt a line, a CSV or TSV with a `prompt` column (VidProM's is
+one), or JSON lines with a `prompt` field. Embeddings lie in shards of safetensors, each of them as
+long as its prompt; a shard is a function of its prompts and the encoder, so encoding is shared out
+over processes and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rf_core.generate import DEMO
+from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
+
+from .distributed import barrier, rank, shard_modules, world_size
+from .world.clips import captions, scene_of
+from .world.scenes import all_captions
+
+_log = logging.getLogger(__name__)
+SHARD_PROMPTS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the student is trained to show."""
+
+    prompts: tuple[Path, ...] = ()
+    """Prompt files; none for the miniature world's own captions."""
+    column: str = "prompt"
+    """Of CSV, TSV and JSON lines."""
+    limit: int | None = None
+    """Prompts taken, from the first on; None for all."""
+    negative: str = ""
+    """What the teacher is guided away from."""
+    text_encoder: str | None = None
+    """Folder or hub id of a UMT5, or a file as the engine reads it; None for the bundled demo's."""
+    cache: Path | None = None
+    """Folder of embeddings; None for `embeddings` beside the run."""
+    encode_batch: int = 8
+    """Prompts encoded at a time."""
+
+
+@dataclass(frozen=True)
+class MemoryEmbeds:
+    """Embeddings that fit into memory, [N, S, D]."""
+
+    tensor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def embeds(self, numbers: Sequence[int]) -> Tensor:
+        """Some of them, [B, S, D]."""
+        return self.tensor[list(numbers)]
+
+
+@dataclass(frozen=True)
+class CachedEmbeds:
+    """Embeddings on disk, read as they are asked for."""
+
+    shards: tuple[Path, ...]
+    count: int
+    _open: dict[Path, safe_open] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def embeds(self, numbers: Sequence[int]) -> Tensor:
+        """Some of them, [B, S, D], padded with zeros to the longest."""
+        return pad_sequence([self._one(number) for number in numbers], batch_first=True)
+
+    def _one(self, number: int) -> Tensor:
+        shard, place = divmod(number, SHARD_PROMPTS)
+        path = self.shards[shard]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_tensor(str(place))
+
+
+def read_prompts(config: DataConfig) -> list[str]:
+    """Every prompt once, in order of first appearance; ValueError where there is none."""
+    found = dict.fromkeys(text for path in config.prompts for text in _texts(path, config.column))
+    found.pop("", None)
+    prompts = list(found)[: config.limit]
+    if not prompts:
+        raise ValueError(f"{', '.join(map(str, config.prompts)) or 'data.prompts'}: no prompt")
+    return prompts
+
+
+def _texts(path: Path, column: str) -> Iterator[str]:
+    suffix = path.suffix.lower()
+    with path.open(encoding="utf-8", newline="") as file:
+        if suffix in (".csv", ".tsv"):
+            rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+            if column not in (rows.fieldnames or ()):
+                raise ValueError(
+                    f"{path} has no column {column!r}; it has {', '.join(rows.fieldnames or ())}; "
+                    "name one with data.column"
+                )
+            yield from ((row[column] or "").strip() for row in rows)
+        elif suffix == ".jsonl":
+            yield from (_field(path, n, line, column) for n, line in enumerate(file, 1))
+        else:
+            yield from (line.strip() for line in file)
+
+
+def _field(path: Path, number: int, line: str, column: str) -> str:
+    try:
+        return str(json.loads(line)[column]).strip() if line.strip() else ""
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}, line {number}: not a JSON object with the field {column!r}"
+        ) from None
+
+
+def cached_embeds(
+    prompts: Sequence[str], encoder_name: str, folder: Path
+) -> tuple[CachedEmbeds, list[int]]:
+    """The embeddings' places in `folder`, and the numbers of the shards that are missing.
+
+    A shard's name is the hash of its prompts and of `encoder_name`: another encoder, or another
+    prompt file, never reads what is not its own.
+    """
+    paths = []
+    for start in range(0, len(prompts), SHARD_PROMPTS):
+        key = json.dumps([encoder_name, *prompts[start : start + SHARD_PROMPTS]])
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        paths.append(folder / f"embeds-{digest}.safetensors")
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    return CachedEmbeds(tuple(paths), len(prompts)), missing
+
+
+def encode_missing(
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    cache: CachedEmbeds,
+    missing: Sequence[int],
+    batch: int,
+) -> Iterator[int]:
+    """Write the missing shards, shared out over processes; yields how many this one has written.
+
+    Processes stay in step, so that an encoder that is sharded over them works: one without a shard
+    left encodes an empty prompt along.
+    """
+    for done, first in enumerate(range(0, len(missing), world_size()), 1):
+        mine = missing[first : first + world_size()][rank() : rank() + 1]
+        texts = prompts[mine[0] * SHARD_PROMPTS :][:SHARD_PROMPTS] if mine else []
+        embeds = []
+        for start in range(0, SHARD_PROMPTS, batch):
+            some = list(texts[start : start + batch])
+            if some or world_size() > 1:
+                embeds += list(encoder.encode(some or [""]))[: len(some)]
+        if mine:
+            _write(cache.shards[mine[0]], embeds)
+        yield done
+    barrier()
+
+
+def _write(path: Path, embeds: Sequence[Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".partial{rank()}")
+    tensors = {str(place): _trimmed(each).cpu() for place, each in enumerate(embeds)}
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def _trimmed(embeds_SD: Tensor) -> Tensor:
+    """Without the zeros at its end, which whoever reads it pads again."""
+    used = embeds_SD.abs().amax(1).nonzero()
+    length = int(used[-1]) + 1 if len(used) else 1
+    return embeds_SD[:length].clone()
+
+
+def place_encoder(encoder: UMT5Encoder, device: torch.device) -> UMT5Encoder:
+    """Move an encoder, or shard it over all processes, which must then encode in step."""
+    if world_size() > 1:
+        shard_modules(encoder.model, encoder.model.encoder.block, device.type)
+    else:
+        encoder.model.to(device)
+    return encoder
+
+
+def open_prompts(
+    config: DataConfig, folder: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[list[str], CachedEmbeds | MemoryEmbeds, Tensor]:
+    """Prompts, their embeddings, and that of the negative prompt, [1, S, D].
+
+    The encoder is opened only where an embedding is missing, and let go of again.
+    """
+    encoder_path = config.text_encoder or str(DEMO / "text_encoder.safetensors")
+    if not config.prompts:
+        prompts = world_captions(config.limit)
+        encoder = load_text_encoder(encoder_path, device=device, dtype=dtype)
+        embeds = MemoryEmbeds(torch.cat([encoder.encode([text]) for text in prompts]).cpu())
+        return prompts, embeds, encoder.encode([config.negative])
+    prompts = read_prompts(config)
+    folder = config.cache or folder
+    found, missing = cached_embeds(prompts, encoder_path, folder)
+    plain, no_plain = cached_embeds([config.negative], encoder_path, folder)
+    if missing or no_plain:
+        encoder = load_text_encoder(encoder_path, device="cpu", dtype=dtype)
+        encoder = place_encoder(encoder, device)
+        for texts, cache, numbers in (
+            ([config.negative], plain, no_plain),
+            (prompts, found, missing),
+        ):
+            for done in encode_missing(encoder, texts, cache, numbers, config.encode_batch):
+                _log.info("prompts encoded: %d of %d shards", done, len(numbers))
+    return prompts, found, plain.embeds([0])
+
+
+def world_captions(limit: int | None = None) -> list[str]:
+    """The miniature world's prompts: every caption of one thing, then 64 of two."""
+    doubles = (captions([scene_of(5, index)])[0] for index in range(6400))
+    two = [text for text in doubles if " and " in text][:64]
+    return [*all_captions(), *two][:limit]

@@ -1,0 +1,246 @@
+"""The `re_dmd` recipe at work: opens what a config names, trains, and leaves a student behind.
+
+In the run's folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to go on from),
+`validation` and, at every checkpoint, `student.safetensors` or, of an adapter,
+`lora.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rf_core.config import SPATIAL_FACTOR
+from rf_core.decoder import Decoder, load_decoder
+from rf_core.generate import DEMO
+
+from .config import from_json, to_json
+from .data import open_prompts
+from .distributed import barrier, rank, world_size
+from .export import file_hash, write_adapter, write_student
+from .journal import Journal, numbers_of
+from .judges import image_anchor, open_judge
+from .networks import open_network, placement_dtype
+from .recipes import DistilConfig
+from .redmd import Networks
+from .trainer import Report, Trainer
+from .validation import validate
+
+_log = logging.getLogger(__name__)
+CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A distillation with everything opened."""
+
+    config: DistilConfig
+    trainer: Trainer
+    prompts: list[str]
+    decoder: Decoder | None
+    started: float
+    out: Path
+
+
+def distil(
+    config: DistilConfig, out: Path, device: torch.device, *, resume: bool = False
+) -> Iterator[Report]:
+    """Run it, yielding a report an update.
+
+    ValueError, before any weight is read, where a file is missing or `out` holds another run;
+    FloatingPointError, with the last good checkpoint named, where the run breaks down.
+    """
+    files = check_files(config)
+    saved = checkpoints(out)
+    _check_folder(config, out, saved, resume)
+    run = _open(config, files, out, device)
+    if saved:
+        run.trainer.load(saved[-1][1])
+    barrier()
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
+    with ExitStack() as stack:
+        journal = stack.enter_context(
+            Journal(
+                out,
+                first_update=run.trainer.update,
+                tensorboard=config.output.tensorboard,
+                wandb=config.output.wandb,
+                config=config,
+            )
+        )
+        while run.trainer.update < config.run.updates:
+            yield _update(run, journal)
+
+
+def check_files(config: DistilConfig) -> dict[str, Path]:
+    """Where the run's weights are, by name; ValueError for one that is not there."""
+    f = config.files
+    teacher = f.teacher or DEMO / "teacher.safetensors"
+    found = {
+        "student": f.student or DEMO / "student.safetensors",
+        "teacher": teacher,
+        "critic": f.critic or teacher,
+        "vae": f.vae or DEMO / "vae.safetensors",
+    }
+    for name, path in found.items():
+        if not path.exists():
+            raise ValueError(f"files.{name} is {path}, which is not there")
+    for path in config.data.prompts:
+        if not path.exists():
+            raise ValueError(f"data.prompts names {path}, which is not there")
+    return found
+
+
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """The whole checkpoints of a run's folder, by update."""
+    found = [path for path in out.glob("update_*") if path.suffix != ".partial"]
+    return sorted((int(path.name.removeprefix("update_")), path) for path in found)
+
+
+def _check_folder(
+    config: DistilConfig, out: Path, saved: list[tuple[int, Path]], resume: bool
+) -> None:
+    if not saved:
+        return
+    if not resume:
+        raise ValueError(f"{out} holds a run at update {saved[-1][0]}; --resume it, or choose anew")
+    before = from_json(DistilConfig, (out / CONFIG).read_text(encoding="utf-8"))
+    if before != config:
+        raise ValueError(
+            f"{out} was begun with another config; --resume it with --config {out / CONFIG}"
+        )
+
+
+def _update(run: Run, journal: Journal) -> Report:
+    trainer, output = run.trainer, run.config.output
+    clock = time.perf_counter()
+    try:
+        report = trainer.step()
+    except FloatingPointError as error:
+        good = checkpoints(run.out)
+        where = f"the last good checkpoint is {good[-1][1]}" if good else "there is no checkpoint"
+        raise FloatingPointError(f"{error}; {where}") from None
+    numbers = numbers_of(report) | {"seconds": time.perf_counter() - clock}
+    last = trainer.update == run.config.run.updates
+    if output.validate_every and (trainer.update % output.validate_every == 0 or last):
+        numbers |= _validate(run)
+    journal.write(report.update, numbers)
+    if trainer.update % output.checkpoint_every == 0 or last:
+        _checkpoint(run)
+    return report
+
+
+def _checkpoint(run: Run) -> None:
+    trainer, config, out = run.trainer, run.config, run.out
+    trainer.save(out / f"update_{trainer.update:06}")
+    note = provenance(config, trainer.update)
+    note["minutes_since_start_or_resume"] = round((time.monotonic() - run.started) / 60, 2)
+    student, redmd = trainer.networks.student, config.run.redmd
+    with trainer.averaged():
+        if config.student_lora is not None:
+            write_adapter(out / LORA, student, config.student_lora, note)
+        else:
+            *_, rows, columns = config.run.latents
+            size = (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
+            write_student(out / STUDENT, student, redmd.cache, redmd.sampler, size, note)
+    if rank() == 0:
+        for _, old in checkpoints(out)[: -config.output.keep]:
+            shutil.rmtree(old)
+
+
+def made(out: Path) -> list[str]:
+    """Names of the weights a run's folder holds."""
+    return [name for name in (STUDENT, LORA) if (out / name).exists()]
+
+
+def provenance(config: DistilConfig, updates: int) -> dict[str, Any]:
+    """How a student is made, as plain JSON."""
+    files = check_files(config)
+    return {
+        "command": "python -m training re_dmd",
+        "config": json.loads(to_json(config)),
+        "updates": updates,
+        "processes": world_size(),
+        "torch": str(torch.__version__),
+        "made_from": {name: file_hash(files[name]) for name in ("teacher", "student")},
+    }
+
+
+def _validate(run: Run) -> dict[str, float]:
+    config, trainer = run.config, run.trainer
+    if run.decoder is None:
+        return {}
+    count = min(config.output.validation_prompts, len(run.prompts))
+    *_, rows, columns = config.run.latents
+    with trainer.averaged():
+        return validate(
+            trainer.networks,
+            config.run.redmd,
+            trainer.prompts.embeds(list(range(count))).to(trainer.uncond),
+            run.prompts[:count],
+            run.decoder,
+            config.output.validation_chunks,
+            (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR),
+            run.out / "validation" / f"update_{trainer.update:06}",
+        )
+
+
+def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch.device) -> Run:
+    started = time.monotonic()
+    dtype = placement_dtype(config.placement)
+    prompts, embeds, uncond = open_prompts(config.data, out / "embeddings", device, dtype)
+    decoder = load_decoder(files["vae"], device, dtype) if _needs_pixels(config) else None
+    networks = _open_networks(config, files, device, decoder)
+    judge = open_judge(config.reward, decoder, prompts, device)
+    trainer = Trainer(config.run, networks, embeds, uncond.to(device), judge)
+    return Run(
+        config=config, trainer=trainer, prompts=prompts, decoder=decoder, started=started, out=out
+    )
+
+
+def _open_networks(
+    config: DistilConfig, files: dict[str, Path], device: torch.device, decoder: Decoder | None
+) -> Networks:
+    p, seed = config.placement, config.run.seed
+    offload = p.offload == "all"
+    return Networks(
+        student=open_network(
+            files["student"],
+            p,
+            device,
+            trained=True,
+            offload=offload,
+            lora=config.student_lora,
+            seed=seed,
+        ),
+        teacher=open_network(
+            files["teacher"], p, device, trained=False, offload=p.offload != "none"
+        ),
+        critic=open_network(
+            files["critic"],
+            p,
+            device,
+            trained=True,
+            offload=offload,
+            lora=config.critic_lora,
+            seed=seed,
+        ),
+        anchor=image_anchor(decoder) if config.anchor and config.run.windows > 1 else None,
+        dtype=placement_dtype(p),
+    )
+
+
+def _needs_pixels(config: DistilConfig) -> bool:
+    anchored = config.anchor and config.run.windows > 1
+    return config.reward.kind != "none" or anchored or bool(config.output.validate_every)

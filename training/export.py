@@ -1,0 +1,113 @@
+"""Students and adapters as files: what the engine, its nodes and ComfyUI's loaders open."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from rf_core.checkpoint import read_checkpoint, write_checkpoint
+from rf_core.config import SPATIAL_FACTOR, CacheConfig, SamplerConfig
+from rf_core.model import WanModel
+
+from .checkpointing import read_part
+from .distributed import rank
+from .lora import BASE, LoRAConfig, exported, merged
+from .recipes import DistilConfig
+
+PROVENANCE_KEY = "rf_provenance"
+Weights = Literal["average", "student"]
+
+
+def write_student(
+    path: Path,
+    student: WanModel,
+    cache: CacheConfig,
+    sampler: SamplerConfig,
+    size: tuple[int, int],
+    note: Mapping[str, Any],
+) -> None:
+    """Write a student that may be sharded; every process calls this, the first one writes."""
+    tensors = _whole(student)
+    if rank() == 0:
+        write_checkpoint(path, tensors, student.config, cache, sampler, size=size, provenance=note)
+
+
+def write_adapter(
+    path: Path, student: WanModel, config: LoRAConfig, note: Mapping[str, Any]
+) -> None:
+    """The same of a student's adapter alone, under the names ComfyUI's loader maps."""
+    tensors = _whole(student)
+    if rank() == 0:
+        _save_adapter(path, tensors, config, note)
+
+
+def export(
+    config: DistilConfig,
+    student: Path,
+    checkpoint: Path,
+    out: Path,
+    *,
+    weights: Weights = "average",
+    dtype: torch.dtype = torch.bfloat16,
+    adapter: bool = False,
+    note: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint of a run as a student's safetensors, on one process.
+
+    `student` is the file the run began with. An adapter is merged into it, or with `adapter`
+    written by itself. ValueError where the run trained none.
+    """
+    part = "average" if weights == "average" else "student.model"
+    trained, lora = read_part(checkpoint, part), config.student_lora
+    if adapter:
+        if lora is None:
+            raise ValueError(f"{checkpoint} is of a run without student_lora; export it whole")
+        _save_adapter(out, trained, lora, note)
+        return
+    source = read_checkpoint(student)
+    tensors = merged(source.tensors, trained, lora) if lora is not None else trained
+    redmd, (*_, rows, columns) = config.run.redmd, config.run.latents
+    write_checkpoint(
+        out,
+        {name: tensor.to(dtype) for name, tensor in tensors.items()},
+        source.config,
+        redmd.cache,
+        redmd.sampler,
+        size=(rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR),
+        provenance=note,
+    )
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces; of a folder, of its files' names and sizes."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        listing = sorted((each.name, each.stat().st_size) for each in path.iterdir())
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _whole(student: WanModel) -> dict[str, Tensor]:
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {name: t.detach() for name, t in get_model_state_dict(student, options=options).items()}
+
+
+def _save_adapter(
+    path: Path, tensors: Mapping[str, Tensor], config: LoRAConfig, note: Mapping[str, Any]
+) -> None:
+    partial = path.with_suffix(".partial")
+    plain = {name.replace(BASE, ""): tensor for name, tensor in tensors.items()}
+    adapter = {name: t.contiguous() for name, t in exported(plain, config).items()}
+    save_file(adapter, partial, {PROVENANCE_KEY: json.dumps(note)})
+    partial.replace(path)

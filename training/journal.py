@@ -1,0 +1,105 @@
+"""What a run says of itself: a line of JSON an update, TensorBoard, Weights & Biases.
+
+Only the first process writes. `log.jsonl` is the record: a run that goes on from a checkpoint first
+drops what it had written after it, so the file reads as one uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .distributed import rank
+from .trainer import Report
+
+_log = logging.getLogger(__name__)
+
+
+class Journal:
+    """Writes the numbers of a run; use as a context manager."""
+
+    def __init__(
+        self, folder: Path, *, first_update: int, tensorboard: bool, wandb: str | None, config: Any
+    ) -> None:
+        self.path = folder / "log.jsonl"
+        self.active = rank() == 0
+        self._board = _tensorboard(folder, first_update) if self.active and tensorboard else None
+        self._wandb = _wandb(wandb, folder, config) if self.active and wandb else None
+        if self.active:
+            _forget_from(self.path, first_update)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, update: int, values: Mapping[str, float]) -> None:
+        """One update's numbers."""
+        if not self.active:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"update": update, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, update)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=update)
+
+
+def numbers_of(report: Report) -> dict[str, float]:
+    """A report as flat names and numbers."""
+    values = {k: v for k, v in asdict(report).items() if isinstance(v, float)}
+    if report.rewards is not None:
+        weighed = report.rewards
+        values["reward/mean_score"] = weighed.mean_score
+        values["reward/effective_share"] = weighed.effective_share
+        for name, value in zip(("p10", "p50", "p90"), weighed.quantiles, strict=True):
+            values[f"reward/weight_{name}"] = value
+    return values
+
+
+def read_journal(path: Path) -> list[dict[str, float]]:
+    """The lines of a `log.jsonl`; one that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            _log.warning("%s: a line was cut short and is left out", path)
+    return lines
+
+
+def _forget_from(path: Path, update: int) -> None:
+    kept = [line for line in read_journal(path) if line["update"] < update]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    if path.exists() or text:
+        path.write_text(text, encoding="utf-8")
+
+
+def _tensorboard(folder: Path, first_update: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _log.warning("tensorboard is not installed; its files are left out (pip install it)")
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_update)
+
+
+def _wandb(project: str, folder: Path, config: Any) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"output.wandb is {project!r}, but wandb is not installed; pip install wandb"
+        ) from None
+    return wandb.init(project=project, dir=str(folder), config=asdict(config), resume="allow")

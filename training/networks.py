@@ -1,0 +1,117 @@
+"""Opening the three networks of a distillation: from files, sharded, as adapters, recomputed.
+
+A network is built without memory, given its adapters, cut into shards, and only then filled, by the
+first process, from a memory-mapped file: no process ever holds more than its share and one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.utils.checkpoint import checkpoint
+
+from rf_core.checkpoint import read_checkpoint
+from rf_core.config import ModelConfig
+from rf_core.model import WanModel
+
+from .distributed import rank, shard
+from .lora import LoRAConfig, adapter_weights, add_adapters, renamed_base
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Where and how networks are held and run."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What they compute in. Weights that are trained, gradients and moments stay in float32;
+    bfloat16 needs a process group, which `torchrun` gives, as FSDP2 does the casting."""
+    checkpointing: bool = False
+    """Whether blocks are recomputed in the backward pass: less memory, a third more time."""
+    compile: str | None = None
+    """torch.compile's backend for each block, such as `inductor`; None to run as written."""
+    offload: Literal["none", "teacher", "all"] = "none"
+    """Whose weights wait in host memory between uses (sharded runs only)."""
+    reshard: bool = True
+    """Whether gathered weights are given back after every block; False is faster and holds a
+    whole network on each card."""
+
+
+def open_network(
+    path: Path,
+    placement: PlacementConfig,
+    device: torch.device,
+    *,
+    trained: bool,
+    offload: bool = False,
+    lora: LoRAConfig | None = None,
+    seed: int = 0,
+) -> WanModel:
+    """A network from a checkpoint of any layout the engine reads, placed and ready.
+
+    A network that is not trained is held in `placement.dtype`, one that is in float32; `lora` adds
+    adapters, which are then all that is trained. Every process calls this together.
+    """
+    source = read_checkpoint(path)
+    network = _empty(source.config, torch.float32 if trained else DTYPES[placement.dtype])
+    network.requires_grad_(trained and lora is None)
+    tensors: Mapping[str, Tensor] = source.tensors
+    if lora is not None:
+        add_adapters(network, lora)
+        tensors = renamed_base(network, tensors) | adapter_weights(network, seed)
+    prepare(network, placement, trained=trained)
+    shard(network, device.type, placement_dtype(placement), offload, placement.reshard)
+    return _filled(network, tensors, device, offload)
+
+
+def prepare(network: WanModel, placement: PlacementConfig, *, trained: bool) -> WanModel:
+    """Have blocks recompiled and recomputed as asked; changes no name of a weight."""
+    for block in network.blocks:
+        if placement.checkpointing and trained:
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
+        if placement.compile is not None:
+            block.compile(backend=placement.compile)
+    return network
+
+
+def placement_dtype(placement: PlacementConfig) -> torch.dtype:
+    """What networks compute in; ValueError where this process cannot."""
+    if placement.dtype != "float32" and not dist.is_initialized():
+        raise ValueError(
+            f"placement.dtype is {placement.dtype}, which sharded networks cast to; start the run "
+            "with `torchrun --nproc-per-node 1 -m training ...`"
+        )
+    if placement.offload != "none" and not dist.is_initialized():
+        raise ValueError(
+            f"placement.offload is {placement.offload}, which sharded networks can do; start the "
+            "run with `torchrun --nproc-per-node 1 -m training ...`"
+        )
+    return DTYPES[placement.dtype]
+
+
+def _empty(config: ModelConfig, dtype: torch.dtype) -> WanModel:
+    with torch.device("meta"):
+        return WanModel(config, dtype=dtype)
+
+
+def _filled(
+    network: WanModel, tensors: Mapping[str, Tensor], device: torch.device, offload: bool
+) -> WanModel:
+    network.to_empty(device="cpu" if offload else device)
+    if not dist.is_initialized():
+        network.load_state_dict(tensors, strict=True)
+        return network
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(network, dict(tensors) if rank() == 0 else {}, options=options)
+    return network
