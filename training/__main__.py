@@ -16,6 +16,7 @@ from tqdm import tqdm
 from rf_core.attention import check_device
 from rf_core.verify import Backend, Comparison, verify_folder
 
+from . import evaluate
 from .config import changed, from_json, to_json
 from .distil import CONFIG, check_files, checkpoints, distil, made, provenance
 from .distributed import processes, rank
@@ -24,6 +25,7 @@ from .journal import numbers_of
 from .recipes import PRESETS, DistilConfig, with_sink
 from .trainer import Report
 from .verify import KINDS
+from .videoalign import convert
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,6 +91,13 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_videoalign(args: argparse.Namespace) -> int:
+    """Write a VideoAlign release as safetensors with its constants."""
+    convert(args.release, args.base, args.out)
+    print(args.out)
+    return 0
+
+
 def _config(args: argparse.Namespace) -> DistilConfig:
     if args.config is not None:
         config = from_json(DistilConfig, args.config.read_text(encoding="utf-8"))
@@ -135,6 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--weights", choices=("average", "student"), default="average")
     export.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     export.add_argument("--adapter", action="store_true", help="the LoRA alone, not merged")
+    evaluation = commands.add_parser("evaluate", help="measure checkpoints, or compare them blind")
+    evaluate.add_arguments(evaluation)
+    evaluation.set_defaults(command=evaluate.run)
+    judge = commands.add_parser("videoalign", help="convert a VideoAlign release, once")
+    judge.set_defaults(command=run_videoalign)
+    judge.add_argument("release", type=Path, help="folder with model_config.json and checkpoint-*")
+    judge.add_argument("base", help="Qwen2-VL-2B-Instruct: a folder or a hub id")
+    judge.add_argument("out", type=Path, help="folder to write")
     return parser
 
 

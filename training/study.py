@@ -1,0 +1,329 @@
+"""A blind study: people compare two models' videos of one prompt and seed, side by side.
+
+`write_study` makes one page that holds its videos and asks for nothing from a network. It names
+pairs and videos by their place in a shuffled order; which model made which stands in a key beside
+the page, for whoever evaluates. `study_results` puts the key and the raters' answers together.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rf_core.video import remux
+
+QUESTIONS = {
+    "text_alignment": "Which video shows the text better?",
+    "dynamics": "Which video has the better motion, lively and natural?",
+    "visual_quality": "Which video looks better?",
+}
+ANSWERS = ("left", "right", "tie")
+
+_TEMPLATE = Path(__file__).with_name("study.html")
+_COLUMNS = ("study", "rater", "pair", "question", "answer")
+_Z = 1.959964  # 97.5 % of the normal distribution lie below
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A finished video of an evaluation."""
+
+    path: Path
+    """The MP4."""
+    prompt_number: int
+    """Place of the prompt in its file, from 0."""
+    seed: int
+    prompt: str
+
+
+Clips = dict[tuple[int, int], Clip]
+"""The videos of one model by prompt number and seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One pair of videos as it is shown."""
+
+    left: str
+    """The model on the left."""
+    right: str
+    prompt_number: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How one model stands against another on one question, all raters together."""
+
+    first: str
+    second: str
+    question: str
+    """A key of `QUESTIONS`."""
+    wins: int
+    """Answers for the first."""
+    losses: int
+    """Answers for the second."""
+    ties: int
+    raters: int
+
+    @property
+    def win_rate(self) -> float:
+        """Share of the first's wins in the answers that are no ties; nan without any."""
+        decided = self.wins + self.losses
+        return self.wins / decided if decided else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the win rate, by Wilson. It takes answers for independent."""
+        return wilson(self.wins, self.wins + self.losses)
+
+
+def clips_of(folder: Path) -> Clips:
+    """The finished videos in an evaluation's folder of one model, by prompt number and seed."""
+    clips: Clips = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        key = (record["prompt_number"], record["seed"])
+        clips[key] = Clip(
+            path=path.with_suffix(".mp4"),
+            prompt_number=key[0],
+            seed=key[1],
+            prompt=record["prompt"],
+        )
+    return clips
+
+
+def write_study(
+    folders: Sequence[Path], page: Path, seed: int = 0, most: int | None = None
+) -> Path:
+    """Write the page, and beside it its key, whose path is returned.
+
+    Args:
+        folders: of `python -m training evaluate`, one a model; their names are the models'.
+        page: the HTML file; it holds all videos, a third larger than their files.
+        seed: of the order of the pairs and of their sides. Keep it to yourself.
+        most: pairs of videos of each two models, drawn at random; by default all there are.
+
+    Raises:
+        ValueError: less than two models, two of one name, nothing they have in common, a video
+            that is missing.
+    """
+    clips = _by_model(folders)
+    rng = np.random.default_rng(seed)
+    comparisons = _comparisons(clips, rng, most)
+    shown, videos = _page_data(comparisons, clips)
+    data = {"pairs": shown, "questions": _questions(), "videos": videos}
+    study = hashlib.blake2b(json.dumps(data).encode(), digest_size=5).hexdigest()
+    # "<" would let a prompt end the script it stands in.
+    text = json.dumps({"id": study, **data}).replace("<", "\\u003c")
+    page.write_text(
+        _TEMPLATE.read_text(encoding="utf-8").replace("__STUDY__", text), encoding="utf-8"
+    )
+    pairs = {row["id"]: asdict(each) for row, each in zip(shown, comparisons, strict=True)}
+    key = page.with_suffix(".key.json")
+    about = {"study": study, "models": sorted(clips), "pairs": pairs}
+    key.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    return key
+
+
+def study_results(answers: Sequence[Path], key: Path) -> list[Standing]:
+    """How every two models stand, question by question, from the raters' CSV files.
+
+    A file that is given twice counts once. ValueError for a file of another study, for one that
+    is no answer sheet, and where one rater says two things of one pair.
+    """
+    about = _read_key(key)
+    given: dict[tuple[str, str, str], str] = {}
+    for path in answers:
+        _take_answers(path, about, given)
+    if not given:
+        raise ValueError("there are no answers; give the CSV files that the raters downloaded")
+    votes: dict[tuple[str, str, str], Counter[str | None]] = {}
+    raters: dict[tuple[str, str, str], set[str]] = {}
+    for (rater, pair, question), answer in given.items():
+        first, second, vote = _vote(about["pairs"][pair], answer)
+        votes.setdefault((first, second, question), Counter())[vote] += 1
+        raters.setdefault((first, second, question), set()).add(rater)
+    return [
+        Standing(
+            first=first,
+            second=second,
+            question=question,
+            wins=votes[first, second, question][first],
+            losses=votes[first, second, question][second],
+            ties=votes[first, second, question][None],
+            raters=len(raters[first, second, question]),
+        )
+        for first, second in combinations(about["models"], 2)
+        for question in QUESTIONS
+        if (first, second, question) in votes
+    ]
+
+
+def format_standings(standings: Sequence[Standing]) -> str:
+    """A Markdown table of `study_results`."""
+    lines = [
+        "| model | against | question | wins | losses | ties | win rate [95 %] | raters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for each in standings:
+        low, high = each.interval
+        rate = "-" if math.isnan(each.win_rate) else f"{each.win_rate:.3f} [{low:.3f}, {high:.3f}]"
+        question = each.question.replace("_", " ")
+        lines.append(
+            f"| {each.first} | {each.second} | {question} | {each.wins} | {each.losses} "
+            f"| {each.ties} | {rate} | {each.raters} |"
+        )
+    return "\n".join(lines)
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927); (0, 1) without trials."""
+    if not trials:
+        return 0.0, 1.0
+    share, z2 = successes / trials, _Z**2
+    middle = share + z2 / (2 * trials)
+    reach = _Z * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    low, high = ((middle + side * reach) / (1 + z2 / trials) for side in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
+def _by_model(folders: Sequence[Path]) -> dict[str, Clips]:
+    clips = {folder.name: clips_of(folder) for folder in folders}
+    if len(clips) < 2 or len(clips) < len(folders):
+        raise ValueError(
+            f"the study compares {', '.join(folder.name for folder in folders) or 'nothing'}; "
+            "give two models or more, each with a name of its own"
+        )
+    return clips
+
+
+def _comparisons(
+    clips: dict[str, Clips], rng: np.random.Generator, most: int | None
+) -> list[Comparison]:
+    """Pairs in the order they are shown; of two models either is on the left in half of theirs."""
+    if most is not None and most < 1:
+        raise ValueError(f"the study would have {most} pairs of each two models; give 1 or more")
+    found = []
+    for pair in combinations(sorted(clips), 2):
+        common = _common(*pair, clips)
+        chosen = [common[i] for i in rng.permutation(len(common))[:most]]
+        for turn, (number, seed) in enumerate(chosen, start=int(rng.integers(2))):
+            left, right = pair if turn % 2 else pair[::-1]
+            found.append(Comparison(left=left, right=right, prompt_number=number, seed=seed))
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def _common(first: str, second: str, clips: dict[str, Clips]) -> list[tuple[int, int]]:
+    mine, other = clips[first], clips[second]
+    common = sorted(mine.keys() & other.keys())
+    if not common:
+        raise ValueError(
+            f"{first} and {second} have no finished video of one prompt and seed; evaluate both "
+            "on the same prompts"
+        )
+    for key in common:
+        if mine[key].prompt != other[key].prompt:
+            raise ValueError(
+                f"prompt {key[0]} is {mine[key].prompt!r} for {first} and {other[key].prompt!r} "
+                f"for {second}; evaluate both on the same prompts"
+            )
+    return common
+
+
+def _page_data(
+    comparisons: Sequence[Comparison], clips: dict[str, Clips]
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The pairs as the page knows them, and each video once; names follow the shuffled order."""
+    names: dict[Path, str] = {}
+    shown = []
+    for place, each in enumerate(comparisons, start=1):
+        row = {"id": f"p{place}"}
+        for side in ("left", "right"):
+            clip = clips[getattr(each, side)][each.prompt_number, each.seed]
+            row[side] = names.setdefault(clip.path, f"v{len(names) + 1}")
+            row["prompt"] = clip.prompt
+        shown.append(row)
+    return shown, {name: _data_uri(path) for path, name in names.items()}
+
+
+def _questions() -> list[dict[str, str]]:
+    return [{"id": name, "text": text} for name, text in QUESTIONS.items()]
+
+
+def _data_uri(path: Path) -> str:
+    """A video without its metadata, which names the model that made it."""
+    if not path.is_file():
+        raise ValueError(f"{path} is gone; evaluate again, or leave its prompt out of the study")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "video.mp4"
+        shutil.copyfile(path, copy)
+        remux(copy, metadata={})
+        return "data:video/mp4;base64," + base64.b64encode(copy.read_bytes()).decode()
+
+
+def _read_key(key: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads(key.read_text(encoding="utf-8"))
+        if not {"study", "models", "pairs"} <= set(about):
+            raise ValueError("it lacks study, models or pairs")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{key} is not the key of a study ({error}); give the .key.json beside its page"
+        ) from None
+    return about
+
+
+def _take_answers(
+    path: Path, about: dict[str, Any], given: dict[tuple[str, str, str], str]
+) -> None:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if not set(_COLUMNS) <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path} lacks columns; an answer sheet has {', '.join(_COLUMNS)}")
+        for row in reader:
+            _take_answer(f"{path}, line {reader.line_num}", row, about, given)
+
+
+def _take_answer(
+    where: str,
+    row: dict[str, str],
+    about: dict[str, Any],
+    given: dict[tuple[str, str, str], str],
+) -> None:
+    if row["study"] != about["study"]:
+        raise ValueError(
+            f"{where}: this is study {row['study']}, the key is of {about['study']}; "
+            "give the key that was written with the page"
+        )
+    known = {"pair": about["pairs"], "question": QUESTIONS, "answer": ANSWERS}
+    for column, values in known.items():
+        if row[column] not in values:
+            raise ValueError(
+                f"{where}: the study has no {column} {row[column]!r}; give the file as downloaded"
+            )
+    at = (row["rater"], row["pair"], row["question"])
+    if given.setdefault(at, row["answer"]) != row["answer"]:
+        raise ValueError(
+            f"{where}: rater {at[0]} answers {at[2]} of pair {at[1]} with {row['answer']}, and in "
+            f"another place with {given[at]}; give the rater's newest file alone"
+        )
+
+
+def _vote(pair: dict[str, str], answer: str) -> tuple[str, str, str | None]:
+    """The two models in order of their names, and the one an answer is for, None for a tie."""
+    first, second = sorted((pair["left"], pair["right"]))
+    return first, second, pair.get(answer)
