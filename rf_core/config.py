@@ -77,6 +77,9 @@ class CacheConfig:
     accumulator: Accumulator = "reference"
     """`reference` rounds as the published code does in the cache's dtype; `float32` keeps the
     sink in float32, so that the decay is real in bf16 too."""
+    keep_key_norms: bool = False
+    """Whether the sink's keys are given back the length that averaging takes from vectors which
+    disagree; without it, as published, a much averaged sink fades from attention."""
 
     def __post_init__(self) -> None:
         if self.chunk_frames < 1:

@@ -184,17 +184,27 @@ class KVCache:
         self.num_evictions += 1
 
     def _absorb(self, which: int, layer: int, sink_BLHD: Tensor, evicted_BLHD: Tensor) -> None:
-        decay = self.config.decay
-        evicted = match_frames(evicted_BLHD, self.config.sink_frames, self.frame_tokens)
-        if self.exact_sink is None:
-            # Each product is rounded to the cache's dtype before the sum, as published.
-            sink_BLHD.copy_(decay * sink_BLHD + (1 - decay) * evicted)
-            return
-        exact = self.exact_sink[which, layer]
-        if self.num_evictions == 0:
-            exact.copy_(sink_BLHD)
-        exact.mul_(decay).add_(evicted.float(), alpha=1 - decay)
-        sink_BLHD.copy_(exact)
+        decay, exact = self.config.decay, None
+        if self.exact_sink is not None:
+            exact = self.exact_sink[which, layer]
+            if self.num_evictions == 0:
+                exact.copy_(sink_BLHD)
+        sink = sink_BLHD if exact is None else exact
+        evicted = match_frames(evicted_BLHD, self.config.sink_frames, self.frame_tokens).to(sink)
+        # Each product is rounded to the sink's dtype before the sum, as published.
+        average = decay * sink + (1 - decay) * evicted
+        if which == 0 and self.config.keep_key_norms:
+            average = average * _shrinkage(sink, evicted, decay, average)
+        sink.copy_(average)
+        if exact is not None:
+            sink_BLHD.copy_(exact)
+
+
+def _shrinkage(sink: Tensor, evicted: Tensor, decay: float, average: Tensor) -> Tensor:
+    """By how much averaging has shortened each token's key, [B, L, 1, 1]."""
+    lengths = [x.float().flatten(2).norm(dim=2) for x in (sink, evicted, average)]
+    wanted = decay * lengths[0] + (1 - decay) * lengths[1]
+    return (wanted / lengths[2].clamp_min(1e-6)).to(average)[..., None, None]
 
 
 def match_frames(x_BLHD: Tensor, frames: int, frame_tokens: int) -> Tensor:

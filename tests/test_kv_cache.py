@@ -93,6 +93,27 @@ def test_in_bfloat16_the_reference_accumulator_rounds_each_product_as_published(
     assert frames_of(cache)[:3] == [1] * 3
 
 
+@pytest.mark.parametrize("accumulator", ["reference", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_can_be_given_back_the_length_that_averaging_takes(accumulator, dtype):
+    generator = torch.Generator().manual_seed(0)
+    chunks = torch.randn(8, 1, 3 * TOKENS, 1, 4, generator=generator).to(dtype)
+    sinks = {}
+    for keep in (False, True):
+        config = tiny.window(9, 3, decay=0.5, accumulator=accumulator, keep_key_norms=keep)
+        cache = cache_of(config, dtype)
+        for kv in chunks:
+            cache.advance()
+            cache.extend(0, kv, kv)
+        sinks[keep] = [t[0, 0, : 3 * TOKENS, 0].float() for t in (cache.k_NBWHD, cache.v_NBWHD)]
+    lengths = chunks[0, 0, :, 0].float().norm(dim=1)
+    for evicted in chunks[1:6]:
+        lengths = 0.5 * lengths + 0.5 * evicted[0, :, 0].float().norm(dim=1)
+    torch.testing.assert_close(sinks[True][0].norm(dim=1), lengths, rtol=0.02, atol=0.01)
+    assert (sinks[False][0].norm(dim=1) < 0.9 * lengths).all()
+    assert torch.equal(sinks[True][1], sinks[False][1])  # values are left alone
+
+
 def test_the_float32_accumulator_really_decays_in_bfloat16():
     cache = cache_of(tiny.window(9, 3, decay=0.999, accumulator="float32"), torch.bfloat16)
     for number in [1] + [0] * 22:
