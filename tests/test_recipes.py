@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +32,7 @@ SETTINGS = [
     "output.tensorboard=false",
 ]
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 def small(*more: str) -> DistilConfig:
@@ -181,3 +187,44 @@ def test_a_checkpoint_s_index_may_name_nothing_but_an_index(tmp_path):
     (evil / ".metadata").write_bytes(pickle.dumps(print))
     with pytest.raises(ValueError, match=r"index names builtins\.print, which is refused"):
         load({}, evil)
+
+
+def command(*arguments: str, processes: int | None = None) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    begin = [sys.executable, *(launcher if processes else [])]
+    settings = [part for setting in [*SETTINGS, "run.updates=3"] for part in ("--set", setting)]
+    return [*begin, "-m", "training", "re_dmd", "--device", "cpu", *settings, *arguments]
+
+
+def run(arguments: list[str]) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_killed_run_goes_on_bit_for_bit_and_two_processes_come_to_the_same(tmp_path):
+    whole, cut, two = (tmp_path / name for name in ("whole", "cut", "two"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    victim = subprocess.Popen(
+        command("--out", str(cut)),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (cut / "update_000001").exists():
+        assert victim.poll() is None
+        time.sleep(0.05)
+    victim.kill()
+    victim.wait()
+    assert not (cut / "update_000003").exists()
+    run(command("--out", str(cut), "--resume"))
+    run(command("--out", str(whole)))
+    first, second = (weights_of(path / "student.safetensors") for path in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    run(command("--out", str(two), "--set", "run.micro_batch=1", processes=2))
+    third = weights_of(two / "student.safetensors")
+    for name, weight in first.items():
+        torch.testing.assert_close(third[name], weight, atol=2e-4, rtol=1e-2)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import training.data as data
+from rf_core.generate import DEMO
+from rf_core.text import load_text_encoder
+from training.data import DataConfig, cached_embeds, open_prompts, place_encoder, read_prompts
+
+CPU = torch.device("cpu")
+TEXTS = [f"a red circle moves left, take {number}" for number in range(7)]
+
+
+def encoder():
+    return load_text_encoder(DEMO / "text_encoder.safetensors", device="cpu", dtype=torch.float32)
+
+
+def prompt_file(folder: Path) -> DataConfig:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(TEXTS) + "\n")
+    return DataConfig(prompts=(path,))
+
+
+def test_prompts_are_read_from_every_format_once_and_in_order(tmp_path):
+    text, table, tabs, lines = (tmp_path / f"p.{end}" for end in ("txt", "csv", "tsv", "jsonl"))
+    text.write_text("one\n\n  two  \none\n", encoding="utf-8")
+    table.write_text('id,prompt\n1,"three, with a comma"\n2,two\n', encoding="utf-8")
+    tabs.write_text("caption\tid\nfünf\t1\n", encoding="utf-8")
+    lines.write_text('{"prompt": "four"}\n\n{"prompt": "one"}\n', encoding="utf-8")
+    config = DataConfig(prompts=(text, table, lines))
+    assert read_prompts(config) == ["one", "two", "three, with a comma", "four"]
+    assert read_prompts(replace(config, limit=2)) == ["one", "two"]
+    assert read_prompts(DataConfig(prompts=(tabs,), column="caption")) == ["fünf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.csv", "id,text\n1,a\n", "no column 'prompt'; it has id, text; name one"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: not a JSON object with the field"),
+        ("p.jsonl", "[1]\n", "line 1: not a JSON object"),
+        ("p.txt", "\n\n", "no prompt"),
+    ],
+)
+def test_a_file_without_prompts_is_refused_by_place(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        read_prompts(DataConfig(prompts=(tmp_path / name,)))
+
+
+def test_prompts_are_encoded_once_and_read_back_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_PROMPTS", 3)
+    config = prompt_file(tmp_path)
+    prompts, embeds, negative = open_prompts(config, tmp_path / "e", CPU, torch.float32)
+    assert prompts == TEXTS and len(embeds) == len(TEXTS) and len(negative) == 1
+    found = embeds.embeds([6, 0, 6])
+    expected = encoder().encode([TEXTS[6], TEXTS[0], TEXTS[6]])
+    length = found.shape[1]
+    assert length < expected.shape[1] and not expected[:, length:].any()
+    torch.testing.assert_close(found, expected[:, :length], atol=1e-5, rtol=1e-4)
+
+    monkeypatch.setattr(data, "load_text_encoder", None)  # it would fail if it were opened
+    again = open_prompts(config, tmp_path / "e", CPU, torch.float32)
+    assert torch.equal(again[1].embeds([6, 0, 6]), found) and torch.equal(again[2], negative)
+
+
+def test_only_missing_shards_are_encoded_and_another_encoder_s_are_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_PROMPTS", 3)
+    open_prompts(prompt_file(tmp_path), tmp_path, CPU, torch.float32)
+    cache, missing = cached_embeds(TEXTS, str(DEMO / "text_encoder.safetensors"), tmp_path)
+    assert len(cache.shards) == 3 and missing == []
+    cache.shards[1].unlink()
+    assert cached_embeds(TEXTS, str(DEMO / "text_encoder.safetensors"), tmp_path)[1] == [1]
+    assert cached_embeds(TEXTS, "another", tmp_path)[1] == [0, 1, 2]
+    assert cached_embeds([*TEXTS, "x"], str(DEMO / "text_encoder.safetensors"), tmp_path)[1] == [
+        1,
+        2,
+    ]
+
+
+def encode_rank(rank: int, world: int, folder: Path) -> None:
+    data.SHARD_PROMPTS = 2
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world
+    )
+    sharded = place_encoder(encoder(), CPU)
+    assert type(next(sharded.model.parameters())).__name__ == "DTensor"
+    dist.barrier()
+    open_prompts(prompt_file(folder) if rank == 0 else DataConfig(
+        prompts=(folder / "prompts.txt",)
+    ), folder / "e", CPU, torch.float32)  # fmt: skip
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_a_sharded_encoder_write_what_one_does(tmp_path, monkeypatch):
+    prompt_file(tmp_path)
+    mp.spawn(encode_rank, (2, tmp_path), nprocs=2)
+    monkeypatch.setattr(data, "SHARD_PROMPTS", 2)
+    name = str(DEMO / "text_encoder.safetensors")
+    cache, missing = cached_embeds(TEXTS, name, tmp_path / "e")
+    assert len(cache.shards) == 4 and missing == []
+    expected = encoder().encode(TEXTS)
+    found = cache.embeds(range(len(TEXTS)))
+    torch.testing.assert_close(found, expected[:, : found.shape[1]], atol=1e-5, rtol=1e-4)
+    assert not list((tmp_path / "e").glob("*.partial*"))
+
+
+def test_without_prompt_files_the_miniature_s_captions_are_used():
+    prompts, embeds, negative = open_prompts(DataConfig(limit=3), Path("x"), CPU, torch.float32)
+    assert len(prompts) == len(embeds) == 3 and prompts[0].startswith("a red circle")
+    assert json.dumps(list(negative.shape)) == json.dumps([1, *embeds.embeds([0]).shape[1:]])
