@@ -138,12 +138,15 @@ def test_adapters_are_trained_alone_and_merge_to_what_they_streamed_as(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        (["run.latents=[8, 6, 8, 8]"], "run.latents has 8 channels; files.student has 16"),
+        (["run.latents=[16, 6, 7, 8]"], "latents of 7x8 are not tiled"),
         (["files.student=nowhere.safetensors"], "files.student is nowhere.safetensors"),
         (['data.prompts=["none.txt"]'], "data.prompts names none.txt"),
         (["placement.dtype=bfloat16"], "start the run with `torchrun"),
         (["output.wandb=x"], "wandb is not installed"),
         (['student_lora={"targets": "nothing"}'], "match no layer"),
         (["reward.score=beauty"], "tracker gives motion, caption"),
+        (["run.runaway=1e-6"], "lower critic.rate; there is no checkpoint"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_sentence(tmp_path, capsys, settings, said):

@@ -8,25 +8,34 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from rf_core.attention import check_device
+from rf_core.config import WAN_1_3B, WAN_14B
 from rf_core.verify import Backend, Comparison, verify_folder
 
 from . import evaluate
 from .config import changed, from_json, to_json
-from .distil import CONFIG, check_files, checkpoints, distil, made, provenance
-from .distributed import processes, rank
+from .distil import CONFIG, check_files, checkpoints, distil, made, provenance, sizes_of
+from .distributed import processes, rank, world_size
+from .estimate import Sizes, estimate, format_estimate, matmul_speed
 from .export import export
 from .journal import numbers_of
 from .recipes import PRESETS, DistilConfig, with_sink
 from .trainer import Report
 from .verify import KINDS
 from .videoalign import convert
+from .world import __main__ as world
+from .world.claims import ARMS, ClaimsConfig, Measurer, run_claims
+from .world.claims_report import motion_plot, report, strips
 
+STRIP_PROMPT = "a red circle moves left"
+SIZES = {"1.3b": WAN_1_3B, "14b": WAN_14B}
+NETWORKS = ("student", "teacher", "critic")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,7 +67,8 @@ def run_redmd(args: argparse.Namespace) -> int:
     with processes(args.device) as device:
         first = rank() == 0
         if first:
-            print(to_json(config), flush=True)
+            print(to_json(config))
+            print(_estimated(config, sizes_of(config), world_size(), device), flush=True)
         with tqdm(total=config.run.updates, unit="update", disable=not first) as bar:
             for report in distil(config, args.out, device, resume=args.resume):
                 bar.update(report.update + 1 - bar.n)
@@ -66,6 +76,20 @@ def run_redmd(args: argparse.Namespace) -> int:
     if first:
         print(f"{args.out}: the averaged weights are in {', '.join(made(args.out))}")
     return 0
+
+
+def run_estimate(args: argparse.Namespace) -> int:
+    """Count what a run will take."""
+    config = _config(args)
+    given = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
+    sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(sizes_of(config), **given)
+    print(_estimated(config, sizes, args.processes, torch.device(args.device)))
+    return 0
+
+
+def _estimated(config: DistilConfig, sizes: Sizes, processes: int, device: torch.device) -> str:
+    speed = matmul_speed(device, DTYPES[config.placement.dtype])
+    return format_estimate(estimate(config, sizes, processes), speed)
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -98,6 +122,25 @@ def run_videoalign(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_teacher(args: argparse.Namespace) -> int:
+    """Train the miniature's teacher; for Wan the published weights are the teacher."""
+    return world.main(["teacher", "--out", str(args.out), *args.rest])
+
+
+def run_claims_study(args: argparse.Namespace) -> int:
+    """Train and measure the arms that are missing, then print what they say."""
+    arms = [ARMS[name] for name in args.arm] if args.arm else list(ARMS.values())
+    config = ClaimsConfig()
+    for name in run_claims(args.out, range(args.seeds), arms, config):
+        print(f"{name}: done", flush=True)
+    (args.out / "claims.md").write_text(report(args.out), encoding="utf-8")
+    (args.out / "motion.svg").write_text(motion_plot(args.out), encoding="utf-8")
+    strips(args.out, Measurer(config), STRIP_PROMPT).save(args.out / "strips.png")
+    print(report(args.out))
+    print(f"written to {args.out}: claims.md, motion.svg, strips.png")
+    return 0
+
+
 def _config(args: argparse.Namespace) -> DistilConfig:
     if args.config is not None:
         config = from_json(DistilConfig, args.config.read_text(encoding="utf-8"))
@@ -115,6 +158,14 @@ def _told(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, default="miniature", help="where to begin")
+    parser.add_argument("--config", type=Path, help="a config.json, in place of a preset")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+
+
 def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -130,12 +181,14 @@ def _parser() -> argparse.ArgumentParser:
     redmd = commands.add_parser("re_dmd", help="distil a student")
     redmd.set_defaults(command=run_redmd)
     redmd.add_argument("--out", type=Path, required=True, help="the run's folder")
-    redmd.add_argument("--preset", choices=PRESETS, default="miniature", help="where to begin")
-    redmd.add_argument("--config", type=Path, help="a config.json, in place of a preset")
-    redmd.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-    redmd.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
     redmd.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    redmd.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+    _add_config(redmd)
+    counting = commands.add_parser("estimate", help="memory and operations of a re_dmd run")
+    counting.set_defaults(command=run_estimate)
+    counting.add_argument("--processes", type=int, default=1, help="how many share the run")
+    for name in NETWORKS:
+        counting.add_argument(f"--{name}", choices=SIZES, help="size, in place of its file's")
+    _add_config(counting)
     export = commands.add_parser("export", help="write a run's checkpoint as a student")
     export.set_defaults(command=run_export)
     export.add_argument("run", type=Path, help="folder of a re_dmd run")
@@ -152,6 +205,15 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("release", type=Path, help="folder with model_config.json and checkpoint-*")
     judge.add_argument("base", help="Qwen2-VL-2B-Instruct: a folder or a hub id")
     judge.add_argument("out", type=Path, help="folder to write")
+    teacher = commands.add_parser("teacher", help="train the miniature's teacher")
+    teacher.set_defaults(command=run_teacher)
+    teacher.add_argument("--out", type=Path, required=True, help="folder with vae, text and clips")
+    teacher.add_argument("rest", nargs=argparse.REMAINDER, help="as of `training.world teacher`")
+    claims = commands.add_parser("claims", help="the paper's ablations in miniature")
+    claims.set_defaults(command=run_claims_study)
+    claims.add_argument("--out", type=Path, required=True, help="where runs and results go")
+    claims.add_argument("--seeds", type=int, default=1, help="training seeds of every arm")
+    claims.add_argument("--arm", action="append", choices=ARMS, help="only these arms")
     return parser
 
 

@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 
-from rf_core.config import SPATIAL_FACTOR
+from rf_core.checkpoint import read_checkpoint
+from rf_core.config import SPATIAL_FACTOR, Grid
 from rf_core.decoder import Decoder, load_decoder
 from rf_core.generate import DEMO
 
 from .config import from_json, to_json
 from .data import open_prompts
 from .distributed import barrier, rank, world_size
+from .estimate import Sizes
 from .export import file_hash, write_adapter, write_student
 from .journal import Journal, numbers_of
 from .judges import image_anchor, open_judge
@@ -60,6 +62,7 @@ def distil(
     FloatingPointError, with the last good checkpoint named, where the run breaks down.
     """
     files = check_files(config)
+    sizes_of(config)
     saved = checkpoints(out)
     _check_folder(config, out, saved, resume)
     run = _open(config, files, out, device)
@@ -100,6 +103,25 @@ def check_files(config: DistilConfig) -> dict[str, Path]:
         if not path.exists():
             raise ValueError(f"data.prompts names {path}, which is not there")
     return found
+
+
+def sizes_of(config: DistilConfig) -> Sizes:
+    """The sizes of a run's networks, read from their files.
+
+    ValueError where they cannot work together on the run's latents.
+    """
+    files, channels = check_files(config), config.run.latents[0]
+    found = {name: read_checkpoint(files[name]).config for name in ("student", "teacher", "critic")}
+    for name, size in found.items():
+        if size.in_dim != channels:
+            raise ValueError(f"run.latents has {channels} channels; files.{name} has {size.in_dim}")
+        if size.text_dim != found["student"].text_dim:
+            raise ValueError(
+                f"files.{name} reads text of width {size.text_dim}, files.student of "
+                f"{found['student'].text_dim}: they need one text encoder"
+            )
+    Grid.of_latents(*config.run.latents[2:], found["student"].patch_size)
+    return Sizes(**found)
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:

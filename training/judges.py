@@ -47,9 +47,7 @@ def _reward(config: RewardConfig, device: torch.device) -> Reward:
     assert config.path is not None
     from .videoalign import load_videoalign
 
-    return load_videoalign(
-        config.path, device, torch.bfloat16, published=config.published_frames
-    )
+    return load_videoalign(config.path, device, torch.bfloat16, published=config.published_frames)
 
 
 def image_anchor(decoder: Decoder | None) -> Anchor:

@@ -125,7 +125,7 @@ def miniature() -> DistilConfig:
 
 
 def wan() -> DistilConfig:
-    """The published run (arXiv 2512.04678); `files` are still to be given.
+    """The published run (arXiv 2512.04678); change the files to where yours are.
 
     Total batch 64 and 600 updates are the paper's; a run on fewer cards accumulates.
     """
@@ -134,7 +134,12 @@ def wan() -> DistilConfig:
         run=RunConfig(redmd=ReDMDConfig(batch=64), latents=(16, 21, height, width)),
         reward=RewardConfig(kind="videoalign", score="MQ", path=Path("videoalign")),
         placement=PlacementConfig(dtype="bfloat16", checkpointing=True),
-        data=DataConfig(text_encoder="google/umt5-xxl"),
+        files=FilesConfig(
+            student=Path("models/ode_init.safetensors"),
+            teacher=Path("models/wan2.1_t2v_1.3B.safetensors"),
+            vae=Path("models/Wan2.1_VAE.pth"),
+        ),
+        data=DataConfig(prompts=(Path("prompts.txt"),), text_encoder="google/umt5-xxl"),
     )
 
 

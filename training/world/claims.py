@@ -26,11 +26,11 @@ from rf_core.generate import DEMO
 from rf_core.model import WanModel
 
 from ..checkpointing import read_part
-from ..config import changed, to_json
+from ..config import build, changed, to_json
 from ..distil import STUDENT, checkpoints, distil
 from ..evaluate import caption_measures
 from ..metrics import first_frame_copy, flicker, motion
-from ..recipes import miniature
+from ..recipes import DistilConfig, miniature
 from .clips import decode_latents, num_images, scene_of
 from .evaluate import ATTRIBUTES, EvaluateConfig, Streams
 from .ode_pairs import EulerConfig, sample
@@ -132,7 +132,7 @@ def run_claims(
 
 def _run_arm(out: Path, arm: Arm, seed: int, measurer: Measurer) -> dict[str, Any]:
     config = changed(miniature(), [*COMMON, f"run.seed={seed}", *arm.settings])
-    folder = out / _slug(f"{arm.name} {seed}")
+    folder = folder_of(out, arm, seed)
     for report in distil(config, folder, torch.device("cpu"), resume=bool(checkpoints(folder))):
         _log.info("%s, seed %d: update %d", arm.name, seed, report.update)
     cache, sampler = config.run.redmd.cache, config.run.redmd.sampler
@@ -151,6 +151,17 @@ def _run_arm(out: Path, arm: Arm, seed: int, measurer: Measurer) -> dict[str, An
         "long": long,
         **found,
     }
+
+
+def folder_of(out: Path, arm: Arm, seed: int) -> Path:
+    """Where an arm's run is."""
+    return out / _slug(f"{arm.name} {seed}")
+
+
+def sink_of(result: Mapping[str, Any]) -> tuple[CacheConfig, SamplerConfig]:
+    """The cache and the schedule a result's student streams with."""
+    redmd = build(DistilConfig, result["config"]).run.redmd
+    return redmd.cache, redmd.sampler
 
 
 def _averaged(checkpoint: Path, like: WanModel) -> WanModel:
@@ -188,7 +199,17 @@ class Measurer:
     def stream(self, student: WanModel, cache: CacheConfig, sampler: SamplerConfig) -> list[Tensor]:
         """A video of every prompt."""
         every = [text for texts in self.prompts.values() for text in texts]
-        return self._streams(student, cache, sampler).videos(every, self.config.chunks)
+        return self.videos(every, student, cache, sampler)
+
+    def videos(
+        self,
+        texts: Sequence[str],
+        student: WanModel,
+        cache: CacheConfig,
+        sampler: SamplerConfig,
+    ) -> list[Tensor]:
+        """A video [T, 3, H, W] of each caption."""
+        return self._streams(student, cache, sampler).videos(texts, self.config.chunks)
 
     def measure(self, videos: list[Tensor]) -> dict[str, list[dict[str, Any]]]:
         """Every video's measures, by group of captions."""
@@ -201,7 +222,7 @@ class Measurer:
     def speed(self, student: WanModel, cache: CacheConfig, sampler: SamplerConfig) -> float:
         """Mean speed of a few captions that leave it open."""
         texts = self.prompts["free"][: self.config.between]
-        videos = self._streams(student, cache, sampler).videos(texts, self.config.chunks)
+        videos = self.videos(texts, student, cache, sampler)
         return _mean_speed([caption_measures(v, t) for v, t in zip(videos, texts, strict=True)])
 
     def drift(

@@ -1,0 +1,203 @@
+"""The work of a stream counted from its sizes: floating-point operations and bytes.
+
+A multiply-add counts as two operations, and only products count (linear layers, attention, the
+patches): the rest is bound by memory. Bytes are what must move where every step reads its input
+and its weights and writes its output once, in the given element size, with a norm and its
+modulation, or a gate and its residual, taken as one step. What a chunk takes beyond that is ours
+to save. All is per sample; a batch multiplies everything but the weights' bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .config import CacheConfig, Grid, ModelConfig, SamplerConfig
+from .taehv import TAEHV
+from .vae import VAEState, WanVAE
+
+SELF_PRODUCTS = "self-attention products"
+CROSS_PRODUCTS = "cross-attention products"
+SELF_LINEARS = "linears: self q k v o"
+CROSS_LINEARS = "linears: cross q o"
+FEED_FORWARD = "linears: feed-forward"
+OTHER_LINEARS = "linears: time, patch, head"
+NORMS = "norms"
+ROPE = "rope"
+ELEMENTWISE = "modulation, gates, GELU"
+CACHE_WRITES = "cache writes"
+EVICTION = "cache eviction"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step takes."""
+
+    flops: int = 0
+    """Floating-point operations; a multiply-add is two."""
+    bytes: int = 0
+    """Bytes read and written at the least."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, count: int) -> Work:
+        """The same step `count` times."""
+        return Work(self.flops * count, self.bytes * count)
+
+
+def total(parts: Mapping[str, Work]) -> Work:
+    """All parts together."""
+    return sum(parts.values(), Work())
+
+
+def pass_work(
+    model: ModelConfig,
+    cache: CacheConfig,
+    grid: Grid,
+    element_bytes: int = 2,
+    context_frames: int | None = None,
+) -> dict[str, Work]:
+    """One pass of the network over a chunk, by kind.
+
+    `context_frames` is what the window holds before the chunk, by default all it can.
+    """
+    if context_frames is None:
+        context_frames = cache.window_frames - cache.chunk_frames
+    tokens = cache.chunk_frames * grid.frame_tokens
+    window = context_frames * grid.frame_tokens + tokens
+    block = {
+        SELF_PRODUCTS: _attention(model.dim, tokens, window, element_bytes),
+        CROSS_PRODUCTS: _attention(model.dim, tokens, model.text_len, element_bytes),
+        SELF_LINEARS: _linear(model.dim, model.dim, tokens, element_bytes).times(4),
+        CROSS_LINEARS: _linear(model.dim, model.dim, tokens, element_bytes).times(2),
+        FEED_FORWARD: _linear(model.dim, model.ffn_dim, tokens, element_bytes)
+        + _linear(model.ffn_dim, model.dim, tokens, element_bytes),
+        **_memory_bound(model, tokens, window, element_bytes),
+    }
+    parts = {kind: work.times(model.num_layers) for kind, work in block.items()}
+    head_norm = Work(bytes=2 * tokens * model.dim * element_bytes)
+    parts[NORMS] += head_norm
+    return parts | {OTHER_LINEARS: _ends(model, cache.chunk_frames, tokens, element_bytes)}
+
+
+def chunk_work(
+    model: ModelConfig,
+    cache: CacheConfig,
+    sampler: SamplerConfig,
+    grid: Grid,
+    element_bytes: int = 2,
+) -> dict[str, Work]:
+    """A chunk of the steady state, by kind: the denoising passes, the clean pass, one eviction."""
+    passes = len(sampler.steps) + 1
+    one = pass_work(model, cache, grid, element_bytes)
+    parts = {kind: work.times(passes) for kind, work in one.items()}
+    return parts | {EVICTION: _eviction(model, cache, grid, element_bytes)}
+
+
+def cache_bytes(model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes: int = 2) -> int:
+    """Bytes of the keys and values of a full window, in every layer."""
+    window = cache.window_frames * grid.frame_tokens
+    return 2 * model.num_layers * window * model.dim * element_bytes
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Parameters of the network."""
+    dim = model.dim
+    attention = 4 * _parameters(dim, dim) + 2 * dim  # q k v o and the norms of q and k
+    ffn = _parameters(dim, model.ffn_dim) + _parameters(model.ffn_dim, dim)
+    block = 2 * attention + ffn + 2 * dim + 6 * dim  # norm3 and the modulation
+    text = _parameters(model.text_dim, dim) + _parameters(dim, dim)
+    time = _parameters(model.freq_dim, dim) + _parameters(dim, dim) + _parameters(dim, 6 * dim)
+    rows, columns = model.patch_size[1:]
+    patch = _parameters(model.in_dim * rows * columns, dim)
+    head = _parameters(dim, model.out_dim * rows * columns) + 2 * dim
+    return model.num_layers * block + text + time + patch + head
+
+
+def decoder_work(codec: WanVAE | TAEHV, latents_shape: tuple[int, ...]) -> Work:
+    """Decoding one chunk [B, C, F, h, w] of a stream that has begun.
+
+    Counted by running a weightless copy; bytes are every layer's input, output and weights.
+    """
+    dtype = next(codec.parameters()).dtype
+    ghost = type(codec)(codec.config, device="meta", dtype=dtype)  # type: ignore[arg-type]
+    latents = torch.empty(latents_shape, device="meta", dtype=dtype)
+    with torch.no_grad():
+        _, state = ghost.decode_chunk(latents, None)
+        with FlopCounterMode(display=False) as counter:
+            moved = _bytes_moved(ghost, latents, state)
+    return Work(counter.get_total_flops(), moved)
+
+
+def _bytes_moved(codec: WanVAE | TAEHV, latents: Tensor, state: VAEState) -> int:
+    moved = 0
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal moved
+        tensors = [*inputs, output, *module.parameters(recurse=False)]
+        moved += sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+    leaves = (module for module in codec.modules() if not any(module.children()))
+    hooks = [leaf.register_forward_hook(count) for leaf in leaves]
+    codec.decode_chunk(latents, state)
+    for hook in hooks:
+        hook.remove()
+    return moved
+
+
+def _parameters(in_dim: int, out_dim: int) -> int:
+    return in_dim * out_dim + out_dim
+
+
+def _linear(in_dim: int, out_dim: int, rows: int, element_bytes: int) -> Work:
+    moved = _parameters(in_dim, out_dim) + rows * (in_dim + out_dim)
+    return Work(2 * rows * in_dim * out_dim, moved * element_bytes)
+
+
+def _attention(dim: int, queries: int, keys: int, element_bytes: int) -> Work:
+    return Work(4 * queries * keys * dim, 2 * (queries + keys) * dim * element_bytes)
+
+
+def _memory_bound(
+    model: ModelConfig, tokens: int, window: int, element_bytes: int
+) -> dict[str, Work]:
+    # Counted in rows of `dim` elements, read or written.
+    norms = 2 * 6 * tokens  # of the input three times, of q and k, of the cross-attention's q
+    rope = 2 * (tokens + window)
+    writes = 2 * 2 * tokens
+    elementwise = 2 * 2 * tokens + 3 * 3 * tokens  # two modulations, three residuals
+    gelu = 2 * tokens * model.ffn_dim
+    row = model.dim * element_bytes
+    return {
+        NORMS: Work(bytes=norms * row),
+        ROPE: Work(bytes=rope * row),
+        CACHE_WRITES: Work(bytes=writes * row),
+        ELEMENTWISE: Work(bytes=elementwise * row + gelu * element_bytes),
+    }
+
+
+def _ends(model: ModelConfig, frames: int, tokens: int, element_bytes: int) -> Work:
+    dim, (rows, columns) = model.dim, model.patch_size[1:]
+    layers = (
+        (model.in_dim * rows * columns, dim, tokens),
+        (dim, model.out_dim * rows * columns, tokens),
+        (model.freq_dim, dim, frames),
+        (dim, dim, frames),
+        (dim, 6 * dim, frames),
+    )
+    return sum((_linear(*layer, element_bytes) for layer in layers), Work())
+
+
+def _eviction(model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes: int) -> Work:
+    kept = cache.window_frames - cache.sink_frames - cache.chunk_frames  # they move up
+    sink = cache.sink_frames if cache.decay < 1 else 0
+    absorbed = 2 * sink + (cache.chunk_frames if sink else 0)
+    frames = absorbed + 2 * kept
+    rows = 2 * model.num_layers * frames * grid.frame_tokens
+    return Work(bytes=rows * model.dim * element_bytes)
