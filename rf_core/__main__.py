@@ -1,4 +1,4 @@
-"""The command line: `python -m rf_core generate | inspect | convert | verify | bench`."""
+"""The command line: `python -m rf_core generate | inspect | convert | verify | bench | profile`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from typing import Any
 import torch
 
 from .attention import BACKENDS, attention_backend, check_device
-from .bench import SIZES, BenchOptions, bench, format_bench
+from .baseline import BaselineOptions, compare, format_comparison
+from .bench import BenchOptions, bench, format_bench
 from .checkpoint import convert, describe, read_checkpoint
 from .config import FPS, CacheConfig, SamplerConfig
 from .generate import Files, Options, Progress, generate, load, plan
 from .lora import parse_lora_argument
+from .profile import ProfileOptions, format_profile, profile
 from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
 from .verify import Backend, Comparison, verify_folder
+from .workload import DECODERS, SIZES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -115,22 +118,47 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    check_device(args.device, DTYPES[args.dtype], args.attention)
-    options = BenchOptions(
-        size=args.size,
-        chunks=args.chunks,
-        height=args.height,
-        width=args.width,
-        device=args.device,
-        dtype=DTYPES[args.dtype],
-        attention=args.attention,
-        cache=CacheConfig(**_cache_fields(args)),
+    if args.baseline is not None:
+        return _run_baseline(args)
+    result = bench(
+        BenchOptions(chunks=args.chunks or 500, compile=args.compile, **_workload_fields(args))
     )
-    result = bench(options)
     print(format_bench(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    _write_json(args.json, result)
     return 0
+
+
+def _run_baseline(args: argparse.Namespace) -> int:
+    if args.compile or args.decoder not in (None, "none"):
+        raise ValueError("--baseline compares the network alone; leave out --compile and --decoder")
+    fields = _workload_fields(args) | {"decoder": "none"}
+    chunks = {} if args.chunks is None else {"chunks": args.chunks}
+    result = compare(BaselineOptions(folder=args.baseline, rounds=args.rounds, **chunks, **fields))
+    print(format_comparison(result))
+    _write_json(args.json, result)
+    return 0 if result["agrees"] else 1
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    result = profile(ProfileOptions(chunks=args.chunks, trace=args.trace, **_workload_fields(args)))
+    print(format_profile(result))
+    _write_json(args.json, result)
+    return 0
+
+
+def _workload_fields(args: argparse.Namespace) -> dict[str, Any]:
+    check_device(args.device, DTYPES[args.dtype], args.attention)
+    names = ("size", "height", "width", "device", "attention", "decoder", "vae")
+    return {
+        **{name: getattr(args, name) for name in (*names, "text_encoder", "tokenizer")},
+        "dtype": DTYPES[args.dtype],
+        "cache": CacheConfig(**_cache_fields(args)),
+    }
+
+
+def _write_json(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
 class _ProgressLine:
@@ -267,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="write a checkpoint as safetensors"))
     _add_verify(commands.add_parser("verify", help="compare with recorded outputs"))
     _add_bench(commands.add_parser("bench", help="measure time and memory per chunk"))
+    _add_profile(commands.add_parser("profile", help="say where a chunk's time goes"))
     return parser
 
 
@@ -328,11 +357,32 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=run_bench)
     add = parser.add_argument
+    add("--chunks", type=int, help="chunks to stream (default: 500; 12 a round with --baseline)")
+    add("--compile", action="store_true", help="compile the blocks with torch.compile")
+    add("--baseline", type=Path, metavar="FOLDER", help="a checkout of the published code to race")
+    add("--rounds", type=int, default=3, help="rollouts of the race")
+    _add_workload(parser)
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=run_profile)
+    add = parser.add_argument
+    add("--chunks", type=int, default=5, help="chunks to time, after the window has filled")
+    default = Path("outputs") / "trace.json"
+    add("--trace", type=Path, default=default, metavar="FILE", help=f"default: {default}")
+    _add_workload(parser)
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--size", choices=SIZES, default="tiny", help="demo, or a size with random weights")
-    add("--chunks", type=int, default=500, help="chunks to stream")
     add("--width", type=int, default=64, help="picture width in pixels")
     add("--height", type=int, default=64, help="picture height in pixels")
-    add("--json", type=Path, help="write the measurements here too")
+    add("--decoder", choices=DECODERS, help="default: wan for the demo, none for the others")
+    add("--vae", type=Path, metavar="FILE", help="a decoder's weights in place of random ones")
+    add("--text-encoder", metavar="PLACE", help="UMT5 for the random sizes: file, folder, hub id")
+    add("--tokenizer", metavar="PLACE", help="its tokenizer, where the encoder has none")
+    add("--json", type=Path, metavar="FILE", help="write the measurements here too")
     _add_cache(parser)
     _add_backend(parser, dtype="float32")
 

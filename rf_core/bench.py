@@ -1,68 +1,51 @@
 """How fast a stream runs and whether it stays flat: what `python -m rf_core bench` measures.
 
-`demo` streams the bundled weights and decodes. The other sizes have random weights (the head
-included, so that nothing is trivially zero) and no decoder: only their time and memory mean
-anything. Outputs are checked to be finite.
+Time to the first image, cold and warm; then every chunk's time in the network, in each decoder and
+on the way to bytes on the host; memory held and at its peak, and the slope of both over the length;
+what a change of prompt costs in each mode; what a snapshot takes. `rf_core.workload` says what is
+run. Outputs are checked to be finite. Device time is waited for wherever a time is taken.
 """
 
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import attention_backend
-from .checkpoint import load_student
-from .config import TEMPORAL_FACTOR, WAN_1_3B, WAN_14B, CacheConfig, ModelConfig
-from .decoder import Decoder, load_decoder
-from .generate import Files
-from .model import WanModel
+from .config import TEMPORAL_FACTOR
+from .decoder import Decoder, DecoderState
+from .machine import format_machine, machine
 from .stream import Stream
-from .text import load_text_encoder
+from .video import to_uint8
+from .workload import Stopwatch, Workload, WorkloadOptions, load_workload
 
-TINY = ModelConfig(
-    dim=48,
-    ffn_dim=96,
-    freq_dim=32,
-    text_dim=24,
-    text_len=16,
-    num_heads=2,
-    num_layers=2,
-)
-RANDOM_SIZES = MappingProxyType({"tiny": TINY, "1.3b": WAN_1_3B, "14b": WAN_14B})
-SIZES = ("demo", *RANDOM_SIZES)
-WEIGHT_STD = 0.02
-DEMO_PROMPT = "a red circle moves right slowly"
+SWITCHES = ("soft", "recache", "blend 3", "cut")
+"""Changes of prompt that are timed."""
+REPEATS = 3
+"""How often a warm start or a change of prompt is timed, for its median."""
+
+Decode = Callable[[Tensor], Tensor | None]
+"""A chunk's latents [B, C, F, h, w] to images [B, T, 3, H, W]; None without a decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
+class BenchOptions(WorkloadOptions):
     """What is measured."""
 
-    size: str = "tiny"
-    """One of SIZES."""
     chunks: int = 500
     """Chunks to stream."""
-    height: int = 64
-    """Picture rows, in pixels."""
-    width: int = 64
-    """Picture columns, in pixels."""
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    attention: str = "sdpa"
-    cache: CacheConfig = field(default_factory=CacheConfig)
+    compile: bool = False
+    """Compile every block with torch.compile; the cold start is measured before."""
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise ValueError(f"size {self.size!r} is unknown; use one of {', '.join(SIZES)}")
+        super().__post_init__()
         if self.chunks < 2:
             raise ValueError(f"{self.chunks} chunks leave nothing after the first; measure 2")
 
@@ -74,33 +57,62 @@ Report = Callable[[int, float], None]
 @torch.no_grad()
 def bench(options: BenchOptions, report: Report = lambda chunk, seconds: None) -> dict[str, Any]:
     """Stream and measure; times in seconds, memory in bytes, all of it JSON can hold."""
-    stream = _stream(options)
-    times, memory = [], []
-    for chunk in range(options.chunks):
-        times.append(_timed_chunk(stream))
-        memory.append(_memory_held(options.device))
-        report(chunk, sum(times[-1]))
+    workload = load_workload(options)
+    first = first_image(workload, options.compile)
+    _reset_peak(options.device)
+    stream = workload.stream()
+    laps, memory = _laps(stream, workload, options, report)
+    clocks = machine(options.device)  # at once: they fall when the work ends
     growing = options.cache.window_frames // options.cache.chunk_frames + 1
     skipped = growing if options.chunks > 2 * growing else 1
-    network, decode = np.array(times).T
-    images = options.cache.chunk_frames * TEMPORAL_FACTOR
+    steady = {name: np.array(seconds[skipped:]) for name, seconds in laps.items()}
     return {
-        "options": {**asdict(options), "dtype": str(options.dtype).removeprefix("torch.")},
-        "torch": torch.__version__,
-        "machine": _machine(options.device),
-        "first_chunk_seconds": float(network[0] + decode[0]),
-        "network_seconds": _percentiles(network[skipped:]),
-        "decode_seconds": _percentiles(decode[skipped:]) if stream.decoder else None,
-        "network_fps": images / float(np.median(network[skipped:])),
-        "fps": images / float(np.median((network + decode)[skipped:])),
-        "seconds_per_100_chunks": _growth((network + decode)[skipped:]),
+        "options": options.plain(),
+        "machine": clocks,
+        "first_image": first,
+        **_rates(steady, options),
         "cache_bytes": stream.state.cache.nbytes,
         "weight_bytes": sum(p.nbytes for p in stream.model.parameters()),
         "memory_bytes": memory[-1],
-        "memory_peak_bytes": _memory_peak(options.device),
+        **_memory_peaks(options.device),
         "memory_bytes_per_100_chunks": _growth(np.array(memory[skipped:], dtype=float)),
+        "switches": switch_costs(stream, workload.prompts),
         "snapshot": snapshot_costs(stream),
     }
+
+
+def first_image(workload: Workload, compiled: bool = False) -> dict[str, Any]:
+    """Seconds to the first image on the host (to the first latents, without a decoder).
+
+    `cold` is the process' very first, `warm` the median of later streams on the same weights,
+    `text` the encoding of a prompt in each case, `compile` what torch.compile took.
+    """
+    cold = _start(workload)
+    compile_seconds = _compile(workload) if compiled else None
+    warm = statistics.median(_start(workload) for _ in range(REPEATS))
+    return {
+        "load": workload.load_seconds,
+        "cold": cold,
+        "warm": warm,
+        "text_cold": workload.text_seconds,
+        "text_warm": _text_seconds(workload),
+        "compile": compile_seconds,
+    }
+
+
+def switch_costs(stream: Stream, prompts: Sequence[Tensor]) -> dict[str, dict[str, float]]:
+    """Seconds from `switch()` to the first image of the next chunk, by mode, beside a plain chunk.
+
+    `slowest` is the slowest chunk until the change is over, a blend's recache included.
+    """
+    costs = {}
+    for mode in ("plain", *SWITCHES):
+        runs = [_switch_seconds(stream, mode, prompts[-1]) for _ in range(REPEATS)]
+        costs[mode] = {
+            "first": statistics.median(seconds[0] for seconds in runs),
+            "slowest": statistics.median(max(seconds) for seconds in runs),
+        }
+    return costs
 
 
 def snapshot_costs(stream: Stream) -> dict[str, float]:
@@ -124,88 +136,221 @@ def snapshot_costs(stream: Stream) -> dict[str, float]:
 
 def format_bench(result: dict[str, Any]) -> str:
     """The measurements as lines of text."""
-    options, decode = result["options"], result["decode_seconds"]
-    rows = [
-        ("machine", f"{result['machine']}, torch {result['torch']}"),
-        ("first chunk", f"{result['first_chunk_seconds']:.4f} s"),
-        ("network", f"{_times(result['network_seconds'])}, {result['network_fps']:.1f} images/s"),
-    ]
-    if decode is not None:
-        rows += [("decode", _times(decode)), ("together", f"{result['fps']:.1f} images/s")]
-    rows += [
-        ("weights", _megabytes(result["weight_bytes"])),
-        ("KV cache", _megabytes(result["cache_bytes"])),
-        ("memory", f"{_megabytes(result['memory_bytes'])} held at the end"),
-        ("memory peak", _megabytes(result["memory_peak_bytes"])),
-    ]
-    time_growth, memory_growth = (
-        result[f"{what}_per_100_chunks"] for what in ("seconds", "memory_bytes")
+    options = result["options"]
+    title = (
+        f"{options['size']} {options['width']}x{options['height']}, {options['chunks']} chunks, "
+        f"{options['dtype']}, {options['attention']}{', compiled' if options['compile'] else ''}"
     )
-    if time_growth is not None:
-        rows.append(("time growth", f"{time_growth * 1e3:+.3f} ms per 100 chunks"))
-    if memory_growth is not None:
-        rows.append(("memory growth", f"{memory_growth / 1e6:+.3f} MB per 100 chunks"))
+    facts = [*format_machine(result["machine"]), *_first_rows(result)]
+    return "\n".join(
+        [
+            title,
+            *(f"{name:<14} {text}" for name, text in facts),
+            "",
+            *_chunk_table(result),
+            "",
+            *(f"{name:<14} {text}" for name, text in _memory_rows(result)),
+            "",
+            *_switch_table(result),
+        ]
+    )
+
+
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _laps(
+    stream: Stream, workload: Workload, options: BenchOptions, report: Report
+) -> tuple[dict[str, list[float]], list[int | None]]:
+    """Seconds of every chunk by stage, and the memory held after it."""
+    lanes = _lanes(stream, workload)
+    laps: dict[str, list[float]] = {"network": []}
+    laps |= {name + stage: [] for name in lanes for stage in ("", "_host")}
+    memory = []
+    for chunk in range(options.chunks):
+        for name, seconds in _timed_chunk(stream, lanes).items():
+            laps[name].append(seconds)
+        memory.append(_memory_held(options.device))
+        report(chunk, sum(seconds[-1] for seconds in laps.values()))
+    return laps, memory
+
+
+def _timed_chunk(stream: Stream, lanes: dict[str, Decode]) -> dict[str, float]:
+    watch = Stopwatch(stream.device)
+    latents = stream.generate()
+    seconds = {"network": watch.lap()}
+    if not latents.isfinite().all():
+        raise ValueError("latents are not finite; measure in a wider dtype")
+    for name, decode in lanes.items():
+        watch.lap()
+        images = decode(latents)
+        seconds[name] = watch.lap()
+        assert images is not None
+        to_uint8(images).cpu()
+        seconds[f"{name}_host"] = watch.lap()
+    return seconds
+
+
+def _lanes(stream: Stream, workload: Workload) -> dict[str, Decode]:
+    lanes: dict[str, Decode] = {}
+    for name, decoder in workload.decoders.items():
+        lanes[name] = stream.decode if decoder is stream.decoder else _beside(decoder)
+    return lanes
+
+
+def _beside(decoder: Decoder) -> Decode:
+    """A decoder with a state of its own, beside the stream's."""
+    state: DecoderState | None = None
+
+    def decode(latents: Tensor) -> Tensor:
+        nonlocal state
+        images, state = decoder.decode(latents, state)
+        return images
+
+    return decode
+
+
+def _start(workload: Workload) -> float:
+    watch = Stopwatch(workload.options.device)
+    _first_image_of(workload.stream())
+    return watch.lap()
+
+
+def _first_image_of(stream: Stream) -> None:
+    images = stream.decode(stream.generate())
+    if images is not None:
+        to_uint8(images).cpu()
+
+
+def _text_seconds(workload: Workload) -> float | None:
+    if workload.encoder is None:
+        return None
+    seconds, watch = [], Stopwatch(workload.options.device)
+    for _ in range(REPEATS):
+        workload.encoder.encode(["a green triangle moves down"])
+        seconds.append(watch.lap())
+    return statistics.median(seconds)
+
+
+def _compile(workload: Workload) -> float:
+    # A window's growth and one eviction meet every shape; the second time nothing is compiled.
+    for block in workload.model.blocks:
+        block.compile()
+    cache = workload.options.cache
+    seconds = []
+    for _ in range(2):
+        stream, watch = workload.stream(), Stopwatch(workload.options.device)
+        for _ in range(cache.window_frames // cache.chunk_frames + 2):
+            stream.generate()
+        seconds.append(watch.lap())
+    return max(0.0, seconds[0] - seconds[1])
+
+
+def _switch_seconds(stream: Stream, mode: str, embeds: Tensor) -> list[float]:
+    twin = stream.fork()
+    seconds: list[float] = []
+    watch = Stopwatch(stream.device)
+    if mode != "plain":
+        twin.switch(embeds, mode)
+    while not seconds or twin.state.blend is not None or twin.state.recache_due:
+        _first_image_of(twin)
+        seconds.append(watch.lap())
+    return seconds
+
+
+def _rates(steady: dict[str, Any], options: BenchOptions) -> dict[str, Any]:
+    images = options.cache.chunk_frames * TEMPORAL_FACTOR
+    network = steady["network"]
+    decoders = {}
+    for name in options.decoders:
+        decode, host = steady[name], steady[f"{name}_host"]
+        decoders[name] = {
+            "decode_seconds": _percentiles(decode),
+            "host_seconds": _percentiles(host),
+            "fps": images / float(np.median(network + decode)),
+            "host_fps": images / float(np.median(network + decode + host)),
+        }
+    whole = network
+    if options.decoders:
+        first = options.decoders[0]
+        whole = network + steady[first] + steady[f"{first}_host"]
+    return {
+        "network_seconds": _percentiles(network),
+        "network_fps": images / float(np.median(network)),
+        "decoders": decoders,
+        "seconds_per_100_chunks": _growth(whole),
+    }
+
+
+def _first_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    first = result["first_image"]
+    what = "first image" if result["decoders"] else "first latents"
+    rows = [("loading", f"{first['load']:.3f} s")]
+    for state in ("cold", "warm"):
+        text = f"{first[state]:.4f} s from embeddings"
+        if (encoding := first[f"text_{state}"]) is not None:
+            text += f", {first[state] + encoding:.4f} s from the text"
+        rows.append((what, f"{text} ({state})"))
+    if first["compile"] is not None:
+        rows.append(("compiling", f"{first['compile']:.2f} s, between cold and warm"))
+    return rows
+
+
+def _chunk_table(result: dict[str, Any]) -> list[str]:
+    rows = [_chunk_row("network", result["network_seconds"], result["network_fps"])]
+    for name, found in result["decoders"].items():
+        rows += [
+            _chunk_row(f"+ {name} decode", found["decode_seconds"], found["fps"]),
+            _chunk_row("+ to bytes on the host", found["host_seconds"], found["host_fps"]),
+        ]
+    return format_table(("seconds a chunk", "p50", "p95", "max", "images/s so far"), rows)
+
+
+def _chunk_row(name: str, percentiles: dict[str, float], fps: float) -> list[str]:
+    return [name, *(f"{seconds:.4f}" for seconds in percentiles.values()), f"{fps:.1f}"]
+
+
+def _memory_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    reserved = result["memory_peak_reserved_bytes"]
+    peak = _megabytes(result["memory_peak_bytes"])
     snapshot = result["snapshot"]
     off = f"next chunk off by {snapshot['compact_latents_error']:.2%} in latents"
     if "compact_images_error" in snapshot:
         off += f", {snapshot['compact_images_error'] * 255:.2f} of 255 in images"
-    rows += [
+    rows = [
+        ("weights", _megabytes(result["weight_bytes"])),
+        ("KV cache", _megabytes(result["cache_bytes"])),
+        ("memory", f"{_megabytes(result['memory_bytes'])} held at the end"),
+        ("memory peak", peak if reserved is None else f"{peak}, {_megabytes(reserved)} reserved"),
         ("snapshot", f"exact {_megabytes(snapshot['exact_bytes'])}"),
         ("", f"compact {_megabytes(snapshot['compact_bytes'])}, {off}"),
     ]
-    title = (
-        f"{options['size']} {options['width']}x{options['height']}, {options['chunks']} chunks, "
-        f"{options['dtype']}, {options['attention']}"
-    )
-    return "\n".join([title, *(f"{name:<14} {text}" for name, text in rows)])
+    if (slope := result["seconds_per_100_chunks"]) is not None:
+        rows.append(("time growth", f"{slope * 1e3:+.3f} ms per 100 chunks"))
+    if (slope := result["memory_bytes_per_100_chunks"]) is not None:
+        rows.append(("memory growth", f"{slope / 1e6:+.3f} MB per 100 chunks"))
+    return rows
 
 
-def _stream(options: BenchOptions) -> Stream:
-    model, prompt, decoder = _demo(options) if options.size == "demo" else _random(options)
-    return Stream(
-        model,
-        prompt,
-        height=options.height,
-        width=options.width,
-        decoder=decoder,
-        cache=options.cache,
-        attention=attention_backend(options.attention),
-    )
-
-
-def _demo(options: BenchOptions) -> tuple[WanModel, Tensor, Decoder | None]:
-    files, device, dtype = Files(), options.device, options.dtype
-    encoder = load_text_encoder(files.text_encoder, device=device, dtype=dtype)
-    model, _ = load_student(files.model, device=device, dtype=dtype)
-    return model, encoder.encode([DEMO_PROMPT]), load_decoder(files.vae, device, dtype)
-
-
-def _random(options: BenchOptions) -> tuple[WanModel, Tensor, Decoder | None]:
-    config = RANDOM_SIZES[options.size]
-    model = WanModel(config, device=options.device, dtype=options.dtype)
-    generator = torch.Generator(options.device).manual_seed(0)
-    for parameter in model.parameters():
-        parameter.normal_(std=WEIGHT_STD, generator=generator)
-    shape = (1, config.text_len, config.text_dim)
-    return model, torch.randn(shape, generator=torch.Generator().manual_seed(0)), None
-
-
-def _timed_chunk(stream: Stream) -> tuple[float, float]:
-    """Seconds of the network and of the decoder for the next chunk."""
-    began = time.perf_counter()
-    latents = stream.generate()
-    if not latents.isfinite().all():  # also waits for the device
-        raise ValueError("latents are not finite; measure in a wider dtype")
-    made = time.perf_counter()
-    images = stream.decode(latents)
-    if images is not None:
-        images.cpu()
-    return made - began, time.perf_counter() - made
-
-
-def _times(percentiles: dict[str, float]) -> str:
-    p50, p95, most = percentiles.values()
-    return f"{p50:.4f} s a chunk, p95 {p95:.4f}, at most {most:.4f}"
+def _switch_table(result: dict[str, Any]) -> list[str]:
+    what = "image" if result["decoders"] else "latents"
+    plain = result["switches"]["plain"]["first"]
+    rows = [
+        [mode, f"{cost['first']:.4f}", f"{cost['first'] / plain:.2f}", f"{cost['slowest']:.4f}"]
+        for mode, cost in result["switches"].items()
+    ]
+    head = ("prompt switch", f"s to the next {what}", "of a plain chunk", "slowest chunk, s")
+    return format_table(head, rows)
 
 
 def _megabytes(count: float | None) -> str:
@@ -235,17 +380,20 @@ def _memory_held(device: str) -> int | None:
     return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
-def _memory_peak(device: str) -> int | None:
+def _reset_peak(device: str) -> None:
+    if torch.device(device).type == "cuda":  # a process' resident peak cannot be taken back
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _memory_peaks(device: str) -> dict[str, int | None]:
+    """Allocated and reserved on a card since `_reset_peak`, resident in the process elsewhere."""
+    peak: int | None = None
+    reserved: int | None = None
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if platform.system() != "Linux":
-        return None
-    import resource
+        peak = torch.cuda.max_memory_allocated(device)
+        reserved = torch.cuda.max_memory_reserved(device)
+    elif platform.system() == "Linux":
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _machine(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"memory_peak_bytes": peak, "memory_peak_reserved_bytes": reserved}

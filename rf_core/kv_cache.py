@@ -184,20 +184,31 @@ class KVCache:
         self.num_evictions += 1
 
     def _absorb(self, which: int, layer: int, sink_BLHD: Tensor, evicted_BLHD: Tensor) -> None:
-        decay, exact = self.config.decay, None
+        exact = None
         if self.exact_sink is not None:
             exact = self.exact_sink[which, layer]
             if self.num_evictions == 0:
                 exact.copy_(sink_BLHD)
         sink = sink_BLHD if exact is None else exact
-        evicted = match_frames(evicted_BLHD, self.config.sink_frames, self.frame_tokens).to(sink)
-        # Each product is rounded to the sink's dtype before the sum, as published.
-        average = decay * sink + (1 - decay) * evicted
-        if which == 0 and self.config.keep_key_norms:
-            average = average * _shrinkage(sink, evicted, decay, average)
-        sink.copy_(average)
+        sink.copy_(absorb(sink, evicted_BLHD, self.config, self.frame_tokens, keys=which == 0))
         if exact is not None:
             sink_BLHD.copy_(exact)
+
+
+def absorb(
+    sink_BLHD: Tensor, evicted_BLHD: Tensor, config: CacheConfig, frame_tokens: int, *, keys: bool
+) -> Tensor:
+    """The sink after frames have left into it, in its own dtype; gradients pass.
+
+    `keys` says which of keys and values these are: only keys are ever given back their length.
+    """
+    decay = config.decay
+    evicted = match_frames(evicted_BLHD, config.sink_frames, frame_tokens).to(sink_BLHD)
+    # Each product is rounded to the sink's dtype before the sum, as published.
+    average = decay * sink_BLHD + (1 - decay) * evicted
+    if keys and config.keep_key_norms:
+        average = average * _shrinkage(sink_BLHD, evicted, decay, average)
+    return average
 
 
 def _shrinkage(sink: Tensor, evicted: Tensor, decay: float, average: Tensor) -> Tensor:

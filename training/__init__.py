@@ -1,1 +1,1 @@
-"""Training: the miniature world and, later, the distillation that makes Reward Forcing students."""
+"""Training: what makes students, from trajectories to Re-DMD, and the miniature world."""
