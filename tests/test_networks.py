@@ -18,8 +18,9 @@ from training.data import MemoryEmbeds
 from training.export import write_student
 from training.lora import LoRAConfig
 from training.networks import PlacementConfig, open_network, placement_dtype, prepare
+from training.optimise import OptimiserConfig
 from training.redmd import Networks, ReDMDConfig
-from training.trainer import OptimiserConfig, RunConfig, Trainer
+from training.trainer import RunConfig, Trainer
 
 CPU = torch.device("cpu")
 RATE = OptimiserConfig(rate=1e-3)

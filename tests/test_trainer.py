@@ -14,8 +14,9 @@ from rf_core.config import SamplerConfig
 from training.data import MemoryEmbeds
 from training.distributed import shard
 from training.draws import noising_draws, prompt_numbers, rollout_draws
+from training.optimise import OptimiserConfig
 from training.redmd import Networks, ReDMDConfig
-from training.trainer import OptimiserConfig, RunConfig, Trainer
+from training.trainer import RunConfig, Trainer
 
 REDMD = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=4)
 RATE = OptimiserConfig(rate=1e-3)

@@ -18,14 +18,16 @@ from rf_core.attention import check_device
 from rf_core.config import WAN_1_3B, WAN_14B
 from rf_core.verify import Backend, Comparison, verify_folder
 
-from . import evaluate
-from .config import changed, from_json, to_json
-from .distil import CONFIG, check_files, checkpoints, distil, made, provenance, sizes_of
+from . import evaluate, ode, ode_init
+from .config import from_json, to_json
+from .distil import check_files, distil, provenance, sizes_of
 from .distributed import processes, rank, world_size
 from .estimate import Sizes, estimate, format_estimate, matmul_speed
 from .export import export
 from .journal import numbers_of
+from .options import add_config_arguments, config_of
 from .recipes import PRESETS, DistilConfig, with_sink
+from .runs import CONFIG, checkpoints, made
 from .trainer import Report
 from .verify import KINDS
 from .videoalign import convert
@@ -142,11 +144,7 @@ def run_claims_study(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> DistilConfig:
-    if args.config is not None:
-        config = from_json(DistilConfig, args.config.read_text(encoding="utf-8"))
-    else:
-        config = PRESETS[args.preset]()
-    config = changed(config, args.set)
+    config = config_of(args, DistilConfig, PRESETS)
     return with_sink(config, args.sink) if args.sink else config
 
 
@@ -156,18 +154,6 @@ def _line(report: Report) -> str:
 
 def _told(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=PRESETS, default="miniature", help="where to begin")
-    parser.add_argument("--config", type=Path, help="a config.json, in place of a preset")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,13 +168,21 @@ def _parser() -> argparse.ArgumentParser:
     redmd.set_defaults(command=run_redmd)
     redmd.add_argument("--out", type=Path, required=True, help="the run's folder")
     redmd.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    _add_config(redmd)
+    redmd.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
+    add_config_arguments(redmd, PRESETS)
+    pairs = commands.add_parser("ode_pairs", help="follow the teacher's ODE")
+    ode.add_pairs_arguments(pairs)
+    pairs.set_defaults(command=ode.run_pairs)
+    init = commands.add_parser("ode_init", help="teach a causal student those trajectories")
+    ode_init.add_init_arguments(init)
+    init.set_defaults(command=ode_init.run_init)
     counting = commands.add_parser("estimate", help="memory and operations of a re_dmd run")
     counting.set_defaults(command=run_estimate)
     counting.add_argument("--processes", type=int, default=1, help="how many share the run")
     for name in NETWORKS:
         counting.add_argument(f"--{name}", choices=SIZES, help="size, in place of its file's")
-    _add_config(counting)
+    counting.set_defaults(sink=None)
+    add_config_arguments(counting, PRESETS)
     export = commands.add_parser("export", help="write a run's checkpoint as a student")
     export.set_defaults(command=run_export)
     export.add_argument("run", type=Path, help="folder of a re_dmd run")

@@ -69,6 +69,23 @@ def changed(config: T, settings: Sequence[str]) -> T:
     return build(type(config), data)
 
 
+def difference(before: Any, now: Any, free: Sequence[str] = ()) -> str | None:
+    """What sets two configs apart, in words that name the first field; None where nothing does."""
+    old, new = (_flat(json.loads(to_json(each))) for each in (before, now))
+    for name in [*old, *(each for each in new if each not in old)]:
+        if name not in free and old.get(name) != new.get(name):
+            return f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
+    return None
+
+
+def _flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{at}{name}.") if inner else {f"{at}{name}": value}
+    return found
+
+
 def _read(text: str) -> Any:
     try:
         return json.loads(text)

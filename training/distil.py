@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,9 +23,9 @@ from rf_core.config import SPATIAL_FACTOR, Grid
 from rf_core.decoder import Decoder, load_decoder
 from rf_core.generate import DEMO
 
-from .config import from_json, to_json
+from .config import to_json
 from .data import open_prompts
-from .distributed import barrier, rank, world_size
+from .distributed import world_size
 from .estimate import Sizes
 from .export import file_hash, write_adapter, write_student
 from .journal import Journal, numbers_of
@@ -34,11 +33,19 @@ from .judges import image_anchor, open_judge
 from .networks import open_network, placement_dtype
 from .recipes import DistilConfig
 from .redmd import Networks
+from .runs import (
+    LORA,
+    STUDENT,
+    begin,
+    checkpoint_path,
+    forget_old,
+    naming_the_last_good,
+    to_go_on_from,
+)
 from .trainer import Report, Trainer
 from .validation import validate
 
 _log = logging.getLogger(__name__)
-CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +70,11 @@ def distil(
     """
     files = check_files(config)
     sizes_of(config)
-    saved = checkpoints(out)
-    _check_folder(config, out, saved, resume)
+    saved = to_go_on_from(config, out, resume)
     run = _open(config, files, out, device)
-    if saved:
-        run.trainer.load(saved[-1][1])
-    barrier()
-    if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
+    if saved is not None:
+        run.trainer.load(saved)
+    begin(config, out)
     with ExitStack() as stack:
         journal = stack.enter_context(
             Journal(
@@ -124,35 +127,11 @@ def sizes_of(config: DistilConfig) -> Sizes:
     return Sizes(**found)
 
 
-def checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """The whole checkpoints of a run's folder, by update."""
-    found = [path for path in out.glob("update_*") if path.suffix != ".partial"]
-    return sorted((int(path.name.removeprefix("update_")), path) for path in found)
-
-
-def _check_folder(
-    config: DistilConfig, out: Path, saved: list[tuple[int, Path]], resume: bool
-) -> None:
-    if not saved:
-        return
-    if not resume:
-        raise ValueError(f"{out} holds a run at update {saved[-1][0]}; --resume it, or choose anew")
-    before = from_json(DistilConfig, (out / CONFIG).read_text(encoding="utf-8"))
-    if before != config:
-        raise ValueError(
-            f"{out} was begun with another config; --resume it with --config {out / CONFIG}"
-        )
-
-
 def _update(run: Run, journal: Journal) -> Report:
     trainer, output = run.trainer, run.config.output
     clock = time.perf_counter()
-    try:
+    with naming_the_last_good(run.out):
         report = trainer.step()
-    except FloatingPointError as error:
-        good = checkpoints(run.out)
-        where = f"the last good checkpoint is {good[-1][1]}" if good else "there is no checkpoint"
-        raise FloatingPointError(f"{error}; {where}") from None
     numbers = numbers_of(report) | {"seconds": time.perf_counter() - clock}
     last = trainer.update == run.config.run.updates
     if output.validate_every and (trainer.update % output.validate_every == 0 or last):
@@ -165,7 +144,7 @@ def _update(run: Run, journal: Journal) -> Report:
 
 def _checkpoint(run: Run) -> None:
     trainer, config, out = run.trainer, run.config, run.out
-    trainer.save(out / f"update_{trainer.update:06}")
+    trainer.save(checkpoint_path(out, trainer.update))
     note = provenance(config, trainer.update)
     note["minutes_since_start_or_resume"] = round((time.monotonic() - run.started) / 60, 2)
     student, redmd = trainer.networks.student, config.run.redmd
@@ -176,14 +155,7 @@ def _checkpoint(run: Run) -> None:
             *_, rows, columns = config.run.latents
             size = (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
             write_student(out / STUDENT, student, redmd.cache, redmd.sampler, size, note)
-    if rank() == 0:
-        for _, old in checkpoints(out)[: -config.output.keep]:
-            shutil.rmtree(old)
-
-
-def made(out: Path) -> list[str]:
-    """Names of the weights a run's folder holds."""
-    return [name for name in (STUDENT, LORA) if (out / name).exists()]
+    forget_old(out, config.output.keep)
 
 
 def provenance(config: DistilConfig, updates: int) -> dict[str, Any]:

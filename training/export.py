@@ -65,7 +65,7 @@ def export(
     `student` is the file the run began with. An adapter is merged into it, or with `adapter`
     written by itself. ValueError where the run trained none.
     """
-    part = "average" if weights == "average" else "student.model"
+    part = "average" if weights == "average" else "generator.model"
     trained, lora = read_part(checkpoint, part), config.student_lora
     if adapter:
         if lora is None:

@@ -8,26 +8,19 @@ weights, optimisers and that number, and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
-
-from rf_core.model import WanModel
+from torch import Tensor
 
 from . import checkpointing
-from .distributed import clip_gradients, my_samples, reshard, summed, world_size
+from .distributed import my_samples, summed, world_size
 from .draws import Role, noising_draws, prompt_numbers, rollout_draws
 from .ema import WeightAverage
+from .optimise import OptimiserConfig, Trained
 from .redmd import (
     Networks,
     Noising,
@@ -53,20 +46,6 @@ class PromptEmbeds(Protocol):
     def embeds(self, numbers: list[int]) -> Tensor:
         """Some of them, [B, S, D]."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimiserConfig:
-    """AdamW; defaults are the published ones."""
-
-    rate: float
-    """Learning rate."""
-    betas: tuple[float, float] = (0.0, 0.999)
-    """Decay of the two moments."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay."""
-    clip_norm: float = 10.0
-    """Largest norm of the gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +113,6 @@ class Report:
     """Weights of the last update a reward weighed; None without a reward."""
 
 
-_Losses = Callable[..., Iterator[Tensor]]
-_TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
     numbers: list[int]
@@ -167,15 +142,17 @@ class Trainer:
         self.prompts, self.uncond = prompts, uncond
         self.micro_batches = my_samples(config.redmd.batch, config.micro_batch)
         self.average = WeightAverage(networks.student)
-        self.generator_optimiser = _adamw(networks.student, config.generator)
-        self.critic_optimiser = _adamw(networks.critic, config.critic)
+        self.trained: dict[Role, Trained] = {
+            "generator": Trained(networks.student, config.generator),
+            "critic": Trained(networks.critic, config.critic),
+        }
         self.update = 0
 
     def step(self) -> Report:
         """The critic's updates, one of the generator, the average. FloatingPointError on a NaN."""
         ratio, c = self.config.critic_ratio, self.config
-        critic = [self._critic_step(ratio * self.update + i) for i in range(ratio)]
-        generator = self._generator_step()
+        critic = [self._descend("critic", ratio * self.update + i) for i in range(ratio)]
+        generator = self._descend("generator", self.update)
         self.update += 1
         self.average.follow(c.ema if self.update > c.ema_from else 0.0)
         weighed = generator if c.redmd.weigh == "generator" else critic[-1]
@@ -200,53 +177,16 @@ class Trainer:
         """Go on from what `save` has written, on however many processes."""
         state = self._state()
         checkpointing.load(state, folder)
-        for network, optimiser, name in self._trained():
-            _, live = get_state_dict(network, optimiser, options=_TRAINED_ONLY)
-            set_state_dict(
-                network,
-                optimiser,
-                model_state_dict=state[name]["model"],
-                optim_state_dict=live | {"state": state[name]["moments"]},
-                options=_TRAINED_ONLY,
-            )
+        for role, trained in self.trained.items():
+            trained.load(state[role])
         self.update = int(state["update"])
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"average": self.average.tensors}
-        state["update"] = torch.tensor(self.update)
-        for network, optimiser, name in self._trained():
-            model, moments = get_state_dict(network, optimiser, options=_TRAINED_ONLY)
-            state[name] = {"model": model, "moments": moments["state"]}
-        return state
+        trained = {role: each.state() for role, each in self.trained.items()}
+        return {"average": self.average.tensors, "update": torch.tensor(self.update), **trained}
 
-    def _trained(self) -> list[tuple[WanModel, torch.optim.Optimizer, str]]:
-        return [
-            (self.networks.student, self.generator_optimiser, "student"),
-            (self.networks.critic, self.critic_optimiser, "critic"),
-        ]
-
-    def _critic_step(self, number: int) -> _Step:
-        return self._descend(
-            "critic", number, critic_losses, self.critic_optimiser, self.config.critic
-        )
-
-    def _generator_step(self) -> _Step:
-        return self._descend(
-            "generator",
-            self.update,
-            generator_losses,
-            self.generator_optimiser,
-            self.config.generator,
-        )
-
-    def _descend(
-        self,
-        role: Role,
-        number: int,
-        losses: _Losses,
-        optimiser: torch.optim.Optimizer,
-        config: OptimiserConfig,
-    ) -> _Step:
+    def _descend(self, role: Role, number: int) -> _Step:
+        losses = generator_losses if role == "generator" else critic_losses
         total, weighing = 0.0, self._weighing(role, number)
         for samples in self.micro_batches:
             batch = self._batch(role, number, samples)
@@ -257,11 +197,7 @@ class Trainer:
                 total += float(loss.detach())
         total = summed(total)
         self._check(role, number, total)
-        network = self.networks.student if role == "generator" else self.networks.critic
-        norm = clip_gradients(network, config.clip_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        reshard(network)
+        norm = self.trained[role].descend()
         return _Step(total, norm, weighing and weighing.log())
 
     def _check(self, role: Role, number: int, loss: float) -> None:
@@ -309,12 +245,3 @@ class Trainer:
         prompts, draws, _ = batch.drawn
         made = judged_latents(self.networks, prompts, draws, self.config.redmd)
         return torch.stack([self.judge(x0, batch.numbers) for x0 in made])
-
-
-def _adamw(network: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [p for p in network.parameters() if p.requires_grad],
-        lr=config.rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-    )

@@ -27,10 +27,11 @@ from rf_core.model import WanModel
 
 from ..checkpointing import read_part
 from ..config import build, changed, to_json
-from ..distil import STUDENT, checkpoints, distil
+from ..distil import distil
 from ..evaluate import caption_measures
 from ..metrics import first_frame_copy, flicker, motion
 from ..recipes import DistilConfig, miniature
+from ..runs import STUDENT, checkpoints
 from .clips import decode_latents, num_images, scene_of
 from .evaluate import ATTRIBUTES, EvaluateConfig, Streams
 from .ode_pairs import EulerConfig, sample

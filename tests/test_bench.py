@@ -1,0 +1,242 @@
+"""Benchmarks: what is measured and how it is put together. No time is ever asserted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import types
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from rf_core import bench as bench_module
+from rf_core import machine as machine_module
+from rf_core import workload as workload_module
+from rf_core.__main__ import main
+from rf_core.bench import BenchOptions, bench, first_image, format_bench, switch_costs
+from rf_core.decoder import TAEHVDecoder, WanDecoder
+from rf_core.machine import format_machine, machine
+from rf_core.taehv import TAEHVConfig
+from rf_core.vae import VAEConfig
+from rf_core.workload import WorkloadOptions, load_workload, randomise
+
+SMALL = {"height": 16, "width": 16}
+
+
+@pytest.fixture
+def small_decoders(monkeypatch):
+    """Random decoders of the published layouts, a few channels wide."""
+    vae = replace(VAEConfig(), dim=4, num_res_blocks=1)
+    taehv = replace(TAEHVConfig(), decoder_widths=(8, 4, 4, 4), encoder_width=4)
+    monkeypatch.setattr(workload_module, "VAEConfig", lambda: vae)
+    monkeypatch.setattr(workload_module, "TAEHVConfig", lambda: taehv)
+
+
+def test_each_decoder_is_measured_on_top_of_the_network(small_decoders):
+    result = bench(BenchOptions(chunks=14, decoder="both", **SMALL))
+    assert list(result["decoders"]) == ["wan", "taehv"]
+    for found in result["decoders"].values():
+        assert result["network_fps"] >= found["fps"] >= found["host_fps"] > 0
+        assert found["decode_seconds"]["p50"] <= found["decode_seconds"]["max"]
+    assert json.loads(json.dumps(result)) == json.loads(json.dumps(result, allow_nan=False))
+    text = format_bench(result)
+    for row in ("+ wan decode", "+ taehv decode", "blend 3", "time growth", "first image"):
+        assert row in text
+
+
+def test_without_a_decoder_the_latents_are_what_comes_first():
+    result = bench(BenchOptions(chunks=2, **SMALL))
+    assert result["decoders"] == {}
+    assert "first latents" in format_bench(result) and "s to the next latents" in format_bench(
+        result
+    )
+    assert result["seconds_per_100_chunks"] is None  # too few for a slope
+
+
+def test_every_chunk_is_reported_in_order():
+    seen = []
+    bench(BenchOptions(chunks=3, **SMALL), lambda chunk, seconds: seen.append((chunk, seconds > 0)))
+    assert seen == [(0, True), (1, True), (2, True)]
+
+
+def test_latents_that_are_not_finite_are_refused(monkeypatch):
+    workload = load_workload(WorkloadOptions(**SMALL))
+    workload.model.head.head.bias.fill_(float("nan"))
+    monkeypatch.setattr(bench_module, "load_workload", lambda options: workload)
+    with pytest.raises(ValueError, match="not finite; measure in a wider dtype"):
+        bench(BenchOptions(chunks=2, **SMALL))
+
+
+def test_a_switch_is_timed_until_it_is_over_and_leaves_the_stream_where_it_was(monkeypatch):
+    stream, prompts = tiny.stream(), (tiny.prompt(0), tiny.prompt(1))
+    for _ in range(4):
+        stream.step()
+    cache, ticks = stream.state.cache.clone(), itertools.count()
+    # A clock that ticks once a lap: seconds are then laps.
+    monkeypatch.setattr(bench_module.Stopwatch, "lap", lambda watch: float(next(ticks)))
+    counts = {
+        mode: len(bench_module._switch_seconds(stream, mode, prompts[1]))
+        for mode in ("plain", "soft", "recache", "blend 3", "cut")
+    }
+    assert counts == {"plain": 1, "soft": 1, "recache": 1, "blend 3": 4, "cut": 1}
+    assert stream.state.num_chunks == 4
+    assert torch.equal(stream.state.cache.k_NBWHD, cache.k_NBWHD)
+
+
+def test_every_mode_stands_beside_a_plain_chunk():
+    stream = tiny.stream()
+    stream.step()
+    costs = switch_costs(stream, (tiny.prompt(0), tiny.prompt(1)))
+    assert list(costs) == ["plain", "soft", "recache", "blend 3", "cut"]
+    assert all(cost["slowest"] >= cost["first"] > 0 for cost in costs.values())
+
+
+def test_text_encoding_is_counted_apart_and_its_encoder_is_gone_before_the_stream(monkeypatch):
+    asked = []
+
+    class Encoder:
+        def encode(self, prompts):
+            asked.extend(prompts)
+            return torch.zeros(1, 4, workload_module.TINY.text_dim)
+
+    monkeypatch.setattr(workload_module, "load_text_encoder", lambda place, **options: Encoder())
+    workload = load_workload(WorkloadOptions(text_encoder="somewhere", **SMALL))
+    assert asked == list(workload_module.PROMPTS)
+    first = first_image(workload)
+    assert min(first["text_cold"], first["text_warm"], first["cold"], first["warm"]) > 0
+    assert len(asked) == 2 + bench_module.REPEATS
+    assert first_image(load_workload(WorkloadOptions(**SMALL)))["text_warm"] is None
+    encoder, gone = weakref.ref(workload.encoder), []
+    monkeypatch.setattr(bench_module, "load_workload", lambda options, one=[workload]: one.pop())
+    del workload
+    bench(BenchOptions(chunks=2, **SMALL), lambda chunk, seconds: gone.append(encoder() is None))
+    assert gone == [True, True]
+
+
+def test_compiling_is_counted_apart_and_meets_every_block(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
+    workload = load_workload(WorkloadOptions(**SMALL))
+    assert first_image(workload)["compile"] is None and not compiled
+    assert first_image(workload, compiled=True)["compile"] >= 0
+    assert compiled == list(workload.model.blocks)
+
+
+def test_random_weights_are_narrow_and_gains_are_about_one():
+    network = tiny.model()
+    randomise(network)
+    for name, parameter in network.named_parameters():
+        gain = "norm" in name and name.endswith("weight")
+        assert abs(float(parameter.mean()) - gain) < 0.02, name
+        assert 0.005 < float(parameter.std()) < 0.04, name
+    assert network.head.head.weight.abs().min() > 0
+
+
+def test_random_weights_are_the_same_every_time():
+    first, second = (load_workload(WorkloadOptions(**SMALL)) for _ in range(2))
+    assert torch.equal(first.stream().generate(), second.stream().generate())
+
+
+def test_growth_is_the_slope_of_a_line():
+    assert bench_module._growth(3.0 + 0.25 * np.arange(20)) == pytest.approx(25)
+    assert bench_module._growth(np.arange(9.0)) is None
+
+
+def test_a_decoder_beside_the_stream_goes_on_from_chunk_to_chunk(small_decoders):
+    workload = load_workload(WorkloadOptions(decoder="taehv", **SMALL))
+    decoder, latents = workload.decoders["taehv"], torch.randn(1, 16, 6, 2, 2)
+    whole, _ = decoder.decode(latents, None)
+    beside = bench_module._beside(decoder)
+    parts = [beside(part) for part in latents.split(3, dim=2)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+def test_a_decoder_s_weights_are_read_and_must_be_of_the_kind_asked_for(small_decoders, tmp_path):
+    drawn = load_workload(WorkloadOptions(decoder="taehv", **SMALL)).decoders["taehv"]
+    weights = {key: value + 1 for key, value in drawn.codec.state_dict().items()}
+    save_file(weights, path := tmp_path / "taehv.safetensors")
+    both = load_workload(WorkloadOptions(decoder="both", vae=path, **SMALL)).decoders
+    assert isinstance(both["wan"], WanDecoder) and isinstance(both["taehv"], TAEHVDecoder)
+    for key, value in both["taehv"].codec.state_dict().items():
+        assert torch.equal(value, weights[key])
+    with pytest.raises(ValueError, match=r"of the kind taehv; asked for is wan"):
+        load_workload(WorkloadOptions(decoder="wan", vae=path, **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"size": "2b"}, "size '2b' is unknown; use one of demo, tiny"),
+        ({"decoder": "jpeg"}, "decoder 'jpeg' is unknown; use one of none, wan"),
+        ({"vae": Path("a.pth")}, "no decoder; ask for one of wan, taehv, both"),
+        ({"chunks": 1}, "1 chunks leave nothing after the first"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        BenchOptions(**wrong)
+
+
+def test_the_demo_decodes_unless_told_otherwise():
+    assert WorkloadOptions(size="demo").decoders == ("wan",)
+    assert WorkloadOptions(size="demo", decoder="none").decoders == ()
+    assert WorkloadOptions(size="1.3b").decoders == ()
+
+
+def test_the_machine_is_named_with_its_clock_and_versions():
+    facts = machine("cpu")
+    assert facts["gpu"] is None and facts["versions"]["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    text = "\n".join(text for _, text in format_machine(facts))
+    assert facts["cpu"] in text and "threads" in text and "flash-attn none" in text
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card that torch and nvidia-smi claim to see; gives what nvidia-smi was asked."""
+    answer = "H, 550.1, 1980, 1980, 2619, 310.5, 700.00, 41"
+    asked: list[list[str]] = []
+
+    def run(command, **options):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=answer + "\n")
+
+    properties = types.SimpleNamespace(uuid="abc-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H")
+    monkeypatch.setattr(machine_module.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine_module.subprocess, "run", run)
+    return asked
+
+
+def test_a_card_s_clocks_come_from_nvidia_smi_by_its_uuid(card):
+    facts = machine("cuda:1")
+    assert facts["device"] == "H"
+    assert facts["gpu"]["clocks.sm"] == "1980" and facts["gpu"]["power.draw"] == "310.5"
+    assert card[0][1:3] == ["-i", "GPU-abc-1"]
+    assert "clocks.max.sm 1980" in "\n".join(text for _, text in format_machine(facts))
+
+
+def test_a_card_without_nvidia_smi_is_still_named(card, monkeypatch):
+    monkeypatch.setattr(machine_module.shutil, "which", lambda name: None)
+    facts = machine("cuda")
+    assert facts["gpu"] is None and format_machine(facts)[0] == ("device", "H")
+
+
+def test_the_command_takes_every_flag_and_writes_json(small_decoders, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    small = ["--chunks", "2", "--width", "16", "--height", "16", "--device", "cpu"]
+    assert main(["bench", *small, "--decoder", "taehv", "--window", "6", "--json", str(path)]) == 0
+    assert "+ taehv decode" in capsys.readouterr().out
+    result = json.loads(path.read_text())
+    assert result["options"]["cache"]["window_frames"] == 6
+    assert result["options"]["dtype"] == "float32"
+    assert main(["bench", *small, "--vae", "x.pth"]) == 1
+    assert "ask for one of" in capsys.readouterr().err

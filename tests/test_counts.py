@@ -1,0 +1,155 @@
+"""Counted work against the numbers in the paper's notes, and against torch's own counter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from rf_core import counts
+from rf_core.config import WAN_1_3B, WAN_SIZE, CacheConfig, Grid, SamplerConfig
+from rf_core.counts import Work, cache_bytes, chunk_work, num_parameters, pass_work, total
+from rf_core.kv_cache import KVCache
+from rf_core.model import WanModel
+from rf_core.taehv import TAEHV, TAEHVConfig
+from rf_core.vae import VAEConfig, WanVAE
+
+PUBLISHED = Grid.of_latents(WAN_SIZE[0] // 8, WAN_SIZE[1] // 8, WAN_1_3B.patch_size)
+GRID = Grid(height=2, width=3)
+
+
+def by_hand(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+    """Attention as two products, which every FLOP counter knows."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
+    return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
+
+
+def test_a_pass_of_the_published_student_takes_24_tflop_in_the_known_parts():
+    parts = pass_work(WAN_1_3B, CacheConfig(), PUBLISHED)
+    tera = {kind: work.flops / 1e12 for kind, work in parts.items()}
+    assert tera[counts.SELF_PRODUCTS] == pytest.approx(12.1, abs=0.05)
+    assert tera[counts.FEED_FORWARD] == pytest.approx(7.7, abs=0.05)
+    assert tera[counts.SELF_LINEARS] == pytest.approx(2.65, abs=0.005)
+    cross = tera[counts.CROSS_PRODUCTS] + tera[counts.CROSS_LINEARS]
+    assert cross == pytest.approx(1.8, abs=0.05)
+    assert total(parts).flops / 1e12 == pytest.approx(24.3, abs=0.05)
+
+
+def test_a_chunk_of_the_published_student_takes_121_tflop():
+    parts = chunk_work(WAN_1_3B, CacheConfig(), SamplerConfig(), PUBLISHED)
+    assert total(parts).flops / 1e12 == pytest.approx(121, abs=0.5)
+
+
+def test_the_published_cache_takes_2_59_gb_and_is_what_a_stream_allocates():
+    assert cache_bytes(WAN_1_3B, CacheConfig(), PUBLISHED) / 1e9 == pytest.approx(2.59, abs=0.005)
+    stream = tiny.stream(cache=tiny.window(6, 2, chunk=2))
+    grid = Grid.of_latents(*stream.latent_size, tiny.CONFIG.patch_size)
+    assert stream.state.cache.nbytes == cache_bytes(tiny.CONFIG, stream.cache_config, grid, 4)
+
+
+@pytest.mark.parametrize("config", [tiny.CONFIG, WAN_1_3B], ids=["tiny", "1.3b"])
+def test_parameters_are_those_of_the_network(config):
+    network = WanModel(config, device="meta")
+    assert num_parameters(config) == sum(p.numel() for p in network.parameters())
+
+
+def test_the_published_student_has_1_418_billion_parameters():
+    assert num_parameters(WAN_1_3B) / 1e9 == pytest.approx(1.418, abs=0.0015)
+
+
+@pytest.mark.parametrize("frames", [2, 4, 7])
+def test_counted_products_are_those_torch_counts(frames):
+    model, config = tiny.model(), tiny.window(7, 3, chunk=2)
+    x = torch.randn(1, tiny.CONFIG.in_dim, 2, 2 * GRID.height, 2 * GRID.width)
+    cache = KVCache.allocate(
+        config,
+        num_layers=tiny.CONFIG.num_layers,
+        batch=1,
+        frame_tokens=GRID.frame_tokens,
+        num_heads=tiny.CONFIG.num_heads,
+        head_dim=tiny.CONFIG.head_dim,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    cache.num_frames = frames - 2
+    cache.advance()
+    prompt = model.prompt_context(tiny.prompt())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x, torch.full((1, 2), 500.0), prompt, cache, by_hand)
+    parts = pass_work(tiny.CONFIG, config, GRID, 4, context_frames=frames - 2)
+    assert total(parts).flops == counter.get_total_flops()
+
+
+def test_a_full_window_is_the_default_context():
+    config = tiny.window(7, 3, chunk=2)
+    assert pass_work(tiny.CONFIG, config, GRID) == pass_work(
+        tiny.CONFIG, config, GRID, context_frames=5
+    )
+
+
+def test_bytes_follow_the_element_size_and_operations_do_not():
+    half, whole = (
+        total(chunk_work(tiny.CONFIG, CacheConfig(), SamplerConfig(), GRID, size))
+        for size in (2, 4)
+    )
+    assert whole == Work(half.flops, 2 * half.bytes)
+
+
+def test_the_weights_of_all_layers_are_read_once_a_pass():
+    parts = pass_work(tiny.CONFIG, CacheConfig(), GRID, 1)
+    linears = [work for kind, work in parts.items() if kind.startswith("linears")]
+    block = sum(
+        p.numel()
+        for name, p in WanModel(tiny.CONFIG, device="meta").named_parameters()
+        if p.ndim > 1 and not name.endswith("modulation")
+    )
+    text = tiny.CONFIG.text_dim * tiny.CONFIG.dim + tiny.CONFIG.dim**2
+    prompt_kv = 2 * tiny.CONFIG.num_layers * tiny.CONFIG.dim**2  # these are the prompt's, not ours
+    assert sum(work.bytes for work in linears) > block - text - prompt_kv
+
+
+def test_an_eviction_moves_the_kept_frames_and_feeds_the_sink():
+    frame = 2 * tiny.CONFIG.num_layers * GRID.frame_tokens * tiny.CONFIG.dim * 4
+    for config, moved in (
+        (CacheConfig(), 3 + 3 + 3 + 2 * 3),  # sink read, leaving read, sink written; three moved
+        (CacheConfig(decay=1.0), 2 * 3),
+        (CacheConfig(sink_frames=0), 2 * 6),
+        (CacheConfig(window_frames=6), 3 + 3 + 3),
+    ):
+        parts = chunk_work(tiny.CONFIG, config, SamplerConfig(), GRID, 4)
+        assert parts[counts.EVICTION] == Work(0, moved * frame)
+
+
+def test_another_schedule_changes_the_number_of_passes():
+    cache, one = CacheConfig(), SamplerConfig(steps=(1000,))
+    parts = chunk_work(tiny.CONFIG, cache, one, GRID)
+    single = pass_work(tiny.CONFIG, cache, GRID)
+    assert parts[counts.NORMS] == single[counts.NORMS].times(2)
+
+
+@pytest.mark.parametrize(
+    ("codec", "tera", "state_giga"),
+    [
+        (WanVAE(VAEConfig(), device="meta", dtype=torch.bfloat16), 40.7, 1.89),
+        (TAEHV(TAEHVConfig(), device="meta", dtype=torch.bfloat16), 1.6, 0.07),
+    ],
+    ids=["wan", "taehv"],
+)
+def test_decoding_a_published_chunk_takes_the_known_work(codec, tera, state_giga):
+    shape = (1, 16, 3, WAN_SIZE[0] // 8, WAN_SIZE[1] // 8)
+    work = counts.decoder_work(codec, shape)
+    assert work.flops / 1e12 == pytest.approx(tera, abs=0.051)
+    _, state = codec.decode_chunk(torch.empty(shape, device="meta", dtype=torch.bfloat16), None)
+    assert state.nbytes / 1e9 == pytest.approx(state_giga, abs=0.005)
+    images = 3 * 12 * WAN_SIZE[0] * WAN_SIZE[1] * 2
+    assert work.bytes > sum(p.nbytes for p in codec.decoder.parameters()) + images
+
+
+def test_decoder_work_grows_with_the_picture():
+    vae = WanVAE(replace(VAEConfig(), dim=8, num_res_blocks=1))
+    small, large = (counts.decoder_work(vae, (1, 16, 3, side, side)).flops for side in (2, 4))
+    assert large > 4 * small  # four times the convolutions, sixteen times the attention

@@ -1,0 +1,159 @@
+"""A clip through the causal student under autograd: the streaming window as part of the graph.
+
+`KVCache` overwrites memory that is allocated once, which autograd cannot follow. Here the same
+window is made of values: frames enter it as the network made them, leave into the sink by the
+cache's own average, and gradients go back along every one of those ways.
+
+Letters: B batch, L tokens of a chunk, T tokens of a frame, H heads, D channels of a head, N chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rf_core.attention import Attention, sdpa
+from rf_core.config import CacheConfig, Grid
+from rf_core.kv_cache import absorb
+from rf_core.model import PromptContext, WanModel
+from rf_core.scheduler import flow_to_x0
+
+Frames = tuple[Tensor, ...]
+"""Keys, or values, of latent frames in one layer, [B, T, H, D] each."""
+Layers = tuple[tuple[Frames, Frames], ...]
+"""Keys and values of latent frames in every layer."""
+
+
+class Slot:
+    """One pass over one chunk: what it sees of earlier ones, and what it leaves (`KeyValues`).
+
+    No dataclass: FSDP would look into it for tensors, and hand every block a copy of its own.
+    """
+
+    def __init__(self, past: Layers) -> None:
+        """`past` is the window before the chunk."""
+        self.past = past
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, [B, L, H, D] each
+
+    @property
+    def context_frames(self) -> int:
+        """Latent frames of the window that lie before the chunk."""
+        return len(self.past[0][0])
+
+    def extend(self, layer: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        """The window's keys and values of a layer with the chunk's at the end; gradients pass.
+
+        What the pass leaves is what it was first given: a recomputation changes nothing.
+        """
+        self.own.setdefault(layer, (k_BLHD, v_BLHD))
+        keys, values = self.past[layer]
+        return _joined(keys, k_BLHD), _joined(values, v_BLHD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Frames in the order sink, previous chunks; a value, of which a chunk makes the next one."""
+
+    config: CacheConfig
+    """Window, sink and decay, as of `KVCache`."""
+    frame_tokens: int
+    """T"""
+    layers: Layers
+    """What it holds."""
+
+    @classmethod
+    def empty(cls, config: CacheConfig, num_layers: int, frame_tokens: int) -> Window:
+        """The window before the first chunk."""
+        return cls(config=config, frame_tokens=frame_tokens, layers=(((), ()),) * num_layers)
+
+    @property
+    def num_frames(self) -> int:
+        """Latent frames in it."""
+        return len(self.layers[0][0])
+
+    def opened(self) -> Window:
+        """With room for a chunk: the oldest frames past the window have left into the sink."""
+        overflow = self.num_frames + self.config.chunk_frames - self.config.window_frames
+        if overflow <= 0:
+            return self
+        layers = tuple(
+            (self._without(keys, overflow, keys=True), self._without(values, overflow, keys=False))
+            for keys, values in self.layers
+        )
+        return replace(self, layers=layers)
+
+    def slot(self) -> Slot:
+        """Of one pass over the chunk that comes next; `opened` has made room for it."""
+        return Slot(self.layers)
+
+    def followed_by(self, slot: Slot) -> Window:
+        """With what a pass has left at the end."""
+        own = (slot.own[layer] for layer in range(len(self.layers)))
+        layers = tuple(
+            ((*keys, *k.split(self.frame_tokens, dim=1)), (*values, *v.split(self.frame_tokens, 1)))
+            for (keys, values), (k, v) in zip(self.layers, own, strict=True)
+        )
+        return replace(self, layers=layers)
+
+    def _without(self, frames: Frames, count: int, *, keys: bool) -> Frames:
+        c = self.config
+        sink, gone = frames[: c.sink_frames], frames[c.sink_frames : c.sink_frames + count]
+        if sink and c.decay < 1:
+            held = torch.cat(sink, dim=1)
+            # Kept in the accumulator's dtype, and read in that of the keys.
+            held = held.float() if c.accumulator == "float32" else held
+            mixed = absorb(held, torch.cat(gone, dim=1), c, self.frame_tokens, keys=keys)
+            sink = mixed.split(self.frame_tokens, dim=1)
+        return (*sink, *frames[c.sink_frames + count :])
+
+
+def predict_clip(
+    model: WanModel,
+    noisy: Tensor,
+    timestep_BF: Tensor,
+    prompt: PromptContext,
+    config: CacheConfig,
+    *,
+    clean: Tensor | None = None,
+    attention: Attention = sdpa,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The clean latents the student makes of a clip's noisy chunks, both [B, C, F, h, w].
+
+    Chunks are run in turn, each through the window that a stream would show it. Without `clean`,
+    later chunks see the keys and values of these very passes; with it, those of passes at timestep
+    0 over `clean`, as a stream leaves them. Gradients pass through either. `dtype` is what the
+    network computes in, by default that of its weights. ValueError where F is not whole chunks.
+    """
+    size, frames = config.chunk_frames, noisy.shape[2]
+    if frames % size:
+        raise ValueError(f"a clip of {frames} latent frames is not whole chunks of {size}")
+    dtype = dtype or model.patch_embedding.weight.dtype
+    tokens = Grid.of_latents(*noisy.shape[-2:], model.config.patch_size).frame_tokens
+    window, guesses = Window.empty(config, model.config.num_layers, tokens), []
+    for start in range(0, frames, size):
+        window = window.opened()
+        x, at = noisy[:, :, start : start + size], timestep_BF[:, start : start + size]
+        slot = window.slot()
+        x0 = flow_to_x0(model(x.to(dtype), at, prompt, slot, attention), x, at)
+        if clean is not None and start + size < frames:
+            slot, known = window.slot(), clean[:, :, start : start + size].to(dtype)
+            unread = model(known, torch.zeros_like(at), prompt, slot, attention)
+            # FSDP gathers weights for a backward pass where it enters by the network's output. This
+            # one enters by keys and values; the output must be a part of the graph all the same.
+            x0 = x0 + 0 * unread.float().mean()
+        guesses.append(x0)
+        window = window.followed_by(slot)
+    return torch.cat(guesses, dim=2)
+
+
+def chunk_errors(x0: Tensor, target: Tensor, chunk_frames: int) -> Tensor:
+    """Mean squared error of each chunk, [B, N], of latents [B, C, F, h, w]."""
+    return (x0 - target).square().unflatten(2, (-1, chunk_frames)).mean(dim=(1, 3, 4, 5))
+
+
+def _joined(past: Sequence[Tensor], own_BLHD: Tensor) -> Tensor:
+    return torch.cat([*(frame.to(own_BLHD.dtype) for frame in past), own_BLHD], dim=1)

@@ -1,0 +1,34 @@
+"""What every recipe's command line has: where its config comes from, and what it runs on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .config import changed, from_json
+
+T = TypeVar("T")
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, presets: Mapping[str, Callable[[], Any]]
+) -> None:
+    """`--preset`, `--config`, `--set` and `--device`."""
+    parser.add_argument("--preset", choices=presets, default="miniature", help="where to begin")
+    parser.add_argument("--config", type=Path, help="a config.json, in place of a preset")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+
+
+def config_of(args: argparse.Namespace, kind: type[T], presets: Mapping[str, Callable[[], T]]) -> T:
+    """The config that a command line names, with its changes."""
+    if args.config is not None:
+        config = from_json(kind, args.config.read_text(encoding="utf-8"))
+    else:
+        config = presets[args.preset]()
+    return changed(config, args.set)

@@ -1,0 +1,78 @@
+"""A run's folder: its config, its checkpoints, and whether a run may go on in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .config import difference, from_json, to_json
+from .distributed import barrier, rank
+
+CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"
+
+
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """The whole checkpoints of a run's folder, by update."""
+    found = [path for path in out.glob("update_*") if path.suffix != ".partial"]
+    return sorted((int(path.name.removeprefix("update_")), path) for path in found)
+
+
+def checkpoint_path(out: Path, update: int) -> Path:
+    """Where the checkpoint of an update goes."""
+    return out / f"update_{update:06}"
+
+
+def to_go_on_from(config: Any, out: Path, resume: bool) -> Path | None:
+    """The newest checkpoint, or None for a run that begins.
+
+    ValueError where the folder holds a run and `resume` is not asked for, or its config differs.
+    """
+    saved = checkpoints(out)
+    if not saved:
+        return None
+    if not resume:
+        raise ValueError(f"{out} holds a run at update {saved[-1][0]}; --resume it, or choose anew")
+    before = from_json(type(config), (out / CONFIG).read_text(encoding="utf-8"))
+    apart = difference(before, config)
+    if apart is not None:
+        raise ValueError(
+            f"{out} was begun with another config: {apart}; "
+            f"--resume it with --config {out / CONFIG}"
+        )
+    return saved[-1][1]
+
+
+def begin(config: Any, out: Path) -> None:
+    """Make the folder and write the config, once every process has looked into it."""
+    barrier()
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
+
+
+def forget_old(out: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    if rank() == 0:
+        for _, old in checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+
+
+def made(out: Path) -> list[str]:
+    """Names of the weights a run's folder holds."""
+    return [name for name in (STUDENT, LORA) if (out / name).exists()]
+
+
+@contextmanager
+def naming_the_last_good(out: Path) -> Iterator[None]:
+    """A run that breaks down says which checkpoint was the last good one."""
+    try:
+        yield
+    except (FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "non-finite" not in str(error):
+            raise
+        good = checkpoints(out)
+        where = f"the last good checkpoint is {good[-1][1]}" if good else "there is no checkpoint"
+        raise FloatingPointError(f"{error}; {where}") from None
