@@ -24,20 +24,18 @@ from rf_core.config import CacheConfig, ModelConfig
 from rf_core.generate import DEMO
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
 from training import evaluate
-from training.evaluate import (
-    VBENCH_FREE,
+from training.evaluate import caption_measures, file_mark
+from training.evaluate_cli import (
     add_arguments,
-    caption_measures,
     device_of,
-    file_mark,
-    interval_of,
     pick_prompts,
     read_prompts,
     run,
     share_of,
-    summary_of,
 )
+from training.evaluation_report import interval_of, summary_of
 from training.metrics import measure
+from training.vbench_scores import VBENCH_FREE
 from training.world.scenes import all_captions, parse_caption, place_all, render
 
 RED, BLUE = "a red circle moves left quickly", "a blue square moves down"
@@ -184,18 +182,30 @@ def test_a_stopped_evaluation_goes_on_to_the_report_of_an_undisturbed_one(
 
 
 def test_a_record_is_never_half_written(world, drawn, tmp_path, monkeypatch):
-    write = Path.write_text
+    out, write = tmp_path / "out", Path.write_text
+    records: list[Path] = []
 
     def cut_off(path: Path, text: str, **options: Any) -> int:
         write(path, text[: len(text) // 2], **options)
+        records.extend(out.rglob("*.json"))  # that a kill here would leave
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", cut_off)
         with pytest.raises(OSError, match="no space"):
             command(*world)
-    assert not list((tmp_path / "out").rglob("*.json"))
+    assert not records + list(out.rglob("*.json"))
     assert command(*world) == 0
+
+
+def test_a_record_that_is_written_again_leaves_its_readers_the_old_one(world, drawn, tmp_path):
+    command(*world)
+    record, held = tmp_path / "out" / "first" / "0000-0.json", tmp_path / "held.json"
+    os.link(record, held)  # as a reader holds the file it has opened
+    before = held.read_bytes()
+    assert command(*world, "--window-images", "10") == 0
+    assert record.read_bytes() != before
+    assert held.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rf_core.attention import check_device
 from rf_core.config import WAN_1_3B, WAN_14B
 from rf_core.verify import Backend, Comparison, verify_folder
 
-from . import evaluate, ode, ode_init
+from . import evaluate_cli, ode, ode_init
 from .config import from_json, to_json
 from .distil import check_files, distil, provenance, sizes_of
 from .distributed import processes, rank, world_size
@@ -192,8 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     export.add_argument("--adapter", action="store_true", help="the LoRA alone, not merged")
     evaluation = commands.add_parser("evaluate", help="measure checkpoints, or compare them blind")
-    evaluate.add_arguments(evaluation)
-    evaluation.set_defaults(command=evaluate.run)
+    evaluate_cli.add_arguments(evaluation)
+    evaluation.set_defaults(command=evaluate_cli.run)
     judge = commands.add_parser("videoalign", help="convert a VideoAlign release, once")
     judge.set_defaults(command=run_videoalign)
     judge.add_argument("release", type=Path, help="folder with model_config.json and checkpoint-*")

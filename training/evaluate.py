@@ -1,33 +1,29 @@
-"""Checkpoints compared on the same prompts and seeds: videos, measures, a table.
+"""Videos of checkpoints on the same prompts and seeds, made and measured.
 
 Each model streams every prompt with every seed through rf_core, as `python -m rf_core generate`
 does, into OUT/NAME/PROMPT-SEED.mp4. Beside a finished video lies its JSON, written last: what
-there is of them is done, and the same command makes what is missing. Started by torchrun,
-processes share the prompts out; the one that finishes last collects the report.
+there is of them is done, and only what is missing is made.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rf_core.attention import BACKENDS, attention_backend
+from rf_core.attention import attention_backend
 from rf_core.checkpoint import load_student, read_checkpoint
 from rf_core.decoder import Decoder, load_decoder
-from rf_core.generate import DEMO, Files, Options, Plan, generate, plan
+from rf_core.generate import Files, Options, Plan, generate, plan
 from rf_core.model import WanModel
 from rf_core.prompts import PromptTimeline, Switch
 from rf_core.stream import Stream
@@ -36,63 +32,16 @@ from rf_core.video import read_images
 
 from .flow_motion import FlowName, flow_estimator
 from .metrics import FlowEstimator, measure, windows
-from .study import format_standings, study_results, write_study
-from .world.scenes import DIRECTIONS, SIZE, Wanted, all_captions, parse_caption
+from .world.scenes import DIRECTIONS, SIZE, Wanted, parse_caption
 from .world.tracker import Track, score_tracks, sight, tracks_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SECONDS = 5.0  # the paper's short videos
-RESAMPLES = 2000  # of a bootstrap
-VBENCH_FREE = (
-    *("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree"),
-    *("aesthetic_quality", "imaging_quality"),
-)
-"""VBench's dimensions that take any prompt."""
 
-_REPORT, _TABLE = "report.json", "report.md"
 _SAMPLE = 1 << 20  # bytes read at either end of a file to know it again
-_PICK_SEED = 0
 
 Measured = dict[str, float | None]
 """Measures by name; None where a video has none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """One table of the report; its rows are the models."""
-
-    title: str
-    columns: tuple[str, ...]
-    """Names of measures."""
-    legend: str
-
-
-TABLES = (
-    Table(
-        title="motion and stability",
-        columns=(
-            *("motion", "mean_motion", "dynamic", "flicker", "first_frame_copy", "sharpness_std"),
-        ),
-        legend="motion: pixels an image, of the fastest 5 % of the pixels, and of all; dynamic: "
-        "share that counts as moving by VBench's rule; flicker: as VBench has it, 1 for none; "
-        "first frame copy: SSIM of the second half with the first image; sharpness std: drift over "
-        "windows, by sharpness in place of VBench's imaging quality, not the paper's number",
-    ),
-    Table(
-        title="drift, first to last window",
-        columns=(
-            *("contrast_early", "contrast_late", "saturation_early", "saturation_late"),
-            *("sharpness_early", "sharpness_late", "colour_shift"),
-        ),
-        legend="per cent of the full range",
-    ),
-    Table(
-        title="captions, by the exact tracker",
-        columns=("colour", "shape", "direction", "speed", "measured_speed", "speed_along"),
-        legend="shares that are right, speed of the captions that name one; then shape sizes a "
-        "latent frame, in all and along the caption's direction",
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,22 +183,6 @@ class Candidate:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean over prompts, with what resampling the prompts says of it."""
-
-    mean: float
-    low: float | None
-    """2.5 % of resampled means lie below; None for a single prompt."""
-    high: float | None
-    prompts: int
-
-    def __str__(self) -> str:
-        if self.low is None:
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
 def check(evaluation: Evaluation) -> list[Candidate]:
     """The candidates, everything checked that can be before a network is loaded.
 
@@ -291,41 +224,17 @@ def make(
         yield from _make(candidate, todo, estimate)
 
 
-def collect(candidates: Sequence[Candidate]) -> dict[str, Any] | None:
-    """The report as plain JSON; None while videos are missing."""
-    records = {each.name: _records(each) for each in candidates}
-    if any(rows is None for rows in records.values()):
-        return None
-    evaluation = candidates[0].evaluation
-    return {
-        "prompts": len(evaluation.prompts),
-        "seeds": evaluation.seeds,
-        "measured_with": {each.name: each.measuring for each in candidates},
-        "models": {name: summary_of(rows or []) for name, rows in records.items()},
-    }
+def estimator_of(evaluation: Evaluation) -> FlowEstimator:
+    """The optical flow that motion is measured by."""
+    device = _measuring_device(evaluation.device)
+    return flow_estimator(evaluation.flow, evaluation.flow_weights, device)
 
 
-def summary_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Every measure of one model's records, as mean and interval."""
-    names = list(dict.fromkeys(name for row in records for name in row["measures"]))
-    found = {name: interval_of(_by_prompt(records, name)) for name in names}
-    return {name: vars(each) for name, each in found.items() if each is not None}
-
-
-def interval_of(values: Sequence[float]) -> Interval | None:
-    """Mean and 95 % interval of one value a prompt, by the percentile bootstrap; None of nothing.
-
-    The same values give the same interval.
-    """
-    if not values:
-        return None
-    known = np.array(values, dtype=np.float64)
-    low = high = None
-    if len(known) > 1:
-        rng = np.random.default_rng(0)
-        rows = rng.integers(len(known), size=(RESAMPLES, len(known)))
-        low, high = np.quantile(known[rows].mean(axis=1), (0.025, 0.975)).tolist()
-    return Interval(mean=float(known.mean()), low=low, high=high, prompts=len(known))
+def records_of(candidate: Candidate) -> list[dict[str, Any]] | None:
+    """What is known of every video, in the order of `jobs`; None while some are missing."""
+    jobs = candidate.evaluation.jobs
+    found = [_record(candidate, *job) for job in jobs if _measured(candidate, *job)]
+    return found if len(found) == len(jobs) else None  # type: ignore[return-value]
 
 
 def caption_measures(video: Tensor, caption: str) -> Measured:
@@ -346,111 +255,6 @@ def caption_measures(video: Tensor, caption: str) -> Measured:
     return found | {"speed_along": sum(along) / len(along)}
 
 
-def format_report(report: Mapping[str, Any]) -> str:
-    """The report as Markdown tables, which also read well on a terminal."""
-    models = report["models"]
-    flows = {each["flow"] for each in report["measured_with"].values()}
-    parts = [
-        f"{report['prompts']} prompts, {report['seeds']} seeds each, motion by "
-        f"{', '.join(sorted(flows))}; means with 95 % intervals, resampled over prompts"
-    ]
-    for table in TABLES:
-        shown = [name for name in table.columns if any(name in model for model in models.values())]
-        if shown:
-            rows = {name: _cells(model, shown) for name, model in models.items()}
-            parts += [_markdown(table.title, shown, rows), f"({table.legend})"]
-    if "vbench" in report:
-        scores = report["vbench"]
-        shown = sorted(set().union(*scores.values()))
-        rows = {
-            name: [f"{each[column]:.4f}" if column in each else "-" for column in shown]
-            for name, each in scores.items()
-        }
-        parts.append(_markdown("VBench", shown, rows))
-    return "\n\n".join(parts)
-
-
-def vbench_scores(candidate: Candidate) -> dict[str, float]:
-    """VBench's averages by dimension, read where it has run since the videos were made, else made.
-
-    By the package `vbench`: all dimensions where every prompt is one of its own, else those that
-    take any. ValueError, which says how to go on, without the package.
-    """
-    scores = _vbench_results(candidate)
-    if scores:
-        return scores
-    folder, results = lay_out_for_vbench(candidate), candidate.folder / "vbench_results"
-    try:
-        import vbench
-    except ImportError:
-        raise ValueError(
-            "--vbench needs the package vbench, which is not installed here and wants older "
-            "packages than this project: install it in an environment of its own, run there "
-            f"`vbench evaluate --videos_path {folder} --output_path {results} --mode custom_input "
-            f"--dimension {' '.join(VBENCH_FREE)}`, then this command again"
-        ) from None
-    info = Path(vbench.__file__).with_name("VBench_full_info.json")
-    known = {each["prompt_en"] for each in json.loads(info.read_text(encoding="utf-8"))}
-    own = known.issuperset(candidate.evaluation.prompts.values())
-    judge = vbench.VBench(torch.device(candidate.evaluation.device), str(info), str(results))
-    judge.evaluate(
-        videos_path=str(folder),
-        name=candidate.name,
-        dimension_list=None if own else list(VBENCH_FREE),
-        mode="vbench_standard" if own else "custom_input",
-    )
-    return _vbench_results(candidate)
-
-
-def lay_out_for_vbench(candidate: Candidate) -> Path:
-    """A folder of the videos as VBench names them, `PROMPT-INDEX.mp4`; links where they can be.
-
-    ValueError for a prompt that cannot be a file's name.
-    """
-    folder = candidate.folder / "vbench"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for number, seed in candidate.evaluation.jobs:
-        prompt, video = candidate.evaluation.prompts[number], candidate.video(number, seed)
-        target = folder / f"{prompt}-{seed}.mp4"
-        if "/" in prompt or len(target.name.encode()) > 255:
-            raise ValueError(
-                f"prompt {number} ({prompt[:40]!r}...) cannot name a file, as VBench wants it: it "
-                "has a / or more than 240 bytes; leave it out"
-            )
-        try:
-            os.link(video, target)
-        except OSError:
-            shutil.copyfile(video, target)
-    return folder
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line, each once.
-
-    Empty lines and those with # in front do not count. ValueError for a file without prompts, or
-    one that is not in UTF-8.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise ValueError(f"there are no prompts at {path}; check the path") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8") from None
-    prompts = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; write one a line")
-    return prompts
-
-
-def pick_prompts(prompts: Sequence[str], most: int | None) -> dict[int, str]:
-    """Prompts by number: all, or so many, drawn alike every time; more begin with the fewer."""
-    if most is not None and most < 1:
-        raise ValueError(f"{most} prompts are asked for; evaluate on at least 1")
-    order = np.random.default_rng(_PICK_SEED).permutation(len(prompts))[:most]
-    return {int(number): prompts[number] for number in sorted(order)}
-
-
 def file_mark(path: Path) -> str:
     """A short name for what is in a file or folder: sizes, and both ends of every file."""
     digest = hashlib.blake2b(digest_size=8)
@@ -467,88 +271,11 @@ def file_mark(path: Path) -> str:
     return digest.hexdigest()
 
 
-def share_of(environment: Mapping[str, str]) -> slice:
-    """This process's share of the prompts, by torchrun's RANK and WORLD_SIZE."""
-    rank, count = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    return slice(rank, None, count)
-
-
-def device_of(device: str, environment: Mapping[str, str]) -> str:
-    """The card of this process: torchrun's LOCAL_RANK, unless one is named."""
-    local = environment.get("LOCAL_RANK")
-    return f"cuda:{local}" if device == "cuda" and local is not None else device
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m training evaluate`."""
-    add = parser.add_argument
-    parser.description = __doc__
-    add("--model", action="append", default=[], metavar="[NAME=]FILE", help="may be repeated")
-    add("--prompts", type=Path, metavar="FILE", help="one a line (default: the demo's captions)")
-    add("--num-prompts", type=int, metavar="N", help="draw so many of them (default: all)")
-    add("--out", type=Path, metavar="DIR", help="folder of videos and measures")
-    add("--seeds", type=int, default=1, metavar="N", help="videos of each prompt (default: 1)")
-    add("--seconds", type=float, metavar="S", help=f"length (default: {DEFAULT_SECONDS:g})")
-    add("--chunks", type=int, metavar="N", help="length in chunks")
-    add("--size", type=_size, metavar="HxW", help="in pixels (default: the model's own)")
-    _add_machine(parser.add_argument_group("weights and machine"))
-    _add_measures(parser.add_argument_group("measures"))
-    _add_study(parser.add_argument_group("a blind study by people"))
-
-
-def run(args: argparse.Namespace) -> int:
-    """Evaluate, or put the answers of a study together; 0 when it went well."""
-    if args.study_results:
-        if args.key is None:
-            raise ValueError("--study-results needs the --key that lies beside the study's page")
-        print(format_standings(study_results(args.study_results, args.key)))  # noqa: T201
-        return 0
-    evaluation = _evaluation(args)
-    _check_extras(args, evaluation)
-    candidates = check(evaluation)
-    try:
-        _make_all(candidates)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", flush=True)  # noqa: T201
-        return 130
-    report = collect(candidates)
-    if report is None:
-        print("other processes are still at work; the last one collects the report")  # noqa: T201
-        return 0
-    if args.vbench:
-        report["vbench"] = {each.name: vbench_scores(each) for each in candidates}
-    text = format_report(report)
-    _write_whole(args.out / _REPORT, json.dumps(report, indent=1))
-    _write_whole(args.out / _TABLE, text + "\n")
-    print(text)  # noqa: T201
-    if args.study:
-        folders = [each.folder for each in candidates]
-        key = write_study(folders, args.study, args.study_seed, args.study_pairs)
-        print(f"study: {args.study}; its key, not for raters: {key}")  # noqa: T201
-    return 0
-
-
-def _make_all(candidates: Sequence[Candidate]) -> None:
-    evaluation = candidates[0].evaluation
-    device = _measuring_device(evaluation.device)
-    estimate = flow_estimator(evaluation.flow, evaluation.flow_weights, device)
-    for candidate in candidates:
-        jobs = missing(candidate, share_of(os.environ))
-        for done, path in enumerate(make(candidate, jobs, estimate), start=1):
-            print(f"{candidate.name} {done}/{len(jobs)}: {path}", flush=True)  # noqa: T201
-
-
-def _check_extras(args: argparse.Namespace, evaluation: Evaluation) -> None:
-    """What would otherwise fail only after all videos are made."""
-    if args.vbench and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            "--vbench runs in one process; make the videos first, then give the same command with "
-            "--vbench without torchrun"
-        )
-    if args.study and len(evaluation.models) < 2:
-        raise ValueError("--study compares models; give --model twice or more")
-    if args.study and not args.study.absolute().parent.is_dir():
-        raise ValueError(f"the folder of {args.study} does not exist; create it first")
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half written, whoever else writes it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _measuring_device(device: str) -> str:
@@ -610,7 +337,7 @@ def _finish(candidate: Candidate, number: int, seed: int, estimate: FlowEstimato
         "measured_with": measuring,
         "measures": measures,
     }
-    _write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
+    write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
 
 
 def _record(candidate: Candidate, number: int, seed: int) -> dict[str, Any] | None:
@@ -622,12 +349,6 @@ def _record(candidate: Candidate, number: int, seed: int) -> dict[str, Any] | No
     except ValueError as error:
         raise ValueError(f"{path} is no record of a video ({error}); delete it") from None
     return record
-
-
-def _records(candidate: Candidate) -> list[dict[str, Any]] | None:
-    jobs = candidate.evaluation.jobs
-    found = [_record(candidate, *job) for job in jobs if _measured(candidate, *job)]
-    return found if len(found) == len(jobs) else None  # type: ignore[return-value]
 
 
 def _measured(candidate: Candidate, number: int, seed: int) -> bool:
@@ -646,45 +367,6 @@ def _check_settings(candidate: Candidate, number: int, seed: int) -> None:
                 f"{candidate.video(number, seed)} was made with {name} {before.get(name)}, now it "
                 f"is {value}; evaluate into another --out, or delete {candidate.folder}"
             )
-
-
-def _vbench_results(candidate: Candidate) -> dict[str, float]:
-    """Averages by dimension of results that are not older than any of the videos."""
-    newest = max(candidate.video(*job).stat().st_mtime for job in candidate.evaluation.jobs)
-    scores: dict[str, float] = {}
-    for path in sorted((candidate.folder / "vbench_results").glob("*_eval_results.json")):
-        if path.stat().st_mtime >= newest:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            scores |= {dimension: float(score[0]) for dimension, score in found.items()}
-    return scores
-
-
-def _by_prompt(records: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """Means over the seeds of each prompt that has a value."""
-    values: dict[int, list[float]] = {}
-    for row in records:
-        value = row["measures"].get(name)
-        if value is not None:
-            values.setdefault(row["prompt_number"], []).append(value)
-    return [sum(each) / len(each) for each in values.values()]
-
-
-def _cells(model: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    return [str(Interval(**model[name])) if name in model else "-" for name in columns]
-
-
-def _markdown(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    table = [[title, *(name.replace("_", " ") for name in columns)]]
-    table += [[name, *cells] for name, cells in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [_line(row, widths) for row in table]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-    return "| " + " | ".join(cells) + " |"
 
 
 def _speed_along(tracks: Sequence[Track], wanted: Wanted) -> float:
@@ -734,86 +416,3 @@ def _require_miniature(model: Path) -> None:
             f"{model} is not of the demo's miniature world, as it reads prompts of "
             f"{theirs.text_len} x {theirs.text_dim}; give its --vae and --text-encoder"
         )
-
-
-def _evaluation(args: argparse.Namespace) -> Evaluation:
-    if args.out is None:
-        raise ValueError("videos and measures need a folder; give --out DIR")
-    prompts = all_captions() if args.prompts is None else read_prompts(args.prompts)
-    device = device_of(args.device, os.environ)
-    return Evaluation(
-        models=_models(args.model or [str(DEMO / "student.safetensors")]),
-        out=args.out,
-        prompts=pick_prompts(prompts, args.num_prompts),
-        seeds=args.seeds,
-        chunks=args.chunks,
-        seconds=args.seconds,
-        size=args.size,
-        vae=args.vae,
-        text_encoder=args.text_encoder,
-        tokenizer=args.tokenizer,
-        device=device,
-        dtype=args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
-        attention=args.attention,
-        window_images=args.window_images,
-        flow=args.flow,
-        flow_weights=args.flow_weights,
-    )
-
-
-def _models(given: Sequence[str]) -> dict[str, Path]:
-    models: dict[str, Path] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals:
-            name, path = Path(text).stem, text
-        if name in models:
-            raise ValueError(
-                f"two models are called {name}; name them: --model before=FILE --model after=FILE"
-            )
-        if not name or "/" in name or "\\" in name or name.startswith("."):
-            raise ValueError(f"{name!r} cannot be a model's name: it becomes a folder's")
-        models[name] = Path(path)
-    return models
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, x, width = text.lower().partition("x")
-    if not (x and height.isdigit() and width.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 480x832")
-    return int(height), int(width)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written, whoever else writes it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def _add_machine(parser: argparse._ArgumentGroup) -> None:
-    add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--vae", type=Path, metavar="FILE", help="Wan VAE or TAEHV (default: the demo's)")
-    add("--text-encoder", metavar="PLACE", help="UMT5 (default: the demo's)")
-    add("--tokenizer", metavar="PLACE", help="its tokenizer, where the encoder has none")
-    add("--device", default=device, help=f"default: {device}")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
-    add("--attention", choices=BACKENDS, default="sdpa", help="default: sdpa")
-
-
-def _add_measures(parser: argparse._ArgumentGroup) -> None:
-    add = parser.add_argument
-    add("--window-images", type=int, default=32, metavar="N", help="of a window of drift")
-    add("--flow", choices=get_args(FlowName), default="lucas_kanade", help="what motion is read by")
-    add("--flow-weights", type=Path, metavar="FILE", help="torchvision's weights of RAFT")
-    add("--vbench", action="store_true", help="VBench's scores too, by the package vbench")
-
-
-def _add_study(parser: argparse._ArgumentGroup) -> None:
-    add = parser.add_argument
-    add("--study", type=Path, metavar="PAGE.html", help="write a page that compares the models")
-    add("--study-seed", type=int, default=0, metavar="N", help="of order and sides; keep it secret")
-    add("--study-pairs", type=int, metavar="N", help="pairs of each two models (default: all)")
-    add("--study-results", type=Path, nargs="+", metavar="CSV", help="what raters answered")
-    add("--key", type=Path, metavar="FILE", help="the study's .key.json, for --study-results")

@@ -1,0 +1,227 @@
+"""Checkpoints compared on the same prompts and seeds: videos, measures, a table.
+
+Each model streams every prompt with every seed through rf_core, as `python -m rf_core generate`
+does, into OUT/NAME/PROMPT-SEED.mp4. Beside a finished video lies its JSON, written last: what
+there is of them is done, and the same command makes what is missing. Started by torchrun,
+processes share the prompts out; the one that finishes last collects the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+
+from rf_core.attention import BACKENDS
+from rf_core.generate import DEMO
+
+from .evaluate import (
+    DEFAULT_SECONDS,
+    DTYPES,
+    Candidate,
+    Evaluation,
+    check,
+    estimator_of,
+    make,
+    missing,
+    write_whole,
+)
+from .evaluation_report import collect, format_report
+from .flow_motion import FlowName
+from .study import format_standings, study_results, write_study
+from .vbench_scores import vbench_scores
+from .world.scenes import all_captions
+
+_REPORT, _TABLE = "report.json", "report.md"
+_PICK_SEED = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m training evaluate`."""
+    add = parser.add_argument
+    parser.description = __doc__
+    add("--model", action="append", default=[], metavar="[NAME=]FILE", help="may be repeated")
+    add("--prompts", type=Path, metavar="FILE", help="one a line (default: the demo's captions)")
+    add("--num-prompts", type=int, metavar="N", help="draw so many of them (default: all)")
+    add("--out", type=Path, metavar="DIR", help="folder of videos and measures")
+    add("--seeds", type=int, default=1, metavar="N", help="videos of each prompt (default: 1)")
+    add("--seconds", type=float, metavar="S", help=f"length (default: {DEFAULT_SECONDS:g})")
+    add("--chunks", type=int, metavar="N", help="length in chunks")
+    add("--size", type=_size, metavar="HxW", help="in pixels (default: the model's own)")
+    _add_machine(parser.add_argument_group("weights and machine"))
+    _add_measures(parser.add_argument_group("measures"))
+    _add_study(parser.add_argument_group("a blind study by people"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, or put the answers of a study together; 0 when it went well."""
+    if args.study_results:
+        if args.key is None:
+            raise ValueError("--study-results needs the --key that lies beside the study's page")
+        print(format_standings(study_results(args.study_results, args.key)))  # noqa: T201
+        return 0
+    evaluation = _evaluation(args)
+    _check_extras(args, evaluation)
+    candidates = check(evaluation)
+    try:
+        _make_all(candidates)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", flush=True)  # noqa: T201
+        return 130
+    report = collect(candidates)
+    if report is None:
+        print("other processes are still at work; the last one collects the report")  # noqa: T201
+        return 0
+    if args.vbench:
+        report["vbench"] = {each.name: vbench_scores(each) for each in candidates}
+    text = format_report(report)
+    write_whole(args.out / _REPORT, json.dumps(report, indent=1))
+    write_whole(args.out / _TABLE, text + "\n")
+    print(text)  # noqa: T201
+    if args.study:
+        folders = [each.folder for each in candidates]
+        key = write_study(folders, args.study, args.study_seed, args.study_pairs)
+        print(f"study: {args.study}; its key, not for raters: {key}")  # noqa: T201
+    return 0
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line, each once.
+
+    Empty lines and those with # in front do not count. ValueError for a file without prompts, or
+    one that is not in UTF-8.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise ValueError(f"there are no prompts at {path}; check the path") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8") from None
+    prompts = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write one a line")
+    return prompts
+
+
+def pick_prompts(prompts: Sequence[str], most: int | None) -> dict[int, str]:
+    """Prompts by number: all, or so many, drawn alike every time; more begin with the fewer."""
+    if most is not None and most < 1:
+        raise ValueError(f"{most} prompts are asked for; evaluate on at least 1")
+    order = np.random.default_rng(_PICK_SEED).permutation(len(prompts))[:most]
+    return {int(number): prompts[number] for number in sorted(order)}
+
+
+def share_of(environment: Mapping[str, str]) -> slice:
+    """This process's share of the prompts, by torchrun's RANK and WORLD_SIZE."""
+    rank, count = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    return slice(rank, None, count)
+
+
+def device_of(device: str, environment: Mapping[str, str]) -> str:
+    """The card of this process: torchrun's LOCAL_RANK, unless one is named."""
+    local = environment.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device
+
+
+def _make_all(candidates: Sequence[Candidate]) -> None:
+    evaluation = candidates[0].evaluation
+    estimate = estimator_of(evaluation)
+    for candidate in candidates:
+        jobs = missing(candidate, share_of(os.environ))
+        for done, path in enumerate(make(candidate, jobs, estimate), start=1):
+            print(f"{candidate.name} {done}/{len(jobs)}: {path}", flush=True)  # noqa: T201
+
+
+def _check_extras(args: argparse.Namespace, evaluation: Evaluation) -> None:
+    """What would otherwise fail only after all videos are made."""
+    if args.vbench and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "--vbench runs in one process; make the videos first, then give the same command with "
+            "--vbench without torchrun"
+        )
+    if args.study and len(evaluation.models) < 2:
+        raise ValueError("--study compares models; give --model twice or more")
+    if args.study and not args.study.absolute().parent.is_dir():
+        raise ValueError(f"the folder of {args.study} does not exist; create it first")
+
+
+def _evaluation(args: argparse.Namespace) -> Evaluation:
+    if args.out is None:
+        raise ValueError("videos and measures need a folder; give --out DIR")
+    prompts = all_captions() if args.prompts is None else read_prompts(args.prompts)
+    device = device_of(args.device, os.environ)
+    return Evaluation(
+        models=_models(args.model or [str(DEMO / "student.safetensors")]),
+        out=args.out,
+        prompts=pick_prompts(prompts, args.num_prompts),
+        seeds=args.seeds,
+        chunks=args.chunks,
+        seconds=args.seconds,
+        size=args.size,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        tokenizer=args.tokenizer,
+        device=device,
+        dtype=args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
+        attention=args.attention,
+        window_images=args.window_images,
+        flow=args.flow,
+        flow_weights=args.flow_weights,
+    )
+
+
+def _models(given: Sequence[str]) -> dict[str, Path]:
+    models: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text).stem, text
+        if name in models:
+            raise ValueError(
+                f"two models are called {name}; name them: --model before=FILE --model after=FILE"
+            )
+        if not name or "/" in name or "\\" in name or name.startswith("."):
+            raise ValueError(f"{name!r} cannot be a model's name: it becomes a folder's")
+        models[name] = Path(path)
+    return models
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, x, width = text.lower().partition("x")
+    if not (x and height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 480x832")
+    return int(height), int(width)
+
+
+def _add_machine(parser: argparse._ArgumentGroup) -> None:
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--vae", type=Path, metavar="FILE", help="Wan VAE or TAEHV (default: the demo's)")
+    add("--text-encoder", metavar="PLACE", help="UMT5 (default: the demo's)")
+    add("--tokenizer", metavar="PLACE", help="its tokenizer, where the encoder has none")
+    add("--device", default=device, help=f"default: {device}")
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    add("--attention", choices=BACKENDS, default="sdpa", help="default: sdpa")
+
+
+def _add_measures(parser: argparse._ArgumentGroup) -> None:
+    add = parser.add_argument
+    add("--window-images", type=int, default=32, metavar="N", help="of a window of drift")
+    add("--flow", choices=get_args(FlowName), default="lucas_kanade", help="what motion is read by")
+    add("--flow-weights", type=Path, metavar="FILE", help="torchvision's weights of RAFT")
+    add("--vbench", action="store_true", help="VBench's scores too, by the package vbench")
+
+
+def _add_study(parser: argparse._ArgumentGroup) -> None:
+    add = parser.add_argument
+    add("--study", type=Path, metavar="PAGE.html", help="write a page that compares the models")
+    add("--study-seed", type=int, default=0, metavar="N", help="of order and sides; keep it secret")
+    add("--study-pairs", type=int, metavar="N", help="pairs of each two models (default: all)")
+    add("--study-results", type=Path, nargs="+", metavar="CSV", help="what raters answered")
+    add("--key", type=Path, metavar="FILE", help="the study's .key.json, for --study-results")
