@@ -23,9 +23,8 @@ from rf_core.checkpoint import read_checkpoint, write_checkpoint
 from rf_core.config import CacheConfig, ModelConfig
 from rf_core.generate import DEMO
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
-from training import evaluate
-from training.evaluate import caption_measures, file_mark
-from training.evaluate_cli import (
+from training.evaluation import evaluate
+from training.evaluation.cli import (
     add_arguments,
     device_of,
     pick_prompts,
@@ -33,9 +32,10 @@ from training.evaluate_cli import (
     run,
     share_of,
 )
-from training.evaluation_report import interval_of, summary_of
-from training.metrics import measure
-from training.vbench_scores import VBENCH_FREE
+from training.evaluation.evaluate import caption_measures, file_mark
+from training.evaluation.metrics import measure
+from training.evaluation.report import interval_of, summary_of
+from training.evaluation.vbench_scores import VBENCH_FREE
 from training.world.scenes import all_captions, parse_caption, place_all, render
 
 RED, BLUE = "a red circle moves left quickly", "a blue square moves down"

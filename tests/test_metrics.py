@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.flow_motion import FlowMotionReward, flow_estimator
-from training.metrics import (
+from training.evaluation.metrics import (
     LucasKanadeConfig,
     drift,
     first_frame_copy,
@@ -24,6 +23,7 @@ from training.metrics import (
     measure,
     motion,
 )
+from training.rewards.flow_motion import FlowMotionReward, flow_estimator
 from training.world.scenes import IMAGES_PER_FRAME, SHAPE_SIZE, parse_caption, place_all, render
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rf_core.video import VideoFormat, VideoWriter, read_images, read_metadata, to_uint8
-from training.study import (
+from training.evaluation.study import (
     QUESTIONS,
     format_standings,
     study_results,

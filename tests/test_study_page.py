@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rf_core.video import VideoFormat, VideoWriter, to_uint8
-from training.study import QUESTIONS, study_results, write_study
+from training.evaluation.study import QUESTIONS, study_results, write_study
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")

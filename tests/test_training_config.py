@@ -9,7 +9,7 @@ import pytest
 from rf_core.config import CacheConfig
 from training.config import build, changed, from_json, to_json
 from training.redmd import ReDMDConfig
-from training.rewards import WeightConfig
+from training.rewards.weights import WeightConfig
 
 
 @dataclass(frozen=True, kw_only=True)

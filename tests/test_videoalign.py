@@ -22,11 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training import videoalign
 from training.config import from_json
-from training.videoalign import convert, load_videoalign
-from training.videoalign_files import METADATA_KEY, WEIGHTS, VideoAlignConfig
-from training.videoalign_frames import (
+from training.rewards import videoalign
+from training.rewards.videoalign import convert, load_videoalign
+from training.rewards.videoalign_files import METADATA_KEY, WEIGHTS, VideoAlignConfig
+from training.rewards.videoalign_frames import (
     CLIP_MEAN,
     CLIP_STD,
     frame_numbers,
@@ -35,8 +35,8 @@ from training.videoalign_frames import (
     sampled,
     sampled_as_published,
 )
-from training.videoalign_network import set_angles
-from training.videoalign_text import DETAILED_SPECIAL, REWARD_TOKENS, chat, load_tokenizer
+from training.rewards.videoalign_network import set_angles
+from training.rewards.videoalign_text import DETAILED_SPECIAL, REWARD_TOKENS, chat, load_tokenizer
 
 PEFT = "base_model.model."
 DIM, HEADS, HEAD_DIM, LAYERS, INNER = 32, 2, 16, 2, 48

@@ -18,19 +18,20 @@ from rf_core.attention import check_device
 from rf_core.config import WAN_1_3B, WAN_14B
 from rf_core.verify import Backend, Comparison, verify_folder
 
-from . import evaluate_cli, ode, ode_init
+from . import ode, ode_init
 from .config import from_json, to_json
 from .distil import check_files, distil, provenance, sizes_of
 from .distributed import processes, rank, world_size
 from .estimate import Sizes, estimate, format_estimate, matmul_speed
+from .evaluation import cli as evaluation
 from .export import export
 from .journal import numbers_of
 from .options import add_config_arguments, config_of
 from .recipes import PRESETS, DistilConfig, with_sink
+from .rewards.videoalign import convert
 from .runs import CONFIG, checkpoints, made
 from .trainer import Report
 from .verify import KINDS
-from .videoalign import convert
 from .world import __main__ as world
 from .world.claims import ARMS, ClaimsConfig, Measurer, run_claims
 from .world.claims_report import motion_plot, report, strips
@@ -191,9 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--weights", choices=("average", "student"), default="average")
     export.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     export.add_argument("--adapter", action="store_true", help="the LoRA alone, not merged")
-    evaluation = commands.add_parser("evaluate", help="measure checkpoints, or compare them blind")
-    evaluate_cli.add_arguments(evaluation)
-    evaluation.set_defaults(command=evaluate_cli.run)
+    measure = commands.add_parser("evaluate", help="measure checkpoints, or compare them blind")
+    evaluation.add_arguments(measure)
+    measure.set_defaults(command=evaluation.run)
     judge = commands.add_parser("videoalign", help="convert a VideoAlign release, once")
     judge.set_defaults(command=run_videoalign)
     judge.add_argument("release", type=Path, help="folder with model_config.json and checkpoint-*")

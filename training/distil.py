@@ -29,10 +29,10 @@ from .distributed import world_size
 from .estimate import Sizes
 from .export import file_hash, write_adapter, write_student
 from .journal import Journal, numbers_of
-from .judges import image_anchor, open_judge
 from .networks import open_network, placement_dtype
 from .recipes import DistilConfig
 from .redmd import Networks
+from .rewards.judges import image_anchor, open_judge
 from .runs import (
     LORA,
     STUDENT,

@@ -20,7 +20,7 @@ from .lora import LoRAConfig
 from .networks import PlacementConfig
 from .optimise import OptimiserConfig
 from .redmd import ReDMDConfig
-from .rewards import WeightConfig
+from .rewards.weights import WeightConfig
 from .trainer import RunConfig
 
 Sink = Literal["ema", "static", "none"]

@@ -22,7 +22,7 @@ from rf_core.model import WanModel
 from rf_core.scheduler import add_noise, flow_to_x0
 
 from .losses import critic_loss, generator_loss, guided, matching_direction
-from .rewards import WeightConfig
+from .rewards.weights import WeightConfig
 from .rollout import Draws, Rollout, roll_out
 
 Weigher = Callable[[Tensor, int], Tensor]

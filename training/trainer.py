@@ -31,7 +31,7 @@ from .redmd import (
     judged_latents,
     num_windows,
 )
-from .rewards import Weighed
+from .rewards.weights import Weighed
 from .rollout import Draws
 from .weighing import Judge, Weighing
 

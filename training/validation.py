@@ -13,7 +13,7 @@ from rf_core.stream import Stream
 from rf_core.video import VideoFormat, VideoWriter, to_uint8
 
 from .distributed import rank
-from .metrics import measure
+from .evaluation.metrics import measure
 from .redmd import Networks, ReDMDConfig
 
 

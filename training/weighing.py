@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .distributed import gathered, rank
 from .redmd import ReDMDConfig, Weigher
-from .rewards import Weighed, weigh
+from .rewards.weights import Weighed, weigh
 
 Judge = Callable[[Tensor, list[int]], Tensor]
 """Scores [B] of clean latents and the numbers of their prompts."""

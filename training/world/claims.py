@@ -28,8 +28,8 @@ from rf_core.model import WanModel
 from ..checkpointing import read_part
 from ..config import build, changed, to_json
 from ..distil import distil
-from ..evaluate import caption_measures
-from ..metrics import first_frame_copy, flicker, motion
+from ..evaluation.evaluate import caption_measures
+from ..evaluation.metrics import first_frame_copy, flicker, motion
 from ..recipes import DistilConfig, miniature
 from ..runs import STUDENT, checkpoints
 from .clips import decode_latents, num_images, scene_of

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from rf_core.decoder import Decoder
 
-from .recipes import RewardConfig
-from .redmd import Anchor
-from .rewards import Reward
-from .weighing import Judge
-from .world.reward import TrackerReward
+from ..recipes import RewardConfig
+from ..redmd import Anchor
+from ..weighing import Judge
+from ..world.reward import TrackerReward
+from .weights import Reward
 
 
 def open_judge(

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from .losses import effective_samples, reward_weights
+from ..losses import effective_samples, reward_weights
 
 
 class Reward(Protocol):

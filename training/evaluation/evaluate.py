@@ -30,10 +30,10 @@ from rf_core.stream import Stream
 from rf_core.text import encode_prompts, load_text_encoder
 from rf_core.video import read_images
 
-from .flow_motion import FlowName, flow_estimator
+from ..rewards.flow_motion import FlowName, flow_estimator
+from ..world.scenes import DIRECTIONS, SIZE, Wanted, parse_caption
+from ..world.tracker import Track, score_tracks, sight, tracks_of
 from .metrics import FlowEstimator, measure, windows
-from .world.scenes import DIRECTIONS, SIZE, Wanted, parse_caption
-from .world.tracker import Track, score_tracks, sight, tracks_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SECONDS = 5.0  # the paper's short videos

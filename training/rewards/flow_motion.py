@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .metrics import FlowEstimator, lucas_kanade, motion
+from ..evaluation.metrics import FlowEstimator, lucas_kanade, motion
 
 FlowName = Literal["lucas_kanade", "raft_small", "raft_large"]
 

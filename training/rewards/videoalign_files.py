@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rf_core.weight_files import WeightFile, read_json, read_weights
 
-from .config import build, from_json, to_json
+from ..config import build, from_json, to_json
 from .videoalign_network import Network
 from .videoalign_text import REWARD_TOKENS, SCORES, load_tokenizer
 

@@ -21,6 +21,8 @@ import torch
 from rf_core.attention import BACKENDS
 from rf_core.generate import DEMO
 
+from ..rewards.flow_motion import FlowName
+from ..world.scenes import all_captions
 from .evaluate import (
     DEFAULT_SECONDS,
     DTYPES,
@@ -32,11 +34,9 @@ from .evaluate import (
     missing,
     write_whole,
 )
-from .evaluation_report import collect, format_report
-from .flow_motion import FlowName
+from .report import collect, format_report
 from .study import format_standings, study_results, write_study
 from .vbench_scores import vbench_scores
-from .world.scenes import all_captions
 
 _REPORT, _TABLE = "report.json", "report.md"
 _PICK_SEED = 0
