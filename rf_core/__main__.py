@@ -120,9 +120,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_bench(args: argparse.Namespace) -> int:
     if args.baseline is not None:
         return _run_baseline(args)
-    result = bench(
-        BenchOptions(chunks=args.chunks or 500, compile=args.compile, **_workload_fields(args))
-    )
+    result = bench(BenchOptions(compile=args.compile, **_chunks(args), **_workload_fields(args)))
     print(format_bench(result))
     _write_json(args.json, result)
     return 0
@@ -132,11 +130,15 @@ def _run_baseline(args: argparse.Namespace) -> int:
     if args.compile or args.decoder not in (None, "none"):
         raise ValueError("--baseline compares the network alone; leave out --compile and --decoder")
     fields = _workload_fields(args) | {"decoder": "none"}
-    chunks = {} if args.chunks is None else {"chunks": args.chunks}
-    result = compare(BaselineOptions(folder=args.baseline, rounds=args.rounds, **chunks, **fields))
+    race = BaselineOptions(folder=args.baseline, rounds=args.rounds, **_chunks(args), **fields)
+    result = compare(race)
     print(format_comparison(result))
     _write_json(args.json, result)
     return 0 if result["agrees"] else 1
+
+
+def _chunks(args: argparse.Namespace) -> dict[str, Any]:
+    return {} if args.chunks is None else {"chunks": args.chunks}
 
 
 def run_profile(args: argparse.Namespace) -> int:

@@ -8,10 +8,11 @@ run. Outputs are checked to be finite. Device time is waited for wherever a time
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def bench(options: BenchOptions, report: Report = lambda chunk, seconds: None) -
     """Stream and measure; times in seconds, memory in bytes, all of it JSON can hold."""
     workload = load_workload(options)
     first = first_image(workload, options.compile)
+    workload = replace(workload, encoder=None)  # gone before a stream begins, as in a real run
     _reset_peak(options.device)
     stream = workload.stream()
     laps, memory = _laps(stream, workload, options, report)
@@ -381,7 +383,9 @@ def _memory_held(device: str) -> int | None:
 
 
 def _reset_peak(device: str) -> None:
+    gc.collect()
     if torch.device(device).type == "cuda":  # a process' resident peak cannot be taken back
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -1,0 +1,243 @@
+"""What `bench` and `profile` run: networks of named sizes, decoders, prompts.
+
+`demo` is the bundled student with its decoder and text encoder. The other sizes have random
+weights, N(0, 0.02) with the head not zero and the gains of norms about one, as they are in trained
+networks (or attention would be all but uniform): only their time and memory mean anything. Where a
+network is narrower than the published one its weights are wider, or its blocks would do nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .attention import attention_backend
+from .checkpoint import load_student
+from .config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig
+from .decoder import TAEHVDecoder, WanDecoder, load_decoder
+from .generate import Files
+from .model import WanModel
+from .stream import Stream
+from .taehv import TAEHV, TAEHVConfig
+from .text import TextEncoder, load_text_encoder
+from .vae import VAEConfig, WanVAE
+
+TINY = ModelConfig(
+    dim=48,
+    ffn_dim=96,
+    freq_dim=32,
+    text_dim=24,
+    text_len=16,
+    num_heads=2,
+    num_layers=2,
+)
+RANDOM_SIZES = MappingProxyType({"tiny": TINY, "1.3b": WAN_1_3B, "14b": WAN_14B})
+SIZES = ("demo", *RANDOM_SIZES)
+DecoderName = Literal["wan", "taehv"]
+DECODERS: Mapping[str, tuple[DecoderName, ...]] = MappingProxyType(
+    {"none": (), "wan": ("wan",), "taehv": ("taehv",), "both": ("wan", "taehv")}
+)
+WEIGHT_STD = 0.02
+PROMPTS = ("a red circle moves right slowly", "a blue square moves up quickly")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadOptions:
+    """What is run, and where."""
+
+    size: str = "tiny"
+    """One of SIZES."""
+    height: int = 64
+    """Picture rows, in pixels."""
+    width: int = 64
+    """Picture columns, in pixels."""
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    attention: str = "sdpa"
+    """Name of an attention backend."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    decoder: str | None = None
+    """One of DECODERS; by default `wan` for the demo and `none` for the others."""
+    vae: Path | None = None
+    """A decoder's weights in place of random ones (or of the demo's): a Wan VAE or a TAEHV."""
+    text_encoder: str | None = None
+    """UMT5 for the sizes that have none: a folder, a file or a hub id."""
+    tokenizer: str | None = None
+    """Folder or hub id of its tokenizer, where the encoder comes without one."""
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ValueError(f"size {self.size!r} is unknown; use one of {', '.join(SIZES)}")
+        if self.decoder is not None and self.decoder not in DECODERS:
+            raise ValueError(
+                f"decoder {self.decoder!r} is unknown; use one of {', '.join(DECODERS)}"
+            )
+        if self.vae is not None and not self.decoders:
+            raise ValueError(
+                f"decoder weights are given ({self.vae}) and no decoder; ask for one of "
+                f"{', '.join(name for name, kinds in DECODERS.items() if kinds)}"
+            )
+
+    @property
+    def decoders(self) -> tuple[DecoderName, ...]:
+        """Names of the decoders that run; a stream's own comes first."""
+        return DECODERS[self.decoder or ("wan" if self.size == "demo" else "none")]
+
+    def plain(self) -> dict[str, Any]:
+        """The options as JSON can hold them."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Everything loaded and ready to stream."""
+
+    options: WorkloadOptions
+    model: WanModel
+    encoder: TextEncoder | None
+    prompts: tuple[Tensor, Tensor]
+    """Embeddings of two prompts, [1, S, D]: the first to stream under, the other to switch to."""
+    decoders: dict[DecoderName, WanDecoder | TAEHVDecoder]
+    load_seconds: float
+    """What it took to read, or draw, all weights."""
+    text_seconds: float | None
+    """What the very first encoding of a prompt took; None without an encoder."""
+
+    def stream(self, seed: int = 0) -> Stream:
+        """A new stream under the first prompt, with the first decoder."""
+        options = self.options
+        return Stream(
+            self.model,
+            self.prompts[0],
+            height=options.height,
+            width=options.width,
+            seed=seed,
+            decoder=next(iter(self.decoders.values()), None),
+            cache=options.cache,
+            attention=attention_backend(options.attention),
+        )
+
+
+@torch.no_grad()
+def load_workload(options: WorkloadOptions) -> Workload:
+    """Read or draw all weights. ValueError where a file does not fit."""
+    watch = Stopwatch(options.device)
+    model, encoder = _demo(options) if options.size == "demo" else _random(options)
+    decoders = _decoders(options)
+    load_seconds = watch.lap()
+    first = _prompt(0, model.config, encoder)
+    text_seconds = watch.lap()
+    return Workload(
+        options=options,
+        model=model.eval().requires_grad_(False),
+        encoder=encoder,
+        prompts=(first, _prompt(1, model.config, encoder)),
+        decoders=decoders,
+        load_seconds=load_seconds,
+        text_seconds=None if encoder is None else text_seconds,
+    )
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, std: float = WEIGHT_STD) -> None:
+    """Draw every parameter from N(0, std), the gains of norms from N(1, std); ever the same."""
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            parameter.normal_(std=std, generator=generator)
+            if "Norm" in type(part).__name__ and name in ("weight", "gamma"):
+                parameter.add_(1)
+
+
+class Stopwatch:
+    """Seconds from call to call, the device having done its work."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        self._device = torch.device(device)
+        self._began = self._now()
+
+    def lap(self) -> float:
+        """Seconds by the wall since the last lap, or since the start."""
+        return self.laps()[0]
+
+    def laps(self) -> tuple[float, float]:
+        """The same, and the CPU time of all threads, which other processes do not lengthen."""
+        (wall, cpu), self._began = self._began, self._now()
+        return self._began[0] - wall, self._began[1] - cpu
+
+    def _now(self) -> tuple[float, float]:
+        wait(self._device)
+        return time.perf_counter(), time.process_time()
+
+
+def wait(device: str | torch.device) -> None:
+    """Until the device has done all it was given."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
+def _demo(options: WorkloadOptions) -> tuple[WanModel, TextEncoder]:
+    place = {"device": options.device, "dtype": options.dtype}
+    encoder = load_text_encoder(Files().text_encoder, **place)  # type: ignore[arg-type]
+    model, _ = load_student(Files().model, **place)  # type: ignore[arg-type]
+    return model, encoder
+
+
+def _random(options: WorkloadOptions) -> tuple[WanModel, TextEncoder | None]:
+    config, device, dtype = RANDOM_SIZES[options.size], options.device, options.dtype
+    model = WanModel(config, device=device, dtype=dtype)
+    randomise(model, WEIGHT_STD * max(1.0, WAN_1_3B.dim / config.dim) ** 0.5)
+    if options.text_encoder is None:
+        return model, None
+    encoder = load_text_encoder(
+        options.text_encoder, device=device, dtype=dtype, tokenizer=options.tokenizer
+    )
+    return model, encoder
+
+
+def _prompt(number: int, config: ModelConfig, encoder: TextEncoder | None) -> Tensor:
+    if encoder is not None:
+        return encoder.encode([PROMPTS[number]])
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn((1, config.text_len, config.text_dim), generator=generator)
+
+
+def _decoders(options: WorkloadOptions) -> dict[DecoderName, WanDecoder | TAEHVDecoder]:
+    path = Files().vae if options.vae is None and options.size == "demo" else options.vae
+    given: dict[DecoderName, WanDecoder | TAEHVDecoder] = {}
+    if path is not None and options.decoders:
+        decoder = load_decoder(path, options.device, options.dtype)
+        given["wan" if isinstance(decoder, WanDecoder) else "taehv"] = decoder
+    if options.vae is not None and not given.keys() <= set(options.decoders):
+        raise ValueError(
+            f"{options.vae} is a decoder of the kind {', '.join(given)}; asked for is "
+            f"{', '.join(options.decoders)}: ask for its kind"
+        )
+    return {name: given.get(name) or _random_decoder(name, options) for name in options.decoders}
+
+
+def _random_decoder(name: DecoderName, options: WorkloadOptions) -> WanDecoder | TAEHVDecoder:
+    place = {"device": options.device, "dtype": options.dtype}
+    codec = WanVAE(VAEConfig(), **place) if name == "wan" else TAEHV(TAEHVConfig(), **place)  # type: ignore[arg-type]
+    randomise(codec)
+    codec.eval().requires_grad_(False)
+    return WanDecoder(codec) if isinstance(codec, WanVAE) else TAEHVDecoder(codec)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, CacheConfig):
+        return dict(vars(value))
+    return str(value) if isinstance(value, Path) else value
