@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import Attention
@@ -55,7 +54,7 @@ class Projections(nn.Module):
         return self.o(x_BLHD.flatten(2))
 
     def _heads(self, x_BLC: Tensor) -> Tensor:
-        return rearrange(x_BLC, "b l (h d) -> b l h d", h=self.num_heads)
+        return x_BLC.unflatten(2, (self.num_heads, -1))
 
 
 class SelfAttention(Projections):
@@ -119,10 +118,10 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation, time_BF6C)
         x = x_BLC
         y = self.self_attn(modulate(self.norm1(x), shift1, scale1), rope, layer, cache, attention)
-        x = x + gate(y, gate1)
+        x = add_gated(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x), prompt, attention)
         y = self.ffn(modulate(self.norm2(x), shift2, scale2))
-        return x + gate(y, gate2)
+        return add_gated(x, y, gate2)
 
 
 class Head(nn.Module):
@@ -151,9 +150,10 @@ def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
 def modulate(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor) -> Tensor:
     """x * (1 + scale) + shift, with each frame's own shift and scale."""
     x_BFTC = x_BLC.unflatten(1, (shift_BF1C.shape[1], -1))
-    return (x_BFTC * (1 + scale_BF1C) + shift_BF1C).flatten(1, 2)
+    return torch.addcmul(shift_BF1C, x_BFTC, 1 + scale_BF1C).flatten(1, 2)
 
 
-def gate(x_BLC: Tensor, gate_BF1C: Tensor) -> Tensor:
-    """x * gate, with each frame's own gate."""
-    return (x_BLC.unflatten(1, (gate_BF1C.shape[1], -1)) * gate_BF1C).flatten(1, 2)
+def add_gated(x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor) -> Tensor:
+    """x + y * gate, with each frame's own gate."""
+    x_BFTC, y_BFTC = (t.unflatten(1, (gate_BF1C.shape[1], -1)) for t in (x_BLC, y_BLC))
+    return torch.addcmul(x_BFTC, y_BFTC, gate_BF1C).flatten(1, 2)

@@ -22,14 +22,17 @@ THETA = 10000.0  # Wan 2.1
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of every token's angles, each [L, P] in float32."""
+    """Every token's angles as cosines and sines, [L, P] in float32, and as unit numbers."""
 
     cos_LP: Tensor
     sin_LP: Tensor
+    unit_LP: Tensor | None
+    """cos + i sin, complex64; on the CPU alone."""
 
     def tokens(self, start: int, stop: int) -> Rope:
         """The part of the table for tokens `start` to `stop`."""
-        return Rope(self.cos_LP[start:stop], self.sin_LP[start:stop])
+        unit = None if self.unit_LP is None else self.unit_LP[start:stop]
+        return Rope(self.cos_LP[start:stop], self.sin_LP[start:stop], unit)
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -54,15 +57,20 @@ def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | st
         for size, pairs, pattern in zip(sizes, axis_pairs(head_dim), patterns, strict=True)
     ]
     angles_LP = rearrange(torch.cat(angles, dim=-1), "f h w p -> (f h w) p")
-    return Rope(angles_LP.cos().float().to(device), angles_LP.sin().float().to(device))
+    cos, sin = angles_LP.cos().float(), angles_LP.sin().float()
+    unit = torch.complex(cos, sin) if torch.device(device).type == "cpu" else None
+    return Rope(cos.to(device), sin.to(device), unit)
 
 
 def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:
     """Turn `x` by its tokens' angles; arithmetic in float32, result in the input's dtype."""
-    real, imaginary = rearrange(x_BLHD.float(), "b l h (p two) -> two b l h p", two=2)
-    cos, sin = rope.cos_LP[:, None], rope.sin_LP[:, None]
-    turned = (real * cos - imaginary * sin, real * sin + imaginary * cos)
-    return torch.stack(turned, dim=-1).flatten(-2).to(x_BLHD.dtype)
+    pairs = x_BLHD.float().unflatten(-1, (-1, 2))
+    if rope.unit_LP is not None:  # products are vectorised there, strided halves are not
+        turned = torch.view_as_complex(pairs.contiguous()) * rope.unit_LP[:, None]
+        return torch.view_as_real(turned).flatten(-2).to(x_BLHD.dtype)
+    (real, imaginary), (cos, sin) = pairs.unbind(-1), (part[:, None] for part in rope[:2])
+    halves = (real * cos - imaginary * sin, real * sin + imaginary * cos)
+    return torch.stack(halves, dim=-1).flatten(-2).to(x_BLHD.dtype)
 
 
 def _axis_angles(size: int, pairs: int) -> Tensor:

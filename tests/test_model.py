@@ -161,6 +161,23 @@ def test_attention_depends_on_relative_positions_alone():
     assert (score(7, 3) - score(7, 4)).abs() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_forms_of_the_rotation_are_the_same_to_rounding(dtype):
+    table = rope_table(3, Grid(height=2, width=3), 48)
+    x = torch.randn(2, 18, 4, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    halves = apply_rope(x, table._replace(unit_LP=None))
+    torch.testing.assert_close(apply_rope(x, table), halves, atol=1e-6, rtol=1e-2)
+    expected = x[1, 7, 2].double()
+    cos, sin = table.cos_LP[7].double(), table.sin_LP[7].double()
+    real, imaginary = expected[0::2], expected[1::2]
+    torch.testing.assert_close(
+        halves[1, 7, 2, 0::2].double(), real * cos - imaginary * sin, atol=1e-2, rtol=1e-2
+    )
+    torch.testing.assert_close(
+        halves[1, 7, 2, 1::2].double(), real * sin + imaginary * cos, atol=1e-2, rtol=1e-2
+    )
+
+
 def test_the_published_steps_are_warped_to_the_published_timesteps():
     found = sampling_timesteps(SamplerConfig())
     torch.testing.assert_close(found, torch.tensor([1000, 937.5, 2500 / 3, 625]))
