@@ -94,9 +94,8 @@ def encode_rank(rank: int, world: int, folder: Path) -> None:
     sharded = place_encoder(encoder(), CPU)
     assert type(next(sharded.model.parameters())).__name__ == "DTensor"
     dist.barrier()
-    open_prompts(prompt_file(folder) if rank == 0 else DataConfig(
-        prompts=(folder / "prompts.txt",)
-    ), folder / "e", CPU, torch.float32)  # fmt: skip
+    config = DataConfig(prompts=(folder / "prompts.txt",))
+    open_prompts(config, folder / "e", CPU, torch.float32)
     dist.destroy_process_group()
 
 

@@ -209,15 +209,16 @@ def run(arguments: list[str]) -> str:
 def test_a_killed_run_goes_on_bit_for_bit_and_two_processes_come_to_the_same(tmp_path):
     whole, cut, two = (tmp_path / name for name in ("whole", "cut", "two"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = tmp_path / "victim.log"
     victim = subprocess.Popen(
         command("--out", str(cut)),
         cwd=ROOT,
         env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
     )
     while not (cut / "update_000001").exists():
-        assert victim.poll() is None
+        assert victim.poll() is None, log.read_text()[-2000:]
         time.sleep(0.05)
     victim.kill()
     victim.wait()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rf_core.vae import VAEConfig, VAEState, WanVAE
+from rf_core.vae import RMSNorm, VAEConfig, VAEState, WanVAE
 from rf_core.vae_files import load_vae, vae_metadata
 
 GOLDEN = Path(__file__).parent / "parity" / "golden" / "vae.safetensors"
@@ -126,8 +128,11 @@ def test_a_state_continued_twice_gives_two_independent_futures() -> None:
     assert all(torch.equal(state.tensors[key], before.tensors[key]) for key in before.tensors)
 
 
-def test_a_state_read_back_from_a_file_continues_bit_identically(tmp_path: Path) -> None:
-    vae, z = tiny_vae(), latents()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_state_read_back_from_a_file_continues_bit_identically(
+    tmp_path: Path, batch: int
+) -> None:
+    vae, z = tiny_vae(), latents(batch=batch)
     _, state = vae.decode_chunk(z[:, :, :3], None)
     save_file(state.tensors, tmp_path / "state.safetensors")
     restored = VAEState(load_file(tmp_path / "state.safetensors"), state.num_frames)
@@ -153,6 +158,47 @@ def test_the_whole_path_trains_both_ways() -> None:
     without = [name for name, weight in vae.named_parameters() if not weight.grad.any()]
     # The log variance is the unused half of conv1's outputs, so only whole zeros count.
     assert without == []
+
+
+def slow_convolutions(run: Callable[[], object]) -> int:
+    """How many convolutions over 3 frames, rows and columns torch does its slow way."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run()
+    events = profile.key_averages(group_by_input_shape=True)
+    slow = [event for event in events if event.key == "aten::slow_conv3d"]
+    return sum(event.count for event in slow if event.input_shapes[1][2:] == [3, 3, 3])
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_one_small_sample_is_not_convolved_the_slow_way() -> None:
+    vae = tiny_vae()
+    conv = vae.decoder.conv1
+    assert slow_convolutions(lambda: conv(latents(batch=1))) == 1, "the rule has changed"
+    _, state = vae.decode_chunk(latents(batch=1), None)
+    assert slow_convolutions(lambda: vae.decode_chunk(latents(frames=3, batch=1), state)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_norm_is_normalize_and_a_gain_in_every_dtype(dtype: torch.dtype) -> None:
+    # Values whose squares are beyond float16.
+    x = 1000 * torch.randn(2, 5, 3, 2, 4, generator=torch.Generator().manual_seed(3))
+    norm = RMSNorm(5, 3, dtype=dtype).requires_grad_(False)
+    norm.gamma.copy_(torch.arange(5.0).view(-1, 1, 1, 1))
+    expected = F.normalize(x, dim=1) * norm.gamma.float() * 5**0.5
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(norm(x.to(dtype)).float(), expected, atol=20 * eps, rtol=4 * eps)
+
+
+def test_a_norm_leaves_zeros_zero() -> None:
+    assert torch.equal(RMSNorm(5, 3)(torch.zeros(1, 5, 1, 1, 1)), torch.zeros(1, 5, 1, 1, 1))
+
+
+def test_a_norm_has_the_gradients_of_normalize() -> None:
+    norm, x = RMSNorm(5, 3), torch.randn(2, 5, 3, 2, 4, generator=torch.Generator().manual_seed(3))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    norm(ours).sin().sum().backward()
+    (F.normalize(theirs, dim=1) * 5**0.5).sin().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_channels_last_gives_the_same_pixels() -> None:
