@@ -20,7 +20,7 @@ from rf_core.verify import Backend, Comparison, verify_folder
 
 from . import ode, ode_init
 from .config import from_json, to_json
-from .distil import check_files, distil, provenance, sizes_of
+from .distil import check_files, distil, origin_of, provenance, sizes_of
 from .distributed import processes, rank, world_size
 from .estimate import Sizes, estimate, format_estimate, matmul_speed
 from .evaluation import cli as evaluation
@@ -104,15 +104,16 @@ def run_export(args: argparse.Namespace) -> int:
     update = args.update if args.update is not None else max(found)
     if update not in found:
         raise ValueError(f"{args.run} holds no update {update}; it has {sorted(found)}")
+    files = check_files(config)
     export(
         config,
-        check_files(config)["student"],
+        files["student"],
         found[update],
         args.out,
         weights=args.weights,
         dtype=DTYPES[args.dtype],
         adapter=args.adapter,
-        note=provenance(config, update),
+        note=provenance(config, update, origin_of(files)),
     )
     print(args.out)
     return 0

@@ -90,6 +90,13 @@ class CachedEmbeds:
         return self._open[path].get_tensor(str(place))
 
 
+def check_prompt_files(config: DataConfig) -> None:
+    """ValueError for a prompt file that is not there."""
+    for path in config.prompts:
+        if not path.exists():
+            raise ValueError(f"data.prompts names {path}, which is not there")
+
+
 def read_prompts(config: DataConfig) -> list[str]:
     """Every prompt once, in order of first appearance; ValueError where there is none."""
     found = dict.fromkeys(text for path in config.prompts for text in _texts(path, config.column))

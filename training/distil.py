@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from rf_core.decoder import Decoder, load_decoder
 from rf_core.generate import DEMO
 
 from .config import to_json
-from .data import open_prompts
-from .distributed import world_size
+from .data import check_prompt_files, open_prompts
+from .distributed import rank, world_size
 from .estimate import Sizes
 from .export import file_hash, write_adapter, write_student
 from .journal import Journal, numbers_of
@@ -56,6 +57,8 @@ class Run:
     trainer: Trainer
     prompts: list[str]
     decoder: Decoder | None
+    origin: dict[str, str]
+    """Hashes of the files it began with."""
     started: float
     out: Path
 
@@ -102,9 +105,7 @@ def check_files(config: DistilConfig) -> dict[str, Path]:
     for name, path in found.items():
         if not path.exists():
             raise ValueError(f"files.{name} is {path}, which is not there")
-    for path in config.data.prompts:
-        if not path.exists():
-            raise ValueError(f"data.prompts names {path}, which is not there")
+    check_prompt_files(config.data)
     return found
 
 
@@ -145,7 +146,7 @@ def _update(run: Run, journal: Journal) -> Report:
 def _checkpoint(run: Run) -> None:
     trainer, config, out = run.trainer, run.config, run.out
     trainer.save(checkpoint_path(out, trainer.update))
-    note = provenance(config, trainer.update)
+    note = provenance(config, trainer.update, run.origin)
     note["minutes_since_start_or_resume"] = round((time.monotonic() - run.started) / 60, 2)
     student, redmd = trainer.networks.student, config.run.redmd
     with trainer.averaged():
@@ -158,16 +159,20 @@ def _checkpoint(run: Run) -> None:
     forget_old(out, config.output.keep)
 
 
-def provenance(config: DistilConfig, updates: int) -> dict[str, Any]:
+def origin_of(files: dict[str, Path]) -> dict[str, str]:
+    """Hashes of what a student is made from: every byte is read, so once a run."""
+    return {name: file_hash(files[name]) for name in ("teacher", "student")}
+
+
+def provenance(config: DistilConfig, updates: int, origin: dict[str, str]) -> dict[str, Any]:
     """How a student is made, as plain JSON."""
-    files = check_files(config)
     return {
         "command": "python -m training re_dmd",
         "config": json.loads(to_json(config)),
         "updates": updates,
         "processes": world_size(),
         "torch": str(torch.__version__),
-        "made_from": {name: file_hash(files[name]) for name in ("teacher", "student")},
+        "made_from": origin,
     }
 
 
@@ -199,37 +204,26 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
     judge = open_judge(config.reward, decoder, prompts, device)
     trainer = Trainer(config.run, networks, embeds, uncond.to(device), judge)
     return Run(
-        config=config, trainer=trainer, prompts=prompts, decoder=decoder, started=started, out=out
+        config=config,
+        trainer=trainer,
+        prompts=prompts,
+        decoder=decoder,
+        origin=origin_of(files) if rank() == 0 else {},  # the first process writes
+        started=started,
+        out=out,
     )
 
 
 def _open_networks(
     config: DistilConfig, files: dict[str, Path], device: torch.device, decoder: Decoder | None
 ) -> Networks:
-    p, seed = config.placement, config.run.seed
-    offload = p.offload == "all"
+    p = config.placement
+    opened = partial(open_network, placement=p, device=device)
+    trained = partial(opened, trained=True, offload=p.offload == "all", seed=config.run.seed)
     return Networks(
-        student=open_network(
-            files["student"],
-            p,
-            device,
-            trained=True,
-            offload=offload,
-            lora=config.student_lora,
-            seed=seed,
-        ),
-        teacher=open_network(
-            files["teacher"], p, device, trained=False, offload=p.offload != "none"
-        ),
-        critic=open_network(
-            files["critic"],
-            p,
-            device,
-            trained=True,
-            offload=offload,
-            lora=config.critic_lora,
-            seed=seed,
-        ),
+        student=trained(files["student"], lora=config.student_lora),
+        teacher=opened(files["teacher"], trained=False, offload=p.offload != "none"),
+        critic=trained(files["critic"], lora=config.critic_lora),
         anchor=image_anchor(decoder) if config.anchor and config.run.windows > 1 else None,
         dtype=placement_dtype(p),
     )

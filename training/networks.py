@@ -75,15 +75,16 @@ def open_network(
 
 def prepare(network: WanModel, placement: PlacementConfig, *, trained: bool) -> WanModel:
     """Have blocks recompiled and recomputed as asked; changes no name of a weight."""
+    if placement.compile is not None:
+        # Blocks share their code, and so the count of how often it may be compiled anew: with and
+        # without gradient, with each length of the cache, and without one.
+        torch._dynamo.config.recompile_limit = 64
     for block in network.blocks:
         if placement.checkpointing and trained:
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
             )
         if placement.compile is not None:
-            # Blocks share their code, and so the count of how often it may be compiled anew: with
-            # and without gradient, with each length of the cache, and without one.
-            torch._dynamo.config.recompile_limit = 64
             block.compile(backend=placement.compile)
     return network
 

@@ -37,7 +37,7 @@ from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.stream import latent_size
 
 from .config import difference, from_json, to_json
-from .data import CachedEmbeds, DataConfig, MemoryEmbeds, open_prompts
+from .data import CachedEmbeds, DataConfig, MemoryEmbeds, check_prompt_files, open_prompts
 from .distributed import barrier, gathered, processes, rank, world_size
 from .draws import generator_of, prompt_numbers
 from .networks import PlacementConfig, open_network, placement_dtype
@@ -376,9 +376,7 @@ def teacher_path(config: PairsConfig) -> Path:
     path = config.teacher or DEMO / "teacher.safetensors"
     if not path.exists():
         raise ValueError(f"teacher is {path}, which is not there")
-    for prompts in config.data.prompts:
-        if not prompts.exists():
-            raise ValueError(f"data.prompts names {prompts}, which is not there")
+    check_prompt_files(config.data)
     return path
 
 

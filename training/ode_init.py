@@ -342,6 +342,7 @@ def init_student(
     if saved is not None:
         trainer.load(saved)
     begin(config, out)
+    origin = file_hash(start) if rank() == 0 else ""  # every byte is read: once, by who writes
     with Journal(
         out,
         first_update=trainer.update,
@@ -350,7 +351,7 @@ def init_student(
         config=config,
     ) as journal:
         while trainer.update < config.updates:
-            yield _update(trainer, journal, out, clock)
+            yield _update(trainer, journal, out, clock, origin)
 
 
 def start_path(config: InitConfig) -> Path:
@@ -361,15 +362,15 @@ def start_path(config: InitConfig) -> Path:
     return path
 
 
-def provenance(config: InitConfig, pairs: Pairs, updates: int) -> dict[str, Any]:
-    """How a student is made, as plain JSON."""
+def provenance(config: InitConfig, pairs: Pairs, updates: int, start: str) -> dict[str, Any]:
+    """How a student is made, as plain JSON; `start` is the hash of what it began as."""
     return {
         "command": "python -m training ode_init",
         "config": json.loads(to_json(config)),
         "updates": updates,
         "processes": world_size(),
         "torch": str(torch.__version__),
-        "made_from": {"start": file_hash(start_path(config))},
+        "made_from": {"start": start},
         "pairs": {
             "trajectories": len(pairs),
             "teacher": pairs.teacher,
@@ -378,22 +379,24 @@ def provenance(config: InitConfig, pairs: Pairs, updates: int) -> dict[str, Any]
     }
 
 
-def _update(trainer: InitTrainer, journal: Journal, out: Path, clock: float) -> InitReport:
+def _update(
+    trainer: InitTrainer, journal: Journal, out: Path, clock: float, start: str
+) -> InitReport:
     began, config = time.perf_counter(), trainer.config
     with naming_the_last_good(out):
         report = trainer.step()
     journal.write(report.update, report.numbers() | {"seconds": time.perf_counter() - began})
     if trainer.update % config.checkpoint_every == 0 or trainer.update == config.updates:
-        _checkpoint(trainer, out, clock)
+        _checkpoint(trainer, out, clock, start)
     return report
 
 
-def _checkpoint(trainer: InitTrainer, out: Path, clock: float) -> None:
+def _checkpoint(trainer: InitTrainer, out: Path, clock: float, start: str) -> None:
     trainer.save(checkpoint_path(out, trainer.update))
     config, pairs = trainer.config, trainer.pairs
     *_, rows, columns = pairs.config.latents
     size = (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
-    note = provenance(config, pairs, trainer.update)
+    note = provenance(config, pairs, trainer.update, start)
     note["minutes_since_start_or_resume"] = round((time.monotonic() - clock) / 60, 2)
     with trainer.averaged():
         write_student(
