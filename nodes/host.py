@@ -40,7 +40,7 @@ from torch import Tensor
 from ..rf_core.checkpoint import Checkpoint, read_checkpoint
 from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
 from ..rf_core.kv_cache import KeyValues
-from ..rf_core.model import PromptContext, WanModel
+from ..rf_core.model import PromptContext, TimeContext, WanModel
 from ..rf_core.text import byte_ids, clean_prompt
 
 StockWanVAE = comfy.ldm.wan.vae.WanVAE
@@ -68,6 +68,7 @@ class Settings:
 class Pass:
     """What a pass of a stream sees besides its latents."""
 
+    time: TimeContext
     prompt: PromptContext
     cache: KeyValues | None
 
@@ -119,7 +120,8 @@ class StreamingModel(comfy.model_base.WAN21):
             return out.unflatten(2, (heads, -1))
 
         x = x.to(self.get_dtype_inference())
-        return self.diffusion_model(x, t, rf_pass.prompt, rf_pass.cache, attend).float()
+        seen = (rf_pass.time, rf_pass.prompt, rf_pass.cache, attend)
+        return self.diffusion_model(x, *seen).float()
 
     def _is_dynamic(self) -> bool:
         return self.current_patcher is not None and self.current_patcher.is_dynamic()
@@ -343,7 +345,7 @@ class Hosted:
         self.config = network.config
         self.patch_embedding = network.patch_embedding
         self.get_parameter = network.get_parameter
-        self.prompt_context = network.prompt_context
+        self.prompt_context, self.time_context = network.prompt_context, network.time_context
         self._options = comfy.model_patcher.create_model_options_clone(model.model_options)
         transformer = self._options.setdefault("transformer_options", {})
         for name in ("wrappers", "callbacks"):
@@ -352,15 +354,19 @@ class Hosted:
             )
 
     def __call__(
-        self, x: Tensor, timestep_BF: Tensor, prompt: PromptContext, cache: Any, attention: Any
+        self, x: Tensor, time: TimeContext, prompt: PromptContext, cache: Any, attention: Any
     ) -> Tensor:
         """See `WanModel.forward`; ComfyUI chooses the attention."""
         return self._base.apply_model(
             x,
-            timestep_BF,
+            time.timestep_BF,
             transformer_options=self._options["transformer_options"],
-            rf_pass=Pass(prompt=prompt, cache=cache),
+            rf_pass=Pass(time=time, prompt=prompt, cache=cache),
         )
+
+    def remember(self, *seen: Any) -> None:
+        """See `WanModel.remember`; a whole pass, as wrappers around the model expect one."""
+        self(*seen)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def pass_work(
         CROSS_LINEARS: _linear(model.dim, model.dim, tokens, element_bytes).times(2),
         FEED_FORWARD: _linear(model.dim, model.ffn_dim, tokens, element_bytes)
         + _linear(model.ffn_dim, model.dim, tokens, element_bytes),
-        **_memory_bound(model, tokens, window, element_bytes),
+        **_memory_bound(model, tokens, element_bytes),
     }
     parts = {kind: work.times(model.num_layers) for kind, work in block.items()}
     head_norm = Work(bytes=2 * tokens * model.dim * element_bytes)
@@ -97,13 +97,27 @@ def chunk_work(
     passes = len(sampler.steps) + 1
     one = pass_work(model, cache, grid, element_bytes)
     parts = {kind: work.times(passes) for kind, work in one.items()}
+    context = (cache.window_frames - cache.chunk_frames) * grid.frame_tokens
+    parts[ROPE] += Work(bytes=2 * model.num_layers * context * model.dim * element_bytes)
     return parts | {EVICTION: _eviction(model, cache, grid, element_bytes)}
 
 
-def cache_bytes(model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes: int = 2) -> int:
-    """Bytes of the keys and values of a full window, in every layer."""
-    window = cache.window_frames * grid.frame_tokens
-    return 2 * model.num_layers * window * model.dim * element_bytes
+def cache_bytes(
+    model: ModelConfig,
+    cache: CacheConfig,
+    grid: Grid,
+    element_bytes: int = 2,
+    keep_turned: bool = True,
+) -> int:
+    """Bytes of a window's keys and values in every layer, and of the turned keys.
+
+    Without `keep_turned`, those of one layer at a time.
+    """
+    layers = model.num_layers * (3 if keep_turned else 2) + (not keep_turned)
+    frames = layers * cache.window_frames
+    if cache.accumulator == "float32" and element_bytes < 4:
+        frames += 2 * model.num_layers * cache.sink_frames * 4 // element_bytes
+    return frames * grid.frame_tokens * model.dim * element_bytes
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -164,13 +178,11 @@ def _attention(dim: int, queries: int, keys: int, element_bytes: int) -> Work:
     return Work(4 * queries * keys * dim, 2 * (queries + keys) * dim * element_bytes)
 
 
-def _memory_bound(
-    model: ModelConfig, tokens: int, window: int, element_bytes: int
-) -> dict[str, Work]:
+def _memory_bound(model: ModelConfig, tokens: int, element_bytes: int) -> dict[str, Work]:
     # Counted in rows of `dim` elements, read or written.
     norms = 2 * 6 * tokens  # of the input three times, of q and k, of the cross-attention's q
-    rope = 2 * (tokens + window)
-    writes = 2 * 2 * tokens
+    rope = 2 * 2 * tokens
+    writes = 2 * 3 * tokens
     elementwise = 2 * 2 * tokens + 3 * 3 * tokens  # two modulations, three residuals
     gelu = 2 * tokens * model.ffn_dim
     row = model.dim * element_bytes

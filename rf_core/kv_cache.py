@@ -1,15 +1,15 @@
 """The sliding window of keys and values, with its EMA-Sink.
 
 Attention sees a window of latent frames: a sink, the previous chunks, the current chunk. Keys are
-kept before rotation and turned by their place in the window on reading, so no position grows with
-the stream. When the window is full the oldest chunk leaves, and the sink takes it up by an
-exponential moving average (Reward Forcing, arXiv 2512.04678, sec. 3.2): the start of the video is
-remembered, yet kept fresh.
+kept before rotation, so no position grows with the stream, and are turned by their place in the
+window once a chunk, when the window has moved. When it is full the oldest chunk leaves, and the
+sink takes it up by an exponential moving average (Reward Forcing, arXiv 2512.04678, sec. 3.2): the
+start of the video is remembered, yet kept fresh.
 
 The order of use, once per chunk:
 
-    cache.advance()                      # grow, or let the oldest frames leave into the sink
-    k, v = cache.extend(layer, k, v)     # in every layer, in every pass; overwrites the slot
+    cache.advance()                                         # grow, or let the oldest frames leave
+    turned, v = cache.layer(i).extend(k, turned_k, v)       # in every layer, in every pass
 
 Every denoising pass overwrites the same slot and the last, clean pass leaves what later chunks
 see: nothing is ever rewound. Under autograd use `cache.snapshot()`, which is never written to.
@@ -20,25 +20,37 @@ Letters: N layers, B batch, W window tokens, L tokens of the slot, H heads, D ch
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .config import CacheConfig
+from .config import CacheConfig, Grid
+from .rope import Rope, apply_rope, rope_table
+
+
+class LayerWindow(Protocol):
+    """What one self-attention layer asks of a cache."""
+
+    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Set the current chunk's keys, the same turned to their places, and its values.
+
+        Returns the whole window's turned keys and values, [B, tokens, H, D] each.
+        """
+        ...
 
 
 class KeyValues(Protocol):
-    """What a self-attention layer asks of a cache."""
+    """What the network asks of a cache."""
 
     @property
     def context_frames(self) -> int:
         """Latent frames of the window that lie before the current chunk."""
         ...
 
-    def extend(self, layer: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Set the current chunk of `layer`; returns the whole window's keys and values."""
+    def layer(self, index: int) -> LayerWindow:
+        """The window of one layer, for the current chunk."""
         ...
 
 
@@ -46,15 +58,56 @@ class KeyValues(Protocol):
 class KVSnapshot:
     """The context of one chunk, copied: safe to read again when a forward is recomputed."""
 
-    k_NBWHD: Tensor
+    turned_NBWHD: Tensor
     v_NBWHD: Tensor
     context_frames: int
 
-    def extend(self, layer: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """The window's keys and values with the current chunk at the end; gradients pass."""
-        k = torch.cat([self.k_NBWHD[layer], k_BLHD], dim=1)
-        v = torch.cat([self.v_NBWHD[layer], v_BLHD], dim=1)
-        return k, v
+    def layer(self, index: int) -> LayerWindow:
+        """The window of one layer, through which gradients of the current chunk pass."""
+        return _CopiedWindow(self.turned_NBWHD[index], self.v_NBWHD[index])
+
+
+class _CopiedWindow:
+    """A context that is joined to the chunk, and never written to.
+
+    No dataclass, as the other windows: FSDP would look into it for tensors.
+    """
+
+    def __init__(self, turned_BWHD: Tensor, v_BWHD: Tensor) -> None:
+        self._context = turned_BWHD, v_BWHD
+
+    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        turned, v = self._context
+        return torch.cat([turned, turned_BLHD], dim=1), torch.cat([v, v_BLHD], dim=1)
+
+
+class _WrittenWindow:
+    """A part of the cache's own memory: the slot is written in place, the window read in place."""
+
+    def __init__(self, k_BWHD: Tensor, turned_BWHD: Tensor, v_BWHD: Tensor, start: int) -> None:
+        self._slots = [t[:, start:] for t in (k_BWHD, turned_BWHD, v_BWHD)]
+        self._window = turned_BWHD, v_BWHD
+
+    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        assert not k_BLHD.requires_grad, "under autograd pass cache.snapshot() to the model"
+        for slot, new in zip(self._slots, (k_BLHD, turned_BLHD, v_BLHD), strict=True):
+            slot.copy_(new)
+        return self._window
+
+
+class _TurningWindow(_WrittenWindow):
+    """The same where turned keys are not kept: the context is turned anew in every pass."""
+
+    def __init__(
+        self, k_BWHD: Tensor, turned_BWHD: Tensor, v_BWHD: Tensor, start: int, rope: Rope
+    ) -> None:
+        super().__init__(k_BWHD, turned_BWHD, v_BWHD, start)
+        self._turn = k_BWHD[:, :start], turned_BWHD[:, :start], rope.tokens(0, start)
+
+    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        k, turned, rope = self._turn
+        turned.copy_(apply_rope(k, rope))
+        return super().extend(k_BLHD, turned_BLHD, v_BLHD)
 
 
 @dataclass
@@ -67,14 +120,17 @@ class KVCache:
     """
 
     config: CacheConfig
-    frame_tokens: int
+    grid: Grid
     k_NBWHD: Tensor
     v_NBWHD: Tensor
+    turned_NBWHD: Tensor
+    """Keys turned to their places; of one layer only, where they are not kept."""
     exact_sink: Tensor | None = None
     """The float32 accumulator, keys then values, [2, N, B, sink tokens, H, D]."""
     num_frames: int = 0
     slot_frames: int = 0
     num_evictions: int = 0
+    _windows: dict[int, LayerWindow] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def allocate(
@@ -83,21 +139,38 @@ class KVCache:
         *,
         num_layers: int,
         batch: int,
-        frame_tokens: int,
+        grid: Grid,
         num_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        keep_turned: bool = True,
     ) -> KVCache:
-        """An empty cache: 2 * N * B * W * H * D elements, and nothing more is ever allocated."""
-        window = config.window_frames * frame_tokens
-        shape = (num_layers, batch, window, num_heads, head_dim)
-        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        """An empty cache: 3 * N * B * W * H * D elements, and nothing more is ever allocated.
+
+        Without `keep_turned` it is a third smaller, and every pass turns the context's keys anew:
+        slower, and the same to the bit.
+        """
+        window, sink = (n * grid.frame_tokens for n in (config.window_frames, config.sink_frames))
+        place = {"dtype": dtype, "device": device}
+        rest = (batch, window, num_heads, head_dim)
+        k, v = (torch.zeros((num_layers, *rest), **place) for _ in range(2))
+        turned = torch.zeros((num_layers if keep_turned else 1, *rest), **place)
         exact_sink = None
         if config.accumulator == "float32" and dtype != torch.float32:
-            sink = (2, num_layers, batch, config.sink_frames * frame_tokens, num_heads, head_dim)
-            exact_sink = torch.zeros(sink, dtype=torch.float32, device=device)
-        return cls(config, frame_tokens, k, v, exact_sink)
+            shape = (2, num_layers, batch, sink, num_heads, head_dim)
+            exact_sink = torch.zeros(shape, dtype=torch.float32, device=device)
+        return cls(config, grid, k, v, turned, exact_sink)
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of one latent frame."""
+        return self.grid.frame_tokens
+
+    @property
+    def keeps_turned(self) -> bool:
+        """Whether turned keys are kept from pass to pass."""
+        return self.turned_NBWHD.shape[0] == self.k_NBWHD.shape[0]
 
     @property
     def context_frames(self) -> int:
@@ -107,7 +180,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor the cache owns."""
-        return sum(t.nbytes for t in self.tensors().values())
+        return sum(t.nbytes for t in self.tensors().values()) + self.turned_NBWHD.nbytes
 
     @torch.no_grad()
     def advance(self, frames: int | None = None) -> None:
@@ -127,19 +200,21 @@ class KVCache:
             self._evict(overflow)
         self.num_frames += frames
         self.slot_frames = frames
+        self._windows = {}
+        if self.keeps_turned:
+            for layer in range(self.k_NBWHD.shape[0]):
+                turned, _ = self._context(layer)
+                self.turned_NBWHD[layer, :, : turned.shape[1]] = turned
 
-    def extend(self, layer: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the current chunk of `layer` and return the window, [B, tokens, H, D] each.
+    def layer(self, index: int) -> LayerWindow:
+        """The window of one layer, made once a chunk. What it returns are views of the cache.
 
-        Calling it again overwrites the slot. The result is a view: read it before the next write.
+        Extending it again overwrites the slot; read the window before the next write.
         """
-        assert not k_BLHD.requires_grad, "under autograd pass cache.snapshot() to the model"
-        start, stop = (n * self.frame_tokens for n in (self.context_frames, self.num_frames))
-        assert k_BLHD.shape[1] == stop - start, "advance() opens a slot of the chunk's size first"
-        k, v = self.k_NBWHD[layer], self.v_NBWHD[layer]
-        k[:, start:stop] = k_BLHD
-        v[:, start:stop] = v_BLHD
-        return k[:, :stop], v[:, :stop]
+        if index not in self._windows:
+            assert self.slot_frames, "advance() opens a slot first"
+            self._windows[index] = self._window(index)
+        return self._windows[index]
 
     def truncate(self, frames: int) -> None:
         """Forget everything after the first `frames` latent frames; the next slot follows them."""
@@ -152,16 +227,17 @@ class KVCache:
 
     def snapshot(self) -> KVSnapshot:
         """The current chunk's context, copied, for passes under autograd."""
-        stop = self.context_frames * self.frame_tokens
-        k, v = (t[:, :, :stop].detach().clone() for t in (self.k_NBWHD, self.v_NBWHD))
-        return KVSnapshot(k, v, self.context_frames)
+        layers = [self._context(layer) for layer in range(self.k_NBWHD.shape[0])]
+        turned, v = (torch.stack(parts).detach() for parts in zip(*layers, strict=True))
+        return KVSnapshot(turned, v, self.context_frames)
 
     def clone(self) -> KVCache:
         """An independent copy."""
-        return self.with_tensors({name: t.clone() for name, t in self.tensors().items()})
+        twin = self.with_tensors({name: t.clone() for name, t in self.tensors().items()})
+        return replace(twin, turned_NBWHD=self.turned_NBWHD.clone())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor the cache owns, by name."""
+        """What the cache remembers, by name; turned keys follow from it."""
         owned = {"k": self.k_NBWHD, "v": self.v_NBWHD, "exact_sink": self.exact_sink}
         return {name: tensor for name, tensor in owned.items() if tensor is not None}
 
@@ -169,6 +245,24 @@ class KVCache:
         """The same cache around other tensors, named as `tensors()` names them."""
         k, v, exact_sink = tensors["k"], tensors["v"], tensors.get("exact_sink")
         return replace(self, k_NBWHD=k, v_NBWHD=v, exact_sink=exact_sink)
+
+    def _rope(self, start: int, stop: int) -> Rope:
+        frames, head_dim = self.config.window_frames, self.k_NBWHD.shape[-1]
+        return rope_table(frames, self.grid, head_dim, self.k_NBWHD.device).tokens(start, stop)
+
+    def _context(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Turned keys and values of a layer before the slot."""
+        stop = self.context_frames * self.frame_tokens
+        k, v = self.k_NBWHD[layer, :, :stop], self.v_NBWHD[layer, :, :stop]
+        return apply_rope(k, self._rope(0, stop)), v
+
+    def _window(self, layer: int) -> LayerWindow:
+        start, stop = (n * self.frame_tokens for n in (self.context_frames, self.num_frames))
+        turned = self.turned_NBWHD[layer if self.keeps_turned else 0]
+        views = [t[:, :stop] for t in (self.k_NBWHD[layer], turned, self.v_NBWHD[layer])]
+        if self.keeps_turned:
+            return _WrittenWindow(*views, start)
+        return _TurningWindow(*views, start, self._rope(0, start))
 
     def _evict(self, frames: int) -> None:
         sink = self.config.sink_frames * self.frame_tokens

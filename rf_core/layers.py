@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .config import ModelConfig
-from .kv_cache import KeyValues
+from .kv_cache import LayerWindow
 from .rope import Rope, apply_rope
 
 
@@ -26,6 +26,24 @@ class PromptKV(NamedTuple):
 
     k_BSHD: Tensor
     v_BSHD: Tensor
+
+
+class Modulations(NamedTuple):
+    """What a timestep does to a block, each [B, F, 1, C]; scales have their 1 added."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+
+
+class HeadModulations(NamedTuple):
+    """What a timestep does to the head, each [B, F, 1, C]; the scale has its 1 added."""
+
+    shift: Tensor
+    scale: Tensor
 
 
 class Projections(nn.Module):
@@ -61,19 +79,19 @@ class SelfAttention(Projections):
     """Attention among latent tokens: over the cache's window, or over all of them without one."""
 
     def forward(
-        self,
-        x_BLC: Tensor,
-        rope: Rope,
-        layer: int,
-        cache: KeyValues | None,
-        attention: Attention,
+        self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None, attention: Attention
     ) -> Tensor:
+        """`rope` holds the places of these tokens."""
         q, (k, v) = self.queries(x_BLC), self.keys_values(x_BLC)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        window = k.shape[1]
-        q = apply_rope(q, rope.tokens(window - q.shape[1], window))
-        return self.output(attention(q, apply_rope(k, rope.tokens(0, window)), v))
+        turned = apply_rope(k, rope)
+        if window is not None:
+            turned, v = window.extend(k, turned, v)
+        return self.output(attention(apply_rope(q, rope), turned, v))
+
+    def remember(self, x_BLC: Tensor, rope: Rope, window: LayerWindow) -> None:
+        """Leave keys and values in the window, and nothing else."""
+        k, v = self.keys_values(x_BLC)
+        window.extend(k, apply_rope(k, rope), v)
 
 
 class CrossAttention(Projections):
@@ -105,23 +123,38 @@ class Block(nn.Module):
         """This layer's cross-attention keys and values of an embedded prompt."""
         return PromptKV(*self.cross_attn.keys_values(text_BSC))
 
+    def modulations(self, time_BF6C: Tensor) -> Modulations:
+        """What a timestep does to this block: for those who call again with the same one."""
+        return self._modulations(time_BF6C)
+
     def forward(
         self,
         x_BLC: Tensor,
-        time_BF6C: Tensor,
+        time: Tensor | Modulations,
         prompt: PromptKV,
         rope: Rope,
-        layer: int,
-        cache: KeyValues | None,
+        window: LayerWindow | None,
         attention: Attention,
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation, time_BF6C)
+        """`time` is [B, F, 6, C], or what `modulations` makes of it."""
+        m = time if isinstance(time, Modulations) else self._modulations(time)
         x = x_BLC
-        y = self.self_attn(modulate(self.norm1(x), shift1, scale1), rope, layer, cache, attention)
-        x = add_gated(x, y, gate1)
+        y = self.self_attn(modulate(self.norm1(x), m.shift1, m.scale1), rope, window, attention)
+        x = add_gated(x, y, m.gate1)
         x = x + self.cross_attn(self.norm3(x), prompt, attention)
-        y = self.ffn(modulate(self.norm2(x), shift2, scale2))
-        return add_gated(x, y, gate2)
+        y = self.ffn(modulate(self.norm2(x), m.shift2, m.scale2))
+        return add_gated(x, y, m.gate2)
+
+    def remember(
+        self, x_BLC: Tensor, time: Tensor | Modulations, rope: Rope, window: LayerWindow
+    ) -> None:
+        """Leave this block's keys and values in the window, and go no further."""
+        m = time if isinstance(time, Modulations) else self._modulations(time)
+        self.self_attn.remember(modulate(self.norm1(x_BLC), m.shift1, m.scale1), rope, window)
+
+    def _modulations(self, time_BF6C: Tensor) -> Modulations:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation, time_BF6C)
+        return Modulations(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
 
 
 class Head(nn.Module):
@@ -137,9 +170,13 @@ class Head(nn.Module):
         self.head = operations.Linear(config.dim, patch_channels, **factory)
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim, **factory))
 
-    def forward(self, x_BLC: Tensor, time_BFC: Tensor) -> Tensor:
+    def modulations(self, time_BFC: Tensor) -> HeadModulations:
+        """What a timestep does to the head."""
         shift, scale = modulations(self.modulation, time_BFC[:, :, None])
-        return self.head(modulate(self.norm(x_BLC), shift, scale))
+        return HeadModulations(shift, 1 + scale)
+
+    def forward(self, x_BLC: Tensor, time: HeadModulations) -> Tensor:
+        return self.head(modulate(self.norm(x_BLC), time.shift, time.scale))
 
 
 def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
@@ -148,9 +185,9 @@ def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
 
 
 def modulate(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, with each frame's own shift and scale."""
+    """x * scale + shift, with each frame's own shift and scale."""
     x_BFTC = x_BLC.unflatten(1, (shift_BF1C.shape[1], -1))
-    return torch.addcmul(shift_BF1C, x_BFTC, 1 + scale_BF1C).flatten(1, 2)
+    return torch.addcmul(shift_BF1C, x_BFTC, scale_BF1C).flatten(1, 2)
 
 
 def add_gated(x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ be cloned and offloaded by its host, and gives the same result when a forward is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,23 @@ from torch import Tensor, nn
 from .attention import Attention, sdpa
 from .config import Grid, ModelConfig
 from .kv_cache import KeyValues
-from .layers import Block, Head, PromptKV
-from .rope import rope_table
+from .layers import Block, Head, HeadModulations, Modulations, PromptKV
+from .rope import Rope, rope_table
+
+MAX_PERIOD = 10000.0  # of the sinusoidal timestep embedding
 
 PromptContext = tuple[PromptKV, ...]
 """A prompt's cross-attention keys and values, one pair a layer."""
 
-MAX_PERIOD = 10000.0  # of the sinusoidal timestep embedding
+
+class TimeContext(NamedTuple):
+    """Timesteps of a chunk's frames as the network takes them."""
+
+    timestep_BF: Tensor
+    """The timesteps, in [0, 1000]."""
+    blocks: tuple[Tensor | Modulations, ...]
+    """Of each layer: what they do to it, or their projection [B, F, 6, C]."""
+    head: HeadModulations
 
 
 class WanModel(nn.Module):
@@ -77,28 +87,54 @@ class WanModel(nn.Module):
         text = self.text_embedding(F.pad(prompt_embeds_BSD, (0, 0, 0, short)))
         return tuple(block.prompt_kv(text) for block in self.blocks)  # type: ignore[operator]
 
+    def time_context(self, timestep_BF: Tensor, dtype: torch.dtype) -> TimeContext:
+        """What timesteps in [0, 1000] are to every block, computed once for as long as they recur.
+
+        `dtype` is what the network computes in.
+        """
+        time_BFC = self._embed_time(timestep_BF, dtype)
+        time_BF6C = self.time_projection(time_BFC).unflatten(2, (6, -1))
+        blocks = tuple(block.modulations(time_BF6C) for block in self.blocks)  # type: ignore[operator]
+        return TimeContext(timestep_BF, blocks, self.head.modulations(time_BFC))
+
     def forward(
         self,
         x: Tensor,
-        timestep_BF: Tensor,
+        time: Tensor | TimeContext,
         prompt: PromptContext,
         cache: KeyValues | None = None,
         attention: Attention = sdpa,
     ) -> Tensor:
-        """Predict the flow of latents `x` [B, C, F, h, w] at timesteps in [0, 1000] per frame.
+        """Predict the flow of latents `x` [B, C, F, h, w].
 
+        `time` is the frames' timesteps [B, F] in [0, 1000], or what `time_context` makes of them.
         With a cache the frames are the current chunk and see its window; `cache.advance()` must
         have opened their slot. Without one all frames see each other.
         """
-        grid = Grid.of_latents(x.shape[-2], x.shape[-1], self.config.patch_size)
-        time_BFC = self._embed_time(timestep_BF, x.dtype)
-        time_BF6C = self.time_projection(time_BFC).unflatten(2, (6, -1))
-        frames = x.shape[2] + (cache.context_frames if cache is not None else 0)
-        rope = rope_table(frames, grid, self.config.head_dim, x.device)
-        tokens = rearrange(self.patch_embedding(x), "b c f h w -> b (f h w) c")
-        for layer, (block, prompt_kv) in enumerate(zip(self.blocks, prompt, strict=True)):
-            tokens = block(tokens, time_BF6C, prompt_kv, rope, layer, cache, attention)
-        return self._unpatchify(self.head(tokens, time_BFC), grid)
+        context, rope = self._time(time, x.dtype), self._rope(x, cache)
+        tokens = self._tokens(x)
+        for index, (block, at, kv) in enumerate(
+            zip(self.blocks, context.blocks, prompt, strict=True)
+        ):
+            window = None if cache is None else cache.layer(index)
+            tokens = block(tokens, at, kv, rope, window, attention)
+        return self._unpatchify(self.head(tokens, context.head), self._grid(x))
+
+    def remember(
+        self,
+        x: Tensor,
+        time: Tensor | TimeContext,
+        prompt: PromptContext,
+        cache: KeyValues,
+        attention: Attention = sdpa,
+    ) -> None:
+        """As `forward`, for what it leaves in the cache alone: ends at the last keys and values."""
+        context, rope = self._time(time, x.dtype), self._rope(x, cache)
+        tokens, last = self._tokens(x), len(self.blocks) - 1
+        for index in range(last):
+            block, at, kv = self.blocks[index], context.blocks[index], prompt[index]
+            tokens = block(tokens, at, kv, rope, cache.layer(index), attention)
+        self.blocks[last].remember(tokens, context.blocks[last], rope, cache.layer(last))  # type: ignore[operator]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -113,6 +149,30 @@ class WanModel(nn.Module):
             else:
                 nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
         self.head.head.weight.zero_()
+
+    def _grid(self, x: Tensor) -> Grid:
+        return Grid.of_latents(x.shape[-2], x.shape[-1], self.config.patch_size)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        tokens: Tensor = rearrange(self.patch_embedding(x), "b c f h w -> b (f h w) c")
+        return tokens
+
+    def _rope(self, x: Tensor, cache: KeyValues | None) -> Rope:
+        """The places of these frames' tokens in the window."""
+        grid, before = self._grid(x), 0 if cache is None else cache.context_frames
+        frames = before + x.shape[2]
+        table = rope_table(frames, grid, self.config.head_dim, x.device)
+        return table.tokens(before * grid.frame_tokens, frames * grid.frame_tokens)
+
+    def _time(self, time: Tensor | TimeContext, dtype: torch.dtype) -> TimeContext:
+        # Under FSDP a block's parameters are there within its own forward alone, so timesteps that
+        # come as a tensor are left to the blocks.
+        if isinstance(time, TimeContext):
+            return time
+        time_BFC = self._embed_time(time, dtype)
+        time_BF6C = self.time_projection(time_BFC).unflatten(2, (6, -1))
+        blocks = (time_BF6C,) * len(self.blocks)
+        return TimeContext(time, blocks, self.head.modulations(time_BFC))
 
     def _embed_time(self, timestep_BF: Tensor, dtype: torch.dtype) -> Tensor:
         half, device = self.config.freq_dim // 2, timestep_BF.device

@@ -65,7 +65,9 @@ def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | st
 def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:
     """Turn `x` by its tokens' angles; arithmetic in float32, result in the input's dtype."""
     pairs = x_BLHD.float().unflatten(-1, (-1, 2))
-    if rope.unit_LP is not None:  # products are vectorised there, strided halves are not
+    if (
+        rope.unit_LP is not None and not torch.compiler.is_compiling()
+    ):  # products are vectorised there, strided halves are not
         turned = torch.view_as_complex(pairs.contiguous()) * rope.unit_LP[:, None]
         return torch.view_as_real(turned).flatten(-2).to(x_BLHD.dtype)
     (real, imaginary), (cos, sin) = pairs.unbind(-1), (part[:, None] for part in rope[:2])

@@ -64,11 +64,19 @@ class StreamState:
     """The window is to be rewritten under the new prompt before the next chunk."""
     chunk_open: bool = False
     """A chunk was begun and not finished; the next step begins it again."""
+    unsettled: Tensor | None = None
+    """The last chunk's clean latents, until a clean pass over them has rewritten its cache slot."""
     first_latents: Tensor | None = None
     """Clean latents that seeded the sink, [B, C, <= sink frames, h, w]."""
     last_latents: Tensor | None = None
     """Clean latents the rest of the window was made from, [B, C, <= window - sink, h, w]."""
     decoder: DecoderState | None = None
+
+    def cut(self) -> None:
+        """Forget the video so far; the seed, the prompt and the count of chunks go on."""
+        self.cache.reset()
+        self.chunk_open = False
+        self.unsettled = self.first_latents = self.last_latents = self.decoder = None
 
     def clone(self) -> StreamState:
         """An independent copy. The cache alone is ever written in place; the rest is replaced."""
@@ -123,7 +131,8 @@ class Snapshot:
 
 
 def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False) -> Snapshot:
-    """The snapshot of a state; `facts` of the owner (model, size) are kept beside its own."""
+    """The snapshot of a settled state; `facts` of the owner are kept beside its own."""
+    assert state.unsettled is None, "a snapshot holds the cache after the clean pass"
     cache, blend, decoder = state.cache, state.blend, state.decoder
     tensors: dict[str, Tensor | None] = {
         "prompt_embeds": state.prompt_embeds,

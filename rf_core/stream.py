@@ -1,9 +1,10 @@
 """The stream: a video that is made chunk by chunk and never has to end.
 
 A `Stream` puts a network, a decoder and a plain `StreamState` together. Each `step()` denoises one
-chunk in a few passes, rewrites its cache slot by one clean pass, and decodes it. All that changes
-lives in the state, so saving, restoring and forking are copies of data. Noise is a function of
-(seed, chunk) alone: a longer video begins with the shorter one.
+chunk in a few passes and decodes it; before the next one, a clean pass rewrites its cache slot, so
+that images are handed on without waiting for it. All that changes lives in the state, so saving,
+restoring and forking are copies of data. Noise is a function of (seed, chunk) alone: a longer video
+begins with the shorter one.
 
 Prompt changes act at chunk boundaries in one of four modes (`Stream.switch`). The published code
 never refreshes cross-attention, so they are ours; `recache` follows LongLive (arXiv 2509.22622).
@@ -25,7 +26,7 @@ from .attention import Attention, sdpa
 from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
 from .decoder import Decoder
 from .kv_cache import KVCache
-from .model import PromptContext, WanModel
+from .model import PromptContext, TimeContext, WanModel
 from .prompts import Switch
 from .scheduler import add_noise, flow_to_x0, sampling_timesteps
 from .state import Blend, Snapshot, StreamState, cache_config_of, pack, unpack
@@ -86,6 +87,7 @@ class Stream:
         embeds = self._batched(prompt_embeds)
         self.state = StreamState(seed, self._new_cache(cache or CacheConfig()), embeds)
         self._context = self._prompt_context(embeds)
+        self._times: dict[tuple[float, int], TimeContext] = {}
 
     @property
     def cache_config(self) -> CacheConfig:
@@ -93,7 +95,7 @@ class Stream:
         return self.state.cache.config
 
     def step(self, on_pass: OnPass | None = None, on_guess: OnGuess | None = None) -> Chunk:
-        """Make the next chunk: denoise, rewrite its cache slot, decode."""
+        """Make the next chunk: denoise it and decode it."""
         index = self.state.num_chunks
         latents = self.generate(on_pass, on_guess)
         return Chunk(index=index, latents=latents, images=self.decode(latents))
@@ -106,10 +108,21 @@ class Stream:
         noise, *renoise = self._noise()
         timesteps = sampling_timesteps(self.sampler).tolist()
         x0 = denoise(self._predict, noise, renoise, timesteps, on_pass, on_guess)
-        on_pass("clean", 0)
-        self._clean_pass(x0)
         self._finish_chunk(x0)
         return x0
+
+    @torch.no_grad()
+    def settle(self, on_pass: OnPass | None = None) -> None:
+        """Rewrite the last chunk's cache slot by its clean pass, where that is still to be done.
+
+        The next chunk, a snapshot and a change of prompt do so by themselves.
+        """
+        state = self.state
+        if state.unsettled is not None:
+            if on_pass is not None:
+                on_pass("clean", 0)
+            self._clean_pass(state.unsettled)
+            state.unsettled = None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor | None:
@@ -179,15 +192,16 @@ class Stream:
                 interpolation=switch.interpolation,
             )
             return
+        if switch.mode == "cut":
+            state.cut()
+        elif switch.mode == "soft" or not self._recache_rewrites():
+            self.settle()
         self._set_prompt(embeds)
         state.blend, state.recache_due = None, switch.mode == "recache"
-        if switch.mode == "cut":
-            state.cache.reset()
-            state.chunk_open = False
-            state.first_latents = state.last_latents = state.decoder = None
 
     def snapshot(self, *, compact: bool = False) -> Snapshot:
         """The state between two chunks, to save or to `restore`; see `rf_core.state`."""
+        self.settle()
         facts = {
             "model": asdict(self.model.config),
             "fingerprint": self._fingerprint(),
@@ -245,6 +259,7 @@ class Stream:
             state.chunk_open = False
         if state.recache_due:
             self._recache(on_pass)
+        self.settle(on_pass)
         if state.blend is not None:
             self._set_prompt(state.blend.embeds())
         state.cache.advance()
@@ -253,7 +268,7 @@ class Stream:
     def _finish_chunk(self, x0: Tensor) -> None:
         state = self.state
         state.num_chunks += 1
-        state.chunk_open = False
+        state.chunk_open, state.unsettled = False, x0
         self._remember(x0)
         if state.blend is not None:
             state.blend = replace(state.blend, done=state.blend.done + 1)
@@ -272,23 +287,29 @@ class Stream:
 
     def _adopt(self, latents: Tensor) -> Chunk:
         index = self.state.num_chunks
+        self.settle()
         self.state.cache.advance(latents.shape[2])
-        self._clean_pass(latents)
         self._finish_chunk(latents)
         return Chunk(index=index, latents=latents, images=self.decode(latents))
 
     @torch.no_grad()
     def _recache(self, on_pass: OnPass) -> None:
         state, cache = self.state, self.state.cache
-        frames, sink = cache.num_frames, cache.config.sink_frames
+        if not self._recache_rewrites():
+            self.settle(on_pass)
+        frames, slot, sink = cache.num_frames, cache.slot_frames, cache.config.sink_frames
         if frames > sink:
             assert state.last_latents is not None
             cache.truncate(sink)
             try:
                 self._rerun(state.last_latents[:, :, sink - frames :], on_pass)
             finally:  # a stop in between must leave the recache to be done again, as a whole
-                cache.num_frames, cache.slot_frames = frames, 0
-        state.recache_due = False
+                cache.num_frames, cache.slot_frames = frames, slot
+        state.recache_due, state.unsettled = False, None
+
+    def _recache_rewrites(self) -> bool:
+        """Whether a recache runs the whole of the last chunk again."""
+        return self.state.cache.context_frames >= self.cache_config.sink_frames
 
     @torch.no_grad()
     def _rebuild(self, had_decoder: bool) -> None:
@@ -306,13 +327,20 @@ class Stream:
             self._clean_pass(part)
 
     def _predict(self, x: Tensor, timestep: float) -> Tensor:
-        timestep_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
-        return self.model(
-            x.to(self.dtype), timestep_BF, self._context, self.state.cache, self.attention
-        )
+        return self.model(x.to(self.dtype), *self._seen(x, timestep))
 
     def _clean_pass(self, latents: Tensor) -> None:
-        self._predict(latents, 0.0)
+        self.model.remember(latents.to(self.dtype), *self._seen(latents, 0.0))
+
+    def _seen(
+        self, x: Tensor, timestep: float
+    ) -> tuple[TimeContext, PromptContext, KVCache, Attention]:
+        """What a pass over latents x [B, C, F, h, w] sees besides them."""
+        key = timestep, x.shape[2]
+        if key not in self._times:
+            timestep_BF = torch.full((self.batch, x.shape[2]), timestep, device=self.device)
+            self._times[key] = self.model.time_context(timestep_BF, self.dtype)
+        return self._times[key], self._context, self.state.cache, self.attention
 
     def _noise(self) -> list[Tensor]:
         shape = (self.model.config.in_dim, self.cache_config.chunk_frames, *self.latent_size)
@@ -342,7 +370,7 @@ class Stream:
             config,
             num_layers=sizes.num_layers,
             batch=self.batch,
-            frame_tokens=Grid.of_latents(*self.latent_size, sizes.patch_size).frame_tokens,
+            grid=Grid.of_latents(*self.latent_size, sizes.patch_size),
             num_heads=sizes.num_heads,
             head_dim=sizes.head_dim,
             dtype=self.dtype,

@@ -109,7 +109,7 @@ def student_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend
         cache_config,
         num_layers=sizes.num_layers,
         batch=noise.shape[0],
-        frame_tokens=grid.frame_tokens,
+        grid=grid,
         num_heads=sizes.num_heads,
         head_dim=sizes.head_dim,
         dtype=backend.dtype,

@@ -64,7 +64,7 @@ from wan.modules.t5 import umt5_xxl
 from wan.modules.vae import _video_vae
 from rf_core.kv_cache import KVCache
 from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
-from rf_core.config import SamplerConfig
+from rf_core.config import Grid, SamplerConfig
 import wan.modules.causal_model as network
 
 class WanDiffusionWrapper(torch.nn.Module):
@@ -85,7 +85,7 @@ class WanDiffusionWrapper(torch.nn.Module):
             config = model.cache_config()
             self.cache = KVCache.allocate(
                 config, num_layers=len(kv_cache), batch=1, num_heads=k.shape[2],
-                frame_tokens=k.shape[1] // config.window_frames, head_dim=k.shape[3],
+                grid=Grid.of_latents(*x.shape[-2:], model.config.patch_size), head_dim=k.shape[3],
                 dtype=k.dtype, device="cpu",
             )
             self.start = -1

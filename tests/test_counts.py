@@ -44,11 +44,30 @@ def test_a_chunk_of_the_published_student_takes_121_tflop():
     assert total(parts).flops / 1e12 == pytest.approx(121, abs=0.5)
 
 
-def test_the_published_cache_takes_2_59_gb_and_is_what_a_stream_allocates():
-    assert cache_bytes(WAN_1_3B, CacheConfig(), PUBLISHED) / 1e9 == pytest.approx(2.59, abs=0.005)
-    stream = tiny.stream(cache=tiny.window(6, 2, chunk=2))
-    grid = Grid.of_latents(*stream.latent_size, tiny.CONFIG.patch_size)
-    assert stream.state.cache.nbytes == cache_bytes(tiny.CONFIG, stream.cache_config, grid, 4)
+def test_the_published_cache_takes_2_59_gb_and_turned_keys_half_as_much_again():
+    lean, kept = (
+        cache_bytes(WAN_1_3B, CacheConfig(), PUBLISHED, keep_turned=keep) for keep in (False, True)
+    )
+    assert lean * 60 / 61 / 1e9 == pytest.approx(2.59, abs=0.005)  # and a 61st, turned
+    assert kept / lean == pytest.approx(90 / 61)
+
+
+@pytest.mark.parametrize("keep_turned", [True, False])
+@pytest.mark.parametrize("accumulator", ["reference", "float32"])
+def test_a_cache_takes_what_is_counted(accumulator, keep_turned):
+    sizes, config = tiny.CONFIG, tiny.window(6, 2, chunk=2, accumulator=accumulator)
+    cache = KVCache.allocate(
+        config,
+        num_layers=sizes.num_layers,
+        batch=1,
+        grid=GRID,
+        num_heads=sizes.num_heads,
+        head_dim=sizes.head_dim,
+        dtype=torch.bfloat16,
+        device="cpu",
+        keep_turned=keep_turned,
+    )
+    assert cache.nbytes == cache_bytes(sizes, config, GRID, 2, keep_turned)
 
 
 @pytest.mark.parametrize("config", [tiny.CONFIG, WAN_1_3B], ids=["tiny", "1.3b"])
@@ -69,7 +88,7 @@ def test_counted_products_are_those_torch_counts(frames):
         config,
         num_layers=tiny.CONFIG.num_layers,
         batch=1,
-        frame_tokens=GRID.frame_tokens,
+        grid=GRID,
         num_heads=tiny.CONFIG.num_heads,
         head_dim=tiny.CONFIG.head_dim,
         dtype=torch.float32,

@@ -4,16 +4,20 @@ import pytest
 import tiny
 import torch
 
-from rf_core.config import CacheConfig
-from rf_core.kv_cache import KVCache, match_frames
+from rf_core.config import CacheConfig, Grid
+from rf_core.kv_cache import KeyValues, KVCache, match_frames
+from rf_core.rope import apply_rope, rope_table
 
-TOKENS = 2
+GRID = Grid(height=1, width=2)
+TOKENS = GRID.frame_tokens
 
 
-def cache_of(config: CacheConfig, dtype: torch.dtype = torch.float32) -> KVCache:
+def cache_of(
+    config: CacheConfig, dtype: torch.dtype = torch.float32, keep_turned: bool = True
+) -> KVCache:
     return KVCache.allocate(
-        config, num_layers=2, batch=1, frame_tokens=TOKENS, num_heads=1, head_dim=4,
-        dtype=dtype, device="cpu",
+        config, num_layers=2, batch=1, grid=GRID, num_heads=1, head_dim=4,
+        dtype=dtype, device="cpu", keep_turned=keep_turned,
     )  # fmt: skip
 
 
@@ -21,11 +25,20 @@ def chunk(number: float, frames: int = 3, dtype: torch.dtype = torch.float32) ->
     return torch.full((1, frames * TOKENS, 1, 4), number, dtype=dtype)
 
 
+def extend(
+    cache: KeyValues, layer: int, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the network does in a layer."""
+    start = cache.context_frames * TOKENS
+    table = rope_table(9, GRID, k.shape[-1]).tokens(start, start + k.shape[1])
+    return cache.layer(layer).extend(k, apply_rope(k, table), v)
+
+
 def write(cache: KVCache, number: float) -> None:
     cache.advance()
     for layer in range(2):
         kv = chunk(number, cache.slot_frames, cache.k_NBWHD.dtype)
-        cache.extend(layer, kv, -kv)
+        extend(cache, layer, kv, -kv)
 
 
 def frames_of(cache: KVCache, layer: int = 0) -> list[float]:
@@ -51,7 +64,7 @@ def test_a_second_pass_overwrites_the_slot_and_updates_no_sink():
         write(cache, number)
     before = frames_of(cache)
     for _ in range(3):
-        cache.extend(0, chunk(9), chunk(9))
+        extend(cache, 0, chunk(9), chunk(9))
     assert frames_of(cache) == before[:6] + [9] * 3
 
 
@@ -59,9 +72,32 @@ def test_extend_returns_the_window_without_copying_it():
     cache = cache_of(tiny.window(9, 3))
     write(cache, 1)
     cache.advance()
-    k, v = cache.extend(0, chunk(2), chunk(2))
+    k, v = extend(cache, 0, chunk(2), chunk(2))
     assert k.shape == v.shape == (1, 6 * TOKENS, 1, 4)
-    assert k.data_ptr() == cache.k_NBWHD.data_ptr()
+    assert k.data_ptr() == cache.turned_NBWHD.data_ptr()
+    assert v.data_ptr() == cache.v_NBWHD.data_ptr()
+
+
+@pytest.mark.parametrize("keep_turned", [True, False], ids=["kept", "turned each pass"])
+def test_attention_reads_every_key_turned_to_its_present_place(keep_turned):
+    cache = cache_of(tiny.window(9, 3), keep_turned=keep_turned)
+    table = rope_table(9, GRID, 4)
+    for number in (1, 2, 3, 4, 5):
+        cache.advance()
+        for layer in range(2):
+            k = torch.randn(1, 3 * TOKENS, 1, 4, generator=torch.Generator().manual_seed(number))
+            turned, v = extend(cache, layer, k, -k)
+            stop = turned.shape[1]
+            expected = apply_rope(cache.k_NBWHD[layer, :, :stop], table.tokens(0, stop))
+            torch.testing.assert_close(turned, expected, atol=1e-6, rtol=1e-6)
+            assert torch.equal(v, cache.v_NBWHD[layer, :, :stop])
+    assert cache.num_evictions == 2
+
+
+def test_turned_keys_take_a_third_of_the_memory_and_can_be_done_without():
+    kept, lean = (cache_of(tiny.window(9, 3), keep_turned=keep) for keep in (True, False))
+    assert kept.nbytes == 3 * kept.k_NBWHD.nbytes
+    assert lean.nbytes == 2 * kept.k_NBWHD.nbytes + kept.k_NBWHD[0].nbytes
 
 
 def test_without_a_sink_the_oldest_chunk_is_forgotten():
@@ -104,7 +140,7 @@ def test_keys_can_be_given_back_the_length_that_averaging_takes(accumulator, dty
         cache = cache_of(config, dtype)
         for kv in chunks:
             cache.advance()
-            cache.extend(0, kv, kv)
+            extend(cache, 0, kv, kv)
         sinks[keep] = [t[0, 0, : 3 * TOKENS, 0].float() for t in (cache.k_NBWHD, cache.v_NBWHD)]
     lengths = chunks[0, 0, :, 0].float().norm(dim=1)
     for evicted in chunks[1:6]:
@@ -146,21 +182,21 @@ def test_a_snapshot_passes_gradients_and_ignores_what_comes_later():
     cache.advance()
     snapshot = cache.snapshot()
     slot = chunk(7).requires_grad_()
-    expected = snapshot.extend(0, slot, slot)[0].detach().clone()
-    cache.extend(0, chunk(7), chunk(7))
-    assert torch.equal(expected, cache.extend(0, chunk(7), chunk(7))[0])
+    expected = extend(snapshot, 0, slot, slot)[0].detach().clone()
+    assert torch.equal(expected, extend(cache, 0, chunk(7), chunk(7))[0])
     write(cache, 9)
-    k, v = snapshot.extend(0, slot, slot)
+    k, v = extend(snapshot, 0, slot, slot)
     assert torch.equal(k, expected)
     (k.sum() + v.sum()).backward()
-    assert torch.equal(slot.grad, torch.full_like(slot, 2))
+    (own,) = torch.autograd.grad(extend(snapshot, 0, slot, slot)[0][:, -6:].sum(), slot)
+    torch.testing.assert_close(slot.grad, own + 1)
 
 
 def test_writing_to_a_cache_under_autograd_is_a_mistake_that_is_named():
     cache = cache_of(tiny.window(9, 3))
     cache.advance()
     with pytest.raises(AssertionError, match="snapshot"):
-        cache.extend(0, chunk(1).requires_grad_(), chunk(1))
+        extend(cache, 0, chunk(1).requires_grad_(), chunk(1))
 
 
 def test_a_chunk_larger_than_the_room_beside_the_sink_is_refused():

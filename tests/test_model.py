@@ -20,7 +20,7 @@ def latents(frames: int = 3, seed: int = 0) -> torch.Tensor:
 def cache_for(model) -> KVCache:
     sizes = model.config
     return KVCache.allocate(
-        tiny.window(9, 3), num_layers=sizes.num_layers, batch=1, frame_tokens=6,
+        tiny.window(9, 3), num_layers=sizes.num_layers, batch=1, grid=Grid(height=2, width=3),
         num_heads=sizes.num_heads, head_dim=sizes.head_dim, dtype=torch.float32, device="cpu",
     )  # fmt: skip
 

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from rf_core.attention import sdpa
 from rf_core.checkpoint import load_student, write_checkpoint
-from rf_core.config import CacheConfig, SamplerConfig
+from rf_core.config import CacheConfig, Grid, SamplerConfig
 from rf_core.generate import DEMO
 from rf_core.kv_cache import KVCache
+from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.stream import Stream
 from training.causal import Window, predict_clip
@@ -61,7 +62,8 @@ from training.trainer import OptimiserConfig
 
 CPU = torch.device("cpu")
 FRAMES, SIZE = 12, (4, 6)
-TOKENS = 6  # of a latent frame of that size
+GRID = Grid(height=2, width=3)  # of a latent frame of that size
+TOKENS = GRID.frame_tokens
 PAIRS = PairsConfig(
     sampler=tiny.TWO_STEPS,
     latents=(tiny.CONFIG.in_dim, FRAMES, *SIZE),
@@ -302,7 +304,7 @@ def new_cache(config: CacheConfig, dtype: torch.dtype, batch: int = 2) -> KVCach
         config,
         num_layers=sizes.num_layers,
         batch=batch,
-        frame_tokens=TOKENS,
+        grid=GRID,
         num_heads=sizes.num_heads,
         head_dim=sizes.head_dim,
         dtype=dtype,
@@ -316,7 +318,7 @@ def new_cache(config: CacheConfig, dtype: torch.dtype, batch: int = 2) -> KVCach
 def test_each_chunk_reads_to_the_bit_what_the_streaming_cache_would_hold(config, dtype):
     model, (noisy, timestep_BF, _, embeds) = tiny.model().to(dtype), clip()
     prompt, cache = model.prompt_context(embeds.to(dtype)), new_cache(config, dtype)
-    window = Window.empty(config, tiny.CONFIG.num_layers, TOKENS)
+    window = Window.empty(config, tiny.CONFIG.num_layers, GRID)
     for x, at in zip(noisy.to(dtype).split(3, 2), timestep_BF.split(3, 1), strict=True):
         cache.advance()
         model(x, at, prompt, cache)
@@ -326,8 +328,10 @@ def test_each_chunk_reads_to_the_bit_what_the_streaming_cache_would_hold(config,
         assert slot.context_frames == cache.context_frames
         held = cache.num_frames * TOKENS
         for layer in range(tiny.CONFIG.num_layers):
-            k, v = slot.extend(layer, *slot.own[layer])
-            assert torch.equal(k, cache.k_NBWHD[layer, :, :held])
+            k, v = slot.own[layer]
+            rope = rope_table(9, GRID, tiny.CONFIG.head_dim).tokens(held - 3 * TOKENS, held)
+            turned, v = slot.layer(layer).extend(k, apply_rope(k, rope), v)
+            assert torch.equal(turned, cache.turned_NBWHD[layer, :, :held])
             assert torch.equal(v, cache.v_NBWHD[layer, :, :held])
         window = window.followed_by(slot)
     assert cache.num_evictions > 0

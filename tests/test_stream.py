@@ -266,6 +266,45 @@ def test_a_stop_takes_effect_before_the_next_pass():
     assert stream.state.num_chunks == 0
 
 
+def test_a_chunk_is_handed_on_before_its_clean_pass():
+    stream, passes = tiny.stream(), []
+    stream.step(lambda kind, number: passes.append(kind))
+    assert passes == ["denoise", "denoise"]
+    stream.step(lambda kind, number: passes.append(kind))
+    assert passes == ["denoise", "denoise", "clean", "denoise", "denoise"]
+
+
+@pytest.mark.parametrize("switch", [None, "soft", "recache", "blend 2", "cut"])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_when_the_clean_pass_is_run_changes_nothing(chunks, switch):
+    lazy, eager = tiny.stream(), tiny.stream()
+    made = []
+    for stream, settle in ((lazy, lambda: None), (eager, eager.settle)):
+        latents = []
+        for index in range(chunks + 3):
+            if index == chunks and switch is not None:
+                stream.switch(tiny.prompt(5), switch)
+            latents.append(stream.step().latents)
+            settle()
+        made.append(torch.cat(latents, 2))
+    assert torch.equal(*made)
+
+
+def test_a_clean_pass_ends_at_the_last_layers_keys_and_values():
+    stream = tiny.stream()
+    stream.generate()
+    whole = stream.fork()
+    layers = []
+    for index, block in enumerate(stream.model.blocks):
+        block.ffn.register_forward_hook(lambda *_, index=index: layers.append(index))
+    stream.settle()
+    assert layers == [0]  # of two
+    x = whole.state.unsettled
+    whole.model(x, torch.zeros(1, 3), whole._context, whole.state.cache)
+    assert torch.equal(stream.state.cache.k_NBWHD, whole.state.cache.k_NBWHD)
+    assert torch.equal(stream.state.cache.v_NBWHD, whole.state.cache.v_NBWHD)
+
+
 def cache_of(stream: Stream) -> tuple[torch.Tensor, ...]:
     cache, tokens = stream.state.cache, stream.state.cache.frame_tokens
     sink = cache.config.sink_frames * tokens
@@ -330,7 +369,7 @@ def test_recache_runs_the_last_two_chunks_in_a_full_window():
     latents_of(stream, 5)
     stream.switch(tiny.prompt(5))
     stream.step(lambda kind, number: passes.append((kind, number)))
-    assert passes == [("clean", 0), ("clean", 1), ("denoise", 0), ("denoise", 1), ("clean", 0)]
+    assert passes == [("clean", 0), ("clean", 1), ("denoise", 0), ("denoise", 1)]
 
 
 def test_recache_to_the_same_prompt_changes_nothing_but_rounding():
@@ -355,7 +394,7 @@ def test_blend_moves_the_prompt_over_k_chunks_then_recaches_once(interpolation):
     for embeds, weight in zip(seen[:2], (1 / 3, 2 / 3), strict=True):
         torch.testing.assert_close(embeds, mix(old, new, weight))
     assert all(torch.equal(embeds, new) for embeds in seen[2:])
-    assert passes == [1, 1, 1, 3, 1]
+    assert passes == [1, 1, 1, 2, 1]
 
 
 def test_a_switch_during_a_blend_starts_from_where_the_prompt_then_stands():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from rf_core.config import CacheConfig, ModelConfig
+from rf_core.config import CacheConfig, Grid, ModelConfig
 from rf_core.kv_cache import KVCache
 from rf_core.model import WanModel
 from rf_core.scheduler import flow_to_x0, sampling_timesteps
@@ -330,7 +330,7 @@ def test_an_excerpt_sees_exactly_what_a_stream_would(model: WanModel, encoder: U
         CacheConfig(),
         num_layers=MICRO.num_layers,
         batch=4,
-        frame_tokens=16,
+        grid=Grid(height=4, width=4),
         num_heads=MICRO.num_heads,
         head_dim=MICRO.head_dim,
         dtype=torch.float32,

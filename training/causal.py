@@ -9,7 +9,6 @@ Letters: B batch, L tokens of a chunk, T tokens of a frame, H heads, D channels 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +18,7 @@ from rf_core.attention import Attention, sdpa
 from rf_core.config import CacheConfig, Grid
 from rf_core.kv_cache import absorb
 from rf_core.model import PromptContext, WanModel
+from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import flow_to_x0
 
 Frames = tuple[Tensor, ...]
@@ -33,9 +33,9 @@ class Slot:
     No dataclass: FSDP would look into it for tensors, and hand every block a copy of its own.
     """
 
-    def __init__(self, past: Layers) -> None:
-        """`past` is the window before the chunk."""
-        self.past = past
+    def __init__(self, past: Layers, grid: Grid) -> None:
+        """`past` is the window before the chunk, `grid` that of its frames."""
+        self.past, self.grid = past, grid
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, [B, L, H, D] each
 
     @property
@@ -43,14 +43,30 @@ class Slot:
         """Latent frames of the window that lie before the chunk."""
         return len(self.past[0][0])
 
-    def extend(self, layer: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """The window's keys and values of a layer with the chunk's at the end; gradients pass.
+    def layer(self, index: int) -> LayerSlot:
+        """The window of one layer."""
+        return LayerSlot(self, index)
+
+
+class LayerSlot:
+    """One layer of a `Slot`."""
+
+    def __init__(self, slot: Slot, index: int) -> None:
+        self.slot, self.index = slot, index
+
+    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        """The window's turned keys, and values, with the chunk's at the end; gradients pass.
 
         What the pass leaves is what it was first given: a recomputation changes nothing.
         """
-        self.own.setdefault(layer, (k_BLHD, v_BLHD))
-        keys, values = self.past[layer]
-        return _joined(keys, k_BLHD), _joined(values, v_BLHD)
+        self.slot.own.setdefault(self.index, (k_BLHD, v_BLHD))
+        keys, values = self.slot.past[self.index]
+        if not keys:
+            return turned_BLHD, v_BLHD
+        context = torch.cat(keys, dim=1).to(k_BLHD.dtype)
+        rope = rope_table(len(keys), self.slot.grid, k_BLHD.shape[-1], k_BLHD.device)
+        turned = torch.cat([apply_rope(context, rope), turned_BLHD], dim=1)
+        return turned, torch.cat([*(v.to(v_BLHD.dtype) for v in values), v_BLHD], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +75,15 @@ class Window:
 
     config: CacheConfig
     """Window, sink and decay, as of `KVCache`."""
-    frame_tokens: int
-    """T"""
+    grid: Grid
+    """Tokens of a frame."""
     layers: Layers
     """What it holds."""
 
     @classmethod
-    def empty(cls, config: CacheConfig, num_layers: int, frame_tokens: int) -> Window:
+    def empty(cls, config: CacheConfig, num_layers: int, grid: Grid) -> Window:
         """The window before the first chunk."""
-        return cls(config=config, frame_tokens=frame_tokens, layers=(((), ()),) * num_layers)
+        return cls(config=config, grid=grid, layers=(((), ()),) * num_layers)
 
     @property
     def num_frames(self) -> int:
@@ -87,13 +103,14 @@ class Window:
 
     def slot(self) -> Slot:
         """Of one pass over the chunk that comes next; `opened` has made room for it."""
-        return Slot(self.layers)
+        return Slot(self.layers, self.grid)
 
     def followed_by(self, slot: Slot) -> Window:
         """With what a pass has left at the end."""
         own = (slot.own[layer] for layer in range(len(self.layers)))
+        tokens = self.grid.frame_tokens
         layers = tuple(
-            ((*keys, *k.split(self.frame_tokens, dim=1)), (*values, *v.split(self.frame_tokens, 1)))
+            ((*keys, *k.split(tokens, dim=1)), (*values, *v.split(tokens, dim=1)))
             for (keys, values), (k, v) in zip(self.layers, own, strict=True)
         )
         return replace(self, layers=layers)
@@ -105,8 +122,9 @@ class Window:
             held = torch.cat(sink, dim=1)
             # Kept in the accumulator's dtype, and read in that of the keys.
             held = held.float() if c.accumulator == "float32" else held
-            mixed = absorb(held, torch.cat(gone, dim=1), c, self.frame_tokens, keys=keys)
-            sink = mixed.split(self.frame_tokens, dim=1)
+            tokens = self.grid.frame_tokens
+            mixed = absorb(held, torch.cat(gone, dim=1), c, tokens, keys=keys)
+            sink = mixed.split(tokens, dim=1)
         return (*sink, *frames[c.sink_frames + count :])
 
 
@@ -132,8 +150,8 @@ def predict_clip(
     if frames % size:
         raise ValueError(f"a clip of {frames} latent frames is not whole chunks of {size}")
     dtype = dtype or model.patch_embedding.weight.dtype
-    tokens = Grid.of_latents(*noisy.shape[-2:], model.config.patch_size).frame_tokens
-    window, guesses = Window.empty(config, model.config.num_layers, tokens), []
+    grid = Grid.of_latents(*noisy.shape[-2:], model.config.patch_size)
+    window, guesses = Window.empty(config, model.config.num_layers, grid), []
     for start in range(0, frames, size):
         window = window.opened()
         x, at = noisy[:, :, start : start + size], timestep_BF[:, start : start + size]
@@ -153,7 +171,3 @@ def predict_clip(
 def chunk_errors(x0: Tensor, target: Tensor, chunk_frames: int) -> Tensor:
     """Mean squared error of each chunk, [B, N], of latents [B, C, F, h, w]."""
     return (x0 - target).square().unflatten(2, (-1, chunk_frames)).mean(dim=(1, 3, 4, 5))
-
-
-def _joined(past: Sequence[Tensor], own_BLHD: Tensor) -> Tensor:
-    return torch.cat([*(frame.to(own_BLHD.dtype) for frame in past), own_BLHD], dim=1)

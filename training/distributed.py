@@ -1,7 +1,7 @@
 """Many processes: networks sharded by FSDP2, samples shared out, numbers added up.
 
 Every function does nothing in a single process. Parameters are sharded block by block; a block's
-second way in, `prompt_kv`, gathers them as its forward does.
+other ways in (`prompt_kv`, `modulations`, `remember`) gather them as its forward does.
 """
 
 from __future__ import annotations
@@ -80,9 +80,11 @@ def shard(
     }
     for block in network.blocks:
         fully_shard(block, reshard_after_forward=reshard_blocks, **options)
-        register_fsdp_forward_method(block, "prompt_kv")
+        for method in ("prompt_kv", "modulations", "remember"):
+            register_fsdp_forward_method(block, method)
     fully_shard(network, **options)
-    register_fsdp_forward_method(network, "prompt_context")
+    for method in ("prompt_context", "time_context", "remember"):
+        register_fsdp_forward_method(network, method)
     return network
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from rf_core.kv_cache import KeyValues, KVCache
 from rf_core.layers import PromptKV
 from rf_core.model import PromptContext, WanModel
 from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
+
+T = TypeVar("T", bound=KeyValues)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,16 +156,20 @@ class _Student:
             context = self.cache.snapshot() if self.supervised else self.cache
             x0 = self._guess(x, timesteps[-1], self.prompt, context)
         with torch.no_grad():
-            self._flow(x0.detach(), 0.0, self.still, self.cache)
+            clean = x0.detach()
+            self.model.remember(
+                clean.to(self.dtype), *self._seen(clean, 0.0, self.still, self.cache)
+            )
         return x0
 
     def _guess(self, x: Tensor, timestep: float, prompt: PromptContext, cache: KeyValues) -> Tensor:
-        flow = self._flow(x, timestep, prompt, cache)
+        flow = self.model(x.to(self.dtype), *self._seen(x, timestep, prompt, cache))
         return flow_to_x0(flow, x, _everywhere(x, timestep))
 
-    def _flow(self, x: Tensor, timestep: float, prompt: PromptContext, cache: KeyValues) -> Tensor:
-        at = _everywhere(x, timestep)
-        return self.model(x.to(self.dtype), at, prompt, cache, self.attention)
+    def _seen(
+        self, x: Tensor, timestep: float, prompt: PromptContext, cache: T
+    ) -> tuple[Tensor, PromptContext, T, Attention]:
+        return _everywhere(x, timestep), prompt, cache, self.attention
 
 
 def _everywhere(x: Tensor, timestep: float) -> Tensor:
@@ -175,7 +182,7 @@ def _cache(model: WanModel, noise: Tensor, config: CacheConfig, dtype: torch.dty
         config,
         num_layers=sizes.num_layers,
         batch=noise.shape[0],
-        frame_tokens=Grid.of_latents(*noise.shape[-2:], sizes.patch_size).frame_tokens,
+        grid=Grid.of_latents(*noise.shape[-2:], sizes.patch_size),
         num_heads=sizes.num_heads,
         head_dim=sizes.head_dim,
         dtype=dtype,

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rf_core.config import Grid
 from rf_core.layers import PromptKV
 from rf_core.model import PromptContext, WanModel
+from rf_core.rope import apply_rope, rope_table
 from rf_core.text import TextEncoder
 
 from .clips import Clips, captions
@@ -127,6 +129,8 @@ def draw_excerpts(
 class Past:
     """The keys and values a chunk sees of earlier ones: a cache through which gradients pass."""
 
+    grid: Grid
+    """Tokens of a frame."""
     chunks: tuple[ChunkKV, ...] = ()
     """Earlier chunks, oldest first."""
     own: ChunkKV = field(default_factory=list)
@@ -137,13 +141,32 @@ class Past:
         """Latent frames before the current chunk."""
         return CHUNK_FRAMES * len(self.chunks)
 
-    def extend(self, layer: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """The past's keys and values of a layer with the current chunk's at the end."""
-        del self.own[layer:]
-        self.own.append((k_BLHD, v_BLHD))
-        keys = [chunk[layer][0] for chunk in self.chunks]
-        values = [chunk[layer][1] for chunk in self.chunks]
-        return torch.cat([*keys, k_BLHD], dim=1), torch.cat([*values, v_BLHD], dim=1)
+    def layer(self, index: int) -> LayerPast:
+        """The window of one layer."""
+        return LayerPast(self, index)
+
+
+@dataclass
+class LayerPast:
+    """One layer of a `Past`."""
+
+    past: Past
+    index: int
+
+    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        """The past's turned keys, and values, with the current chunk's at the end."""
+        own, chunks = self.past.own, [chunk[self.index] for chunk in self.past.chunks]
+        del own[self.index :]
+        own.append((k_BLHD, v_BLHD))
+        if not chunks:
+            return turned_BLHD, v_BLHD
+        keys, values = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
+        frames = self.past.context_frames
+        rope = rope_table(frames, self.past.grid, k_BLHD.shape[-1])
+        return (
+            torch.cat([apply_rope(keys, rope), turned_BLHD], dim=1),
+            torch.cat([values, v_BLHD], dim=1),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,18 +207,20 @@ def pasts(
     Gradients pass into those passes.
     """
 
+    grid = Grid.of_latents(*excerpts.opening.shape[-2:], model.config.patch_size)
+
     def rerun(latents: Tensor, prompt: PromptContext, past: Past) -> ChunkKV:
         noise = torch.randn(latents.shape, generator=generator)
         blurred = latents + config.context_noise * noise
         model(blurred, latents.new_zeros(latents.shape[0], latents.shape[2]), prompt, past)
         return past.own
 
-    opening = rerun(excerpts.opening, prompts.first, Past())
-    before = rerun(excerpts.before, prompts.recached, Past((opening,)))
+    opening = rerun(excerpts.opening, prompts.first, Past(grid))
+    before = rerun(excerpts.before, prompts.recached, Past(grid, (opening,)))
     stale = torch.rand(len(excerpts), generator=generator) < config.stale_sink_share
     share = torch.rand(len(excerpts), generator=generator) * stale
     sink = [(_mixed(k, share), _mixed(v, share)) for k, v in opening]
-    return Past(), Past((opening,)), Past((sink, before))
+    return Past(grid), Past(grid, (opening,)), Past(grid, (sink, before))
 
 
 def _mixed(x_BLHD: Tensor, share_B: Tensor) -> Tensor:
