@@ -152,10 +152,11 @@ class KVCache:
         slower, and the same to the bit.
         """
         window, sink = (n * grid.frame_tokens for n in (config.window_frames, config.sink_frames))
-        place = {"dtype": dtype, "device": device}
         rest = (batch, window, num_heads, head_dim)
-        k, v = (torch.zeros((num_layers, *rest), **place) for _ in range(2))
-        turned = torch.zeros((num_layers if keep_turned else 1, *rest), **place)
+        k, v, turned = (
+            torch.zeros((layers, *rest), dtype=dtype, device=device)
+            for layers in (num_layers, num_layers, num_layers if keep_turned else 1)
+        )
         exact_sink = None
         if config.accumulator == "float32" and dtype != torch.float32:
             shape = (2, num_layers, batch, sink, num_heads, head_dim)
@@ -258,11 +259,11 @@ class KVCache:
 
     def _window(self, layer: int) -> LayerWindow:
         start, stop = (n * self.frame_tokens for n in (self.context_frames, self.num_frames))
-        turned = self.turned_NBWHD[layer if self.keeps_turned else 0]
-        views = [t[:, :stop] for t in (self.k_NBWHD[layer], turned, self.v_NBWHD[layer])]
+        turned = self.turned_NBWHD[layer if self.keeps_turned else 0, :, :stop]
+        k, v = self.k_NBWHD[layer, :, :stop], self.v_NBWHD[layer, :, :stop]
         if self.keeps_turned:
-            return _WrittenWindow(*views, start)
-        return _TurningWindow(*views, start, self._rope(0, start))
+            return _WrittenWindow(k, turned, v, start)
+        return _TurningWindow(k, turned, v, start, self._rope(0, start))
 
     def _evict(self, frames: int) -> None:
         sink = self.config.sink_frames * self.frame_tokens

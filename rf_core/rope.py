@@ -65,9 +65,8 @@ def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | st
 def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:
     """Turn `x` by its tokens' angles; arithmetic in float32, result in the input's dtype."""
     pairs = x_BLHD.float().unflatten(-1, (-1, 2))
-    if (
-        rope.unit_LP is not None and not torch.compiler.is_compiling()
-    ):  # products are vectorised there, strided halves are not
+    # On the CPU products are vectorised, and strided halves are not; a compiler knows these alone.
+    if rope.unit_LP is not None and not torch.compiler.is_compiling():
         turned = torch.view_as_complex(pairs.contiguous()) * rope.unit_LP[:, None]
         return torch.view_as_real(turned).flatten(-2).to(x_BLHD.dtype)
     (real, imaginary), (cos, sin) = pairs.unbind(-1), (part[:, None] for part in rope[:2])
