@@ -2,9 +2,9 @@
 
 A multiply-add counts as two operations, and only products count (linear layers, attention, the
 patches): the rest is bound by memory. Bytes are what must move where every step reads its input
-and its weights and writes its output once, in the given element size, with a norm and its
-modulation, or a gate and its residual, taken as one step. What a chunk takes beyond that is ours
-to save. All is per sample; a batch multiplies everything but the weights' bytes.
+and its weights and writes its output once, in the given element size, the steps between products
+being those of `rf_core.kernels`. What a chunk takes beyond that is ours to save. All is per sample;
+a batch multiplies everything but the weights' bytes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ SELF_LINEARS = "linears: self q k v o"
 CROSS_LINEARS = "linears: cross q o"
 FEED_FORWARD = "linears: feed-forward"
 OTHER_LINEARS = "linears: time, patch, head"
-NORMS = "norms"
-ROPE = "rope"
-ELEMENTWISE = "modulation, gates, GELU"
-CACHE_WRITES = "cache writes"
-EVICTION = "cache eviction"
+NORMS = "norms, modulation, residuals"
+HEADS = "q k v: norm, rotation, cache"
+ELEMENTWISE = "GELU, last residual"
+EVICTION = "cache: eviction, rotation"
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,6 @@ def chunk_work(
     passes = len(sampler.steps) + 1
     one = pass_work(model, cache, grid, element_bytes)
     parts = {kind: work.times(passes) for kind, work in one.items()}
-    context = (cache.window_frames - cache.chunk_frames) * grid.frame_tokens
-    parts[ROPE] += Work(bytes=2 * model.num_layers * context * model.dim * element_bytes)
     return parts | {EVICTION: _eviction(model, cache, grid, element_bytes)}
 
 
@@ -179,18 +176,15 @@ def _attention(dim: int, queries: int, keys: int, element_bytes: int) -> Work:
 
 
 def _memory_bound(model: ModelConfig, tokens: int, element_bytes: int) -> dict[str, Work]:
-    # Counted in rows of `dim` elements, read or written.
-    norms = 2 * 6 * tokens  # of the input three times, of q and k, of the cross-attention's q
-    rope = 2 * 2 * tokens
-    writes = 2 * 3 * tokens
-    elementwise = 2 * 2 * tokens + 3 * 3 * tokens  # two modulations, three residuals
+    # Counted in rows of `dim` elements, read or written, by the steps of `rf_core.kernels`.
+    norms = 2 + 4 + 4  # the first norm; two residuals, each with the norm after it
+    heads = 2 + 5 + 2  # q; k and v to their three slots; the cross-attention's q
     gelu = 2 * tokens * model.ffn_dim
-    row = model.dim * element_bytes
+    row = tokens * model.dim * element_bytes
     return {
         NORMS: Work(bytes=norms * row),
-        ROPE: Work(bytes=rope * row),
-        CACHE_WRITES: Work(bytes=writes * row),
-        ELEMENTWISE: Work(bytes=elementwise * row + gelu * element_bytes),
+        HEADS: Work(bytes=heads * row),
+        ELEMENTWISE: Work(bytes=3 * row + gelu * element_bytes),
     }
 
 
@@ -210,6 +204,7 @@ def _eviction(model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes:
     kept = cache.window_frames - cache.sink_frames - cache.chunk_frames  # they move up
     sink = cache.sink_frames if cache.decay < 1 else 0
     absorbed = 2 * sink + (cache.chunk_frames if sink else 0)
-    frames = absorbed + 2 * kept
-    rows = 2 * model.num_layers * frames * grid.frame_tokens
+    turned = cache.window_frames - cache.chunk_frames
+    frames = 2 * (absorbed + 2 * kept) + 2 * turned
+    rows = model.num_layers * frames * grid.frame_tokens
     return Work(bytes=rows * model.dim * element_bytes)

@@ -26,6 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import kernels
 from .config import CacheConfig, Grid
 from .rope import Rope, apply_rope, rope_table
 
@@ -81,33 +82,37 @@ class _CopiedWindow:
         return torch.cat([turned, turned_BLHD], dim=1), torch.cat([v, v_BLHD], dim=1)
 
 
-class _WrittenWindow:
+class WrittenWindow:
     """A part of the cache's own memory: the slot is written in place, the window read in place."""
 
     def __init__(self, k_BWHD: Tensor, turned_BWHD: Tensor, v_BWHD: Tensor, start: int) -> None:
-        self._slots = [t[:, start:] for t in (k_BWHD, turned_BWHD, v_BWHD)]
+        self.slots = k_BWHD[:, start:], turned_BWHD[:, start:], v_BWHD[:, start:]
+        """Where the chunk's keys, turned keys and values go, [B, L, H, D] each."""
         self._window = turned_BWHD, v_BWHD
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The window's turned keys and values, once the slots are written."""
+        return self._window
 
     def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         assert not k_BLHD.requires_grad, "under autograd pass cache.snapshot() to the model"
-        for slot, new in zip(self._slots, (k_BLHD, turned_BLHD, v_BLHD), strict=True):
+        for slot, new in zip(self.slots, (k_BLHD, turned_BLHD, v_BLHD), strict=True):
             slot.copy_(new)
-        return self._window
+        return self.read()
 
 
-class _TurningWindow(_WrittenWindow):
+class _TurningWindow(WrittenWindow):
     """The same where turned keys are not kept: the context is turned anew in every pass."""
 
     def __init__(
         self, k_BWHD: Tensor, turned_BWHD: Tensor, v_BWHD: Tensor, start: int, rope: Rope
     ) -> None:
         super().__init__(k_BWHD, turned_BWHD, v_BWHD, start)
-        self._turn = k_BWHD[:, :start], turned_BWHD[:, :start], rope.tokens(0, start)
+        self._turn = k_BWHD[None, :, :start], rope, turned_BWHD[None, :, :start]
 
-    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        k, turned, rope = self._turn
-        turned.copy_(apply_rope(k, rope))
-        return super().extend(k_BLHD, turned_BLHD, v_BLHD)
+    def read(self) -> tuple[Tensor, Tensor]:
+        kernels.rotate_context(*self._turn)
+        return super().read()
 
 
 @dataclass
@@ -203,9 +208,9 @@ class KVCache:
         self.slot_frames = frames
         self._windows = {}
         if self.keeps_turned:
-            for layer in range(self.k_NBWHD.shape[0]):
-                turned, _ = self._context(layer)
-                self.turned_NBWHD[layer, :, : turned.shape[1]] = turned
+            stop = self.context_frames * self.frame_tokens
+            k, turned = (t[:, :, :stop] for t in (self.k_NBWHD, self.turned_NBWHD))
+            kernels.rotate_context(k, self._rope(0, stop), turned)
 
     def layer(self, index: int) -> LayerWindow:
         """The window of one layer, made once a chunk. What it returns are views of the cache.
@@ -234,18 +239,23 @@ class KVCache:
 
     def clone(self) -> KVCache:
         """An independent copy."""
-        twin = self.with_tensors({name: t.clone() for name, t in self.tensors().items()})
-        return replace(twin, turned_NBWHD=self.turned_NBWHD.clone())
+        k, v, turned = (t.clone() for t in (self.k_NBWHD, self.v_NBWHD, self.turned_NBWHD))
+        exact = None if self.exact_sink is None else self.exact_sink.clone()
+        return replace(self, k_NBWHD=k, v_NBWHD=v, turned_NBWHD=turned, exact_sink=exact)
+
+    def as_it_stands(self) -> KVCache:
+        """A cache on the same memory whose counts this one does not move."""
+        return replace(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """What the cache remembers, by name; turned keys follow from it."""
         owned = {"k": self.k_NBWHD, "v": self.v_NBWHD, "exact_sink": self.exact_sink}
         return {name: tensor for name, tensor in owned.items() if tensor is not None}
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> KVCache:
-        """The same cache around other tensors, named as `tensors()` names them."""
-        k, v, exact_sink = tensors["k"], tensors["v"], tensors.get("exact_sink")
-        return replace(self, k_NBWHD=k, v_NBWHD=v, exact_sink=exact_sink)
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what another cache of this size remembers, named as `tensors()` names it."""
+        for name, mine in self.tensors().items():
+            mine.copy_(tensors[name])
 
     def _rope(self, start: int, stop: int) -> Rope:
         frames, head_dim = self.config.window_frames, self.k_NBWHD.shape[-1]
@@ -262,32 +272,39 @@ class KVCache:
         turned = self.turned_NBWHD[layer if self.keeps_turned else 0, :, :stop]
         k, v = self.k_NBWHD[layer, :, :stop], self.v_NBWHD[layer, :, :stop]
         if self.keeps_turned:
-            return _WrittenWindow(k, turned, v, start)
+            return WrittenWindow(k, turned, v, start)
         return _TurningWindow(k, turned, v, start, self._rope(0, start))
 
     def _evict(self, frames: int) -> None:
         sink = self.config.sink_frames * self.frame_tokens
-        gone = sink + frames * self.frame_tokens
+        leaving = frames * self.frame_tokens
         stop = self.num_frames * self.frame_tokens
-        for which, tensor in enumerate((self.k_NBWHD, self.v_NBWHD)):
-            for layer in range(tensor.shape[0]):
-                window = tensor[layer]
-                if sink and self.config.decay < 1:
-                    self._absorb(which, layer, window[:, :sink], window[:, sink:gone])
-                window[:, sink : stop - gone + sink] = window[:, gone:stop].clone()
+        if sink and self.config.decay < 1:
+            self._absorb(sink, leaving)
+        for tensor in (self.k_NBWHD, self.v_NBWHD):
+            for start in range(sink, stop - leaving, leaving):  # pieces that do not overlap
+                end = min(start + leaving, stop - leaving)
+                tensor[:, :, start:end] = tensor[:, :, start + leaving : end + leaving]
         self.num_frames -= frames
         self.num_evictions += 1
 
-    def _absorb(self, which: int, layer: int, sink_BLHD: Tensor, evicted_BLHD: Tensor) -> None:
-        exact = None
-        if self.exact_sink is not None:
-            exact = self.exact_sink[which, layer]
-            if self.num_evictions == 0:
-                exact.copy_(sink_BLHD)
-        sink = sink_BLHD if exact is None else exact
-        sink.copy_(absorb(sink, evicted_BLHD, self.config, self.frame_tokens, keys=which == 0))
-        if exact is not None:
-            sink_BLHD.copy_(exact)
+    def _absorb(self, sink: int, leaving: int) -> None:
+        """The next `leaving` tokens into the `sink` first."""
+        both, c = (self.k_NBWHD, self.v_NBWHD), self.config
+        sinks = both[0][:, :, :sink], both[1][:, :, :sink]
+        evicted = both[0][:, :, sink:][:, :, :leaving], both[1][:, :, sink:][:, :, :leaving]
+        if self.exact_sink is not None and self.num_evictions == 0:
+            for exact, tensor in zip(self.exact_sink, sinks, strict=True):
+                exact.copy_(tensor)
+        if sink == leaving and not c.keep_key_norms:
+            kernels.absorb(sinks, evicted, c.decay, self.exact_sink)
+            return
+        averages = sinks if self.exact_sink is None else self.exact_sink
+        for which in range(2):
+            parts = zip(sinks[which], evicted[which], averages[which], strict=True)
+            for tensor, gone, average in parts:
+                average.copy_(absorb(average, gone, c, self.frame_tokens, keys=which == 0))
+                tensor.copy_(average)
 
 
 def absorb(

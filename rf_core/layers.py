@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .attention import Attention
 from .config import ModelConfig
-from .kv_cache import LayerWindow
+from .kernels.reference import add_gated
+from .kv_cache import LayerWindow, WrittenWindow
 from .rope import Rope, apply_rope
 
 
@@ -59,9 +61,13 @@ class Projections(nn.Module):
         self.norm_q = operations.RMSNorm(config.dim, eps=config.eps, **factory)
         self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
 
-    def queries(self, x_BLC: Tensor) -> Tensor:
-        """[B, L, C] -> [B, L, H, D]"""
-        return self._heads(self.norm_q(self.q(x_BLC)))
+    def queries(self, x_BLC: Tensor, rope: Rope | None = None) -> Tensor:
+        """[B, L, C] -> [B, L, H, D], turned where places are given."""
+        q, norm = self.q(x_BLC), self.norm_q
+        if is_plain(norm):
+            return kernels.norm_rotate(q, norm.weight, self.num_heads, norm.eps, rope)
+        q = self._heads(norm(q))
+        return q if rope is None else apply_rope(q, rope)
 
     def keys_values(self, x_BLC: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, C] -> two of [B, L, H, D]"""
@@ -82,16 +88,22 @@ class SelfAttention(Projections):
         self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None, attention: Attention
     ) -> Tensor:
         """`rope` holds the places of these tokens."""
-        q, (k, v) = self.queries(x_BLC), self.keys_values(x_BLC)
-        turned = apply_rope(k, rope)
-        if window is not None:
-            turned, v = window.extend(k, turned, v)
-        return self.output(attention(apply_rope(q, rope), turned, v))
+        q, (turned, v) = self.queries(x_BLC, rope), self.seen(x_BLC, rope, window)
+        return self.output(attention(q, turned, v))
 
-    def remember(self, x_BLC: Tensor, rope: Rope, window: LayerWindow) -> None:
-        """Leave keys and values in the window, and nothing else."""
+    def seen(self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None) -> tuple[Tensor, Tensor]:
+        """Turned keys and values of the window with these tokens in it, [B, tokens, H, D] each."""
+        if isinstance(window, WrittenWindow) and is_plain(self.norm_k):
+            return self._written(x_BLC, rope, window)
         k, v = self.keys_values(x_BLC)
-        window.extend(k, apply_rope(k, rope), v)
+        turned = apply_rope(k, rope)
+        return (turned, v) if window is None else window.extend(k, turned, v)
+
+    def _written(self, x_BLC: Tensor, rope: Rope, window: WrittenWindow) -> tuple[Tensor, Tensor]:
+        k, v, norm = self.k(x_BLC), self.v(x_BLC), self.norm_k
+        assert not k.requires_grad, "under autograd pass cache.snapshot() to the model"
+        kernels.write_keys_values(k, v, norm.weight, norm.eps, rope, *window.slots)
+        return window.read()
 
 
 class CrossAttention(Projections):
@@ -106,12 +118,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, operations: Any, **factory: Any) -> None:
         super().__init__()
-        dim, eps = config.dim, config.eps
-        self.norm1 = operations.LayerNorm(dim, eps=eps, elementwise_affine=False, **factory)
+        dim, self.eps = config.dim, config.eps
         self.self_attn = SelfAttention(config, operations, **factory)
-        self.norm3 = operations.LayerNorm(dim, eps=eps, **factory)
+        self.norm3 = operations.LayerNorm(dim, eps=self.eps, **factory)
         self.cross_attn = CrossAttention(config, operations, **factory)
-        self.norm2 = operations.LayerNorm(dim, eps=eps, elementwise_affine=False, **factory)
         self.ffn = nn.Sequential(
             operations.Linear(dim, config.ffn_dim, **factory),
             nn.GELU(approximate="tanh"),
@@ -138,19 +148,28 @@ class Block(nn.Module):
     ) -> Tensor:
         """`time` is [B, F, 6, C], or what `modulations` makes of it."""
         m = time if isinstance(time, Modulations) else self._modulations(time)
-        x = x_BLC
-        y = self.self_attn(modulate(self.norm1(x), m.shift1, m.scale1), rope, window, attention)
-        x = add_gated(x, y, m.gate1)
-        x = x + self.cross_attn(self.norm3(x), prompt, attention)
-        y = self.ffn(modulate(self.norm2(x), m.shift2, m.scale2))
-        return add_gated(x, y, m.gate2)
+        h = kernels.modulated_norm(x_BLC, m.shift1, m.scale1, self.eps)
+        x, h = self._normed(x_BLC, self.self_attn(h, rope, window, attention), m.gate1)
+        y = self.cross_attn(h, prompt, attention)
+        x, h = kernels.modulated_after_residual(x, y, None, m.shift2, m.scale2, self.eps)
+        return add_gated(x, self.ffn(h), m.gate2)
 
     def remember(
         self, x_BLC: Tensor, time: Tensor | Modulations, rope: Rope, window: LayerWindow
     ) -> None:
         """Leave this block's keys and values in the window, and go no further."""
         m = time if isinstance(time, Modulations) else self._modulations(time)
-        self.self_attn.remember(modulate(self.norm1(x_BLC), m.shift1, m.scale1), rope, window)
+        h = kernels.modulated_norm(x_BLC, m.shift1, m.scale1, self.eps)
+        self.self_attn.seen(h, rope, window)
+
+    def _normed(self, x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor) -> tuple[Tensor, Tensor]:
+        """The gated sum, and what the cross-attention reads of it."""
+        norm = self.norm3
+        if is_plain(norm):
+            weights = norm.weight, norm.bias
+            return kernels.affine_after_residual(x_BLC, y_BLC, gate_BF1C, *weights, norm.eps)
+        x = add_gated(x_BLC, y_BLC, gate_BF1C)
+        return x, norm(x)
 
     def _modulations(self, time_BF6C: Tensor) -> Modulations:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation, time_BF6C)
@@ -164,9 +183,7 @@ class Head(nn.Module):
         super().__init__()
         frames, rows, columns = config.patch_size
         patch_channels = frames * rows * columns * config.out_dim
-        self.norm = operations.LayerNorm(
-            config.dim, eps=config.eps, elementwise_affine=False, **factory
-        )
+        self.eps = config.eps
         self.head = operations.Linear(config.dim, patch_channels, **factory)
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim, **factory))
 
@@ -176,7 +193,7 @@ class Head(nn.Module):
         return HeadModulations(shift, 1 + scale)
 
     def forward(self, x_BLC: Tensor, time: HeadModulations) -> Tensor:
-        return self.head(modulate(self.norm(x_BLC), time.shift, time.scale))
+        return self.head(kernels.modulated_norm(x_BLC, time.shift, time.scale, self.eps))
 
 
 def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
@@ -184,13 +201,6 @@ def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
     return (learned_1NC.to(time_BFNC)[:, None] + time_BFNC).split(1, dim=2)
 
 
-def modulate(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor) -> Tensor:
-    """x * scale + shift, with each frame's own shift and scale."""
-    x_BFTC = x_BLC.unflatten(1, (shift_BF1C.shape[1], -1))
-    return torch.addcmul(shift_BF1C, x_BFTC, scale_BF1C).flatten(1, 2)
-
-
-def add_gated(x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor) -> Tensor:
-    """x + y * gate, with each frame's own gate."""
-    x_BFTC, y_BFTC = (t.unflatten(1, (gate_BF1C.shape[1], -1)) for t in (x_BLC, y_BLC))
-    return torch.addcmul(x_BFTC, y_BFTC, gate_BF1C).flatten(1, 2)
+def is_plain(norm: nn.Module) -> bool:
+    """Whether a norm is torch's own, whose weights may be read: a host's may cast or patch them."""
+    return type(norm) in (nn.LayerNorm, nn.RMSNorm)

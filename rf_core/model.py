@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import Attention, sdpa
-from .config import Grid, ModelConfig
-from .kv_cache import KeyValues
+from .config import CacheConfig, Grid, ModelConfig
+from .kv_cache import KeyValues, KVCache
 from .layers import Block, Head, HeadModulations, Modulations, PromptKV
 from .rope import Rope, rope_table
 
@@ -97,6 +97,29 @@ class WanModel(nn.Module):
         blocks = tuple(block.modulations(time_BF6C) for block in self.blocks)  # type: ignore[operator]
         return TimeContext(timestep_BF, blocks, self.head.modulations(time_BFC))
 
+    def new_cache(
+        self,
+        config: CacheConfig,
+        *,
+        batch: int,
+        grid: Grid,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        keep_turned: bool = True,
+    ) -> KVCache:
+        """An empty cache for a stream of this network; see `KVCache.allocate`."""
+        return KVCache.allocate(
+            config,
+            num_layers=self.config.num_layers,
+            batch=batch,
+            grid=grid,
+            num_heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
+            dtype=dtype,
+            device=device,
+            keep_turned=keep_turned,
+        )
+
     def forward(
         self,
         x: Tensor,
@@ -111,7 +134,7 @@ class WanModel(nn.Module):
         With a cache the frames are the current chunk and see its window; `cache.advance()` must
         have opened their slot. Without one all frames see each other.
         """
-        context, rope = self._time(time, x.dtype), self._rope(x, cache)
+        context, rope = self._time(time, x.dtype), self.rope(x, cache)
         tokens = self._tokens(x)
         for index, (block, at, kv) in enumerate(
             zip(self.blocks, context.blocks, prompt, strict=True)
@@ -129,7 +152,7 @@ class WanModel(nn.Module):
         attention: Attention = sdpa,
     ) -> None:
         """As `forward`, for what it leaves in the cache alone: ends at the last keys and values."""
-        context, rope = self._time(time, x.dtype), self._rope(x, cache)
+        context, rope = self._time(time, x.dtype), self.rope(x, cache)
         tokens, last = self._tokens(x), len(self.blocks) - 1
         for index in range(last):
             block, at, kv = self.blocks[index], context.blocks[index], prompt[index]
@@ -157,7 +180,7 @@ class WanModel(nn.Module):
         tokens: Tensor = rearrange(self.patch_embedding(x), "b c f h w -> b (f h w) c")
         return tokens
 
-    def _rope(self, x: Tensor, cache: KeyValues | None) -> Rope:
+    def rope(self, x: Tensor, cache: KeyValues | None) -> Rope:
         """The places of these frames' tokens in the window."""
         grid, before = self._grid(x), 0 if cache is None else cache.context_frames
         frames = before + x.shape[2]

@@ -2,9 +2,8 @@
 
 Two runs. In the first, borders between kinds of work are marked and nothing else is watched: what
 lies between two borders belongs to the innermost kind begun and not ended. Borders are set from
-outside, around modules, the attention function and the cache, so the network knows nothing of it;
-what a module does outside its sub-modules is its own kind (in self-attention
-the rotation of queries and keys, in a block modulation, gates and residuals). In the second run
+outside, around modules, the fused steps, the attention function and the cache, so the network knows
+nothing of it; what a module does outside those is its own kind. In the second run
 torch.profiler records every operator, for the trace and the list of the costliest ones.
 
 Each kind stands beside its counted work (`rf_core.counts`).
@@ -25,19 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, record_function
 
+from . import kernels
 from .attention import Attention
 from .bench import format_table
 from .config import Grid
 from .counts import (
-    CACHE_WRITES,
     CROSS_LINEARS,
     CROSS_PRODUCTS,
     ELEMENTWISE,
     EVICTION,
     FEED_FORWARD,
+    HEADS,
     NORMS,
     OTHER_LINEARS,
-    ROPE,
     SELF_LINEARS,
     SELF_PRODUCTS,
     Work,
@@ -53,6 +52,14 @@ from .workload import Stopwatch, Workload, WorkloadOptions, load_workload, wait
 REST = "noise, schedule, rest"
 TO_HOST = "to bytes on the host"
 DECODE = "decode"
+KERNELS = {
+    "modulated_norm": NORMS,
+    "modulated_after_residual": NORMS,
+    "affine_after_residual": NORMS,
+    "norm_rotate": HEADS,
+    "write_keys_values": HEADS,
+}
+"""Kinds of the fused steps."""
 NUM_OPERATORS = 12
 """Costliest operators listed."""
 
@@ -176,8 +183,8 @@ def marked(stream: Stream, borders: Borders) -> Iterator[None]:
     inside = [SELF_PRODUCTS]  # which attention's products come next
     calls: list[tuple[object, str, Callable[..., Any]]] = [
         (stream, "attention", _marked_attention(stream.attention, borders, inside)),
-        (cache := stream.state.cache, "extend", _within(borders, CACHE_WRITES, cache.extend)),
-        (cache, "advance", _within(borders, EVICTION, cache.advance)),
+        (cache := stream.state.cache, "advance", _within(borders, EVICTION, cache.advance)),
+        *((kernels, n, _within(borders, kind, getattr(kernels, n))) for n, kind in KERNELS.items()),
     ]
     for name, module in stream.model.named_modules():
         if (kind := kind_of(name, module)) is not None:
@@ -197,8 +204,8 @@ def kind_of(name: str, module: nn.Module) -> str | None:
     if "Norm" in type(module).__name__:
         return NORMS
     kinds = {
-        SelfAttention: ROPE,
-        CrossAttention: ELEMENTWISE,
+        SelfAttention: HEADS,
+        CrossAttention: HEADS,
         Block: ELEMENTWISE,
         Head: ELEMENTWISE,
     }

@@ -160,16 +160,17 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
     return Snapshot(tensors=copies, facts={**facts, **own})
 
 
-def unpack(snapshot: Snapshot, empty: KVCache) -> StreamState:
-    """The state of a snapshot on the device of `empty`, a cache of the right size.
+def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
+    """The state of a snapshot, around a cache of the right size, which is overwritten.
 
-    Of a compact snapshot the cache stays empty and the decoder unset: the owner rebuilds them.
+    Of a compact snapshot the cache is left empty and the decoder unset: the owner rebuilds them.
     """
-    facts, device = snapshot.facts, empty.k_NBWHD.device
+    facts, device = snapshot.facts, cache.k_NBWHD.device
     tensors = {name: tensor.to(device, copy=True) for name, tensor in snapshot.tensors.items()}
-    cache, decoder = empty, None
+    decoder = None
+    cache.reset()
     if not snapshot.compact:
-        cache = empty.with_tensors(_under(tensors, "cache."))
+        cache.load(_under(tensors, "cache."))
         cache.num_frames, cache.slot_frames, cache.num_evictions = facts["frames"]
         if facts["decoder_frames"] is not None:
             decoder = DecoderState(_under(tensors, "decoder."), facts["decoder_frames"])

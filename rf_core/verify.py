@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .attention import Attention, sdpa
 from .config import NUM_TRAIN_TIMESTEPS, CacheConfig, Grid, ModelConfig, SamplerConfig
-from .kv_cache import KVCache
 from .model import WanModel
 from .scheduler import flow_to_x0, sampling_timesteps, training_sigmas, training_weights
 from .stream import denoise
@@ -105,13 +104,10 @@ def student_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend
         yield "denoising_timesteps", timesteps
     noise, renoise = tensors["noise"], iter(tensors["renoise"])
     grid = Grid.of_latents(noise.shape[-2], noise.shape[-1], sizes.patch_size)
-    cache = KVCache.allocate(
+    cache = model.new_cache(
         cache_config,
-        num_layers=sizes.num_layers,
         batch=noise.shape[0],
         grid=grid,
-        num_heads=sizes.num_heads,
-        head_dim=sizes.head_dim,
         dtype=backend.dtype,
         device=backend.device,
     )

@@ -134,10 +134,11 @@ def test_the_weights_of_all_layers_are_read_once_a_pass():
 def test_an_eviction_moves_the_kept_frames_and_feeds_the_sink():
     frame = 2 * tiny.CONFIG.num_layers * GRID.frame_tokens * tiny.CONFIG.dim * 4
     for config, moved in (
-        (CacheConfig(), 3 + 3 + 3 + 2 * 3),  # sink read, leaving read, sink written; three moved
-        (CacheConfig(decay=1.0), 2 * 3),
-        (CacheConfig(sink_frames=0), 2 * 6),
-        (CacheConfig(window_frames=6), 3 + 3 + 3),
+        # Sink read, leaving read, sink written; three moved; the context's keys turned.
+        (CacheConfig(), 3 + 3 + 3 + 2 * 3 + 6),
+        (CacheConfig(decay=1.0), 2 * 3 + 6),
+        (CacheConfig(sink_frames=0), 2 * 6 + 6),
+        (CacheConfig(window_frames=6), 3 + 3 + 3 + 3),
     ):
         parts = chunk_work(tiny.CONFIG, config, SamplerConfig(), GRID, 4)
         assert parts[counts.EVICTION] == Work(0, moved * frame)

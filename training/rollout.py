@@ -106,7 +106,13 @@ def roll_out(
         )
     timesteps = sampling_timesteps(sampler).tolist()[: draws.exit_step + 1]
     dtype = dtype or model.patch_embedding.weight.dtype
-    cache = _cache(model, draws.noise, cache_config, dtype)
+    cache = model.new_cache(
+        cache_config,
+        batch=draws.noise.shape[0],
+        grid=Grid.of_latents(*draws.noise.shape[-2:], model.config.patch_size),
+        dtype=dtype,
+        device=draws.noise.device,
+    )
     past = draws.noise[:, :, :0]
     for first in range(0, len(parts), per_window):
         student = _Student(model, prompt_embeds.to(dtype), cache, attention, dtype, supervised)
@@ -174,17 +180,3 @@ class _Student:
 
 def _everywhere(x: Tensor, timestep: float) -> Tensor:
     return x.new_full((x.shape[0], x.shape[2]), timestep)
-
-
-def _cache(model: WanModel, noise: Tensor, config: CacheConfig, dtype: torch.dtype) -> KVCache:
-    sizes = model.config
-    return KVCache.allocate(
-        config,
-        num_layers=sizes.num_layers,
-        batch=noise.shape[0],
-        grid=Grid.of_latents(*noise.shape[-2:], sizes.patch_size),
-        num_heads=sizes.num_heads,
-        head_dim=sizes.head_dim,
-        dtype=dtype,
-        device=noise.device,
-    )

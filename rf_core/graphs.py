@@ -1,0 +1,184 @@
+"""Whole passes as CUDA graphs: the network without its launch overhead.
+
+A graph replays the kernels of one pass on the memory it was captured with. So a pass' inputs are
+copied to places of their own, caches are lent and come back, and there is a graph for every form of
+a pass: while the window grows, when it is full, denoising or clean. What was captured for one
+stream serves the next one of its size; one size is held at a time. A fork's cache is its own, and
+its passes run as they would without graphs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .attention import Attention, sdpa
+from .config import CacheConfig
+from .kv_cache import KVCache
+from .model import PromptContext, TimeContext, WanModel
+from .rope import Rope
+
+Replay = Callable[[], Tensor | None]
+"""Runs a captured pass again; what it returns is overwritten by the next replay."""
+
+Capture = Callable[[Callable[[], Tensor | None]], Replay]
+"""Makes a replay of a pass that reads and writes nothing but memory that stays."""
+
+
+class GraphedModel:
+    """Stands where a stream wants a network; every pass is captured once, then replayed.
+
+    `capture` is `CudaCapture()` but for tests. ValueError where the network cannot be captured.
+    """
+
+    def __init__(self, model: WanModel, capture: Capture | None = None) -> None:
+        if capture is None:
+            _require_capturable(model)
+            capture = CudaCapture()
+        self._model, self._capture = model, capture
+        self.config, self.patch_embedding = model.config, model.patch_embedding
+        self.parameters, self.get_parameter = model.parameters, model.get_parameter
+        self.prompt_context, self.time_context = model.prompt_context, model.time_context
+        self._forget(size=None)
+
+    def __call__(
+        self,
+        x: Tensor,
+        time: TimeContext,
+        prompt: PromptContext,
+        cache: KVCache,
+        attention: Attention = sdpa,
+    ) -> Tensor:
+        """See `WanModel.forward`. The flow is overwritten by the next pass."""
+        flow = self._run(self._model.forward, x, time, prompt, cache, attention)
+        assert flow is not None
+        return flow
+
+    def remember(
+        self,
+        x: Tensor,
+        time: TimeContext,
+        prompt: PromptContext,
+        cache: KVCache,
+        attention: Attention = sdpa,
+    ) -> None:
+        """See `WanModel.remember`."""
+        self._run(self._model.remember, x, time, prompt, cache, attention)
+
+    def new_cache(self, config: CacheConfig, **sizes: Any) -> KVCache:
+        """See `WanModel.new_cache`; the memory of one that is no longer in use is lent again."""
+        size = (config, *sizes.items())
+        if size != self._size:
+            self._forget(size)
+        if not self._free:
+            self._free.append(self._model.new_cache(config, **sizes))
+        memory = self._free.pop()
+        cache = memory.as_it_stands()
+        self._lent.add(memory.k_NBWHD.data_ptr())
+        weakref.finalize(cache, self._free.append, memory)
+        return cache
+
+    def _forget(self, size: Any) -> None:
+        self._size = size
+        self._free: list[KVCache] = []
+        self._lent: set[int] = set()
+        self._inputs: dict[Any, _Inputs] = {}
+        self._passes: dict[Any, _Pass] = {}
+
+    def _run(
+        self,
+        run: Callable[..., Tensor | None],
+        x: Tensor,
+        time: TimeContext,
+        prompt: PromptContext,
+        cache: KVCache,
+        attention: Attention,
+    ) -> Tensor | None:
+        memory = cache.k_NBWHD.data_ptr()
+        if memory not in self._lent:
+            return run(x, time, prompt, cache, attention)
+        if x.shape not in self._inputs:
+            self._inputs[x.shape] = _Inputs.like(x, time, prompt)
+        inputs = self._inputs[x.shape]
+        inputs.set(x, time, prompt)
+        form = (run, inputs.x.shape, memory, cache.context_frames, cache.slot_frames, attention)
+        if form not in self._passes:
+            seen = (inputs.x, inputs.time, inputs.prompt, cache.as_it_stands(), attention)
+            replay = self._capture(lambda: run(*seen))
+            self._passes[form] = _Pass(replay, self._model.rope(x, cache))
+        return self._passes[form].replay()
+
+
+@dataclass
+class _Inputs:
+    """Where the passes of one shape read what differs between them."""
+
+    x: Tensor
+    time: TimeContext
+    prompt: PromptContext
+    now: tuple[Any, Any] = (None, None)
+    """Whose timestep and prompt are there."""
+
+    @classmethod
+    def like(cls, x: Tensor, time: TimeContext, prompt: PromptContext) -> _Inputs:
+        return cls(x.clone(), *(pytree.tree_map(torch.clone, part) for part in (time, prompt)))
+
+    def set(self, x: Tensor, time: TimeContext, prompt: PromptContext) -> None:
+        self.x.copy_(x)
+        for mine, new, before in zip(
+            (self.time, self.prompt), (time, prompt), self.now, strict=True
+        ):
+            if new is not before:
+                torch._foreach_copy_(pytree.tree_leaves(mine), pytree.tree_leaves(new))
+        self.now = time, prompt
+
+
+@dataclass(frozen=True)
+class _Pass:
+    replay: Replay
+    rope: Rope
+    """Held, as the graph reads it where it lies."""
+
+
+class CudaCapture:
+    """Captures on the current CUDA device; all graphs share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor | None]) -> Replay:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up in a first run
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+
+        def replay() -> Tensor | None:
+            graph.replay()
+            return result
+
+        return replay
+
+
+def _require_capturable(model: WanModel) -> None:
+    elsewhere = {p.device.type for p in model.parameters()} - {"cuda"}
+    if elsewhere:
+        raise ValueError(
+            f"CUDA graphs need all weights on the card, and some are on {', '.join(elsewhere)}; "
+            "switch graphs off, or offloading"
+        )
+    for name, part in model.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise ValueError(
+                f"CUDA graphs replay kernels and no Python, so the hooks of {name} would not run; "
+                "switch graphs off, or take the hooks away"
+            )

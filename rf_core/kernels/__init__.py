@@ -1,0 +1,165 @@
+"""Fused kernels: the steps between matrix products, which only move memory, in few passes over it.
+
+Every function here is defined by its namesake in `reference`, in plain torch. On a card that Triton
+compiles for, with gradients off, its namesake in a `triton_*` module runs instead: one launch, each
+value read and written once, arithmetic in float32 with a single rounding at the end. `reference`
+rounds after every torch operation; in float32 the two agree to rounding.
+
+Nothing here waits for the device, reads it or tunes itself, so all may be captured in CUDA graphs
+once they have run on the same shapes. Under torch.compile the reference is what is compiled.
+
+Letters: N layers, B batch, F latent frames, L tokens, W tokens of the context, S tokens of the
+sink, H heads, D channels of a head, C = H * D channels, P pairs of a head's channels (D / 2).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..rope import Rope
+from . import reference
+from .availability import fused
+
+__all__ = [
+    "absorb",
+    "affine_after_residual",
+    "causal_norm_silu",
+    "modulated_after_residual",
+    "modulated_norm",
+    "norm_rotate",
+    "rotate_context",
+    "write_keys_values",
+]
+
+
+def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float) -> Tensor:
+    """norm(x) * scale + shift, with each frame's own shift and scale -> [B, L, C].
+
+    The norm takes mean and variance off each token; tokens of a frame lie together.
+    """
+    if not fused(x_BLC, shift_BF1C, scale_BF1C):
+        return reference.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps)
+    from . import triton_norms
+
+    return triton_norms.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps)
+
+
+def modulated_after_residual(
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate_BF1C: Tensor | None,
+    shift_BF1C: Tensor,
+    scale_BF1C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x + y * gate (or x + y), and `modulated_norm` of that sum: two of [B, L, C]."""
+    tensors = (x_BLC, y_BLC, *_given(gate_BF1C), shift_BF1C, scale_BF1C)
+    if not fused(*tensors):
+        return reference.modulated_after_residual(
+            x_BLC, y_BLC, gate_BF1C, shift_BF1C, scale_BF1C, eps
+        )
+    from . import triton_norms
+
+    return triton_norms.modulated_after_residual(
+        x_BLC, y_BLC, gate_BF1C, shift_BF1C, scale_BF1C, eps
+    )
+
+
+def affine_after_residual(
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate_BF1C: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x + y * gate (or x + y), and norm(that sum) * weight + bias: two of [B, L, C]."""
+    if not fused(x_BLC, y_BLC, *_given(gate_BF1C), weight_C, bias_C):
+        return reference.affine_after_residual(x_BLC, y_BLC, gate_BF1C, weight_C, bias_C, eps)
+    from . import triton_norms
+
+    return triton_norms.affine_after_residual(x_BLC, y_BLC, gate_BF1C, weight_C, bias_C, eps)
+
+
+def norm_rotate(
+    x_BLC: Tensor, weight_C: Tensor, num_heads: int, eps: float, rope: Rope | None = None
+) -> Tensor:
+    """RMS norm over the full width, then each head turned by its token's angles -> [B, L, H, D].
+
+    `x` may be a slice of a wider projection. Without `rope` nothing is turned.
+    """
+    if not fused(x_BLC, weight_C):
+        return reference.norm_rotate(x_BLC, weight_C, num_heads, eps, rope)
+    from . import triton_heads
+
+    return triton_heads.norm_rotate(x_BLC, weight_C, num_heads, eps, rope)
+
+
+def write_keys_values(
+    k_BLC: Tensor,
+    v_BLC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    rope: Rope,
+    k_slot_BLHD: Tensor,
+    turned_slot_BLHD: Tensor,
+    v_slot_BLHD: Tensor,
+) -> None:
+    """Write a chunk to its slots: the RMS-normed keys as they are and turned, and the values.
+
+    The slots may be views of a longer window. Turned keys are the stored, rounded ones turned.
+    """
+    slots = (k_slot_BLHD, turned_slot_BLHD, v_slot_BLHD)
+    if not fused(k_BLC, v_BLC, weight_C, *slots):
+        reference.write_keys_values(k_BLC, v_BLC, weight_C, eps, rope, *slots)
+        return
+    from . import triton_heads
+
+    triton_heads.write_keys_values(k_BLC, v_BLC, weight_C, eps, rope, *slots)
+
+
+def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
+    """Write the keys of every layer's context, turned by `rope`'s first W tokens, to `turned`."""
+    if not fused(k_NBWHD, turned_NBWHD):
+        reference.rotate_context(k_NBWHD, rope, turned_NBWHD)
+        return
+    from . import triton_heads
+
+    triton_heads.rotate_context(k_NBWHD, rope, turned_NBWHD)
+
+
+def absorb(
+    sinks_NBSHD: tuple[Tensor, Tensor],
+    evicted_NBSHD: tuple[Tensor, Tensor],
+    decay: float,
+    exact_2NBSHD: Tensor | None = None,
+) -> None:
+    """The sink's moving average, in place: keys and values of every layer take up what leaves.
+
+    sink = decay * sink + (1 - decay) * evicted, each product rounded to the sink's dtype, as
+    published. With `exact`, the average is kept there in float32 and copied, rounded, to the sink.
+    """
+    if not fused(*sinks_NBSHD, *evicted_NBSHD):
+        reference.absorb(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
+        return
+    from . import triton_sink
+
+    triton_sink.absorb(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
+
+
+def causal_norm_silu(x_BCTHW: Tensor, gamma: Tensor, padded_BCTHW: Tensor) -> None:
+    """SiLU(RMS norm of x over its channels), written behind the past frames `padded` begins with.
+
+    `padded` has x's shape but for its frames, of which the last T are written; `gamma` is the
+    norm's gain, [C, 1, 1, 1]. Contiguous or channels-last, either of them.
+    """
+    if not fused(x_BCTHW, gamma, padded_BCTHW):
+        reference.causal_norm_silu(x_BCTHW, gamma, padded_BCTHW)
+        return
+    from . import triton_channels
+
+    triton_channels.causal_norm_silu(x_BCTHW, gamma, padded_BCTHW)
+
+
+def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)

@@ -1,0 +1,125 @@
+"""What every fused kernel computes, in plain torch: the definition, and what runs without Triton.
+
+In bfloat16 and float16 torch rounds after each operation here, the kernels once at the end; in
+float32 both agree to rounding.
+
+Letters as in the package.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..rope import Rope, apply_rope
+
+LEAST_NORM = 1e-12  # where F.normalize stops dividing
+
+
+def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float) -> Tensor:
+    """norm(x) * scale + shift -> [B, L, C]."""
+    return modulate(F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=eps), shift_BF1C, scale_BF1C)
+
+
+def modulated_after_residual(
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate_BF1C: Tensor | None,
+    shift_BF1C: Tensor,
+    scale_BF1C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x + y * gate, and its modulated norm, two of [B, L, C]."""
+    residual = add_gated(x_BLC, y_BLC, gate_BF1C)
+    return residual, modulated_norm(residual, shift_BF1C, scale_BF1C, eps)
+
+
+def affine_after_residual(
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate_BF1C: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x + y * gate, and its norm times weight plus bias, two of [B, L, C]."""
+    residual = add_gated(x_BLC, y_BLC, gate_BF1C)
+    return residual, F.layer_norm(residual, weight_C.shape, weight_C, bias_C, eps)
+
+
+def modulate(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor) -> Tensor:
+    """x * scale + shift, with each frame's own shift and scale."""
+    x_BFTC = x_BLC.unflatten(1, (shift_BF1C.shape[1], -1))
+    return torch.addcmul(shift_BF1C, x_BFTC, scale_BF1C).flatten(1, 2)
+
+
+def add_gated(x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor | None) -> Tensor:
+    """x + y * gate, with each frame's own gate; without one x + y."""
+    if gate_BF1C is None:
+        return x_BLC + y_BLC
+    x_BFTC, y_BFTC = (t.unflatten(1, (gate_BF1C.shape[1], -1)) for t in (x_BLC, y_BLC))
+    return torch.addcmul(x_BFTC, y_BFTC, gate_BF1C).flatten(1, 2)
+
+
+def norm_rotate(
+    x_BLC: Tensor, weight_C: Tensor, num_heads: int, eps: float, rope: Rope | None = None
+) -> Tensor:
+    """RMS norm over C, then rotation -> [B, L, H, D]."""
+    normed = F.rms_norm(x_BLC, weight_C.shape, weight_C, eps).unflatten(2, (num_heads, -1))
+    return normed if rope is None else apply_rope(normed, rope)
+
+
+def write_keys_values(
+    k_BLC: Tensor,
+    v_BLC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    rope: Rope,
+    k_slot_BLHD: Tensor,
+    turned_slot_BLHD: Tensor,
+    v_slot_BLHD: Tensor,
+) -> None:
+    """The normed keys to their slot, the same turned to theirs, the values to theirs."""
+    num_heads = k_slot_BLHD.shape[2]
+    k_slot_BLHD.copy_(norm_rotate(k_BLC, weight_C, num_heads, eps))
+    turned_slot_BLHD.copy_(apply_rope(k_slot_BLHD, rope))
+    v_slot_BLHD.copy_(v_BLC.unflatten(2, (num_heads, -1)))
+
+
+def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
+    """Every layer's keys turned by the first W tokens' angles."""
+    head = rope.tokens(0, k_NBWHD.shape[2])
+    for k_BWHD, turned_BWHD in zip(k_NBWHD, turned_NBWHD, strict=True):
+        turned_BWHD.copy_(apply_rope(k_BWHD, head))
+
+
+def absorb(
+    sinks_NBSHD: tuple[Tensor, Tensor],
+    evicted_NBSHD: tuple[Tensor, Tensor],
+    decay: float,
+    exact_2NBSHD: Tensor | None = None,
+) -> None:
+    """decay * sink + (1 - decay) * evicted, in place, for keys and for values."""
+    averages_NBSHD = sinks_NBSHD if exact_2NBSHD is None else exact_2NBSHD
+    for sinks, leaving, averages in zip(sinks_NBSHD, evicted_NBSHD, averages_NBSHD, strict=True):
+        for sink, evicted, average in zip(sinks, leaving, averages, strict=True):
+            average.copy_(decay * average + (1 - decay) * evicted.to(average.dtype))
+            sink.copy_(average)
+
+
+def causal_norm_silu(x_BCTHW: Tensor, gamma: Tensor, padded_BCTHW: Tensor) -> None:
+    """SiLU of the channel norm, to the last frames of `padded`."""
+    padded_BCTHW[:, :, -x_BCTHW.shape[2] :] = F.silu(channel_norm(x_BCTHW, gamma))
+
+
+def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """x [B, C, ...] with each position's channels scaled to unit mean square, times `gamma`."""
+    gain = gamma.to(x) * math.sqrt(x.shape[1])
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.normalize(x, dim=1, eps=LEAST_NORM) * gain
+    # F.normalize walks each position's channels one by one; a sum over planes is vectorised.
+    power = x.square().sum(dim=1, keepdim=True)
+    return x * power.clamp_min(LEAST_NORM**2).rsqrt() * gain

@@ -1,0 +1,159 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Layer norms of the residual stream, alone or with the residual that comes before them.
+
+One program a token, which it keeps in registers. The norm sees the residual as it is stored,
+rounded; all else stays in float32 until it is written. Arguments `x_b`, `x_l`, `x_f` are strides
+over batch, tokens and frames, in elements.
+
+Letters as in the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float) -> Tensor:
+    """As `reference.modulated_norm`."""
+    out = x_BLC.new_empty(x_BLC.shape)
+    _launch(x_BLC, None, None, scale_BF1C, shift_BF1C, None, out, eps)
+    return out
+
+
+def modulated_after_residual(
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate_BF1C: Tensor | None,
+    shift_BF1C: Tensor,
+    scale_BF1C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.modulated_after_residual`."""
+    residual, out = x_BLC.new_empty(x_BLC.shape), x_BLC.new_empty(x_BLC.shape)
+    _launch(x_BLC, y_BLC, gate_BF1C, scale_BF1C, shift_BF1C, residual, out, eps)
+    return residual, out
+
+
+def affine_after_residual(
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate_BF1C: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.affine_after_residual`."""
+    residual, out = x_BLC.new_empty(x_BLC.shape), x_BLC.new_empty(x_BLC.shape)
+    weight, bias = weight_C[None, None, None], bias_C[None, None, None]
+    _launch(x_BLC, y_BLC, gate_BF1C, weight, bias, residual, out, eps)
+    return residual, out
+
+
+def launch_options(elements: int) -> dict[str, Any]:
+    """How a program over that many elements runs: 16 of them a thread.
+
+    Products are rounded before they are added, as between torch's operations and in the
+    interpreter that tests these kernels; memory alone limits them, so nothing is lost by it.
+    """
+    return {"num_warps": max(1, min(16, elements // 512)), "enable_fp_fusion": False}
+
+
+def _launch(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    eps: float,
+) -> None:
+    batch, tokens, channels = x.shape
+    block = triton.next_power_of_2(channels)
+    # An argument that is not given is never read; any tensor may stand in for it.
+    given_y, given_gate = x if y is None else y, scale if gate is None else gate
+    rows = [*_row_strides(x), *_row_strides(given_y)]
+    frames = [n for t in (given_gate, scale, shift) for n in _frame_strides(t, batch, tokens)]
+    with torch.cuda.device_of(x):
+        _norm[(tokens, batch)](
+            *(x, given_y, given_gate, scale, shift, out if residual is None else residual, out),
+            *(*rows, *frames, tokens, eps),
+            C=channels,
+            BLOCK=block,
+            ADD=y is not None,
+            GATED=gate is not None,
+            **launch_options(block),
+        )
+
+
+def _row_strides(x_BLC: Tensor) -> tuple[int, int]:
+    assert x_BLC.stride(2) == 1, "a token's channels lie together"
+    return x_BLC.stride(0), x_BLC.stride(1)
+
+
+def _frame_strides(x_BF1C: Tensor, batch: int, tokens: int) -> tuple[int, int, int]:
+    """Strides over batch and frames, and the tokens of a frame."""
+    assert x_BF1C.stride(3) == 1, "a frame's channels lie together"
+    frames = x_BF1C.shape[1]
+    assert tokens % frames == 0, "every frame has as many tokens"
+    expanded = x_BF1C.expand(batch, -1, -1, -1)
+    return expanded.stride(0), expanded.stride(1), tokens // frames
+
+
+@triton.jit
+def _norm(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    out_ptr,
+    x_b,
+    x_l,
+    y_b,
+    y_l,
+    gate_b,
+    gate_f,
+    gate_tokens,
+    scale_b,
+    scale_f,
+    scale_tokens,
+    shift_b,
+    shift_f,
+    shift_tokens,
+    tokens,
+    eps,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < C
+    row = (batch * tokens + token) * C + channel
+    x = tl.load(x_ptr + batch * x_b + token * x_l + channel, mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    if ADD:
+        y = tl.load(y_ptr + batch * y_b + token * y_l + channel, mask=inside, other=0.0)
+        y = y.to(tl.float32)
+        if GATED:
+            at = batch * gate_b + token // gate_tokens * gate_f + channel
+            y *= tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        stored = (x + y).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + row, stored, mask=inside)
+        x = stored.to(tl.float32)
+    centred = tl.where(inside, x - tl.sum(x, 0) / C, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
+    at = batch * scale_b + token // scale_tokens * scale_f + channel
+    scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    at = batch * shift_b + token // shift_tokens * shift_f + channel
+    shift = tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    out = normed * scale + shift
+    tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=inside)

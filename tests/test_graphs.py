@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import gc
+
+import pytest
+import tiny
+import torch
+
+from rf_core.graphs import GraphedModel
+from rf_core.stream import Stream
+
+
+class Recorder:
+    """Captures as CUDA does: runs on what it was given at first, whatever comes later."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, run):
+        self.captured += 1
+        first = run()
+        result = None if first is None else first.clone()
+
+        def replay():
+            self.replayed += 1
+            again = run()
+            return None if result is None else result.copy_(again)
+
+        return replay
+
+
+def graphed() -> tuple[GraphedModel, Recorder]:
+    recorder = Recorder()
+    return GraphedModel(tiny.model(), recorder), recorder
+
+
+def stream_of(model, prompt: int = 0, **options) -> Stream:
+    return tiny.stream(model=model, prompt_embeds=tiny.prompt(prompt), **options)
+
+
+def latents_of(stream: Stream, chunks: int = 6, switch_at: int | None = None) -> torch.Tensor:
+    made = []
+    for index in range(chunks):
+        if index == switch_at:
+            stream.switch(tiny.prompt(7), "recache")
+        made.append(stream.step().latents)
+    return torch.cat(made, dim=2)
+
+
+@pytest.mark.parametrize("switch_at", [None, 2, 4])
+@pytest.mark.parametrize("keep_turned", [True, False])
+def test_replayed_passes_make_the_video_that_plain_passes_make(switch_at, keep_turned):
+    model, recorder = graphed()
+    options = {"keep_turned": keep_turned, "cache": tiny.window(9, 3)}
+    made = latents_of(stream_of(model, **options), switch_at=switch_at)
+    assert torch.equal(made, latents_of(stream_of(tiny.model(), **options), switch_at=switch_at))
+    assert recorder.replayed > recorder.captured
+
+
+def test_each_form_of_a_pass_is_captured_once_and_serves_the_next_stream():
+    model, recorder = graphed()
+    first = latents_of(stream_of(model, 0))
+    gc.collect()
+    # Denoising and clean passes, each while the window holds 3, 6 and 9 frames.
+    assert recorder.captured == 6
+    second = latents_of(stream_of(model, 1, seed=5))
+    assert recorder.captured == 6
+    assert torch.equal(second, latents_of(stream_of(tiny.model(), 1, seed=5)))
+    assert not torch.equal(first, second)
+
+
+def test_streams_that_live_at_once_have_caches_of_their_own():
+    model, _ = graphed()
+    streams = [stream_of(model, 0), stream_of(model, 1)]
+    made = [[stream.step().latents for stream in streams] for _ in range(5)]
+    for number, chunks in enumerate(zip(*made, strict=True)):
+        alone = latents_of(stream_of(tiny.model(), number), 5)
+        assert torch.equal(torch.cat(chunks, dim=2), alone)
+
+
+def test_a_fork_runs_uncaptured_and_a_restored_stream_captured():
+    model, recorder = graphed()
+    stream = stream_of(model)
+    latents_of(stream, 5)
+    fork, captured = stream.fork(), recorder.captured
+    snapshot, ahead = stream.snapshot(), stream.step().latents
+    assert torch.equal(fork.step().latents, ahead)
+    assert recorder.captured == captured
+    del stream, fork
+    gc.collect()
+    again, replayed = Stream.from_snapshot(model, snapshot), recorder.replayed
+    assert torch.equal(again.step().latents, ahead)
+    assert (recorder.captured, recorder.replayed) == (captured, replayed + 2)
+
+
+def test_another_size_lets_go_of_what_was_captured():
+    model, recorder = graphed()
+    latents_of(stream_of(model), 3)
+    before = recorder.captured
+    small = stream_of(model, height=16, width=16)
+    assert torch.equal(
+        latents_of(small, 3), latents_of(stream_of(tiny.model(), height=16, width=16), 3)
+    )
+    assert len(model._passes) == recorder.captured - before
+
+
+def test_networks_that_graphs_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match=r"all weights on the card, and some are on cpu"):
+        GraphedModel(tiny.model())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("switch_at", [None, 4])
+def test_on_a_card_graphs_make_the_video_that_launches_make(switch_at):
+    network = tiny.model().cuda()
+    made = latents_of(stream_of(GraphedModel(network)), switch_at=switch_at)
+    plain = latents_of(stream_of(network), switch_at=switch_at)
+    torch.testing.assert_close(made, plain, atol=1e-5, rtol=1e-5)

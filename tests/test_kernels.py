@@ -1,0 +1,415 @@
+"""Fused kernels against their definitions: compiled where there is a card, else interpreted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":  # before triton is first imported, which may be by torch
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from rf_core import kernels, kv_cache  # noqa: E402
+from rf_core.config import CacheConfig, Grid  # noqa: E402
+from rf_core.kernels import availability, reference  # noqa: E402
+from rf_core.rope import Rope, apply_rope, rope_table  # noqa: E402
+
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="no kernel is tested here: triton is not installed"
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = ((2, 12), (12, 128))  # heads and their channels: a width that is no power of two, and Wan's
+FRAMES, TOKENS, BATCH, LAYERS, EPS = 3, 6, 2, 2, 1e-6
+ROOT = Path(__file__).parents[1]
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+each_size = pytest.mark.parametrize(("heads", "head_dim"), SIZES)
+
+
+@pytest.fixture(scope="module")
+def triton_kernels() -> Iterator[SimpleNamespace]:
+    from triton import knobs
+
+    from rf_core.kernels import triton_channels, triton_heads, triton_norms, triton_sink
+
+    modules = (triton_channels, triton_heads, triton_norms, triton_sink)
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            message = "triton was imported before TRITON_INTERPRET=1 was set: set it in conftest.py"
+            assert knobs.runtime.interpret and interprets(triton_norms), message
+            round_as_a_card_does(patch)
+        yield SimpleNamespace(**{m.__name__.rpartition("_")[2]: m for m in modules})
+
+
+def interprets(module: ModuleType) -> bool:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return all(isinstance(fn, InterpretedFunction) for fn in (module._norm, tl.sum))
+
+
+def round_as_a_card_does(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts float32 to bfloat16 off; cards round to the nearest, ties to even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def nearest(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        rounded = torch.tensor(data).bfloat16().view(torch.int16)
+        return rounded.numpy().view("uint16").reshape(data.shape)
+
+    patch.setattr(interpreter, "_convert_float", nearest)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.float() for tensor in tensors]
+
+
+def assert_rounded(got: Tensor, in_float32: Tensor) -> None:
+    """Half a unit in the last place from what float32 arithmetic gives, up to that one's noise."""
+    half = torch.finfo(got.dtype).eps / 2 if got.dtype != torch.float32 else 1e-5
+    torch.testing.assert_close(got.float(), in_float32, rtol=half, atol=1e-5)
+
+
+def modulation(channels: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Three vectors a frame, as slices of the six that a block computes."""
+    return random(BATCH, FRAMES, 6, channels, dtype=dtype, seed=1).split(1, dim=2)[:3]
+
+
+def projected(channels: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Queries, keys and values, as slices of one product."""
+    return random(BATCH, TOKENS, 3 * channels, dtype=dtype, seed=2).split(channels, dim=2)
+
+
+def table(head_dim: int, frames: int = FRAMES) -> Rope:
+    return rope_table(frames, Grid(height=1, width=TOKENS // FRAMES), head_dim, DEVICE)
+
+
+def windows(count: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Windows of three chunks in every layer, [N, B, W, H, D]."""
+    shape = (LAYERS, BATCH, 3 * TOKENS, heads, head_dim)
+    return [random(*shape, dtype=dtype, seed=seed) for seed in range(count)]
+
+
+def sinks_and_evicted(owned: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The first chunk of each window and the second."""
+    sinks = tuple(window[:, :, :TOKENS] for window in owned)
+    return sinks, tuple(window[:, :, TOKENS : 2 * TOKENS] for window in owned)
+
+
+@needs_triton
+@each_dtype
+@each_size
+def test_the_modulated_norm_is_rounded_once(triton_kernels, dtype, heads, head_dim):
+    x = random(BATCH, TOKENS, heads * head_dim, dtype=dtype) * 3 + 1
+    shift, scale, _ = modulation(heads * head_dim, dtype)
+    got = triton_kernels.norms.modulated_norm(x, shift, scale, EPS)
+    assert_rounded(got, reference.modulated_norm(*exact(x, shift, scale), EPS))
+
+
+@needs_triton
+@pytest.mark.parametrize("gated", [True, False])
+@each_dtype
+@each_size
+def test_the_norm_after_a_residual_is_that_of_the_stored_residual(
+    triton_kernels, dtype, heads, head_dim, gated
+):
+    channels = heads * head_dim
+    x, y = (random(BATCH, TOKENS, channels, dtype=dtype, seed=seed) for seed in (3, 4))
+    shift, scale, gate = modulation(channels, dtype)
+    gate = gate if gated else None
+    weight, bias = (random(channels, dtype=dtype, seed=seed) for seed in (5, 6))
+    norms = triton_kernels.norms
+
+    residual, modulated = norms.modulated_after_residual(x, y, gate, shift, scale, EPS)
+    same, affine = norms.affine_after_residual(x, y, gate, weight, bias, EPS)
+
+    gate32 = None if gate is None else gate.float()
+    assert_rounded(residual, reference.add_gated(*exact(x, y), gate32))
+    assert torch.equal(same, residual)
+    stored = residual.float()
+    assert_rounded(modulated, reference.modulated_norm(stored, *exact(shift, scale), EPS))
+    assert_rounded(affine, F.layer_norm(stored, (channels,), *exact(weight, bias), EPS))
+
+
+@needs_triton
+@pytest.mark.parametrize("turned", [True, False])
+@each_dtype
+@each_size
+def test_queries_are_normed_and_turned_from_a_slice_of_the_projection(
+    triton_kernels, dtype, heads, head_dim, turned
+):
+    q, _, _ = projected(heads * head_dim, dtype)
+    weight = random(heads * head_dim, dtype=dtype, seed=7)
+    rope = table(head_dim, 2 * FRAMES).tokens(TOKENS, 2 * TOKENS) if turned else None
+    got = triton_kernels.heads.norm_rotate(q, weight, heads, EPS, rope)
+    assert got.shape == (BATCH, TOKENS, heads, head_dim)
+    assert_rounded(got, reference.norm_rotate(*exact(q, weight), heads, EPS, rope))
+
+
+@needs_triton
+@each_dtype
+@each_size
+def test_keys_and_values_go_to_their_slots_and_nowhere_else(triton_kernels, dtype, heads, head_dim):
+    _, k, v = projected(heads * head_dim, dtype)
+    weight = random(heads * head_dim, dtype=dtype, seed=7)
+    rope = table(head_dim, 2 * FRAMES).tokens(TOKENS, 2 * TOKENS)
+    owned = windows(3, heads, head_dim, dtype)
+    before = [window.clone() for window in owned]
+    slots = [window[1, :, TOKENS : 2 * TOKENS] for window in owned]
+
+    triton_kernels.heads.write_keys_values(k, v, weight, EPS, rope, *slots)
+
+    assert_rounded(slots[0], reference.norm_rotate(*exact(k, weight), heads, EPS))
+    assert_rounded(slots[1], apply_rope(slots[0].float(), rope))
+    assert torch.equal(slots[2].flatten(2), v)
+    for old, slot in zip(before, slots, strict=True):
+        old[1, :, TOKENS : 2 * TOKENS] = slot
+    assert all(map(torch.equal, before, owned))
+
+
+@needs_triton
+@each_dtype
+@each_size
+def test_the_context_of_all_layers_is_turned_at_once(triton_kernels, dtype, heads, head_dim):
+    k, turned = windows(2, heads, head_dim, dtype)
+    slot = turned[:, :, 2 * TOKENS :].clone()
+    rope = table(head_dim, 3 * FRAMES)
+    triton_kernels.heads.rotate_context(k[:, :, : 2 * TOKENS], rope, turned[:, :, : 2 * TOKENS])
+    for layer in range(LAYERS):
+        wanted = apply_rope(k[layer].float(), rope)[:, : 2 * TOKENS]
+        assert_rounded(turned[layer, :, : 2 * TOKENS], wanted)
+    assert torch.equal(turned[:, :, 2 * TOKENS :], slot)
+
+
+@needs_triton
+def test_an_empty_context_is_turned_by_doing_nothing(triton_kernels):
+    k, turned = windows(2, 2, 12, torch.float32)
+    before = turned.clone()
+    triton_kernels.heads.rotate_context(k[:, :, :0], table(12), turned[:, :, :0])
+    assert torch.equal(turned, before)
+
+
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_triton), False])
+@pytest.mark.parametrize("decay", [0.999, 0.9, 1.0])
+@each_dtype
+def test_the_sink_absorbs_bit_for_bit_as_the_cache_does(request, dtype, decay, fused):
+    step = request.getfixturevalue("triton_kernels").sink if fused else reference
+    owned = windows(2, 12, 128, dtype)
+    config = CacheConfig(decay=decay)
+    wanted = [window.clone() for window in owned]
+    for which, window in enumerate(wanted):
+        for layer in window:
+            sink, evicted = layer[:, :TOKENS], layer[:, TOKENS : 2 * TOKENS]
+            sink.copy_(kv_cache.absorb(sink, evicted, config, TOKENS // FRAMES, keys=which == 0))
+    sinks, evicted = sinks_and_evicted(owned)
+    step.absorb(sinks, evicted, decay)
+    assert all(map(torch.equal, owned, wanted))
+
+
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_triton), False])
+@each_dtype
+def test_an_exact_sink_is_kept_in_float32_and_copied_rounded(request, dtype, fused):
+    step = request.getfixturevalue("triton_kernels").sink if fused else reference
+    owned = windows(2, 2, 12, dtype)
+    sinks, evicted = sinks_and_evicted(owned)
+    accumulator = torch.stack(exact(*sinks)) + 1e-4
+    wanted = 0.999 * accumulator + (1 - 0.999) * torch.stack(exact(*evicted))
+    step.absorb(sinks, evicted, 0.999, accumulator)
+    assert torch.equal(accumulator, wanted)
+    assert all(map(torch.equal, sinks, wanted.to(dtype)))
+
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last_3d)
+
+
+@needs_triton
+@pytest.mark.parametrize("out_layout", LAYOUTS, ids=["planes", "last"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["planes", "last"])
+@pytest.mark.parametrize("channels", [6, 96])
+@each_dtype
+def test_normed_channels_follow_the_past_frames_in_any_layout(
+    triton_kernels, dtype, channels, layout, out_layout
+):
+    x = random(BATCH, channels, 3, 5, 11, dtype=dtype).contiguous(memory_format=layout)
+    gamma = random(channels, 1, 1, 1, dtype=dtype, seed=8)
+    past = random(BATCH, channels, 2, 5, 11, dtype=dtype, seed=9)
+    padded = torch.zeros(BATCH, channels, 5, 5, 11, device=DEVICE, dtype=dtype)
+    padded = padded.contiguous(memory_format=out_layout)
+    padded[:, :, :2] = past
+    triton_kernels.channels.causal_norm_silu(x, gamma, padded)
+    assert torch.equal(padded[:, :, :2], past)
+    assert_rounded(padded[:, :, 2:], F.silu(reference.channel_norm(*exact(x, gamma))))
+
+
+def test_the_definitions_are_the_textbook_s():
+    x, y = (random(BATCH, TOKENS, 24, seed=seed).double() for seed in (3, 4))
+    shift, scale, gate = (t.double() for t in modulation(24, torch.float32))
+    each = [t.repeat_interleave(TOKENS // FRAMES, dim=1).squeeze(2) for t in (shift, scale, gate)]
+    summed = x + y * each[2]
+    normed = (summed - summed.mean(2, keepdim=True)) / (
+        summed.var(2, correction=0, keepdim=True) + EPS
+    ).sqrt()
+    residual, modulated = reference.modulated_after_residual(x, y, gate, shift, scale, EPS)
+    torch.testing.assert_close(residual, summed)
+    torch.testing.assert_close(modulated, normed * each[1] + each[0])
+
+    clip, gamma = random(1, 6, 2, 3, 4).double(), random(6, 1, 1, 1).double()
+    scaled = clip / clip.square().mean(1, keepdim=True).sqrt() * gamma
+    padded = torch.zeros(1, 6, 4, 3, 4, device=DEVICE).double()
+    reference.causal_norm_silu(clip, gamma, padded)
+    torch.testing.assert_close(padded[:, :, 2:], scaled / (1 + (-scaled).exp()))
+    assert not padded[:, :, :2].any()
+
+
+def arguments() -> dict[str, tuple]:
+    """What each public function takes, in small."""
+    x, y, _ = projected(24, torch.float32)
+    after = (x.contiguous(), y.contiguous())
+    shift, scale, gate = modulation(24, torch.float32)
+    weight, bias, rope = random(24, seed=7), random(24, seed=8), table(12)
+    k, turned, v = windows(3, 2, 12, torch.float32)
+    slots = [window[0, :, :TOKENS] for window in (k, turned, v)]
+    clip, padded = random(1, 6, 2, 3, 4), random(1, 6, 4, 3, 4)
+    return {
+        "modulated_norm": (after[0], shift, scale, EPS),
+        "modulated_after_residual": (*after, gate, shift, scale, EPS),
+        "affine_after_residual": (*after, None, weight, bias, EPS),
+        "norm_rotate": (x, weight, 2, EPS, rope),
+        "write_keys_values": (x, y, weight, EPS, rope, *slots),
+        "rotate_context": (k, table(12, 3 * FRAMES), turned),
+        "absorb": (*sinks_and_evicted([k, v]), 0.9),
+        "causal_norm_silu": (clip, random(6, 1, 1, 1), padded),
+    }
+
+
+def run(name: str) -> list[Tensor]:
+    """Everything a function returns and, after it, all it was given."""
+    given = arguments()[name]
+    result = getattr(kernels, name)(*given)
+    return [leaf for leaf in tree_leaves((result, given)) if isinstance(leaf, Tensor)]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_either_implementation_is_reached_and_gives_the_same(triton_kernels, monkeypatch, name):
+    monkeypatch.setattr(kernels, "fused", lambda *_: False)
+    wanted = run(name)
+    monkeypatch.setattr(kernels, "fused", lambda *_: True)
+    monkeypatch.delattr(reference, name)
+    torch.testing.assert_close(run(name), wanted, rtol=1e-5, atol=1e-5)
+
+
+def on_a_card(*dtypes: torch.dtype) -> list[Tensor]:
+    with FakeTensorMode():
+        return [torch.empty(2, 3, device="cuda", dtype=dtype) for dtype in dtypes]
+
+
+def test_kernels_take_tensors_of_one_dtype_on_a_capable_card_without_gradients(monkeypatch):
+    monkeypatch.setattr(availability, "_triton_runs_on", lambda device: True)
+    with torch.no_grad():
+        assert availability.fused(*on_a_card(torch.bfloat16, torch.bfloat16))
+        assert not availability.fused(*on_a_card(torch.bfloat16, torch.float32))
+        assert not availability.fused(*on_a_card(torch.float64))
+        assert not availability.fused(torch.empty(2, 3))
+    assert not availability.fused(*on_a_card(torch.bfloat16))
+    monkeypatch.setattr(availability, "_triton_runs_on", lambda device: False)
+    with torch.no_grad():
+        assert not availability.fused(*on_a_card(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("package", "capability", "reason"),
+    [
+        (None, (9, 0), "triton is not installed"),
+        (object(), (7, 5), r"compute capability is \(7, 5\)"),
+        (object(), (9, 0), "no C compiler"),
+    ],
+)
+def test_what_keeps_the_kernels_off_is_said_once(monkeypatch, caplog, package, capability, reason):
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(availability, "find_spec", lambda name: package)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(availability, "_compile_one", fail)
+    availability._triton_runs_on.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert not availability._triton_runs_on(torch.device("cuda:0"))
+    availability._triton_runs_on.cache_clear()
+    (record,) = caplog.records
+    assert re.search(reason, record.getMessage())
+
+
+def compile_for_a_card() -> None:
+    """Every kernel to machine code of an H100, which needs no card; run in a process of its own."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rf_core.kernels import triton_channels, triton_heads, triton_norms, triton_sink
+
+    row = {"C": 24, "BLOCK": 32}
+    plane = {"LEAST": 1e-12, "C": 6, "BLOCK": 8, "POSITIONS": 32, "x_c": 1, "out_c": 1}
+    flags = {"ADD": True, "GATED": True}
+    for kernel, constants in (
+        (triton_norms._norm, row | flags),
+        (triton_heads._norm_rotate, row | {"PAIRS": 6, "ROTATE": True}),
+        (triton_heads._write_keys_values, row | {"PAIRS": 6}),
+        (triton_heads._rotate_context, row | {"PAIRS": 6}),
+        (triton_sink._absorb, row | {"EXACT": True}),
+        (triton_channels._causal_norm_silu, plane),
+    ):
+        signature = {n: argument_type(n, constants) for n in kernel.arg_names}
+        source = ASTSource(kernel, signature, constants)
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}
+        )
+        assert compiled.asm["cubin"] and "fma.rn.f32" not in compiled.asm["ptx"], kernel
+
+
+def argument_type(name: str, constants: dict[str, object]) -> str:
+    if name in constants:
+        return "constexpr"
+    if name.endswith("_ptr"):
+        return "*fp32" if name in ("cos_ptr", "sin_ptr", "exact_ptr") else "*bf16"
+    return "fp32" if name in ("eps", "kept", "taken", "root") else "i32"
+
+
+@needs_triton
+def test_every_kernel_compiles_for_a_card_and_rounds_products_before_adding(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_kernels; test_kernels.compile_for_a_card()"],
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
