@@ -14,12 +14,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .codec import VAEState, put_channels_last
 from .taehv import TAEHV, fill_last_group, is_taehv, scales_of_file, taehv_of
-from .vae import VAEState, WanVAE
+from .vae import WanVAE
 from .vae_files import naming, vae_of
 from .weight_files import read_weights
 
 DecoderState = VAEState
+# Measured faster on CPUs; on CUDA expected, as its tensor cores want it, and not measured.
+_CHANNELS_LAST_DEVICES = ("cpu", "cuda")
 
 
 class Decoder(Protocol):
@@ -47,11 +50,21 @@ class Decoder(Protocol):
 
 
 class _Adapter:
-    """What both adapters share: sizes, dtype and running in groups."""
+    """What both adapters share: sizes, dtype and running in groups.
 
-    def __init__(self, codec: WanVAE | TAEHV, group_frames: int | None = None) -> None:
+    With `channels_last` the codec's own weights are put in that memory layout.
+    """
+
+    def __init__(
+        self,
+        codec: WanVAE | TAEHV,
+        group_frames: int | None = None,
+        channels_last: bool = False,
+    ) -> None:
         if group_frames is not None and group_frames < 1:
             raise ValueError(f"group_frames is {group_frames}; use 1 or more, or None for no limit")
+        if channels_last:
+            put_channels_last(codec)
         self.codec = codec
         self.group_frames = group_frames
 
@@ -128,17 +141,23 @@ def load_decoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     group_frames: int | None = None,
+    channels_last: bool | None = None,
 ) -> WanDecoder | TAEHVDecoder:
     """The decoder a .safetensors or .pth file holds: a Wan 2.1 VAE or a TAEHV (`taew2_1`).
 
+    `channels_last` is the memory layout, by default what suits the device.
+
     ValueError, with the file's path, for a file that is neither.
     """
+    if channels_last is None:
+        channels_last = torch.device(device).type in _CHANNELS_LAST_DEVICES
     file = read_weights(path)
     with naming(file.path):
         if is_taehv(file.tensors):
             taehv = taehv_of(file.tensors, scales_of_file(file), device, dtype)
-            return TAEHVDecoder(taehv, group_frames)
-        return WanDecoder(vae_of(file.tensors, file.metadata, device, dtype), group_frames)
+            return TAEHVDecoder(taehv, group_frames, channels_last)
+        vae = vae_of(file.tensors, file.metadata, device, dtype)
+        return WanDecoder(vae, group_frames, channels_last)
 
 
 def _in_turn(
@@ -156,4 +175,16 @@ def _in_turn(
 
 def _images_of(pixels: Tensor) -> Tensor:
     images: Tensor = rearrange(pixels.clamp(0, 1), "b c t h w -> b t c h w")
+    if images.device.type == "cpu":  # elsewhere reading would wait; `handoff` looks later
+        check_images(images.isnan().any())
     return images
+
+
+def check_images(have_nan: Tensor) -> None:
+    """ValueError where a flag, on the CPU, says that decoded images hold NaN."""
+    if have_nan:
+        raise ValueError(
+            "the decoded images hold NaN: the latents are not finite, or float16 is too narrow "
+            f"for this decoder (it ends at {torch.finfo(torch.float16).max:.0f}); decode in "
+            "bfloat16 or float32"
+        )

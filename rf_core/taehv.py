@@ -10,7 +10,7 @@ own loader knows it by the file's name, and so does `load_taehv`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,20 +20,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .vae import (
+from .codec import (
     RGB,
-    WAN21_MEAN,
-    WAN21_STD,
     Carry,
+    Codec,
     LayerFactory,
     Operations,
-    VAEState,
+    check_scales,
     check_shape,
     check_video,
+    convolve_doubled,
     scales,
     some_keys,
 )
-from .vae_files import load_strictly, naming, normalisation_of
+from .vae import WAN21_MEAN, WAN21_STD
+from .vae_files import frozen, naming, normalisation_of
 from .weight_files import WeightFile, read_weights
 
 _MEMORY_BLOCKS = 3  # per level
@@ -61,12 +62,7 @@ class TAEHVConfig:
     temporal_factor = 4
 
     def __post_init__(self) -> None:
-        for name, values in (("latent_mean", self.latent_mean), ("latent_std", self.latent_std)):
-            if len(values) != self.latent_channels:
-                raise ValueError(
-                    f"{name} has {len(values)} values; give one for each of {self.latent_channels} "
-                    "channels"
-                )
+        check_scales(self, self.latent_channels)
 
 
 class Clamp(nn.Module):
@@ -86,9 +82,9 @@ class MemoryBlock(nn.Module):
         convs = {key: build.conv2d(in_dim, dim, 3, padding=1) for key, in_dim in in_dims.items()}
         self.conv = nn.ModuleDict(convs)
 
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        """x and the frame before each [N, C, H, W] -> [N, C, H, W]."""
-        out = F.relu(self.conv["0"](torch.cat([x, before], dim=1)))
+    def forward(self, x: Tensor, pairs: Tensor) -> Tensor:
+        """x [N, C, H, W], and with the frame before each [N, 2C, H, W] -> [N, C, H, W]."""
+        out = F.relu(self.conv["0"](pairs))
         out = F.relu(self.conv["2"](out))
         return F.relu(self.conv["4"](out) + x)
 
@@ -117,8 +113,9 @@ class Grow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N * frames, C, H, W]."""
-        out: Tensor = rearrange(self.conv(x), "n (s c) h w -> (n s) c h w", s=self.frames)
-        return out
+        out: Tensor = self.conv(x).movedim(1, -1)
+        out = rearrange(out, "n h w (s c) -> (n s) h w c", s=self.frames)
+        return out.movedim(-1, 1)  # by way of channels last, the layout of a stream
 
 
 def _encoder(config: TAEHVConfig, build: LayerFactory) -> nn.ModuleList:
@@ -136,30 +133,44 @@ def _decoder(config: TAEHVConfig, build: LayerFactory) -> nn.ModuleList:
     layers = [Clamp(), build.conv2d(config.latent_channels, widths[0], 3, padding=1), nn.ReLU()]
     for (dim, next_dim), frames in zip(pairwise(widths), _GROW_FRAMES, strict=True):
         layers += [MemoryBlock(dim, build) for _ in range(_MEMORY_BLOCKS)]
-        layers += [nn.Upsample(scale_factor=2), Grow(dim, frames, build)]
+        # Between them rows and columns double, as published; `_run` doubles after `Grow`.
+        layers += [nn.Identity(), Grow(dim, frames, build)]
         layers += [build.conv2d(dim, next_dim, 3, padding=1, bias=False)]
     return nn.ModuleList([*layers, nn.ReLU(), build.conv2d(widths[-1], RGB, 3, padding=1)])
 
 
-def _run(layers: Iterable[nn.Module], path: str, x: Tensor, carry: Carry) -> Tensor:
+def _paired(x: Tensor, carry: Carry, key: str) -> Tensor:
+    """Each frame of x [B, C, T, H, W] with the one before it -> [(B T), 2C, H, W]."""
+    past = carry.before(key, x)
+    first = torch.zeros_like(x[:, :, :1]) if past is None else past
+    carry.leave(key, x, 1)
+    pairs = torch.cat([x, torch.cat([first, x[:, :, :-1]], dim=2)], dim=1)
+    out: Tensor = rearrange(pairs, "b c t h w -> (b t) c h w")
+    return out
+
+
+def _run(layers: nn.ModuleList, path: str, x: Tensor, carry: Carry) -> Tensor:
     """x [B, C, T, H, W] through the layers, each memory block with the frame before each frame."""
     batch = x.shape[0]
     x = rearrange(x, "b c t h w -> (b t) c h w")
+    grown = False
     for index, layer in enumerate(layers):
         if isinstance(layer, MemoryBlock):
             frames = rearrange(x, "(b t) c h w -> b c t h w", b=batch)
-            before = carry.extend(f"{path}.{index}", frames, frames=1)[:, :, :-1]
-            x = layer(x, rearrange(before, "b c t h w -> (b t) c h w"))
+            x = layer(x, _paired(frames, carry, f"{path}.{index}"))
         else:
-            x = layer(x)
+            # Doubling commutes with `Grow`, pixel by pixel, and with it costs four times as much.
+            x = convolve_doubled(layer, x) if grown else layer(x)
+        grown = isinstance(layer, Grow)
     out: Tensor = rearrange(x, "(b t) c h w -> b c t h w", b=batch)
     return out
 
 
-class TAEHV(nn.Module):
-    """The tiny autoencoder; whole clips and chunks of a stream give the same, however it is cut.
+class TAEHV(Codec):
+    """The tiny autoencoder: pixels in [0, 1], decoded ones clamped to it.
 
-    `operations` supplies Conv2d; `device` and `dtype` are passed on to it.
+    A stream of images comes in fours; `fill_last_group` fills the last four of a clip, and
+    `encode` does. `operations` supplies Conv2d; `device` and `dtype` are passed on to it.
     """
 
     def __init__(
@@ -175,33 +186,9 @@ class TAEHV(nn.Module):
         self.encoder = _encoder(config, build)
         self.decoder = _decoder(config, build)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, C, F, h, w] -> pixels [B, 3, 4(F-1)+1, 8h, 8w] in [0, 1]."""
-        return self._decode(latents, Carry(None, keep=False))
-
-    def decode_chunk(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
-        """The next latents [B, C, F, h, w] of a stream -> pixels [B, 3, T, 8h, 8w], state after.
-
-        `state` is None at the start of a stream, whose first frame gives one image; every other
-        gives four. ValueError for another shape or a state of another stream.
-        """
-        carry = Carry(state, keep=True)
-        pixels = self._decode(latents, carry)
-        return pixels, carry.state(latents.shape[2])
-
     def encode(self, video: Tensor) -> Tensor:
-        """Video [B, 3, T, H, W] in [0, 1] -> normalised latents [B, C, ceil(T/4), H/8, W/8]."""
-        return self._encode(fill_last_group(video), Carry(None, keep=False))
-
-    def encode_chunk(self, video: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
-        """The next images [B, 3, 4F, H, W] of a stream -> latents [B, C, F, H/8, W/8], state after.
-
-        ValueError for another shape or a number of images that is no multiple of four: fill the
-        last group of a clip with `fill_last_group`.
-        """
-        carry = Carry(state, keep=True)
-        latents = self._encode(video, carry)
-        return latents, carry.state(video.shape[2])
+        """Video [B, 3, T, H, W] -> normalised latents [B, C, ceil(T/4), H/8, W/8]."""
+        return super().encode(fill_last_group(video))
 
     def _decode(self, latents: Tensor, carry: Carry) -> Tensor:
         check_shape(latents, self.config.latent_channels, "latents")
@@ -276,9 +263,7 @@ def taehv_of(
 ) -> TAEHV:
     """A frozen TAEHV from a file's tensors; see `load_taehv`."""
     taehv = TAEHV(taehv_config_of(tensors, scales), operations, device="meta")
-    cast = {key: value.to(device=device, dtype=dtype) for key, value in tensors.items()}
-    load_strictly(taehv, cast, "TAEHV")
-    return taehv.eval().requires_grad_(False)
+    return frozen(taehv, tensors, "TAEHV", device, dtype)
 
 
 def load_taehv(

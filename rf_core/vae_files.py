@@ -11,15 +11,18 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .vae import Operations, VAEConfig, WanVAE, some_keys
+from .codec import Codec, Operations, some_keys
+from .vae import VAEConfig, WanVAE
 from .weight_files import read_weights
 
 METADATA_KEY = "rf_vae"
 _WAN22_Z_DIM = 48
+AnyCodec = TypeVar("AnyCodec", bound=Codec)
 
 
 def vae_state_dict(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,8 +145,23 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_strictly(module: nn.Module, sd: Mapping[str, Tensor], name: str) -> None:
-    """Make `sd` the weights of `module`; ValueError naming keys that are missing or do not fit."""
+def frozen(
+    codec: AnyCodec,
+    sd: Mapping[str, Tensor],
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> AnyCodec:
+    """The codec, made without weights, with `sd` as its weights there, for inference.
+
+    ValueError naming keys that are missing or do not fit.
+    """
+    cast = {key: value.to(device=device, dtype=dtype) for key, value in sd.items()}
+    _load_strictly(codec, cast, name)
+    return codec.eval().requires_grad_(False)
+
+
+def _load_strictly(module: nn.Module, sd: Mapping[str, Tensor], name: str) -> None:
     wanted = module.state_dict()
     both = wanted.keys() & sd.keys()
     faults = {
@@ -167,9 +185,7 @@ def vae_of(
     """A frozen Wan 2.1 VAE from the tensors and metadata of a file; see `load_vae`."""
     sd = vae_state_dict(tensors)
     vae = WanVAE(vae_config_of(sd, metadata), operations, device="meta")
-    cast = {key: value.to(device=device, dtype=dtype) for key, value in sd.items()}
-    load_strictly(vae, cast, "Wan 2.1 VAE")
-    return vae.eval().requires_grad_(False)
+    return frozen(vae, sd, "Wan 2.1 VAE", device, dtype)
 
 
 def load_vae(

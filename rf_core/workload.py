@@ -232,7 +232,8 @@ def _random_decoder(name: DecoderName, options: WorkloadOptions) -> WanDecoder |
     codec = WanVAE(VAEConfig(), **place) if name == "wan" else TAEHV(TAEHVConfig(), **place)  # type: ignore[arg-type]
     randomise(codec)
     codec.eval().requires_grad_(False)
-    return WanDecoder(codec) if isinstance(codec, WanVAE) else TAEHVDecoder(codec)
+    kind = WanDecoder if isinstance(codec, WanVAE) else TAEHVDecoder
+    return kind(codec, channels_last=True)
 
 
 def _plain(value: Any) -> Any:

@@ -160,7 +160,7 @@ def test_a_decoder_beside_the_stream_goes_on_from_chunk_to_chunk(small_decoders)
 
 def test_a_decoder_s_weights_are_read_and_must_be_of_the_kind_asked_for(small_decoders, tmp_path):
     drawn = load_workload(WorkloadOptions(decoder="taehv", **SMALL)).decoders["taehv"]
-    weights = {key: value + 1 for key, value in drawn.codec.state_dict().items()}
+    weights = {key: (t + 1).contiguous() for key, t in drawn.codec.state_dict().items()}
     save_file(weights, path := tmp_path / "taehv.safetensors")
     both = load_workload(WorkloadOptions(decoder="both", vae=path, **SMALL)).decoders
     assert isinstance(both["wan"], WanDecoder) and isinstance(both["taehv"], TAEHVDecoder)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rf_core.codec import put_channels_last
 from rf_core.decoder import Decoder, DecoderState, TAEHVDecoder, WanDecoder, load_decoder
 from rf_core.taehv import TAEHV, TAEHVConfig
 from rf_core.vae import VAEConfig, WanVAE
@@ -45,9 +46,10 @@ def stream_of(decoder: Decoder, z: Tensor, sizes: list[int]) -> tuple[Tensor, De
 def test_the_wan_vae_s_pixels_become_images_between_0_and_1() -> None:
     vae = codec_of(WanDecoder)
     vae.decoder.head.get_submodule("2").weight.mul_(20)  # well beyond [-1, 1]
+    decoder = WanDecoder(vae)
     pixels = vae.decode(latents())
     assert pixels.abs().max() > 2
-    decoded, state = WanDecoder(vae).decode(latents(), None)
+    decoded, state = decoder.decode(latents(), None)
     assert decoded.shape == (2, 25, 3, 16, 24)
     torch.testing.assert_close(decoded, ((pixels + 1) / 2).clamp(0, 1).transpose(1, 2))
     assert state.num_frames == 7
@@ -151,6 +153,17 @@ def test_a_file_says_by_its_tensors_which_decoder_it_holds(kind: Adapter, tmp_pa
     torch.testing.assert_close(decoder.decode(latents(), None)[0], whole, atol=1e-5, rtol=1e-5)
 
 
+@BOTH
+@pytest.mark.parametrize(("asked", "last"), [(None, True), (True, True), (False, False)])
+def test_a_decoder_loads_in_the_memory_layout_asked_for(
+    kind: Adapter, asked: bool | None, last: bool, tmp_path: Path
+) -> None:
+    save_file(codec_of(kind).state_dict(), tmp_path / "decoder.safetensors")
+    codec = load_decoder(tmp_path / "decoder.safetensors", channels_last=asked).codec
+    weights = [w for w in codec.parameters() if w.ndim > 3 and w.shape[1] > 1 < w.shape[-1]]
+    assert {not weight.is_contiguous() for weight in weights} == {last}
+
+
 def test_a_file_that_holds_no_decoder_is_refused(tmp_path: Path) -> None:
     save_file({"blocks.0.self_attn.q.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors.*not a Wan VAE.*self_attn"):
@@ -172,6 +185,47 @@ def test_a_state_of_the_other_decoder_is_refused(kind: Adapter) -> None:
     _, state = other(codec_of(other)).decode(latents(), None)
     with pytest.raises(ValueError, match="belongs to another"):
         kind(codec_of(kind)).decode(latents(), state)
+
+
+@BOTH
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_memory_layout_changes_neither_images_nor_state(kind: Adapter, batch: int) -> None:
+    z = latents()[:batch]
+    plain, last = kind(codec_of(kind)), kind(codec_of(kind))
+    put_channels_last(last.codec)
+    expected, after = stream_of(plain, z, [3, 3, 1])
+    images, state = stream_of(last, z, [3, 3, 1])
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.tensors, after.tensors, atol=1e-4, rtol=1e-4)
+
+
+@BOTH
+def test_a_state_goes_on_bit_identically_from_any_memory_layout(kind: Adapter) -> None:
+    decoder, z = kind(codec_of(kind)), latents()[:1]
+    put_channels_last(decoder.codec)
+    _, state = decoder.decode(z[:, :, :3], None)
+    tensors = {key: tensor.contiguous() for key, tensor in state.tensors.items()}
+    restored = DecoderState(tensors, state.num_frames)
+    ours, theirs = decoder.decode(z[:, :, 3:], state), decoder.decode(z[:, :, 3:], restored)
+    assert torch.equal(ours[0], theirs[0])
+
+
+@torch.no_grad()
+def test_streamed_bfloat16_is_as_near_to_exact_as_whole_bfloat16() -> None:
+    exact, _ = WanDecoder(codec_of(WanDecoder)).decode(latents(), None)
+    decoder = WanDecoder(codec_of(WanDecoder).to(torch.bfloat16))
+    whole, _ = decoder.decode(latents(), None)
+    streamed, _ = stream_of(decoder, latents(), [3, 3, 1])
+    error = (whole - exact).abs().mean()
+    assert 0 < error < 0.01
+    assert (streamed - exact).abs().mean() <= 1.1 * error
+
+
+def test_values_too_large_for_float16_are_refused_with_the_remedy() -> None:
+    vae = codec_of(WanDecoder).to(torch.float16)
+    vae.decoder.conv1.bias.fill_(60000.0)
+    with pytest.raises(ValueError, match=r"NaN.*float16.*65504.*bfloat16 or float32"):
+        WanDecoder(vae).decode(latents(), None)
 
 
 def test_a_group_of_no_frames_is_refused() -> None:

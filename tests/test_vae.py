@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rf_core.codec import convolve_doubled, put_channels_last
 from rf_core.vae import RMSNorm, VAEConfig, VAEState, WanVAE
 from rf_core.vae_files import load_vae, vae_metadata
 
@@ -201,12 +202,26 @@ def test_a_norm_has_the_gradients_of_normalize() -> None:
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_convolving_doubled_pixels_is_doubling_then_convolving(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(3))
+    conv, x = nn.Conv2d(5, 4, 3, padding=1), x.contiguous(memory_format=layout)
+    expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(convolve_doubled(conv, x), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_stream_is_the_same_with_gradients_on_and_off(batch: int) -> None:
+    vae, z = tiny_vae(), latents(batch=batch)
+    recorded = decode_in(vae, z, [3, 4])
+    with torch.no_grad():
+        torch.testing.assert_close(decode_in(vae, z, [3, 4]), recorded, atol=1e-5, rtol=1e-5)
+
+
 def test_channels_last_gives_the_same_pixels() -> None:
     vae, z = tiny_vae(), latents(frames=3)
     whole = vae.decode(z)
-    for weight in vae.parameters():
-        if weight.ndim == 5:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+    put_channels_last(vae)
     streamed = decode_in(vae, z.contiguous(memory_format=torch.channels_last_3d), [1, 2])
     torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)
 

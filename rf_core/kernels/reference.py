@@ -118,7 +118,8 @@ def causal_norm_silu(x_BCTHW: Tensor, gamma: Tensor, padded_BCTHW: Tensor) -> No
 def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """x [B, C, ...] with each position's channels scaled to unit mean square, times `gamma`."""
     gain = gamma.to(x) * math.sqrt(x.shape[1])
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    planes = x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(1) > 1
+    if not planes:
         return F.normalize(x, dim=1, eps=LEAST_NORM) * gain
     # F.normalize walks each position's channels one by one; a sum over planes is vectorised.
     power = x.square().sum(dim=1, keepdim=True)

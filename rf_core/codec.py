@@ -1,0 +1,276 @@
+"""What the Wan VAE and TAEHV share: weights that see a stream through explicit state.
+
+Every layer that looks back in time reads a few past frames from a `VAEState` that the caller passes
+in and leaves the last ones in the state it gets back, so whole clips and endless streams are one
+code path: a whole clip is a stream of one chunk. Modules hold weights only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RGB = 3
+# Weights in these layouts make torch keep activations channel by channel within each position.
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class VAEState:
+    """What decoding or encoding remembers between the chunks of one stream: plain data.
+
+    Nothing here is written in place, so a state may be kept, continued twice (a fork) or saved
+    (`tensors` as safetensors, `num_frames` beside it). Its size does not grow with the stream.
+    """
+
+    tensors: dict[str, Tensor]
+    """Past frames [B, C, frames, height, width] by the path of the layer that reads them."""
+    num_frames: int
+    """Frames the stream has consumed: latent frames when decoding, images when encoding."""
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> VAEState:
+        """The same state on another device or in another dtype."""
+        moved = {key: value.to(device=device, dtype=dtype) for key, value in self.tensors.items()}
+        return replace(self, tensors=moved)
+
+    def clone(self) -> VAEState:
+        """A copy that shares no memory with this one."""
+        return replace(self, tensors={key: value.clone() for key, value in self.tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the tensors take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class Carry:
+    """The past frames of one pass over a chunk: read from the state before it, kept for the next.
+
+    Lives for one pass; with `keep` off nothing is kept, as for a whole clip.
+    """
+
+    def __init__(self, state: VAEState | None, keep: bool) -> None:
+        self.at_start = state is None
+        self.past: Mapping[str, Tensor] = state.tensors if state else {}
+        self.next: dict[str, Tensor] | None = {} if keep else None
+        self.num_frames = state.num_frames if state else 0
+
+    def before(self, key: str, x: Tensor) -> Tensor | None:
+        """The frames the stream had before x [B, C, T, H, W] at layer `key`, None at its start.
+
+        ValueError where x cannot follow them.
+        """
+        past = self.past.get(key)
+        if past is not None and (*past.shape[:2], *past.shape[3:]) != (*x.shape[:2], *x.shape[3:]):
+            raise ValueError(
+                f"{list(x.shape)} at {key} does not continue a stream whose past there is "
+                f"{list(past.shape)}; batch and picture size stay the same in a stream: pass None "
+                "as the state to begin a new one"
+            )
+        return past
+
+    def leave(self, key: str, x: Tensor, frames: int) -> None:
+        """Keep the last `frames` of x [B, C, T, H, W] for the next pass."""
+        # A clone: a view would keep the whole chunk's activations alive.
+        if self.next is not None:
+            self.next[key] = x[:, :, -frames:].clone()
+
+    def room(self, key: str, x: Tensor, frames: int) -> Tensor:
+        """Room for x [B, C, T, H, W] behind the `frames` before it, which are in; zeros if none.
+
+        The rest is to be written: [B, C, frames + T, H, W] in the memory layout of x.
+        """
+        past = self.before(key, x)
+        last = x.is_contiguous(memory_format=torch.channels_last_3d)
+        room = torch.empty(
+            (*x.shape[:2], frames + x.shape[2], *x.shape[3:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last_3d if last else torch.contiguous_format,
+        )
+        room[:, :, :frames] = 0 if past is None else past
+        return room
+
+    def extend(self, key: str, x: Tensor, frames: int) -> Tensor:
+        """x [B, C, T, H, W] with the `frames` before it in front; zeros where none were."""
+        room = self.room(key, x, frames)
+        room[:, :, frames:] = x
+        self.leave(key, room, frames)
+        return room
+
+    def state(self, num_frames: int) -> VAEState:
+        """The state after a pass that consumed `num_frames`; needs `keep`.
+
+        ValueError where the state before it was another network's.
+        """
+        assert self.next is not None
+        if foreign := self.past.keys() - self.next.keys():
+            raise ValueError(
+                f"the state holds the past of {some_keys(foreign)}, which is not in this network: "
+                "it belongs to another; pass None to begin a new stream"
+            )
+        return VAEState(self.next, self.num_frames + num_frames)
+
+
+class Codec(nn.Module, ABC):
+    """Latents to pixels and back; the shapes and ranges are each network's own.
+
+    Whole clips (`encode`, `decode`) and chunks of a stream with explicit state (`encode_chunk`,
+    `decode_chunk`) give the same, however the stream is cut. ValueError for another shape or, of
+    chunks, a state of another stream.
+    """
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, C, F, h, w] -> pixels [B, 3, 4(F-1)+1, 8h, 8w]."""
+        return self._decode(latents, Carry(None, keep=False))
+
+    def decode_chunk(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
+        """The next latents [B, C, F, h, w] of a stream -> pixels [B, 3, T, 8h, 8w], state after.
+
+        `state` is None at the start of a stream, whose first frame gives one image; every other
+        gives four.
+        """
+        carry = Carry(state, keep=True)
+        pixels = self._decode(latents, carry)
+        return pixels, carry.state(latents.shape[2])
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Video [B, 3, 4k+1, H, W] -> normalised latents [B, C, k+1, H/8, W/8]."""
+        return self._encode(video, Carry(None, keep=False))
+
+    def encode_chunk(self, video: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
+        """The next images [B, 3, T, H, W] of a stream -> latents [B, C, F, H/8, W/8], state after.
+
+        `state` is None at the start of a stream.
+        """
+        carry = Carry(state, keep=True)
+        latents = self._encode(video, carry)
+        return latents, carry.state(video.shape[2])
+
+    @abstractmethod
+    def _decode(self, latents: Tensor, carry: Carry) -> Tensor: ...
+
+    @abstractmethod
+    def _encode(self, video: Tensor, carry: Carry) -> Tensor: ...
+
+
+class Operations(Protocol):
+    """Where layers come from: `torch.nn`, or a namespace with the same constructors."""
+
+    @property
+    def Conv2d(self) -> Callable[..., nn.Module]: ...  # noqa: N802
+    @property
+    def Conv3d(self) -> Callable[..., nn.Module]: ...  # noqa: N802
+
+
+@dataclass(frozen=True)
+class LayerFactory:
+    """Makes layers on one device, in one dtype, from one namespace (`torch.nn` or alike)."""
+
+    operations: Operations
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+    def conv2d(self, in_dim: int, out_dim: int, kernel: int, **options: int) -> nn.Module:
+        """A convolution over the rows and columns of single frames."""
+        conv: Callable[..., nn.Module] = self.operations.Conv2d
+        return conv(in_dim, out_dim, kernel, device=self.device, dtype=self.dtype, **options)
+
+    def conv3d(
+        self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int], **options: object
+    ) -> nn.Module:
+        """A convolution over frames, rows and columns."""
+        conv: Callable[..., nn.Module] = self.operations.Conv3d
+        return conv(in_dim, out_dim, kernel, device=self.device, dtype=self.dtype, **options)
+
+
+def float32_on_cpu(x: Tensor) -> bool:
+    """Whether x is where some steps have a faster form, measured there and equal to rounding."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def convolve_doubled(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 3x3 `conv` over x [N, C, H, W] with each pixel repeated 2x2 -> [N, C', 2H, 2W]."""
+    if not (float32_on_cpu(x) and type(conv) is nn.Conv2d):
+        whole: Tensor = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return whole
+    # Taps that meet the same pixel add up: as one transposed convolution it takes 4 products of 9.
+    taps = conv.weight.flip(2, 3).transpose(0, 1)
+    shifts = ((0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 0, 1), (1, 0, 1, 0))
+    kernel = torch.stack([F.pad(taps, shift) for shift in shifts]).sum(0)
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
+class LatentScales(Protocol):
+    """A config that knows how its latents are normalised."""
+
+    @property
+    def latent_mean(self) -> tuple[float, ...]: ...
+    @property
+    def latent_std(self) -> tuple[float, ...]: ...
+
+
+def scales(config: LatentScales, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Latent mean and std, each [C, 1, 1, 1], in the dtype and on the device of `like`."""
+    mean, std = like.new_tensor([config.latent_mean, config.latent_std])
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+
+
+def put_channels_last(codec: nn.Module) -> None:
+    """Lay out the weights of every convolution with channels last, in place; no value changes.
+
+    Activations follow: norms then read neighbours, and frames are split and joined without copies.
+    """
+    for conv in codec.modules():
+        if isinstance(weight := getattr(conv, "weight", None), nn.Parameter):
+            weight.data = weight.data.contiguous(memory_format=_LAYOUTS[weight.ndim])
+
+
+def check_scales(config: LatentScales, channels: int) -> None:
+    """ValueError unless there is a mean and a std for each channel."""
+    for name, values in (("latent_mean", config.latent_mean), ("latent_std", config.latent_std)):
+        if len(values) != channels:
+            raise ValueError(
+                f"{name} has {len(values)} values; give one for each of {channels} channels"
+            )
+    if min(config.latent_std) <= 0:
+        raise ValueError(f"latent_std holds {min(config.latent_std)}; every value is above 0")
+
+
+def check_video(video: Tensor, step: int, rest: int, side: int) -> None:
+    """ValueError unless video is [B, 3, step * k + rest, H, W], H and W multiples of `side`."""
+    check_shape(video, RGB, "video")
+    num_images, height, width = video.shape[2:]
+    if num_images % step != rest:
+        rule = f"{step}k + {rest}" if rest else f"a multiple of {step}"
+        raise ValueError(
+            f"video has {num_images} images; here their number is {rule} (4k + 1 at the start of "
+            "a Wan stream, 4k after it); trim or pad it"
+        )
+    if height % side or width % side:
+        raise ValueError(
+            f"video is {height}x{width}; both must be multiples of {side}; crop or resize it"
+        )
+
+
+def check_shape(x: Tensor, channels: int, name: str) -> None:
+    """ValueError unless x is [B, channels, T, H, W] and not empty."""
+    if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
+        raise ValueError(
+            f"{name} is {list(x.shape)}; it must be [batch, {channels}, frames, height, width] "
+            "with every size above 0"
+        )
+
+
+def some_keys(keys: Collection[str]) -> str:
+    """A few of the keys, and how many more there are, for a message."""
+    shown = ", ".join(sorted(keys)[:3])
+    return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown or "none"

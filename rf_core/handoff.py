@@ -1,0 +1,210 @@
+"""Images on their way from latents to whoever writes them, beside the network and in order.
+
+On CUDA a chunk is decoded on a second stream while the network makes the next one, becomes bytes on
+the device, and is copied to pinned memory of the host, where a thread waits for it and delivers it.
+The thread that drives the network only queues work. On other devices all this happens at once, in
+the caller's thread. The bytes are the same. The CUDA path is unmeasured.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .decoder import Decoder, DecoderState, check_images
+from .video import to_uint8
+
+Deliver = Callable[[Tensor], None]
+"""Takes one chunk's images, uint8 [B, T, H, W, 3] on the CPU; they are overwritten once it returns.
+It runs in the handoff's thread where there is one."""
+
+
+class Handoff:
+    """Decodes chunks and delivers their images in order, at most `depth` chunks behind.
+
+    Use it as a context manager. It waits at its end for all that was submitted, also when the body
+    raised: what was decoded is delivered. What `deliver` raises comes out of the next call, and
+    nothing more is delivered then.
+
+    Args:
+        decoder: what makes images of latents.
+        deliver: takes each chunk's images.
+        device: where the decoder computes.
+        depth: chunks decoded and not yet delivered before `submit` waits; 1 or more.
+        threaded: whether to deliver in a thread of its own; None does so on CUDA alone.
+
+    Raises:
+        ValueError: depth is below 1.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        deliver: Deliver,
+        *,
+        device: torch.device | str = "cpu",
+        depth: int = 2,
+        threaded: bool | None = None,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"depth is {depth}; keep at least 1 chunk on its way")
+        on_cuda = torch.device(device).type == "cuda"
+        self._decoder, self._deliver = decoder, deliver
+        self._lane = _CudaLane(torch.device(device)) if on_cuda else _HostLane()
+        self._slots: queue.Queue[_Slot] = queue.Queue()
+        for _ in range(depth):
+            self._slots.put(_Slot())
+        self._pending: queue.Queue[_Slot | None] = queue.Queue()
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if on_cuda if threaded is None else threaded:
+            self._thread = threading.Thread(target=self._deliver_all, name="handoff", daemon=True)
+            self._thread.start()
+
+    def submit(self, latents: Tensor, state: DecoderState | None) -> DecoderState:
+        """Decode the stream's next latents [B, C, F, h, w]; the state after them.
+
+        Waits while `depth` chunks are on their way. On CUDA the state is still being made when this
+        returns: pass it to `submit` again, or call `flush` before anything else reads it.
+
+        Raises:
+            ValueError: the latents or the state do not fit, or an earlier chunk's images held NaN.
+        """
+        slot = self._slots.get()
+        try:
+            self._raise_failure()
+            state = self._lane.decode(self._decoder, latents, state, slot)
+        except BaseException:
+            self._slots.put(slot)
+            raise
+        self._pending.put(slot)
+        if self._thread is None:
+            self._deliver_next()
+            self._raise_failure()
+        return state
+
+    def flush(self) -> None:
+        """Wait until all is delivered; after it the last state may be read, saved and forked."""
+        self._pending.join()
+        self._lane.join()
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Deliver what was submitted and end the thread; more than once does no harm."""
+        if self._thread is not None:
+            self._pending.put(None)
+            self._thread.join()
+            self._thread = None
+        self._lane.join()
+
+    def __enter__(self) -> Handoff:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+        if error is None:
+            self._raise_failure()
+
+    def _deliver_all(self) -> None:
+        while self._deliver_next():
+            pass
+
+    def _deliver_next(self) -> bool:
+        slot = self._pending.get()
+        if slot is None:
+            self._pending.task_done()
+            return False
+        try:
+            # After a failure chunks are only let go of, or `submit` would wait for them forever.
+            if self._failure is None:
+                self._deliver(slot.images())
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            self._slots.put(slot)
+            self._pending.task_done()
+        return True
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+@dataclass
+class _Slot:
+    """One chunk's way to the host, used again and again."""
+
+    ready: torch.cuda.Event | None = None
+    """Recorded once bytes and flag are on the host; None where they are at once."""
+    bytes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    """Pinned memory, as large as the largest chunk so far; or the images themselves."""
+    have_nan: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
+    shape: torch.Size = field(default_factory=torch.Size)
+
+    def images(self) -> Tensor:
+        """Wait for the chunk: uint8 [B, T, H, W, 3]. ValueError where it held NaN."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        check_images(self.have_nan)
+        return self.bytes[: self.shape.numel()].view(self.shape)
+
+
+class _HostLane:
+    """Decodes at once, where the caller is."""
+
+    def decode(
+        self, decoder: Decoder, latents: Tensor, state: DecoderState | None, slot: _Slot
+    ) -> DecoderState:
+        images, state = decoder.decode(latents, state)
+        pixels, slot.have_nan = to_uint8(images).cpu(), images.isnan().any()
+        slot.bytes, slot.shape = pixels.flatten(), pixels.shape
+        return state
+
+    def join(self) -> None:
+        pass
+
+
+class _CudaLane:
+    """Decodes on a stream of its own and copies to pinned memory. Unmeasured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def decode(
+        self, decoder: Decoder, latents: Tensor, state: DecoderState | None, slot: _Slot
+    ) -> DecoderState:
+        # The caller's stream made the latents and may have read the state (a snapshot).
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        for tensor in (latents, *(state.tensors.values() if state else ())):
+            # Or its memory could be given away while this stream still reads it.
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            images, state = decoder.decode(latents, state)
+            self._copy(to_uint8(images), images.isnan().any(), slot)
+        return state
+
+    def _copy(self, pixels: Tensor, have_nan: Tensor, slot: _Slot) -> None:
+        if slot.ready is None:
+            slot.ready = torch.cuda.Event(blocking=True)  # the thread sleeps instead of spinning
+            slot.have_nan = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        if slot.bytes.numel() < pixels.numel():
+            slot.bytes = torch.empty(pixels.numel(), dtype=torch.uint8, pin_memory=True)
+        slot.shape = pixels.shape
+        slot.bytes[: pixels.numel()].copy_(pixels.flatten(), non_blocking=True)
+        slot.have_nan.copy_(have_nan, non_blocking=True)
+        slot.ready.record(self._stream)
+
+    def join(self) -> None:
+        """Make the caller's stream wait for this one; the host does not."""
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

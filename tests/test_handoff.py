@@ -1,0 +1,196 @@
+"""Images on their way to the host: order, bounds and failures, with and without a thread."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from rf_core.decoder import DecoderState, WanDecoder
+from rf_core.handoff import Handoff
+from rf_core.vae import VAEConfig, WanVAE
+from rf_core.video import to_uint8
+
+BOTH = pytest.mark.parametrize("threaded", [False, True], ids=["at once", "threaded"])
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+DEPTH = 2
+SOON = 10.0  # seconds
+
+
+class Counter:
+    """A decoder whose images all show how many chunks came before."""
+
+    spatial_factor = temporal_factor = 1
+
+    def images_of(self, latent_frames: int, first: bool) -> int:
+        return latent_frames
+
+    def decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        number = state.num_frames if state else 0
+        images = latents.new_full((1, 1 + number % 2, 3, 2, 2), number / 255)
+        return images, DecoderState({}, number + 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Delivered:
+    """Keeps what it is given, once it may."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.numbers: list[int] = []
+        self.counts: list[int] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.fail_at = fail_at
+
+    def __call__(self, images: Tensor) -> None:
+        assert self.open.wait(SOON)
+        if len(self.numbers) == self.fail_at:
+            raise OSError("the disk is full")
+        self.numbers.append(int(images.flatten()[0]))
+        self.counts.append(images.shape[1])
+
+
+def submit(handoff: Handoff, chunks: int, state: DecoderState | None = None) -> DecoderState:
+    for _ in range(chunks):
+        state = handoff.submit(torch.zeros(1, 1, 1, 2, 2), state)
+    assert state is not None
+    return state
+
+
+def wan_decoder(device: str = "cpu", dtype: torch.dtype = torch.float32) -> WanDecoder:
+    torch.manual_seed(0)
+    vae = WanVAE(VAEConfig(dim=4, num_res_blocks=1), device=device, dtype=dtype)
+    return WanDecoder(vae.eval().requires_grad_(False))
+
+
+def latents(chunk: int) -> Tensor:
+    return torch.randn(1, 16, 3, 2, 3, generator=torch.Generator().manual_seed(chunk))
+
+
+@BOTH
+def test_every_chunk_is_delivered_once_and_in_order(threaded: bool) -> None:
+    delivered = Delivered()
+    with Handoff(Counter(), delivered, threaded=threaded) as handoff:
+        state = submit(handoff, 7)
+    assert delivered.numbers == [*range(7)] and state.num_frames == 7
+    assert delivered.counts == [1, 2, 1, 2, 1, 2, 1]
+
+
+@BOTH
+@torch.no_grad()
+def test_the_bytes_are_those_of_decoding_without_a_handoff(threaded: bool) -> None:
+    decoder, done, expected = wan_decoder(), [], []
+    state = twin = None
+    with Handoff(decoder, lambda images: done.append(images.clone()), threaded=threaded) as handoff:
+        for chunk in range(4):
+            state = handoff.submit(latents(chunk), state)
+            images, twin = decoder.decode(latents(chunk), twin)
+            expected.append(to_uint8(images))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(done, expected, strict=True))
+    assert all(torch.equal(state.tensors[key], twin.tensors[key]) for key in twin.tensors)
+
+
+def test_no_more_than_depth_chunks_are_on_their_way() -> None:
+    delivered = Delivered()
+    delivered.open.clear()
+    with Handoff(Counter(), delivered, depth=DEPTH, threaded=True) as handoff:
+        state = submit(handoff, DEPTH)
+        late = threading.Thread(target=submit, args=(handoff, 1, state))
+        late.start()
+        late.join(0.2)
+        assert late.is_alive() and delivered.numbers == []
+        delivered.open.set()
+        late.join(SOON)
+        assert not late.is_alive()
+    assert delivered.numbers == [*range(DEPTH + 1)]
+
+
+def test_a_flush_waits_until_all_is_delivered() -> None:
+    delivered = Delivered()
+    delivered.open.clear()
+    with Handoff(Counter(), delivered, threaded=True) as handoff:
+        submit(handoff, DEPTH)
+        opening = threading.Timer(0.1, delivered.open.set)
+        opening.start()
+        handoff.flush()
+        assert delivered.numbers == [*range(DEPTH)]
+
+
+@BOTH
+def test_what_delivery_raises_comes_out_and_leaves_nothing_hanging(threaded: bool) -> None:
+    delivered = Delivered(fail_at=1)
+    with (
+        pytest.raises(OSError, match="the disk is full"),
+        Handoff(Counter(), delivered, depth=DEPTH, threaded=threaded) as handoff,
+    ):
+        submit(handoff, 3 * DEPTH)
+    assert delivered.numbers == [0]
+    assert "handoff" not in {thread.name for thread in threading.enumerate()}
+
+
+@BOTH
+def test_a_failure_after_the_last_chunk_comes_out_at_the_end(threaded: bool) -> None:
+    with (
+        pytest.raises(OSError, match="the disk is full"),
+        Handoff(Counter(), Delivered(fail_at=0), threaded=threaded) as handoff,
+    ):
+        submit(handoff, 1)
+
+
+@BOTH
+def test_what_was_decoded_is_delivered_when_the_run_is_stopped(threaded: bool) -> None:
+    delivered = Delivered()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Handoff(Counter(), delivered, threaded=threaded) as handoff,
+    ):
+        submit(handoff, 2)
+        raise KeyboardInterrupt
+    assert delivered.numbers == [0, 1]
+    assert "handoff" not in {thread.name for thread in threading.enumerate()}
+
+
+@BOTH
+def test_latents_that_do_not_fit_take_no_place(threaded: bool) -> None:
+    delivered = []
+    with Handoff(wan_decoder(), delivered.append, depth=1, threaded=threaded) as handoff:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="batch, 16, frames"):
+                handoff.submit(torch.zeros(1, 4, 3, 2, 2), None)
+        handoff.submit(latents(0), None)
+    assert len(delivered) == 1
+
+
+@BOTH
+def test_images_with_nan_are_refused_with_the_remedy(threaded: bool) -> None:
+    with (
+        pytest.raises(ValueError, match=r"NaN.*float16.*bfloat16 or float32"),
+        Handoff(Counter(), Delivered(), threaded=threaded) as handoff,
+    ):
+        handoff._decoder.decode = lambda z, state: (z.new_full((1, 1, 3, 2, 2), torch.nan), None)
+        handoff.submit(torch.zeros(1, 1, 1, 2, 2), None)
+
+
+def test_a_depth_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"depth is 0.*at least 1"):
+        Handoff(Counter(), Delivered(), depth=0)
+
+
+@CUDA
+@torch.no_grad()
+def test_on_cuda_the_bytes_are_those_of_the_default_stream() -> None:
+    decoder, done, expected = wan_decoder("cuda", torch.bfloat16), [], []
+    state = twin = None
+    with Handoff(decoder, lambda images: done.append(images.clone()), device="cuda") as handoff:
+        for chunk in range(8):
+            state = handoff.submit(latents(chunk).cuda(), state)
+            images, twin = decoder.decode(latents(chunk).cuda(), twin)
+            expected.append(to_uint8(images).cpu())
+        handoff.flush()
+        kept = state.clone()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(done, expected, strict=True))
+    assert all(torch.equal(kept.tensors[key], twin.tensors[key]) for key in twin.tensors)
