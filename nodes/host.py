@@ -38,7 +38,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..rf_core.checkpoint import Checkpoint, read_checkpoint
-from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..rf_core.config import (
+    FPS,
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    CacheConfig,
+    ModelConfig,
+    SamplerConfig,
+)
+from ..rf_core.footprint import Sizes, footprint
 from ..rf_core.kv_cache import KeyValues
 from ..rf_core.model import PromptContext, TimeContext, WanModel
 from ..rf_core.text import byte_ids, clean_prompt
@@ -127,26 +135,24 @@ class StreamingModel(comfy.model_base.WAN21):
         return self.current_patcher is not None and self.current_patcher.is_dynamic()
 
     def memory_required(self, input_shape: list[int], cond_shapes: Any = None) -> float:
-        """Bytes of one pass over latents [B, C, F, h, w], and of the published cache."""
-        batch, _, frames, rows, columns = input_shape
-        return self.stream_memory(batch, min(frames, 3), (rows, columns), CacheConfig())
+        """Bytes of a stream with the published cache, over latents [B, C, F, h, w]."""
+        return self.stream_memory(input_shape[0], tuple(input_shape[3:]), CacheConfig())
 
-    def stream_memory(
-        self, batch: int, chunk: int, latent_size: tuple[int, int], cache: CacheConfig
-    ) -> float:
-        """Bytes a stream takes beside the weights: its cache, and one pass over a chunk."""
-        sizes = self.diffusion_model.config
-        itemsize = comfy.model_management.dtype_size(self.get_dtype_inference())
-        per_frame = batch * Grid.of_latents(*latent_size, sizes.patch_size).frame_tokens
-        window, tokens = per_frame * cache.window_frames, per_frame * chunk
-        kept = 2 * sizes.num_layers * window * sizes.dim * itemsize
-        if cache.accumulator == "float32" and itemsize < 4:
-            kept += 2 * sizes.num_layers * per_frame * cache.sink_frames * sizes.dim * 4
-        # Feed-forward and its GELU, the residual stream with its norms and modulations, queries;
-        # rotated keys of the window, in the cache's dtype and in float32 on the way.
-        act = tokens * (2 * sizes.ffn_dim + 12 * sizes.dim) * itemsize
-        rotated = window * sizes.dim * (2 * itemsize + 8)
-        return float(kept + act + rotated)
+    def stream_memory(self, batch: int, latent_size: tuple[int, int], cache: CacheConfig) -> float:
+        """Bytes a stream takes beside the weights and the decoder, as the planner counts them."""
+        rows, columns = latent_size
+        parts = footprint(
+            Sizes(
+                model=self.diffusion_model.config,
+                height=rows * SPATIAL_FACTOR,
+                width=columns * SPATIAL_FACTOR,
+                cache=cache,
+                batch=batch,
+                dtype=self.get_dtype_inference(),
+                device=comfy.model_management.get_torch_device().type,
+            )
+        )
+        return float(parts.cache + parts.prompt + parts.network)
 
 
 class StreamingWan(comfy.supported_models.WAN21_T2V):
@@ -346,6 +352,7 @@ class Hosted:
         self.patch_embedding = network.patch_embedding
         self.get_parameter = network.get_parameter
         self.prompt_context, self.time_context = network.prompt_context, network.time_context
+        self.new_cache = network.new_cache
         self._options = comfy.model_patcher.create_model_options_clone(model.model_options)
         transformer = self._options.setdefault("transformer_options", {})
         for name in ("wrappers", "callbacks"):

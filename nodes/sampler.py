@@ -238,7 +238,7 @@ class StreamingSampler(io.ComfyNode):
 def _run(request: Request, vae: Any, keep_state: str) -> Any:
     base = host.student_of(request.model)
     size = latent_size(request.height, request.width, base.diffusion_model.config.patch_size)
-    memory = base.stream_memory(1, request.cache.chunk_frames, size, request.cache)
+    memory = base.stream_memory(1, size, request.cache)
     others = []
     if vae is not None:
         others = [vae.patcher]

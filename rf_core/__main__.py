@@ -1,34 +1,61 @@
-"""The command line: `python -m rf_core generate | inspect | convert | verify | bench | profile`."""
+"""The command line: `python -m rf_core generate | plan | inspect | convert | verify | bench
+| profile`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .attention import BACKENDS, attention_backend, check_device
 from .baseline import BaselineOptions, compare, format_comparison
+from .batch import make, missing, plan_batch, read_prompts
 from .bench import BenchOptions, bench, format_bench
 from .checkpoint import convert, describe, read_checkpoint
-from .config import FPS, CacheConfig, SamplerConfig
-from .generate import Files, Options, Progress, generate, load, plan
+from .config import FPS, WAN_SIZE, CacheConfig, SamplerConfig
+from .footprint import Sizes, TextSizes
+from .generate import (
+    Files,
+    Options,
+    Plan,
+    Progress,
+    attention_of,
+    follow,
+    generate,
+    load,
+    load_spread,
+    plan,
+    split_of,
+)
 from .lora import parse_lora_argument
+from .parallel import Process, agreed, joined
+from .placement import decoder_config, free_bytes, parse_bytes, text_sizes
+from .plan import fit, format_plan
 from .profile import ProfileOptions, format_profile, profile
 from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
+from .stream import Stream
+from .taehv import TAEHVConfig
+from .vae import VAEConfig
 from .verify import Backend, Comparison, verify_folder
-from .workload import DECODERS, SIZES
+from .workload import DECODERS, RANDOM_SIZES, SIZES
 
+Load = Callable[[Plan], tuple[Stream, dict[str, Tensor]]]
+GRAPHS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,31 +78,115 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    settled = plan(_options(args))
+    process = Process.of(os.environ)
+    args.device = process.own_device(args.device)
+    if args.prompts is not None:
+        return _run_batch(args, process)
+    if args.parallel is not None:
+        return _run_spread(args, process)
+    if process.count > 1:
+        raise ValueError(
+            f"{process.count} processes would make the same video; give --prompts FILE, of which "
+            "each makes a share, --parallel context, or start one process"
+        )
+    return _run_stream(args, plan(_options(args)), load, process)
+
+
+def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Process) -> int:
     print(format_table(settled.prompts, width=shutil.get_terminal_size().columns))
     length = "without end, Ctrl-C stops"
     if settled.total is not None:
         length = f"{settled.total} chunks, {settled.clock.seconds(settled.total):.2f} s"
     print(f"{settled.width}x{settled.height} at {FPS} images/s, seed {args.seed}, {length}")
+    if settled.fit is not None:
+        print(settled.fit)
     stream, embeds = load(settled)
+    if (choice := attention_of(settled, stream.model.config)).seconds:
+        print(choice)
     if settled.snapshot is not None:
         print(f"resuming after chunk {stream.state.num_chunks}")
+    with _stop_on_signal(process) as stopped:
+        finished = generate(settled, stream, embeds, _ProgressLine(), stopped)
+    seconds = settled.clock.seconds(stream.state.num_chunks)
+    print(f"{settled.options.output}: {seconds:.2f} s of video")
+    if not finished:
+        print("stopped; the same command with --resume goes on from here")
+    return 0 if finished else 130
+
+
+def _run_spread(args: argparse.Namespace, process: Process) -> int:
+    if process.count == 1:
+        raise ValueError(
+            "--parallel shares a stream out over processes; start them with torchrun "
+            "--nproc-per-node N -m rf_core generate ..., or leave it out"
+        )
+    with joined(args.device):
+        settled = plan(_options(args))
+        split = split_of(settled, process)
+        torch.distributed.barrier()  # the first writes only when all have looked
+        if process.rank == 0:
+            return _run_stream(args, settled, partial(load_spread, split=split), process)
+        stream, embeds = load_spread(settled, split)
+        with _stop_on_signal(process) as stopped:
+            return 0 if follow(settled, stream, embeds, stopped) else 130
+
+
+@contextmanager
+def _stop_on_signal(process: Process) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, to be asked as the run goes on; pressed again it ends at once."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+        if process.count == 1:  # torchrun passes the first one on as a second
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     before = signal.signal(signal.SIGINT, on_signal)
     try:
-        finished = generate(settled, stream, embeds, _ProgressLine(), stop.is_set)
+        yield stop.is_set if process.count == 1 else agreed(stop.is_set)
     finally:
         signal.signal(signal.SIGINT, before)
-    seconds = settled.clock.seconds(stream.state.num_chunks)
-    print(f"{args.output}: {seconds:.2f} s of video")
-    if not finished:
-        print("stopped; the same command with --resume goes on from here")
-    return 0 if finished else 130
+
+
+def _run_batch(args: argparse.Namespace, process: Process) -> int:
+    batch = plan_batch(_batch_options(args), read_prompts(args.prompts), args.seeds)
+    todo = missing(batch, process)
+    who = f"process {process.rank} of {process.count}: " if process.count > 1 else ""
+    done = len(batch.videos[process.rank :: process.count]) - len(todo)
+    print(f"{who}{len(todo)} videos to make, {done} are there", flush=True)
+    if batch.base.fit is not None:
+        print(f"{who}{batch.base.fit}", flush=True)
+    for number, path in enumerate(make(batch, todo, process), 1):
+        print(f"{who}{number}/{len(todo)} {path}", flush=True)
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    sizes = Sizes(
+        **_named_sizes(args.size, args.decoder),
+        height=args.height,
+        width=args.width,
+        cache=CacheConfig(**_cache_fields(args)),
+        batch=args.batch,
+        dtype=DTYPES[args.dtype],
+        device=torch.device(args.device).type,
+        linear_bytes=args.weight_bytes,
+    )
+    free = free_bytes(args.device) if args.available is None else parse_bytes(args.available)
+    print(format_plan(sizes, fit(sizes, free)))
+    return 0
+
+
+def _named_sizes(size: str, decoder: str) -> dict[str, Any]:
+    decoders = {"none": None, "wan": VAEConfig(), "taehv": TAEHVConfig()}
+    if size != "demo":
+        return {"model": RANDOM_SIZES[size], "decoder": decoders[decoder], "text": TextSizes()}
+    files = Files()
+    return {
+        "model": read_checkpoint(files.model).config,
+        "decoder": decoder_config(files.vae) if decoder == "wan" else decoders[decoder],
+        "text": text_sizes(files.text_encoder),
+    }
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -101,10 +212,11 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     torch.backends.cudnn.allow_tf32 = False  # records are float32 in earnest
+    name = "sdpa" if args.attention == "auto" else args.attention  # what records were made with
+    check_device(args.device, DTYPES[args.dtype], name)
     backend = Backend(
-        device=args.device, dtype=DTYPES[args.dtype], attention=attention_backend(args.attention)
+        device=args.device, dtype=DTYPES[args.dtype], attention=attention_backend(name)
     )
-    check_device(args.device, backend.dtype, args.attention)
     failures = 0
     with torch.no_grad():
         for result in verify_folder(args.folder, backend):
@@ -120,7 +232,8 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_bench(args: argparse.Namespace) -> int:
     if args.baseline is not None:
         return _run_baseline(args)
-    result = bench(BenchOptions(compile=args.compile, **_chunks(args), **_workload_fields(args)))
+    fields = {**_chunks(args), **_workload_fields(args)}
+    result = bench(BenchOptions(compile=args.compile, graphs=_graphs(args), **fields))
     print(format_bench(result))
     _write_json(args.json, result)
     return 0
@@ -129,7 +242,7 @@ def run_bench(args: argparse.Namespace) -> int:
 def _run_baseline(args: argparse.Namespace) -> int:
     if args.compile or args.decoder not in (None, "none"):
         raise ValueError("--baseline compares the network alone; leave out --compile and --decoder")
-    fields = _workload_fields(args) | {"decoder": "none"}
+    fields = _workload_fields(args) | {"decoder": "none", "graphs": _graphs(args)}
     race = BaselineOptions(folder=args.baseline, rounds=args.rounds, **_chunks(args), **fields)
     result = compare(race)
     print(format_comparison(result))
@@ -142,7 +255,8 @@ def _chunks(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    result = profile(ProfileOptions(chunks=args.chunks, trace=args.trace, **_workload_fields(args)))
+    fields = _workload_fields(args)
+    result = profile(ProfileOptions(chunks=args.chunks, trace=args.trace, **fields))
     print(format_profile(result))
     _write_json(args.json, result)
     return 0
@@ -156,6 +270,11 @@ def _workload_fields(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": DTYPES[args.dtype],
         "cache": CacheConfig(**_cache_fields(args)),
     }
+
+
+def _graphs(args: argparse.Namespace) -> bool:
+    possible = args.device.startswith("cuda") and not args.compile
+    return args.graphs == "on" or (args.graphs == "auto" and possible)
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:
@@ -203,10 +322,26 @@ def _bar(progress: Progress, width: int = 20) -> str:
 
 
 def _options(args: argparse.Namespace) -> Options:
+    if args.seeds != 1:
+        raise ValueError("--seeds is for --prompts; give a single video its --seed")
+    return _run_options(args, _timeline(args), args.output or _free_name(Path("outputs")))
+
+
+def _batch_options(args: argparse.Namespace) -> Options:
+    if args.parallel is not None:
+        raise ValueError("with --prompts each process makes its own videos; leave out --parallel")
+    if args.prompt is not None or args.timeline is not None:
+        raise ValueError("--prompts says what the videos show; leave out --prompt and --timeline")
+    if args.output is None:
+        raise ValueError("videos of a prompt file need a folder; give --output FOLDER")
+    return _run_options(args, PromptTimeline(), args.output)
+
+
+def _run_options(args: argparse.Namespace, timeline: PromptTimeline, output: Path) -> Options:
     cuda = args.device.startswith("cuda")
     return Options(
-        timeline=_timeline(args),
-        output=args.output or _free_name(Path("outputs")),
+        timeline=timeline,
+        output=output,
         files=_files(args),
         chunks=args.chunks,
         seconds=args.seconds,
@@ -219,7 +354,8 @@ def _options(args: argparse.Namespace) -> Options:
         device=args.device,
         dtype=DTYPES[args.dtype or ("bfloat16" if cuda else "float32")],
         attention=args.attention,
-        group_frames=args.group_frames,
+        graphs=GRAPHS[args.graphs] if args.parallel is None else False,
+        **_memory_fields(args),
         crf=args.crf,
         snapshot_every=args.snapshot_every,
         resume=args.resume,
@@ -227,9 +363,25 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
+def _memory_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What is given on the command line; on a card the planner settles the rest."""
+    plans = args.device.startswith("cuda") and args.parallel is None
+    if args.parallel is not None and args.offload is not None:
+        raise ValueError("--parallel keeps weights on the cards; leave out --offload")
+    offload = args.offload or ("auto" if plans else "none")
+    group_frames = args.group_frames
+    if group_frames is None and plans:
+        group_frames = "auto"
+    return {
+        "group_frames": group_frames,
+        "offload": offload,
+        "text_offload": "stream" if offload == "stream" else "none",
+    }
+
+
 def _timeline(args: argparse.Namespace) -> PromptTimeline:
     if (args.prompt is None) == (args.timeline is None):
-        raise ValueError("give either --prompt TEXT or --timeline FILE")
+        raise ValueError("give either --prompt TEXT or --timeline FILE, or else --prompts FILE")
     if args.prompt is not None:
         if not args.prompt.strip():
             raise ValueError("the prompt is empty; say what the video shows")
@@ -293,6 +445,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reward-forcing", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="stream a video to an MP4"))
+    _add_plan(commands.add_parser("plan", help="say what memory a stream takes and how it fits"))
     _add_inspect(commands.add_parser("inspect", help="say what a checkpoint is"))
     _add_convert(commands.add_parser("convert", help="write a checkpoint as safetensors"))
     _add_verify(commands.add_parser("verify", help="compare with recorded outputs"))
@@ -306,6 +459,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the video shows").add_argument
     add("--prompt", metavar="TEXT", help="one prompt for the whole video")
     add("--timeline", type=Path, metavar="FILE", help="prompts in time, as '8s [cut]: a city'")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line: a video each, in a folder")
+    add("--seeds", type=int, default=1, metavar="N", help="videos of each line of --prompts")
     add("--seconds", type=float, metavar="S", help="length; without it, on until Ctrl-C")
     add("--chunks", type=int, metavar="N", help="length in chunks")
     add("--start", type=Path, metavar="FILE", help="a picture or clip to begin with (experimental)")
@@ -324,14 +479,36 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     _add_backend(machine, dtype=None)
     machine.add_argument(
-        "--group-frames", type=int, metavar="N", help="latent frames decoded at once (memory)"
+        "--parallel", choices=("context",), help="one stream over the processes of torchrun"
     )
+    add = machine.add_argument
+    add(
+        "--group-frames", type=_group_frames, metavar="N|auto", help="latent frames decoded at once"
+    )
+    add("--graphs", choices=GRAPHS, default="auto", help="CUDA graphs (default: where they can)")
+    add("--offload", choices=("auto", "none", "stream"), help="stream weights from host memory")
     add = parser.add_argument_group("output").add_argument
-    add("--output", type=Path, metavar="FILE", help="the MP4 (default: a new name in outputs/)")
+    add("--output", type=Path, metavar="PATH", help="the MP4 (default: a new name in outputs/)")
     add("--crf", type=int, default=18, metavar="N", help="quality: 0 lossless, 51 worst")
     add("--snapshot-every", type=int, default=20, metavar="N", help="in chunks; 0 for never")
     add("--resume", action="store_true", help="go on with an output that was stopped")
     add("--overwrite", action="store_true", help="replace an output that is there")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=run_plan)
+    height, width = WAN_SIZE
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="1.3b", help="default: 1.3b")
+    add("--width", type=int, default=width, help=f"picture width in pixels (default: {width})")
+    add("--height", type=int, default=height, help=f"picture height in pixels (default: {height})")
+    add("--batch", type=int, default=1, help="videos at once")
+    add("--decoder", choices=("none", "wan", "taehv"), default="wan", help="default: wan")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    add("--weight-bytes", type=int, metavar="N", help="of a linear layer's weight: 1 is fp8")
+    add("--device", default="cuda", help="whose paths are counted (default: cuda)")
+    add("--available", metavar="SIZE", help="such as 16GB; default: what is free on the device")
+    _add_cache(parser)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -360,6 +537,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=run_bench)
     add = parser.add_argument
     add("--chunks", type=int, help="chunks to stream (default: 500; 12 a round with --baseline)")
+    add("--graphs", choices=GRAPHS, default="auto", help="CUDA graphs (default: on a card)")
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--baseline", type=Path, metavar="FOLDER", help="a checkout of the published code to race")
     add("--rounds", type=int, default=3, help="rollouts of the race")
@@ -426,7 +604,12 @@ def _add_backend(parser: argparse._ActionsContainer, dtype: str | None) -> None:
     add = parser.add_argument
     add("--device", default=device, help=f"default: {device}")
     add("--dtype", choices=DTYPES, default=dtype, help="computing precision")
-    add("--attention", choices=BACKENDS, default="sdpa", help="default: sdpa")
+    names = ("auto", *BACKENDS)
+    add("--attention", choices=names, default="auto", help="default: auto, the fastest exact one")
+
+
+def _group_frames(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _steps(text: str) -> tuple[int, ...]:

@@ -20,9 +20,10 @@ from .bench import format_table
 from .config import Grid
 from .machine import format_machine, machine
 from .published import Published
+from .stopwatch import Stopwatch
 from .stream import Stream, chunk_noise
 from .verify import RELATIVE_NORM
-from .workload import Stopwatch, Workload, WorkloadOptions, load_workload
+from .workload import Workload, WorkloadOptions, load_workload
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,10 @@ from torch import Tensor
 from .config import TEMPORAL_FACTOR
 from .decoder import Decoder, DecoderState
 from .machine import format_machine, machine
+from .stopwatch import Stopwatch
 from .stream import Stream
 from .video import to_uint8
-from .workload import Stopwatch, Workload, WorkloadOptions, load_workload
+from .workload import Workload, WorkloadOptions, load_workload
 
 SWITCHES = ("soft", "recache", "blend 3", "cut")
 """Changes of prompt that are timed."""
@@ -47,6 +48,8 @@ class BenchOptions(WorkloadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.compile and self.graphs:
+            raise ValueError("compiled blocks are not captured; ask for --compile or for graphs")
         if self.chunks < 2:
             raise ValueError(f"{self.chunks} chunks leave nothing after the first; measure 2")
 
@@ -71,6 +74,7 @@ def bench(options: BenchOptions, report: Report = lambda chunk, seconds: None) -
     return {
         "options": options.plain(),
         "machine": clocks,
+        "attention": {"name": workload.attention.name, "seconds": dict(workload.attention.seconds)},
         "first_image": first,
         **_rates(steady, options),
         "cache_bytes": stream.state.cache.nbytes,
@@ -141,7 +145,8 @@ def format_bench(result: dict[str, Any]) -> str:
     options = result["options"]
     title = (
         f"{options['size']} {options['width']}x{options['height']}, {options['chunks']} chunks, "
-        f"{options['dtype']}, {options['attention']}{', compiled' if options['compile'] else ''}"
+        f"{options['dtype']}, {result['attention']['name']}"
+        f"{', compiled' if options['compile'] else ''}{', graphs' if options['graphs'] else ''}"
     )
     facts = [*format_machine(result["machine"]), *_first_rows(result)]
     return "\n".join(

@@ -9,23 +9,32 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .attention import attention_backend, check_device
 from .checkpoint import load_student, read_checkpoint
-from .config import WAN_SIZE, CacheConfig, SamplerConfig
-from .decoder import load_decoder
+from .config import WAN_SIZE, CacheConfig, Grid, ModelConfig, SamplerConfig
+from .decoder import Decoder, load_decoder
+from .dispatch import Choice, choose_attention
+from .graphs import GraphedModel
+from .handoff import Handoff
 from .lora import Lora
+from .model import WanModel
+from .offload import stream_layers
+from .parallel import Process, Split, SpreadModel, SpreadStream
+from .placement import placed
+from .plan import Fit, OffloadMode
 from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
 from .state import Snapshot
 from .stream import Chunk, Stream, latent_size
-from .text import encode_prompts, load_text_encoder
+from .text import UMT5Encoder, encode_prompts, load_text_encoder
 from .video import VideoFormat, VideoWriter, read_images, read_metadata, remux, to_uint8
 
 DEMO = Path(__file__).parent / "demo"
@@ -84,9 +93,15 @@ class Options:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     attention: str = "sdpa"
-    """Name of an attention backend."""
-    group_frames: int | None = None
+    """Name of an attention backend, or `auto` for the fastest here."""
+    graphs: bool | Literal["auto"] = False
+    """Whether the network's passes run as CUDA graphs; `auto`: where they can."""
+    group_frames: int | Literal["auto"] | None = None
     """Latent frames decoded at once; fewer take less memory. None: a whole chunk."""
+    offload: OffloadMode | Literal["auto"] = "none"
+    """`stream` where the student's layers stay in host memory and are copied ahead of use."""
+    text_offload: OffloadMode = "none"
+    """The same for the text encoder's; settled with `auto`."""
     crf: int = 18
     """Quality of the MP4: 0 is lossless, 51 the worst."""
     snapshot_every: int = 20
@@ -107,6 +122,7 @@ class Plan:
     """A run with everything settled that can be settled without its weights."""
 
     options: Options
+    model: ModelConfig
     cache: CacheConfig
     sampler: SamplerConfig
     height: int
@@ -117,6 +133,8 @@ class Plan:
     """Each prompt with the chunk it starts at."""
     snapshot: Snapshot | None
     """The state to go on from."""
+    fit: Fit | None = None
+    """What was chosen to suit the memory; None where all was given."""
 
     @property
     def clock(self) -> ChunkClock:
@@ -134,6 +152,9 @@ class Plan:
             "height": self.height,
             "cache": asdict(self.cache),
             "sampler": asdict(self.sampler),
+            "dtype": str(options.dtype).removeprefix("torch."),
+            "attention": options.attention,
+            "crf": options.crf,
             "start": options.start and options.start.name,
             "prompts": [[p.chunk, str(p.switch), p.text] for p in self.prompts],
         }
@@ -182,6 +203,7 @@ def plan(options: Options) -> Plan:
         total = options.timeline.num_chunks_for_seconds(options.seconds, clock)
     settled = Plan(
         options=options,
+        model=checkpoint.config,
         cache=cache,
         sampler=sampler,
         height=height,
@@ -191,7 +213,7 @@ def plan(options: Options) -> Plan:
         snapshot=_snapshot_of(options),
     )
     _check_resume(settled)
-    return settled
+    return placed(settled)
 
 
 def load(settled: Plan) -> tuple[Stream, dict[str, Tensor]]:
@@ -199,40 +221,103 @@ def load(settled: Plan) -> tuple[Stream, dict[str, Tensor]]:
 
     The text encoder comes first and is released before student and decoder are loaded.
     """
-    options, files = settled.options, settled.options.files
-    embeds = encode_prompts(
-        [prompt.text for prompt in settled.prompts],
-        lambda: load_text_encoder(
-            files.text_encoder,
-            device=options.device,
-            dtype=options.dtype,
-            tokenizer=files.tokenizer,
-        ),
+    texts = [prompt.text for prompt in settled.prompts]
+    embeds = encode_prompts(texts, lambda: open_text_encoder(settled.options))
+    return open_stream(settled, *open_networks(settled), embeds), embeds
+
+
+def attention_of(settled: Plan, model: ModelConfig) -> Choice:
+    """The attention of a run, chosen once; `model` is what one process attends with."""
+    patch, options = settled.model.patch_size, settled.options
+    grid = Grid.of_latents(*latent_size(settled.height, settled.width, patch), patch)
+    return choose_attention(
+        options.attention,
+        model,
+        settled.cache,
+        grid,
+        batch=1,
+        dtype=options.dtype,
+        device=options.device,
     )
+
+
+def split_of(settled: Plan, process: Process) -> Split:
+    """How processes share a run out; ValueError where they cannot."""
+    if settled.options.start is not None:
+        raise ValueError("several processes make a stream from noise alone; leave out --start")
+    patch = settled.model.patch_size
+    grid = Grid.of_latents(*latent_size(settled.height, settled.width, patch), patch)
+    return Split.of(process, settled.model, grid, settled.cache)
+
+
+def load_spread(settled: Plan, split: Split) -> tuple[Stream, dict[str, Tensor]]:
+    """As `load`, in one of several processes; the first one decodes."""
+    texts = [prompt.text for prompt in settled.prompts]
+    embeds = encode_prompts(texts, lambda: open_text_encoder(settled.options))
+    model, decoder = open_networks(settled)
+    assert isinstance(model, WanModel), "graphs are of one process"
+    own = None if split.rank else decoder
+    return open_stream(settled, SpreadModel(model, split), own, embeds), embeds
+
+
+def open_text_encoder(options: Options) -> UMT5Encoder:
+    """The text encoder of a run, on its device."""
+    files, streams = options.files, options.text_offload == "stream"
+    encoder = load_text_encoder(
+        files.text_encoder,
+        device="cpu" if streams else options.device,
+        dtype=options.dtype,
+        tokenizer=files.tokenizer,
+    )
+    if streams:
+        stream_layers(encoder.model.encoder, "block", options.device)
+    return encoder
+
+
+def open_networks(settled: Plan) -> tuple[WanModel | GraphedModel, Decoder]:
+    """Student and decoder of a run, on its device."""
+    options, files = settled.options, settled.options.files
     device, dtype = options.device, options.dtype
     model, _ = load_student(
         files.model,
-        device=device,
+        device="cpu" if options.offload == "stream" else device,
         dtype=dtype,
         submodel=files.submodel,
         num_heads=files.num_heads,
         loras=files.loras,
     )
+    if options.offload == "stream":
+        stream_layers(model, "blocks", device)
+    assert options.group_frames != "auto", "plan() settles it"
     decoder = load_decoder(files.vae, device, dtype, options.group_frames)
-    stream = Stream(
+    graphs = options.graphs
+    if graphs == "auto":
+        graphs = torch.device(device).type == "cuda" and options.offload == "none"
+    return (GraphedModel(model) if graphs else model), decoder
+
+
+def open_stream(
+    settled: Plan,
+    model: WanModel | GraphedModel,
+    decoder: Decoder | None,
+    embeds: dict[str, Tensor],
+) -> Stream:
+    """The stream of a run around networks that may serve others, at its start or snapshot."""
+    kind = SpreadStream if isinstance(model, SpreadModel) else Stream
+    stream = kind(
         model,
         embeds[settled.prompts[0].text],
         height=settled.height,
         width=settled.width,
         decoder=decoder,
-        seed=options.seed,
+        seed=settled.options.seed,
         cache=settled.cache,
         sampler=settled.sampler,
-        attention=attention_backend(options.attention),
+        attention=attention_backend(attention_of(settled, model.config).name),
     )
     if settled.snapshot is not None:
         stream.restore(settled.snapshot)
-    return stream, embeds
+    return stream
 
 
 def generate(
@@ -253,22 +338,61 @@ def generate(
         if stopped():
             raise Stopped
 
-    with _open_writer(settled, begun) as writer:
+    with _open_writer(settled, begun) as writer, _handoff(settled, stream, writer) as handoff:
+        written = writer.num_images
         try:
             for chunk in _chunks(settled, stream, embeds, pace, on_pass):
-                assert chunk.images is not None
-                images = to_uint8(chunk.images[0]).cpu()
-                writer.write(images)
-                done = chunk.index + 1
+                images = _hand_on(chunk, stream, writer, handoff)
+                done, written = chunk.index + 1, written + images
                 if options.snapshot_every and done % options.snapshot_every == 0:
+                    handoff.flush()
                     _save(settled, stream)
-                report(pace.chunk_done(done, len(images), writer.num_images))
+                report(pace.chunk_done(done, images, written))
         except Stopped:
+            handoff.flush()
             _save(settled, stream)
             return False
     remux(options.output)
     options.snapshot_path.unlink(missing_ok=True)
     return True
+
+
+def follow(
+    settled: Plan, stream: Stream, embeds: dict[str, Tensor], stopped: Callable[[], bool]
+) -> bool:
+    """What `generate` asks of the network, in a process that another one writes the video for."""
+    every, begun = settled.options.snapshot_every, stream.state.num_chunks
+    pace = _Pace(settled.total, begun, settled.options.device)
+
+    def on_pass(kind: str, number: int) -> None:
+        if stopped():
+            raise Stopped
+
+    try:
+        for chunk in _chunks(settled, stream, embeds, pace, on_pass):
+            if every and (chunk.index + 1) % every == 0:
+                stream.snapshot()  # which has to be asked for by all
+    except Stopped:
+        stream.snapshot()
+        return False
+    return True
+
+
+def _handoff(settled: Plan, stream: Stream, writer: VideoWriter) -> Handoff:
+    assert stream.decoder is not None
+    device = settled.options.device
+    return Handoff(stream.decoder, lambda images: writer.write(images[0]), device=device)
+
+
+def _hand_on(chunk: Chunk, stream: Stream, writer: VideoWriter, handoff: Handoff) -> int:
+    """Send a chunk to the file, and say how many images it has."""
+    if chunk.images is not None:
+        writer.write(to_uint8(chunk.images[0]).cpu())
+        return chunk.images.shape[1]
+    state, decoder = stream.state.decoder, stream.decoder
+    assert decoder is not None
+    stream.state.decoder = handoff.submit(chunk.latents, state)
+    return decoder.images_of(chunk.latents.shape[2], first=state is None)
 
 
 def _chunks(
@@ -286,9 +410,10 @@ def _chunks(
         index = state.num_chunks
         if index in switches and not state.chunk_open:
             stream.switch(embeds[switches[index].text], switches[index].switch)
+        pace.network_begins()
         latents = stream.generate(on_pass)
-        pace.network_done()
-        yield Chunk(index=index, latents=latents, images=stream.decode(latents))
+        pace.network_ends()
+        yield Chunk(index=index, latents=latents, images=None)
 
 
 class _Pace:
@@ -299,22 +424,36 @@ class _Pace:
         self._began = self._marked = time.perf_counter()
         self._images = 0
         self._network_seconds = 0.0
+        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def network_done(self) -> None:
-        """The chunk's latents are made."""
+    def network_begins(self) -> None:
+        """The chunk's latents are asked for."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._network_seconds = time.perf_counter() - self._marked
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            self._marks.append((begin, end))
+
+    def network_ends(self) -> None:
+        """The chunk's latents are made, or on a card on their way: nothing waits for them here."""
+        if self._device.type != "cuda":
+            self._network_seconds = time.perf_counter() - self._marked
+            return
+        self._marks[-1][1].record()
+        while self._marks and self._marks[0][1].query():
+            begin, end = self._marks.popleft()
+            self._network_seconds = begin.elapsed_time(end) / 1e3
 
     def chunk_done(self, chunks: int, images: int, images_in_file: int) -> Progress:
-        """The chunk is written."""
+        """The chunk is handed on. On a card the network's time is that of an earlier chunk."""
         now = time.perf_counter()
-        decode_seconds = now - self._marked - self._network_seconds
+        decode_seconds = max(0.0, now - self._marked - self._network_seconds)
         self._marked, self._images = now, self._images + images
         left = None
         if self._total is not None:
             left = (self._total - chunks) * (now - self._began) / (chunks - self._chunks)
-        network_seconds, self._network_seconds = self._network_seconds, 0.0
+        network_seconds = self._network_seconds
+        if self._device.type != "cuda":
+            self._network_seconds = 0.0
         return Progress(
             chunks=chunks,
             total=self._total,
@@ -334,11 +473,16 @@ def _check_values(options: Options) -> None:
         raise ValueError(f"the length is {options.chunks} chunks; make at least 1")
     if options.snapshot_every < 0:
         raise ValueError(f"snapshot_every is {options.snapshot_every}; use 0 for no snapshots")
-    if options.group_frames is not None and options.group_frames < 1:
+    if isinstance(options.group_frames, int) and options.group_frames < 1:
         raise ValueError(f"group_frames is {options.group_frames}; decode at least 1 at once")
     if not 0 <= options.seed < 2**64:
         raise ValueError(f"the seed is {options.seed}; use a whole number from 0 below 2**64")
     check_device(options.device, options.dtype, options.attention)
+    if "stream" in (options.offload, options.text_offload) and "cuda" not in options.device:
+        raise ValueError(
+            f"weights are to be streamed to {options.device}, which shares the host's memory; "
+            "leave out --offload stream"
+        )
 
 
 def _check_files(options: Options) -> None:
@@ -385,7 +529,7 @@ def _check_resume(settled: Plan) -> None:
         raise ValueError(f"{options.output} was not made by this command; --overwrite it instead")
     wanted = json.loads(json.dumps(settled.record()))
     for name, value in wanted.items():
-        before = made[name]
+        before = made.get(name, value)  # older videos record fewer
         if name == "prompts":
             before, value = ([p for p in ps if p[0] < max(fixed, 1)] for ps in (before, value))
         if before != value:

@@ -22,6 +22,7 @@ from .attention import Attention, sdpa
 from .config import CacheConfig
 from .kv_cache import KVCache
 from .model import PromptContext, TimeContext, WanModel
+from .offload import StreamedLayers
 from .rope import Rope
 
 Replay = Callable[[], Tensor | None]
@@ -159,7 +160,8 @@ class CudaCapture:
             run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads go on with their work, such as handing images to the host.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
 
         def replay() -> Tensor | None:
@@ -170,6 +172,8 @@ class CudaCapture:
 
 
 def _require_capturable(model: WanModel) -> None:
+    if isinstance(model.blocks, StreamedLayers):
+        raise ValueError("CUDA graphs need all weights on the card; leave out --offload stream")
     elsewhere = {p.device.type for p in model.parameters()} - {"cuda"}
     if elsewhere:
         raise ValueError(

@@ -45,9 +45,11 @@ from .counts import (
 )
 from .layers import Block, CrossAttention, Head, SelfAttention
 from .machine import format_machine, machine
+from .model import WanModel
+from .stopwatch import Stopwatch, seconds_of, wait
 from .stream import Stream
 from .video import to_uint8
-from .workload import Stopwatch, Workload, WorkloadOptions, load_workload, wait
+from .workload import Workload, WorkloadOptions, load_workload
 
 REST = "noise, schedule, rest"
 TO_HOST = "to bytes on the host"
@@ -186,6 +188,7 @@ def marked(stream: Stream, borders: Borders) -> Iterator[None]:
         (cache := stream.state.cache, "advance", _within(borders, EVICTION, cache.advance)),
         *((kernels, n, _within(borders, kind, getattr(kernels, n))) for n, kind in KERNELS.items()),
     ]
+    assert isinstance(stream.model, WanModel), "graphs have no modules to watch"
     for name, module in stream.model.named_modules():
         if (kind := kind_of(name, module)) is not None:
             call = _attending(inside, module)
@@ -229,7 +232,8 @@ def rates(device: str, dtype: torch.dtype) -> Work:
     a = torch.randn((8192, 8192) if large else (1024, 1024), device=device).to(dtype)
     source = torch.empty(1 << (30 if large else 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    product, copy = _fastest(device, lambda: a @ a), _fastest(device, lambda: target.copy_(source))
+    product = seconds_of(lambda: a @ a, device)
+    copy = seconds_of(lambda: target.copy_(source), device)
     return Work(int(2 * a.shape[0] ** 3 / product), int(2 * source.nbytes / copy))
 
 
@@ -357,15 +361,6 @@ def _within(borders: Borders, kind: str, call: Callable[..., Result]) -> Callabl
             borders.end()
 
     return within
-
-
-def _fastest(device: str, call: Callable[[], Any], repeats: int = 5) -> float:
-    call()
-    watch, seconds = Stopwatch(device), []
-    for _ in range(repeats):
-        call()
-        seconds.append(watch.lap())
-    return min(seconds)
 
 
 def _between(mark: Mark, following: Mark) -> float:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .attention import sdpa
 from .config import CacheConfig, Grid, ModelConfig, SamplerConfig
 from .model import WanModel
-from .workload import Stopwatch
+from .stopwatch import Stopwatch
 
 REPOSITORY = "JaydenLyh/Reward-Forcing"
 _FILES = (

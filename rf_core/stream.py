@@ -25,6 +25,7 @@ from torch import Tensor
 from .attention import Attention, sdpa
 from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
 from .decoder import Decoder
+from .graphs import GraphedModel
 from .kv_cache import KVCache
 from .model import PromptContext, TimeContext, WanModel
 from .prompts import Switch
@@ -65,7 +66,7 @@ class Stream:
 
     def __init__(
         self,
-        model: WanModel,
+        model: WanModel | GraphedModel,
         prompt_embeds: Tensor,
         *,
         height: int,
@@ -232,7 +233,12 @@ class Stream:
 
     @classmethod
     def from_snapshot(
-        cls, model: WanModel, snapshot: Snapshot, *, decoder: Decoder | None = None, **options: Any
+        cls,
+        model: WanModel | GraphedModel,
+        snapshot: Snapshot,
+        *,
+        decoder: Decoder | None = None,
+        **options: Any,
     ) -> Stream:
         """A stream of the snapshot's size and steps that goes on from it."""
         facts = snapshot.facts

@@ -8,7 +8,6 @@ network is narrower than the published one its weights are wider, or its blocks 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,14 @@ from torch import Tensor, nn
 
 from .attention import attention_backend
 from .checkpoint import load_student
-from .config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig
+from .config import WAN_1_3B, WAN_14B, CacheConfig, Grid, ModelConfig
 from .decoder import TAEHVDecoder, WanDecoder, load_decoder
+from .dispatch import Choice, choose_attention
 from .generate import Files
+from .graphs import GraphedModel
 from .model import WanModel
-from .stream import Stream
+from .stopwatch import Stopwatch
+from .stream import Stream, latent_size
 from .taehv import TAEHV, TAEHVConfig
 from .text import TextEncoder, load_text_encoder
 from .vae import VAEConfig, WanVAE
@@ -61,7 +63,9 @@ class WorkloadOptions:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     attention: str = "sdpa"
-    """Name of an attention backend."""
+    """Name of an attention backend, or `auto` for the fastest here."""
+    graphs: bool = False
+    """Whether the network's passes run as CUDA graphs."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     decoder: str | None = None
     """One of DECODERS; by default `wan` for the demo and `none` for the others."""
@@ -101,6 +105,9 @@ class Workload:
 
     options: WorkloadOptions
     model: WanModel
+    passes: WanModel | GraphedModel
+    """What streams run: the network, or its graphs."""
+    attention: Choice
     encoder: TextEncoder | None
     prompts: tuple[Tensor, Tensor]
     """Embeddings of two prompts, [1, S, D]: the first to stream under, the other to switch to."""
@@ -114,14 +121,14 @@ class Workload:
         """A new stream under the first prompt, with the first decoder."""
         options = self.options
         return Stream(
-            self.model,
+            self.passes,
             self.prompts[0],
             height=options.height,
             width=options.width,
             seed=seed,
             decoder=next(iter(self.decoders.values()), None),
             cache=options.cache,
-            attention=attention_backend(options.attention),
+            attention=attention_backend(self.attention.name),
         )
 
 
@@ -134,9 +141,12 @@ def load_workload(options: WorkloadOptions) -> Workload:
     load_seconds = watch.lap()
     first = _prompt(0, model.config, encoder)
     text_seconds = watch.lap()
+    model = model.eval().requires_grad_(False)
     return Workload(
         options=options,
-        model=model.eval().requires_grad_(False),
+        model=model,
+        passes=GraphedModel(model) if options.graphs else model,
+        attention=_attention(options, model.config),
         encoder=encoder,
         prompts=(first, _prompt(1, model.config, encoder)),
         decoders=decoders,
@@ -157,36 +167,6 @@ def randomise(module: nn.Module, std: float = WEIGHT_STD) -> None:
                 parameter.add_(1)
 
 
-class Stopwatch:
-    """Seconds from call to call, the device having done its work."""
-
-    def __init__(self, device: str | torch.device) -> None:
-        self._device = torch.device(device)
-        self._began = self._now()
-
-    def lap(self) -> float:
-        """Seconds by the wall since the last lap, or since the start."""
-        return self.laps()[0]
-
-    def laps(self) -> tuple[float, float]:
-        """The same, and the CPU time of all threads, which other processes do not lengthen."""
-        (wall, cpu), self._began = self._began, self._now()
-        return self._began[0] - wall, self._began[1] - cpu
-
-    def _now(self) -> tuple[float, float]:
-        wait(self._device)
-        return time.perf_counter(), time.process_time()
-
-
-def wait(device: str | torch.device) -> None:
-    """Until the device has done all it was given."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-    elif kind == "mps":
-        torch.mps.synchronize()
-
-
 def _demo(options: WorkloadOptions) -> tuple[WanModel, TextEncoder]:
     place = {"device": options.device, "dtype": options.dtype}
     encoder = load_text_encoder(Files().text_encoder, **place)  # type: ignore[arg-type]
@@ -204,6 +184,19 @@ def _random(options: WorkloadOptions) -> tuple[WanModel, TextEncoder | None]:
         options.text_encoder, device=device, dtype=dtype, tokenizer=options.tokenizer
     )
     return model, encoder
+
+
+def _attention(options: WorkloadOptions, model: ModelConfig) -> Choice:
+    size = latent_size(options.height, options.width, model.patch_size)
+    return choose_attention(
+        options.attention,
+        model,
+        options.cache,
+        Grid.of_latents(*size, model.patch_size),
+        batch=1,
+        dtype=options.dtype,
+        device=options.device,
+    )
 
 
 def _prompt(number: int, config: ModelConfig, encoder: TextEncoder | None) -> Tensor:

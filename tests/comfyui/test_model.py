@@ -287,11 +287,11 @@ def test_memory_counts_the_cache(host: Any, demo: Any) -> None:
     inside = host.student_of(demo.load_model())
     from rf_core.config import CacheConfig
 
-    small = inside.stream_memory(1, 3, (8, 8), CacheConfig())
-    wide = inside.stream_memory(1, 3, (16, 16), CacheConfig())
-    long = inside.stream_memory(1, 3, (8, 8), CacheConfig(window_frames=21))
+    small = inside.stream_memory(1, (8, 8), CacheConfig())
+    wide = inside.stream_memory(1, (16, 16), CacheConfig())
+    long = inside.stream_memory(1, (8, 8), CacheConfig(window_frames=21))
     cache = 2 * 5 * 9 * 16 * 160 * 4
-    assert small > cache and wide == pytest.approx(4 * small) and long > small + cache
+    assert small > cache and 2 * small < wide < 4 * small and long > small + cache
 
 
 def test_a_broken_checkpoint_is_refused(host: Any, tmp_path: Path) -> None:

@@ -1,0 +1,237 @@
+"""What a stream takes of a device's memory, part by part, before any weight is loaded.
+
+A chunk is generated and decoded by weightless copies of the networks while the tensors that live
+are counted (`live_bytes`). Nothing is estimated by formula: what the code does is what is counted.
+Every layer adds the same, so a network of two and one of three tell of any depth.
+
+Not counted: encoding start images, and what a text encoder takes beside its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from .codec import put_channels_last
+from .config import CacheConfig, ModelConfig, SamplerConfig
+from .decoder import _CHANNELS_LAST_DEVICES, DecoderState, TAEHVDecoder, WanDecoder
+from .live_bytes import ghosts, peak_bytes
+from .model import WanModel
+from .rope import rope_table
+from .stream import Stream, latent_size
+from .taehv import TAEHV, TAEHVConfig
+from .vae import VAEConfig, WanVAE
+
+DecoderConfig = VAEConfig | TAEHVConfig
+_FEW_LAYERS = 2  # the fewest that show what another one adds
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSizes:
+    """Sizes of a text encoder. Defaults are UMT5-XXL's encoder (google/umt5-xxl), Wan's own."""
+
+    parameters: int = 5_680_910_336
+    """All of them."""
+    outside: int = 256_384 * 4096
+    """Those outside of its layers: the table of tokens."""
+    layers: int = 24
+    """Layers of about equal size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """All that the memory of a stream depends on."""
+
+    model: ModelConfig
+    height: int
+    """Picture rows, in pixels."""
+    width: int
+    """Picture columns, in pixels."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    batch: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    """Of the weights, the cache and the decoder."""
+    decoder: DecoderConfig | None = None
+    """Sizes of the decoder; None where nothing is decoded."""
+    device: str = "cuda"
+    """The kind of device: on a CPU, code takes other paths."""
+    linear_bytes: int | None = None
+    """Bytes of a weight in the student's linear layers, if not those of `dtype`."""
+    text: TextSizes | None = None
+    """The text encoder; None where prompts are encoded elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layered:
+    """Weights, most of them in layers."""
+
+    total: int = 0
+    """Bytes of all."""
+    layer: int = 0
+    """Bytes of one layer."""
+    layers: int = 0
+    """How many layers there are."""
+
+    def streamed(self, slots: int) -> int:
+        """Bytes on the device where only so many layers are there at a time."""
+        return self.total - max(self.layers - slots, 0) * self.layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderFootprint:
+    """Bytes of a decoder and of what it works on; nothing, without one."""
+
+    weights: int = 0
+    """Its encoder half included."""
+    state: int = 0
+    """What it remembers of the stream."""
+    images: int = 0
+    """The last chunk's images, float32."""
+    decode: Mapping[int, int] = field(default_factory=dict)
+    """Most that lives at once while a chunk is decoded, by the latent frames decoded at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of each part of a stream whose window is full."""
+
+    student: Layered
+    text: Layered
+    """The text encoder, which is gone when the stream begins."""
+    cache: int
+    """Keys and values."""
+    prompt: int
+    """The prompt's embedding, and its keys and values."""
+    network: int
+    """Most that lives at once while a chunk is generated or a prompt changed, beside the above."""
+    decoder: DecoderFootprint
+
+
+@lru_cache(maxsize=256)
+def footprint(sizes: Sizes) -> Footprint:
+    """Count a stream of these sizes, in about a second. ValueError where they do not fit."""
+    few, more = (_count_network(sizes, _FEW_LAYERS + extra) for extra in (0, 1))
+    layers = sizes.model.num_layers
+    each = {name: more[name] - few[name] for name in few}
+    counted = {name: few[name] + (layers - _FEW_LAYERS) * each[name] for name in few}
+    decoder = DecoderFootprint()
+    if sizes.decoder is not None:
+        decoder = _count_decoder(sizes, sizes.decoder)
+    return Footprint(
+        student=Layered(total=counted["weights"], layer=each["weights"], layers=layers),
+        text=_count_text(sizes),
+        cache=counted["cache"],
+        prompt=counted["prompt"],
+        network=max(counted["chunks"], counted["switch"]),
+        decoder=decoder,
+    )
+
+
+def decoder_footprint(
+    decoder: WanDecoder | TAEHVDecoder, latents: Tensor, groups: range
+) -> DecoderFootprint:
+    """Count a decoder of ghosts over one chunk of latents [B, C, F, h, w] of a running stream."""
+    place = latents.device
+    made: list[tuple[Tensor, DecoderState]] = []
+
+    def decode() -> None:
+        made.append(decoder.decode(latents, made[-1][1] if made else None))
+
+    for _ in range(2):  # the first chunk is shorter
+        peak_bytes(decode, place)
+    images, state = made[-1]
+    peaks = {}
+    for group in groups:
+        decoder.group_frames = group
+        peaks[group] = peak_bytes(lambda: decoder.decode(latents, state), place)
+    return DecoderFootprint(
+        weights=sum(parameter.nbytes for parameter in decoder.codec.parameters()),
+        state=state.nbytes,
+        images=images.nbytes,
+        decode=peaks,
+    )
+
+
+def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
+    with _no_tables(), ghosts(sizes.device) as place:
+        stream = _ghost_stream(sizes, layers, place)
+        state, context = stream.state, stream._context
+
+        def two_chunks() -> None:  # the second settles the first
+            stream.generate()
+            stream.generate()
+
+        state.cache.num_frames = sizes.cache.window_frames  # so that frames leave
+        return {
+            "chunks": peak_bytes(two_chunks, place),
+            "switch": peak_bytes(lambda: stream.switch(state.prompt_embeds, "soft"), place),
+            "weights": _weight_bytes(stream.model, sizes.linear_bytes),
+            "cache": state.cache.nbytes,
+            "prompt": state.prompt_embeds.nbytes + sum(t.nbytes for pair in context for t in pair),
+        }
+
+
+@contextmanager
+def _no_tables() -> Iterator[None]:
+    """Every count makes its own rotary tables, and leaves none of ghosts to others."""
+    rope_table.cache_clear()
+    try:
+        yield
+    finally:
+        rope_table.cache_clear()
+
+
+def _ghost_stream(sizes: Sizes, layers: int, place: str) -> Stream:
+    config = replace(sizes.model, num_layers=layers)
+    model = WanModel(config, device=place, dtype=sizes.dtype).requires_grad_(False)
+    shape = (sizes.batch, config.text_len, config.text_dim)
+    return Stream(
+        model,
+        torch.empty(shape, device=place, dtype=sizes.dtype),
+        height=sizes.height,
+        width=sizes.width,
+        batch=sizes.batch,
+        cache=sizes.cache,
+        sampler=sizes.sampler,
+    )
+
+
+def _count_decoder(sizes: Sizes, config: DecoderConfig) -> DecoderFootprint:
+    chunk = sizes.cache.chunk_frames
+    rows, columns = latent_size(sizes.height, sizes.width, sizes.model.patch_size)
+    with ghosts(sizes.device) as place:
+        codec = _codec(config, place, sizes.dtype).requires_grad_(False)
+        shape = (sizes.batch, sizes.model.in_dim, chunk, rows, columns)
+        latents = torch.empty(shape, device=place)
+        if sizes.device in _CHANNELS_LAST_DEVICES:  # as `load_decoder` does
+            put_channels_last(codec)
+        decoder = WanDecoder(codec) if isinstance(codec, WanVAE) else TAEHVDecoder(codec)
+        return decoder_footprint(decoder, latents, range(1, chunk + 1))
+
+
+def _codec(config: DecoderConfig, place: str, dtype: torch.dtype) -> WanVAE | TAEHV:
+    if isinstance(config, VAEConfig):
+        return WanVAE(config, device=place, dtype=dtype)
+    return TAEHV(config, device=place, dtype=dtype)
+
+
+def _count_text(sizes: Sizes) -> Layered:
+    if (text := sizes.text) is None:
+        return Layered()
+    each = (text.parameters - text.outside) // text.layers
+    width = sizes.dtype.itemsize
+    return Layered(total=text.parameters * width, layer=each * width, layers=text.layers)
+
+
+def _weight_bytes(model: nn.Module, linear_bytes: int | None) -> int:
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if linear_bytes is None:
+        return size
+    linears = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return size - sum(w.numel() * (w.itemsize - linear_bytes) for w in linears)

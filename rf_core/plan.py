@@ -1,0 +1,178 @@
+"""How a stream is made to fit a device: the decode grouping, and where weights lie.
+
+`fit` tries the ways a run can be placed, those that cost least speed first, against what
+`footprint` counts. Keeping the decoder off the device while the network runs is not among them:
+memory peaks while decoding, so it would save nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from .config import SPATIAL_FACTOR
+from .footprint import Footprint, Sizes, footprint
+from .offload import NUM_SLOTS
+
+OffloadMode = Literal["none", "stream"]
+GB = 1e9
+# On a card, for what lies outside of tensors: workspaces of cuBLAS and cuDNN, what the allocator
+# rounds up or cannot join. A guess that awaits measurement.
+CUDA_FIXED = 256 * 2**20
+CUDA_SHARE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How a run is placed."""
+
+    group_frames: int
+    """Latent frames decoded at once."""
+    offload: OffloadMode = "none"
+    """`stream` where the student's layers come from host memory in every pass."""
+    text_offload: OffloadMode = "none"
+    """The same for the text encoder's."""
+
+    def __str__(self) -> str:
+        frames = (
+            "1 latent frame" if self.group_frames == 1 else f"{self.group_frames} latent frames"
+        )
+        text = f"decoding {frames} at once"
+        streamed = {"student": self.offload, "text encoder": self.text_offload}
+        names = [name for name, mode in streamed.items() if mode == "stream"]
+        return f"{text}, streaming the weights of the {' and the '.join(names)}" if names else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A placement and what it takes."""
+
+    placement: Placement
+    peak: int
+    """Most bytes in tensors at once."""
+    needed: int
+    """The same with a card's allowance."""
+    available: int
+    """Bytes that were free."""
+
+    def __str__(self) -> str:
+        needed, free = self.needed / GB, self.available / GB
+        return f"memory: {needed:.2f} GB of {free:.2f} GB free, {self.placement}"
+
+
+def phases(parts: Footprint, placement: Placement) -> dict[str, dict[str, int]]:
+    """What each phase of a run has on the device, in bytes by name."""
+    student, text = (
+        weights.streamed(NUM_SLOTS) if mode == "stream" else weights.total
+        for weights, mode in (
+            (parts.student, placement.offload),
+            (parts.text, placement.text_offload),
+        )
+    )
+    held = {
+        "student": student,
+        "keys and values": parts.cache,
+        "prompt": parts.prompt,
+        "decoder": parts.decoder.weights,
+        "decoder state": parts.decoder.state,
+        "images": parts.decoder.images,
+    }
+    named = {
+        "text": {"text encoder": text},
+        "generate": held | {"on the way": parts.network},
+    }
+    if decode := parts.decoder.decode:
+        named["decode"] = held | {"on the way": decode[placement.group_frames]}
+    return named
+
+
+def peak(parts: Footprint, placement: Placement) -> int:
+    """The most bytes in tensors at once."""
+    return max(sum(phase.values()) for phase in phases(parts, placement).values())
+
+
+def fit(
+    sizes: Sizes,
+    available: int,
+    *,
+    group_frames: int | None = None,
+    offload: OffloadMode | None = None,
+) -> Fit:
+    """The first placement that fits into `available` bytes, those that cost least speed first.
+
+    `group_frames` and `offload` hold a choice fast. ValueError where nothing fits; it says what
+    would.
+    """
+    tried = [_try(sizes, p, available) for p in _placements(sizes, group_frames, offload)]
+    if (chosen := _first(tried)) is not None:
+        return chosen
+    least = min(reversed(tried), key=lambda one: one.needed)  # of equals, what leaves most room
+    raise ValueError(
+        f"a stream of {sizes.width}x{sizes.height} with a window of {sizes.cache.window_frames} "
+        f"latent frames takes {least.needed / GB:.2f} GB at the least, {least.placement}; free are "
+        f"{available / GB:.2f} GB: {_remedy(sizes, least)}"
+    )
+
+
+def format_plan(sizes: Sizes, chosen: Fit) -> str:
+    """What every part takes in every phase, as a table in GB."""
+    columns = phases(footprint(sizes), chosen.placement)
+    names = list(dict.fromkeys(name for phase in columns.values() for name in phase))
+    lines = ["".join(["GB".ljust(20), *(phase.rjust(10) for phase in columns)])]
+    for name in names:
+        cells = (f"{phase.get(name, 0) / GB:.3f}".rjust(10) for phase in columns.values())
+        lines.append("".join([name.ljust(20), *cells]))
+    sums = (f"{sum(phase.values()) / GB:.3f}".rjust(10) for phase in columns.values())
+    return "\n".join([*lines, "".join(["all".ljust(20), *sums]), str(chosen)])
+
+
+def _placements(
+    sizes: Sizes, group_frames: int | None, offload: OffloadMode | None
+) -> Iterator[Placement]:
+    chunk = sizes.cache.chunk_frames
+    groups = range(chunk, 0, -1) if group_frames is None else [min(group_frames, chunk)]
+    both: list[OffloadMode] = ["none", "stream"]
+    if offload == "none" or _on_cpu(sizes):  # a CPU's weights are in host memory already
+        both = ["none"]
+    # The encoder runs once, so it is streamed first; the student runs five times a chunk.
+    for student in both if offload is None else [offload]:
+        for group in groups if sizes.decoder else [chunk]:
+            for text in both:
+                yield Placement(group_frames=group, offload=student, text_offload=text)
+
+
+def _try(sizes: Sizes, placement: Placement, available: int) -> Fit:
+    most = peak(footprint(sizes), placement)
+    needed = most if _on_cpu(sizes) else round(most * (1 + CUDA_SHARE)) + CUDA_FIXED
+    return Fit(placement=placement, peak=most, needed=needed, available=available)
+
+
+def _first(tried: list[Fit]) -> Fit | None:
+    return next((one for one in tried if one.needed <= one.available), None)
+
+
+def _on_cpu(sizes: Sizes) -> bool:
+    return torch.device(sizes.device).type == "cpu"
+
+
+def _remedy(sizes: Sizes, least: Fit) -> str:
+    """The largest picture of about this shape that fits so placed, found by halving."""
+    low, high, best = 0, 64, ""
+    while high - low > 1:
+        middle = (low + high) // 2
+        smaller = _scaled(sizes, middle / 64)
+        if _try(smaller, least.placement, least.available).needed <= least.available:
+            low, best = middle, f"{smaller.width}x{smaller.height} fits, or take a smaller window"
+        else:
+            high = middle
+    return best or "no picture is small enough; free memory or use a smaller model"
+
+
+def _scaled(sizes: Sizes, share: float) -> Sizes:
+    rows, columns = (SPATIAL_FACTOR * patch for patch in sizes.model.patch_size[1:])
+    height = max(1, int(sizes.height * share / rows)) * rows
+    width = max(1, int(sizes.width * share / columns)) * columns
+    return replace(sizes, height=height, width=width)

@@ -1,0 +1,377 @@
+"""Planned memory against memory that is really taken, and the choices made by it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from rf_core import footprint as counting
+from rf_core import plan as planning
+from rf_core.__main__ import main
+from rf_core.checkpoint import read_checkpoint
+from rf_core.codec import put_channels_last
+from rf_core.config import WAN_1_3B, CacheConfig, Grid, ModelConfig, SamplerConfig
+from rf_core.counts import num_parameters
+from rf_core.decoder import TAEHVDecoder, WanDecoder
+from rf_core.footprint import (
+    DecoderFootprint,
+    Footprint,
+    Layered,
+    Sizes,
+    TextSizes,
+    footprint,
+)
+from rf_core.generate import Files
+from rf_core.live_bytes import ghosts, peak_bytes
+from rf_core.model import WanModel
+from rf_core.placement import decoder_config, free_bytes, parse_bytes, text_sizes
+from rf_core.plan import Placement, fit, format_plan, peak
+from rf_core.stream import Stream
+from rf_core.taehv import TAEHV, TAEHVConfig
+from rf_core.vae import VAEConfig, WanVAE
+
+MIDDLE = ModelConfig(dim=192, ffn_dim=768, text_dim=512, text_len=64, num_heads=3, num_layers=4)
+SMALL_VAE = VAEConfig(dim=24)
+SIZES = {
+    "demo": lambda: Sizes(
+        model=read_checkpoint(Files().model).config,
+        height=64,
+        width=64,
+        decoder=decoder_config(Files().vae),
+        dtype=torch.float32,
+        device="cpu",
+    ),
+    "wan": lambda: Sizes(
+        model=MIDDLE, height=96, width=160, decoder=SMALL_VAE, dtype=torch.float32, device="cpu"
+    ),
+    "taehv": lambda: Sizes(
+        model=MIDDLE,
+        height=96,
+        width=160,
+        cache=CacheConfig(window_frames=6, sink_frames=0),
+        decoder=TAEHVConfig(),
+        dtype=torch.float32,
+        device="cpu",
+    ),
+    "no decoder, long window": lambda: Sizes(
+        model=MIDDLE,
+        height=96,
+        width=160,
+        cache=CacheConfig(window_frames=21),
+        dtype=torch.float32,
+        device="cpu",
+    ),
+    "batch, bfloat16, float32 sink": lambda: Sizes(
+        model=replace(MIDDLE, num_layers=2),
+        height=64,
+        width=96,
+        batch=2,
+        cache=CacheConfig(accumulator="float32"),
+        decoder=TAEHVConfig(),
+        dtype=torch.bfloat16,
+        device="cpu",
+    ),
+}
+
+
+def taken(sizes: Sizes, group_frames: int, device: str = "cpu", chunks: int | None = None) -> None:
+    """Stream as `generate` does, with the last chunk's images still there, past an eviction."""
+    chunks = chunks or sizes.cache.window_frames // sizes.cache.chunk_frames + 2
+    place = {"device": device, "dtype": sizes.dtype}
+    model = WanModel(sizes.model, **place).requires_grad_(False)
+    decoder = None
+    if isinstance(sizes.decoder, VAEConfig):
+        decoder = WanDecoder(WanVAE(sizes.decoder, **place).requires_grad_(False), group_frames)
+    elif sizes.decoder is not None:
+        decoder = TAEHVDecoder(TAEHV(sizes.decoder, **place).requires_grad_(False), group_frames)
+    stream = Stream(
+        model,
+        torch.zeros(sizes.batch, sizes.model.text_len, sizes.model.text_dim, **place),
+        height=sizes.height,
+        width=sizes.width,
+        batch=sizes.batch,
+        cache=sizes.cache,
+        sampler=sizes.sampler,
+        decoder=decoder,
+    )
+    if decoder is not None:
+        put_channels_last(decoder.codec)
+    for module in (model, decoder and decoder.codec):
+        for parameter in module.parameters() if module else ():
+            parameter.normal_(std=0.02)
+    for _ in range(chunks):
+        latents = stream.generate()
+        images = stream.decode(latents)
+    stream.switch(stream.state.prompt_embeds)
+    del images
+
+
+def planned(sizes: Sizes, group_frames: int = 3) -> int:
+    return peak(footprint(sizes), Placement(group_frames=group_frames))
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("group_frames", [3, 1])
+def test_what_a_stream_is_said_to_take_is_within_a_tenth_of_what_its_tensors_take(
+    name, group_frames
+):
+    sizes = SIZES[name]()
+    if sizes.decoder is None and group_frames == 1:
+        pytest.skip("nothing is decoded")
+    measured = peak_bytes(lambda: taken(sizes, group_frames), "cpu")
+    assert planned(sizes, group_frames) == pytest.approx(measured, rel=0.1)
+
+
+def test_a_cards_plan_is_that_of_the_cpu_but_for_the_paths_code_takes_there():
+    sizes = SIZES["wan"]()
+    assert planned(replace(sizes, device="cuda")) == pytest.approx(planned(sizes), rel=0.1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("decoder", [SMALL_VAE, TAEHVConfig()], ids=["wan", "taehv"])
+def test_on_a_card_the_plan_is_within_a_tenth_of_what_the_allocator_saw(decoder):
+    model = replace(WAN_1_3B, num_layers=6)
+    sizes = Sizes(model=model, height=240, width=416, decoder=decoder)
+    taken(sizes, 3, "cuda", chunks=1)  # kernels are loaded, workspaces made
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        taken(sizes, 3, "cuda")
+    measured = torch.cuda.max_memory_allocated() - before
+    assert planned(sizes) == pytest.approx(measured, rel=0.1)
+
+
+def test_the_published_students_parts_are_the_known_ones():
+    sizes = Sizes(model=WAN_1_3B, height=480, width=832, text=TextSizes())
+    parts = footprint(sizes)
+    assert parts.student.total == 2 * num_parameters(WAN_1_3B)
+    assert parts.text.total / 1e9 == pytest.approx(11.36, abs=0.01)
+    frame = Grid(height=30, width=52).frame_tokens * WAN_1_3B.dim * 2
+    assert parts.cache in {n * 9 * frame for n in (60, 61, 90)}  # keys, values; turned keys
+    context = 2 * 30 * WAN_1_3B.text_len * WAN_1_3B.dim * 2
+    assert parts.prompt == context + WAN_1_3B.text_len * WAN_1_3B.text_dim * 2
+
+
+def test_two_layers_and_three_tell_of_any_depth():
+    sizes = replace(SIZES["taehv"](), model=replace(MIDDLE, num_layers=6), decoder=None)
+    straight = counting._count_network(sizes, 6)
+    parts = footprint(sizes)
+    assert parts.student.total == straight["weights"]
+    assert (parts.cache, parts.prompt) == (straight["cache"], straight["prompt"])
+    assert parts.network == max(straight["chunks"], straight["switch"])
+
+
+def test_a_byte_a_weight_halves_the_linear_layers_alone():
+    sizes = Sizes(model=MIDDLE, height=64, width=64)
+    whole, half = (footprint(replace(sizes, linear_bytes=size)) for size in (None, 1))
+    linears = sum(
+        layer.weight.numel()
+        for layer in WanModel(MIDDLE, device="meta").modules()
+        if isinstance(layer, torch.nn.Linear)
+    )
+    assert whole.student.total - half.student.total == linears
+    assert whole.network == half.network
+
+
+def test_counting_leaves_the_streams_that_follow_as_they_were():
+    options = {"height": 32, "width": 80, "cache": tiny.window(6, 2, chunk=2)}
+    expected = tiny.stream(**options).generate()
+    footprint.cache_clear()
+    for size in ((32, 80), (48, 80)):
+        height, width = size
+        footprint(
+            Sizes(
+                model=tiny.CONFIG,
+                height=height,
+                width=width,
+                cache=options["cache"],
+                sampler=tiny.TWO_STEPS,
+                dtype=torch.float32,
+                device="cpu",
+            )
+        )
+    assert torch.equal(tiny.stream(**options).generate(), expected)
+    after = tiny.stream(**{**options, "height": 48}).generate()
+    assert type(after) is torch.Tensor and after.isfinite().all()
+
+
+def test_live_bytes_are_those_of_tensors_that_are_alive_together():
+    before = torch.zeros(1000)
+
+    def work():
+        a = torch.zeros(100)  # 400
+        b = a + 1  # 800
+        b[10:20].add_(before[:10])  # a view, in place, of older memory: nothing
+        del a  # 400
+        c = torch.cat([b, b])  # 1200
+        return c[:1], torch.zeros(50)  # b is gone when it returns
+
+    assert peak_bytes(work, "cpu") == 400 + 800 + 200
+    assert peak_bytes(lambda: torch.zeros(100, device="meta"), "cpu") == 0
+    assert peak_bytes(lambda: [torch.zeros(100) for _ in range(5)], "cpu") == 2000
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ghosts_count_as_the_tensors_they_stand_for(device):
+    with ghosts(device) as place:
+        layer = torch.nn.Linear(300, 500, device=place)
+        x = torch.empty(7, 300, device=place)
+        assert peak_bytes(lambda: layer(x).relu(), place) == 2 * 7 * 500 * 4
+        q, k = (torch.empty(1, 2, n, 8, device=place) for n in (4000, 9000))
+        assert peak_bytes(lambda: tiny_attention(q, k), place) < 1e6
+
+
+def tiny_attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+
+PARTS = Footprint(
+    student=Layered(total=3000, layer=90, layers=30),
+    text=Layered(total=11000, layer=300, layers=30),
+    cache=2000,
+    prompt=100,
+    network=400,
+    decoder=DecoderFootprint(weights=200, state=500, images=50, decode={1: 100, 2: 800, 3: 1500}),
+)
+HELD = 3000 + 2000 + 100 + 200 + 500 + 50
+
+
+@pytest.fixture
+def sized(monkeypatch) -> Sizes:
+    """A run with the parts above, in proportion to its height, and no allowance."""
+
+    def parts(sizes: Sizes) -> Footprint:
+        share = sizes.height / 480
+        return replace(PARTS, cache=round(2000 * share), network=round(400 * share))
+
+    monkeypatch.setattr(planning, "footprint", parts)
+    monkeypatch.setattr(planning, "CUDA_FIXED", 0)
+    monkeypatch.setattr(planning, "CUDA_SHARE", 0.0)
+    return Sizes(model=WAN_1_3B, height=480, width=832, decoder=VAEConfig())
+
+
+def test_choices_are_made_in_the_order_of_the_speed_they_cost(sized):
+    streamed = 28 * 90
+    wanted = {
+        11000: (3, "none", "none"),
+        10999: (3, "none", "stream"),
+        HELD + 1500: (3, "none", "stream"),
+        HELD + 1499: (2, "none", "stream"),
+        HELD + 799: (1, "none", "stream"),
+        HELD + 399: (3, "stream", "stream"),
+        HELD + 1499 - streamed: (2, "stream", "stream"),
+        HELD + 400 - streamed: (1, "stream", "stream"),
+    }
+    for available, choice in wanted.items():
+        chosen = fit(sized, available)
+        assert tuple(vars(chosen.placement).values()) == choice, available
+        assert chosen.needed <= available
+
+
+def test_what_cannot_fit_is_refused_with_the_picture_that_would(sized):
+    least = HELD + 400 - 28 * 90
+    with pytest.raises(ValueError, match=r"at the least, decoding 1 latent frame at once") as error:
+        fit(sized, least - 200)
+    width, height = map(int, re.search(r"(\d+)x(\d+) fits", str(error.value)).groups())
+    assert 0.85 * 480 < height < 480 and height % 16 == width % 16 == 0
+    assert fit(replace(sized, height=height, width=width), least - 200)
+    with pytest.raises(ValueError, match="no picture is small enough"):
+        fit(sized, 1000)
+
+
+def test_a_choice_that_is_given_holds(sized):
+    assert fit(sized, 20000, group_frames=2).placement.group_frames == 2
+    assert fit(sized, 20000, offload="stream").placement.offload == "stream"
+    with pytest.raises(ValueError, match="at the least"):
+        fit(sized, HELD + 399, offload="none")
+    with pytest.raises(ValueError, match="at the least"):
+        fit(sized, HELD + 1499 - 28 * 90, group_frames=3)
+
+
+def test_on_a_cpu_nothing_is_streamed_and_without_a_decoder_nothing_grouped(sized):
+    with pytest.raises(ValueError, match="at the least"):
+        fit(replace(sized, device="cpu"), 10999)
+    bare = replace(sized, decoder=None)
+    choices = {(p.offload, p.group_frames) for p in planning._placements(bare, None, None)}
+    assert choices == {("none", 3), ("stream", 3)}
+
+
+def test_a_cards_allowance_is_added(sized, monkeypatch):
+    monkeypatch.setattr(planning, "CUDA_FIXED", 100)
+    monkeypatch.setattr(planning, "CUDA_SHARE", 0.1)
+    assert fit(sized, 20000).needed == 12200
+    assert fit(replace(sized, device="cpu"), 20000).needed == 11000
+
+
+def test_the_table_adds_up(sized):
+    lines = format_plan(sized, fit(sized, 20000)).splitlines()
+    rows = {line[:20].strip(): [float(n) for n in line[20:].split()] for line in lines[1:-1]}
+    for phase in range(3):
+        parts = sum(values[phase] for name, values in rows.items() if name != "all")
+        assert parts == pytest.approx(rows["all"][phase], abs=0.005)
+    assert lines[-1].startswith("memory: ")
+
+
+def test_sizes_are_those_of_the_files():
+    files = Files()
+    assert decoder_config(files.vae).dim_mult == (1, 2, 4, 4)
+    text = text_sizes(files.text_encoder)
+    assert 0 < text.outside < text.parameters and text.layers >= 1
+    assert text_sizes("google/umt5-xxl") == TextSizes()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GB", 16e9), ("15.5 GiB", 15.5 * 2**30), ("800mb", 8e8), ("123", 123)]
+)
+def test_sizes_of_memory_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+def test_unknown_sizes_and_devices_are_refused():
+    with pytest.raises(ValueError, match="write it as 16GB"):
+        parse_bytes("16 apples")
+    with pytest.raises(ValueError, match="not known here"):
+        free_bytes("mps")
+
+
+def test_free_memory_of_this_machine_is_known_where_it_says():
+    free = free_bytes("cpu")
+    assert 1e6 < free < 1e14
+
+
+def test_the_command_prints_what_is_taken_and_chosen(capsys):
+    small = ("--size", "tiny", "--width", "64", "--height", "64", "--decoder", "taehv")
+    assert main(["plan", *small, "--available", "16GB"]) == 0
+    out = capsys.readouterr().out
+    assert "decoder state" in out and "GB of 16.00 GB free, decoding 3 latent frames" in out
+    assert main(["plan", *small, "--available", "1MB"]) == 1
+    assert "at the least" in capsys.readouterr().err
+
+
+def test_generate_chooses_its_decode_grouping_when_asked_to(tmp_path, capsys):
+    output = tmp_path / "a.mp4"
+    arguments = ["generate", "--prompt", "a red circle moves right slowly", "--chunks", "1"]
+    more = ["--device", "cpu", "--group-frames", "auto", "--output", str(output)]
+    assert main([*arguments, *more]) == 0
+    assert re.search(r"memory: 0\.\d+ GB of .* decoding 3 latent", capsys.readouterr().out)
+    assert output.exists()
+
+
+def test_streaming_to_the_memory_weights_lie_in_is_refused(tmp_path, capsys):
+    arguments = ["generate", "--prompt", "a", "--chunks", "1", "--offload", "stream"]
+    assert main([*arguments, "--device", "cpu", "--output", str(tmp_path / "a.mp4")]) == 1
+    assert "leave out --offload stream" in capsys.readouterr().err
+
+
+def test_more_steps_are_counted():
+    sizes = replace(SIZES["taehv"](), decoder=None)
+    one, many = (
+        footprint(replace(sizes, sampler=SamplerConfig(steps=steps))).network
+        for steps in ((1000,), (1000, 750, 500, 250))
+    )
+    assert one < many < 2 * one
