@@ -64,7 +64,7 @@ def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | st
 
 def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:
     """Turn `x` by its tokens' angles; arithmetic in float32, result in the input's dtype."""
-    pairs = x_BLHD.float().unflatten(-1, (-1, 2))
+    pairs = x_BLHD.float().reshape(*x_BLHD.shape[:-1], x_BLHD.shape[-1] // 2, 2)
     # On the CPU products are vectorised, and strided halves are not; a compiler knows these alone.
     if rope.unit_LP is not None and not torch.compiler.is_compiling():
         turned = torch.view_as_complex(pairs.contiguous()) * rope.unit_LP[:, None]

@@ -300,7 +300,8 @@ def test_a_clean_pass_ends_at_the_last_layers_keys_and_values():
     stream.settle()
     assert layers == [0]  # of two
     x = whole.state.unsettled
-    whole.model(x, torch.zeros(1, 3), whole._context, whole.state.cache)
+    with torch.no_grad():
+        whole.model(x, torch.zeros(1, 3), whole._context, whole.state.cache)
     assert torch.equal(stream.state.cache.k_NBWHD, whole.state.cache.k_NBWHD)
     assert torch.equal(stream.state.cache.v_NBWHD, whole.state.cache.v_NBWHD)
 

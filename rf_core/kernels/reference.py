@@ -52,7 +52,7 @@ def affine_after_residual(
 
 def modulate(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor) -> Tensor:
     """x * scale + shift, with each frame's own shift and scale."""
-    x_BFTC = x_BLC.unflatten(1, (shift_BF1C.shape[1], -1))
+    x_BFTC = _by_frame(x_BLC, shift_BF1C)
     return torch.addcmul(shift_BF1C, x_BFTC, scale_BF1C).flatten(1, 2)
 
 
@@ -60,7 +60,7 @@ def add_gated(x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor | None) -> Tensor:
     """x + y * gate, with each frame's own gate; without one x + y."""
     if gate_BF1C is None:
         return x_BLC + y_BLC
-    x_BFTC, y_BFTC = (t.unflatten(1, (gate_BF1C.shape[1], -1)) for t in (x_BLC, y_BLC))
+    x_BFTC, y_BFTC = _by_frame(x_BLC, gate_BF1C), _by_frame(y_BLC, gate_BF1C)
     return torch.addcmul(x_BFTC, y_BFTC, gate_BF1C).flatten(1, 2)
 
 
@@ -68,7 +68,7 @@ def norm_rotate(
     x_BLC: Tensor, weight_C: Tensor, num_heads: int, eps: float, rope: Rope | None = None
 ) -> Tensor:
     """RMS norm over C, then rotation -> [B, L, H, D]."""
-    normed = F.rms_norm(x_BLC, weight_C.shape, weight_C, eps).unflatten(2, (num_heads, -1))
+    normed = rms_norm(x_BLC, weight_C, eps).view(*x_BLC.shape[:2], num_heads, -1)
     return normed if rope is None else apply_rope(normed, rope)
 
 
@@ -86,7 +86,17 @@ def write_keys_values(
     num_heads = k_slot_BLHD.shape[2]
     k_slot_BLHD.copy_(norm_rotate(k_BLC, weight_C, num_heads, eps))
     turned_slot_BLHD.copy_(apply_rope(k_slot_BLHD, rope))
-    v_slot_BLHD.copy_(v_BLC.unflatten(2, (num_heads, -1)))
+    v_slot_BLHD.copy_(v_BLC.view(v_slot_BLHD.shape))
+
+
+def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, over C."""
+    if x_BLC.device.type != "cpu" or x_BLC.dtype != torch.float32 or torch.is_grad_enabled():
+        return F.rms_norm(x_BLC, weight_C.shape, weight_C, eps)
+    # There torch's own is a chain of six operations, the first of them a slow power.
+    length = torch.linalg.vector_norm(x_BLC, dim=2, keepdim=True)
+    length.mul_(x_BLC.shape[2] ** -0.5).square_().add_(eps).sqrt_()
+    return x_BLC.div(length).mul_(weight_C)
 
 
 def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
@@ -124,3 +134,7 @@ def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
     # F.normalize walks each position's channels one by one; a sum over planes is vectorised.
     power = x.square().sum(dim=1, keepdim=True)
     return x * power.clamp_min(LEAST_NORM**2).rsqrt() * gain
+
+
+def _by_frame(x_BLC: Tensor, each_BF1C: Tensor) -> Tensor:
+    return x_BLC.reshape(x_BLC.shape[0], each_BF1C.shape[1], -1, x_BLC.shape[2])
