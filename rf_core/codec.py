@@ -8,7 +8,7 @@ code path: a whole clip is a stream of one chunk. Modules hold weights only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,18 +21,42 @@ RGB = 3
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-@dataclass(frozen=True)
+@dataclass
 class VAEState:
     """What decoding or encoding remembers between the chunks of one stream: plain data.
 
-    Nothing here is written in place, so a state may be kept, continued twice (a fork) or saved
-    (`tensors` as safetensors, `num_frames` beside it). Its size does not grow with the stream.
+    A state is continued once. The pass over the next chunk takes each tensor out of it where it
+    reads it, so that a stream holds one past and never the old one beside the new. `fork` it first
+    to continue it twice, or to have it still should the pass fail: a pass that fails half way
+    leaves it `spent`, and whoever would use it then is refused. No tensor is written in place, so
+    forks share them until they part. Save `tensors` as safetensors, `num_frames` beside them; the
+    size does not grow with the stream.
     """
 
     tensors: dict[str, Tensor]
     """Past frames [B, C, frames, height, width] by the path of the layer that reads them."""
     num_frames: int
     """Frames the stream has consumed: latent frames when decoding, images when encoding."""
+    spent: bool = False
+    """Whether a pass has taken from it."""
+
+    def take(self, key: str) -> Tensor | None:
+        """The past frames of a layer, no longer kept here; None where there are none."""
+        self.spent = self.spent or key in self.tensors
+        return self.tensors.pop(key, None)
+
+    def require_unspent(self) -> None:
+        """ValueError where a pass has taken from this state."""
+        if self.spent:
+            raise ValueError(
+                f"the state after {self.num_frames} frames was taken from by a pass that went on "
+                "from it or failed; a state is good for one pass: fork() it before, or go on from "
+                "a snapshot, or begin anew with None (in a stream, a switch with cut)"
+            )
+
+    def fork(self) -> VAEState:
+        """A second state that goes on from here on its own; it takes no memory until they part."""
+        return replace(self, tensors=dict(self.tensors))
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -41,10 +65,6 @@ class VAEState:
         moved = {key: value.to(device=device, dtype=dtype) for key, value in self.tensors.items()}
         return replace(self, tensors=moved)
 
-    def clone(self) -> VAEState:
-        """A copy that shares no memory with this one."""
-        return replace(self, tensors={key: value.clone() for key, value in self.tensors.items()})
-
     @property
     def nbytes(self) -> int:
         """Bytes the tensors take."""
@@ -52,30 +72,31 @@ class VAEState:
 
 
 class Carry:
-    """The past frames of one pass over a chunk: read from the state before it, kept for the next.
+    """The past frames of one pass over a chunk: taken from the state before it, kept for the next.
 
-    Lives for one pass; with `keep` off nothing is kept, as for a whole clip.
+    Lives for one pass; with `keep` off nothing is kept, as for a whole clip. ValueError where the
+    state is spent.
     """
 
     def __init__(self, state: VAEState | None, keep: bool) -> None:
         self.at_start = state is None
-        self.past: Mapping[str, Tensor] = state.tensors if state else {}
+        self.past = state or VAEState({}, 0)
+        self.past.require_unspent()
         self.next: dict[str, Tensor] | None = {} if keep else None
-        self.num_frames = state.num_frames if state else 0
 
     def before(self, key: str, x: Tensor) -> Tensor | None:
-        """The frames the stream had before x [B, C, T, H, W] at layer `key`, None at its start.
+        """Take the frames the stream had before x [B, C, T, H, W] at layer `key`, None if none.
 
-        ValueError where x cannot follow them.
+        Once for each layer. ValueError where x cannot follow them; they are not taken then.
         """
-        past = self.past.get(key)
+        past = self.past.tensors.get(key)
         if past is not None and (*past.shape[:2], *past.shape[3:]) != (*x.shape[:2], *x.shape[3:]):
             raise ValueError(
                 f"{list(x.shape)} at {key} does not continue a stream whose past there is "
                 f"{list(past.shape)}; batch and picture size stay the same in a stream: pass None "
                 "as the state to begin a new one"
             )
-        return past
+        return self.past.take(key)
 
     def leave(self, key: str, x: Tensor, frames: int) -> None:
         """Keep the last `frames` of x [B, C, T, H, W] for the next pass."""
@@ -112,20 +133,21 @@ class Carry:
         ValueError where the state before it was another network's.
         """
         assert self.next is not None
-        if foreign := self.past.keys() - self.next.keys():
+        if foreign := self.past.tensors.keys():
             raise ValueError(
                 f"the state holds the past of {some_keys(foreign)}, which is not in this network: "
                 "it belongs to another; pass None to begin a new stream"
             )
-        return VAEState(self.next, self.num_frames + num_frames)
+        return VAEState(self.next, self.past.num_frames + num_frames)
 
 
 class Codec(nn.Module, ABC):
     """Latents to pixels and back; the shapes and ranges are each network's own.
 
     Whole clips (`encode`, `decode`) and chunks of a stream with explicit state (`encode_chunk`,
-    `decode_chunk`) give the same, however the stream is cut. ValueError for another shape or, of
-    chunks, a state of another stream.
+    `decode_chunk`) give the same, however the stream is cut. A chunk takes the state it is given
+    (`VAEState`). ValueError for another shape or, of chunks, a spent state or one of another
+    stream.
     """
 
     def decode(self, latents: Tensor) -> Tensor:

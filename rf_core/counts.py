@@ -117,6 +117,17 @@ def cache_bytes(
     return frames * grid.frame_tokens * model.dim * element_bytes
 
 
+def int8_cache_bytes(
+    model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes: int = 2
+) -> int:
+    """The same where all but the sink is kept in int8, and one layer's window unpacked."""
+    kept, sink = cache.window_frames - cache.sink_frames, cache.sink_frames
+    sink_bytes = 4 if cache.accumulator == "float32" else element_bytes
+    row = kept * (model.dim + 4 * model.num_heads) + sink * model.dim * sink_bytes
+    scratch = 3 * cache.window_frames * model.dim * element_bytes
+    return (2 * model.num_layers * row + scratch) * grid.frame_tokens
+
+
 def num_parameters(model: ModelConfig) -> int:
     """Parameters of the network."""
     dim = model.dim

@@ -42,7 +42,8 @@ class Decoder(Protocol):
     def decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
         """The stream's next normalised latents [B, C, F, h, w] -> images, and the state after.
 
-        Images are float32 [B, T, 3, H, W] in [0, 1]; `state` is None at the start of a stream.
+        Images are float32 [B, T, 3, H, W] in [0, 1]; `state` is None at the start of a stream, and
+        taken (`VAEState`): one that fails half way may leave it spent.
         """
 
     def encode(self, images: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ class Sizes:
     width: int
     """Picture columns, in pixels."""
     cache: CacheConfig = field(default_factory=CacheConfig)
+    keep_turned: bool = True
+    """Whether the cache keeps turned keys beside the others (`KVCache.allocate`)."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
@@ -94,7 +96,8 @@ class DecoderFootprint:
     images: int = 0
     """The last chunk's images, float32."""
     decode: Mapping[int, int] = field(default_factory=dict)
-    """Most that lives at once while a chunk is decoded, by the latent frames decoded at once."""
+    """Most that lives at once while a chunk is decoded, beside the above, by the latent frames
+    decoded at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,8 @@ class Footprint:
     network: int
     """Most that lives at once while a chunk is generated or a prompt changed, beside the above."""
     decoder: DecoderFootprint
+    overlapped: bool = False
+    """Whether a chunk is decoded while the network makes the next one (`Handoff`)."""
 
 
 @lru_cache(maxsize=256)
@@ -130,6 +135,7 @@ def footprint(sizes: Sizes) -> Footprint:
         prompt=counted["prompt"],
         network=max(counted["chunks"], counted["switch"]),
         decoder=decoder,
+        overlapped=torch.device(sizes.device).type == "cuda",
     )
 
 
@@ -137,30 +143,28 @@ def decoder_footprint(
     decoder: WanDecoder | TAEHVDecoder, latents: Tensor, groups: range
 ) -> DecoderFootprint:
     """Count a decoder of ghosts over one chunk of latents [B, C, F, h, w] of a running stream."""
-    place = latents.device
     made: list[tuple[Tensor, DecoderState]] = []
 
-    def decode() -> None:
-        made.append(decoder.decode(latents, made[-1][1] if made else None))
+    def two_chunks() -> None:  # the first is shorter
+        made.append(decoder.decode(latents, decoder.decode(latents, None)[1]))
 
-    for _ in range(2):  # the first chunk is shorter
-        peak_bytes(decode, place)
-    images, state = made[-1]
     peaks = {}
     for group in groups:
         decoder.group_frames = group
-        peaks[group] = peak_bytes(lambda: decoder.decode(latents, state), place)
+        peaks[group] = peak_bytes(two_chunks, latents.device)
+    images, state = made[-1]
     return DecoderFootprint(
         weights=sum(parameter.nbytes for parameter in decoder.codec.parameters()),
         state=state.nbytes,
         images=images.nbytes,
-        decode=peaks,
+        decode={group: most - state.nbytes for group, most in peaks.items()},
     )
 
 
 def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
     with _no_tables(), ghosts(sizes.device) as place:
         stream = _ghost_stream(sizes, layers, place)
+        assert isinstance(stream.model, WanModel)
         state, context = stream.state, stream._context
 
         def two_chunks() -> None:  # the second settles the first
@@ -199,6 +203,7 @@ def _ghost_stream(sizes: Sizes, layers: int, place: str) -> Stream:
         batch=sizes.batch,
         cache=sizes.cache,
         sampler=sizes.sampler,
+        keep_turned=sizes.keep_turned,
     )
 
 

@@ -102,6 +102,8 @@ class Options:
     """`stream` where the student's layers stay in host memory and are copied ahead of use."""
     text_offload: OffloadMode = "none"
     """The same for the text encoder's; settled with `auto`."""
+    keep_turned: bool = True
+    """Whether the cache keeps turned keys, a third of its size; settled with `auto`."""
     crf: int = 18
     """Quality of the MP4: 0 is lossless, 51 the worst."""
     snapshot_every: int = 20
@@ -314,6 +316,7 @@ def open_stream(
         cache=settled.cache,
         sampler=settled.sampler,
         attention=attention_backend(attention_of(settled, model.config).name),
+        keep_turned=settled.options.keep_turned,
     )
     if settled.snapshot is not None:
         stream.restore(settled.snapshot)

@@ -1,6 +1,8 @@
-"""Whole passes as CUDA graphs: the network without its launch overhead.
+"""Whole passes recorded once and replayed: the network without Python between its steps.
 
-A graph replays the kernels of one pass on the memory it was captured with. So a pass' inputs are
+On a card a pass becomes a CUDA graph, which spares its launches too. On a CPU it becomes a
+TorchScript trace: the same operations in the same order, to the bit; of a small network's time a
+third is Python. Either replays one pass on the memory it was recorded with. So a pass' inputs are
 copied to places of their own, caches are lent and come back, and there is a graph for every form of
 a pass: while the window grows, when it is full, denoising or clean. What was captured for one
 stream serves the next one of its size; one size is held at a time. A fork's cache is its own, and
@@ -9,6 +11,7 @@ its passes run as they would without graphs.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,23 +28,26 @@ from .model import PromptContext, TimeContext, WanModel
 from .offload import StreamedLayers
 from .rope import Rope
 
-Replay = Callable[[], Tensor | None]
-"""Runs a captured pass again; what it returns is overwritten by the next replay."""
+Replay = Callable[[], Tensor]
+"""Runs a captured pass again; its first result, which the next replay overwrites."""
 
-Capture = Callable[[Callable[[], Tensor | None]], Replay]
+Run = Callable[[], tuple[Tensor, ...]]
+"""A pass: its result, where it has one, and the memory it has written to."""
+
+Capture = Callable[[Run], Replay]
 """Makes a replay of a pass that reads and writes nothing but memory that stays."""
 
 
 class GraphedModel:
     """Stands where a stream wants a network; every pass is captured once, then replayed.
 
-    `capture` is `CudaCapture()` but for tests. ValueError where the network cannot be captured.
+    `capture` is the one of the model's device but for tests. ValueError where the network cannot
+    be captured.
     """
 
     def __init__(self, model: WanModel, capture: Capture | None = None) -> None:
         if capture is None:
-            _require_capturable(model)
-            capture = CudaCapture()
+            capture = _capture_for(model)
         self._model, self._capture = model, capture
         self.config, self.patch_embedding = model.config, model.patch_embedding
         self.parameters, self.get_parameter = model.parameters, model.get_parameter
@@ -57,9 +63,7 @@ class GraphedModel:
         attention: Attention = sdpa,
     ) -> Tensor:
         """See `WanModel.forward`. The flow is overwritten by the next pass."""
-        flow = self._run(self._model.forward, x, time, prompt, cache, attention)
-        assert flow is not None
-        return flow
+        return self._run(self._model.forward, x, time, prompt, cache, attention)
 
     def remember(
         self,
@@ -94,13 +98,13 @@ class GraphedModel:
 
     def _run(
         self,
-        run: Callable[..., Tensor | None],
+        run: Callable[..., Any],
         x: Tensor,
         time: TimeContext,
         prompt: PromptContext,
         cache: KVCache,
         attention: Attention,
-    ) -> Tensor | None:
+    ) -> Any:
         memory = cache.k_NBWHD.data_ptr()
         if memory not in self._lent:
             return run(x, time, prompt, cache, attention)
@@ -110,8 +114,9 @@ class GraphedModel:
         inputs.set(x, time, prompt)
         form = (run, inputs.x.shape, memory, cache.context_frames, cache.slot_frames, attention)
         if form not in self._passes:
-            seen = (inputs.x, inputs.time, inputs.prompt, cache.as_it_stands(), attention)
-            replay = self._capture(lambda: run(*seen))
+            fixed = cache.as_it_stands()  # and not the stream's own, which is to be let go of
+            seen = (inputs.x, inputs.time, inputs.prompt, fixed, attention)
+            replay = self._capture(lambda: _with_memory(run(*seen), fixed))
             self._passes[form] = _Pass(replay, self._model.rope(x, cache))
         return self._passes[form].replay()
 
@@ -153,7 +158,7 @@ class CudaCapture:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], Tensor | None]) -> Replay:
+    def __call__(self, run: Run) -> Replay:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries set themselves up in a first run
@@ -162,27 +167,45 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         # Other threads go on with their work, such as handing images to the host.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = run()
+            result, *_ = run()
 
-        def replay() -> Tensor | None:
+        def replay() -> Tensor:
             graph.replay()
             return result
 
         return replay
 
 
-def _require_capturable(model: WanModel) -> None:
+class TraceCapture:
+    """Captures on the CPU."""
+
+    def __call__(self, run: Run) -> Replay:
+        unused = torch.zeros(())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # sizes become constants, as they are to be
+            # What is written is returned as well: writing alone would be taken for idle.
+            trace = torch.jit.trace(lambda unused: run(), unused, check_trace=False)
+        return lambda: trace(unused)[0]
+
+
+def _with_memory(result: Tensor | None, cache: KVCache) -> tuple[Tensor, ...]:
+    memory = (cache.k_NBWHD, cache.turned_NBWHD, cache.v_NBWHD)
+    return memory if result is None else (result, *memory)
+
+
+def _capture_for(model: WanModel) -> Capture:
     if isinstance(model.blocks, StreamedLayers):
-        raise ValueError("CUDA graphs need all weights on the card; leave out --offload stream")
-    elsewhere = {p.device.type for p in model.parameters()} - {"cuda"}
-    if elsewhere:
+        raise ValueError("recorded passes need all weights in place; leave out --offload stream")
+    devices = {p.device.type for p in model.parameters()}
+    if len(devices) > 1 or not devices <= {"cuda", "cpu"}:
         raise ValueError(
-            f"CUDA graphs need all weights on the card, and some are on {', '.join(elsewhere)}; "
-            "switch graphs off, or offloading"
+            f"passes are recorded on one card or on the CPU, and the weights are on "
+            f"{', '.join(sorted(devices))}; switch graphs off"
         )
     for name, part in model.named_modules():
         if part._forward_hooks or part._forward_pre_hooks:
             raise ValueError(
-                f"CUDA graphs replay kernels and no Python, so the hooks of {name} would not run; "
-                "switch graphs off, or take the hooks away"
+                f"recorded passes run no Python, so the hooks of {name} would not run; switch "
+                "graphs off, or take the hooks away"
             )
+    return CudaCapture() if devices == {"cuda"} else TraceCapture()

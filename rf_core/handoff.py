@@ -71,7 +71,8 @@ class Handoff:
         """Decode the stream's next latents [B, C, F, h, w]; the state after them.
 
         Waits while `depth` chunks are on their way. On CUDA the state is still being made when this
-        returns: pass it to `submit` again, or call `flush` before anything else reads it.
+        returns: pass it to `submit` again, or call `flush` before anything else reads it. The state
+        given is taken (`VAEState`).
 
         Raises:
             ValueError: the latents or the state do not fit, or an earlier chunk's images held NaN.
@@ -186,13 +187,17 @@ class _CudaLane:
     ) -> DecoderState:
         # The caller's stream made the latents and may have read the state (a snapshot).
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        for tensor in (latents, *(state.tensors.values() if state else ())):
-            # Or its memory could be given away while this stream still reads it.
-            tensor.record_stream(self._stream)
+        self._claim(latents, state)
         with torch.cuda.stream(self._stream):
             images, state = decoder.decode(latents, state)
             self._copy(to_uint8(images), images.isnan().any(), slot)
         return state
+
+    def _claim(self, latents: Tensor, state: DecoderState | None) -> None:
+        # Memory made on another stream could be given away while this one still reads it. Apart
+        # from `decode`, where the name of the last tensor would keep it alive.
+        for tensor in (latents, *(state.tensors.values() if state else ())):
+            tensor.record_stream(self._stream)
 
     def _copy(self, pixels: Tensor, have_nan: Tensor, slot: _Slot) -> None:
         if slot.ready is None:

@@ -101,7 +101,7 @@ class WrittenWindow:
         return self.read()
 
 
-class _TurningWindow(WrittenWindow):
+class TurningWindow(WrittenWindow):
     """The same where turned keys are not kept: the context is turned anew in every pass."""
 
     def __init__(
@@ -253,8 +253,17 @@ class KVCache:
         return {name: tensor for name, tensor in owned.items() if tensor is not None}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what another cache of this size remembers, named as `tensors()` names it."""
-        for name, mine in self.tensors().items():
+        """Take over what another cache of this size remembers, named as `tensors()` names it.
+
+        ValueError where that one keeps it in another form.
+        """
+        owned = self.tensors()
+        if odd := (owned.keys() ^ tensors.keys()) - {"exact_sink"}:
+            raise ValueError(
+                f"keys and values are kept in another form there: one cache has "
+                f"{', '.join(sorted(odd))}, the other has not; use the form they were saved in"
+            )
+        for name, mine in owned.items():
             mine.copy_(tensors[name])
 
     def _rope(self, start: int, stop: int) -> Rope:
@@ -273,7 +282,7 @@ class KVCache:
         k, v = self.k_NBWHD[layer, :, :stop], self.v_NBWHD[layer, :, :stop]
         if self.keeps_turned:
             return WrittenWindow(k, turned, v, start)
-        return _TurningWindow(k, turned, v, start, self._rope(0, start))
+        return TurningWindow(k, turned, v, start, self._rope(0, start))
 
     def _evict(self, frames: int) -> None:
         sink = self.config.sink_frames * self.frame_tokens
@@ -281,12 +290,14 @@ class KVCache:
         stop = self.num_frames * self.frame_tokens
         if sink and self.config.decay < 1:
             self._absorb(sink, leaving)
-        for tensor in (self.k_NBWHD, self.v_NBWHD):
-            for start in range(sink, stop - leaving, leaving):  # pieces that do not overlap
-                end = min(start + leaving, stop - leaving)
-                tensor[:, :, start:end] = tensor[:, :, start + leaving : end + leaving]
+        self._close_gap(sink, stop, leaving)
         self.num_frames -= frames
         self.num_evictions += 1
+
+    def _close_gap(self, sink: int, stop: int, leaving: int) -> None:
+        """Tokens after those that leave move up behind the sink."""
+        for tensor in (self.k_NBWHD, self.v_NBWHD):
+            move_up(tensor, sink, stop, leaving)
 
     def _absorb(self, sink: int, leaving: int) -> None:
         """The next `leaving` tokens into the `sink` first."""
@@ -305,6 +316,13 @@ class KVCache:
             for tensor, gone, average in parts:
                 average.copy_(absorb(average, gone, c, self.frame_tokens, keys=which == 0))
                 tensor.copy_(average)
+
+
+def move_up(x_NBWHD: Tensor, start: int, stop: int, by: int) -> None:
+    """Tokens `start + by` to `stop` move to `start` on, in place."""
+    for at in range(start, stop - by, by):  # pieces that do not overlap
+        end = min(at + by, stop - by)
+        x_NBWHD[:, :, at:end] = x_NBWHD[:, :, at + by : end + by]
 
 
 def absorb(

@@ -47,6 +47,7 @@ def sizes_of(settled: Plan) -> Sizes:
         height=settled.height,
         width=settled.width,
         cache=settled.cache,
+        keep_turned=options.keep_turned,
         sampler=settled.sampler,
         dtype=options.dtype,
         decoder=decoder_config(options.files.vae),

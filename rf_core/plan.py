@@ -1,4 +1,4 @@
-"""How a stream is made to fit a device: the decode grouping, and where weights lie.
+"""How a stream is made to fit a device: decode grouping, turned keys, and where weights lie.
 
 `fit` tries the ways a run can be placed, those that cost least speed first, against what
 `footprint` counts. Keeping the decoder off the device while the network runs is not among them:
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -31,6 +32,8 @@ class Placement:
 
     group_frames: int
     """Latent frames decoded at once."""
+    keep_turned: bool = True
+    """Whether the cache keeps turned keys; without them it is smaller, and passes are slower."""
     offload: OffloadMode = "none"
     """`stream` where the student's layers come from host memory in every pass."""
     text_offload: OffloadMode = "none"
@@ -41,6 +44,7 @@ class Placement:
             "1 latent frame" if self.group_frames == 1 else f"{self.group_frames} latent frames"
         )
         text = f"decoding {frames} at once"
+        text += "" if self.keep_turned else ", turning keys anew in every pass"
         streamed = {"student": self.offload, "text encoder": self.text_offload}
         names = [name for name, mode in streamed.items() if mode == "stream"]
         return f"{text}, streaming the weights of the {' and the '.join(names)}" if names else text
@@ -64,7 +68,11 @@ class Fit:
 
 
 def phases(parts: Footprint, placement: Placement) -> dict[str, dict[str, int]]:
-    """What each phase of a run has on the device, in bytes by name."""
+    """What each phase of a run has on the device, in bytes by name.
+
+    Where they overlap, decoding has the network's share on the way too: each works on a stream of
+    its own, and an allocator does not lend one stream's memory to another.
+    """
     student, text = (
         weights.streamed(NUM_SLOTS) if mode == "stream" else weights.total
         for weights, mode in (
@@ -85,7 +93,8 @@ def phases(parts: Footprint, placement: Placement) -> dict[str, dict[str, int]]:
         "generate": held | {"on the way": parts.network},
     }
     if decode := parts.decoder.decode:
-        named["decode"] = held | {"on the way": decode[placement.group_frames]}
+        beside = parts.network if parts.overlapped else 0
+        named["decode"] = held | {"on the way": decode[placement.group_frames] + beside}
     return named
 
 
@@ -103,8 +112,8 @@ def fit(
 ) -> Fit:
     """The first placement that fits into `available` bytes, those that cost least speed first.
 
-    `group_frames` and `offload` hold a choice fast. ValueError where nothing fits; it says what
-    would.
+    `group_frames`, `offload` and sizes without `keep_turned` hold a choice fast. ValueError where
+    nothing fits; it says what would.
     """
     tried = [_try(sizes, p, available) for p in _placements(sizes, group_frames, offload)]
     if (chosen := _first(tried)) is not None:
@@ -119,7 +128,7 @@ def fit(
 
 def format_plan(sizes: Sizes, chosen: Fit) -> str:
     """What every part takes in every phase, as a table in GB."""
-    columns = phases(footprint(sizes), chosen.placement)
+    columns = phases(_parts(sizes, chosen.placement), chosen.placement)
     names = list(dict.fromkeys(name for phase in columns.values() for name in phase))
     lines = ["".join(["GB".ljust(20), *(phase.rjust(10) for phase in columns)])]
     for name in names:
@@ -138,14 +147,19 @@ def _placements(
     if offload == "none" or _on_cpu(sizes):  # a CPU's weights are in host memory already
         both = ["none"]
     # The encoder runs once, so it is streamed first; the student runs five times a chunk.
-    for student in both if offload is None else [offload]:
-        for group in groups if sizes.decoder else [chunk]:
-            for text in both:
-                yield Placement(group_frames=group, offload=student, text_offload=text)
+    students = both if offload is None else [offload]
+    turned = [True, False] if sizes.keep_turned else [False]
+    grouped = groups if sizes.decoder else [chunk]
+    for student, keep, group, text in product(students, turned, grouped, both):
+        yield Placement(group_frames=group, keep_turned=keep, offload=student, text_offload=text)
+
+
+def _parts(sizes: Sizes, placement: Placement) -> Footprint:
+    return footprint(replace(sizes, keep_turned=placement.keep_turned))
 
 
 def _try(sizes: Sizes, placement: Placement, available: int) -> Fit:
-    most = peak(footprint(sizes), placement)
+    most = peak(_parts(sizes, placement), placement)
     needed = most if _on_cpu(sizes) else round(most * (1 + CUDA_SHARE)) + CUDA_FIXED
     return Fit(placement=placement, peak=most, needed=needed, available=available)
 

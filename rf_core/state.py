@@ -79,8 +79,12 @@ class StreamState:
         self.unsettled = self.first_latents = self.last_latents = self.decoder = None
 
     def clone(self) -> StreamState:
-        """An independent copy. The cache alone is ever written in place; the rest is replaced."""
-        return replace(self, cache=self.cache.clone())
+        """An independent copy.
+
+        The cache is written in place and the decoder's state taken from; the rest is replaced.
+        """
+        decoder = None if self.decoder is None else self.decoder.fork()
+        return replace(self, cache=self.cache.clone(), decoder=decoder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,10 @@ class Snapshot:
 
 
 def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False) -> Snapshot:
-    """The snapshot of a settled state; `facts` of the owner are kept beside its own."""
+    """The snapshot of a settled state; `facts` of the owner are kept beside its own.
+
+    ValueError where it is to be exact and a decode that failed left the decoder's state spent.
+    """
     assert state.unsettled is None, "a snapshot holds the cache after the clean pass"
     cache, blend, decoder = state.cache, state.blend, state.decoder
     tensors: dict[str, Tensor | None] = {
@@ -144,6 +151,7 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
     if not compact:
         tensors |= {f"cache.{name}": tensor for name, tensor in cache.tensors().items()}
         if decoder is not None:
+            decoder.require_unspent()
             tensors |= {f"decoder.{name}": tensor for name, tensor in decoder.tensors.items()}
     own = {
         "format": FORMAT,

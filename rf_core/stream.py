@@ -130,7 +130,12 @@ class Stream:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor | None:
-        """Images [B, T, 3, H, W] of the chunk just generated; None without a decoder."""
+        """Images [B, T, 3, H, W] of the chunk just generated; None without a decoder.
+
+        One that fails half way costs the stream its decoder's past (`VAEState`), for memory holds
+        one: chunks can still be generated, but to decode again, restore a snapshot, the last one or
+        a compact one of now, or cut. ValueError until then.
+        """
         if self.decoder is None:
             return None
         images, self.state.decoder = self.decoder.decode(latents, self.state.decoder)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rf_core.codec import put_channels_last
+from rf_core.codec import Carry, put_channels_last
 from rf_core.decoder import Decoder, DecoderState, TAEHVDecoder, WanDecoder, load_decoder
+from rf_core.live_bytes import peak_bytes
+from rf_core.stream import Stream
 from rf_core.taehv import TAEHV, TAEHVConfig
 from rf_core.vae import VAEConfig, WanVAE
 
@@ -41,6 +45,19 @@ def stream_of(decoder: Decoder, z: Tensor, sizes: list[int]) -> tuple[Tensor, De
         out, state = decoder.decode(part, state)
         done.append(out)
     return torch.cat(done, dim=1), state
+
+
+def failing_after(layers: int) -> Callable[..., None]:
+    """`Carry.leave` on a device whose memory ends after so many layers."""
+    leave, done = Carry.leave, []
+
+    def left(carry: Carry, key: str, x: Tensor, frames: int) -> None:
+        done.append(key)
+        if len(done) > layers:
+            raise torch.OutOfMemoryError
+        leave(carry, key, x, frames)
+
+    return left
 
 
 def test_the_wan_vae_s_pixels_become_images_between_0_and_1() -> None:
@@ -112,17 +129,59 @@ def test_images_of_counts_what_decode_returns(kind: Adapter) -> None:
 
 
 @BOTH
-def test_a_fork_of_the_state_leaves_its_parent_untouched(kind: Adapter) -> None:
+@pytest.mark.parametrize("group", [1, 2, None])
+def test_a_fork_and_its_parent_go_on_alike_and_apart(kind: Adapter, group: int | None) -> None:
+    decoder = kind(codec_of(kind), group)
+    _, state = decoder.decode(latents()[:, :, :3], None)
+    fork, other = state.fork(), state.fork()
+    decoder.decode(latents(frames=2), other)
+    first, _ = decoder.decode(latents()[:, :, 3:], fork)
+    second, _ = decoder.decode(latents()[:, :, 3:], state)
+    assert torch.equal(first, second)
+    whole, _ = decoder.decode(latents(), None)
+    torch.testing.assert_close(first, whole[:, 9:], atol=1e-5, rtol=1e-5)
+
+
+@BOTH
+def test_a_state_that_was_gone_on_from_is_refused_with_the_remedy(kind: Adapter) -> None:
     decoder = kind(codec_of(kind))
     _, state = decoder.decode(latents()[:, :, :3], None)
-    fork, before = state.clone(), state.clone()
-    decoder.decode(latents(frames=2), fork)
-    for tensor in fork.tensors.values():
-        tensor.zero_()
-    assert all(torch.equal(state.tensors[key], before.tensors[key]) for key in before.tensors)
-    rest, _ = decoder.decode(latents()[:, :, 3:], state)
-    whole, _ = decoder.decode(latents(), None)
+    decoder.decode(latents()[:, :, 3:], state)
+    for spent in (state, state.fork(), state.to(dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"after 3 frames was taken from.*fork\(\).*snapshot"):
+            decoder.decode(latents()[:, :, 3:], spent)
+
+
+@BOTH
+def test_a_fork_brings_back_what_a_failed_decode_took(
+    kind: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, z = kind(codec_of(kind), 1), latents()
+    _, state = decoder.decode(z[:, :, :3], None)
+    kept = state.fork()
+    with monkeypatch.context() as patch:
+        patch.setattr(Carry, "leave", failing_after(5))
+        with pytest.raises(torch.OutOfMemoryError):
+            decoder.decode(z[:, :, 3:], state)
+    with pytest.raises(ValueError, match="taken from"):
+        decoder.decode(z[:, :, 3:], state)
+    rest, _ = decoder.decode(z[:, :, 3:], kept)
+    whole, _ = decoder.decode(z, None)
     torch.testing.assert_close(rest, whole[:, 9:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_running_decode_holds_the_past_of_a_stream_once(group: int) -> None:
+    decoder, z, kept = WanDecoder(codec_of(WanDecoder), group), latents(frames=3), []
+
+    def two_chunks(keep: bool) -> None:
+        state = decoder.decode(z, None)[1]
+        kept[:] = [state.fork()] if keep else []
+        decoder.decode(z, state)
+
+    once, twice = (peak_bytes(lambda keep=keep: two_chunks(keep), "cpu") for keep in (False, True))
+    assert twice - once == pytest.approx(kept[0].nbytes, rel=0.2)
 
 
 @BOTH
@@ -231,3 +290,69 @@ def test_values_too_large_for_float16_are_refused_with_the_remedy() -> None:
 def test_a_group_of_no_frames_is_refused() -> None:
     with pytest.raises(ValueError, match="group_frames is 0"):
         WanDecoder(codec_of(WanDecoder), group_frames=0)
+
+
+def decoded() -> Stream:
+    """A stream that also decodes, one latent frame at a time."""
+    torch.manual_seed(5)
+    codec = TAEHV(
+        TAEHVConfig(
+            latent_channels=4,
+            decoder_widths=(6, 5, 4, 4),
+            encoder_width=5,
+            latent_mean=(0.0,) * 4,
+            latent_std=(1.0,) * 4,
+        )
+    )
+    decoder = TAEHVDecoder(codec.requires_grad_(False), group_frames=1)
+    return tiny.stream(decoder=decoder, seed=11, cache=tiny.window(9, 3))
+
+
+def shown(stream: Stream, chunks: int) -> Tensor:
+    return torch.cat([stream.step().images for _ in range(chunks)], dim=1)
+
+
+def test_forks_and_restored_streams_decode_like_their_parent() -> None:
+    expected = shown(decoded(), 6)
+    parent = decoded()
+    head = shown(parent, 3)
+    fork, snapshot = parent.fork(), parent.snapshot()
+    other = Stream.from_snapshot(parent.model, snapshot, decoder=parent.decoder)
+    for stream in (fork, parent, other):
+        assert torch.equal(torch.cat([head, shown(stream, 3)], 1), expected)
+    parent.restore(snapshot)
+    assert torch.equal(shown(parent, 3), expected[:, head.shape[1] :])
+
+
+def test_a_chunk_stopped_before_it_is_decoded_leaves_the_decoder_as_it_was() -> None:
+    expected, stream = shown(decoded(), 4), decoded()
+    head = shown(stream, 2)
+
+    def stop(kind: str, number: int) -> None:
+        if (kind, number) == ("denoise", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stream.step(stop)
+    assert torch.equal(torch.cat([head, shown(stream, 2)], 1), expected)
+
+
+def test_a_decode_that_fails_half_way_leaves_a_stream_that_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = decoded()
+    shown(stream, 2)
+    kept = stream.snapshot()
+    made = stream.generate()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Carry, "leave", failing_after(4))
+        stream.decode(made)
+    for refused in (lambda: stream.decode(made), stream.fork().step, stream.snapshot):
+        with pytest.raises(ValueError, match=r"failed.*snapshot.*cut"):
+            refused()
+    whole = tiny.stream(seed=11, cache=tiny.window(9, 3))
+    assert torch.equal(stream.generate(), [whole.generate() for _ in range(4)][-1])
+    near = Stream.from_snapshot(stream.model, stream.snapshot(compact=True), decoder=stream.decoder)
+    assert near.step().images.isfinite().all()
+    stream.restore(kept)
+    assert torch.equal(shown(stream, 4), shown(decoded(), 6)[:, 21:])

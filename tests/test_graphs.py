@@ -6,7 +6,9 @@ import pytest
 import tiny
 import torch
 
-from rf_core.graphs import GraphedModel
+from rf_core.graphs import GraphedModel, TraceCapture
+from rf_core.model import WanModel
+from rf_core.offload import stream_layers
 from rf_core.stream import Stream
 
 
@@ -18,19 +20,32 @@ class Recorder:
 
     def __call__(self, run):
         self.captured += 1
-        first = run()
-        result = None if first is None else first.clone()
+        result = run()[0].clone()
 
         def replay():
             self.replayed += 1
-            again = run()
-            return None if result is None else result.copy_(again)
+            return result.copy_(run()[0])
 
         return replay
 
 
-def graphed() -> tuple[GraphedModel, Recorder]:
-    recorder = Recorder()
+class TraceRecorder(Recorder):
+    """Counts what is traced and replayed."""
+
+    def __call__(self, run):
+        self.captured += 1
+        trace = TraceCapture()(run)
+
+        def replay():
+            self.replayed += 1
+            return trace()
+
+        return replay
+
+
+@pytest.fixture(params=[Recorder, TraceRecorder], ids=["as a card does", "traced"])
+def graphed(request) -> tuple[GraphedModel, Recorder]:
+    recorder = request.param()
     return GraphedModel(tiny.model(), recorder), recorder
 
 
@@ -49,16 +64,16 @@ def latents_of(stream: Stream, chunks: int = 6, switch_at: int | None = None) ->
 
 @pytest.mark.parametrize("switch_at", [None, 2, 4])
 @pytest.mark.parametrize("keep_turned", [True, False])
-def test_replayed_passes_make_the_video_that_plain_passes_make(switch_at, keep_turned):
-    model, recorder = graphed()
+def test_replayed_passes_make_the_video_that_plain_passes_make(graphed, switch_at, keep_turned):
+    model, recorder = graphed
     options = {"keep_turned": keep_turned, "cache": tiny.window(9, 3)}
     made = latents_of(stream_of(model, **options), switch_at=switch_at)
     assert torch.equal(made, latents_of(stream_of(tiny.model(), **options), switch_at=switch_at))
     assert recorder.replayed > recorder.captured
 
 
-def test_each_form_of_a_pass_is_captured_once_and_serves_the_next_stream():
-    model, recorder = graphed()
+def test_each_form_of_a_pass_is_captured_once_and_serves_the_next_stream(graphed):
+    model, recorder = graphed
     first = latents_of(stream_of(model, 0))
     gc.collect()
     # Denoising and clean passes, each while the window holds 3, 6 and 9 frames.
@@ -69,8 +84,8 @@ def test_each_form_of_a_pass_is_captured_once_and_serves_the_next_stream():
     assert not torch.equal(first, second)
 
 
-def test_streams_that_live_at_once_have_caches_of_their_own():
-    model, _ = graphed()
+def test_streams_that_live_at_once_have_caches_of_their_own(graphed):
+    model, _ = graphed
     streams = [stream_of(model, 0), stream_of(model, 1)]
     made = [[stream.step().latents for stream in streams] for _ in range(5)]
     for number, chunks in enumerate(zip(*made, strict=True)):
@@ -78,8 +93,8 @@ def test_streams_that_live_at_once_have_caches_of_their_own():
         assert torch.equal(torch.cat(chunks, dim=2), alone)
 
 
-def test_a_fork_runs_uncaptured_and_a_restored_stream_captured():
-    model, recorder = graphed()
+def test_a_fork_runs_uncaptured_and_a_restored_stream_captured(graphed):
+    model, recorder = graphed
     stream = stream_of(model)
     latents_of(stream, 5)
     fork, captured = stream.fork(), recorder.captured
@@ -93,8 +108,8 @@ def test_a_fork_runs_uncaptured_and_a_restored_stream_captured():
     assert (recorder.captured, recorder.replayed) == (captured, replayed + 2)
 
 
-def test_another_size_lets_go_of_what_was_captured():
-    model, recorder = graphed()
+def test_another_size_lets_go_of_what_was_captured(graphed):
+    model, recorder = graphed
     latents_of(stream_of(model), 3)
     before = recorder.captured
     small = stream_of(model, height=16, width=16)
@@ -105,8 +120,15 @@ def test_another_size_lets_go_of_what_was_captured():
 
 
 def test_networks_that_graphs_cannot_hold_are_refused():
-    with pytest.raises(ValueError, match=r"all weights on the card, and some are on cpu"):
-        GraphedModel(tiny.model())
+    with pytest.raises(ValueError, match="on one card or on the CPU, and the weights are on meta"):
+        GraphedModel(WanModel(tiny.CONFIG, device="meta"))
+    hooked = tiny.model()
+    hooked.blocks[0].ffn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"the hooks of blocks\.0\.ffn would not run"):
+        GraphedModel(hooked)
+    stream_layers(streamed := tiny.model(), "blocks", "cpu")
+    with pytest.raises(ValueError, match="leave out --offload stream"):
+        GraphedModel(streamed)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")

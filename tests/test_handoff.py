@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -175,6 +176,18 @@ def test_images_with_nan_are_refused_with_the_remedy(threaded: bool) -> None:
         handoff.submit(torch.zeros(1, 1, 1, 2, 2), None)
 
 
+@BOTH
+@torch.no_grad()
+def test_a_handoff_takes_the_state_it_is_given(threaded: bool) -> None:
+    with Handoff(wan_decoder(), lambda images: None, threaded=threaded) as handoff:
+        state = handoff.submit(latents(0), None)
+        pasts = [weakref.ref(tensor) for tensor in state.tensors.values()]
+        handoff.submit(latents(1), state)
+        assert {past() for past in pasts} == {None}
+        with pytest.raises(ValueError, match=r"after 3 frames was taken from"):
+            handoff.submit(latents(1), state)
+
+
 def test_a_depth_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"depth is 0.*at least 1"):
         Handoff(Counter(), Delivered(), depth=0)
@@ -191,6 +204,6 @@ def test_on_cuda_the_bytes_are_those_of_the_default_stream() -> None:
             images, twin = decoder.decode(latents(chunk).cuda(), twin)
             expected.append(to_uint8(images).cpu())
         handoff.flush()
-        kept = state.clone()
+        kept = {key: tensor.clone() for key, tensor in state.tensors.items()}
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(done, expected, strict=True))
-    assert all(torch.equal(kept.tensors[key], twin.tensors[key]) for key in twin.tensors)
+    assert all(torch.equal(kept[key], twin.tensors[key]) for key in twin.tensors)

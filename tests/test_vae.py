@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rf_core.codec import convolve_doubled, put_channels_last
+from rf_core.codec import Carry, convolve_doubled, put_channels_last
 from rf_core.vae import RMSNorm, VAEConfig, VAEState, WanVAE
 from rf_core.vae_files import load_vae, vae_metadata
 
@@ -120,13 +121,32 @@ def test_every_batch_row_is_decoded_and_encoded_on_its_own() -> None:
 def test_a_state_continued_twice_gives_two_independent_futures() -> None:
     vae, z, other = tiny_vae(), latents(), latents(seed=9)
     _, state = vae.decode_chunk(z[:, :, :3], None)
-    before = state.clone()
-    left, _ = vae.decode_chunk(other[:, :, 3:], state)
+    kept = {key: tensor.clone() for key, tensor in state.tensors.items()}
+    left, _ = vae.decode_chunk(other[:, :, 3:], state.fork())
+    assert all(torch.equal(state.tensors[key], kept[key]) for key in kept)
     right, _ = vae.decode_chunk(z[:, :, 3:], state)
     torch.testing.assert_close(right, vae.decode(z)[:, :, 9:], atol=1e-5, rtol=1e-5)
     mixed = torch.cat([z[:, :, :3], other[:, :, 3:]], dim=2)
     torch.testing.assert_close(left, vae.decode(mixed)[:, :, 9:], atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(state.tensors[key], before.tensors[key]) for key in before.tensors)
+
+
+@pytest.mark.parametrize("autograd", [False, True], ids=["plain", "autograd"])
+def test_a_pass_lets_go_of_each_past_before_its_layer_leaves_the_next(
+    autograd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = tiny_vae()
+    _, state = vae.decode_chunk(latents(frames=3), None)
+    pasts = {key: weakref.ref(tensor) for key, tensor in state.tensors.items()}
+    leave, seen = Carry.leave, []
+
+    def watched(carry: Carry, key: str, x: Tensor, frames: int) -> None:
+        seen.append((key, pasts[key]() is None))
+        leave(carry, key, x, frames)
+
+    monkeypatch.setattr(Carry, "leave", watched)
+    with torch.set_grad_enabled(autograd):
+        vae.decode_chunk(latents(frames=3), state)
+    assert dict(seen) == dict.fromkeys(pasts, True)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -277,6 +297,7 @@ def test_latents_of_another_size_do_not_continue_a_stream() -> None:
     _, state = vae.decode_chunk(latents(frames=2), None)
     with pytest.raises(ValueError, match=r"decoder\.conv1 does not continue.*begin a new one"):
         vae.decode_chunk(latents(frames=2, batch=1), state)
+    vae.decode_chunk(latents(frames=2), state)  # nothing was taken from it
     with pytest.raises(ValueError, match=r"\[batch, 16, frames"):
         vae.decode(torch.zeros(1, 4, 2, 2, 2))
 
@@ -286,6 +307,7 @@ def test_a_state_of_another_network_is_refused() -> None:
     _, encoding = vae.encode_chunk(video(images=5), None)
     with pytest.raises(ValueError, match=r"encoder\..*belongs to another"):
         vae.decode_chunk(latents(frames=2), encoding)
+    vae.encode_chunk(video(images=4), encoding)  # nothing was taken from it
 
 
 @pytest.mark.parametrize(
