@@ -264,7 +264,7 @@ def run_profile(args: argparse.Namespace) -> int:
 
 def _workload_fields(args: argparse.Namespace) -> dict[str, Any]:
     check_device(args.device, DTYPES[args.dtype], args.attention)
-    names = ("size", "height", "width", "device", "attention", "decoder", "vae")
+    names = ("size", "height", "width", "device", "attention", "decoder", "vae", "weights")
     return {
         **{name: getattr(args, name) for name in (*names, "text_encoder", "tokenizer")},
         "dtype": DTYPES[args.dtype],
@@ -273,7 +273,7 @@ def _workload_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _graphs(args: argparse.Namespace) -> bool:
-    possible = args.device.startswith("cuda") and not args.compile
+    possible = args.device.startswith(("cuda", "cpu")) and not args.compile
     return args.graphs == "on" or (args.graphs == "auto" and possible)
 
 
@@ -355,6 +355,7 @@ def _run_options(args: argparse.Namespace, timeline: PromptTimeline, output: Pat
         dtype=DTYPES[args.dtype or ("bfloat16" if cuda else "float32")],
         attention=args.attention,
         graphs=GRAPHS[args.graphs] if args.parallel is None else False,
+        weights=args.weights,
         **_memory_fields(args),
         crf=args.crf,
         snapshot_every=args.snapshot_every,
@@ -432,6 +433,7 @@ def _cache_fields(args: argparse.Namespace) -> dict[str, Any]:
         "sink_frames": args.sink,
         "decay": args.decay,
         "accumulator": args.accumulator,
+        "storage": args.cache,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -485,7 +487,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add(
         "--group-frames", type=_group_frames, metavar="N|auto", help="latent frames decoded at once"
     )
-    add("--graphs", choices=GRAPHS, default="auto", help="CUDA graphs (default: where they can)")
+    add(
+        "--graphs", choices=GRAPHS, default="auto", help="recorded passes (default: where possible)"
+    )
+    _add_weights(machine)
     add("--offload", choices=("auto", "none", "stream"), help="stream weights from host memory")
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, metavar="PATH", help="the MP4 (default: a new name in outputs/)")
@@ -537,7 +542,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=run_bench)
     add = parser.add_argument
     add("--chunks", type=int, help="chunks to stream (default: 500; 12 a round with --baseline)")
-    add("--graphs", choices=GRAPHS, default="auto", help="CUDA graphs (default: on a card)")
+    add(
+        "--graphs", choices=GRAPHS, default="auto", help="recorded passes (default: where possible)"
+    )
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--baseline", type=Path, metavar="FOLDER", help="a checkout of the published code to race")
     add("--rounds", type=int, default=3, help="rollouts of the race")
@@ -562,9 +569,15 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     add("--vae", type=Path, metavar="FILE", help="a decoder's weights in place of random ones")
     add("--text-encoder", metavar="PLACE", help="UMT5 for the random sizes: file, folder, hub id")
     add("--tokenizer", metavar="PLACE", help="its tokenizer, where the encoder has none")
+    _add_weights(parser)
     add("--json", type=Path, metavar="FILE", help="write the measurements here too")
     _add_cache(parser)
     _add_backend(parser, dtype="float32")
+
+
+def _add_weights(parser: argparse._ActionsContainer) -> None:
+    text = "fp8 halves the blocks' weights: an approximation"
+    parser.add_argument("--weights", choices=("exact", "fp8"), default="exact", help=text)
 
 
 def _add_lora(parser: argparse._ActionsContainer) -> None:
@@ -596,6 +609,7 @@ def _add_cache(parser: argparse._ActionsContainer) -> None:
     add("--window", type=int, metavar="FRAMES", help="latent frames attention sees")
     add("--sink", type=int, metavar="FRAMES", help="latent frames of the sink; 0 for none")
     add("--decay", type=float, metavar="ALPHA", help="what the sink keeps of itself; 1 is static")
+    add("--cache", choices=("exact", "int8"), help="int8 halves its memory: an approximation")
     add("--accumulator", choices=("reference", "float32"), help="how the sink's average rounds")
 
 

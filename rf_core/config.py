@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Accumulator = Literal["reference", "float32"]
+Storage = Literal["exact", "int8"]
 
 PUBLISHED_STEPS = (1000, 750, 500, 250)  # arXiv 2512.04678, sec. 4: four denoising steps
 NUM_TRAIN_TIMESTEPS = 1000  # Wan 2.1: flow matching on t in [0, 1000]
@@ -81,6 +82,9 @@ class CacheConfig:
     """Whether the sink's keys are given back the length that averaging takes from vectors which
     disagree; without it, as published, a much averaged sink fades from attention."""
 
+    storage: Storage = "exact"
+    """`int8` keeps all but the sink in 8 bits: an approximation, in half the memory."""
+
     def __post_init__(self) -> None:
         if self.chunk_frames < 1:
             raise ValueError(f"chunk_frames is {self.chunk_frames}; a chunk has at least 1 frame")
@@ -95,6 +99,8 @@ class CacheConfig:
             raise ValueError(f"decay is {self.decay}; it is a fraction between 0 and 1")
         if self.accumulator not in ("reference", "float32"):
             raise ValueError(f"accumulator is {self.accumulator!r}; use 'reference' or 'float32'")
+        if self.storage not in ("exact", "int8"):
+            raise ValueError(f"storage is {self.storage!r}; use 'exact' or 'int8'")
 
 
 @dataclass(frozen=True, kw_only=True)

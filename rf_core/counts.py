@@ -110,6 +110,8 @@ def cache_bytes(
 
     Without `keep_turned`, those of one layer at a time.
     """
+    if cache.storage == "int8":
+        return int8_cache_bytes(model, cache, grid, element_bytes)
     layers = model.num_layers * (3 if keep_turned else 2) + (not keep_turned)
     frames = layers * cache.window_frames
     if cache.accumulator == "float32" and element_bytes < 4:

@@ -32,6 +32,7 @@ from .parallel import Process, Split, SpreadModel, SpreadStream
 from .placement import placed
 from .plan import Fit, OffloadMode
 from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
+from .quantise import quantise_linears
 from .state import Snapshot
 from .stream import Chunk, Stream, latent_size
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
@@ -92,6 +93,8 @@ class Options:
     """A picture or clip to begin with; of a clip the last images, as many as the window holds."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    weights: Literal["exact", "fp8"] = "exact"
+    """`fp8` holds the blocks' linear layers in 8 bits: an approximation, in half the memory."""
     attention: str = "sdpa"
     """Name of an attention backend, or `auto` for the fastest here."""
     graphs: bool | Literal["auto"] = False
@@ -156,6 +159,7 @@ class Plan:
             "sampler": asdict(self.sampler),
             "dtype": str(options.dtype).removeprefix("torch."),
             "attention": options.attention,
+            "weights": options.weights,
             "crf": options.crf,
             "start": options.start and options.start.name,
             "prompts": [[p.chunk, str(p.switch), p.text] for p in self.prompts],
@@ -288,13 +292,15 @@ def open_networks(settled: Plan) -> tuple[WanModel | GraphedModel, Decoder]:
         num_heads=files.num_heads,
         loras=files.loras,
     )
+    if options.weights == "fp8":
+        quantise_linears(model)
     if options.offload == "stream":
         stream_layers(model, "blocks", device)
     assert options.group_frames != "auto", "plan() settles it"
     decoder = load_decoder(files.vae, device, dtype, options.group_frames)
     graphs = options.graphs
     if graphs == "auto":
-        graphs = torch.device(device).type == "cuda" and options.offload == "none"
+        graphs = torch.device(device).type in ("cuda", "cpu") and options.offload == "none"
     return (GraphedModel(model) if graphs else model), decoder
 
 

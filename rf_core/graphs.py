@@ -189,7 +189,7 @@ class TraceCapture:
 
 
 def _with_memory(result: Tensor | None, cache: KVCache) -> tuple[Tensor, ...]:
-    memory = (cache.k_NBWHD, cache.turned_NBWHD, cache.v_NBWHD)
+    memory = (*cache.tensors().values(), cache.turned_NBWHD)
     return memory if result is None else (result, *memory)
 
 

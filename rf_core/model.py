@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .attention import Attention, sdpa
 from .config import CacheConfig, Grid, ModelConfig
 from .kv_cache import KeyValues, KVCache
+from .kv_int8 import Int8KVCache
 from .layers import Block, Head, HeadModulations, Modulations, PromptKV
 from .rope import Rope, rope_table
 
@@ -108,7 +109,8 @@ class WanModel(nn.Module):
         keep_turned: bool = True,
     ) -> KVCache:
         """An empty cache for a stream of this network; see `KVCache.allocate`."""
-        return KVCache.allocate(
+        kind = Int8KVCache if config.storage == "int8" else KVCache
+        return kind.allocate(
             config,
             num_layers=self.config.num_layers,
             batch=batch,

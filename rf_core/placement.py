@@ -48,6 +48,7 @@ def sizes_of(settled: Plan) -> Sizes:
         width=settled.width,
         cache=settled.cache,
         keep_turned=options.keep_turned,
+        linear_bytes=1 if options.weights == "fp8" else None,
         sampler=settled.sampler,
         dtype=options.dtype,
         decoder=decoder_config(options.files.vae),

@@ -25,6 +25,7 @@ from .dispatch import Choice, choose_attention
 from .generate import Files
 from .graphs import GraphedModel
 from .model import WanModel
+from .quantise import quantise_linears
 from .stopwatch import Stopwatch
 from .stream import Stream, latent_size
 from .taehv import TAEHV, TAEHVConfig
@@ -62,10 +63,12 @@ class WorkloadOptions:
     """Picture columns, in pixels."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    weights: Literal["exact", "fp8"] = "exact"
+    """`fp8` holds the blocks' linear layers in 8 bits."""
     attention: str = "sdpa"
     """Name of an attention backend, or `auto` for the fastest here."""
     graphs: bool = False
-    """Whether the network's passes run as CUDA graphs."""
+    """Whether the network's passes are recorded and replayed (`rf_core.graphs`)."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     decoder: str | None = None
     """One of DECODERS; by default `wan` for the demo and `none` for the others."""
@@ -142,6 +145,8 @@ def load_workload(options: WorkloadOptions) -> Workload:
     first = _prompt(0, model.config, encoder)
     text_seconds = watch.lap()
     model = model.eval().requires_grad_(False)
+    if options.weights == "fp8":
+        quantise_linears(model)
     return Workload(
         options=options,
         model=model,
