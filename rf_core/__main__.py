@@ -356,6 +356,7 @@ def _run_options(args: argparse.Namespace, timeline: PromptTimeline, output: Pat
         attention=args.attention,
         graphs=GRAPHS[args.graphs] if args.parallel is None else False,
         weights=args.weights,
+        compile=args.compile,
         **_memory_fields(args),
         crf=args.crf,
         snapshot_every=args.snapshot_every,
@@ -490,6 +491,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add(
         "--graphs", choices=GRAPHS, default="auto", help="recorded passes (default: where possible)"
     )
+    add("--compile", action="store_true", help="compile the blocks with torch.compile")
     _add_weights(machine)
     add("--offload", choices=("auto", "none", "stream"), help="stream weights from host memory")
     add = parser.add_argument_group("output").add_argument

@@ -97,6 +97,8 @@ class Options:
     """`fp8` holds the blocks' linear layers in 8 bits: an approximation, in half the memory."""
     attention: str = "sdpa"
     """Name of an attention backend, or `auto` for the fastest here."""
+    compile: bool = False
+    """Whether torch.compile takes the blocks; it takes time at the start."""
     graphs: bool | Literal["auto"] = False
     """Whether the network's passes run as CUDA graphs; `auto`: where they can."""
     group_frames: int | Literal["auto"] | None = None
@@ -207,6 +209,8 @@ def plan(options: Options) -> Plan:
     clock, total = ChunkClock(chunk_frames=cache.chunk_frames), options.chunks
     if options.seconds is not None:
         total = options.timeline.num_chunks_for_seconds(options.seconds, clock)
+    if options.compile and cache.storage == "int8":
+        raise ValueError("an int8 cache is not compiled; leave out --compile or --cache int8")
     settled = Plan(
         options=options,
         model=checkpoint.config,
@@ -298,9 +302,13 @@ def open_networks(settled: Plan) -> tuple[WanModel | GraphedModel, Decoder]:
         stream_layers(model, "blocks", device)
     assert options.group_frames != "auto", "plan() settles it"
     decoder = load_decoder(files.vae, device, dtype, options.group_frames)
+    if options.compile:
+        for block in model.blocks:
+            block.compile()
     graphs = options.graphs
     if graphs == "auto":
-        graphs = torch.device(device).type in ("cuda", "cpu") and options.offload == "none"
+        free = options.offload == "none" and not options.compile
+        graphs = free and torch.device(device).type in ("cuda", "cpu")
     return (GraphedModel(model) if graphs else model), decoder
 
 
@@ -487,6 +495,8 @@ def _check_values(options: Options) -> None:
     if not 0 <= options.seed < 2**64:
         raise ValueError(f"the seed is {options.seed}; use a whole number from 0 below 2**64")
     check_device(options.device, options.dtype, options.attention)
+    if options.compile and options.graphs is True:
+        raise ValueError("compiled blocks are not recorded; leave out --compile or --graphs on")
     if "stream" in (options.offload, options.text_offload) and "cuda" not in options.device:
         raise ValueError(
             f"weights are to be streamed to {options.device}, which shares the host's memory; "

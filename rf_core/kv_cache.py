@@ -86,13 +86,20 @@ class WrittenWindow:
     """A part of the cache's own memory: the slot is written in place, the window read in place."""
 
     def __init__(self, k_BWHD: Tensor, turned_BWHD: Tensor, v_BWHD: Tensor, start: int) -> None:
-        self.slots = k_BWHD[:, start:], turned_BWHD[:, start:], v_BWHD[:, start:]
-        """Where the chunk's keys, turned keys and values go, [B, L, H, D] each."""
-        self._window = turned_BWHD, v_BWHD
+        self._window, self._start = (k_BWHD, turned_BWHD, v_BWHD), start
+
+    @property
+    def slots(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the chunk's keys, turned keys and values go, [B, L, H, D] each.
+
+        Cut from the window where they are used: a compiler that was given both would lose writes.
+        """
+        k, turned, v = self._window
+        return k[:, self._start :], turned[:, self._start :], v[:, self._start :]
 
     def read(self) -> tuple[Tensor, Tensor]:
         """The window's turned keys and values, once the slots are written."""
-        return self._window
+        return self._window[1:]
 
     def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         assert not k_BLHD.requires_grad, "under autograd pass cache.snapshot() to the model"
@@ -108,10 +115,11 @@ class TurningWindow(WrittenWindow):
         self, k_BWHD: Tensor, turned_BWHD: Tensor, v_BWHD: Tensor, start: int, rope: Rope
     ) -> None:
         super().__init__(k_BWHD, turned_BWHD, v_BWHD, start)
-        self._turn = k_BWHD[None, :, :start], rope, turned_BWHD[None, :, :start]
+        self._rope = rope
 
     def read(self) -> tuple[Tensor, Tensor]:
-        kernels.rotate_context(*self._turn)
+        k, turned, _ = (t[None, :, : self._start] for t in self._window)
+        kernels.rotate_context(k, self._rope, turned)
         return super().read()
 
 

@@ -171,7 +171,16 @@ def test_a_spread_stream_refuses_a_snapshot_of_another_model(alone, monkeypatch)
 
 def test_torchrun_makes_one_video_that_looks_like_that_of_one_process(tmp_path):
     alone, spread = tmp_path / "alone.mp4", tmp_path / "spread.mp4"
-    prompt = ("--prompt", "a red circle moves right", "--chunks", "5", "--device", "cpu", "--crf", "0")
+    prompt = (
+        "--prompt",
+        "a red circle moves right",
+        "--chunks",
+        "5",
+        "--device",
+        "cpu",
+        "--crf",
+        "0",
+    )
     assert main(["generate", *prompt, "--output", str(alone)]) == 0
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rf_core", "generate"]
     command = [sys.executable, *torchrun, *prompt, "--parallel", "context"]

@@ -226,6 +226,21 @@ def test_files_that_are_no_snapshot_are_refused_in_a_sentence(tmp_path):
             Snapshot.load(path)
 
 
+@pytest.mark.parametrize("keep_turned", [True, False])
+def test_compiled_blocks_stream_the_same_over_evictions_and_switches(keep_turned):
+    options = {"cache": tiny.window(9, 3), "keep_turned": keep_turned}
+    plain, compiled = tiny.stream(**options), tiny.stream(**options)
+    torch._dynamo.reset()
+    for block in compiled.model.blocks:
+        block.compile(backend="aot_eager")
+    for index in range(8):
+        for stream in (plain, compiled):
+            if index in (2, 5):
+                stream.switch(tiny.prompt(index), "recache" if index == 2 else "cut")
+        made = [stream.step().latents for stream in (plain, compiled)]
+        torch.testing.assert_close(*made, atol=2e-4, rtol=1e-4)
+
+
 class Stop(BaseException):
     pass
 
