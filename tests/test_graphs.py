@@ -119,6 +119,13 @@ def test_another_size_lets_go_of_what_was_captured(graphed):
     assert len(model._passes) == recorder.captured - before
 
 
+def test_an_int8_cache_is_not_traced_and_streams_all_the_same():
+    cache = tiny.window(9, 3, storage="int8")
+    made = latents_of(stream_of(model := GraphedModel(tiny.model()), cache=cache))
+    assert torch.equal(made, latents_of(stream_of(tiny.model(), cache=cache)))
+    assert not model._passes
+
+
 def test_networks_that_graphs_cannot_hold_are_refused():
     with pytest.raises(ValueError, match="on one card or on the CPU, and the weights are on meta"):
         GraphedModel(WanModel(tiny.CONFIG, device="meta"))
