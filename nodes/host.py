@@ -38,15 +38,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..rf_core.checkpoint import Checkpoint, read_checkpoint
-from ..rf_core.config import (
-    FPS,
-    SPATIAL_FACTOR,
-    TEMPORAL_FACTOR,
-    CacheConfig,
-    ModelConfig,
-    SamplerConfig,
-)
-from ..rf_core.footprint import Sizes, footprint
+from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..rf_core.counts import stream_bytes
 from ..rf_core.kv_cache import KeyValues
 from ..rf_core.model import PromptContext, TimeContext, WanModel
 from ..rf_core.text import byte_ids, clean_prompt
@@ -139,20 +132,11 @@ class StreamingModel(comfy.model_base.WAN21):
         return self.stream_memory(input_shape[0], tuple(input_shape[3:]), CacheConfig())
 
     def stream_memory(self, batch: int, latent_size: tuple[int, int], cache: CacheConfig) -> float:
-        """Bytes a stream takes beside the weights and the decoder, as the planner counts them."""
-        rows, columns = latent_size
-        parts = footprint(
-            Sizes(
-                model=self.diffusion_model.config,
-                height=rows * SPATIAL_FACTOR,
-                width=columns * SPATIAL_FACTOR,
-                cache=cache,
-                batch=batch,
-                dtype=self.get_dtype_inference(),
-                device=comfy.model_management.get_torch_device().type,
-            )
-        )
-        return float(parts.cache + parts.prompt + parts.network)
+        """Bytes a stream takes beside the weights and the decoder."""
+        sizes = self.diffusion_model.config
+        itemsize = comfy.model_management.dtype_size(self.get_dtype_inference())
+        grid = Grid.of_latents(*latent_size, sizes.patch_size)
+        return float(batch * stream_bytes(sizes, cache, grid, itemsize))
 
 
 class StreamingWan(comfy.supported_models.WAN21_T2V):

@@ -130,6 +130,18 @@ def int8_cache_bytes(
     return (2 * model.num_layers * row + scratch) * grid.frame_tokens
 
 
+def stream_bytes(model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes: int = 2) -> int:
+    """About what a stream takes beside its weights and decoder, at no cost.
+
+    For hosts that ask before every run; `rf_core.footprint` counts it, in seconds.
+    """
+    prompt = 2 * model.num_layers * model.text_len * model.dim
+    tokens = cache.chunk_frames * grid.frame_tokens
+    # The feed-forward layer and its GELU; the residual stream, norms, queries and what attends.
+    pass_ = tokens * (2 * model.ffn_dim + 8 * model.dim)
+    return cache_bytes(model, cache, grid, element_bytes) + (prompt + pass_) * element_bytes
+
+
 def num_parameters(model: ModelConfig) -> int:
     """Parameters of the network."""
     dim = model.dim

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rf_core import counts
 from rf_core.config import WAN_1_3B, WAN_SIZE, CacheConfig, Grid, SamplerConfig
 from rf_core.counts import Work, cache_bytes, chunk_work, num_parameters, pass_work, total
+from rf_core.footprint import Sizes, footprint
 from rf_core.kv_cache import KVCache
 from rf_core.model import WanModel
 from rf_core.taehv import TAEHV, TAEHVConfig
@@ -173,3 +174,19 @@ def test_decoder_work_grows_with_the_picture():
     vae = WanVAE(replace(VAEConfig(), dim=8, num_res_blocks=1))
     small, large = (counts.decoder_work(vae, (1, 16, 3, side, side)).flops for side in (2, 4))
     assert large > 4 * small  # four times the convolutions, sixteen times the attention
+
+
+@pytest.mark.parametrize("keep", [CacheConfig(), CacheConfig(window_frames=21)], ids=["9", "21"])
+def test_what_a_host_is_told_at_no_cost_is_near_what_is_counted(keep):
+    sizes = Sizes(
+        model=WAN_1_3B,
+        height=WAN_SIZE[0],
+        width=WAN_SIZE[1],
+        cache=keep,
+        batch=1,
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    parts = footprint(sizes)
+    told = counts.stream_bytes(WAN_1_3B, keep, PUBLISHED)
+    assert told == pytest.approx(parts.cache + parts.prompt + parts.network, rel=0.05)

@@ -132,9 +132,9 @@ def run_teacher(args: argparse.Namespace) -> int:
 
 
 def run_claims_study(args: argparse.Namespace) -> int:
+    """Train and measure the arms that are missing, then print what they say."""
     if args.seeds < 1:
         raise ValueError(f"{args.seeds} seeds train nothing; give 1 or more")
-    """Train and measure the arms that are missing, then print what they say."""
     arms = [ARMS[name] for name in args.arm] if args.arm else list(ARMS.values())
     config = ClaimsConfig()
     for name in run_claims(args.out, range(args.seeds), arms, config):
