@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +35,14 @@ Replay = Callable[[], Tensor]
 Run = Callable[[], tuple[Tensor, ...]]
 """A pass: its result, where it has one, and the memory it has written to."""
 
-Capture = Callable[[Run], Replay]
-"""Makes a replay of a pass that reads and writes nothing but memory that stays."""
+
+class Capture(Protocol):
+    """Makes a replay of a pass that reads and writes nothing but memory that stays."""
+
+    patience: int
+    """How often a form of pass is run before it is worth capturing."""
+
+    def __call__(self, run: Run) -> Replay: ...
 
 
 class GraphedModel:
@@ -97,6 +104,7 @@ class GraphedModel:
         self._lent: set[int] = set()
         self._inputs: dict[Any, _Inputs] = {}
         self._passes: dict[Any, _Pass] = {}
+        self._uses: Counter[Any] = Counter()
 
     def _run(
         self,
@@ -110,11 +118,14 @@ class GraphedModel:
         memory = cache.k_NBWHD.data_ptr()
         if memory not in self._lent:
             return run(x, time, prompt, cache, attention)
+        form = (run, x.shape, memory, cache.context_frames, cache.slot_frames, attention)
+        self._uses[form] += 1
+        if self._uses[form] <= self._capture.patience:
+            return run(x, time, prompt, cache, attention)
         if x.shape not in self._inputs:
             self._inputs[x.shape] = _Inputs.like(x, time, prompt)
         inputs = self._inputs[x.shape]
         inputs.set(x, time, prompt)
-        form = (run, inputs.x.shape, memory, cache.context_frames, cache.slot_frames, attention)
         if form not in self._passes:
             fixed = cache.as_it_stands()  # and not the stream's own, which is to be let go of
             seen = (inputs.x, inputs.time, inputs.prompt, fixed, attention)
@@ -157,6 +168,8 @@ class _Pass:
 class CudaCapture:
     """Captures on the current CUDA device; all graphs share one pool of memory."""
 
+    patience = 0
+
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -179,7 +192,9 @@ class CudaCapture:
 
 
 class TraceCapture:
-    """Captures on the CPU."""
+    """Captures on the CPU, where it takes as long as some twenty passes."""
+
+    patience = 8
 
     def __call__(self, run: Run) -> Replay:
         unused = torch.zeros(())

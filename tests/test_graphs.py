@@ -15,6 +15,8 @@ from rf_core.stream import Stream
 class Recorder:
     """Captures as CUDA does: runs on what it was given at first, whatever comes later."""
 
+    patience = 0
+
     def __init__(self) -> None:
         self.captured = self.replayed = 0
 
@@ -117,6 +119,15 @@ def test_another_size_lets_go_of_what_was_captured(graphed):
         latents_of(small, 3), latents_of(stream_of(tiny.model(), height=16, width=16), 3)
     )
     assert len(model._passes) == recorder.captured - before
+
+
+def test_on_a_cpu_only_what_comes_often_is_captured():
+    model = GraphedModel(tiny.model())
+    stream = stream_of(model)
+    latents_of(stream, 5)  # of the forms with a growing window none comes more than twice
+    assert not model._passes
+    latents_of(stream, 9)
+    assert len(model._passes) == 2  # denoising and clean, with a full window
 
 
 def test_an_int8_cache_is_not_traced_and_streams_all_the_same():
