@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .config import CacheConfig, Grid, ModelConfig, SamplerConfig
 from .taehv import TAEHV
@@ -161,6 +160,8 @@ def decoder_work(codec: WanVAE | TAEHV, latents_shape: tuple[int, ...]) -> Work:
 
     Counted by running a weightless copy; bytes are every layer's input, output and weights.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # which imports triton: slow
+
     dtype = next(codec.parameters()).dtype
     ghost = type(codec)(codec.config, device="meta", dtype=dtype)  # type: ignore[arg-type]
     latents = torch.empty(latents_shape, device="meta", dtype=dtype)
