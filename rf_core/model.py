@@ -93,10 +93,10 @@ class WanModel(nn.Module):
 
         `dtype` is what the network computes in.
         """
-        time_BFC = self._embed_time(timestep_BF, dtype)
-        time_BF6C = self.time_projection(time_BFC).unflatten(2, (6, -1))
-        blocks = tuple(block.modulations(time_BF6C) for block in self.blocks)  # type: ignore[operator]
-        return TimeContext(timestep_BF, blocks, self.head.modulations(time_BFC))
+        time = self._time(timestep_BF, dtype)
+        layers = zip(self.blocks, time.blocks, strict=True)
+        blocks = tuple(block.modulations(time_BF6C) for block, time_BF6C in layers)  # type: ignore[operator]
+        return time._replace(blocks=blocks)
 
     def new_cache(
         self,
@@ -156,10 +156,13 @@ class WanModel(nn.Module):
         """As `forward`, for what it leaves in the cache alone: ends at the last keys and values."""
         context, rope = self._time(time, x.dtype), self.rope(x, cache)
         tokens, last = self._tokens(x), len(self.blocks) - 1
-        for index in range(last):
-            block, at, kv = self.blocks[index], context.blocks[index], prompt[index]
-            tokens = block(tokens, at, kv, rope, cache.layer(index), attention)
-        self.blocks[last].remember(tokens, context.blocks[last], rope, cache.layer(last))  # type: ignore[operator]
+        for index, (block, at, kv) in enumerate(
+            zip(self.blocks, context.blocks, prompt, strict=True)
+        ):
+            if index < last:
+                tokens = block(tokens, at, kv, rope, cache.layer(index), attention)
+            else:
+                block.remember(tokens, at, rope, cache.layer(index))  # type: ignore[operator]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rf_core.config import ModelConfig
+from rf_core.layers import Block
 from rf_core.offload import NUM_SLOTS, PlainSlots, StreamedLayers, packed_bytes, stream_layers
 
 DEEP = ModelConfig(**{**vars(tiny.CONFIG), "num_layers": 5})
@@ -197,3 +198,22 @@ def test_on_a_card_streamed_weights_give_the_same_to_the_bit_and_take_two_layers
     for _ in range(3):
         for ours, wanted in zip(latents_of(twin), expected, strict=True):
             assert torch.equal(ours.cpu(), wanted)
+
+
+def test_denoising_and_clean_passes_use_every_layer_in_its_turn(monkeypatch):
+    model = streamed(tiny.model(DEEP))
+    places = {buffer.untyped_storage().data_ptr() for buffer in model.blocks._slots.buffers}
+    seen = []
+    for name in ("forward", "remember"):
+        run = getattr(Block, name)
+
+        def noting(block, *args, run=run):
+            seen.append({p.untyped_storage().data_ptr() for p in block.parameters()} <= places)
+            return run(block, *args)
+
+        monkeypatch.setattr(Block, name, noting)
+    stream = tiny.stream(model=model)
+    stream.generate()
+    stream.settle()
+    passes = len(tiny.TWO_STEPS.steps) + 1
+    assert seen == [True] * passes * DEEP.num_layers
