@@ -144,6 +144,12 @@ class Plan:
     """What was chosen to suit the memory; None where all was given."""
 
     @property
+    def grid(self) -> Grid:
+        """Tokens of a latent frame."""
+        patch = self.model.patch_size
+        return Grid.of_latents(*latent_size(self.height, self.width, patch), patch)
+
+    @property
     def clock(self) -> ChunkClock:
         """Chunks to images and seconds, this run's cuts counted."""
         cuts = [p.chunk for p in self.prompts if p.chunk and p.switch.mode == "cut"]
@@ -238,13 +244,12 @@ def load(settled: Plan) -> tuple[Stream, dict[str, Tensor]]:
 
 def attention_of(settled: Plan, model: ModelConfig) -> Choice:
     """The attention of a run, chosen once; `model` is what one process attends with."""
-    patch, options = settled.model.patch_size, settled.options
-    grid = Grid.of_latents(*latent_size(settled.height, settled.width, patch), patch)
+    options = settled.options
     return choose_attention(
         options.attention,
         model,
         settled.cache,
-        grid,
+        settled.grid,
         batch=1,
         dtype=options.dtype,
         device=options.device,
@@ -255,9 +260,7 @@ def split_of(settled: Plan, process: Process) -> Split:
     """How processes share a run out; ValueError where they cannot."""
     if settled.options.start is not None:
         raise ValueError("several processes make a stream from noise alone; leave out --start")
-    patch = settled.model.patch_size
-    grid = Grid.of_latents(*latent_size(settled.height, settled.width, patch), patch)
-    return Split.of(process, settled.model, grid, settled.cache)
+    return Split.of(process, settled.model, settled.grid, settled.cache)
 
 
 def load_spread(settled: Plan, split: Split) -> tuple[Stream, dict[str, Tensor]]:

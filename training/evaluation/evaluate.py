@@ -7,7 +7,6 @@ there is of them is done, and only what is missing is made.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,14 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rf_core.attention import attention_backend
-from rf_core.checkpoint import load_student, read_checkpoint
-from rf_core.decoder import Decoder, load_decoder
-from rf_core.generate import Files, Options, Plan, generate, plan
-from rf_core.model import WanModel
+from rf_core.batch import file_mark
+from rf_core.checkpoint import read_checkpoint
+from rf_core.generate import (
+    Files,
+    Options,
+    Plan,
+    generate,
+    open_networks,
+    open_stream,
+    open_text_encoder,
+    plan,
+)
 from rf_core.prompts import PromptTimeline, Switch
-from rf_core.stream import Stream
-from rf_core.text import encode_prompts, load_text_encoder
+from rf_core.text import encode_prompts
 from rf_core.video import read_images
 
 from ..rewards.flow_motion import FlowName, flow_estimator
@@ -38,7 +43,6 @@ from .metrics import FlowEstimator, measure, windows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SECONDS = 5.0  # the paper's short videos
 
-_SAMPLE = 1 << 20  # bytes read at either end of a file to know it again
 
 Measured = dict[str, float | None]
 """Measures by name; None where a video has none."""
@@ -255,22 +259,6 @@ def caption_measures(video: Tensor, caption: str) -> Measured:
     return found | {"speed_along": sum(along) / len(along)}
 
 
-def file_mark(path: Path) -> str:
-    """A short name for what is in a file or folder: sizes, and both ends of every file."""
-    digest = hashlib.blake2b(digest_size=8)
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    for each in files:
-        if not each.is_file():  # a hub id
-            return str(path)
-        size = each.stat().st_size
-        digest.update(f"{each.name if path.is_dir() else ''}/{size}".encode())
-        with each.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
-            file.seek(max(0, size - _SAMPLE))
-            digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is never seen half written, whoever else writes it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -288,34 +276,14 @@ def _make(
     options = candidate.plan.options
     embeds = encode_prompts(
         [candidate.evaluation.prompts[number] for number, _ in jobs],
-        lambda: load_text_encoder(
-            options.files.text_encoder,
-            device=options.device,
-            dtype=options.dtype,
-            tokenizer=options.files.tokenizer,
-        ),
+        lambda: open_text_encoder(options),
     )
-    model, _ = load_student(options.files.model, device=options.device, dtype=options.dtype)
-    decoder = load_decoder(options.files.vae, options.device, options.dtype, None)
+    model, decoder = open_networks(candidate.plan)
     for number, seed in jobs:
         run = candidate.plan_of(number, seed)
-        generate(run, _stream(run, model, decoder, embeds), embeds)
+        generate(run, open_stream(run, model, decoder, embeds), embeds)
         _finish(candidate, number, seed, estimate)
         yield candidate.video(number, seed)
-
-
-def _stream(run: Plan, model: WanModel, decoder: Decoder, embeds: dict[str, Tensor]) -> Stream:
-    return Stream(
-        model,
-        embeds[run.prompts[0].text],
-        height=run.height,
-        width=run.width,
-        decoder=decoder,
-        seed=run.options.seed,
-        cache=run.cache,
-        sampler=run.sampler,
-        attention=attention_backend(run.options.attention),
-    )
 
 
 def _finish(candidate: Candidate, number: int, seed: int, estimate: FlowEstimator) -> None:
