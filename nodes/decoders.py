@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..rf_core.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from ..rf_core.vae import VAEState
+from ..rf_core.decoders.vae import VAEState
 from . import host
 
 

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..rf_core import text, vae_files
+from ..rf_core import text
+from ..rf_core.decoders import vae_files
 from . import host
 
 DEMO = Path(__file__).parents[1] / "rf_core" / "demo"

@@ -37,12 +37,12 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..rf_core.checkpoint import Checkpoint, read_checkpoint
 from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
-from ..rf_core.counts import stream_bytes
 from ..rf_core.kv_cache import KeyValues
+from ..rf_core.measure.counts import stream_bytes
 from ..rf_core.model import PromptContext, TimeContext, WanModel
 from ..rf_core.text import byte_ids, clean_prompt
+from ..rf_core.weights.checkpoint import Checkpoint, read_checkpoint
 
 StockWanVAE = comfy.ldm.wan.vae.WanVAE
 StockTAEHV = comfy.taesd.taehv.TAEHV

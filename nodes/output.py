@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..rf_core.checkpoint import describe, read_checkpoint
 from ..rf_core.state import Snapshot
+from ..rf_core.weights.checkpoint import describe, read_checkpoint
 from . import host
 from .loaders import CATEGORY
 from .types import RFState, State

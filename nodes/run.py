@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..rf_core.config import FPS, CacheConfig, SamplerConfig
-from ..rf_core.decoder import Decoder
+from ..rf_core.decoders.decoder import Decoder
 from ..rf_core.prompts import ChunkClock, ResolvedEntry
 from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Chunk, Stream

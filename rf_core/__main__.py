@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from .attention import BACKENDS, attention_backend, check_device
-from .baseline import BaselineOptions, compare, format_comparison
 from .batch import make, missing, plan_batch, read_prompts
-from .bench import BenchOptions, bench, format_bench
-from .checkpoint import convert, describe, read_checkpoint
 from .config import FPS, WAN_SIZE, CacheConfig, SamplerConfig
-from .footprint import Sizes, TextSizes
+from .decoders.taehv import TAEHVConfig
+from .decoders.vae import VAEConfig
+from .fast.parallel import Process, agreed, joined
 from .generate import (
     Files,
     Options,
@@ -42,17 +41,18 @@ from .generate import (
     plan,
     split_of,
 )
-from .lora import parse_lora_argument
-from .parallel import Process, agreed, joined
-from .placement import decoder_config, free_bytes, parse_bytes, text_sizes
-from .plan import fit, format_plan
-from .profile import ProfileOptions, format_profile, profile
+from .measure.baseline import BaselineOptions, compare, format_comparison
+from .measure.bench import BenchOptions, bench, format_bench
+from .measure.profile import ProfileOptions, format_profile, profile
+from .measure.verify import Backend, Comparison, verify_folder
+from .measure.workload import DECODERS, RANDOM_SIZES, SIZES
+from .memory.footprint import Sizes, TextSizes
+from .memory.placement import decoder_config, free_bytes, parse_bytes, text_sizes
+from .memory.plan import fit, format_plan
 from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
 from .stream import Stream
-from .taehv import TAEHVConfig
-from .vae import VAEConfig
-from .verify import Backend, Comparison, verify_folder
-from .workload import DECODERS, RANDOM_SIZES, SIZES
+from .weights.checkpoint import convert, describe, read_checkpoint
+from .weights.lora import parse_lora_argument
 
 Load = Callable[[Plan], tuple[Stream, dict[str, Tensor]]]
 GRAPHS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .fast.parallel import Process
 from .generate import (
     Options,
     Plan,
@@ -33,7 +34,6 @@ from .generate import (
     open_text_encoder,
     plan,
 )
-from .parallel import Process
 from .prompts import PromptTimeline, Switch
 
 _SAMPLE = 1 << 20  # bytes read at either end of a file to know it again

@@ -19,24 +19,24 @@ import torch
 from torch import Tensor
 
 from .attention import attention_backend, check_device
-from .checkpoint import load_student, read_checkpoint
 from .config import WAN_SIZE, CacheConfig, Grid, ModelConfig, SamplerConfig
-from .decoder import Decoder, load_decoder
-from .dispatch import Choice, choose_attention
-from .graphs import GraphedModel
-from .handoff import Handoff
-from .lora import Lora
+from .decoders.decoder import Decoder, load_decoder
+from .decoders.handoff import Handoff
+from .fast.dispatch import Choice, choose_attention
+from .fast.graphs import GraphedModel
+from .fast.parallel import Process, Split, SpreadModel, SpreadStream
+from .fast.quantise import quantise_linears
+from .memory.offload import stream_layers
+from .memory.placement import placed
+from .memory.plan import Fit, OffloadMode
 from .model import WanModel
-from .offload import stream_layers
-from .parallel import Process, Split, SpreadModel, SpreadStream
-from .placement import placed
-from .plan import Fit, OffloadMode
 from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
-from .quantise import quantise_linears
 from .state import Snapshot
 from .stream import Chunk, Stream, latent_size
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
 from .video import VideoFormat, VideoWriter, read_images, read_metadata, remux, to_uint8
+from .weights.checkpoint import load_student, read_checkpoint
+from .weights.lora import Lora
 
 DEMO = Path(__file__).parent / "demo"
 

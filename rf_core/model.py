@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .attention import Attention, sdpa
 from .config import CacheConfig, Grid, ModelConfig
+from .fast.kv_int8 import Int8KVCache
 from .kv_cache import KeyValues, KVCache
-from .kv_int8 import Int8KVCache
 from .layers import Block, Head, HeadModulations, Modulations, PromptKV
 from .rope import Rope, rope_table
 

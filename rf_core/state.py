@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import CacheConfig
-from .decoder import DecoderState
+from .decoders.decoder import DecoderState
 from .kv_cache import KVCache
 from .prompts import Interpolation
 

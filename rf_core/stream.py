@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .attention import Attention, sdpa
 from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
-from .decoder import Decoder
-from .graphs import GraphedModel
+from .decoders.decoder import Decoder
+from .fast.graphs import GraphedModel
 from .kv_cache import KVCache
 from .model import PromptContext, TimeContext, WanModel
 from .prompts import Switch

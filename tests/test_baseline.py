@@ -18,11 +18,11 @@ import pytest
 import tiny
 import torch
 
-from rf_core import baseline as baseline_module
 from rf_core.__main__ import main
-from rf_core.baseline import BaselineOptions, compare, format_comparison
 from rf_core.config import CacheConfig, Grid, SamplerConfig
-from rf_core.published import Published, check_cache, import_checkout
+from rf_core.measure import baseline as baseline_module
+from rf_core.measure.baseline import BaselineOptions, compare, format_comparison
+from rf_core.measure.published import Published, check_cache, import_checkout
 from rf_core.stream import Stream, chunk_noise
 
 ATTENTION = "FLASH_ATTN_2_AVAILABLE = FLASH_ATTN_3_AVAILABLE = False\n"

@@ -15,7 +15,7 @@ from test_generate import comment_of, images_of
 import rf_core.batch as batch_module
 from rf_core.__main__ import main
 from rf_core.batch import Video, read_prompts, seed_of
-from rf_core.parallel import Process
+from rf_core.fast.parallel import Process
 
 ROOT = Path(__file__).parents[1]
 TEXT = "a red circle moves right\n\n# not a prompt\nA  blue square, up!\na red circle moves right\n"

@@ -16,16 +16,16 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from rf_core import bench as bench_module
-from rf_core import machine as machine_module
-from rf_core import workload as workload_module
 from rf_core.__main__ import main
-from rf_core.bench import BenchOptions, bench, first_image, format_bench, switch_costs
-from rf_core.decoder import TAEHVDecoder, WanDecoder
-from rf_core.machine import format_machine, machine
-from rf_core.taehv import TAEHVConfig
-from rf_core.vae import VAEConfig
-from rf_core.workload import WorkloadOptions, load_workload, randomise
+from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
+from rf_core.decoders.taehv import TAEHVConfig
+from rf_core.decoders.vae import VAEConfig
+from rf_core.measure import bench as bench_module
+from rf_core.measure import machine as machine_module
+from rf_core.measure import workload as workload_module
+from rf_core.measure.bench import BenchOptions, bench, first_image, format_bench, switch_costs
+from rf_core.measure.machine import format_machine, machine
+from rf_core.measure.workload import WorkloadOptions, load_workload, randomise
 
 SMALL = {"height": 16, "width": 16}
 

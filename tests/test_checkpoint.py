@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rf_core.checkpoint import (
+from rf_core.config import WAN_1_3B, CacheConfig, ModelConfig, SamplerConfig
+from rf_core.model import WanModel
+from rf_core.weights.checkpoint import (
     CheckpointError,
     convert,
     describe,
@@ -16,10 +18,8 @@ from rf_core.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from rf_core.config import WAN_1_3B, CacheConfig, ModelConfig, SamplerConfig
-from rf_core.layouts import from_diffusers, to_diffusers
-from rf_core.lora import Lora
-from rf_core.model import WanModel
+from rf_core.weights.layouts import from_diffusers, to_diffusers
+from rf_core.weights.lora import Lora
 
 ONE_HEAD = ModelConfig(
     dim=128, ffn_dim=32, freq_dim=8, text_dim=12, in_dim=4, out_dim=4, num_heads=1, num_layers=2
@@ -387,7 +387,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         Path(filename).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("rf_core.checkpoint.save_file", fill_the_disk)
+    monkeypatch.setattr("rf_core.weights.checkpoint.save_file", fill_the_disk)
     with pytest.raises(OSError, match="no space"):
         write_checkpoint(path, weights_of(seed=2), ONE_HEAD, CACHE, SAMPLER)
     assert list(tmp_path.iterdir()) == [path]

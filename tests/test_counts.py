@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rf_core import counts
 from rf_core.config import WAN_1_3B, WAN_SIZE, CacheConfig, Grid, SamplerConfig
-from rf_core.counts import Work, cache_bytes, chunk_work, num_parameters, pass_work, total
-from rf_core.footprint import Sizes, footprint
+from rf_core.decoders.taehv import TAEHV, TAEHVConfig
+from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.kv_cache import KVCache
+from rf_core.measure import counts
+from rf_core.measure.counts import Work, cache_bytes, chunk_work, num_parameters, pass_work, total
+from rf_core.memory.footprint import Sizes, footprint
 from rf_core.model import WanModel
-from rf_core.taehv import TAEHV, TAEHVConfig
-from rf_core.vae import VAEConfig, WanVAE
 
 PUBLISHED = Grid.of_latents(WAN_SIZE[0] // 8, WAN_SIZE[1] // 8, WAN_1_3B.patch_size)
 GRID = Grid(height=2, width=3)

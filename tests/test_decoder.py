@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rf_core.codec import Carry, put_channels_last
-from rf_core.decoder import Decoder, DecoderState, TAEHVDecoder, WanDecoder, load_decoder
-from rf_core.live_bytes import peak_bytes
+from rf_core.decoders.codec import Carry, put_channels_last
+from rf_core.decoders.decoder import Decoder, DecoderState, TAEHVDecoder, WanDecoder, load_decoder
+from rf_core.decoders.taehv import TAEHV, TAEHVConfig
+from rf_core.decoders.vae import VAEConfig, WanVAE
+from rf_core.memory.live_bytes import peak_bytes
 from rf_core.stream import Stream
-from rf_core.taehv import TAEHV, TAEHVConfig
-from rf_core.vae import VAEConfig, WanVAE
 
 Adapter = type[WanDecoder] | type[TAEHVDecoder]
 BOTH = pytest.mark.parametrize("kind", [WanDecoder, TAEHVDecoder])

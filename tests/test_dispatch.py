@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rf_core import dispatch
 from rf_core.attention import sdpa
 from rf_core.config import CacheConfig, Grid, ModelConfig
-from rf_core.dispatch import choose_attention, fastest
+from rf_core.fast import dispatch
+from rf_core.fast.dispatch import choose_attention, fastest
 
 QUERIES, KEYS = (1, 4, 2, 8), (1, 12, 2, 8)
 

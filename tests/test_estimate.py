@@ -8,8 +8,8 @@ import torch
 
 import training.estimate as estimates
 from rf_core.config import WAN_1_3B, WAN_14B, Grid
-from rf_core.counts import num_parameters
 from rf_core.kv_cache import KVSnapshot
+from rf_core.measure.counts import num_parameters
 from training.__main__ import main
 from training.config import changed
 from training.estimate import Sizes, estimate, saved_bytes

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from rf_core.__main__ import main
-from rf_core.checkpoint import write_checkpoint
 from rf_core.config import CacheConfig, ModelConfig
+from rf_core.decoders.vae import VAEConfig, WanVAE
+from rf_core.decoders.vae_files import vae_metadata
 from rf_core.text import UMT5Encoder, byte_ids, save_text_encoder
-from rf_core.vae import VAEConfig, WanVAE
-from rf_core.vae_files import vae_metadata
+from rf_core.weights.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 MODEL = ModelConfig(

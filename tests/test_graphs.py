@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from rf_core.graphs import GraphedModel, TraceCapture
+from rf_core.fast.graphs import GraphedModel, TraceCapture
+from rf_core.memory.offload import stream_layers
 from rf_core.model import WanModel
-from rf_core.offload import stream_layers
 from rf_core.stream import Stream
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rf_core.decoder import DecoderState, WanDecoder
-from rf_core.handoff import Handoff
-from rf_core.vae import VAEConfig, WanVAE
+from rf_core.decoders.decoder import DecoderState, WanDecoder
+from rf_core.decoders.handoff import Handoff
+from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.video import to_uint8
 
 BOTH = pytest.mark.parametrize("threaded", [False, True], ids=["at once", "threaded"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rf_core.lora import Lora, apply_loras, merge_lora, parse_lora_argument, read_lora
-from rf_core.weight_files import CheckpointError
+from rf_core.weights.files import CheckpointError
+from rf_core.weights.lora import Lora, apply_loras, merge_lora, parse_lora_argument, read_lora
 
 RANK, ALPHA, STRENGTH = 4, 2.0, 0.7
 Q, FFN, PATCH = "blocks.0.self_attn.q", "blocks.1.ffn.2", "patch_embedding"

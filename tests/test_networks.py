@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from rf_core.checkpoint import write_checkpoint
 from rf_core.config import SamplerConfig
+from rf_core.weights.checkpoint import write_checkpoint
 from training.data import MemoryEmbeds
 from training.export import write_student
 from training.lora import LoRAConfig

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rf_core.attention import sdpa
-from rf_core.checkpoint import load_student, write_checkpoint
 from rf_core.config import CacheConfig, Grid, SamplerConfig
 from rf_core.generate import DEMO
 from rf_core.kv_cache import KVCache
 from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.stream import Stream
+from rf_core.weights.checkpoint import load_student, write_checkpoint
 from training.causal import Window, predict_clip
 from training.config import changed
 from training.data import DataConfig, MemoryEmbeds

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from rf_core.config import ModelConfig
 from rf_core.layers import Block
-from rf_core.offload import NUM_SLOTS, PlainSlots, StreamedLayers, packed_bytes, stream_layers
+from rf_core.memory.offload import (
+    NUM_SLOTS,
+    PlainSlots,
+    StreamedLayers,
+    packed_bytes,
+    stream_layers,
+)
 
 DEEP = ModelConfig(**{**vars(tiny.CONFIG), "num_layers": 5})
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rf_core.__main__ import main
 from rf_core.config import WAN_1_3B, CacheConfig, Grid
-from rf_core.parallel import Process, Split, SpreadModel, SpreadStream, agreed
+from rf_core.fast.parallel import Process, Split, SpreadModel, SpreadStream, agreed
 from rf_core.state import Snapshot
 from rf_core.stream import Stream
 
@@ -123,12 +123,12 @@ def test_tokens_come_back_to_their_places_after_the_trades(monkeypatch):
     splits = [Split(rank=r, count=2, axis=-2, run=6) for r in range(2)]
     bands = [_band_tokens(heads, grid, rank) for rank in range(2)]
     sent: list[Tensor] = []
-    monkeypatch.setattr("rf_core.parallel._traded", lambda x: sent.append(x) or x)
+    monkeypatch.setattr("rf_core.fast.parallel._traded", lambda x: sent.append(x) or x)
     for split, band in zip(splits, bands, strict=True):
         split.to_heads(*band)
     received = [torch.stack([each[rank] for each in sent]) for rank in range(2)]
     for rank, split in enumerate(splits):
-        monkeypatch.setattr("rf_core.parallel._traded", lambda x, rank=rank: received[rank])
+        monkeypatch.setattr("rf_core.fast.parallel._traded", lambda x, rank=rank: received[rank])
         own_q, own_v = split.to_heads(*bands[rank])
         assert torch.equal(own_q, split.heads(q)) and torch.equal(own_v, split.heads(v))
 
@@ -161,7 +161,7 @@ def test_numbers_of_processes_that_do_not_fit_are_refused_with_those_that_do():
 
 def test_a_spread_stream_refuses_a_snapshot_of_another_model(alone, monkeypatch):
     folder, _ = alone
-    monkeypatch.setattr("rf_core.parallel.gathered", lambda part, axis: part)
+    monkeypatch.setattr("rf_core.fast.parallel.gathered", lambda part, axis: part)
     stream = spread_stream(Process(rank=0, count=2))
     snapshot = Snapshot.load(folder / "alone.safetensors")
     wider = {**snapshot.facts["model"], "ffn_dim": 96}

@@ -10,15 +10,18 @@ import pytest
 import tiny
 import torch
 
-from rf_core import footprint as counting
-from rf_core import plan as planning
 from rf_core.__main__ import main
-from rf_core.checkpoint import read_checkpoint
-from rf_core.codec import put_channels_last
 from rf_core.config import WAN_1_3B, CacheConfig, Grid, ModelConfig, SamplerConfig
-from rf_core.counts import num_parameters
-from rf_core.decoder import TAEHVDecoder, WanDecoder
-from rf_core.footprint import (
+from rf_core.decoders.codec import put_channels_last
+from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
+from rf_core.decoders.handoff import Handoff
+from rf_core.decoders.taehv import TAEHV, TAEHVConfig
+from rf_core.decoders.vae import VAEConfig, WanVAE
+from rf_core.generate import Files
+from rf_core.measure.counts import num_parameters
+from rf_core.memory import footprint as counting
+from rf_core.memory import plan as planning
+from rf_core.memory.footprint import (
     DecoderFootprint,
     Footprint,
     Layered,
@@ -26,15 +29,12 @@ from rf_core.footprint import (
     TextSizes,
     footprint,
 )
-from rf_core.generate import Files
-from rf_core.handoff import Handoff
-from rf_core.live_bytes import ghosts, peak_bytes
+from rf_core.memory.live_bytes import ghosts, peak_bytes
+from rf_core.memory.placement import decoder_config, free_bytes, parse_bytes, text_sizes
+from rf_core.memory.plan import Placement, fit, format_plan, peak
 from rf_core.model import WanModel
-from rf_core.placement import decoder_config, free_bytes, parse_bytes, text_sizes
-from rf_core.plan import Placement, fit, format_plan, peak
 from rf_core.stream import Stream
-from rf_core.taehv import TAEHV, TAEHVConfig
-from rf_core.vae import VAEConfig, WanVAE
+from rf_core.weights.checkpoint import read_checkpoint
 
 MIDDLE = ModelConfig(dim=192, ffn_dim=768, text_dim=512, text_len=64, num_heads=3, num_layers=4)
 SMALL_VAE = VAEConfig(dim=24)

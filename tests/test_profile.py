@@ -9,12 +9,13 @@ import pytest
 import tiny
 import torch
 
-from rf_core import counts, kernels
-from rf_core import profile as profile_module
+from rf_core import kernels
 from rf_core.__main__ import main
-from rf_core.counts import Work
-from rf_core.profile import REST, ProfileOptions, Timeline, beside, counted, kind_of, marked
-from rf_core.workload import WorkloadOptions, load_workload
+from rf_core.measure import counts
+from rf_core.measure import profile as profile_module
+from rf_core.measure.counts import Work
+from rf_core.measure.profile import REST, ProfileOptions, Timeline, beside, counted, kind_of, marked
+from rf_core.measure.workload import WorkloadOptions, load_workload
 
 PASSES = len(tiny.TWO_STEPS.steps)  # a stream's first step runs no clean pass
 

@@ -19,16 +19,11 @@ from test_graphs import Recorder
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rf_core import counts, quantise
-from rf_core.checkpoint import load_student, write_checkpoint
 from rf_core.config import WAN_1_3B, CacheConfig, Grid
-from rf_core.graphs import GraphedModel
-from rf_core.kv_cache import KVCache
-from rf_core.kv_int8 import Int8KVCache
-from rf_core.lora import Lora
-from rf_core.model import WanModel
-from rf_core.offload import stream_layers
-from rf_core.quantise import (
+from rf_core.fast import quantise
+from rf_core.fast.graphs import GraphedModel
+from rf_core.fast.kv_int8 import Int8KVCache
+from rf_core.fast.quantise import (
     FP8,
     Fp8Linear,
     quantise_linears,
@@ -36,8 +31,14 @@ from rf_core.quantise import (
     reference_product,
     scaled_product,
 )
+from rf_core.kv_cache import KVCache
+from rf_core.measure import counts
+from rf_core.memory.offload import stream_layers
+from rf_core.model import WanModel
 from rf_core.rope import apply_rope, rope_table
 from rf_core.stream import Stream
+from rf_core.weights.checkpoint import load_student, write_checkpoint
+from rf_core.weights.lora import Lora
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -158,8 +159,8 @@ def fp8_rounds_as_on_a_card(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("channels", [13, 128])
 def test_the_kernel_rounds_bit_for_bit_as_the_definition(channels, dtype, target):
+    from rf_core.fast.quantise import LARGEST, LEAST_SCALE
     from rf_core.kernels import triton_quantise
-    from rf_core.quantise import LARGEST, LEAST_SCALE
 
     x = (random(2, 5, channels) * torch.logspace(-6, 3, 5)[:, None]).to(DEVICE, dtype)
     x[0, 1] = 0

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rf_core.checkpoint import load_student, read_checkpoint
 from rf_core.generate import DEMO
-from rf_core.lora import Lora
+from rf_core.weights.checkpoint import load_student, read_checkpoint
+from rf_core.weights.lora import Lora
 from training.__main__ import main
 from training.config import changed
 from training.distil import distil

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rf_core.taehv import TAEHV, TAEHVConfig, load_taehv
-from rf_core.vae import WAN21_MEAN, WAN21_STD, VAEConfig
-from rf_core.vae_files import vae_metadata
+from rf_core.decoders.taehv import TAEHV, TAEHVConfig, load_taehv
+from rf_core.decoders.vae import WAN21_MEAN, WAN21_STD, VAEConfig
+from rf_core.decoders.vae_files import vae_metadata
 
 TINY = TAEHVConfig(decoder_widths=(8, 6, 5, 4), encoder_width=6)
 

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rf_core.codec import Carry, convolve_doubled, put_channels_last
-from rf_core.vae import RMSNorm, VAEConfig, VAEState, WanVAE
-from rf_core.vae_files import load_vae, vae_metadata
+from rf_core.decoders.codec import Carry, convolve_doubled, put_channels_last
+from rf_core.decoders.vae import RMSNorm, VAEConfig, VAEState, WanVAE
+from rf_core.decoders.vae_files import load_vae, vae_metadata
 
 GOLDEN = Path(__file__).parent / "parity" / "golden" / "vae.safetensors"
 TINY = VAEConfig(dim=4, num_res_blocks=1)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from rf_core.__main__ import main
 from rf_core.config import CacheConfig, SamplerConfig
-from rf_core.verify import Backend, Comparison, verify_folder
+from rf_core.measure.verify import Backend, Comparison, verify_folder
 
 GOLDEN = Path(__file__).parent / "parity" / "golden"
 

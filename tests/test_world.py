@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from rf_core.vae_files import load_vae
+from rf_core.decoders.vae_files import load_vae
 from training.world.budget import Budget
 from training.world.scenes import (
     BACKGROUND,

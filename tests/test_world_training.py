@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rf_core.config import CacheConfig, Grid, ModelConfig
+from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.kv_cache import KVCache
 from rf_core.model import WanModel
 from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.text import BYTE_VOCAB_SIZE, UMT5Encoder, byte_ids
-from rf_core.vae import VAEConfig, WanVAE
 from training.world.budget import Budget, Every, run
 from training.world.clips import Clips, ClipsConfig, read_clips, scene_of, write_clips
 from training.world.evaluate import (

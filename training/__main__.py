@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rf_core.attention import check_device
 from rf_core.config import WAN_1_3B, WAN_14B
-from rf_core.verify import Backend, Comparison, verify_folder
+from rf_core.measure.verify import Backend, Comparison, verify_folder
 
 from . import ode, ode_init
 from .config import from_json, to_json

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from rf_core.checkpoint import read_checkpoint
 from rf_core.config import SPATIAL_FACTOR, Grid
-from rf_core.decoder import Decoder, load_decoder
+from rf_core.decoders.decoder import Decoder, load_decoder
 from rf_core.generate import DEMO
+from rf_core.weights.checkpoint import read_checkpoint
 
 from .config import to_json
 from .data import check_prompt_files, open_prompts

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rf_core.config import CacheConfig, Grid, ModelConfig
-from rf_core.counts import cache_bytes, num_parameters, pass_work, total
 from rf_core.kv_cache import KVSnapshot
+from rf_core.measure.counts import cache_bytes, num_parameters, pass_work, total
 from rf_core.model import WanModel
 
 from .networks import DTYPES, PlacementConfig, prepare

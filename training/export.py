@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from rf_core.checkpoint import read_checkpoint, write_checkpoint
 from rf_core.config import SPATIAL_FACTOR, CacheConfig, SamplerConfig
 from rf_core.model import WanModel
+from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 
 from .checkpointing import read_part
 from .distributed import rank

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rf_core.lora import merge_lora
 from rf_core.model import WanModel
+from rf_core.weights.lora import merge_lora
 
 from .draws import generator_of
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
-from rf_core.checkpoint import read_checkpoint
 from rf_core.config import ModelConfig
 from rf_core.model import WanModel
+from rf_core.weights.checkpoint import read_checkpoint
 
 from .distributed import rank, shard
 from .lora import LoRAConfig, adapter_weights, add_adapters, renamed_base

@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from rf_core.checkpoint import read_checkpoint
 from rf_core.config import NUM_TRAIN_TIMESTEPS, WAN_SIZE, SamplerConfig
 from rf_core.generate import DEMO
 from rf_core.model import WanModel
 from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.stream import latent_size
+from rf_core.weights.checkpoint import read_checkpoint
 
 from .config import difference, from_json, to_json
 from .data import CachedEmbeds, DataConfig, MemoryEmbeds, check_prompt_files, open_prompts

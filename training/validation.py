@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rf_core.decoder import Decoder
+from rf_core.decoders.decoder import Decoder
 from rf_core.stream import Stream
 from rf_core.video import VideoFormat, VideoWriter, to_uint8
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS
-from rf_core.verify import Backend, Kinds, Outputs, Tensors
+from rf_core.measure.verify import Backend, Kinds, Outputs, Tensors
 
 from .losses import critic_loss, generator_loss, guided, matching_direction, reward_weights
 

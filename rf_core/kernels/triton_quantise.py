@@ -17,7 +17,7 @@ from .triton_norms import launch_options
 def quantise_rows(
     x: Tensor, dtype: torch.dtype, largest: float, least_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `rf_core.quantise.quantise_rows`, bit for bit."""
+    """As `rf_core.fast.quantise.quantise_rows`, bit for bit."""
     x_RC = x.contiguous().flatten(0, -2)
     values, scale = x.new_empty(x.shape, dtype=dtype), x.new_empty(*x.shape[:-1], 1).float()
     channels = x_RC.shape[1]

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rf_core.checkpoint import write_checkpoint
 from rf_core.config import ModelConfig
 from rf_core.model import WanModel
+from rf_core.weights.checkpoint import write_checkpoint
 
 RANK = 2
 TARGETS = ("self_attn.q", "self_attn.v", "cross_attn.k", "ffn.0")

@@ -121,9 +121,9 @@ def sampled(pack: Any, request: Any, vae: Any = None) -> Any:
 def test_it_equals_the_engine_without_comfyui(
     demo: Any, stream: Callable[..., Tensor], pack: Any
 ) -> None:
-    from rf_core.checkpoint import load_student
     from rf_core.stream import Stream
     from rf_core.text import load_text_encoder
+    from rf_core.weights.checkpoint import load_student
 
     model, checkpoint = load_student(STUDENT, device="cpu", dtype=torch.float32)
     encoder = load_text_encoder(
@@ -150,7 +150,7 @@ def test_a_lora_is_the_same_as_merged_weights(
     import comfy.sd
     import comfy.utils
 
-    from rf_core.checkpoint import read_checkpoint, write_checkpoint
+    from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 
     path = tmp_path / "style.safetensors"
     write_lora(STUDENT, path)
@@ -295,7 +295,7 @@ def test_memory_counts_the_cache(host: Any, demo: Any) -> None:
 
 
 def test_a_broken_checkpoint_is_refused(host: Any, tmp_path: Path) -> None:
-    from rf_core.checkpoint import read_checkpoint, write_checkpoint
+    from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 
     found = read_checkpoint(STUDENT)
     found.tensors["head.head.weight"][0, 0] = torch.nan

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from rf_core.batch import file_mark
-from rf_core.checkpoint import read_checkpoint
 from rf_core.generate import (
     Files,
     Options,
@@ -34,6 +33,7 @@ from rf_core.generate import (
 from rf_core.prompts import PromptTimeline, Switch
 from rf_core.text import encode_prompts
 from rf_core.video import read_images
+from rf_core.weights.checkpoint import read_checkpoint
 
 from ..rewards.flow_motion import FlowName, flow_estimator
 from ..world.scenes import DIRECTIONS, SIZE, Wanted, parse_caption

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rf_core.decoder import Decoder
+from rf_core.decoders.decoder import Decoder
 
 from ..recipes import RewardConfig
 from ..redmd import Anchor

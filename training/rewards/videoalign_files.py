@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rf_core.weight_files import WeightFile, read_json, read_weights
+from rf_core.weights.files import WeightFile, read_json, read_weights
 
 from ..config import build, from_json, to_json
 from .videoalign_network import Network

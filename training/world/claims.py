@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rf_core.checkpoint import load_student
 from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.generate import DEMO
 from rf_core.model import WanModel
+from rf_core.weights.checkpoint import load_student
 
 from ..checkpointing import read_part
 from ..config import build, changed, to_json

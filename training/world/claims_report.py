@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rf_core.checkpoint import load_student
 from rf_core.video import to_uint8
+from rf_core.weights.checkpoint import load_student
 
 from ..runs import STUDENT
 from .claims import ARMS, BASE, REWARD_ARMS, SINK_ARMS, Measurer, folder_of, sink_of

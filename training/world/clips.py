@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rf_core.config import TEMPORAL_FACTOR
-from rf_core.vae import WanVAE
+from rf_core.decoders.vae import WanVAE
 
 from .scenes import Scene, caption, render, sample_scene
 from .train_vae import from_wan, to_wan

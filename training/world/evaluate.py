@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from rf_core.config import CacheConfig, SamplerConfig
-from rf_core.decoder import WanDecoder
+from rf_core.decoders.decoder import WanDecoder
+from rf_core.decoders.vae import WanVAE
 from rf_core.model import WanModel
 from rf_core.stream import Stream
 from rf_core.text import TextEncoder
-from rf_core.vae import WanVAE
 
 from .clips import captions, decode_latents, encode_scenes, num_images, scene_of
 from .ode_pairs import EulerConfig, sample

@@ -19,12 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rf_core.checkpoint import load_student, read_checkpoint, write_checkpoint
 from rf_core.config import CacheConfig, SamplerConfig
+from rf_core.decoders.vae import WanVAE
+from rf_core.decoders.vae_files import load_vae
 from rf_core.model import WanModel
 from rf_core.text import UMT5Encoder, load_text_encoder, save_text_encoder
-from rf_core.vae import WanVAE
-from rf_core.vae_files import load_vae
+from rf_core.weights.checkpoint import load_student, read_checkpoint, write_checkpoint
 
 from .clips import (
     ClipsConfig,

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rf_core.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from rf_core.vae import VAEConfig, WanVAE
-from rf_core.vae_files import vae_metadata
+from rf_core.decoders.vae import VAEConfig, WanVAE
+from rf_core.decoders.vae_files import vae_metadata
 
 from .budget import Budget, Every, run
 from .muon import Muon

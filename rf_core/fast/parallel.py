@@ -30,14 +30,14 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import Attention, sdpa
-from .config import CacheConfig, Grid, ModelConfig
-from .kv_cache import KeyValues, KVCache, LayerWindow
-from .layers import SelfAttention
-from .model import PromptContext, TimeContext, WanModel
-from .rope import Rope, apply_rope, rope_table
-from .state import Snapshot
-from .stream import Stream
+from ..attention import Attention, sdpa
+from ..config import CacheConfig, Grid, ModelConfig
+from ..kv_cache import KeyValues, KVCache, LayerWindow
+from ..layers import SelfAttention
+from ..model import PromptContext, TimeContext, WanModel
+from ..rope import Rope, apply_rope, rope_table
+from ..state import Snapshot
+from ..stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True)

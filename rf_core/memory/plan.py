@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from .config import SPATIAL_FACTOR
+from ..config import SPATIAL_FACTOR
 from .footprint import Footprint, Sizes, footprint
 from .offload import NUM_SLOTS
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..decoders.taehv import is_taehv, scales_of_file, taehv_config_of
+from ..decoders.vae_files import naming, vae_config_of, vae_state_dict
+from ..weights.files import read_weights
 from .footprint import DecoderConfig, Sizes, TextSizes
 from .plan import fit
-from .taehv import is_taehv, scales_of_file, taehv_config_of
-from .vae_files import naming, vae_config_of, vae_state_dict
-from .weight_files import read_weights
 
 if TYPE_CHECKING:
-    from .generate import Plan
+    from ..generate import Plan
 
 _MEMINFO = Path("/proc/meminfo")
 _LAYER = re.compile(r"\bblocks?\.(\d+)\.")

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import kernels
+from .. import kernels
+from ..kernels.availability import fused
+from ..kernels.reference import channel_norm
 from .codec import (
     RGB,
     Carry,
@@ -28,8 +30,6 @@ from .codec import (
     float32_on_cpu,
     scales,
 )
-from .kernels.availability import fused
-from .kernels.reference import channel_norm
 
 __all__ = ["VAEConfig", "VAEDecoder", "VAEEncoder", "VAEState", "WanVAE"]
 

@@ -17,15 +17,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .codec import put_channels_last
-from .config import CacheConfig, ModelConfig, SamplerConfig
-from .decoder import _CHANNELS_LAST_DEVICES, DecoderState, TAEHVDecoder, WanDecoder
+from ..config import CacheConfig, ModelConfig, SamplerConfig
+from ..decoders.codec import put_channels_last
+from ..decoders.decoder import _CHANNELS_LAST_DEVICES, DecoderState, TAEHVDecoder, WanDecoder
+from ..decoders.taehv import TAEHV, TAEHVConfig
+from ..decoders.vae import VAEConfig, WanVAE
+from ..model import WanModel
+from ..rope import rope_table
+from ..stream import Stream, latent_size
 from .live_bytes import ghosts, peak_bytes
-from .model import WanModel
-from .rope import rope_table
-from .stream import Stream, latent_size
-from .taehv import TAEHV, TAEHVConfig
-from .vae import VAEConfig, WanVAE
 
 DecoderConfig = VAEConfig | TAEHVConfig
 _FEW_LAYERS = 2  # the fewest that show what another one adds

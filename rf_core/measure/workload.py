@@ -17,20 +17,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .attention import attention_backend
-from .checkpoint import load_student
-from .config import WAN_1_3B, WAN_14B, CacheConfig, Grid, ModelConfig
-from .decoder import TAEHVDecoder, WanDecoder, load_decoder
-from .dispatch import Choice, choose_attention
-from .generate import Files
-from .graphs import GraphedModel
-from .model import WanModel
-from .quantise import quantise_linears
+from ..attention import attention_backend
+from ..config import WAN_1_3B, WAN_14B, CacheConfig, Grid, ModelConfig
+from ..decoders.decoder import TAEHVDecoder, WanDecoder, load_decoder
+from ..decoders.taehv import TAEHV, TAEHVConfig
+from ..decoders.vae import VAEConfig, WanVAE
+from ..fast.dispatch import Choice, choose_attention
+from ..fast.graphs import GraphedModel
+from ..fast.quantise import quantise_linears
+from ..generate import Files
+from ..model import WanModel
+from ..stream import Stream, latent_size
+from ..text import TextEncoder, load_text_encoder
+from ..weights.checkpoint import load_student
 from .stopwatch import Stopwatch
-from .stream import Stream, latent_size
-from .taehv import TAEHV, TAEHVConfig
-from .text import TextEncoder, load_text_encoder
-from .vae import VAEConfig, WanVAE
 
 TINY = ModelConfig(
     dim=48,
@@ -68,7 +68,7 @@ class WorkloadOptions:
     attention: str = "sdpa"
     """Name of an attention backend, or `auto` for the fastest here."""
     graphs: bool = False
-    """Whether the network's passes are recorded and replayed (`rf_core.graphs`)."""
+    """Whether the network's passes are recorded and replayed (`rf_core.fast.graphs`)."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     decoder: str | None = None
     """One of DECODERS; by default `wan` for the demo and `none` for the others."""

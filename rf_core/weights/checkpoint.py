@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
+from ..model import WanModel
 from . import layouts
-from .config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
+from .files import CheckpointError as CheckpointError
+from .files import WeightFile, parse_json, read_weights, shorten
 from .lora import Lora, apply_loras
-from .model import WanModel
-from .weight_files import CheckpointError as CheckpointError
-from .weight_files import WeightFile, parse_json, read_weights, shorten
 
 SETTINGS_KEY = "reward_forcing"
 SETTINGS_FORMAT = 1

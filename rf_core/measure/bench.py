@@ -2,7 +2,7 @@
 
 Time to the first image, cold and warm; then every chunk's time in the network, in each decoder and
 on the way to bytes on the host; memory held and at its peak, and the slope of both over the length;
-what a change of prompt costs in each mode; what a snapshot takes. `rf_core.workload` says what is
+what a change of prompt costs in each mode; what a snapshot takes. `measure.workload` says what is
 run. Outputs are checked to be finite. Device time is waited for wherever a time is taken.
 """
 
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import TEMPORAL_FACTOR
-from .decoder import Decoder, DecoderState
+from ..config import TEMPORAL_FACTOR
+from ..decoders.decoder import Decoder, DecoderState
+from ..stream import Stream
+from ..video import to_uint8
 from .machine import format_machine, machine
 from .stopwatch import Stopwatch
-from .stream import Stream
-from .video import to_uint8
 from .workload import Workload, WorkloadOptions, load_workload
 
 SWITCHES = ("soft", "recache", "blend 3", "cut")

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .kernels.availability import fused
-from .offload import StreamedLayers
+from ..kernels.availability import fused
+from ..memory.offload import StreamedLayers
 
 if TYPE_CHECKING:
-    from .model import WanModel
+    from ..model import WanModel
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     the row's largest magnitude in int8. A row with NaN or infinity has a scale that is one.
     """
     if fused(x) and (dtype == torch.int8 or _multiplies_fp8(x.device)):
-        from .kernels import triton_quantise
+        from ..kernels import triton_quantise
 
         return triton_quantise.quantise_rows(x, dtype, LARGEST[dtype], LEAST_SCALE)
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)

@@ -6,7 +6,7 @@ outside, around modules, the fused steps, the attention function and the cache, 
 nothing of it; what a module does outside those is its own kind. In the second run
 torch.profiler records every operator, for the trace and the list of the costliest ones.
 
-Each kind stands beside its counted work (`rf_core.counts`).
+Each kind stands beside its counted work (`rf_core.measure.counts`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, record_function
 
-from . import kernels
-from .attention import Attention
+from .. import kernels
+from ..attention import Attention
+from ..config import Grid
+from ..layers import Block, CrossAttention, Head, SelfAttention
+from ..model import WanModel
+from ..stream import Stream
+from ..video import to_uint8
 from .bench import format_table
-from .config import Grid
 from .counts import (
     CROSS_LINEARS,
     CROSS_PRODUCTS,
@@ -43,12 +47,8 @@ from .counts import (
     chunk_work,
     decoder_work,
 )
-from .layers import Block, CrossAttention, Head, SelfAttention
 from .machine import format_machine, machine
-from .model import WanModel
 from .stopwatch import Stopwatch, seconds_of, wait
-from .stream import Stream
-from .video import to_uint8
 from .workload import Workload, WorkloadOptions, load_workload
 
 REST = "noise, schedule, rest"

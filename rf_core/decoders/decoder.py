@@ -14,11 +14,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..weights.files import read_weights
 from .codec import VAEState, put_channels_last
 from .taehv import TAEHV, fill_last_group, is_taehv, scales_of_file, taehv_of
 from .vae import WanVAE
 from .vae_files import naming, vae_of
-from .weight_files import read_weights
 
 DecoderState = VAEState
 # Measured faster on CPUs; on CUDA expected, as its tensor cores want it, and not measured.

@@ -17,8 +17,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from ..video import to_uint8
 from .decoder import Decoder, DecoderState, check_images
-from .video import to_uint8
 
 Deliver = Callable[[Tensor], None]
 """Takes one chunk's images, uint8 [B, T, H, W, 3] on the CPU; they are overwritten once it returns.

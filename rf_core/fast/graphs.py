@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .attention import Attention, sdpa
-from .config import CacheConfig
-from .kv_cache import KVCache
-from .model import PromptContext, TimeContext, WanModel
-from .offload import StreamedLayers
-from .rope import Rope
+from ..attention import Attention, sdpa
+from ..config import CacheConfig
+from ..kv_cache import KVCache
+from ..memory.offload import StreamedLayers
+from ..model import PromptContext, TimeContext, WanModel
+from ..rope import Rope
 
 Replay = Callable[[], Tensor]
 """Runs a captured pass again; its first result, which the next replay overwrites."""

@@ -16,9 +16,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..weights.files import read_weights
 from .codec import Codec, Operations, some_keys
 from .vae import VAEConfig, WanVAE
-from .weight_files import read_weights
 
 METADATA_KEY = "rf_vae"
 _WAN22_Z_DIM = 48

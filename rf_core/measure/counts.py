@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import CacheConfig, Grid, ModelConfig, SamplerConfig
-from .taehv import TAEHV
-from .vae import VAEState, WanVAE
+from ..config import CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..decoders.taehv import TAEHV
+from ..decoders.vae import VAEState, WanVAE
 
 SELF_PRODUCTS = "self-attention products"
 CROSS_PRODUCTS = "cross-attention products"
@@ -132,7 +132,7 @@ def int8_cache_bytes(
 def stream_bytes(model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes: int = 2) -> int:
     """About what a stream takes beside its weights and decoder, at no cost.
 
-    For hosts that ask before every run; `rf_core.footprint` counts it, in seconds.
+    For hosts that ask before every run; `rf_core.memory.footprint` counts it, in seconds.
     """
     prompt = 2 * model.num_layers * model.text_len * model.dim
     tokens = cache.chunk_frames * grid.frame_tokens

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import is_lora, lora_module, lora_targets, other_model
-from .weight_files import (
+from .files import (
     SUFFIXES,
     CheckpointError,
     WeightFile,
@@ -28,6 +27,7 @@ from .weight_files import (
     read_weights,
     shorten,
 )
+from .layouts import is_lora, lora_module, lora_targets, other_model
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import Grid
+from ..stream import Stream, chunk_noise
 from .bench import format_table
-from .config import Grid
 from .machine import format_machine, machine
 from .published import Published
 from .stopwatch import Stopwatch
-from .stream import Stream, chunk_noise
 from .verify import RELATIVE_NORM
 from .workload import Workload, WorkloadOptions, load_workload
 

@@ -18,12 +18,12 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .attention import Attention, sdpa
-from .config import NUM_TRAIN_TIMESTEPS, CacheConfig, Grid, ModelConfig, SamplerConfig
-from .model import WanModel
-from .scheduler import flow_to_x0, sampling_timesteps, training_sigmas, training_weights
-from .stream import denoise
-from .vae import VAEConfig, WanVAE
+from ..attention import Attention, sdpa
+from ..config import NUM_TRAIN_TIMESTEPS, CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..decoders.vae import VAEConfig, WanVAE
+from ..model import WanModel
+from ..scheduler import flow_to_x0, sampling_timesteps, training_sigmas, training_weights
+from ..stream import denoise
 
 ATOL, RTOL = 2e-5, 1e-4  # agreed for float32, element by element
 RELATIVE_NORM = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

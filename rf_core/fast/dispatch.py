@@ -10,9 +10,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from .attention import BACKENDS, EXACT, Attention, available_backends, sdpa
-from .config import CacheConfig, Grid, ModelConfig
-from .stopwatch import seconds_of
+from ..attention import BACKENDS, EXACT, Attention, available_backends, sdpa
+from ..config import CacheConfig, Grid, ModelConfig
+from ..measure.stopwatch import seconds_of
 
 TOLERANCE = 0.02  # of attention over unit normals in half precision; a wrong result is far outside
 

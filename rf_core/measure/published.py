@@ -24,9 +24,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import sdpa
-from .config import CacheConfig, Grid, ModelConfig, SamplerConfig
-from .model import WanModel
+from ..attention import sdpa
+from ..config import CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..model import WanModel
 from .stopwatch import Stopwatch
 
 REPOSITORY = "JaydenLyh/Reward-Forcing"

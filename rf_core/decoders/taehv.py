@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..weights.files import WeightFile, read_weights
 from .codec import (
     RGB,
     Carry,
@@ -35,7 +36,6 @@ from .codec import (
 )
 from .vae import WAN21_MEAN, WAN21_STD
 from .vae_files import frozen, naming, normalisation_of
-from .weight_files import WeightFile, read_weights
 
 _MEMORY_BLOCKS = 3  # per level
 _POOL_FRAMES = (2, 2, 1)  # frames each encoder level merges into one

@@ -1,0 +1,1 @@
+"""Checkpoints and LoRAs of every published layout, read without running what they contain."""
