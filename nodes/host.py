@@ -372,6 +372,12 @@ def loaded(model: Any, others: list[Any], memory: float) -> Iterator[None]:
         model.cleanup()
 
 
+def stays_on_cuda(patcher: Any) -> bool:
+    """Whether all of a loaded model lies on a CUDA device and ComfyUI does not move it in a run."""
+    whole = patcher.loaded_size() >= patcher.model_size()
+    return patcher.load_device.type == "cuda" and whole and not patcher.is_dynamic()
+
+
 def settings_of(model: Any) -> Settings:
     """What the MODEL's checkpoint says about its use."""
     student_of(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from einops import rearrange
 from torch import Tensor
 
 from ..rf_core.config import FPS, CacheConfig, SamplerConfig
-from ..rf_core.decoders.decoder import Decoder
+from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.prompts import ChunkClock, ResolvedEntry
 from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Chunk, Stream
 from ..rf_core.video import VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
+from .decoders import StockTAEHVDecoder, StockWanDecoder
 from .types import Timeline
 
 
@@ -38,7 +40,7 @@ class Request:
     seed: int
     sampler: SamplerConfig
     cache: CacheConfig
-    decoder: Decoder | None
+    decoder: StockWanDecoder | StockTAEHVDecoder | None
     path: Path | None
     """The MP4 to write; None without a decoder."""
     metadata: dict[str, str]
@@ -127,7 +129,7 @@ def chunks(
     numbers: range,
     progress: Any,
 ) -> Iterator[Chunk]:
-    """The chunks of a run, prompts changed on the way."""
+    """The chunks of a run, prompts changed on the way; images only of those it begins with."""
     if not numbers.start:
         if request.start_latents is not None:
             yield from stream.start_from(request.start_latents)
@@ -140,7 +142,9 @@ def chunks(
         if number in switches:
             entry = switches[number]
             stream.switch(request.prompts.embeds[entry.text], entry.switch)
-        yield stream.step(progress.on_pass, progress.on_guess)
+        index = stream.state.num_chunks
+        latents = stream.generate(progress.on_pass, progress.on_guess)
+        yield Chunk(index=index, latents=latents, images=None)
 
 
 def run(request: Request) -> Made:
@@ -158,24 +162,44 @@ def run(request: Request) -> Made:
     progress = host.Progress(request.model, len(numbers), len(request.sampler.steps))
     ends = {entry.chunk for entry in prompts[1:]} | {total}
     number = numbers.start
-    try:
+    with writer or nullcontext(), _handoff(request, writer, made) or nullcontext() as handoff:
         for chunk in chunks(request, stream, prompts, numbers, progress):
             number += 1
             _keep(made.latents, chunk.latents.cpu(), request.keep_latents, dim=2)
             if chunk.images is not None:
-                made.num_images += chunk.images.shape[1]
-                images = to_uint8(chunk.images[0]).cpu()
-                if writer is not None:
-                    writer.write(images)
-                _keep(made.images, chunk.images[0].cpu(), request.keep_images, dim=0)
+                _take(chunk.images[0].float().cpu(), request, writer, made)
+            elif handoff is not None:
+                stream.state.decoder = handoff.submit(chunk.latents, stream.state.decoder)
             if number in ends:
+                if handoff is not None:
+                    handoff.flush()
                 reuse.keep(request, prompts, number, stream, made)
-    finally:
-        if writer is not None:
-            writer.close()
     if request.path is not None:
         remux(request.path, request.metadata)
     return made
+
+
+def _handoff(request: Request, writer: VideoWriter | None, made: Made) -> Handoff | None:
+    """Decodes and, in a thread of its own, encodes, so that the network does not wait for files."""
+    if request.decoder is None:
+        return None
+    return Handoff(
+        request.decoder,
+        lambda images: _take(images, request, writer, made),
+        device=request.model.load_device,
+        form=lambda images: images[0].float(),
+        beside=host.stays_on_cuda(request.decoder.vae.patcher),
+        threaded=True,
+    )
+
+
+def _take(images: Tensor, request: Request, writer: VideoWriter | None, made: Made) -> None:
+    """A chunk's images [T, 3, H, W] go to the file and the IMAGE socket."""
+    if writer is not None:
+        writer.write(to_uint8(images))
+    if request.keep_images:
+        _keep(made.images, images.clone(), request.keep_images, dim=0)
+    made.num_images += len(images)
 
 
 def _writer(request: Request) -> VideoWriter | None:

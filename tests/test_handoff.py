@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,6 +94,19 @@ def test_the_bytes_are_those_of_decoding_without_a_handoff(threaded: bool) -> No
             expected.append(to_uint8(images))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(done, expected, strict=True))
     assert all(torch.equal(state.tensors[key], twin.tensors[key]) for key in twin.tensors)
+
+
+@BOTH
+@torch.no_grad()
+def test_images_are_delivered_in_the_form_that_is_asked_for(threaded: bool) -> None:
+    decoder, done = wan_decoder(), []
+
+    def keep(images: Tensor) -> None:
+        done.append(images.clone())
+
+    with Handoff(decoder, keep, threaded=threaded, form=lambda images: images[0]) as handoff:
+        handoff.submit(latents(0), None)
+    assert torch.equal(done[0], decoder.decode(latents(0), None)[0][0])
 
 
 def test_no_more_than_depth_chunks_are_on_their_way() -> None:
@@ -194,15 +208,22 @@ def test_a_depth_of_nothing_is_refused() -> None:
 
 
 @CUDA
+@pytest.mark.parametrize("form", [to_uint8, Tensor.float], ids=["bytes", "floats"])
 @torch.no_grad()
-def test_on_cuda_the_bytes_are_those_of_the_default_stream() -> None:
+def test_on_cuda_the_images_are_those_of_the_default_stream(
+    form: Callable[[Tensor], Tensor],
+) -> None:
     decoder, done, expected = wan_decoder("cuda", torch.bfloat16), [], []
     state = twin = None
-    with Handoff(decoder, lambda images: done.append(images.clone()), device="cuda") as handoff:
+
+    def keep(images: Tensor) -> None:
+        done.append(images.clone())
+
+    with Handoff(decoder, keep, device="cuda", form=form) as handoff:
         for chunk in range(8):
             state = handoff.submit(latents(chunk).cuda(), state)
             images, twin = decoder.decode(latents(chunk).cuda(), twin)
-            expected.append(to_uint8(images).cpu())
+            expected.append(form(images).cpu())
         handoff.flush()
         kept = {key: tensor.clone() for key, tensor in state.tensors.items()}
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(done, expected, strict=True))

@@ -1,9 +1,9 @@
 """Images on their way from latents to whoever writes them, beside the network and in order.
 
-On CUDA a chunk is decoded on a second stream while the network makes the next one, becomes bytes on
-the device, and is copied to pinned memory of the host, where a thread waits for it and delivers it.
-The thread that drives the network only queues work. On other devices all this happens at once, in
-the caller's thread. The bytes are the same. The CUDA path is unmeasured.
+On CUDA a chunk is decoded on a second stream while the network makes the next one, takes its final
+form on the device, and is copied to pinned memory of the host, where a thread waits for it and
+delivers it. The thread that drives the network only queues work. On other devices a chunk is
+decoded at once, in the caller's thread. The images are the same. The CUDA path is unmeasured.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..video import to_uint8
 from .decoder import Decoder, DecoderState, check_images
 
 Deliver = Callable[[Tensor], None]
-"""Takes one chunk's images, uint8 [B, T, H, W, 3] on the CPU; they are overwritten once it returns.
-It runs in the handoff's thread where there is one."""
+"""Takes one chunk's images on the CPU, in the form that was asked for; they are overwritten once it
+returns. It runs in the handoff's thread where there is one."""
 
 
 class Handoff:
@@ -37,7 +37,9 @@ class Handoff:
         deliver: takes each chunk's images.
         device: where the decoder computes.
         depth: chunks decoded and not yet delivered before `submit` waits; 1 or more.
-        threaded: whether to deliver in a thread of its own; None does so on CUDA alone.
+        form: makes what is delivered of images [B, T, 3, H, W]; bytes [B, T, H, W, 3] by default.
+        beside: whether to decode on a second stream; None does so on CUDA.
+        threaded: whether to deliver in a thread of its own; None does so with a second stream.
 
     Raises:
         ValueError: depth is below 1.
@@ -50,20 +52,23 @@ class Handoff:
         *,
         device: torch.device | str = "cpu",
         depth: int = 2,
+        form: Callable[[Tensor], Tensor] = to_uint8,
+        beside: bool | None = None,
         threaded: bool | None = None,
     ) -> None:
         if depth < 1:
             raise ValueError(f"depth is {depth}; keep at least 1 chunk on its way")
-        on_cuda = torch.device(device).type == "cuda"
-        self._decoder, self._deliver = decoder, deliver
-        self._lane = _CudaLane(torch.device(device)) if on_cuda else _HostLane()
+        if beside is None:
+            beside = torch.device(device).type == "cuda"
+        self._decoder, self._deliver, self._form = decoder, deliver, form
+        self._lane = _CudaLane(torch.device(device)) if beside else _HostLane()
         self._slots: queue.Queue[_Slot] = queue.Queue()
         for _ in range(depth):
             self._slots.put(_Slot())
         self._pending: queue.Queue[_Slot | None] = queue.Queue()
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
-        if on_cuda if threaded is None else threaded:
+        if beside if threaded is None else threaded:
             self._thread = threading.Thread(target=self._deliver_all, name="handoff", daemon=True)
             self._thread.start()
 
@@ -80,7 +85,7 @@ class Handoff:
         slot = self._slots.get()
         try:
             self._raise_failure()
-            state = self._lane.decode(self._decoder, latents, state, slot)
+            state = self._lane.decode(self._images, latents, state, slot)
         except BaseException:
             self._slots.put(slot)
             raise
@@ -117,6 +122,13 @@ class Handoff:
         if error is None:
             self._raise_failure()
 
+    def _images(
+        self, latents: Tensor, state: DecoderState | None
+    ) -> tuple[Tensor, Tensor, DecoderState]:
+        """Images as they are delivered, whether any holds NaN, and the state after them."""
+        images, state = self._decoder.decode(latents, state)
+        return self._form(images), images.isnan().any(), state
+
     def _deliver_all(self) -> None:
         while self._deliver_next():
             pass
@@ -142,34 +154,36 @@ class Handoff:
             raise self._failure
 
 
+_Images = Callable[[Tensor, DecoderState | None], tuple[Tensor, Tensor, DecoderState]]
+
+
 @dataclass
 class _Slot:
     """One chunk's way to the host, used again and again."""
 
     ready: torch.cuda.Event | None = None
-    """Recorded once bytes and flag are on the host; None where they are at once."""
-    bytes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    """Recorded once images and flag are on the host; None where they are at once."""
+    numbers: Tensor = field(default_factory=lambda: torch.empty(0))
     """Pinned memory, as large as the largest chunk so far; or the images themselves."""
     have_nan: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
     shape: torch.Size = field(default_factory=torch.Size)
 
     def images(self) -> Tensor:
-        """Wait for the chunk: uint8 [B, T, H, W, 3]. ValueError where it held NaN."""
+        """Wait for the chunk and give its images. ValueError where it held NaN."""
         if self.ready is not None:
             self.ready.synchronize()
         check_images(self.have_nan)
-        return self.bytes[: self.shape.numel()].view(self.shape)
+        return self.numbers[: self.shape.numel()].view(self.shape)
 
 
 class _HostLane:
     """Decodes at once, where the caller is."""
 
     def decode(
-        self, decoder: Decoder, latents: Tensor, state: DecoderState | None, slot: _Slot
+        self, images_of: _Images, latents: Tensor, state: DecoderState | None, slot: _Slot
     ) -> DecoderState:
-        images, state = decoder.decode(latents, state)
-        pixels, slot.have_nan = to_uint8(images).cpu(), images.isnan().any()
-        slot.bytes, slot.shape = pixels.flatten(), pixels.shape
+        images, slot.have_nan, state = images_of(latents, state)
+        slot.numbers, slot.shape = images.cpu().flatten(), images.shape
         return state
 
     def join(self) -> None:
@@ -183,14 +197,14 @@ class _CudaLane:
         self._stream = torch.cuda.Stream(device)
 
     def decode(
-        self, decoder: Decoder, latents: Tensor, state: DecoderState | None, slot: _Slot
+        self, images_of: _Images, latents: Tensor, state: DecoderState | None, slot: _Slot
     ) -> DecoderState:
         # The caller's stream made the latents and may have read the state (a snapshot).
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         self._claim(latents, state)
         with torch.cuda.stream(self._stream):
-            images, state = decoder.decode(latents, state)
-            self._copy(to_uint8(images), images.isnan().any(), slot)
+            images, have_nan, state = images_of(latents, state)
+            self._copy(images, have_nan, slot)
         return state
 
     def _claim(self, latents: Tensor, state: DecoderState | None) -> None:
@@ -199,14 +213,14 @@ class _CudaLane:
         for tensor in (latents, *(state.tensors.values() if state else ())):
             tensor.record_stream(self._stream)
 
-    def _copy(self, pixels: Tensor, have_nan: Tensor, slot: _Slot) -> None:
+    def _copy(self, images: Tensor, have_nan: Tensor, slot: _Slot) -> None:
         if slot.ready is None:
             slot.ready = torch.cuda.Event(blocking=True)  # the thread sleeps instead of spinning
             slot.have_nan = torch.zeros((), dtype=torch.bool, pin_memory=True)
-        if slot.bytes.numel() < pixels.numel():
-            slot.bytes = torch.empty(pixels.numel(), dtype=torch.uint8, pin_memory=True)
-        slot.shape = pixels.shape
-        slot.bytes[: pixels.numel()].copy_(pixels.flatten(), non_blocking=True)
+        if slot.numbers.numel() < images.numel() or slot.numbers.dtype != images.dtype:
+            slot.numbers = torch.empty(images.numel(), dtype=images.dtype, pin_memory=True)
+        slot.shape = images.shape
+        slot.numbers[: images.numel()].copy_(images.flatten(), non_blocking=True)
         slot.have_nan.copy_(have_nan, non_blocking=True)
         slot.ready.record(self._stream)
 
