@@ -28,11 +28,12 @@ class Rope(NamedTuple):
     sin_LP: Tensor
     unit_LP: Tensor | None
     """cos + i sin, complex64; on the CPU alone."""
+    matrix_LP22: Tensor | None = None
+    """[[cos, -sin], [sin, cos]] in float32, where comfy-kitchen turns (`kernels.kitchen`)."""
 
     def tokens(self, start: int, stop: int) -> Rope:
         """The part of the table for tokens `start` to `stop`."""
-        unit = None if self.unit_LP is None else self.unit_LP[start:stop]
-        return Rope(self.cos_LP[start:stop], self.sin_LP[start:stop], unit)
+        return Rope(*(None if part is None else part[start:stop] for part in self))  # type: ignore[arg-type]
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -51,6 +52,8 @@ def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | st
     """
     sizes = (frames, grid.height, grid.width)
     patterns = ("f p -> f h w p", "h p -> f h w p", "w p -> f h w p")
+    from .kernels.availability import kitchen_runs_on  # which imports this module
+
     axes = dict(zip("fhw", sizes, strict=True))
     angles = [
         repeat(_axis_angles(size, pairs), pattern, **axes)
@@ -59,7 +62,11 @@ def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | st
     angles_LP = rearrange(torch.cat(angles, dim=-1), "f h w p -> (f h w) p")
     cos, sin = angles_LP.cos().float(), angles_LP.sin().float()
     unit = torch.complex(cos, sin) if torch.device(device).type == "cpu" else None
-    return Rope(cos.to(device), sin.to(device), unit)
+    matrix = None
+    if kitchen_runs_on(torch.device(device)):
+        rows = (torch.stack(row, dim=-1) for row in ((cos, -sin), (sin, cos)))
+        matrix = torch.stack(tuple(rows), dim=-2).to(device)
+    return Rope(cos.to(device), sin.to(device), unit, matrix)
 
 
 def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:

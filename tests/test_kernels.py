@@ -328,14 +328,14 @@ def on_a_card(*dtypes: torch.dtype) -> list[Tensor]:
 
 
 def test_kernels_take_tensors_of_one_dtype_on_a_capable_card_without_gradients(monkeypatch):
-    monkeypatch.setattr(availability, "_triton_runs_on", lambda device: True)
+    monkeypatch.setattr(availability, "triton_runs_on", lambda device: True)
     with torch.no_grad():
         assert availability.fused(*on_a_card(torch.bfloat16, torch.bfloat16))
         assert not availability.fused(*on_a_card(torch.bfloat16, torch.float32))
         assert not availability.fused(*on_a_card(torch.float64))
         assert not availability.fused(torch.empty(2, 3))
     assert not availability.fused(*on_a_card(torch.bfloat16))
-    monkeypatch.setattr(availability, "_triton_runs_on", lambda device: False)
+    monkeypatch.setattr(availability, "triton_runs_on", lambda device: False)
     with torch.no_grad():
         assert not availability.fused(*on_a_card(torch.bfloat16))
 
@@ -355,11 +355,11 @@ def test_what_keeps_the_kernels_off_is_said_once(monkeypatch, caplog, package, c
     monkeypatch.setattr(availability, "find_spec", lambda name: package)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(availability, "_compile_one", fail)
-    availability._triton_runs_on.cache_clear()
+    availability.triton_runs_on.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert not availability._triton_runs_on(torch.device("cuda:0"))
-    availability._triton_runs_on.cache_clear()
+            assert not availability.triton_runs_on(torch.device("cuda:0"))
+    availability.triton_runs_on.cache_clear()
     (record,) = caplog.records
     assert re.search(reason, record.getMessage())
 
@@ -413,3 +413,26 @@ def test_every_kernel_compiles_for_a_card_and_rounds_products_before_adding(tmp_
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("on_triton", [False, True])
+@pytest.mark.parametrize("backend", [{}, {"available": False}, {"available": True}])
+def test_comfy_kitchen_stands_in_where_its_cuda_kernels_run_and_triton_does_not(
+    monkeypatch, on_triton: bool, backend: dict[str, bool]
+) -> None:
+    package = ModuleType("comfy_kitchen")
+    package.list_backends = lambda: {
+        "cuda": backend | {"capabilities": ["adaln", "apply_rope1", "quantize_mxfp8"]}
+    }
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", package)
+    monkeypatch.setattr(availability, "find_spec", lambda name: package)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(availability, "triton_runs_on", lambda device: on_triton)
+    availability.kitchen_runs_on.cache_clear()
+    stands_in = backend.get("available", False) and not on_triton
+    with torch.no_grad():
+        half, single = on_a_card(torch.bfloat16, torch.float32)
+        assert availability.in_kitchen(half) == stands_in
+        assert not availability.in_kitchen(single)
+    assert not availability.in_kitchen(half)  # gradients
+    availability.kitchen_runs_on.cache_clear()

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can take a call, or the reference must."""
+"""Which kernels can take a call: Triton's, comfy-kitchen's, or the reference alone."""
 
 from __future__ import annotations
 
@@ -21,19 +21,42 @@ def fused(*tensors: Tensor) -> bool:
     return (
         first.is_cuda
         and first.dtype in DTYPES
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not _recorded()
         and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-        and _triton_runs_on(first.device)
+        and triton_runs_on(first.device)
     )
 
 
+def in_kitchen(x: Tensor) -> bool:
+    """Whether comfy-kitchen's kernels run on it, which take half precision."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and not _recorded() and kitchen_runs_on(x.device)
+
+
+def _recorded() -> bool:
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 @lru_cache(maxsize=16)
-def _triton_runs_on(device: torch.device) -> bool:
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether the kernels of this package run on a device; one warning where not."""
     problem = _problem_on(device)
     if problem is not None:
-        logger.warning("no fused kernels on %s, which costs speed alone: %s", device, problem)
+        logger.warning("no Triton kernels on %s, which costs speed alone: %s", device, problem)
     return problem is None
+
+
+@lru_cache(maxsize=16)
+def kitchen_runs_on(device: torch.device) -> bool:
+    """Whether comfy-kitchen stands in on a device: a CUDA card without Triton, as on Windows."""
+    installed = find_spec("comfy_kitchen") is not None and torch.cuda.is_available()
+    if device.type != "cuda" or not installed or triton_runs_on(device):
+        return False
+    import comfy_kitchen
+
+    backend = comfy_kitchen.list_backends().get("cuda", {})
+    ready = backend.get("available", False) and not backend.get("disabled", False)
+    return ready and {"adaln", "apply_rope1"} <= set(backend.get("capabilities", ()))
 
 
 def _problem_on(device: torch.device) -> str | None:

@@ -52,7 +52,7 @@ def affine_after_residual(
 
 def modulate(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor) -> Tensor:
     """x * scale + shift, with each frame's own shift and scale."""
-    x_BFTC = _by_frame(x_BLC, shift_BF1C)
+    x_BFTC = by_frame(x_BLC, shift_BF1C)
     return torch.addcmul(shift_BF1C, x_BFTC, scale_BF1C).flatten(1, 2)
 
 
@@ -60,7 +60,7 @@ def add_gated(x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor | None) -> Tensor:
     """x + y * gate, with each frame's own gate; without one x + y."""
     if gate_BF1C is None:
         return x_BLC + y_BLC
-    x_BFTC, y_BFTC = _by_frame(x_BLC, gate_BF1C), _by_frame(y_BLC, gate_BF1C)
+    x_BFTC, y_BFTC = by_frame(x_BLC, gate_BF1C), by_frame(y_BLC, gate_BF1C)
     return torch.addcmul(x_BFTC, y_BFTC, gate_BF1C).flatten(1, 2)
 
 
@@ -136,5 +136,6 @@ def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
     return x * power.clamp_min(LEAST_NORM**2).rsqrt() * gain
 
 
-def _by_frame(x_BLC: Tensor, each_BF1C: Tensor) -> Tensor:
+def by_frame(x_BLC: Tensor, each_BF1C: Tensor) -> Tensor:
+    """x as [B, F, tokens of a frame, C], where each frame has a row of `each`."""
     return x_BLC.reshape(x_BLC.shape[0], each_BF1C.shape[1], -1, x_BLC.shape[2])
