@@ -126,7 +126,7 @@ def handed_on(stream: Stream, handoff: Handoff) -> Callable[[torch.Tensor], None
 
 
 def planned(sizes: Sizes, group_frames: int = 3) -> int:
-    return peak(footprint(sizes), Placement(group_frames=group_frames))
+    return peak(footprint(sizes, group_frames), Placement(group_frames=group_frames))
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -200,7 +200,7 @@ def test_a_byte_a_weight_halves_the_linear_layers_alone():
 def test_counting_leaves_the_streams_that_follow_as_they_were():
     options = {"height": 32, "width": 80, "cache": tiny.window(6, 2, chunk=2)}
     expected = tiny.stream(**options).generate()
-    footprint.cache_clear()
+    counting._count_network.cache_clear()
     for size in ((32, 80), (48, 80)):
         height, width = size
         footprint(
@@ -255,21 +255,27 @@ PARTS = Footprint(
     cache=2000,
     prompt=100,
     network=400,
-    decoder=DecoderFootprint(weights=200, state=500, images=50, decode={1: 100, 2: 800, 3: 1500}),
+    decoder=DecoderFootprint(weights=200, state=500, images=50, decode=1500),
 )
+DECODE = {1: 100, 2: 800, 3: 1500}  # by the frames decoded at once
 HELD = 3000 + 2000 + 100 + 200 + 500 + 50
 TURNED = 600  # of the cache
 STREAMED = 28 * 90
+
+
+def grouped(parts: Footprint, group_frames: int) -> Footprint:
+    return replace(parts, decoder=replace(parts.decoder, decode=DECODE[group_frames]))
 
 
 @pytest.fixture
 def sized(monkeypatch) -> Sizes:
     """A run with the parts above, in proportion to its height, and no allowance."""
 
-    def parts(sizes: Sizes) -> Footprint:
+    def parts(sizes: Sizes, group_frames: int) -> Footprint:
         share = sizes.height / 480
         cache = PARTS.cache - (0 if sizes.keep_turned else TURNED)
-        return replace(PARTS, cache=round(cache * share), network=round(400 * share))
+        counted = replace(grouped(PARTS, group_frames), cache=round(cache * share))
+        return replace(counted, network=round(400 * share))
 
     monkeypatch.setattr(planning, "footprint", parts)
     monkeypatch.setattr(planning, "CUDA_FIXED", 0)
@@ -325,7 +331,7 @@ def test_where_they_overlap_decoding_has_the_networks_share_beside_its_own():
     overlapped = replace(apart, overlapped=True)
     assert peak(apart, Placement(group_frames=3)) == HELD + 1500
     assert peak(overlapped, Placement(group_frames=3)) == HELD + 1500 + 400
-    assert peak(overlapped, Placement(group_frames=1)) == HELD + 100 + 400
+    assert peak(grouped(overlapped, 1), Placement(group_frames=1)) == HELD + 100 + 400
 
 
 def test_on_a_cpu_nothing_is_streamed_and_without_a_decoder_nothing_grouped(sized):

@@ -9,7 +9,7 @@ Not counted: encoding start images, and what a text encoder takes beside its wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -95,9 +95,8 @@ class DecoderFootprint:
     """What it remembers of the stream."""
     images: int = 0
     """The last chunk's images, float32."""
-    decode: Mapping[int, int] = field(default_factory=dict)
-    """Most that lives at once while a chunk is decoded, beside the above, by the latent frames
-    decoded at once."""
+    decode: int = 0
+    """Most that lives at once while a chunk is decoded, beside the above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +117,24 @@ class Footprint:
     """Whether a chunk is decoded while the network makes the next one (`Handoff`)."""
 
 
-@lru_cache(maxsize=256)
-def footprint(sizes: Sizes) -> Footprint:
-    """Count a stream of these sizes, in about a second. ValueError where they do not fit."""
-    few, more = (_count_network(sizes, _FEW_LAYERS + extra) for extra in (0, 1))
+def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
+    """Count a stream of these sizes, in seconds; what was counted before is remembered.
+
+    `group_frames` latent frames are decoded at once, by default a whole chunk. ValueError where the
+    sizes do not fit each other.
+    """
+    network = replace(sizes, decoder=None, text=None)
+    few, more = (_count_network(network, _FEW_LAYERS + extra) for extra in (0, 1))
     layers = sizes.model.num_layers
     each = {name: more[name] - few[name] for name in few}
     counted = {name: few[name] + (layers - _FEW_LAYERS) * each[name] for name in few}
     decoder = DecoderFootprint()
     if sizes.decoder is not None:
-        decoder = _count_decoder(sizes, sizes.decoder)
+        frames = sizes.cache.chunk_frames
+        size = latent_size(sizes.height, sizes.width, sizes.model.patch_size)
+        shape = (sizes.batch, sizes.model.in_dim, frames, *size)
+        group = group_frames or frames
+        decoder = _count_decoder(sizes.decoder, shape, group, sizes.dtype, sizes.device)
     return Footprint(
         student=Layered(total=counted["weights"], layer=each["weights"], layers=layers),
         text=_count_text(sizes),
@@ -139,28 +146,7 @@ def footprint(sizes: Sizes) -> Footprint:
     )
 
 
-def decoder_footprint(
-    decoder: WanDecoder | TAEHVDecoder, latents: Tensor, groups: range
-) -> DecoderFootprint:
-    """Count a decoder of ghosts over one chunk of latents [B, C, F, h, w] of a running stream."""
-    made: list[tuple[Tensor, DecoderState]] = []
-
-    def two_chunks() -> None:  # the first is shorter
-        made.append(decoder.decode(latents, decoder.decode(latents, None)[1]))
-
-    peaks = {}
-    for group in groups:
-        decoder.group_frames = group
-        peaks[group] = peak_bytes(two_chunks, latents.device)
-    images, state = made[-1]
-    return DecoderFootprint(
-        weights=sum(parameter.nbytes for parameter in decoder.codec.parameters()),
-        state=state.nbytes,
-        images=images.nbytes,
-        decode={group: most - state.nbytes for group, most in peaks.items()},
-    )
-
-
+@lru_cache(maxsize=256)
 def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
     with _no_tables(), ghosts(sizes.device) as place:
         stream = _ghost_stream(sizes, layers, place)
@@ -207,17 +193,38 @@ def _ghost_stream(sizes: Sizes, layers: int, place: str) -> Stream:
     )
 
 
-def _count_decoder(sizes: Sizes, config: DecoderConfig) -> DecoderFootprint:
-    chunk = sizes.cache.chunk_frames
-    rows, columns = latent_size(sizes.height, sizes.width, sizes.model.patch_size)
-    with ghosts(sizes.device) as place:
-        codec = _codec(config, place, sizes.dtype).requires_grad_(False)
-        shape = (sizes.batch, sizes.model.in_dim, chunk, rows, columns)
+@lru_cache(maxsize=256)
+def _count_decoder(
+    config: DecoderConfig,
+    shape: tuple[int, ...],
+    group_frames: int,
+    dtype: torch.dtype,
+    device: str,
+) -> DecoderFootprint:
+    """A chunk of latents [B, C, F, h, w] of a running stream."""
+    with ghosts(device) as place:
+        codec = _codec(config, place, dtype).requires_grad_(False)
         latents = torch.empty(shape, device=place)
-        if sizes.device in _CHANNELS_LAST_DEVICES:  # as `load_decoder` does
+        if device in _CHANNELS_LAST_DEVICES:  # as `load_decoder` does
             put_channels_last(codec)
-        decoder = WanDecoder(codec) if isinstance(codec, WanVAE) else TAEHVDecoder(codec)
-        return decoder_footprint(decoder, latents, range(1, chunk + 1))
+        decoder: WanDecoder | TAEHVDecoder
+        if isinstance(codec, WanVAE):
+            decoder = WanDecoder(codec, group_frames)
+        else:
+            decoder = TAEHVDecoder(codec, group_frames)
+        made: list[tuple[Tensor, DecoderState]] = []
+
+        def two_chunks() -> None:  # the first is shorter
+            made.append(decoder.decode(latents, decoder.decode(latents, None)[1]))
+
+        most = peak_bytes(two_chunks, latents.device)
+        ((images, state),) = made
+        return DecoderFootprint(
+            weights=sum(parameter.nbytes for parameter in codec.parameters()),
+            state=state.nbytes,
+            images=images.nbytes,
+            decode=most - state.nbytes,
+        )
 
 
 def _codec(config: DecoderConfig, place: str, dtype: torch.dtype) -> WanVAE | TAEHV:

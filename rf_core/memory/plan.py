@@ -92,9 +92,9 @@ def phases(parts: Footprint, placement: Placement) -> dict[str, dict[str, int]]:
         "text": {"text encoder": text},
         "generate": held | {"on the way": parts.network},
     }
-    if decode := parts.decoder.decode:
+    if parts.decoder.decode:
         beside = parts.network if parts.overlapped else 0
-        named["decode"] = held | {"on the way": decode[placement.group_frames] + beside}
+        named["decode"] = held | {"on the way": parts.decoder.decode + beside}
     return named
 
 
@@ -115,9 +115,11 @@ def fit(
     `group_frames`, `offload` and sizes without `keep_turned` hold a choice fast. ValueError where
     nothing fits; it says what would.
     """
-    tried = [_try(sizes, p, available) for p in _placements(sizes, group_frames, offload)]
-    if (chosen := _first(tried)) is not None:
-        return chosen
+    tried = []
+    for placement in _placements(sizes, group_frames, offload):
+        tried.append(_try(sizes, placement, available))
+        if tried[-1].needed <= available:
+            return tried[-1]
     least = min(reversed(tried), key=lambda one: one.needed)  # of equals, what leaves most room
     raise ValueError(
         f"a stream of {sizes.width}x{sizes.height} with a window of {sizes.cache.window_frames} "
@@ -155,7 +157,7 @@ def _placements(
 
 
 def _parts(sizes: Sizes, placement: Placement) -> Footprint:
-    return footprint(replace(sizes, keep_turned=placement.keep_turned))
+    return footprint(replace(sizes, keep_turned=placement.keep_turned), placement.group_frames)
 
 
 def _try(sizes: Sizes, placement: Placement, available: int) -> Fit:
@@ -164,25 +166,34 @@ def _try(sizes: Sizes, placement: Placement, available: int) -> Fit:
     return Fit(placement=placement, peak=most, needed=needed, available=available)
 
 
-def _first(tried: list[Fit]) -> Fit | None:
-    return next((one for one in tried if one.needed <= one.available), None)
-
-
 def _on_cpu(sizes: Sizes) -> bool:
     return torch.device(sizes.device).type == "cpu"
 
 
 def _remedy(sizes: Sizes, least: Fit) -> str:
-    """The largest picture of about this shape that fits so placed, found by halving."""
-    low, high, best = 0, 64, ""
+    """The largest picture of about this shape that fits so placed, in steps of a 64th of a side.
+
+    Bytes go nearly with the pixels, so each guess lies on the line between the nearest two known.
+    """
+
+    def needed(part: int) -> int:
+        return _try(_scaled(sizes, part / 64), least.placement, least.available).needed
+
+    low, high = 1, 64
+    at_low, at_high = needed(low), least.needed
+    if at_low > least.available:
+        return "no picture is small enough; free memory or use a smaller model"
     while high - low > 1:
-        middle = (low + high) // 2
-        smaller = _scaled(sizes, middle / 64)
-        if _try(smaller, least.placement, least.available).needed <= least.available:
-            low, best = middle, f"{smaller.width}x{smaller.height} fits, or take a smaller window"
+        share = (least.available - at_low) / (at_high - at_low)
+        guess = int((low**2 + share * (high**2 - low**2)) ** 0.5)
+        middle = min(max(guess, low + 1), high - 1)
+        at_middle = needed(middle)
+        if at_middle <= least.available:
+            low, at_low = middle, at_middle
         else:
-            high = middle
-    return best or "no picture is small enough; free memory or use a smaller model"
+            high, at_high = middle, at_middle
+    smaller = _scaled(sizes, low / 64)
+    return f"{smaller.width}x{smaller.height} fits, or take a smaller window"
 
 
 def _scaled(sizes: Sizes, share: float) -> Sizes:
