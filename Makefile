@@ -9,10 +9,13 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV := .venv-comfy
 COMFY_READY := $(COMFY_VENV)/.ready
 
-.PHONY: test test-comfy demo lint clean
+.PHONY: test test-comfy coverage demo lint clean
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses auto
+
+coverage: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term
 
 # Against the ComfyUI at COMFYUI_PATH, which is only read; its packages go to a venv of their own.
 test-comfy: $(COMFY_READY)

@@ -70,8 +70,8 @@ SIZES = {
     ),
     "batch, bfloat16, float32 sink": lambda: Sizes(
         model=replace(MIDDLE, num_layers=2),
-        height=64,
-        width=96,
+        height=32,
+        width=48,
         batch=2,
         cache=CacheConfig(accumulator="float32"),
         decoder=TAEHVConfig(),
