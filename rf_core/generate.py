@@ -312,7 +312,9 @@ def open_networks(settled: Plan) -> tuple[WanModel | GraphedModel, Decoder]:
     if graphs == "auto":
         free = options.offload == "none" and not options.compile
         graphs = free and torch.device(device).type in ("cuda", "cpu")
-    return (GraphedModel(model) if graphs else model), decoder
+    if not graphs:
+        return model, decoder
+    return GraphedModel(model, must=options.graphs is True), decoder
 
 
 def open_stream(

@@ -19,6 +19,10 @@ def absent(q, k, v):
     raise RuntimeError("no kernel image is available")
 
 
+def broken(q, k, v):
+    raise ImportError("undefined symbol")
+
+
 def as_it_is(q, k, v):
     return sdpa(q, k, v)
 
@@ -36,7 +40,7 @@ def test_the_fastest_is_chosen_and_all_times_are_told(monkeypatch):
 
 
 def test_what_cannot_run_or_computes_something_else_is_left_out(monkeypatch):
-    candidates = {"absent": absent, "wrong": wrong, "sdpa": sdpa}
+    candidates = {"absent": absent, "broken": broken, "wrong": wrong, "sdpa": sdpa}
     assert choose(candidates, monkeypatch, [5e-3]).seconds == {"sdpa": 5e-3}
     assert choose({"absent": absent}, monkeypatch, []).name == "sdpa"
 

@@ -130,6 +130,28 @@ def test_on_a_cpu_only_what_comes_often_is_captured():
     assert len(model._passes) == 2  # denoising and clean, with a full window
 
 
+class Failing(Recorder):
+    """Records a few passes, then has no memory for more."""
+
+    def __call__(self, run):
+        if self.captured == 3:
+            raise torch.OutOfMemoryError("no memory for another graph")
+        return super().__call__(run)
+
+
+def test_where_recording_fails_the_stream_goes_on_without_or_says_so(caplog):
+    expected = latents_of(stream_of(tiny.model()))
+    recorder = Failing()
+    made = latents_of(stream_of(GraphedModel(tiny.model(), recorder, must=False)))
+    assert torch.equal(made, expected)
+    assert recorder.captured == 3 and recorder.replayed
+    assert [r.getMessage() for r in caplog.records] == [
+        "passes run unrecorded, which costs speed alone: no memory for another graph"
+    ]
+    with pytest.raises(torch.OutOfMemoryError):
+        latents_of(stream_of(GraphedModel(tiny.model(), Failing())))
+
+
 def test_an_int8_cache_is_not_traced_and_streams_all_the_same():
     cache = tiny.window(9, 3, storage="int8")
     made = latents_of(stream_of(model := GraphedModel(tiny.model()), cache=cache))

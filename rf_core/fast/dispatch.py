@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..attention import BACKENDS, EXACT, Attention, available_backends, sdpa
 from ..config import CacheConfig, Grid, ModelConfig
 from ..measure.stopwatch import seconds_of
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.02  # of attention over unit normals in half precision; a wrong result is far outside
 
@@ -77,15 +80,16 @@ def fastest(
     expected = sdpa(q, k, v)
     seconds = {}
     for name, attention in candidates.items():
-        found = _result(attention, q, k, v)
+        found = _result(name, attention, q, k, v)
         if found is not None and torch.allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE):
             seconds[name] = seconds_of(lambda run=attention: run(q, k, v), device)  # type: ignore[misc]
     name = min(seconds, key=lambda name: seconds[name], default="sdpa")
     return Choice(name=name, seconds=MappingProxyType(seconds))
 
 
-def _result(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+def _result(name: str, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     try:
         return attention(q, k, v)
-    except RuntimeError:  # no kernel for these shapes, this dtype or this card
+    except Exception as error:  # no kernel for this card or shape, a package built for other torch
+        logger.info("attention %s does not run here: %s", name, error)
         return None

@@ -11,6 +11,7 @@ its passes run as they would without graphs.
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections import Counter
@@ -28,6 +29,8 @@ from ..kv_cache import KVCache
 from ..memory.offload import StreamedLayers
 from ..model import PromptContext, TimeContext, WanModel
 from ..rope import Rope
+
+logger = logging.getLogger(__name__)
 
 Replay = Callable[[], Tensor]
 """Runs a captured pass again; its first result, which the next replay overwrites."""
@@ -48,14 +51,17 @@ class Capture(Protocol):
 class GraphedModel:
     """Stands where a stream wants a network; every pass is captured once, then replayed.
 
-    `capture` is the one of the model's device but for tests. ValueError where the network cannot
-    be captured.
+    `capture` is the one of the model's device but for tests. Unless it `must`, a pass that fails
+    to be recorded, as for want of memory, is warned of once, and all go on without. ValueError
+    where the network cannot be captured.
     """
 
-    def __init__(self, model: WanModel, capture: Capture | None = None) -> None:
+    def __init__(
+        self, model: WanModel, capture: Capture | None = None, *, must: bool = True
+    ) -> None:
         if capture is None:
             capture = _capture_for(model)
-        self._model, self._capture = model, capture
+        self._model, self._capture, self._must, self._failed = model, capture, must, False
         self.config, self.patch_embedding = model.config, model.patch_embedding
         self.parameters, self.get_parameter = model.parameters, model.get_parameter
         self.prompt_context, self.time_context = model.prompt_context, model.time_context
@@ -116,7 +122,7 @@ class GraphedModel:
         attention: Attention,
     ) -> Any:
         memory = cache.k_NBWHD.data_ptr()
-        if memory not in self._lent:
+        if memory not in self._lent or self._failed:
             return run(x, time, prompt, cache, attention)
         form = (run, x.shape, memory, cache.context_frames, cache.slot_frames, attention)
         self._uses[form] += 1
@@ -129,7 +135,15 @@ class GraphedModel:
         if form not in self._passes:
             fixed = cache.as_it_stands()  # and not the stream's own, which is to be let go of
             seen = (inputs.x, inputs.time, inputs.prompt, fixed, attention)
-            replay = self._capture(lambda: _with_memory(run(*seen), fixed))
+            try:
+                replay = self._capture(lambda: _with_memory(run(*seen), fixed))
+            except RuntimeError as error:
+                if self._must:
+                    raise
+                logger.warning("passes run unrecorded, which costs speed alone: %s", error)
+                self._failed = True
+                self._passes.clear()
+                return run(x, time, prompt, cache, attention)
             self._passes[form] = _Pass(replay, self._model.rope(x, cache))
         return self._passes[form].replay()
 
