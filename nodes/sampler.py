@@ -244,6 +244,11 @@ def _run(request: Request, vae: Any, keep_state: str) -> Any:
         others = [vae.patcher]
         shape = (1, 16, request.cache.chunk_frames, *size)
         memory += vae.memory_used_decode(shape, vae.vae_dtype)
+    about = (
+        f"a stream of {request.width}x{request.height} takes about {memory / 2**30:.1f} GiB beside "
+        "the weights"
+    )
+    host.log(about)
     try:
         with host.loaded(request.model, others, memory):
             made = run(request)
@@ -257,11 +262,10 @@ def _run(request: Request, vae: Any, keep_state: str) -> Any:
         host.free_memory()
         kept = f" What was made until then is in {request.path.name}." if request.path else ""
         raise RuntimeError(
-            f"memory ran out: a stream of {request.width}x{request.height} takes about "
-            f"{memory / 2**30:.1f} GiB beside the weights, most of it in proportion to width x "
-            f"height and window ({request.cache.window_frames} frames). Half of each side takes a "
-            "quarter; weight_dtype float8_e4m3fn halves the weights; TAEHV in place of the Wan VAE "
-            f"saves most of the decoding.{kept}"
+            f"memory ran out: {about}, most of it in proportion to width x height and window "
+            f"({request.cache.window_frames} frames). Half of each side takes a quarter; "
+            "weight_dtype float8_e4m3fn halves the weights; TAEHV in place of the Wan VAE saves "
+            f"most of the decoding.{kept}"
         ) from None
 
 
