@@ -28,19 +28,7 @@ from .config import FPS, WAN_SIZE, CacheConfig, SamplerConfig
 from .decoders.taehv import TAEHVConfig
 from .decoders.vae import VAEConfig
 from .fast.parallel import Process, agreed, joined
-from .generate import (
-    Files,
-    Options,
-    Plan,
-    Progress,
-    attention_of,
-    follow,
-    generate,
-    load,
-    load_spread,
-    plan,
-    split_of,
-)
+from .generate import Progress, attention_of, follow, generate, load, load_spread, split_of
 from .measure.baseline import BaselineOptions, compare, format_comparison
 from .measure.bench import BenchOptions, bench, format_bench
 from .measure.profile import ProfileOptions, format_profile, profile
@@ -49,6 +37,7 @@ from .measure.workload import DECODERS, RANDOM_SIZES, SIZES
 from .memory.footprint import Sizes, TextSizes
 from .memory.placement import decoder_config, free_bytes, parse_bytes, text_sizes
 from .memory.plan import fit, format_plan
+from .options import Files, Options, Plan, plan
 from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
 from .stream import Stream
 from .weights.checkpoint import convert, describe, read_checkpoint

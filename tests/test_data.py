@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import training.data as data
-from rf_core.generate import DEMO
+from rf_core.options import DEMO
 from rf_core.text import load_text_encoder
 from training.data import DataConfig, cached_embeds, open_prompts, place_encoder, read_prompts
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from rf_core.__main__ import main
-from rf_core.generate import DEMO
+from rf_core.options import DEMO
 from rf_core.weights.checkpoint import read_checkpoint
 from training.world.scenes import parse_caption
 from training.world.tracker import score

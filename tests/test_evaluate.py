@@ -20,7 +20,7 @@ import torch
 
 from rf_core.__main__ import main as rf_core
 from rf_core.config import CacheConfig, ModelConfig
-from rf_core.generate import DEMO
+from rf_core.options import DEMO
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
 from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 from training.evaluation import evaluate

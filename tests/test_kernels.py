@@ -301,6 +301,7 @@ def arguments() -> dict[str, tuple]:
         "write_keys_values": (x, y, weight, EPS, rope, *slots),
         "rotate_context": (k, table(12, 3 * FRAMES), turned),
         "absorb": (*sinks_and_evicted([k, v]), 0.9),
+        "quantise_rows": (after[0], torch.int8),
         "causal_norm_silu": (clip, random(6, 1, 1, 1), padded),
     }
 

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from rf_core.attention import sdpa
 from rf_core.config import CacheConfig, Grid, SamplerConfig
-from rf_core.generate import DEMO
 from rf_core.kv_cache import KVCache
+from rf_core.options import DEMO
 from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.stream import Stream

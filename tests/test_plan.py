@@ -17,7 +17,6 @@ from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
 from rf_core.decoders.handoff import Handoff
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
-from rf_core.generate import Files
 from rf_core.measure.counts import num_parameters
 from rf_core.memory import footprint as counting
 from rf_core.memory import plan as planning
@@ -33,6 +32,7 @@ from rf_core.memory.live_bytes import ghosts, peak_bytes
 from rf_core.memory.placement import decoder_config, free_bytes, parse_bytes, text_sizes
 from rf_core.memory.plan import Placement, fit, format_plan, peak
 from rf_core.model import WanModel
+from rf_core.options import Files
 from rf_core.stream import Stream
 from rf_core.weights.checkpoint import read_checkpoint
 

@@ -27,10 +27,10 @@ from rf_core.fast.quantise import (
     FP8,
     Fp8Linear,
     quantise_linears,
-    quantise_rows,
     reference_product,
     scaled_product,
 )
+from rf_core.kernels import availability, quantise_rows, reference
 from rf_core.kv_cache import KVCache
 from rf_core.measure import counts
 from rf_core.memory.offload import stream_layers
@@ -159,15 +159,13 @@ def fp8_rounds_as_on_a_card(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("channels", [13, 128])
 def test_the_kernel_rounds_bit_for_bit_as_the_definition(channels, dtype, target):
-    from rf_core.fast.quantise import LARGEST, LEAST_SCALE
     from rf_core.kernels import triton_quantise
 
     x = (random(2, 5, channels) * torch.logspace(-6, 3, 5)[:, None]).to(DEVICE, dtype)
     x[0, 1] = 0
     x[1, 2, 3] = float("nan")
-    got = triton_quantise.quantise_rows(x, target, LARGEST[target], LEAST_SCALE)
-    with torch.enable_grad():  # which keeps to the definition on a card too
-        wanted = quantise_rows(x, target)
+    got = triton_quantise.quantise_rows(x, target)
+    wanted = reference.quantise_rows(x, target)
     assert torch.equal(got[1].nan_to_num(-1), wanted[1].nan_to_num(-1))
     known = wanted[1].isfinite().expand_as(x)
     assert torch.equal(got[0].float()[known], wanted[0].float()[known])
@@ -218,11 +216,11 @@ def test_the_kernel_compiles_for_cards_that_multiply_fp8(tmp_path):
 @pytest.mark.parametrize(("capability", "able"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
 def test_a_card_that_does_not_multiply_fp8_is_named_once(monkeypatch, caplog, capability, able):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    quantise._multiplies_fp8.cache_clear()
+    availability.multiplies_fp8.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert quantise._multiplies_fp8(torch.device("cuda:0")) == able
-    quantise._multiplies_fp8.cache_clear()
+            assert availability.multiplies_fp8(torch.device("cuda:0")) == able
+    availability.multiplies_fp8.cache_clear()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (not able)
     assert all("(8, 6) and multiplies fp8 from (8, 9) on" in text for text in said)
@@ -235,7 +233,7 @@ def test_a_card_that_does_not_multiply_fp8_is_named_once(monkeypatch, caplog, ca
 def test_products_of_fp8_are_for_bfloat16_and_sizes_that_cards_take(
     monkeypatch, inputs, dtype, native
 ):
-    monkeypatch.setattr(quantise, "_multiplies_fp8", lambda device: True)
+    monkeypatch.setattr(quantise, "multiplies_fp8", lambda device: True)
     layer = Fp8Linear(linear(inputs, 64, dtype))
     assert not layer._is_native(torch.empty(2, inputs, dtype=dtype))
     with FakeTensorMode():

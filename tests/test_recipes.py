@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rf_core.generate import DEMO
+from rf_core.options import DEMO
 from rf_core.weights.checkpoint import load_student, read_checkpoint
 from rf_core.weights.lora import Lora
 from training.__main__ import main

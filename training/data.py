@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rf_core.generate import DEMO
+from rf_core.options import DEMO
 from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
 
 from .distributed import barrier, rank, shard_modules, world_size

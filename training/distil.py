@@ -21,7 +21,7 @@ import torch
 
 from rf_core.config import SPATIAL_FACTOR, Grid
 from rf_core.decoders.decoder import Decoder, load_decoder
-from rf_core.generate import DEMO
+from rf_core.options import DEMO
 from rf_core.weights.checkpoint import read_checkpoint
 
 from .config import to_json

@@ -30,8 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, WAN_SIZE, SamplerConfig
-from rf_core.generate import DEMO
 from rf_core.model import WanModel
+from rf_core.options import DEMO
 from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.stream import latent_size
 from rf_core.weights.checkpoint import read_checkpoint

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from rf_core.attention import Attention, sdpa
 from rf_core.config import SPATIAL_FACTOR, CacheConfig
-from rf_core.generate import DEMO
 from rf_core.model import WanModel
+from rf_core.options import DEMO
 from rf_core.scheduler import sampling_timesteps
 
 from . import checkpointing

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ..config import CacheConfig, Grid
+from ..kernels import quantise_rows
 from ..kv_cache import KVCache, LayerWindow, TurningWindow, absorb, move_up
 from ..rope import Rope, apply_rope
-from .quantise import quantise_rows
 
 
 class Kept(NamedTuple):

@@ -17,44 +17,21 @@ pointing plain tensors at other memory. comfy-kitchen's fp8 has one scale for a 
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.availability import fused
+from ..kernels import quantise_rows
+from ..kernels.availability import multiplies_fp8
 from ..memory.offload import StreamedLayers
 
 if TYPE_CHECKING:
     from ..model import WanModel
 
-logger = logging.getLogger(__name__)
-
 FP8 = torch.float8_e4m3fn
 KINDS = ("fp8",)
-LARGEST = MappingProxyType({FP8: torch.finfo(FP8).max, torch.int8: 127.0})
-LEAST_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros is divided by this
-_LEAST_CAPABILITY = (8, 9)  # products of fp8 (Ada)
 _MULTIPLE = 16  # of channels; what torch._scaled_mm multiplies
-
-
-def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows x [..., C] in `dtype`, fp8 or int8, and a float32 scale [..., 1] for each.
-
-    The product of the two is x but for rounding: to 3 bits and the leading one in fp8, to 1/254 of
-    the row's largest magnitude in int8. A row with NaN or infinity has a scale that is one.
-    """
-    if fused(x) and (dtype == torch.int8 or _multiplies_fp8(x.device)):
-        from ..kernels import triton_quantise
-
-        return triton_quantise.quantise_rows(x, dtype, LARGEST[dtype], LEAST_SCALE)
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
-    scale = (largest / LARGEST[dtype]).clamp_min(LEAST_SCALE)
-    rows = x / scale
-    return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
 
 
 def quantise_linears(model: WanModel, kind: str = "fp8") -> None:
@@ -122,7 +99,7 @@ class Fp8Linear(nn.Module):
             x.is_cuda
             and x.dtype == torch.bfloat16
             and not any(size % _MULTIPLE for size in sizes)
-            and _multiplies_fp8(x.device)
+            and multiplies_fp8(x.device)
         )
 
 
@@ -158,15 +135,3 @@ def reference_product(
     y = rows_LI.float() @ weight_OI.float().t()
     y.mul_(scale_L1).mul_(weight_scale_O1.t())  # in place, as y is large
     return (y if bias_O is None else y.add_(bias_O)).to(dtype)
-
-
-@lru_cache(maxsize=16)
-def _multiplies_fp8(device: torch.device) -> bool:
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        logger.warning(
-            "%s has compute capability %s and multiplies fp8 from %s on: weights take less memory, "
-            "but products are slower than in bfloat16",
-            *(device, capability, _LEAST_CAPABILITY),
-        )
-    return capability >= _LEAST_CAPABILITY

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ..rope import Rope
 from . import reference
-from .availability import fused, in_kitchen
+from .availability import fused, in_kitchen, multiplies_fp8
 
 __all__ = [
     "absorb",
@@ -30,6 +31,7 @@ __all__ = [
     "modulated_after_residual",
     "modulated_norm",
     "norm_rotate",
+    "quantise_rows",
     "rotate_context",
     "write_keys_values",
 ]
@@ -148,6 +150,20 @@ def absorb(
     from . import triton_sink
 
     triton_sink.absorb(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
+
+
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows x [..., C] in `dtype`, fp8 or int8, and a float32 scale [..., 1] for each.
+
+    The product of the two is x but for rounding: to 3 bits and the leading one in fp8, to 1/254 of
+    the row's largest magnitude in int8. A row with NaN or infinity has a scale that is one. The
+    kernel gives the very bits of the definition.
+    """
+    if not fused(x) or not (dtype == torch.int8 or multiplies_fp8(x.device)):
+        return reference.quantise_rows(x, dtype)
+    from . import triton_quantise
+
+    return triton_quantise.quantise_rows(x, dtype)
 
 
 def causal_norm_silu(x_BCTHW: Tensor, gamma: Tensor, padded_BCTHW: Tensor) -> None:

@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic (Ampere)
+_LEAST_FOR_FP8 = (8, 9)  # products of fp8 (Ada)
 
 
 def fused(*tensors: Tensor) -> bool:
@@ -57,6 +58,19 @@ def kitchen_runs_on(device: torch.device) -> bool:
     backend = comfy_kitchen.list_backends().get("cuda", {})
     ready = backend.get("available", False) and not backend.get("disabled", False)
     return ready and {"adaln", "apply_rope1"} <= set(backend.get("capabilities", ()))
+
+
+@lru_cache(maxsize=16)
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a card multiplies fp8; one warning where not."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_FOR_FP8:
+        logger.warning(
+            "%s has compute capability %s and multiplies fp8 from %s on: weights take less memory, "
+            "but products are slower than in bfloat16",
+            *(device, capability, _LEAST_FOR_FP8),
+        )
+    return capability >= _LEAST_FOR_FP8
 
 
 def _problem_on(device: torch.device) -> str | None:

@@ -9,6 +9,7 @@ Letters as in the package.
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ from torch import Tensor
 from ..rope import Rope, apply_rope
 
 LEAST_NORM = 1e-12  # where F.normalize stops dividing
+LARGEST = MappingProxyType(
+    {torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max, torch.int8: 127.0}
+)
+LEAST_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros is divided by this
 
 
 def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float) -> Tensor:
@@ -118,6 +123,14 @@ def absorb(
         for sink, evicted, average in zip(sinks, leaving, averages, strict=True):
             average.copy_(decay * average + (1 - decay) * evicted.to(average.dtype))
             sink.copy_(average)
+
+
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows x [..., C] in 8 bits and their scales [..., 1]."""
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
+    scale = (largest / LARGEST[dtype]).clamp_min(LEAST_SCALE)
+    rows = x / scale
+    return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
 
 
 def causal_norm_silu(x_BCTHW: Tensor, gamma: Tensor, padded_BCTHW: Tensor) -> None:

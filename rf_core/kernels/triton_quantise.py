@@ -11,20 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import LARGEST, LEAST_SCALE
 from .triton_norms import launch_options
 
 
-def quantise_rows(
-    x: Tensor, dtype: torch.dtype, largest: float, least_scale: float
-) -> tuple[Tensor, Tensor]:
-    """As `rf_core.fast.quantise.quantise_rows`, bit for bit."""
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `reference.quantise_rows`, bit for bit."""
     x_RC = x.contiguous().flatten(0, -2)
     values, scale = x.new_empty(x.shape, dtype=dtype), x.new_empty(*x.shape[:-1], 1).float()
     channels = x_RC.shape[1]
     block = triton.next_power_of_2(channels)
     with torch.cuda.device_of(x):
         _quantise_rows[(x_RC.shape[0],)](
-            *(x_RC, values, scale, largest, least_scale),
+            *(x_RC, values, scale, LARGEST[dtype], LEAST_SCALE),
             C=channels,
             BLOCK=block,
             ROUND=not dtype.is_floating_point,

@@ -25,8 +25,8 @@ from ..decoders.vae import VAEConfig, WanVAE
 from ..fast.dispatch import Choice, choose_attention
 from ..fast.graphs import GraphedModel
 from ..fast.quantise import quantise_linears
-from ..generate import Files
 from ..model import WanModel
+from ..options import Files
 from ..stream import Stream, latent_size
 from ..text import TextEncoder, load_text_encoder
 from ..weights.checkpoint import load_student

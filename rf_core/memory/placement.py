@@ -1,60 +1,20 @@
-"""A run put to the planner: its sizes from its files, and the memory that is free.
-
-What is left to choose, `auto`, is settled here before anything large is loaded.
-"""
+"""What the planner is told of files and machines: sizes of networks, and memory that is free."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..decoders.taehv import is_taehv, scales_of_file, taehv_config_of
 from ..decoders.vae_files import naming, vae_config_of, vae_state_dict
 from ..weights.files import read_weights
-from .footprint import DecoderConfig, Sizes, TextSizes
-from .plan import fit
-
-if TYPE_CHECKING:
-    from ..generate import Plan
+from .footprint import DecoderConfig, TextSizes
 
 _MEMINFO = Path("/proc/meminfo")
 _LAYER = re.compile(r"\bblocks?\.(\d+)\.")
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-
-
-def placed(settled: Plan) -> Plan:
-    """The run with nothing left to choose. ValueError where no choice fits the memory."""
-    options = settled.options
-    group = None if options.group_frames == "auto" else options.group_frames
-    mode = None if options.offload == "auto" else options.offload
-    if options.group_frames != "auto" and mode is not None:
-        return settled
-    if options.group_frames is None:
-        group = settled.cache.chunk_frames
-    chosen = fit(sizes_of(settled), free_bytes(options.device), group_frames=group, offload=mode)
-    return replace(settled, options=replace(options, **vars(chosen.placement)), fit=chosen)
-
-
-def sizes_of(settled: Plan) -> Sizes:
-    """What the memory of a run depends on."""
-    options = settled.options
-    return Sizes(
-        model=settled.model,
-        height=settled.height,
-        width=settled.width,
-        cache=settled.cache,
-        keep_turned=options.keep_turned,
-        linear_bytes=1 if options.weights == "fp8" else None,
-        sampler=settled.sampler,
-        dtype=options.dtype,
-        decoder=decoder_config(options.files.vae),
-        device=torch.device(options.device).type,
-        text=text_sizes(options.files.text_encoder),
-    )
 
 
 def decoder_config(path: Path) -> DecoderConfig:

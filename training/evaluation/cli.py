@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from rf_core.attention import BACKENDS
-from rf_core.generate import DEMO
+from rf_core.options import DEMO
 
 from ..rewards.flow_motion import FlowName
 from ..world.scenes import all_captions

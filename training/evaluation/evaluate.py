@@ -20,16 +20,8 @@ import torch
 from torch import Tensor
 
 from rf_core.batch import file_mark
-from rf_core.generate import (
-    Files,
-    Options,
-    Plan,
-    generate,
-    open_networks,
-    open_stream,
-    open_text_encoder,
-    plan,
-)
+from rf_core.generate import generate, open_networks, open_stream, open_text_encoder
+from rf_core.options import Files, Options, Plan, plan
 from rf_core.prompts import PromptTimeline, Switch
 from rf_core.text import encode_prompts
 from rf_core.video import read_images

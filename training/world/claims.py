@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from rf_core.config import CacheConfig, SamplerConfig
-from rf_core.generate import DEMO
 from rf_core.model import WanModel
+from rf_core.options import DEMO
 from rf_core.weights.checkpoint import load_student
 
 from ..checkpointing import read_part
