@@ -102,7 +102,7 @@ def open_stream(request: Request, first: ResolvedEntry) -> Stream:
     """The stream at its start, or at the state it goes on from."""
     embeds = request.prompts.embeds[first.text]
     stream = Stream(
-        host.Hosted(request.model),  # type: ignore[arg-type]  # answers as a WanModel does
+        host.Hosted(request.model),
         embeds,
         height=request.height,
         width=request.width,

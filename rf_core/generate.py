@@ -25,7 +25,7 @@ from .fast.graphs import GraphedModel
 from .fast.parallel import Process, Split, SpreadModel, SpreadStream
 from .fast.quantise import quantise_linears
 from .memory.offload import stream_layers
-from .model import WanModel
+from .model import Network, WanModel
 from .options import Options, Plan
 from .stream import Chunk, Stream
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
@@ -114,7 +114,7 @@ def open_text_encoder(options: Options) -> UMT5Encoder:
     return encoder
 
 
-def open_networks(settled: Plan) -> tuple[WanModel | GraphedModel, Decoder]:
+def open_networks(settled: Plan) -> tuple[Network, Decoder]:
     """Student and decoder of a run, on its device."""
     options, files = settled.options, settled.options.files
     device, dtype = options.device, options.dtype
@@ -146,7 +146,7 @@ def open_networks(settled: Plan) -> tuple[WanModel | GraphedModel, Decoder]:
 
 def open_stream(
     settled: Plan,
-    model: WanModel | GraphedModel,
+    model: Network,
     decoder: Decoder | None,
     embeds: dict[str, Tensor],
 ) -> Stream:

@@ -7,7 +7,7 @@ be cloned and offloaded by its host, and gives the same result when a forward is
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .attention import Attention, sdpa
 from .config import CacheConfig, Grid, ModelConfig
-from .fast.kv_int8 import Int8KVCache
 from .kv_cache import KeyValues, KVCache
+from .kv_int8 import Int8KVCache
 from .layers import Block, Head, HeadModulations, Modulations, PromptKV
 from .rope import Rope, rope_table
 
@@ -35,6 +35,47 @@ class TimeContext(NamedTuple):
     blocks: tuple[Tensor | Modulations, ...]
     """Of each layer: what they do to it, or their projection [B, F, 6, C]."""
     head: HeadModulations
+
+
+class Network(Protocol):
+    """What a stream asks of a network: a `WanModel`, or what stands for one."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def patch_embedding(self) -> nn.Conv3d: ...
+    def get_parameter(self, target: str, /) -> Tensor: ...
+    def prompt_context(self, prompt_embeds_BSD: Tensor, /) -> PromptContext: ...
+    def time_context(self, timestep_BF: Tensor, dtype: torch.dtype, /) -> TimeContext: ...
+    def new_cache(
+        self,
+        config: CacheConfig,
+        /,
+        *,
+        batch: int,
+        grid: Grid,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        keep_turned: bool,
+    ) -> KVCache: ...
+    def remember(
+        self,
+        x: Tensor,
+        time: TimeContext,
+        prompt: PromptContext,
+        cache: KVCache,
+        attention: Attention,
+        /,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: Tensor,
+        time: TimeContext,
+        prompt: PromptContext,
+        cache: KVCache,
+        attention: Attention,
+        /,
+    ) -> Tensor: ...
 
 
 class WanModel(nn.Module):

@@ -25,9 +25,8 @@ from torch import Tensor
 from .attention import Attention, sdpa
 from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
 from .decoders.decoder import Decoder
-from .fast.graphs import GraphedModel
 from .kv_cache import KVCache
-from .model import PromptContext, TimeContext, WanModel
+from .model import Network, PromptContext, TimeContext
 from .prompts import Switch
 from .scheduler import add_noise, flow_to_x0, sampling_timesteps
 from .state import Blend, Snapshot, StreamState, cache_config_of, pack, unpack
@@ -66,7 +65,7 @@ class Stream:
 
     def __init__(
         self,
-        model: WanModel | GraphedModel,
+        model: Network,
         prompt_embeds: Tensor,
         *,
         height: int,
@@ -239,7 +238,7 @@ class Stream:
     @classmethod
     def from_snapshot(
         cls,
-        model: WanModel | GraphedModel,
+        model: Network,
         snapshot: Snapshot,
         *,
         decoder: Decoder | None = None,

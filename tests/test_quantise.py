@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rf_core.config import WAN_1_3B, CacheConfig, Grid
 from rf_core.fast import quantise
 from rf_core.fast.graphs import GraphedModel
-from rf_core.fast.kv_int8 import Int8KVCache
 from rf_core.fast.quantise import (
     FP8,
     Fp8Linear,
@@ -32,6 +31,7 @@ from rf_core.fast.quantise import (
 )
 from rf_core.kernels import availability, quantise_rows, reference
 from rf_core.kv_cache import KVCache
+from rf_core.kv_int8 import Int8KVCache
 from rf_core.measure import counts
 from rf_core.memory.offload import stream_layers
 from rf_core.model import WanModel

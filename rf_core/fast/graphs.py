@@ -63,7 +63,7 @@ class GraphedModel:
             capture = _capture_for(model)
         self._model, self._capture, self._must, self._failed = model, capture, must, False
         self.config, self.patch_embedding = model.config, model.patch_embedding
-        self.parameters, self.get_parameter = model.parameters, model.get_parameter
+        self.get_parameter = model.get_parameter
         self.prompt_context, self.time_context = model.prompt_context, model.time_context
         self._forget(size=None)
 

@@ -78,7 +78,7 @@ def bench(options: BenchOptions, report: Report = lambda chunk, seconds: None) -
         "first_image": first,
         **_rates(steady, options),
         "cache_bytes": stream.state.cache.nbytes,
-        "weight_bytes": sum(p.nbytes for p in stream.model.parameters()),
+        "weight_bytes": sum(p.nbytes for p in workload.model.parameters()),
         "memory_bytes": memory[-1],
         **_memory_peaks(options.device),
         "memory_bytes_per_100_chunks": _growth(np.array(memory[skipped:], dtype=float)),

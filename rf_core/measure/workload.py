@@ -25,7 +25,7 @@ from ..decoders.vae import VAEConfig, WanVAE
 from ..fast.dispatch import Choice, choose_attention
 from ..fast.graphs import GraphedModel
 from ..fast.quantise import quantise_linears
-from ..model import WanModel
+from ..model import Network, WanModel
 from ..options import Files
 from ..stream import Stream, latent_size
 from ..text import TextEncoder, load_text_encoder
@@ -108,7 +108,7 @@ class Workload:
 
     options: WorkloadOptions
     model: WanModel
-    passes: WanModel | GraphedModel
+    passes: Network
     """What streams run: the network, or its graphs."""
     attention: Choice
     encoder: TextEncoder | None

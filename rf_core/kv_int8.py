@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import CacheConfig, Grid
-from ..kernels import quantise_rows
-from ..kv_cache import KVCache, LayerWindow, TurningWindow, absorb, move_up
-from ..rope import Rope, apply_rope
+from .config import CacheConfig, Grid
+from .kernels import quantise_rows
+from .kv_cache import KVCache, LayerWindow, TurningWindow, absorb, move_up
+from .rope import Rope, apply_rope
 
 
 class Kept(NamedTuple):
