@@ -187,7 +187,7 @@ class GELU(nn.Module):
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
             return F.gelu(x, approximate="tanh")
         # The same as x sigmoid(2 u), and twice as fast there: torch's tanh is slow on CPUs.
-        inner = x.square().mul_(0.044715).add_(1).mul_(x)
+        inner = (x * x).mul_(0.044715).add_(1).mul_(x)
         return inner.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
 
 

@@ -178,3 +178,24 @@ def test_on_a_card_graphs_make_the_video_that_launches_make(switch_at):
     made = latents_of(stream_of(GraphedModel(network)), switch_at=switch_at)
     plain = latents_of(stream_of(network), switch_at=switch_at)
     torch.testing.assert_close(made, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_trace_holds_no_arithmetic_with_sizes():
+    traced = TraceCapture()
+
+    def run():
+        x = torch.ones(2, 6)
+        return (x.reshape(x.shape[0] * 3, x.shape[1] // 3) * x.shape[0],)
+
+    calls = []
+    trace = torch.jit.trace
+
+    def spy(*args, **options):
+        calls.append(trace(*args, **options))
+        return calls[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.jit, "trace", spy)
+        replay = traced(run)
+    assert torch.equal(replay(), run()[0])
+    assert "aten::size" not in str(calls[0].inlined_graph)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..attention import Attention, sdpa
@@ -212,11 +213,28 @@ class TraceCapture:
 
     def __call__(self, run: Run) -> Replay:
         unused = torch.zeros(())
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _PlainSizes():
             warnings.simplefilter("ignore")  # sizes become constants, as they are to be
             # What is written is returned as well: writing alone would be taken for idle.
             trace = torch.jit.trace(lambda unused: run(), unused, check_trace=False)
-        return lambda: trace(unused)[0]
+
+        def replay() -> Tensor:
+            # Optimised, it would compute once for all what hangs on its inputs: they lie in memory
+            # of ours, which it takes for constant.
+            with torch.jit.optimized_execution(False):
+                return trace(unused)[0]
+
+        return replay
+
+
+class _PlainSizes(TorchFunctionMode):
+    """Sizes of tensors are numbers, also in a trace, which else repeats all arithmetic with them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return torch.Size(map(int, result)) if isinstance(result, torch.Size) else result
 
 
 def _with_memory(result: Tensor | None, cache: KVCache) -> tuple[Tensor, ...]:
