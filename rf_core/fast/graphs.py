@@ -228,7 +228,7 @@ class TraceCapture:
 
 
 class _PlainSizes(TorchFunctionMode):
-    """Sizes of tensors are numbers, also in a trace, which else repeats all arithmetic with them."""
+    """Sizes of tensors are numbers in a trace too, which else repeats all arithmetic with them."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
