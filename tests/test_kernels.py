@@ -23,8 +23,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":  # before triton is first imported, which may be by torch
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import tiny  # noqa: E402
+
 from rf_core import kernels, kv_cache  # noqa: E402
 from rf_core.config import CacheConfig, Grid  # noqa: E402
+from rf_core.decoders import vae as vae_module  # noqa: E402
+from rf_core.decoders.codec import put_channels_last  # noqa: E402
+from rf_core.decoders.decoder import WanDecoder  # noqa: E402
+from rf_core.decoders.vae import VAEConfig, WanVAE  # noqa: E402
 from rf_core.kernels import availability, reference  # noqa: E402
 from rf_core.rope import Rope, apply_rope, rope_table  # noqa: E402
 
@@ -321,6 +327,63 @@ def test_either_implementation_is_reached_and_gives_the_same(triton_kernels, mon
     monkeypatch.setattr(kernels, "fused", lambda *_: True)
     monkeypatch.delattr(reference, name)
     torch.testing.assert_close(run(name), wanted, rtol=1e-5, atol=1e-5)
+
+
+def streamed(**options) -> Tensor:
+    """Latents past an eviction and a change of prompt."""
+    stream = tiny.stream(model=tiny.model().to(DEVICE), height=16, width=32, **options)
+    made = [stream.generate() for _ in range(3)]
+    stream.switch(tiny.prompt(7), "recache")
+    return torch.cat([*made, stream.generate()], dim=2)
+
+
+@torch.no_grad()
+def decoded() -> Tensor:
+    """Two chunks of images, decoded as on a card."""
+    torch.manual_seed(0)
+    plain = {"latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4}
+    vae = WanVAE(VAEConfig(dim=8, z_dim=4, num_res_blocks=1, **plain)).to(DEVICE)
+    put_channels_last(vae)
+    decoder, state, made = WanDecoder(vae.eval()), None, []
+    for chunk in range(2):
+        images, state = decoder.decode(random(1, 4, 3, 2, 2, seed=chunk), state)
+        made.append(images)
+    return torch.cat(made, dim=1)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (
+            lambda: streamed(cache=tiny.window(6, 3)),
+            {"modulated_after_residual", "norm_rotate", "write_keys_values", "absorb"},
+        ),
+        (
+            lambda: streamed(
+                cache=tiny.window(6, 2, chunk=2, accumulator="float32"), keep_turned=False
+            ),
+            {"modulated_after_residual", "norm_rotate", "absorb"},
+        ),
+        (lambda: streamed(cache=tiny.window(6, 3, storage="int8")), {"quantise_rows"}),
+        (decoded, {"_activate"}),
+    ],
+    ids=["published", "float32 sink, keys turned anew", "int8", "decoder"],
+)
+def test_whole_streams_through_the_kernels_are_those_of_the_definitions(
+    triton_kernels, monkeypatch, run, expected
+):
+    wanted, asked = run(), set()
+
+    def through(*tensors: Tensor) -> bool:
+        asked.add(sys._getframe(1).f_code.co_name)
+        return not torch.is_grad_enabled()
+
+    for module in (kernels, vae_module):
+        monkeypatch.setattr(module, "fused", through)
+    made = run()
+    assert (made - wanted).norm() < 1e-5 * wanted.norm()
+    assert expected <= asked
 
 
 def on_a_card(*dtypes: torch.dtype) -> list[Tensor]:
