@@ -22,6 +22,10 @@ class _Stock:
 
     spatial_factor = SPATIAL_FACTOR
     temporal_factor = TEMPORAL_FACTOR
+    numbers_per_pixel: int
+    """What lives at once while 3 latent frames of a stream are decoded, in numbers a picture pixel;
+    counted (`rf_core.memory.live_bytes`). ComfyUI's own estimate is of whole clips, without a past.
+    """
 
     def __init__(self, vae: Any, latent_format: Any) -> None:
         self.vae, self.latent_format = vae, latent_format
@@ -30,6 +34,11 @@ class _Stock:
     def images_of(self, latent_frames: int, first: bool) -> int:
         """See `Decoder.images_of`."""
         return TEMPORAL_FACTOR * latent_frames - (TEMPORAL_FACTOR - 1 if first else 0)
+
+    def decode_bytes(self, height: int, width: int, latent_frames: int) -> float:
+        """The most that lives at once while a chunk of such a picture is decoded, with its past."""
+        numbers = self.numbers_per_pixel * height * width * latent_frames / 3
+        return numbers * self.vae.vae_dtype.itemsize
 
     def encode(self, images: Tensor) -> Tensor:
         """See `Decoder.encode`; one clip."""
@@ -46,6 +55,8 @@ class _Stock:
 
 class StockWanDecoder(_Stock):
     """The Wan 2.1 VAE: a stream's first latent frame alone, then the others together."""
+
+    numbers_per_pixel = 6790
 
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """See `Decoder.decode`; all but the first frame of a stream come in twos or more."""
@@ -68,6 +79,8 @@ class StockWanDecoder(_Stock):
 
 class StockTAEHVDecoder(_Stock):
     """TAEHV: each memory block reads the frame before, and a stream's first images are dropped."""
+
+    numbers_per_pixel = 1900
 
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """See `Decoder.decode`."""

@@ -240,10 +240,10 @@ def _run(request: Request, vae: Any, keep_state: str) -> Any:
     size = latent_size(request.height, request.width, base.diffusion_model.config.patch_size)
     memory = base.stream_memory(1, size, request.cache)
     others = []
-    if vae is not None:
+    if request.decoder is not None:
         others = [vae.patcher]
-        shape = (1, 16, request.cache.chunk_frames, *size)
-        memory += vae.memory_used_decode(shape, vae.vae_dtype)
+        chunk = request.cache.chunk_frames
+        memory += request.decoder.decode_bytes(request.height, request.width, chunk)
     about = (
         f"a stream of {request.width}x{request.height} takes about {memory / 2**30:.1f} GiB beside "
         "the weights"

@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from rf_core.memory.live_bytes import ghosts, peak_bytes
 
 from .conftest import DEMO
 from .files import write_lora
@@ -347,3 +350,36 @@ def test_a_vae_of_another_kind_is_refused_by_name(pack: Any, demo: Any) -> None:
 
     with pytest.raises(ValueError, match=r"Linear.*wan_2\.1_vae"):
         decoders.decoder_of(Other(), demo.load_model().model.latent_format)
+
+
+@pytest.mark.parametrize("name", ["StockWanDecoder", "StockTAEHVDecoder"])
+@pytest.mark.parametrize("size", [(480, 832), (256, 256)])
+def test_what_decoding_is_said_to_take_is_what_its_tensors_take(
+    pack: Any, monkeypatch: pytest.MonkeyPatch, name: str, size: tuple[int, int]
+) -> None:
+    import comfy.latent_formats
+    import comfy.model_management
+    from comfy.ldm.wan.vae import WanVAE
+    from comfy.taesd.taehv import TAEHV
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 1e12)
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    with ghosts("cuda") as place:
+        codec = WanVAE(dim=96, z_dim=16) if "Wan" in name else TAEHV(latent_channels=16)
+        codec = codec.to(place, torch.bfloat16).requires_grad_(False)
+        vae = SimpleNamespace(
+            first_stage_model=codec,
+            device=torch.device(place),
+            vae_dtype=torch.bfloat16,
+            process_output=lambda images: images,
+        )
+        decoder = getattr(decoders, name)(vae, comfy.latent_formats.Wan21())
+        latents = torch.empty(1, 16, 3, *(side // 8 for side in size), device=place)
+
+        def three_chunks() -> None:
+            state = None
+            for _ in range(3):
+                _, state = decoder.decode(latents, state)
+
+        counted = peak_bytes(three_chunks, place)
+    assert decoder.decode_bytes(*size, 3) == pytest.approx(counted, rel=0.1)
