@@ -140,6 +140,13 @@ def test_weights_are_on_the_device_in_their_turn_and_on_the_host_after_it():
         assert own.untyped_storage().data_ptr() not in buffers
 
 
+def test_layers_are_not_reached_out_of_their_turn():
+    model = tiny.model()
+    stream_layers(model, "blocks", "cpu")
+    with pytest.raises(TypeError, match="go through layers with for"):
+        model.blocks[0]
+
+
 def test_a_pass_that_fails_leaves_nothing_behind():
     model = tiny.model(DEEP)
     twin = streamed(model, Late)

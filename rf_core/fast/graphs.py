@@ -221,7 +221,7 @@ class TraceCapture:
         def replay() -> Tensor:
             # Optimised, it would compute once for all what hangs on its inputs: they lie in memory
             # of ours, which it takes for constant.
-            with torch.jit.optimized_execution(False):
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 return trace(unused)[0]
 
         return replay

@@ -12,7 +12,7 @@ but turns weights into distributed tensors and wants a process group; hence thes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,9 @@ class StreamedLayers(nn.ModuleList):
             finally:
                 _point(layer, self._hosts[index])
                 self._slots.release(slot)
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise TypeError(f"layer {index} is on the host but in its turn; go through layers with for")
 
     def _fetch(self, index: int, beside: int | None = None) -> int:
         if index in self._held:
