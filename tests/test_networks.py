@@ -18,8 +18,8 @@ from training.data import MemoryEmbeds
 from training.export import write_student
 from training.lora import LoRAConfig
 from training.networks import PlacementConfig, open_network, placement_dtype, prepare
-from training.optimise import OptimiserConfig
 from training.redmd import Networks, ReDMDConfig
+from training.run.optimise import OptimiserConfig
 from training.trainer import RunConfig, Trainer
 
 CPU = torch.device("cpu")

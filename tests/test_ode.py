@@ -27,8 +27,6 @@ from rf_core.weights.checkpoint import load_student, write_checkpoint
 from training.causal import Window, predict_clip
 from training.config import changed
 from training.data import DataConfig, MemoryEmbeds
-from training.distributed import shard
-from training.journal import read_journal
 from training.networks import PlacementConfig, prepare
 from training.ode import (
     PAIRS_PRESETS,
@@ -58,6 +56,8 @@ from training.ode_init import (
     regression_errors,
     run_init,
 )
+from training.run.distributed import shard
+from training.run.journal import read_journal
 from training.trainer import OptimiserConfig
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from rf_core.weights.lora import Lora
 from training.__main__ import main
 from training.config import changed
 from training.distil import distil
-from training.journal import read_journal
 from training.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
+from training.run.journal import read_journal
 
 SETTINGS = [
     "run.updates=2",
@@ -178,7 +178,7 @@ def test_sinks_are_three_caches():
 def test_a_checkpoint_s_index_may_name_nothing_but_an_index(tmp_path):
     import pickle
 
-    from training.checkpointing import load, read_part
+    from training.run.checkpointing import load, read_part
 
     list(distil(small("run.updates=1", "reward.kind=none"), tmp_path / "run", CPU))
     folder = tmp_path / "run" / "update_000001"

@@ -10,7 +10,6 @@ import torch
 
 from rf_core.config import SamplerConfig
 from rf_core.scheduler import add_noise, flow_to_x0
-from training.draws import noising_draws
 from training.redmd import (
     Networks,
     Noising,
@@ -23,6 +22,7 @@ from training.redmd import (
 )
 from training.rewards.weights import WeightConfig, weigh
 from training.rollout import Draws, draw, roll_out
+from training.run.draws import noising_draws
 from training.world.reward import TrackerReward
 from training.world.scenes import parse_caption, place_all, render
 

@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from rf_core.config import SamplerConfig
 from training.data import MemoryEmbeds
-from training.distributed import shard
-from training.draws import noising_draws, prompt_numbers, rollout_draws
-from training.optimise import OptimiserConfig
 from training.redmd import Networks, ReDMDConfig
+from training.run.distributed import shard
+from training.run.draws import noising_draws, prompt_numbers, rollout_draws
+from training.run.optimise import OptimiserConfig
 from training.trainer import RunConfig, Trainer
 
 REDMD = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=4)

@@ -21,15 +21,15 @@ from rf_core.measure.verify import Backend, Comparison, verify_folder
 from . import ode, ode_init
 from .config import from_json, to_json
 from .distil import check_files, distil, origin_of, provenance, sizes_of
-from .distributed import processes, rank, world_size
 from .estimate import Sizes, estimate, format_estimate, matmul_speed
 from .evaluation import cli as evaluation
 from .export import export
-from .journal import numbers_of
-from .options import add_config_arguments, config_of
 from .recipes import PRESETS, DistilConfig, with_sink
 from .rewards.videoalign import convert
-from .runs import CONFIG, checkpoints, made
+from .run.distributed import processes, rank, world_size
+from .run.folder import CONFIG, checkpoints, made
+from .run.journal import numbers_of
+from .run.options import add_config_arguments, config_of
 from .trainer import Report
 from .verify import KINDS
 from .world import __main__ as world

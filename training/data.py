@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rf_core.options import DEMO
 from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
 
-from .distributed import barrier, rank, shard_modules, world_size
+from .run.distributed import barrier, rank, shard_modules, world_size
 from .world.clips import captions, scene_of
 from .world.scenes import all_captions
 

@@ -26,15 +26,14 @@ from rf_core.weights.checkpoint import read_checkpoint
 
 from .config import to_json
 from .data import check_prompt_files, open_prompts
-from .distributed import rank, world_size
 from .estimate import Sizes
 from .export import file_hash, write_adapter, write_student
-from .journal import Journal, numbers_of
 from .networks import open_network, placement_dtype
 from .recipes import DistilConfig
 from .redmd import Networks
 from .rewards.judges import image_anchor, open_judge
-from .runs import (
+from .run.distributed import rank, world_size
+from .run.folder import (
     LORA,
     STUDENT,
     begin,
@@ -43,6 +42,7 @@ from .runs import (
     naming_the_last_good,
     to_go_on_from,
 )
+from .run.journal import Journal, numbers_of
 from .trainer import Report, Trainer
 from .validation import validate
 

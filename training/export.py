@@ -17,10 +17,10 @@ from rf_core.config import SPATIAL_FACTOR, CacheConfig, SamplerConfig
 from rf_core.model import WanModel
 from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 
-from .checkpointing import read_part
-from .distributed import rank
 from .lora import BASE, LoRAConfig, exported, merged
 from .recipes import DistilConfig
+from .run.checkpointing import read_part
+from .run.distributed import rank
 
 PROVENANCE_KEY = "rf_provenance"
 Weights = Literal["average", "student"]

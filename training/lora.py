@@ -12,7 +12,7 @@ from torch import Tensor
 from rf_core.model import WanModel
 from rf_core.weights.lora import merge_lora
 
-from .draws import generator_of
+from .run.draws import generator_of
 
 BASE = ".base_layer"  # peft's name for what a layer was before it got its adapter
 ADAPTER = ".default"  # and of an adapter that was given no name

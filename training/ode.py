@@ -38,10 +38,10 @@ from rf_core.weights.checkpoint import read_checkpoint
 
 from .config import difference, from_json, to_json
 from .data import CachedEmbeds, DataConfig, MemoryEmbeds, check_prompt_files, open_prompts
-from .distributed import barrier, gathered, processes, rank, world_size
-from .draws import generator_of, prompt_numbers
 from .networks import PlacementConfig, open_network, placement_dtype
-from .options import add_config_arguments, config_of
+from .run.distributed import barrier, gathered, processes, rank, world_size
+from .run.draws import generator_of, prompt_numbers
+from .run.options import add_config_arguments, config_of
 
 CONFIG = "config.json"
 _NOTE = "ode_pairs"

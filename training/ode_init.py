@@ -34,25 +34,32 @@ from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.scheduler import sampling_timesteps
 
-from . import checkpointing
 from .causal import chunk_errors, predict_clip
 from .config import to_json
-from .distributed import (
+from .export import file_hash, write_student
+from .networks import PlacementConfig, open_network, placement_dtype
+from .ode import Pairs
+from .run import checkpointing
+from .run.distributed import (
     gathered,
     my_samples,
     processes,
     rank,
     world_size,
 )
-from .draws import generator_of, prompt_numbers
-from .ema import WeightAverage
-from .export import file_hash, write_student
-from .journal import Journal
-from .networks import PlacementConfig, open_network, placement_dtype
-from .ode import Pairs
-from .optimise import OptimiserConfig, Trained
-from .options import add_config_arguments, config_of
-from .runs import STUDENT, begin, checkpoint_path, forget_old, naming_the_last_good, to_go_on_from
+from .run.draws import generator_of, prompt_numbers
+from .run.ema import WeightAverage
+from .run.folder import (
+    STUDENT,
+    begin,
+    checkpoint_path,
+    forget_old,
+    naming_the_last_good,
+    to_go_on_from,
+)
+from .run.journal import Journal
+from .run.optimise import OptimiserConfig, Trained
+from .run.options import add_config_arguments, config_of
 
 
 @dataclass(frozen=True, kw_only=True)

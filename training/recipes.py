@@ -18,9 +18,9 @@ from rf_core.stream import latent_size
 from .data import DataConfig
 from .lora import LoRAConfig
 from .networks import PlacementConfig
-from .optimise import OptimiserConfig
 from .redmd import ReDMDConfig
 from .rewards.weights import WeightConfig
+from .run.optimise import OptimiserConfig
 from .trainer import RunConfig
 
 Sink = Literal["ema", "static", "none"]

@@ -16,11 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import checkpointing
-from .distributed import my_samples, summed, world_size
-from .draws import Role, noising_draws, prompt_numbers, rollout_draws
-from .ema import WeightAverage
-from .optimise import OptimiserConfig, Trained
 from .redmd import (
     Networks,
     Noising,
@@ -33,6 +28,11 @@ from .redmd import (
 )
 from .rewards.weights import Weighed
 from .rollout import Draws
+from .run import checkpointing
+from .run.distributed import my_samples, summed, world_size
+from .run.draws import Role, noising_draws, prompt_numbers, rollout_draws
+from .run.ema import WeightAverage
+from .run.optimise import OptimiserConfig, Trained
 from .weighing import Judge, Weighing
 
 

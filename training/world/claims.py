@@ -25,13 +25,13 @@ from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import load_student
 
-from ..checkpointing import read_part
 from ..config import build, changed, to_json
 from ..distil import distil
 from ..evaluation.evaluate import caption_measures
 from ..evaluation.metrics import first_frame_copy, flicker, motion
 from ..recipes import DistilConfig, miniature
-from ..runs import STUDENT, checkpoints
+from ..run.checkpointing import read_part
+from ..run.folder import STUDENT, checkpoints
 from .clips import decode_latents, num_images, scene_of
 from .evaluate import ATTRIBUTES, EvaluateConfig, Streams
 from .ode_pairs import EulerConfig, sample

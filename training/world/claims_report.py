@@ -19,7 +19,7 @@ from torch import Tensor
 from rf_core.video import to_uint8
 from rf_core.weights.checkpoint import load_student
 
-from ..runs import STUDENT
+from ..run.folder import STUDENT
 from .claims import ARMS, BASE, REWARD_ARMS, SINK_ARMS, Measurer, folder_of, sink_of
 
 Result = Mapping[str, Any]

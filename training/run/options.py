@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .config import changed, from_json
+from ..config import changed, from_json
 
 T = TypeVar("T")
 

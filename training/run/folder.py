@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import difference, from_json, to_json
+from ..config import difference, from_json, to_json
 from .distributed import barrier, rank
 
 CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..trainer import Report
 from .distributed import rank
-from .trainer import Report
 
 _log = logging.getLogger(__name__)
 

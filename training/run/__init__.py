@@ -1,0 +1,1 @@
+"""What every run does: its folder, randomness, processes, optimisers, checkpoints and log."""
