@@ -231,6 +231,8 @@ class WanModel(nn.Module):
         patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
         return F.linear(patches, embedding.weight.flatten(1), embedding.bias)
 
+    # A compiler does not know that the table is kept, and would make it anew in every pass.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def rope(self, x: Tensor, cache: KeyValues | None) -> Rope:
         """The places of these frames' tokens in the window."""
         grid, before = self._grid(x), 0 if cache is None else cache.context_frames

@@ -63,7 +63,7 @@ def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | st
     cos, sin = angles_LP.cos().float(), angles_LP.sin().float()
     unit = torch.complex(cos, sin) if torch.device(device).type == "cpu" else None
     matrix = None
-    if kitchen_runs_on(torch.device(device)):
+    if not torch.compiler.is_compiling() and kitchen_runs_on(torch.device(device)):
         rows = (torch.stack(row, dim=-1) for row in ((cos, -sin), (sin, cos)))
         matrix = torch.stack(tuple(rows), dim=-2).to(device)
     return Rope(cos.to(device), sin.to(device), unit, matrix)

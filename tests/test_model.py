@@ -209,3 +209,17 @@ def test_impossible_steps_are_refused(wrong, message):
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ValueError):
         ModelConfig(**wrong)
+
+
+def test_a_compiled_network_does_not_make_the_rotary_table_in_every_pass():
+    graphs, model = [], tiny.model()
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    plain = tiny.stream().generate()
+    model.compile(backend=backend)
+    torch.testing.assert_close(tiny.stream(model=model).generate(), plain)
+    assert graphs and not any("arange" in code for code in graphs)
+    torch._dynamo.reset()
