@@ -226,7 +226,7 @@ class StreamingSampler(io.ComfyNode):
         plan(request)
         if start_image is not None and decoder is None:
             raise ValueError("a start image needs a VAE: connect one, or give a start_latent")
-        made, snapshot = _run(request, vae, keep_state)
+        made, snapshot = _run(request, keep_state)
         outputs = _outputs(request, made, snapshot, format)
         shown: dict[str, Any] = {"text": (_told(request, made),)}
         if path is not None:
@@ -235,13 +235,13 @@ class StreamingSampler(io.ComfyNode):
         return io.NodeOutput(*outputs, ui=shown)
 
 
-def _run(request: Request, vae: Any, keep_state: str) -> Any:
+def _run(request: Request, keep_state: str) -> Any:
     base = host.student_of(request.model)
     size = latent_size(request.height, request.width, base.diffusion_model.config.patch_size)
     memory = base.stream_memory(1, size, request.cache)
     others = []
     if request.decoder is not None:
-        others = [vae.patcher]
+        others = [request.decoder.vae.patcher]
         chunk = request.cache.chunk_frames
         memory += request.decoder.decode_bytes(request.height, request.width, chunk)
     about = (

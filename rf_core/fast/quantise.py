@@ -17,17 +17,13 @@ pointing plain tensors at other memory. comfy-kitchen's fp8 has one scale for a 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from ..kernels import quantise_rows
 from ..kernels.availability import multiplies_fp8
 from ..memory.offload import StreamedLayers
-
-if TYPE_CHECKING:
-    from ..model import WanModel
+from ..model import WanModel
 
 FP8 = torch.float8_e4m3fn
 KINDS = ("fp8",)

@@ -4,7 +4,7 @@ Every function here is defined by its namesake in `reference`, in plain torch. O
 compiles for, with gradients off, its namesake in a `triton_*` module runs instead: one launch, each
 value read and written once, arithmetic in float32 with a single rounding at the end. `reference`
 rounds after every torch operation; in float32 the two agree to rounding. On a card without Triton
-`kitchen` takes two of the steps in half precision, where ComfyUI's package is installed.
+`reference` leaves two of its steps to `kitchen` in half precision, where ComfyUI's package is.
 
 Nothing here waits for the device, reads it or tunes itself, so all may be captured in CUDA graphs
 once they have run on the same shapes. Under torch.compile the reference is what is compiled.
@@ -15,14 +15,12 @@ sink, H heads, D channels of a head, C = H * D channels, P pairs of a head's cha
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from ..rope import Rope
 from . import reference
-from .availability import fused, in_kitchen, multiplies_fp8
+from .availability import fused, multiplies_fp8
 
 __all__ = [
     "absorb",
@@ -43,7 +41,7 @@ def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: f
     The norm takes mean and variance off each token; tokens of a frame lie together.
     """
     if not fused(x_BLC, shift_BF1C, scale_BF1C):
-        return _unfused(x_BLC).modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps)
+        return reference.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps)
     from . import triton_norms
 
     return triton_norms.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps)
@@ -60,7 +58,7 @@ def modulated_after_residual(
     """x + y * gate (or x + y), and `modulated_norm` of that sum: two of [B, L, C]."""
     tensors = (x_BLC, y_BLC, *_given(gate_BF1C), shift_BF1C, scale_BF1C)
     if not fused(*tensors):
-        return _unfused(x_BLC).modulated_after_residual(
+        return reference.modulated_after_residual(
             x_BLC, y_BLC, gate_BF1C, shift_BF1C, scale_BF1C, eps
         )
     from . import triton_norms
@@ -94,7 +92,7 @@ def norm_rotate(
     `x` may be a slice of a wider projection. Without `rope` nothing is turned.
     """
     if not fused(x_BLC, weight_C):
-        return _unfused(x_BLC).norm_rotate(x_BLC, weight_C, num_heads, eps, rope)
+        return reference.norm_rotate(x_BLC, weight_C, num_heads, eps, rope)
     from . import triton_heads
 
     return triton_heads.norm_rotate(x_BLC, weight_C, num_heads, eps, rope)
@@ -116,7 +114,7 @@ def write_keys_values(
     """
     slots = (k_slot_BLHD, turned_slot_BLHD, v_slot_BLHD)
     if not fused(k_BLC, v_BLC, weight_C, *slots):
-        _unfused(k_BLC).write_keys_values(k_BLC, v_BLC, weight_C, eps, rope, *slots)
+        reference.write_keys_values(k_BLC, v_BLC, weight_C, eps, rope, *slots)
         return
     from . import triton_heads
 
@@ -126,7 +124,7 @@ def write_keys_values(
 def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
     """Write the keys of every layer's context, turned by `rope`'s first W tokens, to `turned`."""
     if not fused(k_NBWHD, turned_NBWHD):
-        _unfused(k_NBWHD).rotate_context(k_NBWHD, rope, turned_NBWHD)
+        reference.rotate_context(k_NBWHD, rope, turned_NBWHD)
         return
     from . import triton_heads
 
@@ -178,14 +176,6 @@ def causal_norm_silu(x_BCTHW: Tensor, gamma: Tensor, padded_BCTHW: Tensor) -> No
     from . import triton_channels
 
     triton_channels.causal_norm_silu(x_BCTHW, gamma, padded_BCTHW)
-
-
-def _unfused(x: Tensor) -> ModuleType:
-    if not in_kitchen(x):
-        return reference
-    from . import kitchen
-
-    return kitchen
 
 
 def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 """What every fused kernel computes, in plain torch: the definition, and what runs without Triton.
 
+Its modulated norm and its rotation are comfy-kitchen's where that stands in (`availability`).
+
 In bfloat16 and float16 torch rounds after each operation here, the kernels once at the end; in
 float32 both agree to rounding.
 
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rope import Rope, apply_rope
+from .availability import in_kitchen
 
 LEAST_NORM = 1e-12  # where F.normalize stops dividing
 LARGEST = MappingProxyType(
@@ -26,6 +29,11 @@ LEAST_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros is divided by th
 
 def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float) -> Tensor:
     """norm(x) * scale + shift -> [B, L, C]."""
+    if in_kitchen(x_BLC):
+        from . import kitchen
+
+        x_BFTC = _by_frame(x_BLC, shift_BF1C)
+        return kitchen.modulated_norm(x_BFTC, shift_BF1C, scale_BF1C, eps).flatten(1, 2)
     return modulate(F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=eps), shift_BF1C, scale_BF1C)
 
 
@@ -57,7 +65,7 @@ def affine_after_residual(
 
 def modulate(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor) -> Tensor:
     """x * scale + shift, with each frame's own shift and scale."""
-    x_BFTC = by_frame(x_BLC, shift_BF1C)
+    x_BFTC = _by_frame(x_BLC, shift_BF1C)
     return torch.addcmul(shift_BF1C, x_BFTC, scale_BF1C).flatten(1, 2)
 
 
@@ -65,7 +73,7 @@ def add_gated(x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor | None) -> Tensor:
     """x + y * gate, with each frame's own gate; without one x + y."""
     if gate_BF1C is None:
         return x_BLC + y_BLC
-    x_BFTC, y_BFTC = by_frame(x_BLC, gate_BF1C), by_frame(y_BLC, gate_BF1C)
+    x_BFTC, y_BFTC = _by_frame(x_BLC, gate_BF1C), _by_frame(y_BLC, gate_BF1C)
     return torch.addcmul(x_BFTC, y_BFTC, gate_BF1C).flatten(1, 2)
 
 
@@ -74,7 +82,7 @@ def norm_rotate(
 ) -> Tensor:
     """RMS norm over C, then rotation -> [B, L, H, D]."""
     normed = rms_norm(x_BLC, weight_C, eps).view(*x_BLC.shape[:2], num_heads, -1)
-    return normed if rope is None else apply_rope(normed, rope)
+    return normed if rope is None else _turned(normed, rope)
 
 
 def write_keys_values(
@@ -90,7 +98,7 @@ def write_keys_values(
     """The normed keys to their slot, the same turned to theirs, the values to theirs."""
     num_heads = k_slot_BLHD.shape[2]
     k_slot_BLHD.copy_(norm_rotate(k_BLC, weight_C, num_heads, eps))
-    turned_slot_BLHD.copy_(apply_rope(k_slot_BLHD, rope))
+    turned_slot_BLHD.copy_(_turned(k_slot_BLHD, rope))
     v_slot_BLHD.copy_(v_BLC.view(v_slot_BLHD.shape))
 
 
@@ -108,7 +116,7 @@ def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
     """Every layer's keys turned by the first W tokens' angles."""
     head = rope.tokens(0, k_NBWHD.shape[2])
     for k_BWHD, turned_BWHD in zip(k_NBWHD, turned_NBWHD, strict=True):
-        turned_BWHD.copy_(apply_rope(k_BWHD, head))
+        turned_BWHD.copy_(_turned(k_BWHD, head))
 
 
 def absorb(
@@ -149,6 +157,13 @@ def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
     return x * power.clamp_min(LEAST_NORM**2).rsqrt() * gain
 
 
-def by_frame(x_BLC: Tensor, each_BF1C: Tensor) -> Tensor:
-    """x as [B, F, tokens of a frame, C], where each frame has a row of `each`."""
+def _turned(x_BLHD: Tensor, rope: Rope) -> Tensor:
+    if rope.matrix_LP22 is None or not in_kitchen(x_BLHD):
+        return apply_rope(x_BLHD, rope)
+    from . import kitchen
+
+    return kitchen.turned(x_BLHD, rope.matrix_LP22)
+
+
+def _by_frame(x_BLC: Tensor, each_BF1C: Tensor) -> Tensor:
     return x_BLC.reshape(x_BLC.shape[0], each_BF1C.shape[1], -1, x_BLC.shape[2])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
+from rf_core import kernels
 from rf_core.config import Grid
 from rf_core.kernels import availability, kitchen, reference
 from rf_core.rope import Rope, rope_table
 
+T = TypeVar("T")
 BATCH, FRAMES, TOKENS, HEADS, HEAD_DIM, EPS = 2, 3, 6, 2, 12, 1e-6
 
 
@@ -34,30 +37,45 @@ def table() -> Rope:
     return rope_table(2 * FRAMES, grid, HEAD_DIM).tokens(TOKENS, 2 * TOKENS)
 
 
+def by_kitchen(monkeypatch: pytest.MonkeyPatch, run: Callable[[], T]) -> tuple[T, T]:
+    """What `run` gives in float32 by comfy-kitchen, and by torch."""
+    made = []
+    for stands_in in (True, False):
+        monkeypatch.setattr(reference, "in_kitchen", lambda x, answer=stands_in: answer)
+        made.append(run())
+    return made[0], made[1]
+
+
 @torch.no_grad()
-def test_a_norm_after_a_residual_is_the_reference_s() -> None:
+def test_a_norm_after_a_residual_is_the_reference_s(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = (random(BATCH, TOKENS, HEADS * HEAD_DIM, seed=seed) for seed in (0, 1))
     shift, scale, gate = random(BATCH, FRAMES, 6, HEADS * HEAD_DIM).split(1, dim=2)[:3]
     for gated in (gate, None):
         given = (x, y, gated, shift, scale, EPS)
-        ours, wanted = (m.modulated_after_residual(*given) for m in (kitchen, reference))
+        ours, wanted = by_kitchen(
+            monkeypatch, lambda given=given: kernels.modulated_after_residual(*given)
+        )
         torch.testing.assert_close(ours, wanted)
 
 
 @torch.no_grad()
-def test_queries_keys_and_context_are_turned_as_the_reference_turns_them() -> None:
+def test_queries_keys_and_context_are_turned_as_the_reference_turns_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, weight = random(BATCH, TOKENS, HEADS * HEAD_DIM), random(HEADS * HEAD_DIM, seed=1)
     for rope in (table(), None):
         given = (x, weight, HEADS, EPS, rope)
-        torch.testing.assert_close(kitchen.norm_rotate(*given), reference.norm_rotate(*given))
-    made = []
-    for module in (kitchen, reference):
+        ours, wanted = by_kitchen(monkeypatch, lambda given=given: kernels.norm_rotate(*given))
+        torch.testing.assert_close(ours, wanted)
+
+    def written() -> list[Tensor]:
         slots = [torch.zeros(BATCH, TOKENS, HEADS, HEAD_DIM) for _ in range(3)]
-        module.write_keys_values(x, x + 1, weight, EPS, table(), *slots)
+        kernels.write_keys_values(x, x + 1, weight, EPS, table(), *slots)
         context = torch.zeros(2, BATCH, TOKENS - 2, HEADS, HEAD_DIM)
-        module.rotate_context(random(*context.shape), table(), context)
-        made.append([*slots, context])
-    torch.testing.assert_close(*made)
+        kernels.rotate_context(random(*context.shape), table(), context)
+        return [*slots, context]
+
+    torch.testing.assert_close(*by_kitchen(monkeypatch, written))
 
 
 def test_a_stream_in_half_precision_goes_through_it_and_stays_close(
