@@ -115,10 +115,10 @@ def request_of(pack: Any, model: Any, text: str, **changes: Any) -> Any:
     return run.Request(**values | changes)
 
 
-def sampled(pack: Any, request: Any, vae: Any = None) -> Any:
+def sampled(pack: Any, request: Any) -> Any:
     """The run and the state it leaves, made anew."""
     importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
-    return importlib.import_module(f"{PACK}.nodes.sampler")._run(request, vae, "none")
+    return importlib.import_module(f"{PACK}.nodes.sampler")._run(request, "none")
 
 
 def test_it_equals_the_engine_without_comfyui(
@@ -255,9 +255,9 @@ def test_a_run_with_another_ending_goes_on_from_the_shared_beginning(
             keep_images=-1,
         )
 
-    afresh, _ = sampled(pack, request("a green circle moves up", "afresh.mp4"), vae)
-    sampled(pack, request("a blue square moves down", "before.mp4"), vae)
-    again, _ = sampler._run(request("a green circle moves up", "again.mp4"), vae, "none")
+    afresh, _ = sampled(pack, request("a green circle moves up", "afresh.mp4"))
+    sampled(pack, request("a blue square moves down", "before.mp4"))
+    again, _ = sampler._run(request("a green circle moves up", "again.mp4"), "none")
     assert (afresh.reused, again.reused) == (0, 3)
     assert all(map(torch.equal, afresh.latents, again.latents))
     assert all(map(torch.equal, afresh.images, again.images))
@@ -282,7 +282,7 @@ def test_out_of_memory_keeps_the_file_and_says_what_to_lower(
     decoder = decoders.decoder_of(vae, model.model.latent_format)
     request = request_of(pack, model, PROMPT, decoder=decoder, path=tmp_path / "part.mp4")
     with pytest.raises(RuntimeError, match=r"64x64.*window \(9 frames\).*part\.mp4"):
-        sampled(pack, request, vae)
+        sampled(pack, request)
     assert len(images_of(tmp_path / "part.mp4")) == 9 + 12
 
 
