@@ -27,6 +27,7 @@ from .batch import make, missing, plan_batch, read_prompts
 from .config import FPS, WAN_SIZE, CacheConfig, SamplerConfig
 from .decoders.taehv import TAEHVConfig
 from .decoders.vae import VAEConfig
+from .devices import make_current
 from .fast.parallel import Process, agreed, joined
 from .generate import Progress, attention_of, follow, generate, load, load_spread, split_of
 from .measure.baseline import BaselineOptions, compare, format_comparison
@@ -203,6 +204,7 @@ def run_verify(args: argparse.Namespace) -> int:
     torch.backends.cudnn.allow_tf32 = False  # records are float32 in earnest
     name = "sdpa" if args.attention == "auto" else args.attention  # what records were made with
     check_device(args.device, DTYPES[args.dtype], name)
+    make_current(args.device)
     backend = Backend(
         device=args.device, dtype=DTYPES[args.dtype], attention=attention_backend(name)
     )
@@ -253,6 +255,7 @@ def run_profile(args: argparse.Namespace) -> int:
 
 def _workload_fields(args: argparse.Namespace) -> dict[str, Any]:
     check_device(args.device, DTYPES[args.dtype], args.attention)
+    make_current(args.device)
     names = ("size", "height", "width", "device", "attention", "decoder", "vae", "weights")
     return {
         **{name: getattr(args, name) for name in (*names, "text_encoder", "tokenizer")},

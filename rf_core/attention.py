@@ -91,5 +91,8 @@ def check_device(device: str, dtype: torch.dtype, attention: str) -> None:
             f"device {device} is asked for, but this PyTorch sees no CUDA card; "
             "use cpu, or install a CUDA build of torch"
         )
+    cards = torch.cuda.device_count()
+    if kind == "cuda" and (torch.device(device).index or 0) >= cards:
+        raise ValueError(f"there is no {device}: cards are numbered from 0, and this has {cards}")
     if attention not in ("sdpa", "auto") and (kind != "cuda" or dtype == torch.float32):
         raise ValueError(f"attention {attention} runs on cuda in bfloat16 or float16; use sdpa")

@@ -279,7 +279,7 @@ class _Pace:
         """The chunk's latents are asked for."""
         if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            begin.record(torch.cuda.current_stream(self._device))
             self._marks.append((begin, end))
 
     def network_ends(self) -> None:
@@ -287,7 +287,7 @@ class _Pace:
         if self._device.type != "cuda":
             self._network_seconds = time.perf_counter() - self._marked
             return
-        self._marks[-1][1].record()
+        self._marks[-1][1].record(torch.cuda.current_stream(self._device))
         while self._marks and self._marks[0][1].query():
             begin, end = self._marks.popleft()
             self._network_seconds = begin.elapsed_time(end) / 1e3

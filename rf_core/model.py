@@ -225,7 +225,7 @@ class WanModel(nn.Module):
     def _tokens(self, x: Tensor) -> Tensor:
         embedding = self.patch_embedding
         if type(embedding) is not nn.Conv3d:  # a host's, which may cast or patch its weights
-            return rearrange(embedding(x), "b c f h w -> b (f h w) c")
+            return rearrange(embedding(x), "b c f h w -> b (f h w) c").contiguous()
         # Patches do not overlap, so the convolution is a product, and as one it is fast everywhere.
         _, p, q = self.config.patch_size
         patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)

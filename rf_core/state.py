@@ -89,7 +89,7 @@ class StreamState:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A state as named tensors and facts that JSON can hold."""
+    """A state as named tensors of the host and facts that JSON can hold."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -164,7 +164,8 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "blend": None if blend is None else [blend.num_chunks, blend.done, blend.interpolation],
         "decoder_frames": None if decoder is None else decoder.num_frames,
     }
-    copies = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
+    # To the host, and not by way of a copy on a device that may be full.
+    copies = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items() if t is not None}
     return Snapshot(tensors=copies, facts={**facts, **own})
 
 
@@ -174,11 +175,15 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
     Of a compact snapshot the cache is left empty and the decoder unset: the owner rebuilds them.
     """
     facts, device = snapshot.facts, cache.k_NBWHD.device
-    tensors = {name: tensor.to(device, copy=True) for name, tensor in snapshot.tensors.items()}
+    tensors = {
+        name: tensor.to(device, copy=True)
+        for name, tensor in snapshot.tensors.items()
+        if not name.startswith("cache.")
+    }
     decoder = None
     cache.reset()
     if not snapshot.compact:
-        cache.load(_under(tensors, "cache."))
+        cache.load(_under(snapshot.tensors, "cache."))
         cache.num_frames, cache.slot_frames, cache.num_evictions = facts["frames"]
         if facts["decoder_frames"] is not None:
             decoder = DecoderState(_under(tensors, "decoder."), facts["decoder_frames"])

@@ -25,6 +25,7 @@ from torch import Tensor
 from .attention import Attention, sdpa
 from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
 from .decoders.decoder import Decoder
+from .devices import to_device
 from .kv_cache import KVCache
 from .model import Network, PromptContext, TimeContext
 from .prompts import Switch
@@ -361,9 +362,7 @@ class Stream:
         shape = (self.model.config.in_dim, self.cache_config.chunk_frames, *self.latent_size)
         seeds = [self.state.seed + sample for sample in range(self.batch)]
         draws = chunk_noise(seeds, self.state.num_chunks, shape, len(self.sampler.steps))
-        if self.device.type == "cuda":  # from pageable memory the copy would wait for the device
-            draws = [draw.pin_memory() for draw in draws]
-        return [draw.to(self.device, non_blocking=True) for draw in draws]
+        return [to_device(draw, self.device) for draw in draws]
 
     def _batched(self, prompt_embeds: Tensor) -> Tensor:
         if prompt_embeds.shape[0] not in (1, self.batch):

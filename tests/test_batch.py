@@ -259,7 +259,8 @@ def test_each_process_takes_the_card_of_its_number(monkeypatch):
     assert (second.rank, second.count) == (5, 8)
     assert second.own_device("cuda") == "cuda:1" and chosen == [1]
     assert second.own_device("cpu") == "cpu"
-    assert Process.of({}).own_device("cuda:1") == "cuda:1"
+    assert Process.of({}).own_device("cuda:1") == "cuda:1" and chosen == [1, 1]
+    assert Process.of({}).own_device("cuda") == "cuda" and chosen == [1, 1]
     with pytest.raises(ValueError, match="one card for 8 processes"):
         second.own_device("cuda:0")
     with pytest.raises(ValueError, match="--nproc-per-node 2"):

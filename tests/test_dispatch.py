@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rf_core.attention import sdpa
+from rf_core.attention import check_device, sdpa
 from rf_core.config import CacheConfig, Grid, ModelConfig
 from rf_core.fast import dispatch
 from rf_core.fast.dispatch import choose_attention, fastest
@@ -65,3 +65,12 @@ def test_on_a_card_exact_backends_are_measured():
     grid, place = Grid(height=30, width=52), {"dtype": torch.bfloat16, "device": "cuda"}
     choice = choose_attention("auto", ModelConfig(), CacheConfig(), grid, batch=1, **place)
     assert "sage" not in choice.seconds and choice.seconds[choice.name] > 0
+
+
+def test_a_card_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda", "cuda:1"):
+        check_device(device, torch.bfloat16, "auto")
+    with pytest.raises(ValueError, match=r"no cuda:2: cards are numbered from 0, and this has 2"):
+        check_device("cuda:2", torch.bfloat16, "auto")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
-from rf_core.fast.graphs import GraphedModel, TraceCapture
+from rf_core.fast.graphs import CudaCapture, GraphedModel, TraceCapture
 from rf_core.memory.offload import stream_layers
 from rf_core.model import WanModel
 from rf_core.stream import Stream
@@ -169,6 +171,78 @@ def test_networks_that_graphs_cannot_hold_are_refused():
     stream_layers(streamed := tiny.model(), "blocks", "cpu")
     with pytest.raises(ValueError, match="leave out --offload stream"):
         GraphedModel(streamed)
+
+
+class Card:
+    """Stands for torch.cuda and notes what a capture asks of it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.notes: list[tuple] = []
+        self.current, self.pools, self.fails = "main", iter("abc"), False
+        patch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=self.waits))
+        patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=self.waits))
+        patch.setattr(torch.cuda, "current_device", lambda: 1)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(self.pools))
+        patch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda graph: None}))
+        patch.setattr(torch.cuda, "device", self.within)
+        patch.setattr(torch.cuda, "stream", self.within)
+        patch.setattr(torch.cuda, "graph", self.graph)
+        patch.setattr(
+            torch._C, "_cuda_endAllocateToPool", lambda *at: self.notes.append(at), raising=False
+        )
+
+    def waits(self, stream) -> None:
+        self.notes.append(("wait",))
+
+    def within(self, what):
+        return nullcontext()
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.notes.append((pool, stream, capture_error_mode))
+        yield
+        if self.fails:
+            raise RuntimeError("the capture was invalidated")
+
+
+def test_a_card_s_captures_share_a_stream_and_a_pool_until_all_are_gone(monkeypatch):
+    card, result = Card(monkeypatch), torch.ones(2)
+    capture = CudaCapture(torch.device("cuda:1"))
+    replays = [capture(lambda: (result,)) for _ in range(2)]
+    assert replays[0]() is result
+    captures = [note for note in card.notes if len(note) == 3]
+    assert card.notes == [("wait",), ("wait",), captures[0]] * 2 and captures[0] == captures[1]
+    assert captures[0][0] == "a" and captures[0][2] == "thread_local"
+    del replays
+    gc.collect()
+    capture(lambda: (result,))
+    assert card.notes[-1] == ("b", *captures[0][1:])
+
+
+def test_a_card_s_failed_capture_leaves_streams_and_allocator_as_they_were(monkeypatch):
+    card = Card(monkeypatch)
+    capture = CudaCapture(torch.device("cuda:1"))
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("in the first run")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        capture(out_of_memory)
+    assert card.notes == [("wait",), ("wait",)]  # what was queued is waited for all the same
+    card.fails = True
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture(lambda: (torch.ones(2),))
+    assert card.notes[-1] == (1, "b")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_on_a_card_sizes_follow_one_another():
+    network = tiny.model().cuda()
+    graphed = GraphedModel(network)
+    for height in (32, 16, 32):
+        made = latents_of(stream_of(graphed, height=height))
+        plain = latents_of(stream_of(network, height=height))
+        torch.testing.assert_close(made, plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,20 @@ def test_images_with_nan_are_refused_with_the_remedy(threaded: bool) -> None:
     ):
         handoff._decoder.decode = lambda z, state: (z.new_full((1, 1, 3, 2, 2), torch.nan), None)
         handoff.submit(torch.zeros(1, 1, 1, 2, 2), None)
+
+
+@BOTH
+def test_images_are_made_without_gradients_whatever_the_caller_s_mode(threaded: bool) -> None:
+    modes = []
+
+    class Watched(Counter):
+        def decode(self, *given: Any) -> tuple[Tensor, DecoderState]:
+            modes.append(torch.is_grad_enabled())
+            return super().decode(*given)
+
+    with torch.enable_grad(), Handoff(Watched(), Delivered(), threaded=threaded) as handoff:
+        submit(handoff, 2)
+    assert modes == [False, False]
 
 
 @BOTH

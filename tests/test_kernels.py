@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +32,7 @@ from rf_core.decoders.codec import put_channels_last  # noqa: E402
 from rf_core.decoders.decoder import WanDecoder  # noqa: E402
 from rf_core.decoders.vae import VAEConfig, WanVAE  # noqa: E402
 from rf_core.kernels import availability, reference  # noqa: E402
+from rf_core.model import WanModel  # noqa: E402
 from rf_core.rope import Rope, apply_rope, rope_table  # noqa: E402
 
 needs_triton = pytest.mark.skipif(
@@ -329,9 +330,24 @@ def test_either_implementation_is_reached_and_gives_the_same(triton_kernels, mon
     torch.testing.assert_close(run(name), wanted, rtol=1e-5, atol=1e-5)
 
 
-def streamed(**options) -> Tensor:
+class Host(SimpleNamespace):
+    """A namespace of layers that are not torch's own classes, as ComfyUI's."""
+
+    Linear, LayerNorm, RMSNorm, Conv3d = (
+        type(layer.__name__, (layer,), {})
+        for layer in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv3d)
+    )
+
+
+def hosted() -> WanModel:
+    network = WanModel(tiny.CONFIG, operations=Host)
+    network.load_state_dict(tiny.model().state_dict())
+    return network.eval().requires_grad_(False)
+
+
+def streamed(model=tiny.model, **options) -> Tensor:
     """Latents past an eviction and a change of prompt."""
-    stream = tiny.stream(model=tiny.model().to(DEVICE), height=16, width=32, **options)
+    stream = tiny.stream(model=model().to(DEVICE), height=16, width=32, **options)
     made = [stream.generate() for _ in range(3)]
     stream.switch(tiny.prompt(7), "recache")
     return torch.cat([*made, stream.generate()], dim=2)
@@ -366,13 +382,15 @@ def decoded() -> Tensor:
             {"modulated_after_residual", "norm_rotate", "absorb"},
         ),
         (lambda: streamed(cache=tiny.window(6, 3, storage="int8")), {"quantise_rows"}),
+        (lambda: streamed(hosted, cache=tiny.window(6, 3)), {"modulated_norm"}),
         (decoded, {"_activate"}),
     ],
-    ids=["published", "float32 sink, keys turned anew", "int8", "decoder"],
+    ids=["published", "float32 sink, keys turned anew", "int8", "a host's layers", "decoder"],
 )
 def test_whole_streams_through_the_kernels_are_those_of_the_definitions(
     triton_kernels, monkeypatch, run, expected
 ):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     wanted, asked = run(), set()
 
     def through(*tensors: Tensor) -> bool:

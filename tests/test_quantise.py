@@ -157,7 +157,7 @@ def fp8_rounds_as_on_a_card(monkeypatch) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # NaN to int8
 @each_target
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("channels", [13, 128])
+@pytest.mark.parametrize("channels", [13, 128, 2500])
 def test_the_kernel_rounds_bit_for_bit_as_the_definition(channels, dtype, target):
     from rf_core.kernels import triton_quantise
 
@@ -180,8 +180,9 @@ def compile_for_cards() -> None:
     from rf_core.kernels.triton_quantise import _quantise_rows
 
     kinds = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "largest": "fp32", "least_scale": "fp32"}
+    kinds["num_rows"] = "i32"
     for values, rounds in (("*fp8e4nv", False), ("*i8", True)):
-        constants = {"C": 1536, "BLOCK": 2048, "ROUND": rounds}
+        constants = {"C": 120, "BLOCK": 128, "ROWS": 16, "ROUND": rounds}
         signature = {**kinds, "values_ptr": values, **dict.fromkeys(constants, "constexpr")}
         ordered = {name: signature[name] for name in _quantise_rows.arg_names}
         for capability in (89, 90):

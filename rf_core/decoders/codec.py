@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..devices import to_device
+
 RGB = 3
 # Weights in these layouts make torch keep activations channel by channel within each position.
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -242,7 +244,8 @@ class LatentScales(Protocol):
 
 def scales(config: LatentScales, like: Tensor) -> tuple[Tensor, Tensor]:
     """Latent mean and std, each [C, 1, 1, 1], in the dtype and on the device of `like`."""
-    mean, std = like.new_tensor([config.latent_mean, config.latent_std])
+    numbers = torch.tensor([config.latent_mean, config.latent_std], dtype=like.dtype)
+    mean, std = to_device(numbers, like.device)
     return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
 

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import TracebackType
 
 import torch
@@ -122,6 +123,7 @@ class Handoff:
         if error is None:
             self._raise_failure()
 
+    @torch.no_grad()
     def _images(
         self, latents: Tensor, state: DecoderState | None
     ) -> tuple[Tensor, Tensor, DecoderState]:
@@ -130,6 +132,7 @@ class Handoff:
         return self._form(images), images.isnan().any(), state
 
     def _deliver_all(self) -> None:
+        self._lane.enter_thread()
         while self._deliver_next():
             pass
 
@@ -186,15 +189,18 @@ class _HostLane:
         slot.numbers, slot.shape = images.cpu().flatten(), images.shape
         return state
 
+    def enter_thread(self) -> None:
+        pass
+
     def join(self) -> None:
         pass
 
 
 class _CudaLane:
-    """Decodes on a stream of its own and copies to pinned memory. Unmeasured."""
+    """Decodes on a second stream and copies to pinned memory. Unmeasured."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _second_stream(device)
 
     def decode(
         self, images_of: _Images, latents: Tensor, state: DecoderState | None, slot: _Slot
@@ -224,6 +230,16 @@ class _CudaLane:
         slot.have_nan.copy_(have_nan, non_blocking=True)
         slot.ready.record(self._stream)
 
+    def enter_thread(self) -> None:
+        """Make the card the thread's own: it begins on the first, and would wake that one up."""
+        torch.cuda.set_device(self._stream.device)
+
     def join(self) -> None:
         """Make the caller's stream wait for this one; the host does not."""
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+@lru_cache(maxsize=64)
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: the allocator keeps what is freed for the stream that it was taken on."""
+    return torch.cuda.Stream(device)

@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -145,7 +146,7 @@ class GraphedModel:
                 self._failed = True
                 self._passes.clear()
                 return run(x, time, prompt, cache, attention)
-            self._passes[form] = _Pass(replay, self._model.rope(x, cache))
+            self._passes[form] = _Pass(replay, (self._model.rope(x, cache), fixed))
         return self._passes[form].replay()
 
 
@@ -176,34 +177,63 @@ class _Inputs:
 @dataclass(frozen=True)
 class _Pass:
     replay: Replay
-    rope: Rope
-    """Held, as the graph reads it where it lies."""
+    read: tuple[Rope, KVCache]
+    """Held, as the graph reads their rotary tables where they lie."""
 
 
 class CudaCapture:
-    """Captures on the current CUDA device; all graphs share one pool of memory."""
+    """Captures on a CUDA device; graphs that live at once share one pool of memory."""
 
     patience = 0
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._graphs = device, weakref.WeakSet[torch.cuda.CUDAGraph]()
+        # Always the same one: libraries keep a workspace for each stream they have seen, and what
+        # they first take during a capture would lie in its pool.
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, run: Run) -> Replay:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up in a first run
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on with their work, such as handing images to the host.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result, *_ = run()
+        if not self._graphs:  # a pool whose graphs are gone cannot be captured into
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(self._device):
+            self._first(run)
+            graph = torch.cuda.CUDAGraph()
+            result = self._capture(graph, run)
+        self._graphs.add(graph)
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
         return replay
+
+    def _first(self, run: Run) -> None:
+        """In a first run libraries set themselves up."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()
+        finally:
+            current.wait_stream(self._stream)
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, run: Run) -> Tensor:
+        capture = torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=self._stream,
+            capture_error_mode="thread_local",  # others go on, such as handing images to the host
+        )
+        try:
+            # Where a capture's end fails, torch leaves its stream the current one: set it back.
+            with torch.cuda.stream(torch.cuda.current_stream()), capture:
+                result, *_ = run()
+        except BaseException:
+            # Nor does it tell its allocator then, which would go on waiting for the end.
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            raise
+        return result
 
 
 class TraceCapture:
@@ -257,4 +287,6 @@ def _capture_for(model: WanModel) -> Capture:
                 f"recorded passes run no Python, so the hooks of {name} would not run; switch "
                 "graphs off, or take the hooks away"
             )
-    return CudaCapture() if devices == {"cuda"} else TraceCapture()
+    if devices == {"cuda"}:
+        return CudaCapture(next(model.parameters()).device)
+    return TraceCapture()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention, sdpa
 from ..config import CacheConfig, Grid, ModelConfig
+from ..devices import make_current
 from ..kv_cache import KeyValues, KVCache, LayerWindow
 from ..layers import SelfAttention
 from ..model import PromptContext, TimeContext, WanModel
@@ -59,9 +60,13 @@ class Process:
         return cls(**{field: int(environment[name]) for field, name in given.items()})
 
     def own_device(self, device: str) -> str:
-        """This process's part of `device`: of `cuda` one card each, which becomes the current."""
-        if self.count == 1 or not device.startswith("cuda"):
-            return device
+        """This process's part of `device`, made the current: of `cuda` one card each."""
+        if self.count > 1 and device.startswith("cuda"):
+            device = self._card(device)
+        make_current(device)
+        return device
+
+    def _card(self, device: str) -> str:
         if device != "cuda":
             raise ValueError(
                 f"--device {device} is one card for {self.count} processes; give --device cuda, "
@@ -73,7 +78,6 @@ class Process:
                 f"process {self.local_rank} of this machine has no card, it has {cards}; start "
                 f"torchrun with --nproc-per-node {max(cards, 1)}"
             )
-        torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"
 
 

@@ -136,7 +136,8 @@ def absorb(
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows x [..., C] in 8 bits and their scales [..., 1]."""
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
-    scale = (largest / LARGEST[dtype]).clamp_min(LEAST_SCALE)
+    # By a tensor: CUDA divides by a plain number as a product with its rounded inverse.
+    scale = (largest / largest.new_full((), LARGEST[dtype])).clamp_min(LEAST_SCALE)
     rows = x / scale
     return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
 

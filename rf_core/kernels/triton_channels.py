@@ -70,11 +70,12 @@ def _causal_norm_silu(
 ):
     frame, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     position = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
-    channel = tl.arange(0, BLOCK)[None, :]
+    channel = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     inside = (position < num_positions) & (channel < C)
     at = batch * x_b + frame * x_t + position * x_s + channel * x_c
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), LEAST)
+    norm = tl.sqrt(tl.sum(x * x, 1))
+    norm = tl.where(norm < LEAST, LEAST, norm)  # which keeps NaN
     gain = tl.load(gamma_ptr + channel, mask=channel < C, other=0.0).to(tl.float32) * root
     normed = x / norm[:, None] * gain
     at = batch * out_b + frame * out_t + position * out_s + channel * out_c

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Rows rounded to 8 bits in one pass: the largest magnitude is found while the row is held.
 
-One program a row. Letters as in the package.
+One program a tile of rows. Letters as in the package.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ from torch import Tensor
 from .reference import LARGEST, LEAST_SCALE
 from .triton_norms import launch_options
 
+_TILE = 2048  # elements of a program, where a row has fewer
+
 
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As `reference.quantise_rows`, bit for bit."""
     x_RC = x.contiguous().flatten(0, -2)
-    values, scale = x.new_empty(x.shape, dtype=dtype), x.new_empty(*x.shape[:-1], 1).float()
-    channels = x_RC.shape[1]
+    values = x.new_empty(x.shape, dtype=dtype)
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    num_rows, channels = x_RC.shape
     block = triton.next_power_of_2(channels)
+    rows = max(1, _TILE // block)
     with torch.cuda.device_of(x):
-        _quantise_rows[(x_RC.shape[0],)](
-            *(x_RC, values, scale, LARGEST[dtype], LEAST_SCALE),
+        _quantise_rows[(triton.cdiv(num_rows, rows),)](
+            *(x_RC, values, scale, num_rows, LARGEST[dtype], LEAST_SCALE),
             C=channels,
             BLOCK=block,
+            ROWS=rows,
             ROUND=not dtype.is_floating_point,
-            **launch_options(block),
+            **launch_options(rows * block),
         )
     return values, scale
 
@@ -37,23 +42,25 @@ def _quantise_rows(
     x_ptr,
     values_ptr,
     scale_ptr,
+    num_rows,
     largest,
     least_scale,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * C + channel, mask=channel < C, other=0.0).to(tl.float32)
-    peak = tl.max(tl.abs(x), 0)
-    peak = tl.where(tl.sum((x != x).to(tl.int32), 0) > 0, float("nan"), peak)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    at, inside = row * C + channel, (row < num_rows) & (channel < C)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    peak = tl.max(tl.abs(x), 1, keep_dims=True)
+    peak = tl.where(tl.sum((x != x).to(tl.int32), 1, keep_dims=True) > 0, float("nan"), peak)
     scale = tl.div_rn(peak, largest)
     scale = tl.where(scale < least_scale, least_scale, scale)  # which keeps NaN
-    tl.store(scale_ptr + row, scale)
+    tl.store(scale_ptr + row, scale, mask=row < num_rows)
     values = tl.div_rn(x, scale)
     if ROUND:
         # Between 2^23 and 2^24 float32 holds whole numbers alone: adding 1.5 * 2^23 rounds to them.
         values = (values + 12582912.0) - 12582912.0
-    tl.store(
-        values_ptr + row * C + channel, values.to(values_ptr.dtype.element_ty), mask=channel < C
-    )
+    tl.store(values_ptr + at, values.to(values_ptr.dtype.element_ty), mask=inside)

@@ -62,6 +62,8 @@ class CudaSlots:
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(number)]
         self._device = torch.device(device)
         self._copies = torch.cuda.Stream(self._device)
+        for buffer in self.buffers:  # the last copy is waited for by nobody
+            buffer.record_stream(self._copies)
         self._loaded = [torch.cuda.Event() for _ in self.buffers]
         self._free = [torch.cuda.Event() for _ in self.buffers]
         for slot in range(number):
