@@ -6,6 +6,7 @@ their past kept here, they give the very same images. The weights stay where Com
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from torch import Tensor
 from ..rf_core.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..rf_core.decoders.vae import VAEState
 from . import host
+
+
+def _on_its_card(decode: Any) -> Any:
+    @functools.wraps(decode)
+    def decode_there(self: _Stock, *given: Any) -> Any:
+        with host.on_card(self.device):
+            return decode(self, *given)
+
+    return decode_there
 
 
 class _Stock:
@@ -31,6 +41,12 @@ class _Stock:
         self.vae, self.latent_format = vae, latent_format
         self.codec = vae.first_stage_model
 
+    @property
+    def device(self) -> torch.device:
+        """Where ComfyUI decodes."""
+        device: torch.device = self.vae.device
+        return device
+
     def images_of(self, latent_frames: int, first: bool) -> int:
         """See `Decoder.images_of`."""
         return TEMPORAL_FACTOR * latent_frames - (TEMPORAL_FACTOR - 1 if first else 0)
@@ -41,12 +57,14 @@ class _Stock:
         return numbers * self.vae.vae_dtype.itemsize
 
     def encode(self, images: Tensor) -> Tensor:
-        """See `Decoder.encode`; one clip."""
-        latents = self.vae.encode(rearrange(images[0], "t c h w -> t h w c"))
-        return self.latent_format.process_in(latents).float()
+        """See `Decoder.encode`; one clip. ComfyUI may unload other models for it."""
+        return self.latent_format.process_in(self._encoded(images)).float()
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        return self.vae.encode(rearrange(images[0], "t c h w -> t h w c"))
 
     def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.vae.device, self.vae.vae_dtype)
+        return x.to(self.device, self.vae.vae_dtype)
 
     def _images(self, pixels: Tensor) -> Tensor:
         images = self.vae.process_output(pixels.float())
@@ -56,19 +74,23 @@ class _Stock:
 class StockWanDecoder(_Stock):
     """The Wan 2.1 VAE: a stream's first latent frame alone, then the others together."""
 
-    numbers_per_pixel = 6790
+    numbers_per_pixel = 4340
 
+    @_on_its_card
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """See `Decoder.decode`; all but the first frame of a stream come in twos or more."""
         z = self.codec.conv2(self._cast(self.latent_format.process_out(latents)))
         layers = host.count_cache_layers(self.codec.decoder)
-        past = [None] * layers
+        past: list[Any] = [None] * layers
         if state is None:
             parts, done = [z[:, :, :1], z[:, :, 1:]], 0
         else:
             parts, done = [z], state.num_frames
-            for name, tensor in state.tensors.items():
-                past[int(name)] = self._cast(tensor)
+            state.require_unspent()
+            for index in range(layers):  # taken, as the codec lets go of each where it reads it
+                tensor = state.take(str(index))
+                past[index] = None if tensor is None else self._cast(tensor)
+                del tensor
         assert parts[-1].shape[2] > 1, "one latent frame alone would be decoded as a clip's end"
         pixels = []
         for part in parts:
@@ -78,14 +100,22 @@ class StockWanDecoder(_Stock):
 
 
 class StockTAEHVDecoder(_Stock):
-    """TAEHV: each memory block reads the frame before, and a stream's first images are dropped."""
+    """TAEHV: each memory block reads the frame before, and a stream's first images are dropped.
+
+    taew2_1 knows the network's normalised latents. ComfyUI takes a file of its kind for
+    HunyuanVideo's and scales latents for that; here it gets what it was made for.
+    """
 
     numbers_per_pixel = 1900
 
+    @_on_its_card
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """See `Decoder.decode`."""
         batch = latents.shape[0]
-        latents = self.codec.process_in(self.latent_format.process_out(latents))
+        if not self._normalised:
+            latents = self.latent_format.process_out(latents)
+        if state is not None:
+            state.require_unspent()
         x = rearrange(self._cast(latents), "b c t h w -> (b t) c h w")
         kept: dict[str, Tensor] = {}
         for index, block in enumerate(self.codec.decoder):
@@ -93,7 +123,7 @@ class StockTAEHVDecoder(_Stock):
                 frames = rearrange(x, "(b t) c h w -> b t c h w", b=batch)
                 first = torch.zeros_like(frames[:, :1])
                 if state is not None:
-                    first = self._cast(state.tensors[str(index)])
+                    first = self._cast(state.take(str(index)))
                 before = torch.cat([first, frames[:, :-1]], dim=1)
                 kept[str(index)] = frames[:, -1:].clone()
                 x = block(x, before.flatten(0, 1))
@@ -103,6 +133,17 @@ class StockTAEHVDecoder(_Stock):
         done = 0 if state is None else state.num_frames
         trim = 0 if state else self.codec.frames_to_trim
         return self._images(images[:, :, trim:]), VAEState(kept, done + latents.shape[2])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See `Decoder.encode`; one clip."""
+        latents = self._encoded(images)
+        if self._normalised:
+            return self.codec.process_in(latents).float()  # what ComfyUI's scaling did is undone
+        return self.latent_format.process_in(latents).float()
+
+    @property
+    def _normalised(self) -> bool:
+        return self.codec.latent_format is not None
 
 
 def decoder_of(vae: Any, latent_format: Any) -> StockWanDecoder | StockTAEHVDecoder:

@@ -67,7 +67,7 @@ def key_of(request: Any, prompts: tuple[ResolvedEntry, ...], chunks: int) -> str
     tensors: list[Tensor | None] = [
         request.prompts.embeds[p.text] for p in prompts if p.chunk < chunks
     ]
-    tensors += [request.start_latents, request.start_images]
+    tensors.append(request.start_latents)
     if request.snapshot is not None:
         tensors.append(request.snapshot.tensors.get("last_latents"))
     for tensor in tensors:

@@ -47,8 +47,6 @@ class Request:
     """Kept in the file."""
     start_latents: Tensor | None
     """Normalised latents [1, C, F, h, w] the video begins with."""
-    start_images: Tensor | None
-    """Images [1, T, 3, H, W] the video begins with."""
     snapshot: Snapshot | None
     """The state it goes on from."""
     keep_images: int
@@ -130,11 +128,8 @@ def chunks(
     progress: Any,
 ) -> Iterator[Chunk]:
     """The chunks of a run, prompts changed on the way; images only of those it begins with."""
-    if not numbers.start:
-        if request.start_latents is not None:
-            yield from stream.start_from(request.start_latents)
-        elif request.start_images is not None:
-            yield from stream.start_from_images(request.start_images)
+    if request.start_latents is not None and not numbers.start:
+        yield from stream.start_from(request.start_latents)
     given = stream.state.num_chunks if request.snapshot is None and not numbers.start else 0
     progress.given(given)
     switches = {entry.chunk: entry for entry in prompts[1:]}
@@ -188,7 +183,8 @@ def _handoff(request: Request, writer: VideoWriter | None, made: Made) -> Handof
         lambda images: _take(images, request, writer, made),
         device=request.model.load_device,
         form=lambda images: images[0].float(),
-        beside=host.stays_on_cuda(request.decoder.vae.patcher),
+        beside=request.decoder.device == request.model.load_device
+        and host.stays_on_cuda(request.decoder.vae.patcher),
         threaded=True,
     )
 

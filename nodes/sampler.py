@@ -20,7 +20,7 @@ from ..rf_core.config import (
 )
 from ..rf_core.prompts import ChunkClock
 from ..rf_core.state import cache_config_of
-from ..rf_core.stream import latent_size
+from ..rf_core.stream import latent_size, start_clip
 from . import host
 from .decoders import decoder_of
 from .loaders import CATEGORY
@@ -218,14 +218,14 @@ class StreamingSampler(io.ComfyNode):
             path=path,
             metadata=_metadata(cls.hidden),
             start_latents=_latents(start_latent, format, cache),
-            start_images=_images(start_image, width, height),
             snapshot=state.snapshot if state else None,
             keep_images=keep_images if decoder else 0,
             keep_latents=keep_latents,
         )
         plan(request)
-        if start_image is not None and decoder is None:
-            raise ValueError("a start image needs a VAE: connect one, or give a start_latent")
+        if start_image is not None:
+            # Now: to encode it, ComfyUI may unload a student that streams already.
+            request = replace(request, start_latents=_encoded(start_image, request))
         made, snapshot = _run(request, keep_state)
         outputs = _outputs(request, made, snapshot, format)
         shown: dict[str, Any] = {"text": (_told(request, made),)}
@@ -243,7 +243,8 @@ def _run(request: Request, keep_state: str) -> Any:
     if request.decoder is not None:
         others = [request.decoder.vae.patcher]
         chunk = request.cache.chunk_frames
-        memory += request.decoder.decode_bytes(request.height, request.width, chunk)
+        if request.decoder.device == request.model.load_device:
+            memory += request.decoder.decode_bytes(request.height, request.width, chunk)
     about = (
         f"a stream of {request.width}x{request.height} takes about {memory / 2**30:.1f} GiB beside "
         "the weights"
@@ -259,14 +260,15 @@ def _run(request: Request, keep_state: str) -> Any:
     except Exception as error:
         if not host.out_of_memory(error):
             raise
-        host.free_memory()
-        kept = f" What was made until then is in {request.path.name}." if request.path else ""
-        raise RuntimeError(
-            f"memory ran out: {about}, most of it in proportion to width x height and window "
-            f"({request.cache.window_frames} frames). Half of each side takes a quarter; "
-            "weight_dtype float8_e4m3fn halves the weights; TAEHV in place of the Wan VAE saves "
-            f"most of the decoding.{kept}"
-        ) from None
+    # Only now, as the error holds on to what the stream held.
+    host.free_memory()
+    kept = f" What was made until then is in {request.path.name}." if request.path else ""
+    raise host.OutOfMemory(
+        f"memory ran out: {about}, most of it in proportion to width x height and window "
+        f"({request.cache.window_frames} frames). Half of each side takes a quarter; "
+        "weight_dtype float8_e4m3fn halves the weights; TAEHV in place of the Wan VAE saves "
+        f"most of the decoding.{kept}"
+    )
 
 
 def _outputs(request: Request, made: Any, snapshot: Any, format: Any) -> list[Any]:
@@ -329,11 +331,12 @@ def _latents(start: Any, format: Any, cache: CacheConfig) -> Any:
     return format.process_in(samples[:1, :, -frames:].float())
 
 
-def _images(start: Any, width: int, height: int) -> Any:
-    if start is None:
-        return None
-    images = host.resize(rearrange(start[..., :3], "t h w c -> t c h w"), width, height)
-    return images[None]
+def _encoded(start: Any, request: Request) -> Any:
+    if request.decoder is None:
+        raise ValueError("a start image needs a VAE: connect one, or give a start_latent")
+    images = rearrange(start[..., :3], "t h w c -> t c h w")
+    clip = host.resize(images, request.width, request.height)[None]
+    return request.decoder.encode(start_clip(clip, request.decoder, request.cache.chunk_frames))
 
 
 def _metadata(hidden: Any) -> dict[str, str]:

@@ -22,7 +22,7 @@ from .attention import Attention
 from .config import ModelConfig
 from .kernels.reference import add_gated
 from .kv_cache import LayerWindow, WrittenWindow
-from .rope import Rope, apply_rope
+from .rope import Rope
 
 
 class PromptKV(NamedTuple):
@@ -79,7 +79,7 @@ class Projections(nn.Module):
         if is_plain(norm):
             return kernels.norm_rotate(x_BLC, norm.weight, self.num_heads, norm.eps, rope)
         heads = self._heads(norm(x_BLC))
-        return heads if rope is None else apply_rope(heads, rope)
+        return heads if rope is None else kernels.rotate(heads, rope)
 
     def _heads(self, x_BLC: Tensor) -> Tensor:
         return x_BLC.reshape(*x_BLC.shape[:2], self.num_heads, -1)
@@ -100,7 +100,7 @@ class SelfAttention(Projections):
         if isinstance(window, WrittenWindow) and is_plain(self.norm_k):
             return self._written(x_BLC, rope, window)
         k, v = self.keys_values(x_BLC)
-        turned = apply_rope(k, rope)
+        turned = kernels.rotate(k, rope)
         return (turned, v) if window is None else window.extend(k, turned, v)
 
     def _written(self, x_BLC: Tensor, rope: Rope, window: WrittenWindow) -> tuple[Tensor, Tensor]:

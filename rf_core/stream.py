@@ -160,26 +160,17 @@ class Stream:
         parts = latents.to(self.device, torch.float32).split(frames, dim=2)
         return [self._adopt(part) for part in parts]
 
+    @torch.no_grad()
     def start_from_images(self, images: Tensor) -> list[Chunk]:
         """Begin with a picture or a clip, images [B, T, 3, H, W] in [0, 1].
 
-        A single picture is held for one chunk. Of a clip the last images that make whole chunks
-        are taken. The published student was trained on text alone: this is experimental.
+        What is taken of them says `start_clip`. The published student was trained on text alone:
+        this is experimental.
         """
         if self.decoder is None:
             raise ValueError("start images need the decoder's encoder; give the stream a decoder")
-        frames = self.cache_config.chunk_frames
-        first, later = (
-            self.decoder.images_of(frames, first=is_first) for is_first in (True, False)
-        )
-        if images.shape[1] == 1:
-            images = repeat(images, "b 1 c h w -> b t c h w", t=first)
-        if images.shape[1] < first:
-            raise ValueError(
-                f"the start clip has {images.shape[1]} images; give 1 picture or at least {first}"
-            )
-        keep = first + (images.shape[1] - first) // later * later
-        return self.start_from(self.decoder.encode(images[:, -keep:]))
+        clip = start_clip(images, self.decoder, self.cache_config.chunk_frames)
+        return self.start_from(self.decoder.encode(clip))
 
     def switch(self, prompt_embeds: Tensor, switch: Switch | str = DEFAULT_SWITCH) -> None:
         """Change the prompt from the next chunk on; `switch` may be written `blend 3 slerp`.
@@ -334,7 +325,17 @@ class Stream:
             if latents is not None:
                 self._rerun(latents, lambda kind, number: None)
         if had_decoder and state.last_latents is not None:
-            self.decode(state.last_latents)
+            self._redecode(state.last_latents)
+
+    def _redecode(self, latents: Tensor) -> None:
+        """Give the decoder a past: whole chunks, of which the first may be longer."""
+        frames = self.cache_config.chunk_frames
+        if latents.shape[2] < frames:  # of a stream's first chunk, whose others the sink has
+            assert self.state.first_latents is not None
+            latents = torch.cat([self.state.first_latents, latents], dim=2)
+        head = frames + latents.shape[2] % frames
+        for part in (latents[:, :, :head], *_chunks(latents[:, :, head:], frames)):
+            self.decode(part)
 
     def _rerun(self, latents: Tensor, on_pass: OnPass) -> None:
         for number, part in enumerate(_chunks(latents, self.cache_config.chunk_frames)):
@@ -460,11 +461,27 @@ def latent_size(height: int, width: int, patch_size: tuple[int, int, int]) -> tu
     return height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
 
 
+def start_clip(images: Tensor, decoder: Decoder, chunk_frames: int) -> Tensor:
+    """What a stream can begin with of images [B, T, 3, H, W]: whole chunks.
+
+    A single picture is held for one chunk; of a clip the last images are taken. ValueError where
+    the clip is shorter than a chunk.
+    """
+    first, later = (decoder.images_of(chunk_frames, first=is_first) for is_first in (True, False))
+    if images.shape[1] == 1:
+        images = repeat(images, "b 1 c h w -> b t c h w", t=first)
+    if images.shape[1] < first:
+        raise ValueError(
+            f"the start clip has {images.shape[1]} images; give 1 picture or at least {first}"
+        )
+    keep = first + (images.shape[1] - first) // later * later
+    return images[:, -keep:]
+
+
 def _chunks(latents: Tensor, frames: int) -> list[Tensor]:
     # The last chunk is whole; the first is what the sink left of its chunk.
-    head = latents.shape[2] % frames
-    parts = list(latents[:, :, head:].split(frames, dim=2))
-    return [latents[:, :, :head], *parts] if head else parts
+    whole, head = divmod(latents.shape[2], frames)
+    return list(latents.split([head] * (head > 0) + [frames] * whole, dim=2))
 
 
 def _append(old: Tensor | None, new: Tensor) -> Tensor:

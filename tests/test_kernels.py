@@ -306,6 +306,7 @@ def arguments() -> dict[str, tuple]:
         "affine_after_residual": (*after, None, weight, bias, EPS),
         "norm_rotate": (x, weight, 2, EPS, rope),
         "write_keys_values": (x, y, weight, EPS, rope, *slots),
+        "rotate": (random(BATCH, TOKENS, 2, 12), table(12)),
         "rotate_context": (k, table(12, 3 * FRAMES), turned),
         "absorb": (*sinks_and_evicted([k, v]), 0.9),
         "quantise_rows": (after[0], torch.int8),

@@ -10,6 +10,7 @@ import torch
 from reference import Reference
 
 from rf_core.config import CacheConfig, SamplerConfig
+from rf_core.decoders.vae import VAEState
 from rf_core.state import Snapshot, slerp
 from rf_core.stream import Stream, chunk_noise
 
@@ -195,6 +196,27 @@ def test_a_compact_snapshot_before_any_eviction_is_exact_to_rounding():
     torch.testing.assert_close(
         again.state.cache.k_NBWHD, stream.state.cache.k_NBWHD, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(("chunks", "sink"), [(1, 1), (1, 2), (2, 2), (6, 2), (6, 3)])
+def test_of_a_compact_snapshot_the_decoder_s_past_is_made_in_whole_chunks(chunks, sink):
+    parts = []
+
+    class Sizes:
+        spatial_factor = 8
+
+        def decode(self, latents, state):
+            parts.append(latents.shape[2])
+            done = 0 if state is None else state.num_frames
+            return latents, VAEState({}, done + latents.shape[2])
+
+    stream = tiny.stream(cache=tiny.window(9, sink), decoder=Sizes())
+    for _ in range(chunks):
+        stream.step()
+    parts.clear()
+    again = Stream.from_snapshot(stream.model, stream.snapshot(compact=True), decoder=Sizes())
+    assert min(parts[0], 3) == 3 and set(parts[1:]) <= {3} and parts[0] < 6
+    assert again.state.decoder.num_frames == sum(parts)
 
 
 def test_a_snapshot_of_another_model_or_size_is_refused():

@@ -30,13 +30,14 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
+from .. import kernels
 from ..attention import Attention, sdpa
 from ..config import CacheConfig, Grid, ModelConfig
 from ..devices import make_current
 from ..kv_cache import KeyValues, KVCache, LayerWindow
 from ..layers import SelfAttention
 from ..model import PromptContext, TimeContext, WanModel
-from ..rope import Rope, apply_rope, rope_table
+from ..rope import Rope, rope_table
 from ..state import Snapshot
 from ..stream import Stream
 
@@ -169,15 +170,15 @@ class SpreadSelfAttention(SelfAttention):
     ) -> Tensor:
         """`rope` holds the places of the whole chunk's tokens."""
         q, k, v = self._split.to_heads(self.queries(x_BLC), *self.keys_values(x_BLC))
-        turned = apply_rope(k, rope)
+        turned = kernels.rotate(k, rope)
         if window is not None:
             turned, v = window.extend(k, turned, v)
-        return self.output(self._split.to_tokens(attention(apply_rope(q, rope), turned, v)))
+        return self.output(self._split.to_tokens(attention(kernels.rotate(q, rope), turned, v)))
 
     def seen(self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None) -> tuple[Tensor, Tensor]:
         """The window's keys and values of this process' heads."""
         k, v = self._split.to_heads(*self.keys_values(x_BLC))
-        turned = apply_rope(k, rope)
+        turned = kernels.rotate(k, rope)
         return (turned, v) if window is None else window.extend(k, turned, v)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "modulated_norm",
     "norm_rotate",
     "quantise_rows",
+    "rotate",
     "rotate_context",
     "write_keys_values",
 ]
@@ -119,6 +120,15 @@ def write_keys_values(
     from . import triton_heads
 
     triton_heads.write_keys_values(k_BLC, v_BLC, weight_C, eps, rope, *slots)
+
+
+def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
+    """Each head turned by its token's angles -> [B, L, H, D]; where the norm is another's."""
+    if not fused(x_BLHD):
+        return reference.rotate(x_BLHD, rope)
+    from . import triton_heads
+
+    return triton_heads.rotate(x_BLHD, rope)
 
 
 def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:

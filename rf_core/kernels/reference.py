@@ -82,7 +82,7 @@ def norm_rotate(
 ) -> Tensor:
     """RMS norm over C, then rotation -> [B, L, H, D]."""
     normed = rms_norm(x_BLC, weight_C, eps).view(*x_BLC.shape[:2], num_heads, -1)
-    return normed if rope is None else _turned(normed, rope)
+    return normed if rope is None else rotate(normed, rope)
 
 
 def write_keys_values(
@@ -98,7 +98,7 @@ def write_keys_values(
     """The normed keys to their slot, the same turned to theirs, the values to theirs."""
     num_heads = k_slot_BLHD.shape[2]
     k_slot_BLHD.copy_(norm_rotate(k_BLC, weight_C, num_heads, eps))
-    turned_slot_BLHD.copy_(_turned(k_slot_BLHD, rope))
+    turned_slot_BLHD.copy_(rotate(k_slot_BLHD, rope))
     v_slot_BLHD.copy_(v_BLC.view(v_slot_BLHD.shape))
 
 
@@ -112,11 +112,20 @@ def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return x_BLC.div(length).mul_(weight_C)
 
 
+def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
+    """Each head turned by its token's angles."""
+    if rope.matrix_LP22 is None or not in_kitchen(x_BLHD):
+        return apply_rope(x_BLHD, rope)
+    from . import kitchen
+
+    return kitchen.turned(x_BLHD, rope.matrix_LP22)
+
+
 def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
     """Every layer's keys turned by the first W tokens' angles."""
     head = rope.tokens(0, k_NBWHD.shape[2])
     for k_BWHD, turned_BWHD in zip(k_NBWHD, turned_NBWHD, strict=True):
-        turned_BWHD.copy_(_turned(k_BWHD, head))
+        turned_BWHD.copy_(rotate(k_BWHD, head))
 
 
 def absorb(
@@ -156,14 +165,6 @@ def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
     # F.normalize walks each position's channels one by one; a sum over planes is vectorised.
     power = x.square().sum(dim=1, keepdim=True)
     return x * power.clamp_min(LEAST_NORM**2).rsqrt() * gain
-
-
-def _turned(x_BLHD: Tensor, rope: Rope) -> Tensor:
-    if rope.matrix_LP22 is None or not in_kitchen(x_BLHD):
-        return apply_rope(x_BLHD, rope)
-    from . import kitchen
-
-    return kitchen.turned(x_BLHD, rope.matrix_LP22)
 
 
 def _by_frame(x_BLC: Tensor, each_BF1C: Tensor) -> Tensor:

@@ -64,6 +64,13 @@ def write_keys_values(
         )
 
 
+def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
+    """As `reference.rotate`."""
+    out = x_BLHD.new_empty(x_BLHD.shape)
+    rotate_context(x_BLHD[None], rope, out[None])
+    return out
+
+
 def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
     """As `reference.rotate_context`."""
     layers, batch, tokens = k_NBWHD.shape[:3]

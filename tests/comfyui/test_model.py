@@ -107,7 +107,6 @@ def request_of(pack: Any, model: Any, text: str, **changes: Any) -> Any:
         "path": None,
         "metadata": {},
         "start_latents": None,
-        "start_images": None,
         "snapshot": None,
         "keep_images": 0,
         "keep_latents": -1,
@@ -297,6 +296,16 @@ def test_memory_counts_the_cache(host: Any, demo: Any) -> None:
     assert small > cache and 2 * small < wide < 4 * small and long > small + cache
 
 
+def test_on_cards_it_computes_in_bfloat16_as_published(
+    host: Any, demo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as manage
+
+    for name in ("should_use_fp16", "should_use_bf16"):
+        monkeypatch.setattr(manage, name, lambda *_, **__: True)
+    assert host.student_of(demo.load_model()).get_dtype_inference() == torch.bfloat16
+
+
 def test_a_broken_checkpoint_is_refused(host: Any, tmp_path: Path) -> None:
     from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 
@@ -321,16 +330,7 @@ def test_stock_decoders_stream_to_the_very_images_of_a_whole_decode(
     pack: Any, demo: Any, chunks: int
 ) -> None:
     decoders = importlib.import_module(f"{PACK}.nodes.decoders")
-    import comfy.sd
-    from comfy.taesd.taehv import TAEHV
-
-    format = demo.load_model().model.latent_format
-    torch.manual_seed(0)
-    shapes = {key: tensor.shape for key, tensor in TAEHV(16).state_dict().items()}
-    fan_in = {key: max(shape[1:].numel(), 1) for key, shape in shapes.items()}
-    taehv = comfy.sd.VAE(
-        sd={key: torch.randn(shape) / fan_in[key] ** 0.5 for key, shape in shapes.items()}
-    )
+    format, taehv = demo.load_model().model.latent_format, random_taehv()
     for vae in (demo.load_vae(), taehv):
         latents = torch.randn(1, 16, 3 * chunks, 8, 8)
         whole = vae.decode(format.process_out(latents))[0]
@@ -340,6 +340,33 @@ def test_stock_decoders_stream_to_the_very_images_of_a_whole_decode(
             parts.append(images[0])
         streamed = torch.cat(parts).movedim(1, -1)
         torch.testing.assert_close(streamed, whole.float(), atol=1e-4, rtol=1e-4)
+
+
+def random_taehv(dtype: torch.dtype = torch.float32) -> Any:
+    import comfy.sd
+    from comfy.taesd.taehv import TAEHV
+
+    torch.manual_seed(0)
+    shapes = {key: tensor.shape for key, tensor in TAEHV(16).state_dict().items()}
+    fan_in = {key: max(shape[1:].numel(), 1) for key, shape in shapes.items()}
+    weights = {key: torch.randn(shape) / fan_in[key] ** 0.5 for key, shape in shapes.items()}
+    return comfy.sd.VAE(sd={key: weight.half().to(dtype) for key, weight in weights.items()})
+
+
+def test_taew2_1_which_comfyui_scales_for_another_model_gets_normalised_latents(
+    pack: Any, demo: Any
+) -> None:
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    format, plain = demo.load_model().model.latent_format, random_taehv()
+    decoder = decoders.decoder_of(random_taehv(torch.float16), format)
+    latents = torch.randn(1, 16, 3, 8, 8)
+    images, _ = decoder.decode(latents, None)
+    torch.testing.assert_close(
+        images[0].movedim(1, -1), plain.decode(latents)[0].float(), atol=1e-2, rtol=1e-2
+    )
+    clip = torch.rand(1, 12, 3, 64, 64)
+    expected = plain.encode(clip[0].movedim(1, -1)).float()
+    torch.testing.assert_close(decoder.encode(clip), expected, atol=1e-2, rtol=1e-2)
 
 
 def test_a_vae_of_another_kind_is_refused_by_name(pack: Any, demo: Any) -> None:
