@@ -38,7 +38,7 @@ from .measure.workload import DECODERS, RANDOM_SIZES, SIZES
 from .memory.footprint import Sizes, TextSizes
 from .memory.placement import decoder_config, free_bytes, parse_bytes, text_sizes
 from .memory.plan import fit, format_plan
-from .options import Files, Options, Plan, plan
+from .options import SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA, Files, Options, Plan, plan
 from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
 from .stream import Stream
 from .weights.checkpoint import convert, describe, read_checkpoint
@@ -58,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        told = str(error).partition(". ")[0]
+        print(f"error: {told}; python -m rf_core plan says what fits", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         print(f"error: this needs the package {error.name}; pip install it", file=sys.stderr)
@@ -254,14 +258,18 @@ def run_profile(args: argparse.Namespace) -> int:
 
 
 def _workload_fields(args: argparse.Namespace) -> dict[str, Any]:
-    check_device(args.device, DTYPES[args.dtype], args.attention)
+    check_device(args.device, _dtype(args), args.attention)
     make_current(args.device)
     names = ("size", "height", "width", "device", "attention", "decoder", "vae", "weights")
     return {
         **{name: getattr(args, name) for name in (*names, "text_encoder", "tokenizer")},
-        "dtype": DTYPES[args.dtype],
+        "dtype": _dtype(args),
         "cache": CacheConfig(**_cache_fields(args)),
     }
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype:
+    return DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
 
 
 def _graphs(args: argparse.Namespace) -> bool:
@@ -330,7 +338,6 @@ def _batch_options(args: argparse.Namespace) -> Options:
 
 
 def _run_options(args: argparse.Namespace, timeline: PromptTimeline, output: Path) -> Options:
-    cuda = args.device.startswith("cuda")
     return Options(
         timeline=timeline,
         output=output,
@@ -344,7 +351,7 @@ def _run_options(args: argparse.Namespace, timeline: PromptTimeline, output: Pat
         sampler=_sampler_fields(args),
         start=args.start,
         device=args.device,
-        dtype=DTYPES[args.dtype or ("bfloat16" if cuda else "float32")],
+        dtype=_dtype(args),
         attention=args.attention,
         graphs=GRAPHS[args.graphs] if args.parallel is None else False,
         weights=args.weights,
@@ -489,7 +496,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, metavar="PATH", help="the MP4 (default: a new name in outputs/)")
     add("--crf", type=int, default=18, metavar="N", help="quality: 0 lossless, 51 worst")
-    add("--snapshot-every", type=int, default=20, metavar="N", help="in chunks; 0 for never")
+    every = f"in chunks; 0 for never (default: {SNAPSHOT_EVERY}, on a card {SNAPSHOT_EVERY_CUDA})"
+    add("--snapshot-every", type=int, metavar="N", help=every)
     add("--resume", action="store_true", help="go on with an output that was stopped")
     add("--overwrite", action="store_true", help="replace an output that is there")
 
@@ -566,7 +574,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     _add_weights(parser)
     add("--json", type=Path, metavar="FILE", help="write the measurements here too")
     _add_cache(parser)
-    _add_backend(parser, dtype="float32")
+    _add_backend(parser, dtype=None)
 
 
 def _add_weights(parser: argparse._ActionsContainer) -> None:
@@ -611,7 +619,8 @@ def _add_backend(parser: argparse._ActionsContainer, dtype: str | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--device", default=device, help=f"default: {device}")
-    add("--dtype", choices=DTYPES, default=dtype, help="computing precision")
+    default = dtype or "bfloat16 on a card, else float32"
+    add("--dtype", choices=DTYPES, default=dtype, help=f"computing precision (default: {default})")
     names = ("auto", *BACKENDS)
     add("--attention", choices=names, default="auto", help="default: auto, the fastest exact one")
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 
 def make_current(device: str) -> None:
     """What asks for no card in particular takes this one, where it is a card that is there."""
-    index = torch.device(device).index if device.startswith("cuda") else None
-    if index is not None and index < torch.cuda.device_count():
-        torch.cuda.set_device(index)
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and number.isdecimal() and int(number) < torch.cuda.device_count():
+        torch.cuda.set_device(int(number))
+
+
+def empty_caches() -> None:
+    """Give back what torch keeps for itself of cards' memory and of pinned memory."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        with suppress(AttributeError):  # torch before 2.7 has no way to
+            torch._C._host_emptyCache()
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -118,14 +118,14 @@ def open_networks(settled: Plan) -> tuple[Network, Decoder]:
     """Student and decoder of a run, on its device."""
     options, files = settled.options, settled.options.files
     device, dtype = options.device, options.dtype
-    model, _ = load_student(
+    model = load_student(
         files.model,
         device="cpu" if options.offload == "stream" else device,
         dtype=dtype,
         submodel=files.submodel,
         num_heads=files.num_heads,
         loras=files.loras,
-    )
+    )[0]  # the checkpoint would hold on to the weights that follow
     if options.weights == "fp8":
         quantise_linears(model)
     if options.offload == "stream":
@@ -193,7 +193,7 @@ def generate(
             for chunk in _chunks(settled, stream, embeds, pace, on_pass):
                 images = _hand_on(chunk, stream, writer, handoff)
                 done, written = chunk.index + 1, written + images
-                if options.snapshot_every and done % options.snapshot_every == 0:
+                if options.saves_after(done):
                     handoff.flush()
                     _save(settled, stream)
                 report(pace.chunk_done(done, images, written))
@@ -210,8 +210,7 @@ def follow(
     settled: Plan, stream: Stream, embeds: dict[str, Tensor], stopped: Callable[[], bool]
 ) -> bool:
     """What `generate` asks of the network, in a process that another one writes the video for."""
-    every, begun = settled.options.snapshot_every, stream.state.num_chunks
-    pace = _Pace(settled.total, begun, settled.options.device)
+    pace = _Pace(settled.total, stream.state.num_chunks, settled.options.device)
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
@@ -219,7 +218,7 @@ def follow(
 
     try:
         for chunk in _chunks(settled, stream, embeds, pace, on_pass):
-            if every and (chunk.index + 1) % every == 0:
+            if settled.options.saves_after(chunk.index + 1):
                 stream.snapshot()  # which has to be asked for by all
     except Stopped:
         stream.snapshot()

@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import WAN_1_3B
+from .devices import empty_caches
 
 logger = logging.getLogger(__name__)
 
@@ -189,8 +190,7 @@ class PromptCache:
         """Let go of the encoder's memory; embeddings stay."""
         self._encoder = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_caches()
 
 
 def encode_prompts(prompts: Sequence[str], factory: Callable[[], TextEncoder]) -> dict[str, Tensor]:

@@ -78,16 +78,19 @@ def test_a_switch_is_timed_until_it_is_over_and_leaves_the_stream_where_it_was(m
     stream, prompts = tiny.stream(), (tiny.prompt(0), tiny.prompt(1))
     for _ in range(4):
         stream.step()
+    stream.settle()
     cache, ticks = stream.state.cache.clone(), itertools.count()
     # A clock that ticks once a lap: seconds are then laps.
     monkeypatch.setattr(bench_module.Stopwatch, "lap", lambda watch: float(next(ticks)))
+    switch_costs(stream, prompts)
+    assert stream.state.num_chunks == 4
+    assert torch.equal(stream.state.cache.k_NBWHD, cache.k_NBWHD)
+    now = stream.snapshot()
     counts = {
-        mode: len(bench_module._switch_seconds(stream, mode, prompts[1]))
+        mode: len(bench_module._switch_seconds(stream, now, mode, prompts[1]))
         for mode in ("plain", "soft", "recache", "blend 3", "cut")
     }
     assert counts == {"plain": 1, "soft": 1, "recache": 1, "blend 3": 4, "cut": 1}
-    assert stream.state.num_chunks == 4
-    assert torch.equal(stream.state.cache.k_NBWHD, cache.k_NBWHD)
 
 
 def test_every_mode_stands_beside_a_plain_chunk():

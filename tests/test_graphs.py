@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -187,9 +188,11 @@ class Card:
         patch.setattr(torch.cuda, "device", self.within)
         patch.setattr(torch.cuda, "stream", self.within)
         patch.setattr(torch.cuda, "graph", self.graph)
-        patch.setattr(
-            torch._C, "_cuda_endAllocateToPool", lambda *at: self.notes.append(at), raising=False
-        )
+        for name in ("endAllocateToPool", "releasePool"):
+            patch.setattr(torch._C, f"_cuda_{name}", partial(self.note, name), raising=False)
+
+    def note(self, *what) -> None:
+        self.notes.append(what)
 
     def waits(self, stream) -> None:
         self.notes.append(("wait",))
@@ -232,7 +235,7 @@ def test_a_card_s_failed_capture_leaves_streams_and_allocator_as_they_were(monke
     card.fails = True
     with pytest.raises(RuntimeError, match="invalidated"):
         capture(lambda: (torch.ones(2),))
-    assert card.notes[-1] == (1, "b")
+    assert card.notes[-2:] == [("endAllocateToPool", 1, "b"), ("releasePool", 1, "b")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")

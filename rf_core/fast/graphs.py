@@ -137,17 +137,22 @@ class GraphedModel:
         if form not in self._passes:
             fixed = cache.as_it_stands()  # and not the stream's own, which is to be let go of
             seen = (inputs.x, inputs.time, inputs.prompt, fixed, attention)
-            try:
-                replay = self._capture(lambda: _with_memory(run(*seen), fixed))
-            except RuntimeError as error:
-                if self._must:
-                    raise
-                logger.warning("passes run unrecorded, which costs speed alone: %s", error)
-                self._failed = True
-                self._passes.clear()
+            replay = self._captured(lambda: _with_memory(run(*seen), fixed))
+            if replay is None:
                 return run(x, time, prompt, cache, attention)
             self._passes[form] = _Pass(replay, (self._model.rope(x, cache), fixed))
         return self._passes[form].replay()
+
+    def _captured(self, run: Run) -> Replay | None:
+        try:
+            return self._capture(run)
+        except RuntimeError as error:
+            if self._must:
+                raise
+            logger.warning("passes run unrecorded, which costs speed alone: %s", error)
+        self._failed = True
+        self._passes.clear()
+        return None
 
 
 @dataclass
@@ -232,6 +237,7 @@ class CudaCapture:
             # Nor does it tell its allocator then, which would go on waiting for the end.
             with suppress(Exception):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
             raise
         return result
 

@@ -54,14 +54,15 @@ def quantise_linears(model: WanModel, kind: str = "fp8") -> None:
             "there are no plain linear layers in the network's blocks: they are quantised, or a "
             "host's own; load the network with torch.nn's layers"
         )
-    for parent, name, layer in layers:
+    while layers:  # each old layer is let go of before the next is made anew
+        parent, name, layer = layers.pop()
         setattr(parent, name, Fp8Linear(layer))
 
 
 class Fp8Linear(nn.Module):
     """A linear layer of fp8 weights that multiplies rows of fp8; for inference alone.
 
-    Results have the input's dtype, bfloat16 where the card multiplies fp8.
+    Results have the input's dtype; float16 is rounded to bfloat16 first on cards.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -93,7 +94,7 @@ class Fp8Linear(nn.Module):
         sizes = self.in_features, self.out_features
         return (
             x.is_cuda
-            and x.dtype == torch.bfloat16
+            and x.dtype in (torch.bfloat16, torch.float16)
             and not any(size % _MULTIPLE for size in sizes)
             and multiplies_fp8(x.device)
         )
@@ -108,15 +109,16 @@ def scaled_product(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `reference_product`, in one kernel that multiplies fp8 [L, O]."""
+    made = torch.bfloat16 if dtype == torch.float16 else dtype  # there is none that makes float16
     return torch._scaled_mm(
         rows_LI,
         weight_OI.t(),
         scale_a=scale_L1,
         scale_b=weight_scale_O1.t(),
-        bias=bias_O,
-        out_dtype=dtype,
+        bias=None if bias_O is None else bias_O.to(made),
+        out_dtype=made,
         use_fast_accum=True,  # without it Hopper adds in float32 every 128 products, at less pace
-    )
+    ).to(dtype)
 
 
 def reference_product(

@@ -74,6 +74,7 @@ def compare(options: BaselineOptions) -> dict[str, Any]:
         sampler=stream.sampler,
         grid=Grid.of_latents(*stream.latent_size, workload.model.config.patch_size),
     )
+    del stream
     rounds = [_round(workload, published, options, seed) for seed in range(options.rounds)]
     error, limit = max(r.error for r in rounds), RELATIVE_NORM[options.dtype]
     agrees = error <= limit
@@ -84,6 +85,7 @@ def compare(options: BaselineOptions) -> dict[str, Any]:
     return {
         "options": options.plain(),
         "machine": machine(options.device),
+        "attention": workload.attention.name,
         "replaced_attention": published.replaced_attention,
         "latents_error": error,
         "latents_error_limit": limit,
@@ -109,7 +111,7 @@ def format_comparison(result: dict[str, Any]) -> str:
     theirs = "SDPA in place of flash-attn" if result["replaced_attention"] else "its flash-attn"
     rows = [
         *format_machine(result["machine"]),
-        ("attention", f"ours {options['attention']}; published {theirs}"),
+        ("attention", f"ours {result['attention']}; published {theirs}"),
         ("latents", latents),
     ]
     return "\n".join([title, *(f"{name:<14} {text}" for name, text in rows), "", *_times(result)])

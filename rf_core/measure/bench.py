@@ -22,14 +22,18 @@ from torch import Tensor
 
 from ..config import TEMPORAL_FACTOR
 from ..decoders.decoder import Decoder, DecoderState
+from ..decoders.handoff import Handoff
+from ..state import Snapshot
 from ..stream import Stream
 from ..video import to_uint8
 from .machine import format_machine, machine
 from .stopwatch import Stopwatch
-from .workload import Workload, WorkloadOptions, load_workload
+from .workload import DecoderName, Workload, WorkloadOptions, load_workload
 
 SWITCHES = ("soft", "recache", "blend 3", "cut")
 """Changes of prompt that are timed."""
+STREAMED = 10
+"""Chunks that are decoded beside the network, as a run does it, after two that are not counted."""
 REPEATS = 3
 """How often a warm start or a change of prompt is timed, for its median."""
 
@@ -68,6 +72,11 @@ def bench(options: BenchOptions, report: Report = lambda chunk, seconds: None) -
     stream = workload.stream()
     laps, memory = _laps(stream, workload, options, report)
     clocks = machine(options.device)  # at once: they fall when the work ends
+    peaks = _memory_peaks(options.device)
+    streamed = {
+        name: streamed_fps(stream, decoder, min(STREAMED, options.chunks))
+        for name, decoder in workload.decoders.items()
+    }
     growing = options.cache.window_frames // options.cache.chunk_frames + 1
     skipped = growing if options.chunks > 2 * growing else 1
     steady = {name: np.array(seconds[skipped:]) for name, seconds in laps.items()}
@@ -76,11 +85,11 @@ def bench(options: BenchOptions, report: Report = lambda chunk, seconds: None) -
         "machine": clocks,
         "attention": {"name": workload.attention.name, "seconds": dict(workload.attention.seconds)},
         "first_image": first,
-        **_rates(steady, options),
+        **_rates(steady, streamed, options),
         "cache_bytes": stream.state.cache.nbytes,
         "weight_bytes": sum(p.nbytes for p in workload.model.parameters()),
         "memory_bytes": memory[-1],
-        **_memory_peaks(options.device),
+        **peaks,
         "memory_bytes_per_100_chunks": _growth(np.array(memory[skipped:], dtype=float)),
         "switches": switch_costs(stream, workload.prompts),
         "snapshot": snapshot_costs(stream),
@@ -111,23 +120,42 @@ def switch_costs(stream: Stream, prompts: Sequence[Tensor]) -> dict[str, dict[st
 
     `slowest` is the slowest chunk until the change is over, a blend's recache included.
     """
-    costs = {}
+    costs, now = {}, stream.snapshot()  # and no fork, which would take a second cache
     for mode in ("plain", *SWITCHES):
-        runs = [_switch_seconds(stream, mode, prompts[-1]) for _ in range(REPEATS)]
+        runs = [_switch_seconds(stream, now, mode, prompts[-1]) for _ in range(REPEATS)]
         costs[mode] = {
             "first": statistics.median(seconds[0] for seconds in runs),
             "slowest": statistics.median(max(seconds) for seconds in runs),
         }
+    stream.restore(now)
     return costs
+
+
+def streamed_fps(stream: Stream, decoder: Decoder, chunks: int) -> float:
+    """Images a second as a run makes them: on a card a chunk is decoded and copied to the host
+    while the network makes the next one. The stream goes on by two chunks more than are counted."""
+    state: DecoderState | None = None
+    images = 0
+    with Handoff(decoder, lambda images: None, device=stream.device) as handoff:
+        for chunk in range(-2, chunks):
+            if chunk == 0:
+                handoff.flush()
+                watch = Stopwatch(stream.device)
+            state = handoff.submit(stream.generate(), state)
+            if chunk >= 0:
+                images += decoder.images_of(stream.cache_config.chunk_frames, first=False)
+        handoff.flush()
+        return images / watch.lap()
 
 
 def snapshot_costs(stream: Stream) -> dict[str, float]:
     """Bytes of an exact and a compact snapshot, and how far the next chunk after the compact one
     lies from the next chunk of the stream: relative norm of the latents, mean images in [0, 1]."""
     exact, compact = stream.snapshot(), stream.snapshot(compact=True)
-    twin = stream.fork()
-    twin.restore(compact)
-    expected, found = stream.fork().step(), twin.step()
+    expected = stream.step()
+    stream.restore(compact)
+    found = stream.step()
+    stream.restore(exact)
     costs = {
         "exact_bytes": exact.nbytes,
         "compact_bytes": compact.nbytes,
@@ -263,19 +291,21 @@ def _compile(workload: Workload) -> float:
     return max(0.0, seconds[0] - seconds[1])
 
 
-def _switch_seconds(stream: Stream, mode: str, embeds: Tensor) -> list[float]:
-    twin = stream.fork()
+def _switch_seconds(stream: Stream, now: Snapshot, mode: str, embeds: Tensor) -> list[float]:
+    stream.restore(now)
     seconds: list[float] = []
     watch = Stopwatch(stream.device)
     if mode != "plain":
-        twin.switch(embeds, mode)
-    while not seconds or twin.state.blend is not None or twin.state.recache_due:
-        _first_image_of(twin)
+        stream.switch(embeds, mode)
+    while not seconds or stream.state.blend is not None or stream.state.recache_due:
+        _first_image_of(stream)
         seconds.append(watch.lap())
     return seconds
 
 
-def _rates(steady: dict[str, Any], options: BenchOptions) -> dict[str, Any]:
+def _rates(
+    steady: dict[str, Any], streamed: dict[DecoderName, float], options: BenchOptions
+) -> dict[str, Any]:
     images = options.cache.chunk_frames * TEMPORAL_FACTOR
     network = steady["network"]
     decoders = {}
@@ -286,6 +316,7 @@ def _rates(steady: dict[str, Any], options: BenchOptions) -> dict[str, Any]:
             "host_seconds": _percentiles(host),
             "fps": images / float(np.median(network + decode)),
             "host_fps": images / float(np.median(network + decode + host)),
+            "streamed_fps": streamed[name],
         }
     whole = network
     if options.decoders:
@@ -319,6 +350,7 @@ def _chunk_table(result: dict[str, Any]) -> list[str]:
         rows += [
             _chunk_row(f"+ {name} decode", found["decode_seconds"], found["fps"]),
             _chunk_row("+ to bytes on the host", found["host_seconds"], found["host_fps"]),
+            ["all of it, decoding beside the network", "", "", "", f"{found['streamed_fps']:.1f}"],
         ]
     return format_table(("seconds a chunk", "p50", "p95", "max", "images/s so far"), rows)
 

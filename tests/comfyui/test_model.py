@@ -297,13 +297,16 @@ def test_memory_counts_the_cache(host: Any, demo: Any) -> None:
 
 
 def test_on_cards_it_computes_in_bfloat16_as_published(
-    host: Any, demo: Any, monkeypatch: pytest.MonkeyPatch
+    host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as manage
 
     for name in ("should_use_fp16", "should_use_bf16"):
         monkeypatch.setattr(manage, name, lambda *_, **__: True)
-    assert host.student_of(demo.load_model()).get_dtype_inference() == torch.bfloat16
+    choices = host.StreamingWan.supported_inference_dtypes
+    for stored in (torch.float32, torch.bfloat16):
+        chosen = manage.unet_dtype(supported_dtypes=choices, weight_dtype=stored)
+        assert chosen == torch.bfloat16
 
 
 def test_a_broken_checkpoint_is_refused(host: Any, tmp_path: Path) -> None:
