@@ -77,10 +77,10 @@ def test_memory_is_shared_out_and_the_published_batch_over_64_cards_is_the_paper
     assert one.memory["critic, gradients, moments"] == trained
     assert eight.memory["critic, gradients, moments"] == trained // 8
     assert eight.memory["KV cache"] == one.memory["KV cache"]
-    # 600 updates in about 3 hours (arXiv 2512.04678) on 64 cards of at most 990 TFLOP/s.
-    seconds = 3 * 3600 / 600
+    # About 3 hours (arXiv 2512.04678) on 64 cards of at most 990 TFLOP/s.
+    seconds = 3 * 3600 / wan().run.updates
     needed = sum(estimate(wan(), WAN, 64).flops.values()) / seconds
-    assert 300e12 < needed < 990e12
+    assert 100e12 < needed < 500e12
 
 
 def test_choices_show_in_the_count():

@@ -543,6 +543,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
         results[case] = ((report.loss, report.norm), whole)
     if rank == 0:
         torch.save((counts, results), folder.parent / "results.pt")
+    dist.barrier()  # none goes while another may still be at work with it
     dist.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ from training.__main__ import main
 from training.config import changed
 from training.distil import distil
 from training.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
+from training.run.folder import checkpoints
 from training.run.journal import read_journal
 
 SETTINGS = [
@@ -103,6 +104,42 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [path.name for path in sorted(tmp_path.glob("update_*"))] == ["update_000003"]
 
 
+def test_a_checkpoint_is_written_after_some_time_as_well(tmp_path):
+    config = small("output.checkpoint_every=50", "output.checkpoint_minutes=0")
+    next(distil(config, tmp_path, CPU))
+    assert [update for update, _ in checkpoints(tmp_path)] == [1]
+
+
+def test_on_cards_a_process_that_breaks_down_says_why_and_leaves_the_others_no_wait(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BREAKS_DOWN, str(tmp_path / "meet")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "error: the reward is NaN")
+
+
+BREAKS_DOWN = """
+import os, sys, torch
+from unittest.mock import patch
+import torch.distributed as dist
+from training.run.distributed import processes
+
+os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+begin = dist.init_process_group
+def on_the_cpu(backend):
+    begin("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+with (
+    patch("torch.cuda.set_device"),
+    patch.object(dist, "init_process_group", on_the_cpu),
+    patch.object(dist, "destroy_process_group", lambda: print("waits")),
+    processes("cuda"),
+):
+    raise ValueError("the reward is NaN")
+"""
+
+
 def test_a_long_run_is_supervised_by_windows_with_anchors(tmp_path):
     config = small("run.updates=1", "run.latents=[16, 12, 8, 8]", "run.redmd.window_chunks=2")
     (report,) = distil(config, tmp_path, CPU)
@@ -160,7 +197,7 @@ def test_presets_are_the_published_numbers_and_survive_json():
     for preset in PRESETS.values():
         assert changed(preset(), []) == preset()
     published = wan()
-    assert published.run.latents == (16, 21, 60, 104) and published.run.updates == 600
+    assert published.run.latents == (16, 21, 60, 104) and published.run.updates == 600 // 5
     assert published.run.generator.rate == 2e-6 and published.run.critic.rate == 4e-7
     assert published.run.redmd.weights.beta == 2.0 and not published.run.redmd.weights.of_batch
     with pytest.raises(ValueError, match=r"give reward\.path"):
@@ -228,7 +265,10 @@ def test_a_killed_run_goes_on_bit_for_bit_and_two_processes_come_to_the_same(tmp
     first, second = (weights_of(path / "student.safetensors") for path in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
-    run(command("--out", str(two), "--set", "run.micro_batch=1", processes=2))
+    shown = ("output.validate_every=1", "output.validation_prompts=1", "output.validation_chunks=1")
+    others = [part for each in ("run.micro_batch=1", *shown) for part in ("--set", each)]
+    run(command("--out", str(two), *others, processes=2))
+    assert len(list(two.glob("validation/*/00.mp4"))) == 3
     third = weights_of(two / "student.safetensors")
     for name, weight in first.items():
         torch.testing.assert_close(third[name], weight, atol=2e-4, rtol=1e-2)

@@ -9,6 +9,7 @@ over processes and goes on where it stopped.
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
 import json
 import logging
@@ -22,15 +23,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rf_core.devices import empty_caches
 from rf_core.options import DEMO
 from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
 
-from .run.distributed import barrier, rank, shard_modules, world_size
+from .run.distributed import barrier, of_the_first, rank, shard_modules, world_size
 from .world.clips import captions, scene_of
 from .world.scenes import all_captions
 
 _log = logging.getLogger(__name__)
 SHARD_PROMPTS = 256
+WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # noqa: RUF001
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"  # noqa: RUF001
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+"""Wan 2.1's negative prompt: over-exposed, still, blurred, subtitles, deformed, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,13 @@ class DataConfig:
     """Folder of embeddings; None for `embeddings` beside the run."""
     encode_batch: int = 8
     """Prompts encoded at a time."""
+
+
+def wan_data() -> DataConfig:
+    """As published: Wan 2.1's own negative prompt, which its scores are guided away from."""
+    return DataConfig(
+        prompts=(Path("prompts.txt"),), negative=WAN_NEGATIVE, text_encoder="google/umt5-xxl"
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,7 @@ def cached_embeds(
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         paths.append(folder / f"embeds-{digest}.safetensors")
     missing = [number for number, path in enumerate(paths) if not path.exists()]
-    return CachedEmbeds(tuple(paths), len(prompts)), missing
+    return CachedEmbeds(tuple(paths), len(prompts)), of_the_first(missing)
 
 
 def encode_missing(
@@ -226,6 +241,9 @@ def open_prompts(
         ):
             for done in encode_missing(encoder, texts, cache, numbers, config.encode_batch):
                 _log.info("prompts encoded: %d of %d shards", done, len(numbers))
+        del encoder
+        gc.collect()  # a sharded one refers to itself
+        empty_caches()
     return prompts, found, plain.embeds([0])
 
 

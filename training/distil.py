@@ -32,7 +32,7 @@ from .networks import open_network, placement_dtype
 from .recipes import DistilConfig
 from .redmd import Networks
 from .rewards.judges import image_anchor, open_judge
-from .run.distributed import rank, world_size
+from .run.distributed import of_the_first, rank, world_size
 from .run.folder import (
     LORA,
     STUDENT,
@@ -49,7 +49,7 @@ from .validation import validate
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Run:
     """A distillation with everything opened."""
 
@@ -60,6 +60,8 @@ class Run:
     origin: dict[str, str]
     """Hashes of the files it began with."""
     started: float
+    saved: float
+    """When the last checkpoint was written, by the same clock; at first when it started."""
     out: Path
 
 
@@ -138,9 +140,15 @@ def _update(run: Run, journal: Journal) -> Report:
     if output.validate_every and (trainer.update % output.validate_every == 0 or last):
         numbers |= _validate(run)
     journal.write(report.update, numbers)
-    if trainer.update % output.checkpoint_every == 0 or last:
+    if trainer.update % output.checkpoint_every == 0 or last or _is_overdue(run):
         _checkpoint(run)
+        run.saved = time.monotonic()
     return report
+
+
+def _is_overdue(run: Run) -> bool:
+    minutes = (time.monotonic() - run.saved) / 60
+    return of_the_first(minutes >= run.config.output.checkpoint_minutes)
 
 
 def _checkpoint(run: Run) -> None:
@@ -199,7 +207,10 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
     started = time.monotonic()
     dtype = placement_dtype(config.placement)
     prompts, embeds, uncond = open_prompts(config.data, out / "embeddings", device, dtype)
-    decoder = load_decoder(files["vae"], device, dtype) if _needs_pixels(config) else None
+    decoder = None
+    if _needs_pixels(config):  # as a stream decodes: a clip at once would take 27 GB
+        group = config.run.redmd.cache.chunk_frames
+        decoder = load_decoder(files["vae"], device, dtype, group)
     networks = _open_networks(config, files, device, decoder)
     judge = open_judge(config.reward, decoder, prompts, device)
     trainer = Trainer(config.run, networks, embeds, uncond.to(device), judge)
@@ -210,6 +221,7 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
         decoder=decoder,
         origin=origin_of(files) if rank() == 0 else {},  # the first process writes
         started=started,
+        saved=started,
         out=out,
     )
 

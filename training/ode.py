@@ -37,7 +37,7 @@ from rf_core.stream import latent_size
 from rf_core.weights.checkpoint import read_checkpoint
 
 from .config import difference, from_json, to_json
-from .data import CachedEmbeds, DataConfig, MemoryEmbeds, check_prompt_files, open_prompts
+from .data import CachedEmbeds, DataConfig, MemoryEmbeds, check_prompt_files, open_prompts, wan_data
 from .networks import PlacementConfig, open_network, placement_dtype
 from .run.distributed import barrier, gathered, processes, rank, world_size
 from .run.draws import generator_of, prompt_numbers
@@ -133,7 +133,7 @@ def wan_pairs() -> PairsConfig:
         teacher=Path("models/wan2.1_t2v_1.3B.safetensors"),
         latents=(16, 21, height, width),
         placement=PlacementConfig(dtype="bfloat16", reshard=False),
-        data=DataConfig(prompts=(Path("prompts.txt"),), text_encoder="google/umt5-xxl"),
+        data=wan_data(),
     )
 
 

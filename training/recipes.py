@@ -15,7 +15,7 @@ from typing import Literal
 from rf_core.config import WAN_SIZE, CacheConfig
 from rf_core.stream import latent_size
 
-from .data import DataConfig
+from .data import DataConfig, wan_data
 from .lora import LoRAConfig
 from .networks import PlacementConfig
 from .redmd import ReDMDConfig
@@ -62,6 +62,8 @@ class OutputConfig:
 
     checkpoint_every: int = 50
     """Updates between checkpoints."""
+    checkpoint_minutes: float = 30.0
+    """The longest time between them, so that a run that is killed loses no more."""
     keep: int = 3
     """Newest checkpoints that are kept."""
     validate_every: int = 50
@@ -128,7 +130,7 @@ def miniature() -> DistilConfig:
 def wan() -> DistilConfig:
     """The published run (arXiv 2512.04678); change the files to where yours are.
 
-    Total batch 64 and 600 updates are the paper's; a run on fewer cards accumulates.
+    Total batch 64 and 600 steps of the critic are the paper's; a run on fewer cards accumulates.
     """
     height, width = latent_size(*WAN_SIZE, (1, 2, 2))
     return DistilConfig(
@@ -140,7 +142,8 @@ def wan() -> DistilConfig:
             teacher=Path("models/wan2.1_t2v_1.3B.safetensors"),
             vae=Path("models/Wan2.1_VAE.pth"),
         ),
-        data=DataConfig(prompts=(Path("prompts.txt"),), text_encoder="google/umt5-xxl"),
+        data=wan_data(),
+        output=OutputConfig(validate_every=20),
     )
 
 

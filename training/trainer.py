@@ -60,15 +60,15 @@ class RunConfig:
     """Of the critic."""
     latents: tuple[int, int, int, int] = (16, 21, 60, 104)
     """One sample: channels, frames, rows, columns."""
-    updates: int = 600
-    """Generator updates."""
+    updates: int = 120
+    """Generator updates. The published 600 steps are the critic's: every fifth trains both."""
     critic_ratio: int = 5
     """Critic updates before each of them."""
     micro_batch: int = 1
     """Samples at a time."""
     ema: float = 0.99
     """Decay of the averaged weights, an update."""
-    ema_from: int = 200
+    ema_from: int = 40
     """Update at which averaging begins; until then the average is the student itself."""
     seed: int = 0
     """Of everything random."""

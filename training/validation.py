@@ -50,8 +50,8 @@ def validate(
         )
         images = [stream.step().images for _ in range(chunks)]
         if rank() == 0:
-            video = torch.cat([part[0].cpu() for part in images if part is not None])
-            _write(folder / f"{number:02}.mp4", video, prompt)
+            video = torch.cat([part[0] for part in images if part is not None])
+            _write(folder / f"{number:02}.mp4", video.cpu(), prompt)
             for name, value in measure(video, len(video) // 2).items():
                 totals[name] = totals.get(name, 0.0) + value / len(prompts)
     return {f"validation/{name}": value for name, value in totals.items()}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from rf_core.attention import BACKENDS
+from rf_core.devices import make_current
 from rf_core.options import DEMO
 
 from ..rewards.flow_motion import FlowName
@@ -156,6 +157,7 @@ def _evaluation(args: argparse.Namespace) -> Evaluation:
         raise ValueError("videos and measures need a folder; give --out DIR")
     prompts = all_captions() if args.prompts is None else read_prompts(args.prompts)
     device = device_of(args.device, os.environ)
+    make_current(device)
     return Evaluation(
         models=_models(args.model or [str(DEMO / "student.safetensors")]),
         out=args.out,

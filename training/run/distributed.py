@@ -7,8 +7,11 @@ other ways in (`prompt_kv`, `modulations`, `remember`) gather them as its forwar
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,8 @@ from torch.distributed.fsdp import (
 )
 
 from rf_core.model import WanModel
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -51,8 +56,23 @@ def processes(device: str) -> Iterator[torch.device]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         yield torch.device(place)
-    finally:
+    except BaseException as error:
+        if device == "cuda":
+            _leave(error)
         dist.destroy_process_group()
+        raise
+    barrier()
+    dist.destroy_process_group()
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """End this process, having said why: NCCL's own end waits for those that wait for this one."""
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        sys.stderr.write(f"error: {error}\n")
+    else:
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def shard(
@@ -128,6 +148,15 @@ def gathered(values: Tensor) -> Tensor:
     every = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(every, values.contiguous())
     return torch.cat(every)
+
+
+def of_the_first(value: T) -> T:
+    """The first process' value, in all: each may see a shared disk at another moment."""
+    if not dist.is_initialized():
+        return value
+    told = [value]
+    dist.broadcast_object_list(told)
+    return told[0]
 
 
 def barrier() -> None:

@@ -39,6 +39,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        reshard(self.network)  # after a forward without a backward the root's are gathered still
         for name, parameter in trainable(self.network):
             held = parameter.detach().clone()
             parameter.copy_(self.tensors[name])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import difference, from_json, to_json
-from .distributed import barrier, rank
+from .distributed import barrier, of_the_first, rank
 
 CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"
 
@@ -30,7 +30,7 @@ def to_go_on_from(config: Any, out: Path, resume: bool) -> Path | None:
 
     ValueError where the folder holds a run and `resume` is not asked for, or its config differs.
     """
-    saved = checkpoints(out)
+    saved = of_the_first(checkpoints(out))
     if not saved:
         return None
     if not resume:
@@ -50,7 +50,14 @@ def begin(config: Any, out: Path) -> None:
     barrier()
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
+        replace_text(out / CONFIG, to_json(config) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is the old one until it is the new one, whole."""
+    part = path.with_name(path.name + ".partial")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def forget_old(out: Path, keep: int) -> None:

@@ -6,6 +6,7 @@ drops what it had written after it, so the file reads as one uninterrupted run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from ..trainer import Report
 from .distributed import rank
+from .folder import replace_text
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ def _forget_from(path: Path, update: int) -> None:
     kept = [line for line in read_journal(path) if line["update"] < update]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     if path.exists() or text:
-        path.write_text(text, encoding="utf-8")
+        replace_text(path, text)
 
 
 def _tensorboard(folder: Path, first_update: int) -> Any:
@@ -102,4 +104,6 @@ def _wandb(project: str, folder: Path, config: Any) -> Any:
         raise ValueError(
             f"output.wandb is {project!r}, but wandb is not installed; pip install wandb"
         ) from None
-    return wandb.init(project=project, dir=str(folder), config=asdict(config), resume="allow")
+    known = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # to be gone on with
+    options = {"id": known, "resume": "allow", "config": asdict(config)}
+    return wandb.init(project=project, dir=str(folder), **options)
