@@ -73,7 +73,8 @@ def bench(options: BenchOptions, report: Report = lambda chunk, seconds: None) -
     laps, memory = _laps(stream, workload, options, report)
     clocks = machine(options.device)  # at once: they fall when the work ends
     peaks = _memory_peaks(options.device)
-    streamed = {
+    switches, snapshot = switch_costs(stream, workload.prompts), snapshot_costs(stream)
+    streamed = {  # last, as the stream's own decoder does not see these chunks
         name: streamed_fps(stream, decoder, min(STREAMED, options.chunks))
         for name, decoder in workload.decoders.items()
     }
@@ -91,8 +92,8 @@ def bench(options: BenchOptions, report: Report = lambda chunk, seconds: None) -
         "memory_bytes": memory[-1],
         **peaks,
         "memory_bytes_per_100_chunks": _growth(np.array(memory[skipped:], dtype=float)),
-        "switches": switch_costs(stream, workload.prompts),
-        "snapshot": snapshot_costs(stream),
+        "switches": switches,
+        "snapshot": snapshot,
     }
 
 
