@@ -58,10 +58,11 @@ class _Stock:
 
     def encode(self, images: Tensor) -> Tensor:
         """See `Decoder.encode`; one clip. ComfyUI may unload other models for it."""
-        return self.latent_format.process_in(self._encoded(images)).float()
+        return self._known(self.vae.encode(rearrange(images[0], "t c h w -> t h w c"))).float()
 
-    def _encoded(self, images: Tensor) -> Tensor:
-        return self.vae.encode(rearrange(images[0], "t c h w -> t h w c"))
+    def _known(self, latents: Tensor) -> Tensor:
+        """What the network knows of the VAE socket's latents."""
+        return self.latent_format.process_in(latents)
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.vae.vae_dtype)
@@ -134,12 +135,9 @@ class StockTAEHVDecoder(_Stock):
         trim = 0 if state else self.codec.frames_to_trim
         return self._images(images[:, :, trim:]), VAEState(kept, done + latents.shape[2])
 
-    def encode(self, images: Tensor) -> Tensor:
-        """See `Decoder.encode`; one clip."""
-        latents = self._encoded(images)
-        if self._normalised:
-            return self.codec.process_in(latents).float()  # what ComfyUI's scaling did is undone
-        return self.latent_format.process_in(latents).float()
+    def _known(self, latents: Tensor) -> Tensor:
+        # Where ComfyUI has scaled what were normalised latents, that is undone.
+        return self.codec.process_in(latents) if self._normalised else super()._known(latents)
 
     @property
     def _normalised(self) -> bool:
