@@ -95,7 +95,7 @@ def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Pr
     if settled.fit is not None:
         print(settled.fit)
     stream, embeds = load(settled)
-    if (choice := attention_of(settled, stream.model.config)).seconds:
+    if (choice := attention_of(settled, stream.model.config)).is_measured:
         print(choice)
     if settled.snapshot is not None:
         print(f"resuming after chunk {stream.state.num_chunks}")

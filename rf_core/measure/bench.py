@@ -89,7 +89,7 @@ def bench(options: BenchOptions, report: Report = lambda name, value: None) -> d
     return {
         "options": options.plain(),
         "machine": clocks,
-        "attention": {"name": workload.attention.name, "seconds": dict(workload.attention.seconds)},
+        "attention": workload.attention.plain(),
         "first_image": first,
         **_rates(steady, streamed, options),
         "cache_bytes": stream.state.cache.nbytes,

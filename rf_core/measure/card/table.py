@@ -113,7 +113,7 @@ def _attention(stages: dict[str, Found]) -> Iterator[str]:
     lines = []
     for row in sorted(first, key=lambda row: row.get("captured_seconds") or 1e9):
         if row["problem"]:
-            lines.append((row["backend"], "", "", row["problem"][:60]))
+            lines.append((row["backend"], "", "", row["problem"].partition(":")[0]))
             continue
         seconds = f"{1e3 * row['captured_seconds']:.3f} ms"
         lines.append(

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from ....attention import BACKENDS, available_backends
+from ....attention import BACKENDS, PLAIN, available_backends
 from ....config import CacheConfig, Grid, ModelConfig
-from ....fast.dispatch import LIMIT, choose_attention, measure
+from ....fast.dispatch import TOLERANCE, choose_attention, measure, stream_shapes
+from ....split_attention import TILE, plan_split, processors_of
 from ....stream import latent_size
 from ...counts import attention_work
 from ...stopwatch import captured, seconds_of
@@ -18,10 +19,7 @@ from ..plan import Setting
 from ..record import Record
 from . import workload
 
-# Around the 36.56 tiles of 128 rows that a chunk of 480x832 is: if 4680 rows take as long as 5632,
-# a wave of processors is all but empty, and the split of attention's tail pays.
-_TILE_ROWS = 128
-_TILES = (33, 44)
+Shape = tuple[int, ...]
 
 
 def run(record: Record, setting: Setting) -> None:
@@ -32,37 +30,40 @@ def run(record: Record, setting: Setting) -> None:
     grid = Grid.of_latents(
         *latent_size(fields["height"], fields["width"], model.patch_size), model.patch_size
     )
-    for queries, keys in _shapes(model, cache, grid):
-        for name in available_backends():
-            q, k = ((1, n, model.num_heads, model.head_dim) for n in (queries, keys))
+    for q, k in _shapes(model, cache, grid, device):
+        for name in (name for name in available_backends() if name != PLAIN):
             found = measure(name, BACKENDS[name], q, k, dtype, device)
-            row: dict[str, Any] = {"queries": queries, "keys": keys, "backend": name}
-            row |= vars(found)
+            row: dict[str, Any] = {"queries": q[1], "keys": k[1], "backend": name, **vars(found)}
             if found.seconds is not None:
                 row["captured_seconds"] = _captured_seconds(name, q, k, dtype, device)
-                work = attention_work(model.dim, queries, keys)
+                work = attention_work(model.dim, q[1], k[1])
                 row["tflops"] = work.flops / row["captured_seconds"] / 1e12
             record.append("rows", row)
     choice = choose_attention("auto", model, cache, grid, batch=1, dtype=dtype, device=device)
     record.note("chosen", {"name": choice.name, "text": str(choice)})
     record.say(f"chosen: {choice}")
     if (error := choice.errors.get(choice.name)) is not None:
-        record.check(f"{choice.name} against float32", error, LIMIT)
+        record.check(f"{choice.name} against float32", error, TOLERANCE)
 
 
-def _shapes(model: ModelConfig, cache: CacheConfig, grid: Grid) -> Iterator[tuple[int, int]]:
-    chunk, window = (n * grid.frame_tokens for n in (cache.chunk_frames, cache.window_frames))
-    yield chunk, window
-    yield chunk, model.text_len
-    yield from ((chunk, keys) for keys in range(chunk, window, chunk))
-    if chunk > _TILE_ROWS * _TILES[0]:
-        yield from ((_TILE_ROWS * tiles, window) for tiles in _TILES)
+def _shapes(
+    model: ModelConfig, cache: CacheConfig, grid: Grid, device: str
+) -> Iterator[tuple[Shape, Shape]]:
+    queries, *keys = stream_shapes(model, cache, grid, batch=1)
+    yield from ((queries, k) for k in reversed(keys))
+    processors = processors_of(torch.device(device))
+    split = plan_split(1, queries[1], model.num_heads, processors)
+    if split is not None:
+        # As many queries as fill whole waves, before a chunk's and behind: if a chunk's take as
+        # long as the latter, its last wave is all but empty, and to split its tail pays.
+        more = (split.start // TILE * model.num_heads + processors) // model.num_heads * TILE
+        yield from (((1, rows, *queries[2:]), keys[-1]) for rows in (split.start, more))
 
 
 def _captured_seconds(
     name: str,
-    queries: tuple[int, ...],
-    keys: tuple[int, ...],
+    queries: Shape,
+    keys: Shape,
     dtype: torch.dtype,
     device: str,
 ) -> float:

@@ -101,6 +101,8 @@ def _network_cases(
     yield Case(name="rotate", arguments=(slots[0], here))
     yield Case(name="rotate_context", arguments=(before[0], rope, before[1]), filled=(2,))
     yield Case(name="absorb", arguments=(sinks, leaving, cache.decay))
+    parts = draw(1, 2, tokens // 8, heads, model.head_dim)
+    yield Case(name="merge_parts", arguments=(parts, draw(1, 2, heads, tokens // 8).float()))
     yield Case(name="quantise_rows", arguments=(x, torch.int8), definition=torch.float32)
 
 
