@@ -19,6 +19,7 @@ FILES = (
     "test_offload",
     "test_plan",
     "test_quantise",
+    "test_split_attention",
 )
 """Named one by one: others import PyAV, which stops pytest where it is not installed."""
 _REHEARSED = ("test_dispatch",)
