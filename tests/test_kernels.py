@@ -392,7 +392,9 @@ def test_whole_streams_through_the_kernels_are_those_of_the_definitions(
     triton_kernels, monkeypatch, run, expected
 ):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    wanted, asked = run(), set()
+    with availability.unfused():
+        wanted = run()
+    asked = set()
 
     def through(*tensors: Tensor) -> bool:
         asked.add(sys._getframe(1).f_code.co_name)
@@ -421,6 +423,19 @@ def test_kernels_take_tensors_of_one_dtype_on_a_capable_card_without_gradients(m
     monkeypatch.setattr(availability, "triton_runs_on", lambda device: False)
     with torch.no_grad():
         assert not availability.fused(*on_a_card(torch.bfloat16))
+
+
+def test_a_comparison_switches_every_kernel_off_and_on_again(monkeypatch):
+    for name in ("triton_runs_on", "kitchen_runs_on"):
+        monkeypatch.setattr(availability, name, lambda device: True)
+    (x,) = on_a_card(torch.bfloat16)
+    with torch.no_grad():
+        with pytest.raises(KeyError), availability.unfused():
+            with availability.unfused():
+                assert not availability.fused(x) and not availability.in_kitchen(x)
+            assert not availability.fused(x) and not availability.in_kitchen(x)
+            raise KeyError
+        assert availability.fused(x) and availability.in_kitchen(x)
 
 
 @pytest.mark.parametrize(
