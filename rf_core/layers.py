@@ -10,16 +10,15 @@ H heads, D channels of a head, C channels of the residual stream.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
 from .attention import Attention
 from .config import ModelConfig
+from .kernels import reference
 from .kernels.reference import add_gated
 from .kv_cache import LayerWindow, WrittenWindow
 from .rope import Rope
@@ -41,6 +40,14 @@ class Modulations(NamedTuple):
     shift2: Tensor
     scale2: Tensor
     gate2: Tensor
+
+
+class Residual(NamedTuple):
+    """Tokens before their last sum, x + y * gate, which the norm that reads them makes."""
+
+    x_BLC: Tensor
+    y_BLC: Tensor
+    gate_BF1C: Tensor
 
 
 class HeadModulations(NamedTuple):
@@ -143,27 +150,29 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_BLC: Tensor,
+        x_BLC: Tensor | Residual,
         time: Tensor | Modulations,
         prompt: PromptKV,
         rope: Rope,
         window: LayerWindow | None,
         attention: Attention,
-    ) -> Tensor:
+    ) -> Tensor | Residual:
         """`time` is [B, F, 6, C], or what `modulations` makes of it."""
         m = time if isinstance(time, Modulations) else self._modulations(time)
-        h = kernels.modulated_norm(x_BLC, m.shift1, m.scale1, self.eps)
-        x, h = self._normed(x_BLC, self.self_attn(h, rope, window, attention), m.gate1)
+        x, h = summed_and_normed(x_BLC, m.shift1, m.scale1, self.eps)
+        x, h = self._normed(x, self.self_attn(h, rope, window, attention), m.gate1)
         y = self.cross_attn(h, prompt, attention)
         x, h = kernels.modulated_after_residual(x, y, None, m.shift2, m.scale2, self.eps)
-        return add_gated(x, self.ffn(h), m.gate2)
+        last = Residual(x, self._fed_forward(h), m.gate2)
+        # Whoever recomputes blocks keeps what goes between them: that is to be one tensor.
+        return add_gated(*last) if torch.is_grad_enabled() else last
 
     def remember(
-        self, x_BLC: Tensor, time: Tensor | Modulations, rope: Rope, window: LayerWindow
+        self, x_BLC: Tensor | Residual, time: Tensor | Modulations, rope: Rope, window: LayerWindow
     ) -> None:
         """Leave this block's keys and values in the window, and go no further."""
         m = time if isinstance(time, Modulations) else self._modulations(time)
-        h = kernels.modulated_norm(x_BLC, m.shift1, m.scale1, self.eps)
+        _, h = summed_and_normed(x_BLC, m.shift1, m.scale1, self.eps)
         self.self_attn.seen(h, rope, window)
 
     def _normed(self, x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,20 +184,22 @@ class Block(nn.Module):
         x = add_gated(x_BLC, y_BLC, gate_BF1C)
         return x, norm(x)
 
+    def _fed_forward(self, x_BLC: Tensor) -> Tensor:
+        up, gelu, down = self.ffn
+        if type(up) is not nn.Linear or any(map(is_watched, (self.ffn, up, gelu))):
+            return self.ffn(x_BLC)
+        return down(kernels.linear_gelu(x_BLC, up.weight, up.bias))
+
     def _modulations(self, time_BF6C: Tensor) -> Modulations:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation, time_BF6C)
         return Modulations(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
 
 
 class GELU(nn.Module):
-    """The tanh form of GELU, x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """The tanh form of GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
-            return F.gelu(x, approximate="tanh")
-        # The same as x sigmoid(2 u), and twice as fast there: torch's tanh is slow on CPUs.
-        inner = (x * x).mul_(0.044715).add_(1).mul_(x)
-        return inner.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
+        return reference.gelu(x)
 
 
 class Head(nn.Module):
@@ -207,8 +218,18 @@ class Head(nn.Module):
         shift, scale = modulations(self.modulation, time_BFC[:, :, None])
         return HeadModulations(shift, 1 + scale)
 
-    def forward(self, x_BLC: Tensor, time: HeadModulations) -> Tensor:
-        return self.head(kernels.modulated_norm(x_BLC, time.shift, time.scale, self.eps))
+    def forward(self, x_BLC: Tensor | Residual, time: HeadModulations) -> Tensor:
+        _, h = summed_and_normed(x_BLC, time.shift, time.scale, self.eps)
+        return self.head(h)
+
+
+def summed_and_normed(
+    x_BLC: Tensor | Residual, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The tokens, their last sum made, and the modulated norm of them: two of [B, L, C]."""
+    if isinstance(x_BLC, Residual):
+        return kernels.modulated_after_residual(*x_BLC, shift_BF1C, scale_BF1C, eps)
+    return x_BLC, kernels.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps)
 
 
 def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
@@ -219,3 +240,8 @@ def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
 def is_plain(norm: nn.Module) -> bool:
     """Whether a norm is torch's own, whose weights may be read: a host's may cast or patch them."""
     return type(norm) in (nn.LayerNorm, nn.RMSNorm)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody has hooks on a module, for which it must be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -71,6 +71,7 @@ def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run():
     assert tally.counts[counts.SELF_PRODUCTS] == tally.counts[counts.CROSS_PRODUCTS] == layers
     assert tally.counts[counts.SELF_LINEARS] == 4 * layers
     assert tally.counts[counts.CROSS_LINEARS] == tally.counts[counts.FEED_FORWARD] == 2 * layers
+    assert (counts.FEED_FORWARD, counts.ELEMENTWISE) in tally.parents  # GELU, where it is alone
     assert tally.counts[counts.NORMS] == 3 * layers + PASSES  # and the head's
     # Self-attention and cross-attention, and in them three steps.
     assert tally.counts[counts.HEADS] == 5 * layers and tally.counts[counts.EVICTION] == 1

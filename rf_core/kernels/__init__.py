@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ..rope import Rope
 from . import reference
-from .availability import fused, multiplies_fp8
+from .availability import fused, in_product, multiplies_fp8
 
 __all__ = [
     "absorb",
     "affine_after_residual",
     "causal_norm_silu",
+    "linear_gelu",
     "modulated_after_residual",
     "modulated_norm",
     "norm_rotate",
@@ -83,6 +84,19 @@ def affine_after_residual(
     from . import triton_norms
 
     return triton_norms.affine_after_residual(x_BLC, y_BLC, gate_BF1C, weight_C, bias_C, eps)
+
+
+def linear_gelu(x: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """The tanh form of GELU of x @ weight^T + bias, [..., I] -> [..., O].
+
+    On cards in half precision cuBLASLt applies it to the sums before they are rounded. torch's
+    function for that is private; on a CPU it makes the other form of GELU, by the error function.
+    """
+    if not in_product(x, weight_OI, bias_O):
+        return reference.linear_gelu(x, weight_OI, bias_O)
+    rows, weight_IO = x.flatten(0, -2), weight_OI.t()
+    y = torch.ops.aten._addmm_activation(bias_O, rows, weight_IO, use_gelu=True)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def norm_rotate(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic (Ampere)
 _LEAST_FOR_FP8 = (8, 9)  # products of fp8 (Ada)
 _UNFUSED = ContextVar("unfused", default=False)
@@ -40,15 +41,24 @@ def fused(*tensors: Tensor) -> bool:
         first.is_cuda
         and first.dtype in DTYPES
         and _may_differ()
-        and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+        and _alike(*tensors)
         and triton_runs_on(first.device)
     )
 
 
+def in_product(*tensors: Tensor) -> bool:
+    """Whether a product of these may have steps within: as `fused`, in half precision alone."""
+    first = tensors[0]
+    return first.is_cuda and first.dtype in HALF and _may_differ() and _alike(*tensors)
+
+
 def in_kitchen(x: Tensor) -> bool:
     """Whether comfy-kitchen's kernels run on it, which take half precision."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return half and _may_differ() and kitchen_runs_on(x.device)
+    return x.dtype in HALF and _may_differ() and kitchen_runs_on(x.device)
+
+
+def _alike(first: Tensor, *others: Tensor) -> bool:
+    return all(t.dtype == first.dtype and t.device == first.device for t in others)
 
 
 def _may_differ() -> bool:

@@ -60,8 +60,11 @@ KERNELS = {
     "affine_after_residual": NORMS,
     "norm_rotate": HEADS,
     "write_keys_values": HEADS,
+    "linear_gelu": FEED_FORWARD,
 }
 """Kinds of the fused steps."""
+UNFUSED = {"gelu": ELEMENTWISE}
+"""Kinds of steps that the definitions make by themselves and the kernels within another."""
 NUM_OPERATORS = 12
 """Costliest operators listed."""
 
@@ -186,7 +189,11 @@ def marked(stream: Stream, borders: Borders) -> Iterator[None]:
     calls: list[tuple[object, str, Callable[..., Any]]] = [
         (stream, "attention", _marked_attention(stream.attention, borders, inside)),
         (cache := stream.state.cache, "advance", _within(borders, EVICTION, cache.advance)),
-        *((kernels, n, _within(borders, kind, getattr(kernels, n))) for n, kind in KERNELS.items()),
+        *(
+            (place, name, _within(borders, kind, getattr(place, name)))
+            for place, kinds in ((kernels, KERNELS), (kernels.reference, UNFUSED))
+            for name, kind in kinds.items()
+        ),
     ]
     assert isinstance(stream.model, WanModel), "graphs have no modules to watch"
     for name, module in stream.model.named_modules():
