@@ -52,9 +52,15 @@ each_size = pytest.mark.parametrize(("heads", "head_dim"), SIZES)
 def triton_kernels() -> Iterator[SimpleNamespace]:
     from triton import knobs
 
-    from rf_core.kernels import triton_channels, triton_heads, triton_norms, triton_sink
+    from rf_core.kernels import (
+        triton_attention,
+        triton_channels,
+        triton_heads,
+        triton_norms,
+        triton_sink,
+    )
 
-    modules = (triton_channels, triton_heads, triton_norms, triton_sink)
+    modules = (triton_attention, triton_channels, triton_heads, triton_norms, triton_sink)
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             message = "triton was imported before TRITON_INTERPRET=1 was set: set it in conftest.py"
@@ -201,6 +207,19 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else(triton_kernels, dtyp
 @needs_triton
 @each_dtype
 @each_size
+def test_parts_of_attention_are_merged_in_float32_and_rounded_once(
+    triton_kernels, dtype, heads, head_dim
+):
+    rows = random(BATCH, 3, heads, TOKENS, head_dim, dtype=dtype)  # as some kernels leave them
+    parts, lse = rows.transpose(2, 3), 50 * random(BATCH, 3, heads, TOKENS)
+    got = triton_kernels.attention.merge_parts(parts, lse)
+    assert got.is_contiguous()
+    assert_rounded(got, reference.merge_parts(*exact(parts), lse))
+
+
+@needs_triton
+@each_dtype
+@each_size
 def test_the_context_of_all_layers_is_turned_at_once(triton_kernels, dtype, heads, head_dim):
     k, turned = windows(2, heads, head_dim, dtype)
     slot = turned[:, :, 2 * TOKENS :].clone()
@@ -311,6 +330,7 @@ def arguments() -> dict[str, tuple]:
         "rotate_context": (k, table(12, 3 * FRAMES), turned),
         "absorb": (*sinks_and_evicted([k, v]), 0.9),
         "quantise_rows": (after[0], torch.int8),
+        "merge_parts": (random(BATCH, 3, TOKENS, 2, 12), random(BATCH, 3, 2, TOKENS)),
         "causal_norm_silu": (clip, random(6, 1, 1, 1), padded),
         "linear_gelu": (after[0], random(48, 24), random(48, seed=8)),
     }
@@ -536,7 +556,13 @@ def compile_for_a_card() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rf_core.kernels import triton_channels, triton_heads, triton_norms, triton_sink
+    from rf_core.kernels import (
+        triton_attention,
+        triton_channels,
+        triton_heads,
+        triton_norms,
+        triton_sink,
+    )
 
     row = {"C": 24, "BLOCK": 32}
     plane = {"LEAST": 1e-12, "C": 6, "BLOCK": 8, "POSITIONS": 32, "x_c": 1, "out_c": 1}
@@ -548,6 +574,7 @@ def compile_for_a_card() -> None:
         (triton_heads._rotate_context, row | {"PAIRS": 6}),
         (triton_sink._absorb, row | {"EXACT": True}),
         (triton_channels._causal_norm_silu, plane),
+        (triton_attention._merge_parts, {"N": 2, "H": 12, "D": 128, "ROWS": 16, "COLUMNS": 128}),
     ):
         signature = {n: argument_type(n, constants) for n in kernel.arg_names}
         source = ASTSource(kernel, signature, constants)
@@ -561,7 +588,7 @@ def argument_type(name: str, constants: dict[str, object]) -> str:
     if name in constants:
         return "constexpr"
     if name.endswith("_ptr"):
-        return "*fp32" if name in ("cos_ptr", "sin_ptr", "exact_ptr") else "*bf16"
+        return "*fp32" if name in ("cos_ptr", "sin_ptr", "exact_ptr", "lse_ptr") else "*bf16"
     return "fp32" if name in ("eps", "kept", "taken", "root") else "i32"
 
 
