@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from . import kernels
 from .attention import Attention
 from .config import ModelConfig
+from .fp8 import take_rows
 from .kernels import reference
-from .kernels.reference import add_gated
+from .kernels.reference import FP8, Rows, add_gated
 from .kv_cache import LayerWindow, WrittenWindow
 from .rope import Rope
 
@@ -70,11 +71,11 @@ class Projections(nn.Module):
         self.norm_q = operations.RMSNorm(config.dim, eps=config.eps, **factory)
         self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
 
-    def queries(self, x_BLC: Tensor, rope: Rope | None = None) -> Tensor:
+    def queries(self, x_BLC: Tensor | Rows, rope: Rope | None = None) -> Tensor:
         """[B, L, C] -> [B, L, H, D], turned where places are given."""
         return self._normed_heads(self.norm_q, self.q(x_BLC), rope)
 
-    def keys_values(self, x_BLC: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_BLC: Tensor | Rows) -> tuple[Tensor, Tensor]:
         """[B, L, C] -> two of [B, L, H, D]"""
         return self._normed_heads(self.norm_k, self.k(x_BLC)), self._heads(self.v(x_BLC))
 
@@ -96,13 +97,15 @@ class SelfAttention(Projections):
     """Attention among latent tokens: over the cache's window, or over all of them without one."""
 
     def forward(
-        self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None, attention: Attention
+        self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None, attention: Attention
     ) -> Tensor:
         """`rope` holds the places of these tokens."""
         q, (turned, v) = self.queries(x_BLC, rope), self.seen(x_BLC, rope, window)
         return self.output(attention(q, turned, v))
 
-    def seen(self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None) -> tuple[Tensor, Tensor]:
+    def seen(
+        self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None
+    ) -> tuple[Tensor, Tensor]:
         """Turned keys and values of the window with these tokens in it, [B, tokens, H, D] each."""
         if isinstance(window, WrittenWindow) and is_plain(self.norm_k):
             return self._written(x_BLC, rope, window)
@@ -110,7 +113,9 @@ class SelfAttention(Projections):
         turned = kernels.rotate(k, rope)
         return (turned, v) if window is None else window.extend(k, turned, v)
 
-    def _written(self, x_BLC: Tensor, rope: Rope, window: WrittenWindow) -> tuple[Tensor, Tensor]:
+    def _written(
+        self, x_BLC: Tensor | Rows, rope: Rope, window: WrittenWindow
+    ) -> tuple[Tensor, Tensor]:
         k, v, norm = self.k(x_BLC), self.v(x_BLC), self.norm_k
         assert not k.requires_grad, "under autograd pass cache.snapshot() to the model"
         kernels.write_keys_values(k, v, norm.weight, norm.eps, rope, *window.slots)
@@ -120,7 +125,7 @@ class SelfAttention(Projections):
 class CrossAttention(Projections):
     """Attention from latent tokens to the prompt."""
 
-    def forward(self, x_BLC: Tensor, prompt: PromptKV, attention: Attention) -> Tensor:
+    def forward(self, x_BLC: Tensor | Rows, prompt: PromptKV, attention: Attention) -> Tensor:
         return self.output(attention(self.queries(x_BLC), prompt.k_BSHD, prompt.v_BSHD))
 
 
@@ -159,10 +164,11 @@ class Block(nn.Module):
     ) -> Tensor | Residual:
         """`time` is [B, F, 6, C], or what `modulations` makes of it."""
         m = time if isinstance(time, Modulations) else self._modulations(time)
-        x, h = summed_and_normed(x_BLC, m.shift1, m.scale1, self.eps)
+        x, h = self._first_norm(x_BLC, m)
         x, h = self._normed(x, self.self_attn(h, rope, window, attention), m.gate1)
         y = self.cross_attn(h, prompt, attention)
-        x, h = kernels.modulated_after_residual(x, y, None, m.shift2, m.scale2, self.eps)
+        second = m.shift2, m.scale2, self.eps
+        x, h = kernels.modulated_after_residual(x, y, None, *second, rows=take_rows(self.ffn[0]))
         last = Residual(x, self._fed_forward(h), m.gate2)
         # Whoever recomputes blocks keeps what goes between them: that is to be one tensor.
         return add_gated(*last) if torch.is_grad_enabled() else last
@@ -172,23 +178,35 @@ class Block(nn.Module):
     ) -> None:
         """Leave this block's keys and values in the window, and go no further."""
         m = time if isinstance(time, Modulations) else self._modulations(time)
-        _, h = summed_and_normed(x_BLC, m.shift1, m.scale1, self.eps)
+        _, h = self._first_norm(x_BLC, m)
         self.self_attn.seen(h, rope, window)
 
-    def _normed(self, x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor) -> tuple[Tensor, Tensor]:
+    def _first_norm(self, x_BLC: Tensor | Residual, m: Modulations) -> tuple[Tensor, Tensor | Rows]:
+        attn = self.self_attn
+        rows = take_rows(attn.q, attn.k, attn.v)
+        return summed_and_normed(x_BLC, m.shift1, m.scale1, self.eps, rows=rows)
+
+    def _normed(
+        self, x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor
+    ) -> tuple[Tensor, Tensor | Rows]:
         """The gated sum, and what the cross-attention reads of it."""
         norm = self.norm3
         if is_plain(norm):
-            weights = norm.weight, norm.bias
-            return kernels.affine_after_residual(x_BLC, y_BLC, gate_BF1C, *weights, norm.eps)
+            given = x_BLC, y_BLC, gate_BF1C, norm.weight, norm.bias, norm.eps
+            return kernels.affine_after_residual(*given, rows=take_rows(self.cross_attn.q))
         x = add_gated(x_BLC, y_BLC, gate_BF1C)
         return x, norm(x)
 
-    def _fed_forward(self, x_BLC: Tensor) -> Tensor:
+    def _fed_forward(self, x_BLC: Tensor | Rows) -> Tensor:
         up, gelu, down = self.ffn
-        if type(up) is not nn.Linear or any(map(is_watched, (self.ffn, up, gelu))):
+        if any(map(is_watched, (self.ffn, up, gelu))):
             return self.ffn(x_BLC)
-        return down(kernels.linear_gelu(x_BLC, up.weight, up.bias))
+        if take_rows(down):
+            h = up(x_BLC)
+            return down(Rows(*kernels.quantise_rows(h, FP8, after_gelu=True), h.dtype))
+        if type(up) is nn.Linear and isinstance(x_BLC, Tensor):
+            return down(kernels.linear_gelu(x_BLC, up.weight, up.bias))
+        return self.ffn(x_BLC)
 
     def _modulations(self, time_BF6C: Tensor) -> Modulations:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation, time_BF6C)
@@ -224,12 +242,17 @@ class Head(nn.Module):
 
 
 def summed_and_normed(
-    x_BLC: Tensor | Residual, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x_BLC: Tensor | Residual,
+    shift_BF1C: Tensor,
+    scale_BF1C: Tensor,
+    eps: float,
+    *,
+    rows: bool = False,
+) -> tuple[Tensor, Tensor | Rows]:
     """The tokens, their last sum made, and the modulated norm of them: two of [B, L, C]."""
     if isinstance(x_BLC, Residual):
-        return kernels.modulated_after_residual(*x_BLC, shift_BF1C, scale_BF1C, eps)
-    return x_BLC, kernels.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps)
+        return kernels.modulated_after_residual(*x_BLC, shift_BF1C, scale_BF1C, eps, rows=rows)
+    return x_BLC, kernels.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps, rows=rows)
 
 
 def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:

@@ -566,7 +566,7 @@ def compile_for_a_card() -> None:
 
     row = {"C": 24, "BLOCK": 32}
     plane = {"LEAST": 1e-12, "C": 6, "BLOCK": 8, "POSITIONS": 32, "x_c": 1, "out_c": 1}
-    flags = {"ADD": True, "GATED": True}
+    flags = {"ADD": True, "GATED": True, "ROWS": False}
     for kernel, constants in (
         (triton_norms._norm, row | flags),
         (triton_heads._norm_rotate, row | {"PAIRS": 6, "ROTATE": True}),
@@ -589,7 +589,8 @@ def argument_type(name: str, constants: dict[str, object]) -> str:
         return "constexpr"
     if name.endswith("_ptr"):
         return "*fp32" if name in ("cos_ptr", "sin_ptr", "exact_ptr", "lse_ptr") else "*bf16"
-    return "fp32" if name in ("eps", "kept", "taken", "root") else "i32"
+    numbers = ("eps", "kept", "taken", "root", "largest", "least_unit")
+    return "fp32" if name in numbers else "i32"
 
 
 @needs_triton

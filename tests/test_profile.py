@@ -11,6 +11,7 @@ import torch
 
 from rf_core import kernels
 from rf_core.__main__ import main
+from rf_core.fast.quantise import quantise_linears
 from rf_core.measure import counts
 from rf_core.measure import profile as profile_module
 from rf_core.measure.counts import Work
@@ -77,10 +78,12 @@ def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run():
     assert tally.counts[counts.HEADS] == 5 * layers and tally.counts[counts.EVICTION] == 1
 
 
-def test_every_layer_with_weights_has_a_kind():
-    for name, module in tiny.model().named_modules():
+def test_every_layer_with_weights_has_a_kind_in_fp8_the_same():
+    quantise_linears(eight := tiny.model())
+    for (name, module), packed in zip(tiny.model().named_modules(), eight.modules(), strict=True):
         if any(True for _ in module.parameters(recurse=False)):
             assert kind_of(name, module) is not None, name
+        assert kind_of(name, packed) == kind_of(name, module)
 
 
 def test_all_that_is_counted_is_timed(tmp_path):
