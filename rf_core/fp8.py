@@ -66,9 +66,9 @@ class Fp8Linear(nn.Module):
         )
 
 
-def take_rows(*layers: nn.Module) -> bool:
-    """Whether all layers are fp8 ones, on a device whose kernels make rows for them."""
-    return all(type(layer) is Fp8Linear and _rounds(layer.weight.device) for layer in layers)
+def takes_rows(layer: nn.Module) -> bool:
+    """Whether a layer is an fp8 one, on a device whose kernels make rows for it."""
+    return type(layer) is Fp8Linear and _rounds(layer.weight.device)
 
 
 def _rounds(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import kernels
 from .attention import Attention
 from .config import ModelConfig
-from .fp8 import take_rows
+from .fp8 import takes_rows
 from .kernels import reference
 from .kernels.reference import FP8, Rows, add_gated
 from .kv_cache import LayerWindow, WrittenWindow
@@ -168,7 +168,7 @@ class Block(nn.Module):
         x, h = self._normed(x, self.self_attn(h, rope, window, attention), m.gate1)
         y = self.cross_attn(h, prompt, attention)
         second = m.shift2, m.scale2, self.eps
-        x, h = kernels.modulated_after_residual(x, y, None, *second, rows=take_rows(self.ffn[0]))
+        x, h = kernels.modulated_after_residual(x, y, None, *second, rows=takes_rows(self.ffn[0]))
         last = Residual(x, self._fed_forward(h), m.gate2)
         # Whoever recomputes blocks keeps what goes between them: that is to be one tensor.
         return add_gated(*last) if torch.is_grad_enabled() else last
@@ -183,7 +183,7 @@ class Block(nn.Module):
 
     def _first_norm(self, x_BLC: Tensor | Residual, m: Modulations) -> tuple[Tensor, Tensor | Rows]:
         attn = self.self_attn
-        rows = take_rows(attn.q, attn.k, attn.v)
+        rows = takes_rows(attn.q) and takes_rows(attn.k) and takes_rows(attn.v)
         return summed_and_normed(x_BLC, m.shift1, m.scale1, self.eps, rows=rows)
 
     def _normed(
@@ -193,7 +193,7 @@ class Block(nn.Module):
         norm = self.norm3
         if is_plain(norm):
             given = x_BLC, y_BLC, gate_BF1C, norm.weight, norm.bias, norm.eps
-            return kernels.affine_after_residual(*given, rows=take_rows(self.cross_attn.q))
+            return kernels.affine_after_residual(*given, rows=takes_rows(self.cross_attn.q))
         x = add_gated(x_BLC, y_BLC, gate_BF1C)
         return x, norm(x)
 
@@ -201,7 +201,7 @@ class Block(nn.Module):
         up, gelu, down = self.ffn
         if any(map(is_watched, (self.ffn, up, gelu))):
             return self.ffn(x_BLC)
-        if take_rows(down):
+        if takes_rows(down):
             h = up(x_BLC)
             return down(Rows(*kernels.quantise_rows(h, FP8, after_gelu=True), h.dtype))
         if type(up) is nn.Linear and isinstance(x_BLC, Tensor):

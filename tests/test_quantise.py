@@ -434,7 +434,7 @@ def test_rows_are_made_once_for_all_that_read_them(monkeypatch):
     made, counts = [], []
     for apart in (False, True):
         if apart:
-            monkeypatch.setattr(layers, "take_rows", lambda *_: False)
+            monkeypatch.setattr(layers, "takes_rows", lambda *_: False)
         model = fp8_model()
         rounded.clear()
         latents, context = random(1, 4, 3, 4, 6), model.prompt_context(tiny.prompt())
@@ -477,7 +477,7 @@ def test_a_pass_of_fp8_layers_through_the_kernels_is_that_of_the_definitions(mon
 def test_rows_are_left_to_the_layers_on_a_card_whose_kernels_cannot_make_them(monkeypatch, able):
     monkeypatch.setattr(fp8, "multiplies_fp8", lambda device: able)
     layer = Fp8Linear(linear(16, 16, torch.float32))
-    assert fp8.take_rows(layer, layer) and not fp8.take_rows(layer, nn.Linear(16, 16))
+    assert fp8.takes_rows(layer) and not fp8.takes_rows(nn.Linear(16, 16))
     assert fp8._rounds(torch.device("cuda", 0)) == able
 
 
