@@ -10,17 +10,17 @@ H heads, D channels of a head, C channels of the residual stream.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
 from .attention import Attention
 from .config import ModelConfig
-from .kernels.reference import add_gated
+from .fp8 import takes_rows
+from .kernels import reference
+from .kernels.reference import FP8, Rows, add_gated
 from .kv_cache import LayerWindow, WrittenWindow
 from .rope import Rope
 
@@ -43,6 +43,14 @@ class Modulations(NamedTuple):
     gate2: Tensor
 
 
+class Residual(NamedTuple):
+    """Tokens before their last sum, x + y * gate, which the norm that reads them makes."""
+
+    x_BLC: Tensor
+    y_BLC: Tensor
+    gate_BF1C: Tensor
+
+
 class HeadModulations(NamedTuple):
     """What a timestep does to the head, each [B, F, 1, C]; the scale has its 1 added."""
 
@@ -63,11 +71,11 @@ class Projections(nn.Module):
         self.norm_q = operations.RMSNorm(config.dim, eps=config.eps, **factory)
         self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
 
-    def queries(self, x_BLC: Tensor, rope: Rope | None = None) -> Tensor:
+    def queries(self, x_BLC: Tensor | Rows, rope: Rope | None = None) -> Tensor:
         """[B, L, C] -> [B, L, H, D], turned where places are given."""
         return self._normed_heads(self.norm_q, self.q(x_BLC), rope)
 
-    def keys_values(self, x_BLC: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x_BLC: Tensor | Rows) -> tuple[Tensor, Tensor]:
         """[B, L, C] -> two of [B, L, H, D]"""
         return self._normed_heads(self.norm_k, self.k(x_BLC)), self._heads(self.v(x_BLC))
 
@@ -89,13 +97,15 @@ class SelfAttention(Projections):
     """Attention among latent tokens: over the cache's window, or over all of them without one."""
 
     def forward(
-        self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None, attention: Attention
+        self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None, attention: Attention
     ) -> Tensor:
         """`rope` holds the places of these tokens."""
         q, (turned, v) = self.queries(x_BLC, rope), self.seen(x_BLC, rope, window)
         return self.output(attention(q, turned, v))
 
-    def seen(self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None) -> tuple[Tensor, Tensor]:
+    def seen(
+        self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None
+    ) -> tuple[Tensor, Tensor]:
         """Turned keys and values of the window with these tokens in it, [B, tokens, H, D] each."""
         if isinstance(window, WrittenWindow) and is_plain(self.norm_k):
             return self._written(x_BLC, rope, window)
@@ -103,7 +113,9 @@ class SelfAttention(Projections):
         turned = kernels.rotate(k, rope)
         return (turned, v) if window is None else window.extend(k, turned, v)
 
-    def _written(self, x_BLC: Tensor, rope: Rope, window: WrittenWindow) -> tuple[Tensor, Tensor]:
+    def _written(
+        self, x_BLC: Tensor | Rows, rope: Rope, window: WrittenWindow
+    ) -> tuple[Tensor, Tensor]:
         k, v, norm = self.k(x_BLC), self.v(x_BLC), self.norm_k
         assert not k.requires_grad, "under autograd pass cache.snapshot() to the model"
         kernels.write_keys_values(k, v, norm.weight, norm.eps, rope, *window.slots)
@@ -113,7 +125,7 @@ class SelfAttention(Projections):
 class CrossAttention(Projections):
     """Attention from latent tokens to the prompt."""
 
-    def forward(self, x_BLC: Tensor, prompt: PromptKV, attention: Attention) -> Tensor:
+    def forward(self, x_BLC: Tensor | Rows, prompt: PromptKV, attention: Attention) -> Tensor:
         return self.output(attention(self.queries(x_BLC), prompt.k_BSHD, prompt.v_BSHD))
 
 
@@ -143,37 +155,58 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_BLC: Tensor,
+        x_BLC: Tensor | Residual,
         time: Tensor | Modulations,
         prompt: PromptKV,
         rope: Rope,
         window: LayerWindow | None,
         attention: Attention,
-    ) -> Tensor:
+    ) -> Tensor | Residual:
         """`time` is [B, F, 6, C], or what `modulations` makes of it."""
         m = time if isinstance(time, Modulations) else self._modulations(time)
-        h = kernels.modulated_norm(x_BLC, m.shift1, m.scale1, self.eps)
-        x, h = self._normed(x_BLC, self.self_attn(h, rope, window, attention), m.gate1)
+        x, h = self._first_norm(x_BLC, m)
+        x, h = self._normed(x, self.self_attn(h, rope, window, attention), m.gate1)
         y = self.cross_attn(h, prompt, attention)
-        x, h = kernels.modulated_after_residual(x, y, None, m.shift2, m.scale2, self.eps)
-        return add_gated(x, self.ffn(h), m.gate2)
+        second = m.shift2, m.scale2, self.eps
+        x, h = kernels.modulated_after_residual(x, y, None, *second, rows=takes_rows(self.ffn[0]))
+        last = Residual(x, self._fed_forward(h), m.gate2)
+        # Whoever recomputes blocks keeps what goes between them: that is to be one tensor.
+        return add_gated(*last) if torch.is_grad_enabled() else last
 
     def remember(
-        self, x_BLC: Tensor, time: Tensor | Modulations, rope: Rope, window: LayerWindow
+        self, x_BLC: Tensor | Residual, time: Tensor | Modulations, rope: Rope, window: LayerWindow
     ) -> None:
         """Leave this block's keys and values in the window, and go no further."""
         m = time if isinstance(time, Modulations) else self._modulations(time)
-        h = kernels.modulated_norm(x_BLC, m.shift1, m.scale1, self.eps)
+        _, h = self._first_norm(x_BLC, m)
         self.self_attn.seen(h, rope, window)
 
-    def _normed(self, x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor) -> tuple[Tensor, Tensor]:
+    def _first_norm(self, x_BLC: Tensor | Residual, m: Modulations) -> tuple[Tensor, Tensor | Rows]:
+        attn = self.self_attn
+        rows = takes_rows(attn.q) and takes_rows(attn.k) and takes_rows(attn.v)
+        return summed_and_normed(x_BLC, m.shift1, m.scale1, self.eps, rows=rows)
+
+    def _normed(
+        self, x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor
+    ) -> tuple[Tensor, Tensor | Rows]:
         """The gated sum, and what the cross-attention reads of it."""
         norm = self.norm3
         if is_plain(norm):
-            weights = norm.weight, norm.bias
-            return kernels.affine_after_residual(x_BLC, y_BLC, gate_BF1C, *weights, norm.eps)
+            given = x_BLC, y_BLC, gate_BF1C, norm.weight, norm.bias, norm.eps
+            return kernels.affine_after_residual(*given, rows=takes_rows(self.cross_attn.q))
         x = add_gated(x_BLC, y_BLC, gate_BF1C)
         return x, norm(x)
+
+    def _fed_forward(self, x_BLC: Tensor | Rows) -> Tensor:
+        up, gelu, down = self.ffn
+        if any(map(is_watched, (self.ffn, up, gelu))):
+            return self.ffn(x_BLC)
+        if takes_rows(down):
+            h = up(x_BLC)
+            return down(Rows(*kernels.quantise_rows(h, FP8, after_gelu=True), h.dtype))
+        if type(up) is nn.Linear and isinstance(x_BLC, Tensor):
+            return down(kernels.linear_gelu(x_BLC, up.weight, up.bias))
+        return self.ffn(x_BLC)
 
     def _modulations(self, time_BF6C: Tensor) -> Modulations:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation, time_BF6C)
@@ -181,14 +214,10 @@ class Block(nn.Module):
 
 
 class GELU(nn.Module):
-    """The tanh form of GELU, x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """The tanh form of GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
-            return F.gelu(x, approximate="tanh")
-        # The same as x sigmoid(2 u), and twice as fast there: torch's tanh is slow on CPUs.
-        inner = (x * x).mul_(0.044715).add_(1).mul_(x)
-        return inner.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
+        return reference.gelu(x)
 
 
 class Head(nn.Module):
@@ -207,8 +236,23 @@ class Head(nn.Module):
         shift, scale = modulations(self.modulation, time_BFC[:, :, None])
         return HeadModulations(shift, 1 + scale)
 
-    def forward(self, x_BLC: Tensor, time: HeadModulations) -> Tensor:
-        return self.head(kernels.modulated_norm(x_BLC, time.shift, time.scale, self.eps))
+    def forward(self, x_BLC: Tensor | Residual, time: HeadModulations) -> Tensor:
+        _, h = summed_and_normed(x_BLC, time.shift, time.scale, self.eps)
+        return self.head(h)
+
+
+def summed_and_normed(
+    x_BLC: Tensor | Residual,
+    shift_BF1C: Tensor,
+    scale_BF1C: Tensor,
+    eps: float,
+    *,
+    rows: bool = False,
+) -> tuple[Tensor, Tensor | Rows]:
+    """The tokens, their last sum made, and the modulated norm of them: two of [B, L, C]."""
+    if isinstance(x_BLC, Residual):
+        return kernels.modulated_after_residual(*x_BLC, shift_BF1C, scale_BF1C, eps, rows=rows)
+    return x_BLC, kernels.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps, rows=rows)
 
 
 def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
@@ -219,3 +263,8 @@ def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
 def is_plain(norm: nn.Module) -> bool:
     """Whether a norm is torch's own, whose weights may be read: a host's may cast or patch them."""
     return type(norm) in (nn.LayerNorm, nn.RMSNorm)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody has hooks on a module, for which it must be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

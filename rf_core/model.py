@@ -7,6 +7,7 @@ be cloned and offloaded by its host, and gives the same result when a forward is
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,6 +36,16 @@ class TimeContext(NamedTuple):
     blocks: tuple[Tensor | Modulations, ...]
     """Of each layer: what they do to it, or their projection [B, F, 6, C]."""
     head: HeadModulations
+    whole_NBF1C: Tensor | None = None
+    """What all of these are views of, so that one copy replaces them; None for projections."""
+
+    @classmethod
+    def of(cls, timestep_BF: Tensor, whole_NBF1C: Tensor) -> TimeContext:
+        """Every layer's modulations, one after another, and the head's last."""
+        parts, size = whole_NBF1C.unbind(), len(Modulations._fields)
+        last = len(parts) - len(HeadModulations._fields)
+        blocks = tuple(Modulations(*parts[at : at + size]) for at in range(0, last, size))
+        return cls(timestep_BF, blocks, HeadModulations(*parts[last:]), whole_NBF1C)
 
 
 class Network(Protocol):
@@ -136,8 +147,8 @@ class WanModel(nn.Module):
         """
         time = self._time(timestep_BF, dtype)
         layers = zip(self.blocks, time.blocks, strict=True)
-        blocks = tuple(block.modulations(time_BF6C) for block, time_BF6C in layers)  # type: ignore[operator]
-        return time._replace(blocks=blocks)
+        blocks = [block.modulations(time_BF6C) for block, time_BF6C in layers]  # type: ignore[operator]
+        return TimeContext.of(timestep_BF, torch.stack([*chain(*blocks), *time.head]))
 
     def new_cache(
         self,

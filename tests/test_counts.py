@@ -132,6 +132,15 @@ def test_the_weights_of_all_layers_are_read_once_a_pass():
     assert sum(work.bytes for work in linears) > block - text - prompt_kv
 
 
+def test_every_sum_is_made_by_a_norm_and_gelu_moves_nothing_of_its_own():
+    parts = pass_work(tiny.CONFIG, tiny.window(9, 3), GRID, 4)
+    row = 3 * GRID.frame_tokens * tiny.CONFIG.dim * 4
+    # Three norms a layer and the head's, of which all but the first read and write two rows each.
+    norms = 3 * tiny.CONFIG.num_layers + 1
+    assert parts[counts.NORMS] == Work(0, (4 * norms - 2) * row)
+    assert parts[counts.ELEMENTWISE] == Work()
+
+
 def test_an_eviction_moves_the_kept_frames_and_feeds_the_sink():
     frame = 2 * tiny.CONFIG.num_layers * GRID.frame_tokens * tiny.CONFIG.dim * 4
     for config, moved in (

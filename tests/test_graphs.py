@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from rf_core.fast.graphs import CudaCapture, GraphedModel, TraceCapture
+from rf_core.fast.graphs import CudaCapture, GraphedModel, TraceCapture, _Inputs
 from rf_core.memory.offload import stream_layers
 from rf_core.model import WanModel
 from rf_core.stream import Stream
@@ -111,6 +113,41 @@ def test_a_fork_runs_uncaptured_and_a_restored_stream_captured(graphed):
     again, replayed = Stream.from_snapshot(model, snapshot), recorder.replayed
     assert torch.equal(again.step().latents, ahead)
     assert (recorder.captured, recorder.replayed) == (captured, replayed + 2)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies that a card is given: many at once where dtypes and strides are alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._foreach_copy_.default:
+            pairs = list(zip(*args[:2], strict=True))
+            alike = len({(t.dtype, s.dtype) for t, s in pairs}) == 1
+            alike &= all(t.stride() == s.stride() for t, s in pairs)
+            self.count += 1 if alike else len(pairs)
+        else:
+            self.count += func is torch.ops.aten.copy_.default
+        return result
+
+
+def test_a_pass_takes_over_its_inputs_in_three_copies_at_most():
+    network, x = tiny.model(), torch.zeros(1, 4, 3, 4, 6)
+    times = [network.time_context(torch.full((1, 3), at), torch.float32) for at in (500.0, 0.0)]
+    prompts = [network.prompt_context(tiny.prompt(seed)) for seed in (0, 1)]
+    inputs, counted = _Inputs.like(x, times[0], prompts[0]), []
+    for time, prompt in ((0, 0), (0, 0), (1, 0), (0, 1)):
+        with Copies() as copies:
+            inputs.set(x + 1, times[time], prompts[prompt])
+        counted.append(copies.count)
+        assert torch.equal(inputs.x, x + 1)
+        there = (inputs.time.blocks, inputs.time.head, inputs.prompt)
+        wanted = (times[time].blocks, times[time].head, prompts[prompt])
+        assert all(map(torch.equal, tree_leaves(there), tree_leaves(wanted)))
+    assert counted == [3, 1, 2, 3]  # the latents; what the timestep does; the prompt
 
 
 def test_another_size_lets_go_of_what_was_captured(graphed):

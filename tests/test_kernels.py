@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -331,6 +332,7 @@ def arguments() -> dict[str, tuple]:
         "quantise_rows": (after[0], torch.int8),
         "merge_parts": (random(BATCH, 3, TOKENS, 2, 12), random(BATCH, 3, 2, TOKENS)),
         "causal_norm_silu": (clip, random(6, 1, 1, 1), padded),
+        "linear_gelu": (after[0], random(48, 24), random(48, seed=8)),
     }
 
 
@@ -344,11 +346,77 @@ def run(name: str) -> list[Tensor]:
 @needs_triton
 @pytest.mark.parametrize("name", kernels.__all__)
 def test_either_implementation_is_reached_and_gives_the_same(triton_kernels, monkeypatch, name):
-    monkeypatch.setattr(kernels, "fused", lambda *_: False)
-    wanted = run(name)
-    monkeypatch.setattr(kernels, "fused", lambda *_: True)
+    with availability.unfused():
+        wanted = run(name)
+    for question in ("fused", "in_product"):
+        monkeypatch.setattr(kernels, question, lambda *_: True)
     monkeypatch.delattr(reference, name)
-    torch.testing.assert_close(run(name), wanted, rtol=1e-5, atol=1e-5)
+    other_gelu = name == "linear_gelu" and DEVICE == "cpu"  # by the error function
+    tolerance = 1e-3 if other_gelu else 1e-5
+    torch.testing.assert_close(run(name), wanted, rtol=tolerance, atol=tolerance)
+
+
+class Seen(TorchDispatchMode):
+    """Which operations were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gelu_is_left_to_the_product_in_half_precision_alone(dtype):
+    def called() -> bool:
+        with FakeTensorMode(), Seen() as seen:
+            place = {"device": "cuda", "dtype": dtype}
+            x, weight, bias = (torch.empty(*n, **place) for n in ((2, 3, 16), (32, 16), (32,)))
+            assert kernels.linear_gelu(x, weight, bias).shape == (2, 3, 32)
+        alone = "aten::gelu" in seen.names
+        assert alone != ("aten::_addmm_activation" in seen.names)
+        return not alone
+
+    assert not called()  # gradients
+    with torch.no_grad():
+        assert called() == (dtype != torch.float32)
+        with availability.unfused():
+            assert not called()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU torch's product has the other form of GELU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_on_a_card_gelu_in_the_product_is_no_further_from_exact_than_after_it(dtype):
+    given = random(300, 256), random(512, 256) / 16, random(512, seed=8)
+    given = [t.to(dtype) for t in given]
+    exactly = reference.linear_gelu(*(t.double() for t in given))
+    within, after = (f(*given).double() for f in (kernels.linear_gelu, reference.linear_gelu))
+    assert (within - exactly).norm() <= 1.05 * (after - exactly).norm()
+
+
+@torch.no_grad()
+def test_a_feed_forward_layer_that_is_watched_or_a_host_s_is_called_as_a_module(monkeypatch):
+    x, joined = random(1, 6, 48).cpu(), []
+
+    def spy(*given: Tensor) -> Tensor:
+        joined.append(given)
+        return reference.linear_gelu(*given)
+
+    monkeypatch.setattr(kernels, "linear_gelu", spy)
+    (block, _), wanted = tiny.model().blocks, tiny.model().blocks[0].ffn(x)
+    assert torch.equal(block._fed_forward(x), wanted) and len(joined) == 1
+    for part in (block.ffn, block.ffn[0], block.ffn[1]):
+        for listen in (part.register_forward_hook, part.register_forward_pre_hook):
+            heard = []
+            handle = listen(lambda *_, heard=heard: heard.append(1))
+            assert torch.equal(block._fed_forward(x), wanted) and heard and len(joined) == 1
+            handle.remove()
+    assert torch.equal(hosted().blocks[0]._fed_forward(x), wanted) and len(joined) == 1
+    handle = block.ffn[2].register_forward_hook(lambda *_: heard.append(2))
+    assert torch.equal(block._fed_forward(x), wanted) and heard[-1] == 2 and len(joined) == 2
 
 
 class Host(SimpleNamespace):
@@ -412,7 +480,9 @@ def test_whole_streams_through_the_kernels_are_those_of_the_definitions(
     triton_kernels, monkeypatch, run, expected
 ):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    wanted, asked = run(), set()
+    with availability.unfused():
+        wanted = run()
+    asked = set()
 
     def through(*tensors: Tensor) -> bool:
         asked.add(sys._getframe(1).f_code.co_name)
@@ -441,6 +511,19 @@ def test_kernels_take_tensors_of_one_dtype_on_a_capable_card_without_gradients(m
     monkeypatch.setattr(availability, "triton_runs_on", lambda device: False)
     with torch.no_grad():
         assert not availability.fused(*on_a_card(torch.bfloat16))
+
+
+def test_a_comparison_switches_every_kernel_off_and_on_again(monkeypatch):
+    for name in ("triton_runs_on", "kitchen_runs_on"):
+        monkeypatch.setattr(availability, name, lambda device: True)
+    (x,) = on_a_card(torch.bfloat16)
+    with torch.no_grad():
+        with pytest.raises(KeyError), availability.unfused():
+            with availability.unfused():
+                assert not availability.fused(x) and not availability.in_kitchen(x)
+            assert not availability.fused(x) and not availability.in_kitchen(x)
+            raise KeyError
+        assert availability.fused(x) and availability.in_kitchen(x)
 
 
 @pytest.mark.parametrize(
@@ -483,7 +566,7 @@ def compile_for_a_card() -> None:
 
     row = {"C": 24, "BLOCK": 32}
     plane = {"LEAST": 1e-12, "C": 6, "BLOCK": 8, "POSITIONS": 32, "x_c": 1, "out_c": 1}
-    flags = {"ADD": True, "GATED": True}
+    flags = {"ADD": True, "GATED": True, "ROWS": False}
     for kernel, constants in (
         (triton_norms._norm, row | flags),
         (triton_heads._norm_rotate, row | {"PAIRS": 6, "ROTATE": True}),
@@ -506,7 +589,8 @@ def argument_type(name: str, constants: dict[str, object]) -> str:
         return "constexpr"
     if name.endswith("_ptr"):
         return "*fp32" if name in ("cos_ptr", "sin_ptr", "exact_ptr", "lse_ptr") else "*bf16"
-    return "fp32" if name in ("eps", "kept", "taken", "root") else "i32"
+    numbers = ("eps", "kept", "taken", "root", "largest", "least_unit")
+    return "fp32" if name in numbers else "i32"
 
 
 @needs_triton

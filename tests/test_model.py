@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rf_core.attention import BACKENDS, attention_backend, available_backends, sdpa
 from rf_core.config import Grid, ModelConfig, SamplerConfig
+from rf_core.kernels.reference import add_gated
 from rf_core.kv_cache import KVCache
+from rf_core.layers import Residual
 from rf_core.rope import apply_rope, axis_pairs, rope_table
 from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps, x0_to_flow
 
@@ -45,6 +47,26 @@ def test_a_pass_under_autograd_equals_a_pass_at_inference_after_evictions():
         expected = model(latents(seed=9), t, prompt, cache)
     found = model(latents(seed=9), t, prompt, snapshot)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_block_leaves_its_last_sum_to_the_norm_that_reads_it_where_nothing_is_recomputed():
+    model, t = tiny.model(), torch.full((1, 3), 500.0)
+    prompt = model.prompt_context(tiny.prompt())
+    between = []
+
+    def add(block, given, made):
+        between.append(made)
+        return add_gated(*made) if isinstance(made, Residual) else made
+
+    with torch.no_grad():
+        left = model(latents(), t, prompt)
+        for block in model.blocks:
+            block.register_forward_hook(add)
+        assert torch.equal(model(latents(), t, prompt), left)
+        assert all(isinstance(made, Residual) for made in between)
+    between.clear()
+    model(latents(), t, prompt)
+    assert len(between) == 2 and all(isinstance(made, torch.Tensor) for made in between)
 
 
 def test_recomputing_a_pass_after_the_cache_moved_on_gives_the_same_gradients():

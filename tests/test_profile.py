@@ -11,6 +11,7 @@ import torch
 
 from rf_core import kernels
 from rf_core.__main__ import main
+from rf_core.fast.quantise import quantise_linears
 from rf_core.measure import counts
 from rf_core.measure import profile as profile_module
 from rf_core.measure.counts import Work
@@ -71,15 +72,18 @@ def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run():
     assert tally.counts[counts.SELF_PRODUCTS] == tally.counts[counts.CROSS_PRODUCTS] == layers
     assert tally.counts[counts.SELF_LINEARS] == 4 * layers
     assert tally.counts[counts.CROSS_LINEARS] == tally.counts[counts.FEED_FORWARD] == 2 * layers
+    assert (counts.FEED_FORWARD, counts.ELEMENTWISE) in tally.parents  # GELU, where it is alone
     assert tally.counts[counts.NORMS] == 3 * layers + PASSES  # and the head's
     # Self-attention and cross-attention, and in them three steps.
     assert tally.counts[counts.HEADS] == 5 * layers and tally.counts[counts.EVICTION] == 1
 
 
-def test_every_layer_with_weights_has_a_kind():
-    for name, module in tiny.model().named_modules():
+def test_every_layer_with_weights_has_a_kind_in_fp8_the_same():
+    quantise_linears(eight := tiny.model())
+    for (name, module), packed in zip(tiny.model().named_modules(), eight.modules(), strict=True):
         if any(True for _ in module.parameters(recurse=False)):
             assert kind_of(name, module) is not None, name
+        assert kind_of(name, packed) == kind_of(name, module)
 
 
 def test_all_that_is_counted_is_timed(tmp_path):

@@ -167,16 +167,21 @@ class _Inputs:
 
     @classmethod
     def like(cls, x: Tensor, time: TimeContext, prompt: PromptContext) -> _Inputs:
-        return cls(x.clone(), *(pytree.tree_map(torch.clone, part) for part in (time, prompt)))
+        mine = TimeContext.of(time.timestep_BF, _whole(time).clone())  # no pass reads the timestep
+        return cls(x.clone(), mine, pytree.tree_map(torch.clone, prompt))
 
     def set(self, x: Tensor, time: TimeContext, prompt: PromptContext) -> None:
         self.x.copy_(x)
-        for mine, new, before in zip(
-            (self.time, self.prompt), (time, prompt), self.now, strict=True
-        ):
-            if new is not before:
-                torch._foreach_copy_(pytree.tree_leaves(mine), pytree.tree_leaves(new))
+        if time is not self.now[0]:
+            _whole(self.time).copy_(_whole(time))
+        if prompt is not self.now[1]:
+            torch._foreach_copy_(pytree.tree_leaves(self.prompt), pytree.tree_leaves(prompt))
         self.now = time, prompt
+
+
+def _whole(time: TimeContext) -> Tensor:
+    assert time.whole_NBF1C is not None, "passes are recorded with what time_context makes"
+    return time.whole_NBF1C
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from .. import kernels
 from ..attention import Attention, sdpa
 from ..config import CacheConfig, Grid, ModelConfig
 from ..devices import make_current
+from ..kernels.reference import Rows
 from ..kv_cache import KeyValues, KVCache, LayerWindow
 from ..layers import SelfAttention
 from ..model import PromptContext, TimeContext, WanModel
@@ -166,7 +167,7 @@ class SpreadSelfAttention(SelfAttention):
         self.num_heads, self._split = whole.num_heads, split
 
     def forward(
-        self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None, attention: Attention
+        self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None, attention: Attention
     ) -> Tensor:
         """`rope` holds the places of the whole chunk's tokens."""
         q, k, v = self._split.to_heads(self.queries(x_BLC), *self.keys_values(x_BLC))
@@ -175,7 +176,9 @@ class SpreadSelfAttention(SelfAttention):
             turned, v = window.extend(k, turned, v)
         return self.output(self._split.to_tokens(attention(kernels.rotate(q, rope), turned, v)))
 
-    def seen(self, x_BLC: Tensor, rope: Rope, window: LayerWindow | None) -> tuple[Tensor, Tensor]:
+    def seen(
+        self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None
+    ) -> tuple[Tensor, Tensor]:
         """The window's keys and values of this process' heads."""
         k, v = self._split.to_heads(*self.keys_values(x_BLC))
         turned = kernels.rotate(k, rope)

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from ..rope import Rope
 from . import reference
-from .availability import fused, multiplies_fp8
+from .availability import fused, in_product, multiplies_fp8
+from .reference import Rows
 
 __all__ = [
     "absorb",
     "affine_after_residual",
     "causal_norm_silu",
+    "linear_gelu",
     "merge_parts",
     "modulated_after_residual",
     "modulated_norm",
@@ -38,16 +40,20 @@ __all__ = [
 ]
 
 
-def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float) -> Tensor:
+def modulated_norm(
+    x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float, *, rows: bool = False
+) -> Tensor | Rows:
     """norm(x) * scale + shift, with each frame's own shift and scale -> [B, L, C].
 
-    The norm takes mean and variance off each token; tokens of a frame lie together.
+    The norm takes mean and variance off each token; tokens of a frame lie together. All norms here
+    give the rows of fp8 that `quantise_rows` would make of them where `rows` asks for it, to the
+    bit; on a card that is one that multiplies fp8.
     """
     if not fused(x_BLC, shift_BF1C, scale_BF1C):
-        return reference.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps)
+        return reference.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps, rows=rows)
     from . import triton_norms
 
-    return triton_norms.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps)
+    return triton_norms.modulated_norm(x_BLC, shift_BF1C, scale_BF1C, eps, rows=rows)
 
 
 def modulated_after_residual(
@@ -57,18 +63,16 @@ def modulated_after_residual(
     shift_BF1C: Tensor,
     scale_BF1C: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    *,
+    rows: bool = False,
+) -> tuple[Tensor, Tensor | Rows]:
     """x + y * gate (or x + y), and `modulated_norm` of that sum: two of [B, L, C]."""
-    tensors = (x_BLC, y_BLC, *_given(gate_BF1C), shift_BF1C, scale_BF1C)
-    if not fused(*tensors):
-        return reference.modulated_after_residual(
-            x_BLC, y_BLC, gate_BF1C, shift_BF1C, scale_BF1C, eps
-        )
+    given = x_BLC, y_BLC, gate_BF1C, shift_BF1C, scale_BF1C
+    if not fused(x_BLC, y_BLC, *_given(gate_BF1C), shift_BF1C, scale_BF1C):
+        return reference.modulated_after_residual(*given, eps, rows=rows)
     from . import triton_norms
 
-    return triton_norms.modulated_after_residual(
-        x_BLC, y_BLC, gate_BF1C, shift_BF1C, scale_BF1C, eps
-    )
+    return triton_norms.modulated_after_residual(*given, eps, rows=rows)
 
 
 def affine_after_residual(
@@ -78,13 +82,29 @@ def affine_after_residual(
     weight_C: Tensor,
     bias_C: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    *,
+    rows: bool = False,
+) -> tuple[Tensor, Tensor | Rows]:
     """x + y * gate (or x + y), and norm(that sum) * weight + bias: two of [B, L, C]."""
+    given = x_BLC, y_BLC, gate_BF1C, weight_C, bias_C
     if not fused(x_BLC, y_BLC, *_given(gate_BF1C), weight_C, bias_C):
-        return reference.affine_after_residual(x_BLC, y_BLC, gate_BF1C, weight_C, bias_C, eps)
+        return reference.affine_after_residual(*given, eps, rows=rows)
     from . import triton_norms
 
-    return triton_norms.affine_after_residual(x_BLC, y_BLC, gate_BF1C, weight_C, bias_C, eps)
+    return triton_norms.affine_after_residual(*given, eps, rows=rows)
+
+
+def linear_gelu(x: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """The tanh form of GELU of x @ weight^T + bias, [..., I] -> [..., O].
+
+    On cards in half precision cuBLASLt applies it to the sums before they are rounded. torch's
+    function for that is private; on a CPU it makes the other form of GELU, by the error function.
+    """
+    if not in_product(x, weight_OI, bias_O):
+        return reference.linear_gelu(x, weight_OI, bias_O)
+    rows, weight_IO = x.flatten(0, -2), weight_OI.t()
+    y = torch.ops.aten._addmm_activation(bias_O, rows, weight_IO, use_gelu=True)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def norm_rotate(
@@ -174,18 +194,21 @@ def merge_parts(parts_BNLHD: Tensor, lse_BNHL: Tensor) -> Tensor:
     return triton_attention.merge_parts(parts_BNLHD, lse_BNHL)
 
 
-def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantise_rows(
+    x: Tensor, dtype: torch.dtype, *, after_gelu: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rows x [..., C] in `dtype`, fp8 or int8, and a float32 scale [..., 1] for each.
 
     The product of the two is x but for rounding: to 3 bits and the leading one in fp8, to 1/254 of
     the row's largest magnitude in int8. A row with NaN or infinity has a scale that is one. The
-    kernel gives the very bits of the definition.
+    kernel gives the very bits of the definition. With `after_gelu` the rows are those of GELU of x
+    in its tanh form, rounded to x's dtype first.
     """
     if not fused(x) or not (dtype == torch.int8 or multiplies_fp8(x.device)):
-        return reference.quantise_rows(x, dtype)
+        return reference.quantise_rows(x, dtype, after_gelu=after_gelu)
     from . import triton_quantise
 
-    return triton_quantise.quantise_rows(x, dtype)
+    return triton_quantise.quantise_rows(x, dtype, after_gelu=after_gelu)
 
 
 def causal_norm_silu(x_BCTHW: Tensor, gamma: Tensor, padded_BCTHW: Tensor) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -11,9 +14,24 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic (Ampere)
 _LEAST_FOR_FP8 = (8, 9)  # products of fp8 (Ada)
+_UNFUSED = ContextVar("unfused", default=False)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Inside, every step runs by its definition: for comparing kernels with it on one card.
+
+    Of this thread alone; what a CUDA graph has recorded stays as it was.
+    """
+    before = _UNFUSED.set(True)
+    try:
+        yield
+    finally:
+        _UNFUSED.reset(before)
 
 
 def fused(*tensors: Tensor) -> bool:
@@ -22,20 +40,31 @@ def fused(*tensors: Tensor) -> bool:
     return (
         first.is_cuda
         and first.dtype in DTYPES
-        and not _recorded()
-        and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+        and _may_differ()
+        and _alike(*tensors)
         and triton_runs_on(first.device)
     )
 
 
+def in_product(*tensors: Tensor) -> bool:
+    """Whether a product of these may have steps within: as `fused`, in half precision alone."""
+    first = tensors[0]
+    return first.is_cuda and first.dtype in HALF and _may_differ() and _alike(*tensors)
+
+
 def in_kitchen(x: Tensor) -> bool:
     """Whether comfy-kitchen's kernels run on it, which take half precision."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return half and not _recorded() and kitchen_runs_on(x.device)
+    return x.dtype in HALF and _may_differ() and kitchen_runs_on(x.device)
 
 
-def _recorded() -> bool:
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+def _alike(first: Tensor, *others: Tensor) -> bool:
+    return all(t.dtype == first.dtype and t.device == first.device for t in others)
+
+
+def _may_differ() -> bool:
+    """Whether a call may be taken from its definition: nothing records it, nobody compares."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not recorded and not _UNFUSED.get()
 
 
 @lru_cache(maxsize=16)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +22,35 @@ from ..rope import Rope, apply_rope
 from .availability import in_kitchen
 
 LEAST_NORM = 1e-12  # where F.normalize stops dividing
-LARGEST = MappingProxyType(
-    {torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).max, torch.int8: 127.0}
-)
+FP8 = torch.float8_e4m3fn
+LARGEST = MappingProxyType({FP8: torch.finfo(FP8).max, torch.int8: 127.0})
 LEAST_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros is divided by this
 
 
-def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float) -> Tensor:
-    """norm(x) * scale + shift -> [B, L, C]."""
+class Rows(NamedTuple):
+    """Tokens in fp8, as `quantise_rows` makes them."""
+
+    values: Tensor
+    """[..., C] in fp8."""
+    scale: Tensor
+    """What each row is counted in, [..., 1], float32."""
+    dtype: torch.dtype
+    """What they were rounded from."""
+
+
+def modulated_norm(
+    x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float, *, rows: bool = False
+) -> Tensor | Rows:
+    """norm(x) * scale + shift -> [B, L, C], or that as rows of fp8."""
     if in_kitchen(x_BLC):
         from . import kitchen
 
         x_BFTC = _by_frame(x_BLC, shift_BF1C)
-        return kitchen.modulated_norm(x_BFTC, shift_BF1C, scale_BF1C, eps).flatten(1, 2)
-    return modulate(F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=eps), shift_BF1C, scale_BF1C)
+        made = kitchen.modulated_norm(x_BFTC, shift_BF1C, scale_BF1C, eps).flatten(1, 2)
+    else:
+        normed = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=eps)
+        made = modulate(normed, shift_BF1C, scale_BF1C)
+    return _in_fp8(made) if rows else made
 
 
 def modulated_after_residual(
@@ -44,10 +60,12 @@ def modulated_after_residual(
     shift_BF1C: Tensor,
     scale_BF1C: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    *,
+    rows: bool = False,
+) -> tuple[Tensor, Tensor | Rows]:
     """x + y * gate, and its modulated norm, two of [B, L, C]."""
     residual = add_gated(x_BLC, y_BLC, gate_BF1C)
-    return residual, modulated_norm(residual, shift_BF1C, scale_BF1C, eps)
+    return residual, modulated_norm(residual, shift_BF1C, scale_BF1C, eps, rows=rows)
 
 
 def affine_after_residual(
@@ -57,10 +75,13 @@ def affine_after_residual(
     weight_C: Tensor,
     bias_C: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    *,
+    rows: bool = False,
+) -> tuple[Tensor, Tensor | Rows]:
     """x + y * gate, and its norm times weight plus bias, two of [B, L, C]."""
     residual = add_gated(x_BLC, y_BLC, gate_BF1C)
-    return residual, F.layer_norm(residual, weight_C.shape, weight_C, bias_C, eps)
+    made = F.layer_norm(residual, weight_C.shape, weight_C, bias_C, eps)
+    return residual, _in_fp8(made) if rows else made
 
 
 def modulate(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor) -> Tensor:
@@ -75,6 +96,20 @@ def add_gated(x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor | None) -> Tensor:
         return x_BLC + y_BLC
     x_BFTC, y_BFTC = _by_frame(x_BLC, gate_BF1C), _by_frame(y_BLC, gate_BF1C)
     return torch.addcmul(x_BFTC, y_BFTC, gate_BF1C).flatten(1, 2)
+
+
+def linear_gelu(x: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """GELU(x @ weight^T + bias)."""
+    return gelu(F.linear(x, weight_OI, bias_O))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form of GELU, x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        return F.gelu(x, approximate="tanh")
+    # The same as x sigmoid(2 u), and twice as fast there: torch's tanh is slow on CPUs.
+    inner = (x * x).mul_(0.044715).add_(1).mul_(x)
+    return inner.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
 
 
 def norm_rotate(
@@ -148,8 +183,12 @@ def merge_parts(parts_BNLHD: Tensor, lse_BNHL: Tensor) -> Tensor:
     return (parts_BNLHD * weights_BNLH1).sum(1).to(parts_BNLHD)
 
 
-def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows x [..., C] in 8 bits and their scales [..., 1]."""
+def quantise_rows(
+    x: Tensor, dtype: torch.dtype, *, after_gelu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rows x [..., C], or GELU of them, in 8 bits and their scales [..., 1]."""
+    if after_gelu:
+        x = gelu(x)
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
     # By a tensor: CUDA divides by a plain number as a product with its rounded inverse.
     scale = (largest / largest.new_full((), LARGEST[dtype])).clamp_min(LEAST_SCALE)
@@ -171,6 +210,10 @@ def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
     # F.normalize walks each position's channels one by one; a sum over planes is vectorised.
     power = x.square().sum(dim=1, keepdim=True)
     return x * power.clamp_min(LEAST_NORM**2).rsqrt() * gain
+
+
+def _in_fp8(x: Tensor) -> Rows:
+    return Rows(*quantise_rows(x, FP8), x.dtype)
 
 
 def _by_frame(x_BLC: Tensor, each_BF1C: Tensor) -> Tensor:

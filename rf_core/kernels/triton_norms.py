@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import FP8, LARGEST, LEAST_SCALE, Rows
 
-def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float) -> Tensor:
+
+def modulated_norm(
+    x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float, *, rows: bool = False
+) -> Tensor | Rows:
     """As `reference.modulated_norm`."""
-    out = x_BLC.new_empty(x_BLC.shape)
-    _launch(x_BLC, None, None, scale_BF1C, shift_BF1C, None, out, eps)
-    return out
+    return _launch(x_BLC, None, None, scale_BF1C, shift_BF1C, eps, rows)[1]
 
 
 def modulated_after_residual(
@@ -32,11 +34,11 @@ def modulated_after_residual(
     shift_BF1C: Tensor,
     scale_BF1C: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    *,
+    rows: bool = False,
+) -> tuple[Tensor, Tensor | Rows]:
     """As `reference.modulated_after_residual`."""
-    residual, out = x_BLC.new_empty(x_BLC.shape), x_BLC.new_empty(x_BLC.shape)
-    _launch(x_BLC, y_BLC, gate_BF1C, scale_BF1C, shift_BF1C, residual, out, eps)
-    return residual, out
+    return _launch(x_BLC, y_BLC, gate_BF1C, scale_BF1C, shift_BF1C, eps, rows)
 
 
 def affine_after_residual(
@@ -46,12 +48,12 @@ def affine_after_residual(
     weight_C: Tensor,
     bias_C: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    *,
+    rows: bool = False,
+) -> tuple[Tensor, Tensor | Rows]:
     """As `reference.affine_after_residual`."""
-    residual, out = x_BLC.new_empty(x_BLC.shape), x_BLC.new_empty(x_BLC.shape)
     weight, bias = weight_C[None, None, None], bias_C[None, None, None]
-    _launch(x_BLC, y_BLC, gate_BF1C, weight, bias, residual, out, eps)
-    return residual, out
+    return _launch(x_BLC, y_BLC, gate_BF1C, weight, bias, eps, rows)
 
 
 def launch_options(elements: int) -> dict[str, Any]:
@@ -69,26 +71,31 @@ def _launch(
     gate: Tensor | None,
     scale: Tensor,
     shift: Tensor,
-    residual: Tensor | None,
-    out: Tensor,
     eps: float,
-) -> None:
+    rows: bool,
+) -> tuple[Tensor, Tensor | Rows]:
+    """The sum, which without `y` is x, and its norm."""
     batch, tokens, channels = x.shape
     block = triton.next_power_of_2(channels)
-    # An argument that is not given is never read; any tensor may stand in for it.
+    residual = x if y is None else x.new_empty(x.shape)
+    out = x.new_empty(x.shape, dtype=FP8 if rows else x.dtype)
+    # An argument that is not given is never read or written; any tensor may stand in for it.
     given_y, given_gate = x if y is None else y, scale if gate is None else gate
-    rows = [*_row_strides(x), *_row_strides(given_y)]
+    unit = x.new_empty((batch, tokens, 1), dtype=torch.float32) if rows else out
+    strides = [*_row_strides(x), *_row_strides(given_y)]
     frames = [n for t in (given_gate, scale, shift) for n in _frame_strides(t, batch, tokens)]
     with torch.cuda.device_of(x):
         _norm[(tokens, batch)](
-            *(x, given_y, given_gate, scale, shift, out if residual is None else residual, out),
-            *(*rows, *frames, tokens, eps),
+            *(x, given_y, given_gate, scale, shift, residual, out, unit),
+            *(*strides, *frames, tokens, eps, LARGEST[FP8], LEAST_SCALE),
             C=channels,
             BLOCK=block,
             ADD=y is not None,
             GATED=gate is not None,
+            ROWS=rows,
             **launch_options(block),
         )
+    return residual, Rows(out, unit, x.dtype) if rows else out
 
 
 def _row_strides(x_BLC: Tensor) -> tuple[int, int]:
@@ -106,6 +113,16 @@ def _frame_strides(x_BF1C: Tensor, batch: int, tokens: int) -> tuple[int, int, i
 
 
 @triton.jit
+def in_units(x, largest, least_unit, AXIS: tl.constexpr):
+    """Rows along an axis so that their largest magnitude is `largest`, and what they count in."""
+    peak = tl.max(tl.abs(x), AXIS, keep_dims=True)
+    peak = tl.where(tl.sum((x != x).to(tl.int32), AXIS, keep_dims=True) > 0, float("nan"), peak)
+    unit = tl.div_rn(peak, largest)
+    unit = tl.where(unit < least_unit, least_unit, unit)  # which keeps NaN
+    return tl.div_rn(x, unit), unit
+
+
+@triton.jit
 def _norm(
     x_ptr,
     y_ptr,
@@ -114,6 +131,7 @@ def _norm(
     shift_ptr,
     residual_ptr,
     out_ptr,
+    unit_ptr,
     x_b,
     x_l,
     y_b,
@@ -129,10 +147,13 @@ def _norm(
     shift_tokens,
     tokens,
     eps,
+    largest,
+    least_unit,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     GATED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -156,4 +177,8 @@ def _norm(
     at = batch * shift_b + token // shift_tokens * shift_f + channel
     shift = tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
     out = normed * scale + shift
+    if ROWS:
+        stored = out.to(x_ptr.dtype.element_ty).to(tl.float32)
+        out, unit = in_units(stored, largest, least_unit, 0)
+        tl.store(unit_ptr + batch * tokens + token + tl.arange(0, 1), unit)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=inside)

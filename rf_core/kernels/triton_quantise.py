@@ -12,13 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import LARGEST, LEAST_SCALE
-from .triton_norms import launch_options
+from .triton_norms import in_units, launch_options
 
 _TILE = 2048  # elements of a program, where a row has fewer
 
 
-def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As `reference.quantise_rows`, bit for bit."""
+def quantise_rows(
+    x: Tensor, dtype: torch.dtype, *, after_gelu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `reference.quantise_rows`, without GELU bit for bit."""
     x_RC = x.contiguous().flatten(0, -2)
     values = x.new_empty(x.shape, dtype=dtype)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -32,6 +34,7 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             BLOCK=block,
             ROWS=rows,
             ROUND=not dtype.is_floating_point,
+            GELU=after_gelu,
             **launch_options(rows * block),
         )
     return values, scale
@@ -44,22 +47,23 @@ def _quantise_rows(
     scale_ptr,
     num_rows,
     largest,
-    least_scale,
+    least_unit,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ROUND: tl.constexpr,
+    GELU: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, BLOCK)[None, :]
     at, inside = row * C + channel, (row < num_rows) & (channel < C)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    peak = tl.max(tl.abs(x), 1, keep_dims=True)
-    peak = tl.where(tl.sum((x != x).to(tl.int32), 1, keep_dims=True) > 0, float("nan"), peak)
-    scale = tl.div_rn(peak, largest)
-    scale = tl.where(scale < least_scale, least_scale, scale)  # which keeps NaN
-    tl.store(scale_ptr + row, scale, mask=row < num_rows)
-    values = tl.div_rn(x, scale)
+    if GELU:  # x sigmoid(2 u), as in `reference.gelu`
+        inner = x * (1.0 + 0.044715 * x * x)
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * inner))  # twice the root of 2 / pi
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    values, unit = in_units(x, largest, least_unit, 1)
+    tl.store(scale_ptr + row, unit, mask=row < num_rows)
     if ROUND:
         # Between 2^23 and 2^24 float32 holds whole numbers alone: adding 1.5 * 2^23 rounds to them.
         values = (values + 12582912.0) - 12582912.0

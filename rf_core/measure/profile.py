@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, record_function
 from .. import kernels
 from ..attention import Attention
 from ..config import Grid
+from ..fp8 import Fp8Linear
 from ..layers import Block, CrossAttention, Head, SelfAttention
 from ..model import WanModel
 from ..stream import Stream
@@ -60,8 +61,12 @@ KERNELS = {
     "affine_after_residual": NORMS,
     "norm_rotate": HEADS,
     "write_keys_values": HEADS,
+    "linear_gelu": FEED_FORWARD,
+    "quantise_rows": ELEMENTWISE,
 }
 """Kinds of the fused steps."""
+UNFUSED = {"gelu": ELEMENTWISE}
+"""Kinds of steps that the definitions make by themselves and the kernels within another."""
 NUM_OPERATORS = 12
 """Costliest operators listed."""
 
@@ -186,7 +191,11 @@ def marked(stream: Stream, borders: Borders) -> Iterator[None]:
     calls: list[tuple[object, str, Callable[..., Any]]] = [
         (stream, "attention", _marked_attention(stream.attention, borders, inside)),
         (cache := stream.state.cache, "advance", _within(borders, EVICTION, cache.advance)),
-        *((kernels, n, _within(borders, kind, getattr(kernels, n))) for n, kind in KERNELS.items()),
+        *(
+            (place, name, _within(borders, kind, getattr(place, name)))
+            for place, kinds in ((kernels, KERNELS), (kernels.reference, UNFUSED))
+            for name, kind in kinds.items()
+        ),
     ]
     assert isinstance(stream.model, WanModel), "graphs have no modules to watch"
     for name, module in stream.model.named_modules():
@@ -201,7 +210,7 @@ def marked(stream: Stream, borders: Borders) -> Iterator[None]:
 
 def kind_of(name: str, module: nn.Module) -> str | None:
     """The kind of work a module of the network does outside its sub-modules, None for its own."""
-    if isinstance(module, nn.Linear | nn.Conv3d):
+    if isinstance(module, nn.Linear | Fp8Linear | nn.Conv3d):
         places = {"self_attn": SELF_LINEARS, "cross_attn": CROSS_LINEARS, "ffn": FEED_FORWARD}
         return next((k for place, k in places.items() if place in name), OTHER_LINEARS)
     if "Norm" in type(module).__name__:
@@ -380,10 +389,10 @@ def _marked_attention(attention: Attention, borders: Borders, inside: list[str])
 
 
 def _within(borders: Borders, kind: str, call: Callable[..., Result]) -> Callable[..., Result]:
-    def within(*args: Any) -> Result:
+    def within(*args: Any, **options: Any) -> Result:
         borders.begin(kind)
         try:
-            return call(*args)
+            return call(*args, **options)
         finally:
             borders.end()
 

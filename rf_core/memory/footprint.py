@@ -28,7 +28,7 @@ from ..stream import Stream, latent_size
 from .live_bytes import ghosts, peak_bytes
 
 DecoderConfig = VAEConfig | TAEHVConfig
-_FEW_LAYERS = 2  # the fewest that show what another one adds
+_FEW_LAYERS = 3  # the fewest that show what another one adds: a first, a middle and a last
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,8 @@ def _network_cases(
     yield Case(name="absorb", arguments=(sinks, leaving, cache.decay))
     parts = draw(1, 2, tokens // 8, heads, model.head_dim)
     yield Case(name="merge_parts", arguments=(parts, draw(1, 2, heads, tokens // 8).float()))
+    weight_OI = draw(model.ffn_dim, dim) * dim**-0.5
+    yield Case(name="linear_gelu", arguments=(x, weight_OI, draw(model.ffn_dim)))
     yield Case(name="quantise_rows", arguments=(x, torch.int8), definition=torch.float32)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ....config import CacheConfig, Grid, ModelConfig
-from ....fast.quantise import FP8, Fp8Linear, reference_product
+from ....fp8 import Fp8Linear, reference_product
 from ....kernels import reference
 from ....kernels.availability import multiplies_fp8
 from ....stream import latent_size
@@ -81,7 +81,7 @@ def _measure_fp8(
     x, fast_qkv, fast_up = timed.x, [Fp8Linear(layer) for layer in qkv], Fp8Linear(up)
     timed("q, k, v in fp8", 3 * square, lambda: [layer(x) for layer in fast_qkv])
     timed("up in fp8", wide, lambda: fast_up(x))
-    rows, scale = kernels.quantise_rows(x.flatten(0, -2), FP8)
+    rows, scale = kernels.quantise_rows(x.flatten(0, -2), reference.FP8)
     weights = fast_up.weight, fast_up.weight_scale, fast_up.bias
     wanted = reference_product(rows, scale, *weights, torch.float32)
     timed.check("fp8 product", fast_up(x).flatten(0, -2), wanted)
