@@ -32,6 +32,15 @@ class PromptKV(NamedTuple):
     v_BSHD: Tensor
 
 
+class CountedPromptKV(NamedTuple):
+    """The same of a prompt whose padding, equal rows all of them, is one key that counts often."""
+
+    k_BSHD: Tensor
+    v_BSHD: Tensor
+    bias_BS: Tensor
+    """The logarithm of how often each key counts, float32; see `kernels.prompt_attention`."""
+
+
 class Modulations(NamedTuple):
     """What a timestep does to a block, each [B, F, 1, C]; scales have their 1 added."""
 
@@ -113,8 +122,14 @@ class SelfAttention(Projections):
 class CrossAttention(Projections):
     """Attention from latent tokens to the prompt."""
 
-    def forward(self, x_BLC: Tensor, prompt: PromptKV, attention: Attention) -> Tensor:
-        return self.output(attention(self.queries(x_BLC), prompt.k_BSHD, prompt.v_BSHD))
+    def forward(
+        self, x_BLC: Tensor, prompt: PromptKV | CountedPromptKV, attention: Attention
+    ) -> Tensor:
+        """`attention` knows no counts: where padding is counted it is not called."""
+        q_BLHD = self.queries(x_BLC)
+        if isinstance(prompt, CountedPromptKV):
+            return self.output(kernels.prompt_attention(q_BLHD, *prompt))
+        return self.output(attention(q_BLHD, *prompt))
 
 
 class Block(nn.Module):
@@ -145,7 +160,7 @@ class Block(nn.Module):
         self,
         x_BLC: Tensor,
         time: Tensor | Modulations,
-        prompt: PromptKV,
+        prompt: PromptKV | CountedPromptKV,
         rope: Rope,
         window: LayerWindow | None,
         attention: Attention,

@@ -4,9 +4,9 @@ On a card a pass becomes a CUDA graph, which spares its launches too. On a CPU i
 TorchScript trace: the same operations in the same order, to the bit; of a small network's time a
 third is Python. Either replays one pass on the memory it was recorded with. So a pass' inputs are
 copied to places of their own, caches are lent and come back, and there is a graph for every form of
-a pass: while the window grows, when it is full, denoising or clean. What was captured for one
-stream serves the next one of its size; one size is held at a time. A fork's cache is its own, and
-its passes run as they would without graphs.
+a pass: while the window grows, when it is full, denoising or clean, and on a CPU for every number
+of a prompt's rows. What was captured for one stream serves the next one of its size; one size is
+held at a time. A fork's cache is its own, and its passes run as they would without graphs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..attention import Attention, sdpa
 from ..config import CacheConfig
 from ..kv_cache import KVCache
 from ..memory.offload import StreamedLayers
-from ..model import PromptContext, TimeContext, WanModel
+from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
 from ..rope import Rope
 
 logger = logging.getLogger(__name__)
@@ -66,14 +66,14 @@ class GraphedModel:
         self._model, self._capture, self._must, self._failed = model, capture, must, False
         self.config, self.patch_embedding = model.config, model.patch_embedding
         self.get_parameter = model.get_parameter
-        self.prompt_context, self.time_context = model.prompt_context, model.time_context
+        self.counted_prompt, self.time_context = model.counted_prompt, model.time_context
         self._forget(size=None)
 
     def __call__(
         self,
         x: Tensor,
         time: TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KVCache,
         attention: Attention = sdpa,
     ) -> Tensor:
@@ -84,7 +84,7 @@ class GraphedModel:
         self,
         x: Tensor,
         time: TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KVCache,
         attention: Attention = sdpa,
     ) -> None:
@@ -119,20 +119,21 @@ class GraphedModel:
         run: Callable[..., Any],
         x: Tensor,
         time: TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KVCache,
         attention: Attention,
     ) -> Any:
         memory = cache.k_NBWHD.data_ptr()
         if memory not in self._lent or self._failed:
             return run(x, time, prompt, cache, attention)
-        form = (run, x.shape, memory, cache.context_frames, cache.slot_frames, attention)
+        shape = (x.shape, type(prompt[0]), prompt[0].k_BSHD.shape)
+        form = (run, shape, memory, cache.context_frames, cache.slot_frames, attention)
         self._uses[form] += 1
         if self._uses[form] <= self._capture.patience:
             return run(x, time, prompt, cache, attention)
-        if x.shape not in self._inputs:
-            self._inputs[x.shape] = _Inputs.like(x, time, prompt)
-        inputs = self._inputs[x.shape]
+        if shape not in self._inputs:
+            self._inputs[shape] = _Inputs.like(x, time, prompt)
+        inputs = self._inputs[shape]
         inputs.set(x, time, prompt)
         if form not in self._passes:
             fixed = cache.as_it_stands()  # and not the stream's own, which is to be let go of
@@ -161,21 +162,23 @@ class _Inputs:
 
     x: Tensor
     time: TimeContext
-    prompt: PromptContext
+    prompt: PromptContext | CountedPrompt
     now: tuple[Any, Any] = (None, None)
     """Whose timestep and prompt are there."""
 
     @classmethod
-    def like(cls, x: Tensor, time: TimeContext, prompt: PromptContext) -> _Inputs:
+    def like(cls, x: Tensor, time: TimeContext, prompt: PromptContext | CountedPrompt) -> _Inputs:
         return cls(x.clone(), *(pytree.tree_map(torch.clone, part) for part in (time, prompt)))
 
-    def set(self, x: Tensor, time: TimeContext, prompt: PromptContext) -> None:
+    def set(self, x: Tensor, time: TimeContext, prompt: PromptContext | CountedPrompt) -> None:
         self.x.copy_(x)
-        for mine, new, before in zip(
-            (self.time, self.prompt), (time, prompt), self.now, strict=True
-        ):
-            if new is not before:
-                torch._foreach_copy_(pytree.tree_leaves(mine), pytree.tree_leaves(new))
+        if time is not self.now[0]:
+            torch._foreach_copy_(pytree.tree_leaves(self.time), pytree.tree_leaves(time))
+        if prompt is not self.now[1]:
+            # All layers' keys, then their values, then counts: one dtype at a time is one launch.
+            places, parts = (zip(*layers, strict=True) for layers in (self.prompt, prompt))
+            for mine, new in zip(places, parts, strict=True):
+                torch._foreach_copy_(mine, new)
         self.now = time, prompt
 
 

@@ -36,7 +36,7 @@ from ..config import CacheConfig, Grid, ModelConfig
 from ..devices import make_current
 from ..kv_cache import KeyValues, KVCache, LayerWindow
 from ..layers import SelfAttention
-from ..model import PromptContext, TimeContext, WanModel
+from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
 from ..rope import Rope, rope_table
 from ..state import Snapshot
 from ..stream import Stream
@@ -200,7 +200,7 @@ class SpreadModel(WanModel):
         self,
         x: Tensor,
         time: Tensor | TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KeyValues | None = None,
         attention: Attention = sdpa,
     ) -> Tensor:
@@ -211,7 +211,7 @@ class SpreadModel(WanModel):
         self,
         x: Tensor,
         time: Tensor | TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KeyValues,
         attention: Attention = sdpa,
     ) -> None:

@@ -10,7 +10,8 @@ Nothing here waits for the device, reads it or tunes itself, so all may be captu
 once they have run on the same shapes. Under torch.compile the reference is what is compiled.
 
 Letters: N layers, B batch, F latent frames, L tokens, W tokens of the context, S tokens of the
-sink, H heads, D channels of a head, C = H * D channels, P pairs of a head's channels (D / 2).
+sink or prompt, H heads, D channels of a head, C = H * D channels, P pairs of a head's channels
+(D / 2).
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ __all__ = [
     "modulated_after_residual",
     "modulated_norm",
     "norm_rotate",
+    "prompt_attention",
     "quantise_rows",
     "rotate",
     "rotate_context",
     "write_keys_values",
 ]
+
+WIDEST_HEAD = 128  # channels of a head that the prompt's attention keeps a tile of
 
 
 def modulated_norm(x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float) -> Tensor:
@@ -158,6 +162,19 @@ def absorb(
     from . import triton_sink
 
     triton_sink.absorb(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
+
+
+def prompt_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias_BS: Tensor) -> Tensor:
+    """Attention to keys of which some count more often than once, or not at all -> [B, L, H, D].
+
+    `bias` is the logarithm of how often: 0 for once, -inf for a key that is not seen. The first key
+    is seen. The kernel reads no further than the last that is, as the device alone knows which.
+    """
+    if not fused(q_BLHD, k_BSHD, v_BSHD) or q_BLHD.shape[3] > WIDEST_HEAD:
+        return reference.prompt_attention(q_BLHD, k_BSHD, v_BSHD, bias_BS)
+    from . import triton_prompt
+
+    return triton_prompt.prompt_attention(q_BLHD, k_BSHD, v_BSHD, bias_BS)
 
 
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
