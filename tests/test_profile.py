@@ -14,7 +14,16 @@ from rf_core.__main__ import main
 from rf_core.measure import counts
 from rf_core.measure import profile as profile_module
 from rf_core.measure.counts import Work
-from rf_core.measure.profile import REST, ProfileOptions, Timeline, beside, counted, kind_of, marked
+from rf_core.measure.profile import (
+    REST,
+    ProfileOptions,
+    Timeline,
+    beside,
+    counted,
+    kind_of,
+    marked,
+    prompt_keys,
+)
 from rf_core.measure.workload import WorkloadOptions, load_workload
 
 PASSES = len(tiny.TWO_STEPS.steps)  # a stream's first step runs no clean pass
@@ -63,8 +72,9 @@ def test_borders_leave_latents_alone_and_come_off_again():
     assert kernels.modulated_norm.__module__ == "rf_core.kernels"
 
 
-def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run():
-    stream, tally = tiny.stream(), Tally()
+@pytest.mark.parametrize("tokens", [10, 3])  # a prompt without padding, and with
+def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run(tokens):
+    stream, tally = tiny.stream(prompt_embeds=tiny.prompt(tokens=tokens)), Tally()
     with marked(stream, tally):
         stream.step()
     layers = PASSES * tiny.CONFIG.num_layers
@@ -74,6 +84,11 @@ def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run():
     assert tally.counts[counts.NORMS] == 3 * layers + PASSES  # and the head's
     # Self-attention and cross-attention, and in them three steps.
     assert tally.counts[counts.HEADS] == 5 * layers and tally.counts[counts.EVICTION] == 1
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(10, 10), (9, 10), (8, 10), (7, 8), (3, 4), (0, 2)])
+def test_of_a_prompt_the_keys_that_are_computed_with_are_counted(tokens, keys):
+    assert prompt_keys(tiny.stream(prompt_embeds=tiny.prompt(tokens=tokens))) == keys
 
 
 def test_every_layer_with_weights_has_a_kind():
