@@ -33,7 +33,10 @@ class PromptKV(NamedTuple):
 
 
 class CountedPromptKV(NamedTuple):
-    """The same of a prompt whose padding, equal rows all of them, is one key that counts often."""
+    """The same of a prompt whose padding, equal rows all of them, is one key that counts often.
+
+    On a CPU the other ones are not there.
+    """
 
     k_BSHD: Tensor
     v_BSHD: Tensor
@@ -125,11 +128,11 @@ class CrossAttention(Projections):
     def forward(
         self, x_BLC: Tensor, prompt: PromptKV | CountedPromptKV, attention: Attention
     ) -> Tensor:
-        """`attention` knows no counts: where padding is counted it is not called."""
-        q_BLHD = self.queries(x_BLC)
-        if isinstance(prompt, CountedPromptKV):
+        """`attention` knows no counts, and gets the keys where all of them are to be computed."""
+        q_BLHD, k_BSHD = self.queries(x_BLC), prompt.k_BSHD
+        if isinstance(prompt, CountedPromptKV) and kernels.counts_keys(q_BLHD, k_BSHD):
             return self.output(kernels.prompt_attention(q_BLHD, *prompt))
-        return self.output(attention(q_BLHD, *prompt))
+        return self.output(attention(q_BLHD, k_BSHD, prompt.v_BSHD))
 
 
 class Block(nn.Module):

@@ -13,25 +13,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.availability import fused
-
-PARTS = 8
-"""Of the longest prompt, in which others are cut off: so many sizes of a pass are recorded."""
+from .kernels import counts_keys
 
 
 def counted_rows(embeds_BSD: Tensor) -> tuple[Tensor, Tensor] | None:
     """The rows of a padded prompt to make keys of, and the logarithm of how often each counts.
 
-    Two tensors, [B, rows, D] and float32 [B, rows]. None where all rows count once or no attention
-    knows counts: on a card without the fused kernels, masks are slower than padding.
+    Two tensors, [B, rows, D] and float32 [B, rows]; None where no attention knows counts. On a CPU
+    rows end with the first of padding of the longest prompt; zeros of a shorter one count once.
     """
-    if embeds_BSD.device.type == "cpu":
-        return _cut(embeds_BSD)
-    if not fused(embeds_BSD):
+    if not counts_keys(embeds_BSD):
         return None
-    # Where the rows lie is fixed, for recorded passes, and how many are real is not waited for.
-    rows = embeds_BSD.shape[1]
-    return embeds_BSD, log_counts(num_real(embeds_BSD).clamp(max=rows - 1), rows, rows)
+    rows = text_len = embeds_BSD.shape[1]
+    last_B = num_real(embeds_BSD).clamp(max=text_len - 1)
+    # A card is not asked how many they are: nobody waits, and recorded passes have fixed sizes.
+    if embeds_BSD.device.type == "cpu":
+        last_B = last_B.amax().expand_as(last_B)
+        rows = int(last_B[0]) + 1
+    return embeds_BSD[:, :rows], log_counts(last_B, rows, text_len)
 
 
 def num_real(embeds_BSD: Tensor) -> Tensor:
@@ -48,13 +47,3 @@ def log_counts(last_B: Tensor, rows: int, text_len: int) -> Tensor:
     places_S, last_B1 = torch.arange(rows, device=last_B.device), last_B[:, None]
     count_BS = torch.where(places_S == last_B1, text_len - last_B1, places_S < last_B1)
     return count_BS.float().log()
-
-
-def _cut(embeds_BSD: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Every prompt of a batch cut off at the same row: what else it has of padding counts once."""
-    batch, text_len = embeds_BSD.shape[:2]
-    part = -(-text_len // PARTS)
-    rows = (int(num_real(embeds_BSD).max()) // part + 1) * part
-    if rows >= text_len:
-        return None
-    return embeds_BSD[:, :rows], log_counts(torch.full((batch,), rows - 1), rows, text_len)

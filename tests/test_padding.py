@@ -10,13 +10,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from rf_core import padding
+from rf_core import kernels
 from rf_core.attention import sdpa
 from rf_core.config import WAN_1_3B
 from rf_core.kernels import reference
 from rf_core.layers import CountedPromptKV, PromptKV
 from rf_core.model import WanModel
-from rf_core.padding import PARTS, counted_rows, log_counts, num_real
+from rf_core.padding import counted_rows, log_counts, num_real
 
 TEXT_LEN = tiny.CONFIG.text_len
 WAN = replace(tiny.CONFIG, text_len=WAN_1_3B.text_len)
@@ -33,6 +33,17 @@ def whole() -> Whole:
     network = Whole(tiny.CONFIG)
     network.load_state_dict(tiny.model().state_dict())
     return network.eval().requires_grad_(False)
+
+
+class Counting:
+    """Plain attention that notes how many keys it was given."""
+
+    def __init__(self) -> None:
+        self.keys: set[int] = set()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys.add(k.shape[1])
+        return sdpa(q, k, v)
 
 
 def padded(*lengths: int, text_len: int = TEXT_LEN) -> Tensor:
@@ -108,26 +119,24 @@ def test_every_key_s_counts_add_up_to_the_padded_prompt():
         assert counts[1, 0] == pytest.approx(TEXT_LEN) and not counts[1, 1:].any()
 
 
-@pytest.mark.parametrize("text_len", [10, 96, 512])
-def test_a_cpu_s_prompts_have_few_sizes(text_len):
-    sizes = set()
-    for length in range(text_len + 1):
-        found = counted_rows(padded(0, length, text_len=text_len))
-        rows, bias = found or (padded(0, text_len=text_len), None)
-        sizes.add(rows.shape[1])
-        assert rows.shape[1] > length or bias is None
-        if bias is not None:
-            counts = torch.ones(2, rows.shape[1])
-            counts[:, -1] = text_len - rows.shape[1] + 1
-            torch.testing.assert_close(bias, counts.log())
-    assert len(sizes) <= PARTS
+@pytest.mark.parametrize("lengths", [(0,), (3,), (3, 6), (6, 0), (9, 1), (10,), (10, 3)])
+def test_on_a_cpu_rows_end_with_the_longest_prompt_s_first_padding(lengths):
+    embeds = padded(*lengths)
+    rows, bias = counted_rows(embeds)
+    last = min(max(lengths), TEXT_LEN - 1)
+    assert torch.equal(rows, embeds[:, : last + 1])
+    counts = torch.ones(len(lengths), last + 1)
+    counts[:, last] = TEXT_LEN - last
+    torch.testing.assert_close(bias, counts.log())
 
 
 def test_on_a_card_sizes_are_fixed_and_nothing_is_waited_for(monkeypatch):
-    monkeypatch.setattr(padding, "fused", lambda *_: True)
+    monkeypatch.setattr(kernels, "fused", lambda *_: True)
     embeds = torch.empty(2, TEXT_LEN, 24, dtype=torch.bfloat16, device="meta")
     rows, bias = counted_rows(embeds)  # of values that are not there
-    assert rows is embeds and bias.shape == (2, TEXT_LEN) and bias.dtype == torch.float32
+    assert (
+        rows.shape == embeds.shape and bias.shape == (2, TEXT_LEN) and bias.dtype == torch.float32
+    )
 
 
 def test_where_no_attention_knows_counts_a_stream_computes_padding():
@@ -136,30 +145,25 @@ def test_where_no_attention_knows_counts_a_stream_computes_padding():
     assert {type(layer) for layer in prompt} == {PromptKV}
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_on_a_card_without_its_kernel_attention_gets_the_whole_prompt(monkeypatch, runs):
+    """As under torch.compile, which comes after the prompt was read."""
+    model, counting = tiny.model(), Counting()
+    prompt = on_a_card(model, padded(3))
+    monkeypatch.setattr(kernels, "counts_keys", lambda *_: runs)
+    x, at = torch.randn(1, 4, 3, 4, 6), torch.full((1, 3), 500.0)
+    flow = model(x, at, prompt, attention=counting)
+    torch.testing.assert_close(flow, model(x, at, model.prompt_context(padded(3))))
+    assert counting.keys == ({18} if runs else {18, TEXT_LEN})
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_training_computes_padding_with_gradients_and_without(grad):
-    model = tiny.model().requires_grad_(True)
+    model, counting = tiny.model().requires_grad_(True), Counting()
     with torch.set_grad_enabled(grad):
         prompt = model.prompt_context(padded(3))
-        seen: list[int] = []
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            seen.append(k.shape[1])
-            return sdpa(q, k, v)
-
-        model(torch.randn(1, 4, 3, 4, 6), torch.zeros(1, 3), prompt, attention=attention)
-    assert seen == [18, TEXT_LEN] * tiny.CONFIG.num_layers
-
-
-class Counting:
-    """Plain attention that notes how many keys it was given."""
-
-    def __init__(self) -> None:
-        self.keys: set[int] = set()
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.keys.add(k.shape[1])
-        return sdpa(q, k, v)
+        model(torch.randn(1, 4, 3, 4, 6), torch.zeros(1, 3), prompt, attention=counting)
+    assert counting.keys == {18, TEXT_LEN}
 
 
 def latents(network: WanModel, batch: int = 1, attention=sdpa) -> Tensor:
@@ -182,7 +186,7 @@ def latents(network: WanModel, batch: int = 1, attention=sdpa) -> Tensor:
 def test_streams_that_count_padding_are_those_that_compute_it(batch):
     counting = Counting()
     made = latents(tiny.model(), batch, counting)
-    assert counting.keys == {18, 36, TEXT_LEN}  # the window's, and a prompt's that fills its rows
+    assert counting.keys == {18, 36}  # the window's
     torch.testing.assert_close(made, latents(whole(), batch), rtol=1e-4, atol=1e-4)
 
 
@@ -195,7 +199,7 @@ def test_a_network_that_counts_no_padding_hands_whole_prompts_to_its_attention()
 def test_half_precision_keeps_counts_in_full():
     embeds = padded(17, text_len=512).bfloat16()
     _, bias = counted_rows(embeds)
-    assert bias.dtype == torch.float32 and bias[0, -1].item() == pytest.approx(math.log(449))
+    assert bias.dtype == torch.float32 and bias[0, -1].item() == pytest.approx(math.log(512 - 17))
     model = tiny.model(WAN).bfloat16()
     q = torch.randn(1, 12, WAN.num_heads, WAN.head_dim).bfloat16()
     with torch.no_grad():

@@ -72,9 +72,8 @@ def test_borders_leave_latents_alone_and_come_off_again():
     assert kernels.modulated_norm.__module__ == "rf_core.kernels"
 
 
-@pytest.mark.parametrize("tokens", [10, 3])  # a prompt without padding, and with
-def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run(tokens):
-    stream, tally = tiny.stream(prompt_embeds=tiny.prompt(tokens=tokens)), Tally()
+def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run():
+    stream, tally = tiny.stream(), Tally()
     with marked(stream, tally):
         stream.step()
     layers = PASSES * tiny.CONFIG.num_layers
@@ -86,7 +85,7 @@ def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run(tokens):
     assert tally.counts[counts.HEADS] == 5 * layers and tally.counts[counts.EVICTION] == 1
 
 
-@pytest.mark.parametrize(("tokens", "keys"), [(10, 10), (9, 10), (8, 10), (7, 8), (3, 4), (0, 2)])
+@pytest.mark.parametrize(("tokens", "keys"), [(10, 10), (9, 10), (3, 4), (0, 1)])
 def test_of_a_prompt_the_keys_that_are_computed_with_are_counted(tokens, keys):
     assert prompt_keys(tiny.stream(prompt_embeds=tiny.prompt(tokens=tokens))) == keys
 

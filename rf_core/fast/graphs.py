@@ -4,9 +4,9 @@ On a card a pass becomes a CUDA graph, which spares its launches too. On a CPU i
 TorchScript trace: the same operations in the same order, to the bit; of a small network's time a
 third is Python. Either replays one pass on the memory it was recorded with. So a pass' inputs are
 copied to places of their own, caches are lent and come back, and there is a graph for every form of
-a pass: while the window grows, when it is full, denoising or clean, and on a CPU for every number
-of a prompt's rows. What was captured for one stream serves the next one of its size; one size is
-held at a time. A fork's cache is its own, and its passes run as they would without graphs.
+a pass: while the window grows, when it is full, denoising or clean. What was captured for one
+stream serves the next one of its size; one size is held at a time. A fork's cache is its own, and
+its passes run as they would without graphs.
 """
 
 from __future__ import annotations
@@ -126,14 +126,13 @@ class GraphedModel:
         memory = cache.k_NBWHD.data_ptr()
         if memory not in self._lent or self._failed:
             return run(x, time, prompt, cache, attention)
-        shape = (x.shape, type(prompt[0]), prompt[0].k_BSHD.shape)
-        form = (run, shape, memory, cache.context_frames, cache.slot_frames, attention)
+        form = (run, x.shape, memory, cache.context_frames, cache.slot_frames, attention)
         self._uses[form] += 1
         if self._uses[form] <= self._capture.patience:
             return run(x, time, prompt, cache, attention)
-        if shape not in self._inputs:
-            self._inputs[shape] = _Inputs.like(x, time, prompt)
-        inputs = self._inputs[shape]
+        if x.shape not in self._inputs:
+            self._inputs[x.shape] = _Inputs.like(x, time, prompt)
+        inputs = self._inputs[x.shape]
         inputs.set(x, time, prompt)
         if form not in self._passes:
             fixed = cache.as_it_stands()  # and not the stream's own, which is to be let go of
@@ -178,6 +177,8 @@ class _Inputs:
             # All layers' keys, then their values, then counts: one dtype at a time is one launch.
             places, parts = (zip(*layers, strict=True) for layers in (self.prompt, prompt))
             for mine, new in zip(places, parts, strict=True):
+                for place, part in zip(mine, new, strict=True):
+                    place.resize_(part.shape)  # on a CPU, where it has the rows that a prompt has
                 torch._foreach_copy_(mine, new)
         self.now = time, prompt
 

@@ -164,6 +164,14 @@ def absorb(
     triton_sink.absorb(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
 
 
+def counts_keys(*tensors: Tensor) -> bool:
+    """Whether `prompt_attention` is fast there: on a CPU, and on a card where its kernel runs.
+
+    Elsewhere a bias keeps torch's attention off its fast kernels.
+    """
+    return tensors[0].device.type == "cpu" or fused(*tensors)
+
+
 def prompt_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias_BS: Tensor) -> Tensor:
     """Attention to keys of which some count more often than once, or not at all -> [B, L, H, D].
 
