@@ -339,7 +339,8 @@ class Hosted:
         self.config = network.config
         self.patch_embedding = network.patch_embedding
         self.get_parameter = network.get_parameter
-        self.prompt_context, self.time_context = network.prompt_context, network.time_context
+        # ComfyUI's attention, and what overrides it, sees whole prompts: it knows no counts.
+        self.counted_prompt, self.time_context = network.prompt_context, network.time_context
         self.new_cache = network.new_cache
         self._options = comfy.model_patcher.create_model_options_clone(model.model_options)
         transformer = self._options.setdefault("transformer_options", {})

@@ -32,6 +32,18 @@ class PromptKV(NamedTuple):
     v_BSHD: Tensor
 
 
+class CountedPromptKV(NamedTuple):
+    """The same of a prompt whose padding, equal rows all of them, is one key that counts often.
+
+    On a CPU the other ones are not there.
+    """
+
+    k_BSHD: Tensor
+    v_BSHD: Tensor
+    bias_BS: Tensor
+    """The logarithm of how often each key counts, float32; see `kernels.prompt_attention`."""
+
+
 class Modulations(NamedTuple):
     """What a timestep does to a block, each [B, F, 1, C]; scales have their 1 added."""
 
@@ -125,8 +137,14 @@ class SelfAttention(Projections):
 class CrossAttention(Projections):
     """Attention from latent tokens to the prompt."""
 
-    def forward(self, x_BLC: Tensor | Rows, prompt: PromptKV, attention: Attention) -> Tensor:
-        return self.output(attention(self.queries(x_BLC), prompt.k_BSHD, prompt.v_BSHD))
+    def forward(
+        self, x_BLC: Tensor | Rows, prompt: PromptKV | CountedPromptKV, attention: Attention
+    ) -> Tensor:
+        """`attention` knows no counts, and gets the keys where all of them are to be computed."""
+        q_BLHD, k_BSHD = self.queries(x_BLC), prompt.k_BSHD
+        if isinstance(prompt, CountedPromptKV) and kernels.counts_keys(q_BLHD, k_BSHD):
+            return self.output(kernels.prompt_attention(q_BLHD, *prompt))
+        return self.output(attention(q_BLHD, k_BSHD, prompt.v_BSHD))
 
 
 class Block(nn.Module):
@@ -157,7 +175,7 @@ class Block(nn.Module):
         self,
         x_BLC: Tensor | Residual,
         time: Tensor | Modulations,
-        prompt: PromptKV,
+        prompt: PromptKV | CountedPromptKV,
         rope: Rope,
         window: LayerWindow | None,
         attention: Attention,

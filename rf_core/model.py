@@ -19,13 +19,16 @@ from .attention import Attention, sdpa
 from .config import CacheConfig, Grid, ModelConfig
 from .kv_cache import KeyValues, KVCache
 from .kv_int8 import Int8KVCache
-from .layers import Block, Head, HeadModulations, Modulations, PromptKV
+from .layers import Block, CountedPromptKV, Head, HeadModulations, Modulations, PromptKV
+from .padding import counted_rows
 from .rope import Rope, rope_table
 
 MAX_PERIOD = 10000.0  # of the sinusoidal timestep embedding
 
 PromptContext = tuple[PromptKV, ...]
 """A prompt's cross-attention keys and values, one pair a layer."""
+CountedPrompt = tuple[CountedPromptKV, ...]
+"""The same with its padding counted."""
 
 
 class TimeContext(NamedTuple):
@@ -56,7 +59,7 @@ class Network(Protocol):
     @property
     def patch_embedding(self) -> nn.Conv3d: ...
     def get_parameter(self, target: str, /) -> Tensor: ...
-    def prompt_context(self, prompt_embeds_BSD: Tensor, /) -> PromptContext: ...
+    def counted_prompt(self, prompt_embeds_BSD: Tensor, /) -> PromptContext | CountedPrompt: ...
     def time_context(self, timestep_BF: Tensor, dtype: torch.dtype, /) -> TimeContext: ...
     def new_cache(
         self,
@@ -73,7 +76,7 @@ class Network(Protocol):
         self,
         x: Tensor,
         time: TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KVCache,
         attention: Attention,
         /,
@@ -82,7 +85,7 @@ class Network(Protocol):
         self,
         x: Tensor,
         time: TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KVCache,
         attention: Attention,
         /,
@@ -130,15 +133,21 @@ class WanModel(nn.Module):
         Takes the text encoder's output [B, S, text_dim] with S up to `text_len`; shorter prompts
         are padded with zeros to `text_len`, which the network attends to, as it was trained.
         """
-        short = self.config.text_len - prompt_embeds_BSD.shape[1]
-        if short < 0 or prompt_embeds_BSD.shape[2] != self.config.text_dim:
-            raise ValueError(
-                f"prompt embeddings have shape {tuple(prompt_embeds_BSD.shape)}; this model reads "
-                f"at most {self.config.text_len} tokens of width {self.config.text_dim}: "
-                "use the text encoder it was trained with"
-            )
-        text = self.text_embedding(F.pad(prompt_embeds_BSD, (0, 0, 0, short)))
+        text = self.text_embedding(self._padded(prompt_embeds_BSD))
         return tuple(block.prompt_kv(text) for block in self.blocks)  # type: ignore[operator]
+
+    def counted_prompt(self, prompt_embeds_BSD: Tensor) -> PromptContext | CountedPrompt:
+        """As `prompt_context`, for streams: attention sees one key for all equal ones of padding.
+
+        The flow is the same but for rounding. Rows of padding are those of zeros at the end.
+        """
+        embeds = self._padded(prompt_embeds_BSD)
+        if (counted := counted_rows(embeds)) is None:
+            return self.prompt_context(embeds)
+        rows_BSD, bias_BS = counted
+        text = self.text_embedding(rows_BSD)
+        layers = (block.prompt_kv(text) for block in self.blocks)  # type: ignore[operator]
+        return tuple(CountedPromptKV(kv.k_BSHD, kv.v_BSHD, bias_BS) for kv in layers)
 
     def time_context(self, timestep_BF: Tensor, dtype: torch.dtype) -> TimeContext:
         """What timesteps in [0, 1000] are to every block, computed once for as long as they recur.
@@ -178,7 +187,7 @@ class WanModel(nn.Module):
         self,
         x: Tensor,
         time: Tensor | TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KeyValues | None = None,
         attention: Attention = sdpa,
     ) -> Tensor:
@@ -201,7 +210,7 @@ class WanModel(nn.Module):
         self,
         x: Tensor,
         time: Tensor | TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KeyValues,
         attention: Attention = sdpa,
     ) -> None:
@@ -229,6 +238,16 @@ class WanModel(nn.Module):
             else:
                 nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
         self.head.head.weight.zero_()
+
+    def _padded(self, prompt_embeds_BSD: Tensor) -> Tensor:
+        short = self.config.text_len - prompt_embeds_BSD.shape[1]
+        if short < 0 or prompt_embeds_BSD.shape[2] != self.config.text_dim:
+            raise ValueError(
+                f"prompt embeddings have shape {tuple(prompt_embeds_BSD.shape)}; this model reads "
+                f"at most {self.config.text_len} tokens of width {self.config.text_dim}: "
+                "use the text encoder it was trained with"
+            )
+        return F.pad(prompt_embeds_BSD, (0, 0, 0, short))
 
     def _grid(self, x: Tensor) -> Grid:
         return Grid.of_latents(x.shape[-2], x.shape[-1], self.config.patch_size)

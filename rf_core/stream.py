@@ -27,7 +27,7 @@ from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
 from .decoders.decoder import Decoder
 from .devices import to_device
 from .kv_cache import KVCache
-from .model import Network, PromptContext, TimeContext
+from .model import CountedPrompt, Network, PromptContext, TimeContext
 from .prompts import Switch
 from .scheduler import add_noise, flow_to_x0, sampling_timesteps
 from .state import Blend, Snapshot, StreamState, cache_config_of, pack, unpack
@@ -351,7 +351,7 @@ class Stream:
 
     def _seen(
         self, x: Tensor, timestep: float
-    ) -> tuple[TimeContext, PromptContext, KVCache, Attention]:
+    ) -> tuple[TimeContext, PromptContext | CountedPrompt, KVCache, Attention]:
         """What a pass over latents x [B, C, F, h, w] sees besides them."""
         key = timestep, x.shape[2]
         if key not in self._times:
@@ -378,8 +378,8 @@ class Stream:
         self._context = self._prompt_context(embeds)
 
     @torch.no_grad()
-    def _prompt_context(self, embeds: Tensor) -> PromptContext:
-        return self.model.prompt_context(embeds)
+    def _prompt_context(self, embeds: Tensor) -> PromptContext | CountedPrompt:
+        return self.model.counted_prompt(embeds)
 
     def _new_cache(self, config: CacheConfig) -> KVCache:
         return self.model.new_cache(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from rf_core import kernels
 from rf_core.config import WAN_1_3B, WAN_SIZE, CacheConfig, Grid, SamplerConfig
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
@@ -23,10 +24,13 @@ PUBLISHED = Grid.of_latents(WAN_SIZE[0] // 8, WAN_SIZE[1] // 8, WAN_1_3B.patch_s
 GRID = Grid(height=2, width=3)
 
 
-def by_hand(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+def by_hand(
+    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias_BS: Tensor | None = None
+) -> Tensor:
     """Attention as two products, which every FLOP counter knows."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
-    return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
+    bias = 0 if bias_BS is None else bias_BS[:, None, None]
+    return ((q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v).transpose(1, 2)
 
 
 def test_a_pass_of_the_published_student_takes_24_tflop_in_the_known_parts():
@@ -81,8 +85,10 @@ def test_the_published_student_has_1_418_billion_parameters():
     assert num_parameters(WAN_1_3B) / 1e9 == pytest.approx(1.418, abs=0.0015)
 
 
+@pytest.mark.parametrize(("tokens", "keys"), [(10, None), (3, 4)])
 @pytest.mark.parametrize("frames", [2, 4, 7])
-def test_counted_products_are_those_torch_counts(frames):
+def test_counted_products_are_those_torch_counts(monkeypatch, frames, tokens, keys):
+    monkeypatch.setattr(kernels, "prompt_attention", by_hand)
     model, config = tiny.model(), tiny.window(7, 3, chunk=2)
     x = torch.randn(1, tiny.CONFIG.in_dim, 2, 2 * GRID.height, 2 * GRID.width)
     cache = KVCache.allocate(
@@ -97,10 +103,10 @@ def test_counted_products_are_those_torch_counts(frames):
     )
     cache.num_frames = frames - 2
     cache.advance()
-    prompt = model.prompt_context(tiny.prompt())
+    prompt = model.counted_prompt(tiny.prompt(tokens=tokens))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x, torch.full((1, 2), 500.0), prompt, cache, by_hand)
-    parts = pass_work(tiny.CONFIG, config, GRID, 4, context_frames=frames - 2)
+    parts = pass_work(tiny.CONFIG, config, GRID, 4, context_frames=frames - 2, prompt_keys=keys)
     assert total(parts).flops == counter.get_total_flops()
 
 

@@ -91,6 +91,22 @@ def test_each_form_of_a_pass_is_captured_once_and_serves_the_next_stream(graphed
     assert not torch.equal(first, second)
 
 
+def test_prompts_of_any_length_are_served_by_the_same_passes(graphed):
+    model, recorder = graphed
+    prompts = [tiny.prompt(number, tokens) for number, tokens in enumerate((3, 10, 3, 0, 9))]
+
+    def made(network) -> torch.Tensor:
+        stream = tiny.stream(model=network, prompt_embeds=prompts[0], cache=tiny.window(6, 3))
+        parts = []
+        for prompt in prompts:
+            stream.switch(prompt, "soft")
+            parts += [stream.step().latents for _ in range(3)]
+        return torch.cat(parts, dim=2)
+
+    assert torch.equal(made(model), made(tiny.model()))
+    assert recorder.captured == 4  # denoising and clean passes, while the window holds 3 and 6
+
+
 def test_streams_that_live_at_once_have_caches_of_their_own(graphed):
     model, _ = graphed
     streams = [stream_of(model, 0), stream_of(model, 1)]

@@ -34,6 +34,7 @@ from rf_core.decoders.decoder import WanDecoder  # noqa: E402
 from rf_core.decoders.vae import VAEConfig, WanVAE  # noqa: E402
 from rf_core.kernels import availability, reference  # noqa: E402
 from rf_core.model import WanModel  # noqa: E402
+from rf_core.padding import log_counts  # noqa: E402
 from rf_core.rope import Rope, apply_rope, rope_table  # noqa: E402
 
 needs_triton = pytest.mark.skipif(
@@ -57,15 +58,24 @@ def triton_kernels() -> Iterator[SimpleNamespace]:
         triton_channels,
         triton_heads,
         triton_norms,
+        triton_prompt,
         triton_sink,
     )
 
-    modules = (triton_attention, triton_channels, triton_heads, triton_norms, triton_sink)
+    modules = (
+        triton_attention,
+        triton_channels,
+        triton_heads,
+        triton_norms,
+        triton_prompt,
+        triton_sink,
+    )
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             message = "triton was imported before TRITON_INTERPRET=1 was set: set it in conftest.py"
             assert knobs.runtime.interpret and interprets(triton_norms), message
             round_as_a_card_does(patch)
+            multiply_as_a_card_does(patch)
         yield SimpleNamespace(**{m.__name__.rpartition("_")[2]: m for m in modules})
 
 
@@ -90,6 +100,21 @@ def round_as_a_card_does(patch: pytest.MonkeyPatch) -> None:
         return rounded.numpy().view("uint16").reshape(data.shape)
 
     patch.setattr(interpreter, "_convert_float", nearest)
+
+
+def multiply_as_a_card_does(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies bfloat16 as if its bits were integers; cards as float32."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def in_float32(builder, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (builder.cast_impl(each, tl.float32) for each in (a, b))
+        return multiply(builder, a, b, *rest)
+
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", in_float32)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -291,6 +316,59 @@ def test_normed_channels_follow_the_past_frames_in_any_layout(
     assert_rounded(padded[:, :, 2:], F.silu(reference.channel_norm(*exact(x, gamma))))
 
 
+def prompt_of(lengths: tuple[int, ...], text_len: int, heads: int, head_dim: int, dtype):
+    """Keys, values and counts of prompts of several lengths; what counts for nothing is NaN."""
+    shape = (len(lengths), text_len, heads, head_dim)
+    k, v = (random(*shape, dtype=dtype, seed=seed) for seed in (11, 12))
+    last = torch.tensor(lengths, device=DEVICE).clamp(max=text_len - 1)
+    bias = log_counts(last, text_len, text_len)
+    for unseen in (k, v):
+        unseen[bias == -torch.inf] = torch.nan
+    return k, v, bias
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [6, 130])  # fewer than a tile has, and more
+@pytest.mark.parametrize(("heads", "head_dim"), [*SIZES, (4, 40)])
+@each_dtype
+def test_the_prompt_is_attended_to_as_often_as_its_keys_count(
+    triton_kernels, dtype, heads, head_dim, tokens
+):
+    lengths, text_len = (0, 17, 31, 32, 77, 95, 96), 96
+    k, v, bias = prompt_of(lengths, text_len, heads, head_dim, dtype)
+    wide = random(len(lengths), tokens, 3, heads, head_dim, dtype=dtype, seed=13)
+    q = wide[:, :, 1]  # a slice of a wider projection
+    got = triton_kernels.prompt.prompt_attention(q, k, v, bias)
+    wanted = reference.prompt_attention(
+        *(each.double().nan_to_num() for each in (q, k, v)), bias.double()
+    )
+    # Shares are rounded to the values' precision before they are multiplied, as in any attention.
+    within = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for one, other in zip(got.double(), wanted, strict=True):
+        assert (one - other).norm() < within * other.norm()
+    assert got.shape == q.shape and got.dtype == dtype
+
+
+@needs_triton
+def test_a_prompt_in_the_place_of_a_longer_one_leaves_nothing_of_it(triton_kernels):
+    attend = triton_kernels.prompt.prompt_attention
+    q = random(1, TOKENS, 2, 24)
+    alone = prompt_of((5,), 40, 2, 24, torch.float32)
+    place = prompt_of((39,), 40, 2, 24, torch.float32)
+    attend(q, *place)
+    for there, new in zip(place, alone, strict=True):
+        there.copy_(new)
+    assert torch.equal(attend(q, *place), attend(q, *alone))
+
+
+def test_heads_wider_than_a_tile_are_left_to_the_definition(monkeypatch):
+    monkeypatch.setattr(kernels, "fused", lambda *_: True)
+    k, v, bias = prompt_of((3,), 8, 1, 2 * kernels.WIDEST_HEAD, torch.float32)
+    k, v, q = k.nan_to_num(), v.nan_to_num(), random(1, TOKENS, 1, 2 * kernels.WIDEST_HEAD)
+    expected = reference.prompt_attention(q, k, v, bias)
+    assert torch.equal(kernels.prompt_attention(q, k, v, bias), expected)
+
+
 def test_the_definitions_are_the_textbook_s():
     x, y = (random(BATCH, TOKENS, 24, seed=seed).double() for seed in (3, 4))
     shift, scale, gate = (t.double() for t in modulation(24, torch.float32))
@@ -302,6 +380,14 @@ def test_the_definitions_are_the_textbook_s():
     residual, modulated = reference.modulated_after_residual(x, y, gate, shift, scale, EPS)
     torch.testing.assert_close(residual, summed)
     torch.testing.assert_close(modulated, normed * each[1] + each[0])
+
+    q, k, v = (random(1, 5, 2, 6, seed=seed).double() for seed in (5, 6, 7))
+    counts = torch.tensor([[1, 3, 0, 1, 2]], device=DEVICE)
+    again = [each[:, [0, 1, 1, 1, 3, 4, 4]] for each in (k, v)]
+    scores = torch.einsum("blhd,bshd->bhls", q, again[0]) / 6**0.5
+    attended = torch.einsum("bhls,bshd->blhd", scores.softmax(-1), again[1])
+    found = reference.prompt_attention(q, k, v, counts.double().log())
+    torch.testing.assert_close(found, attended)
 
     clip, gamma = random(1, 6, 2, 3, 4).double(), random(6, 1, 1, 1).double()
     scaled = clip / clip.square().mean(1, keepdim=True).sqrt() * gamma
@@ -329,6 +415,11 @@ def arguments() -> dict[str, tuple]:
         "rotate": (random(BATCH, TOKENS, 2, 12), table(12)),
         "rotate_context": (k, table(12, 3 * FRAMES), turned),
         "absorb": (*sinks_and_evicted([k, v]), 0.9),
+        "prompt_attention": (
+            random(BATCH, TOKENS, 2, 12),
+            *(each.nan_to_num() for each in prompt_of((3, 10), 10, 2, 12, torch.float32)[:2]),
+            prompt_of((3, 10), 10, 2, 12, torch.float32)[2],
+        ),
         "quantise_rows": (after[0], torch.int8),
         "merge_parts": (random(BATCH, 3, TOKENS, 2, 12), random(BATCH, 3, 2, TOKENS)),
         "causal_norm_silu": (clip, random(6, 1, 1, 1), padded),
@@ -470,11 +561,22 @@ def decoded() -> Tensor:
             ),
             {"modulated_after_residual", "norm_rotate", "absorb"},
         ),
+        (
+            lambda: streamed(cache=tiny.window(6, 3), prompt_embeds=tiny.prompt(tokens=3)),
+            {"prompt_attention"},
+        ),
         (lambda: streamed(cache=tiny.window(6, 3, storage="int8")), {"quantise_rows"}),
         (lambda: streamed(hosted, cache=tiny.window(6, 3)), {"modulated_norm"}),
         (decoded, {"_activate"}),
     ],
-    ids=["published", "float32 sink, keys turned anew", "int8", "a host's layers", "decoder"],
+    ids=[
+        "published",
+        "float32 sink, keys turned anew",
+        "a short prompt",
+        "int8",
+        "a host's layers",
+        "decoder",
+    ],
 )
 def test_whole_streams_through_the_kernels_are_those_of_the_definitions(
     triton_kernels, monkeypatch, run, expected
@@ -561,6 +663,7 @@ def compile_for_a_card() -> None:
         triton_channels,
         triton_heads,
         triton_norms,
+        triton_prompt,
         triton_sink,
     )
 
@@ -582,14 +685,43 @@ def compile_for_a_card() -> None:
             source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}
         )
         assert compiled.asm["cubin"] and "fma.rn.f32" not in compiled.asm["ptx"], kernel
+    compile_prompt_attention(triton_prompt)
 
 
-def argument_type(name: str, constants: dict[str, object]) -> str:
+def compile_prompt_attention(module: ModuleType) -> None:
+    """At a Wan's sizes and the demo's, with products in tensor cores where they are there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = module._prompt_attention
+    for dtype, capability, product in (
+        (torch.bfloat16, 80, "mma.sync"),
+        (torch.bfloat16, 90, "wgmma"),
+        (torch.float32, 90, "fma.rn.f32"),  # and no TF32
+    ):
+        sizes = module.tile_sizes(dtype)
+        tile = {name: sizes.pop(name) for name in ("ROWS", "KEYS")}
+        for head_dim, block in ((128, 128), (40, 64)):
+            constants = {"MOST_KEYS": 512, "D": head_dim, "BLOCK": block, **tile}
+            signature = {name: argument_type(name, constants, dtype) for name in kernel.arg_names}
+            target = GPUTarget("cuda", capability, 32)
+            source = ASTSource(kernel, signature, constants)
+            compiled = triton.compile(source, target=target, options=dict(sizes))
+            assert compiled.asm["cubin"] and product in compiled.asm["ptx"], (dtype, capability)
+            assert "tf32" not in compiled.asm["ptx"]
+            assert compiled.metadata.shared <= 99 * 1024, "what the smallest of these cards has"
+
+
+def argument_type(
+    name: str, constants: dict[str, object], dtype: torch.dtype = torch.bfloat16
+) -> str:
     if name in constants:
         return "constexpr"
     if name.endswith("_ptr"):
-        return "*fp32" if name in ("cos_ptr", "sin_ptr", "exact_ptr", "lse_ptr") else "*bf16"
-    numbers = ("eps", "kept", "taken", "root", "largest", "least_unit")
+        singles = ("cos_ptr", "sin_ptr", "exact_ptr", "lse_ptr", "bias_ptr")
+        return "*fp32" if dtype == torch.float32 or name in singles else "*bf16"
+    numbers = ("eps", "kept", "taken", "root", "largest", "least_unit", "scale")
     return "fp32" if name in numbers else "i32"
 
 

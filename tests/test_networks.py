@@ -73,6 +73,12 @@ def one_step(files: Path, placement: PlacementConfig, lora: LoRAConfig | None = 
     return reports, result(run)
 
 
+def streamed(run: Trainer) -> torch.Tensor:
+    """What a validation streams, under a prompt with padding."""
+    stream = tiny.stream(model=run.networks.student, prompt_embeds=tiny.prompt(tokens=3))
+    return stream.generate()
+
+
 @pytest.mark.parametrize(
     "placement",
     [
@@ -104,6 +110,7 @@ def run_rank(rank: int, world: int, files: Path, cases: list[str]) -> None:
         reports, weights = one_step(files, placement, lora)
         results[case] = ([r.generator_loss for r in reports], weights)
     run = opened(files, PlacementConfig())
+    torch.save(streamed(run), files / f"streamed{rank}.pt")
     write_student(
         files / "written.safetensors",
         run.networks.student,
@@ -136,6 +143,10 @@ def test_two_processes_open_and_train_what_one_does_in_every_placement(files):
         assert found == pytest.approx(losses, rel=1e-4), case
         for name, weight in weights.items():
             torch.testing.assert_close(others[name], weight, atol=3e-4, rtol=1e-2)
+    alone = streamed(opened(files, PlacementConfig()))
+    for rank in range(2):
+        sharded = torch.load(files / f"streamed{rank}.pt", weights_only=True)
+        torch.testing.assert_close(sharded, alone, atol=1e-5, rtol=1e-5)
     found, others = results["bfloat16"]
     assert found == pytest.approx(losses, rel=0.1) and found != losses
     assert all(weight.dtype == torch.float32 for weight in others.values())

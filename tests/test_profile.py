@@ -15,7 +15,16 @@ from rf_core.fast.quantise import quantise_linears
 from rf_core.measure import counts
 from rf_core.measure import profile as profile_module
 from rf_core.measure.counts import Work
-from rf_core.measure.profile import REST, ProfileOptions, Timeline, beside, counted, kind_of, marked
+from rf_core.measure.profile import (
+    REST,
+    ProfileOptions,
+    Timeline,
+    beside,
+    counted,
+    kind_of,
+    marked,
+    prompt_keys,
+)
 from rf_core.measure.workload import WorkloadOptions, load_workload
 
 PASSES = len(tiny.TWO_STEPS.steps)  # a stream's first step runs no clean pass
@@ -76,6 +85,11 @@ def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run():
     assert tally.counts[counts.NORMS] == 3 * layers + PASSES  # and the head's
     # Self-attention and cross-attention, and in them three steps.
     assert tally.counts[counts.HEADS] == 5 * layers and tally.counts[counts.EVICTION] == 1
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(10, 10), (9, 10), (3, 4), (0, 1)])
+def test_of_a_prompt_the_keys_that_are_computed_with_are_counted(tokens, keys):
+    assert prompt_keys(tiny.stream(prompt_embeds=tiny.prompt(tokens=tokens))) == keys
 
 
 def test_every_layer_with_weights_has_a_kind_in_fp8_the_same():

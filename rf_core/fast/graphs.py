@@ -29,7 +29,7 @@ from ..attention import Attention, sdpa
 from ..config import CacheConfig
 from ..kv_cache import KVCache
 from ..memory.offload import StreamedLayers
-from ..model import PromptContext, TimeContext, WanModel
+from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
 from ..rope import Rope
 
 logger = logging.getLogger(__name__)
@@ -66,14 +66,14 @@ class GraphedModel:
         self._model, self._capture, self._must, self._failed = model, capture, must, False
         self.config, self.patch_embedding = model.config, model.patch_embedding
         self.get_parameter = model.get_parameter
-        self.prompt_context, self.time_context = model.prompt_context, model.time_context
+        self.counted_prompt, self.time_context = model.counted_prompt, model.time_context
         self._forget(size=None)
 
     def __call__(
         self,
         x: Tensor,
         time: TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KVCache,
         attention: Attention = sdpa,
     ) -> Tensor:
@@ -84,7 +84,7 @@ class GraphedModel:
         self,
         x: Tensor,
         time: TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KVCache,
         attention: Attention = sdpa,
     ) -> None:
@@ -119,7 +119,7 @@ class GraphedModel:
         run: Callable[..., Any],
         x: Tensor,
         time: TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KVCache,
         attention: Attention,
     ) -> Any:
@@ -161,21 +161,26 @@ class _Inputs:
 
     x: Tensor
     time: TimeContext
-    prompt: PromptContext
+    prompt: PromptContext | CountedPrompt
     now: tuple[Any, Any] = (None, None)
     """Whose timestep and prompt are there."""
 
     @classmethod
-    def like(cls, x: Tensor, time: TimeContext, prompt: PromptContext) -> _Inputs:
+    def like(cls, x: Tensor, time: TimeContext, prompt: PromptContext | CountedPrompt) -> _Inputs:
         mine = TimeContext.of(time.timestep_BF, _whole(time).clone())  # no pass reads the timestep
         return cls(x.clone(), mine, pytree.tree_map(torch.clone, prompt))
 
-    def set(self, x: Tensor, time: TimeContext, prompt: PromptContext) -> None:
+    def set(self, x: Tensor, time: TimeContext, prompt: PromptContext | CountedPrompt) -> None:
         self.x.copy_(x)
         if time is not self.now[0]:
             _whole(self.time).copy_(_whole(time))
         if prompt is not self.now[1]:
-            torch._foreach_copy_(pytree.tree_leaves(self.prompt), pytree.tree_leaves(prompt))
+            # All layers' keys, then their values, then counts: one dtype at a time is one launch.
+            places, parts = (zip(*layers, strict=True) for layers in (self.prompt, prompt))
+            for mine, new in zip(places, parts, strict=True):
+                for place, part in zip(mine, new, strict=True):
+                    place.resize_(part.shape)  # on a CPU, where it has the rows that a prompt has
+                torch._foreach_copy_(mine, new)
         self.now = time, prompt
 
 

@@ -37,7 +37,7 @@ from ..devices import make_current
 from ..kernels.reference import Rows
 from ..kv_cache import KeyValues, KVCache, LayerWindow
 from ..layers import SelfAttention
-from ..model import PromptContext, TimeContext, WanModel
+from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
 from ..rope import Rope, rope_table
 from ..state import Snapshot
 from ..stream import Stream
@@ -203,7 +203,7 @@ class SpreadModel(WanModel):
         self,
         x: Tensor,
         time: Tensor | TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KeyValues | None = None,
         attention: Attention = sdpa,
     ) -> Tensor:
@@ -214,7 +214,7 @@ class SpreadModel(WanModel):
         self,
         x: Tensor,
         time: Tensor | TimeContext,
-        prompt: PromptContext,
+        prompt: PromptContext | CountedPrompt,
         cache: KeyValues,
         attention: Attention = sdpa,
     ) -> None:

@@ -10,8 +10,8 @@ Nothing here waits for the device, reads it or tunes itself, so all may be captu
 once they have run on the same shapes. Under torch.compile the reference is what is compiled.
 
 Letters: N layers or parts of the keys, B batch, F latent frames, L tokens, W tokens of the context,
-S tokens of the sink, H heads, D channels of a head, C = H * D channels, P pairs of a head's
-channels (D / 2).
+S tokens of the sink or prompt, H heads, D channels of a head, C = H * D channels, P pairs of a
+head's channels (D / 2).
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ __all__ = [
     "modulated_after_residual",
     "modulated_norm",
     "norm_rotate",
+    "prompt_attention",
     "quantise_rows",
     "rotate",
     "rotate_context",
     "write_keys_values",
 ]
+
+WIDEST_HEAD = 128  # channels of a head that the prompt's attention keeps a tile of
 
 
 def modulated_norm(
@@ -192,6 +195,27 @@ def merge_parts(parts_BNLHD: Tensor, lse_BNHL: Tensor) -> Tensor:
     from . import triton_attention
 
     return triton_attention.merge_parts(parts_BNLHD, lse_BNHL)
+
+
+def counts_keys(*tensors: Tensor) -> bool:
+    """Whether `prompt_attention` is fast there: on a CPU, and on a card where its kernel runs.
+
+    Elsewhere a bias keeps torch's attention off its fast kernels.
+    """
+    return tensors[0].device.type == "cpu" or fused(*tensors)
+
+
+def prompt_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias_BS: Tensor) -> Tensor:
+    """Attention to keys of which some count more often than once, or not at all -> [B, L, H, D].
+
+    `bias` is the logarithm of how often: 0 for once, -inf for a key that is not seen. The first key
+    is seen. The kernel reads no further than the last that is, as the device alone knows which.
+    """
+    if not fused(q_BLHD, k_BSHD, v_BSHD) or q_BLHD.shape[3] > WIDEST_HEAD:
+        return reference.prompt_attention(q_BLHD, k_BSHD, v_BSHD, bias_BS)
+    from . import triton_prompt
+
+    return triton_prompt.prompt_attention(q_BLHD, k_BSHD, v_BSHD, bias_BS)
 
 
 def quantise_rows(

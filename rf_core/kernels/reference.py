@@ -183,6 +183,13 @@ def merge_parts(parts_BNLHD: Tensor, lse_BNHL: Tensor) -> Tensor:
     return (parts_BNLHD * weights_BNLH1).sum(1).to(parts_BNLHD)
 
 
+def prompt_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias_BS: Tensor) -> Tensor:
+    """softmax(q k / sqrt(D) + bias) v -> [B, L, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
+    bias = bias_BS[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+
 def quantise_rows(
     x: Tensor, dtype: torch.dtype, *, after_gelu: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -60,18 +60,21 @@ def pass_work(
     grid: Grid,
     element_bytes: int = 2,
     context_frames: int | None = None,
+    prompt_keys: int | None = None,
 ) -> dict[str, Work]:
     """One pass of the network over a chunk, by kind.
 
-    `context_frames` is what the window holds before the chunk, by default all it can.
+    `context_frames` is what the window holds before the chunk, by default all it can; of the
+    prompt's keys, `prompt_keys` are computed with, by default all: of one without padding.
     """
     if context_frames is None:
         context_frames = cache.window_frames - cache.chunk_frames
+    keys = model.text_len if prompt_keys is None else prompt_keys
     tokens = cache.chunk_frames * grid.frame_tokens
     window = context_frames * grid.frame_tokens + tokens
     block = {
         SELF_PRODUCTS: attention_work(model.dim, tokens, window, element_bytes),
-        CROSS_PRODUCTS: attention_work(model.dim, tokens, model.text_len, element_bytes),
+        CROSS_PRODUCTS: attention_work(model.dim, tokens, keys, element_bytes),
         SELF_LINEARS: _linear(model.dim, model.dim, tokens, element_bytes).times(4),
         CROSS_LINEARS: _linear(model.dim, model.dim, tokens, element_bytes).times(2),
         FEED_FORWARD: _linear(model.dim, model.ffn_dim, tokens, element_bytes)
@@ -90,10 +93,11 @@ def chunk_work(
     sampler: SamplerConfig,
     grid: Grid,
     element_bytes: int = 2,
+    prompt_keys: int | None = None,
 ) -> dict[str, Work]:
     """A chunk of the steady state, by kind: the denoising passes, the clean pass, one eviction."""
     passes = len(sampler.steps) + 1
-    one = pass_work(model, cache, grid, element_bytes)
+    one = pass_work(model, cache, grid, element_bytes, prompt_keys=prompt_keys)
     parts = {kind: work.times(passes) for kind, work in one.items()}
     return parts | {EVICTION: _eviction(model, cache, grid, element_bytes)}
 

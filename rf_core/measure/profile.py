@@ -28,7 +28,7 @@ from .. import kernels
 from ..attention import Attention
 from ..config import Grid
 from ..fp8 import Fp8Linear
-from ..layers import Block, CrossAttention, Head, SelfAttention
+from ..layers import Block, CountedPromptKV, CrossAttention, Head, SelfAttention
 from ..model import WanModel
 from ..stream import Stream
 from ..video import to_uint8
@@ -63,6 +63,7 @@ KERNELS = {
     "write_keys_values": HEADS,
     "linear_gelu": FEED_FORWARD,
     "quantise_rows": ELEMENTWISE,
+    "prompt_attention": CROSS_PRODUCTS,
 }
 """Kinds of the fused steps."""
 UNFUSED = {"gelu": ELEMENTWISE}
@@ -228,11 +229,20 @@ def counted(stream: Stream, workload: Workload) -> dict[str, Work]:
     """The work of one chunk of the steady state by kind, the decoder's included."""
     model, cache = stream.model.config, stream.cache_config
     grid = Grid.of_latents(*stream.latent_size, model.patch_size)
-    parts = chunk_work(model, cache, stream.sampler, grid, stream.dtype.itemsize)
+    keys = prompt_keys(stream)
+    parts = chunk_work(model, cache, stream.sampler, grid, stream.dtype.itemsize, keys)
     for decoder in workload.decoders.values():
         shape = (stream.batch, model.out_dim, cache.chunk_frames, *stream.latent_size)
         parts[DECODE] = decoder_work(decoder.codec, shape)
     return parts
+
+
+def prompt_keys(stream: Stream) -> int:
+    """How many keys of the prompt a pass computes with; waits for the device."""
+    first = stream._context[0]
+    if isinstance(first, CountedPromptKV):
+        return int(first.bias_BS.isfinite().sum(1).max())
+    return first.k_BSHD.shape[1]
 
 
 def rates(device: str, dtype: torch.dtype) -> Work:

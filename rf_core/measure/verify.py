@@ -111,7 +111,7 @@ def student_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend
         dtype=backend.dtype,
         device=backend.device,
     )
-    prompt = model.prompt_context(_to(tensors["prompt_embeds"], backend))
+    prompt = model.counted_prompt(_to(tensors["prompt_embeds"], backend))
 
     def predict(x: Tensor, timestep: float) -> Tensor:
         at_BF = x.new_full((x.shape[0], x.shape[2]), timestep)

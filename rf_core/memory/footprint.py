@@ -22,7 +22,7 @@ from ..decoders.codec import put_channels_last
 from ..decoders.decoder import _CHANNELS_LAST_DEVICES, DecoderState, TAEHVDecoder, WanDecoder
 from ..decoders.taehv import TAEHV, TAEHVConfig
 from ..decoders.vae import VAEConfig, WanVAE
-from ..model import WanModel
+from ..model import PromptContext, WanModel
 from ..rope import rope_table
 from ..stream import Stream, latent_size
 from .live_bytes import ghosts, peak_bytes
@@ -179,7 +179,7 @@ def _no_tables() -> Iterator[None]:
 
 def _ghost_stream(sizes: Sizes, layers: int, place: str) -> Stream:
     config = replace(sizes.model, num_layers=layers)
-    model = WanModel(config, device=place, dtype=sizes.dtype).requires_grad_(False)
+    model = _LongestPrompt(config, device=place, dtype=sizes.dtype).requires_grad_(False)
     shape = (sizes.batch, config.text_len, config.text_dim)
     return Stream(
         model,
@@ -191,6 +191,13 @@ def _ghost_stream(sizes: Sizes, layers: int, place: str) -> Stream:
         sampler=sizes.sampler,
         keep_turned=sizes.keep_turned,
     )
+
+
+class _LongestPrompt(WanModel):
+    """Of a ghost no padding can be told, and the longest prompt has none."""
+
+    def counted_prompt(self, prompt_embeds_BSD: Tensor) -> PromptContext:
+        return self.prompt_context(prompt_embeds_BSD)
 
 
 @lru_cache(maxsize=256)

@@ -226,15 +226,16 @@ def test_attention_goes_through_comfyui(demo: Any, stream: Callable[..., Tensor]
     model, calls = demo.load_model(), []
 
     def counting(original: Any, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append(args[0].shape)
+        calls.append(args[1].shape[1])
         return original(*args, **kwargs)
 
     watched = model.clone()
     watched.model_options["transformer_options"]["optimized_attention_override"] = counting
     expected = stream(model, chunks=1)
     assert torch.equal(stream(watched, chunks=1), expected)
-    layers = model.model.diffusion_model.config.num_layers
-    assert len(calls) == 2 * layers * 5  # self and cross, four steps and the clean pass
+    sizes = model.model.diffusion_model.config
+    assert len(calls) == 2 * sizes.num_layers * 5  # self and cross, four steps and the clean pass
+    assert set(calls[1::2]) == {sizes.text_len}  # an override sees prompts as they are padded
 
 
 def test_a_run_with_another_ending_goes_on_from_the_shared_beginning(

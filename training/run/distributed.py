@@ -103,7 +103,7 @@ def shard(
         for method in ("prompt_kv", "modulations", "remember"):
             register_fsdp_forward_method(block, method)
     fully_shard(network, **options)
-    for method in ("prompt_context", "time_context", "remember"):
+    for method in ("prompt_context", "counted_prompt", "time_context", "remember"):
         register_fsdp_forward_method(network, method)
     return network
 
