@@ -6,9 +6,9 @@ Memory that a kernel is to fill holds NaN before, so that what it leaves out is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import methodcaller
 from typing import Any
@@ -21,6 +21,9 @@ from .... import kernels
 from ....config import CacheConfig, Grid, ModelConfig
 from ....decoders.vae import VAEConfig
 from ....kernels import reference
+from ....kernels.availability import multiplies_fp8
+from ....kernels.reference import FP8
+from ....padding import log_counts
 from ....rope import Rope, rope_table
 from ....stream import latent_size
 from ...stopwatch import device_seconds
@@ -31,6 +34,9 @@ from . import workload
 
 # Relative norm: what rounding once gives, twice where a result is made of a stored one.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+# Rounded to bfloat16 first, a number may fall to the next one of fp8.
+_FP8_LIMIT = 2e-2
+_PROMPT_ROWS = 32  # of a prompt of some twenty words
 _LAYERS = 4  # of a cache; all thirty would take 10 GB in float64
 _VAE_FRAMES = 4
 
@@ -41,10 +47,13 @@ class Case:
 
     name: str
     arguments: tuple[Any, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
     filled: tuple[int, ...] = ()
     """Places of the arguments that it fills."""
     definition: torch.dtype = torch.float64
     """What its definition computes in."""
+    limit: float | None = None
+    """What the relative norm of its error may be, if not `LIMITS`."""
 
 
 @torch.no_grad()
@@ -57,11 +66,13 @@ def run(record: Record, setting: Setting) -> None:
         with _new_memory_is_nan(device):
             found = _called(kernels, case, Tensor.clone)
         error = max(map(_error, found, wanted), default=math.inf)
-        seconds = device_seconds(partial(getattr(kernels, case.name), *case.arguments), device)
+        call = partial(getattr(kernels, case.name), *case.arguments, **case.options)
+        seconds = device_seconds(call, device)
         moved = sum(t.nbytes for t in (*tree_leaves(case.arguments), *found) if _is_tensor(t))
-        row = {"kernel": case.name, "error": error, "seconds": seconds, "bytes": moved}
+        what = " ".join((case.name, *map(str, case.options)))
+        row = {"kernel": what, "error": error, "seconds": seconds, "bytes": moved}
         record.append("rows", row | {"bytes_a_second": moved / seconds})
-        record.check(case.name, error, LIMITS[dtype])
+        record.check(what, error, case.limit or LIMITS[dtype])
         del wanted, found
 
 
@@ -106,6 +117,19 @@ def _network_cases(
     weight_OI = draw(model.ffn_dim, dim) * dim**-0.5
     yield Case(name="linear_gelu", arguments=(x, weight_OI, draw(model.ffn_dim)))
     yield Case(name="quantise_rows", arguments=(x, torch.int8), definition=torch.float32)
+    prompt = draw(2, 1, model.text_len, heads, model.head_dim)
+    bias_BS = log_counts(torch.tensor([_PROMPT_ROWS], device=x.device), *(model.text_len,) * 2)
+    queries = x.view(1, tokens, heads, model.head_dim)
+    yield Case(name="prompt_attention", arguments=(queries, *prompt, bias_BS))
+    if x.is_cuda and multiplies_fp8(x.device):
+        rounded: dict[str, Any] = {"definition": torch.float32, "limit": _FP8_LIMIT}
+        rows = {"rows": True}
+        after = (x, y, gate, shift, scale, eps)
+        yield Case(name="modulated_norm", arguments=(x, shift, scale, eps), options=rows, **rounded)
+        yield Case(name="modulated_after_residual", arguments=after, options=rows, **rounded)
+        hidden = draw(1, tokens, model.ffn_dim)
+        gelu = {"after_gelu": True}
+        yield Case(name="quantise_rows", arguments=(hidden, FP8), options=gelu, **rounded)
 
 
 def _decoder_cases(height: int, width: int, draw: _Draws) -> Iterator[Case]:
@@ -141,9 +165,13 @@ def _called(where: Any, case: Case, copy: Callable[[Tensor], Tensor]) -> list[Te
     ]
     for place in case.filled:
         given[place].fill_(math.nan)
-    result = getattr(where, case.name)(*given)
+    result = getattr(where, case.name)(*given, **case.options)
     made = result if result is not None else [given[i] for i in case.filled] or given[0]
-    return [tensor.double() for tensor in tree_leaves(made)]
+    found = [leaf.double() for leaf in tree_leaves(made) if _is_tensor(leaf)]
+    if "rows" in case.options or case.name == "quantise_rows":
+        *rest, values, scale = found
+        return [*rest, values * scale]
+    return found
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
