@@ -253,22 +253,68 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last_3d)
 
 
 @needs_triton
+@pytest.mark.parametrize("summands", ["", "bias", "residual", "bias and residual"])
 @pytest.mark.parametrize("out_layout", LAYOUTS, ids=["planes", "last"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["planes", "last"])
 @pytest.mark.parametrize("channels", [6, 96])
 @each_dtype
 def test_normed_channels_follow_the_past_frames_in_any_layout(
-    triton_kernels, dtype, channels, layout, out_layout
+    triton_kernels, dtype, channels, layout, out_layout, summands
 ):
-    x = random(BATCH, channels, 3, 5, 11, dtype=dtype).contiguous(memory_format=layout)
+    x, bias, residual = summed(channels, layout, out_layout, dtype, summands)
     gamma = random(channels, 1, 1, 1, dtype=dtype, seed=8)
     past = random(BATCH, channels, 2, 5, 11, dtype=dtype, seed=9)
     padded = torch.zeros(BATCH, channels, 5, 5, 11, device=DEVICE, dtype=dtype)
     padded = padded.contiguous(memory_format=out_layout)
     padded[:, :, :2] = past
-    triton_kernels.channels.causal_norm_silu(x, gamma, padded)
+    before, total = x.clone(), in_float32(x, bias, residual)
+
+    triton_kernels.channels.causal_norm_silu(x, gamma, padded, bias, residual)
+
     assert torch.equal(padded[:, :, :2], past)
-    assert_rounded(padded[:, :, 2:], F.silu(reference.channel_norm(*exact(x, gamma))))
+    if residual is None:
+        assert torch.equal(x, before)
+    else:
+        assert_rounded(x, total)
+        total = x.float()
+    assert_rounded(padded[:, :, 2:], F.silu(reference.channel_norm(total, gamma.float())))
+
+
+@needs_triton
+@pytest.mark.parametrize("summands", ["", "bias", "residual", "bias and residual"])
+@pytest.mark.parametrize("other_layout", LAYOUTS, ids=["planes", "last"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["planes", "last"])
+@each_dtype
+def test_a_sum_is_rounded_once_and_written_over_its_first_summand(
+    triton_kernels, dtype, layout, other_layout, summands
+):
+    x, bias, residual = summed(6, layout, other_layout, dtype, summands)
+    total = in_float32(x, bias, residual)
+    triton_kernels.channels.add_in_place(x, bias, residual)
+    assert_rounded(x, total)
+
+
+def summed(
+    channels: int,
+    layout: torch.memory_format,
+    other_layout: torch.memory_format,
+    dtype: torch.dtype,
+    summands: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A tensor in one layout, and what is to be added to it."""
+    shape = (BATCH, channels, 3, 5, 11)
+    x = random(*shape, dtype=dtype).contiguous(memory_format=layout)
+    bias = random(channels, dtype=dtype, seed=10) if "bias" in summands else None
+    residual = random(*shape, dtype=dtype, seed=11).contiguous(memory_format=other_layout)
+    return x, bias, residual if "residual" in summands else None
+
+
+def in_float32(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Their sum, in the kernel's order."""
+    total = x.float()
+    if bias is not None:
+        total = total + bias.float().view(-1, 1, 1, 1)
+    return total if residual is None else total + residual.float()
 
 
 def test_the_definitions_are_the_textbook_s():
@@ -290,6 +336,14 @@ def test_the_definitions_are_the_textbook_s():
     torch.testing.assert_close(padded[:, :, 2:], scaled / (1 + (-scaled).exp()))
     assert not padded[:, :, :2].any()
 
+    bias, residual = random(6, seed=1).double(), random(1, 6, 2, 3, 4, seed=2).double()
+    summed = clip + bias.view(-1, 1, 1, 1) + residual
+    for normed, given in ((clip + bias.view(-1, 1, 1, 1), None), (summed, residual)):
+        scaled = normed / normed.square().mean(1, keepdim=True).sqrt() * gamma
+        reference.causal_norm_silu(clip, gamma, padded, bias, given)
+        torch.testing.assert_close(padded[:, :, 2:], scaled / (1 + (-scaled).exp()))
+    torch.testing.assert_close(clip, summed)
+
 
 def arguments() -> dict[str, tuple]:
     """What each public function takes, in small."""
@@ -310,7 +364,8 @@ def arguments() -> dict[str, tuple]:
         "rotate_context": (k, table(12, 3 * FRAMES), turned),
         "absorb": (*sinks_and_evicted([k, v]), 0.9),
         "quantise_rows": (after[0], torch.int8),
-        "causal_norm_silu": (clip, random(6, 1, 1, 1), padded),
+        "causal_norm_silu": (clip, random(6, 1, 1, 1), padded, random(6), clip * 2),
+        "add_in_place": (clip, random(6), clip * 2),
     }
 
 
@@ -456,7 +511,8 @@ def compile_for_a_card() -> None:
     from rf_core.kernels import triton_channels, triton_heads, triton_norms, triton_sink
 
     row = {"C": 24, "BLOCK": 32}
-    plane = {"LEAST": 1e-12, "C": 6, "BLOCK": 8, "POSITIONS": 32, "x_c": 1, "out_c": 1}
+    plane = {"C": 96, "BLOCK": 128, "POSITIONS": 32, "x_c": 1, "residual_c": 1}
+    plane |= {"BIASED": True, "ADD": True}
     flags = {"ADD": True, "GATED": True}
     for kernel, constants in (
         (triton_norms._norm, row | flags),
@@ -464,7 +520,8 @@ def compile_for_a_card() -> None:
         (triton_heads._write_keys_values, row | {"PAIRS": 6}),
         (triton_heads._rotate_context, row | {"PAIRS": 6}),
         (triton_sink._absorb, row | {"EXACT": True}),
-        (triton_channels._causal_norm_silu, plane),
+        (triton_channels._causal_norm_silu, plane | {"LEAST": 1e-12, "out_c": 1}),
+        (triton_channels._add_in_place, plane),
     ):
         signature = {n: argument_type(n, constants) for n in kernel.arg_names}
         source = ASTSource(kernel, signature, constants)
