@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -28,7 +28,7 @@ import tiny  # noqa: E402
 from rf_core import kernels, kv_cache  # noqa: E402
 from rf_core.config import CacheConfig, Grid  # noqa: E402
 from rf_core.decoders import vae as vae_module  # noqa: E402
-from rf_core.decoders.codec import put_channels_last  # noqa: E402
+from rf_core.decoders.codec import Forms, put_channels_last  # noqa: E402
 from rf_core.decoders.decoder import WanDecoder  # noqa: E402
 from rf_core.decoders.vae import VAEConfig, WanVAE  # noqa: E402
 from rf_core.kernels import availability, reference  # noqa: E402
@@ -409,13 +409,17 @@ def streamed(model=tiny.model, **options) -> Tensor:
     return torch.cat([*made, stream.generate()], dim=2)
 
 
+DECODING = {"_activate", "_convolve_for_norm", "causal_norm_silu", "add_in_place"}
+
+
 @torch.no_grad()
-def decoded() -> Tensor:
+def decoded(layout: Callable[[nn.Module], None] = put_channels_last) -> Tensor:
     """Two chunks of images, decoded as on a card."""
     torch.manual_seed(0)
     plain = {"latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4}
     vae = WanVAE(VAEConfig(dim=8, z_dim=4, num_res_blocks=1, **plain)).to(DEVICE)
-    put_channels_last(vae)
+    vae.forms = Forms.on(torch.device("cuda"))
+    layout(vae)
     decoder, state, made = WanDecoder(vae.eval()), None, []
     for chunk in range(2):
         images, state = decoder.decode(random(1, 4, 3, 2, 2, seed=chunk), state)
@@ -439,9 +443,13 @@ def decoded() -> Tensor:
         ),
         (lambda: streamed(cache=tiny.window(6, 3, storage="int8")), {"quantise_rows"}),
         (lambda: streamed(hosted, cache=tiny.window(6, 3)), {"modulated_norm"}),
-        (decoded, {"_activate"}),
+        (decoded, DECODING),
+        (lambda: decoded(layout=nn.Module.eval), DECODING),
     ],
-    ids=["published", "float32 sink, keys turned anew", "int8", "a host's layers", "decoder"],
+    ids=[
+        *("published", "float32 sink, keys turned anew", "int8", "a host's layers"),
+        *("decoder", "decoder, in planes"),
+    ],
 )
 def test_whole_streams_through_the_kernels_are_those_of_the_definitions(
     triton_kernels, monkeypatch, run, expected
