@@ -43,7 +43,7 @@ class Handoff:
         threaded: whether to deliver in a thread of its own; None does so with a second stream.
         first_alone: whether to decode a stream's first latent frame by itself, so that its image is
             there before the others of its chunk are decoded; None does so with a second stream.
-            The images are the same up to rounding. On a CPU it makes the first chunk a fifth slower.
+            The images are the same up to rounding. On a CPU the first chunk is a fifth slower so.
 
     Raises:
         ValueError: depth is below 1.
