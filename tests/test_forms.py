@@ -76,8 +76,9 @@ def test_a_codec_takes_the_forms_of_the_device_or_those_it_was_given() -> None:
     assert codec.forms_for(x) == codec.forms_for(x.to("meta")) == codec.forms
 
 
-def test_ghosts_of_a_card_take_the_forms_of_a_card() -> None:
-    assert Forms.on(torch.device("meta")) == ON_A_CARD
+def test_ghosts_of_a_card_take_the_forms_of_a_card_and_other_devices_none() -> None:
+    assert Forms.on(torch.device("meta")) == ON_A_CARD != Forms()
+    assert Forms.on(torch.device("mps")) == Forms()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -155,6 +156,18 @@ def test_a_host_s_layers_run_as_themselves_in_every_form(monkeypatch) -> None:
         monkeypatch.delattr(module, "convolve_with")
     monkeypatch.delattr(codec_module, "convolve_in_phases")
     assert streamed(vae, ON_A_CARD).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(codec_module, "convolve_in_phases"), (vae_module, "multiplied_attention")],
+)
+def test_with_gradients_a_card_takes_forms_that_have_them(monkeypatch, module, name: str) -> None:
+    monkeypatch.delattr(module, name)
+    vae, latents = small_vae(device="meta"), torch.empty(1, 16, 2, 2, 3, device="meta")
+    assert vae.decode(latents.requires_grad_()).requires_grad
+    with torch.no_grad(), pytest.raises(NameError, match=name):
+        vae.decode(latents)
 
 
 class Convolutions(TorchDispatchMode):

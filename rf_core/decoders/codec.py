@@ -52,15 +52,14 @@ class Forms:
 
     @classmethod
     def on(cls, device: torch.device) -> Forms:
-        """What suits a device."""
+        """What suits a device; ghosts on `meta` stand for a card's tensors."""
         if device.type == "cpu":
             return cls(fold_doubling=True)
-        return cls(
-            fold_doubling=True,
-            defer_sums=True,
-            multiply_attention="dtype" in torch.ops.aten.mm.overloads(),  # torch 2.8
-            fill_outputs=True,
-        )
+        if device.type not in ("cuda", "meta"):
+            return cls()
+        # Products of half precision with a float32 result: torch 2.8 on CUDA.
+        wide = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+        return cls(fold_doubling=True, defer_sums=True, multiply_attention=wide, fill_outputs=True)
 
 
 @dataclass

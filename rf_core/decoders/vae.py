@@ -208,7 +208,10 @@ class ResidualBlock(nn.Module):
 
 
 def multiplied_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`F.scaled_dot_product_attention` of q, k, v [N, L, C], written out: softmax in float32."""
+    """`F.scaled_dot_product_attention` of q, k, v [N, L, C], written out, without gradients.
+
+    Scores and softmax are in float32.
+    """
     q = q * q.shape[2] ** -0.5
     frames = []
     for queries, keys, values in zip(q, k, v, strict=True):
@@ -240,7 +243,7 @@ class AttentionBlock(nn.Module):
         frames = rearrange(whole, "b c t h w -> (b t) c h w")
         qkv = self.to_qkv(self.norm(frames))
         q, k, v = rearrange(qkv, "n (three c) h w -> three n (h w) c", three=3)
-        if carry.forms.multiply_attention:
+        if carry.forms.multiply_attention and not torch.is_grad_enabled():
             out = multiplied_attention(q, k, v)
         else:
             out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
