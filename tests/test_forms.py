@@ -51,7 +51,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def streamed(codec: Codec, forms: Forms) -> Tensor:
     codec.forms, state, made = forms, None, []
     for chunk in range(2):
-        pixels, state = codec.decode_chunk(random(1, 16, 3, 4, 5, seed=chunk), state)
+        latents = random(1, 16, 3, 4, 5, seed=chunk).to(next(codec.parameters()))
+        pixels, state = codec.decode_chunk(latents, state)
         made.append(pixels)
     return torch.cat(made, dim=2)
 
@@ -67,6 +68,21 @@ def test_a_stream_is_the_same_in_every_form(make, name: str) -> None:
     codec = make()
     got = streamed(codec, replace(Forms(), **{name: True}))
     torch.testing.assert_close(got, streamed(codec, Forms()), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+@pytest.mark.parametrize("make", [small_vae, small_taehv], ids=["wan", "taehv"])
+@pytest.mark.parametrize("name", FORMS)
+@torch.no_grad()
+def test_on_a_card_every_form_is_as_near_to_exact_as_the_definition(make, name: str) -> None:
+    exact = streamed(make().double(), Forms())
+    codec = make().to("cuda", torch.bfloat16)
+    put_channels_last(codec)
+    plain, got = (
+        error(streamed(codec, forms).cpu(), exact)
+        for forms in (Forms(), replace(Forms(), **{name: True}))
+    )
+    assert 0 < got < 1.5 * plain < 0.1
 
 
 def test_a_codec_takes_the_forms_of_the_device_or_those_it_was_given() -> None:
