@@ -9,7 +9,7 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV := .venv-comfy
 COMFY_READY := $(COMFY_VENV)/.ready
 
-.PHONY: test test-comfy coverage demo lint clean
+.PHONY: test test-comfy coverage demo card lint clean
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto
@@ -24,6 +24,10 @@ test-comfy: $(COMFY_READY)
 demo: $(READY)
 	$(BIN)/python -m rf_core generate --timeline rf_core/demo/timeline.txt --seconds 10 \
 		--output demo.mp4 --overwrite
+
+# What this machine's card can do, in nine minutes at most: card/table.txt is made to be pasted.
+card: $(READY)
+	$(BIN)/python -m rf_core card card
 
 lint: $(READY)
 	$(BIN)/ruff check .

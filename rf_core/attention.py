@@ -16,19 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .split_attention import cudnn_lse, flash_lse, split_tail
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
-    """PyTorch's scaled dot product attention: runs everywhere, the reference for the others."""
+    """PyTorch's scaled dot product attention, by the kernel that it prefers; runs everywhere."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def cudnn(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
-    """PyTorch's, by cuDNN: CUDA, fp16 or bf16. On Hopper about twice as fast as its default."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q_BLHD, k_BSHD, v_BSHD)
+def forced(backend: SDPBackend) -> Attention:
+    """`sdpa` by one of PyTorch's own kernels and no other; RuntimeError where that cannot run."""
+
+    def forced_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q_BLHD, k_BSHD, v_BSHD)
+
+    return forced_attention
 
 
 def flash2(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
@@ -54,10 +60,26 @@ def sage(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
 
 
 BACKENDS: Mapping[str, Attention] = MappingProxyType(
-    {"sdpa": sdpa, "cudnn": cudnn, "flash2": flash2, "flash3": flash3, "sage": sage}
+    {
+        "sdpa": sdpa,
+        "cudnn": forced(SDPBackend.CUDNN_ATTENTION),
+        "cudnn-split": split_tail(cudnn_lse),
+        "flash": forced(SDPBackend.FLASH_ATTENTION),
+        "flash-split": split_tail(flash_lse),
+        "efficient": forced(SDPBackend.EFFICIENT_ATTENTION),
+        "math": forced(SDPBackend.MATH),
+        "flash2": flash2,
+        "flash3": flash3,
+        "sage": sage,
+    }
 )
-EXACT = ("sdpa", "cudnn", "flash2", "flash3")
+EXACT = (
+    *("sdpa", "cudnn", "cudnn-split", "flash", "flash-split", "efficient"),
+    *("flash2", "flash3"),
+)
 """Backends that differ by rounding alone: among them `auto` chooses."""
+PLAIN = "math"
+"""What runs everywhere and is right everywhere, in much time and memory."""
 _PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "sage": "sageattention"}
 
 
@@ -94,5 +116,5 @@ def check_device(device: str, dtype: torch.dtype, attention: str) -> None:
     cards = torch.cuda.device_count()
     if kind == "cuda" and (torch.device(device).index or 0) >= cards:
         raise ValueError(f"there is no {device}: cards are numbered from 0, and this has {cards}")
-    if attention not in ("sdpa", "auto") and (kind != "cuda" or dtype == torch.float32):
+    if attention not in ("sdpa", PLAIN, "auto") and (kind != "cuda" or dtype == torch.float32):
         raise ValueError(f"attention {attention} runs on cuda in bfloat16 or float16; use sdpa")

@@ -7,7 +7,6 @@ import json
 import subprocess
 import types
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,6 @@ from safetensors.torch import save_file
 
 from rf_core.__main__ import main
 from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
-from rf_core.decoders.taehv import TAEHVConfig
-from rf_core.decoders.vae import VAEConfig
 from rf_core.measure import bench as bench_module
 from rf_core.measure import machine as machine_module
 from rf_core.measure import workload as workload_module
@@ -30,16 +27,7 @@ from rf_core.measure.workload import WorkloadOptions, load_workload, randomise
 SMALL = {"height": 16, "width": 16}
 
 
-@pytest.fixture
-def small_decoders(monkeypatch):
-    """Random decoders of the published layouts, a few channels wide."""
-    vae = replace(VAEConfig(), dim=4, num_res_blocks=1)
-    taehv = replace(TAEHVConfig(), decoder_widths=(8, 4, 4, 4), encoder_width=4)
-    monkeypatch.setattr(workload_module, "VAEConfig", lambda: vae)
-    monkeypatch.setattr(workload_module, "TAEHVConfig", lambda: taehv)
-
-
-def test_each_decoder_is_measured_on_top_of_the_network(small_decoders):
+def test_each_decoder_is_measured_on_top_of_the_network():
     result = bench(BenchOptions(chunks=14, decoder="both", **SMALL))
     assert list(result["decoders"]) == ["wan", "taehv"]
     for found in result["decoders"].values():
@@ -60,10 +48,16 @@ def test_without_a_decoder_the_latents_are_what_comes_first():
     assert result["seconds_per_100_chunks"] is None  # too few for a slope
 
 
-def test_every_chunk_is_reported_in_order():
+def test_every_measurement_is_reported_as_it_is_taken():
     seen = []
-    bench(BenchOptions(chunks=3, **SMALL), lambda chunk, seconds: seen.append((chunk, seconds > 0)))
-    assert seen == [(0, True), (1, True), (2, True)]
+    options = BenchOptions(chunks=3, decoder="taehv", **SMALL)
+    result = bench(options, lambda name, value: seen.append((name, value)))
+    after = ["memory", "switches", "taehv_streamed_fps"]
+    assert [name for name, _ in seen] == ["first_image", *["chunk"] * 3, *after]
+    assert seen[0][1] == result["first_image"] and seen[-2][1] == result["switches"]
+    chunks = [value for name, value in seen if name == "chunk"]
+    assert all(chunk.keys() == {"network", "taehv", "taehv_host"} for chunk in chunks)
+    assert max(chunk["network"] for chunk in chunks[1:]) == result["network_seconds"]["max"]
 
 
 def test_latents_that_are_not_finite_are_refused(monkeypatch):
@@ -119,8 +113,8 @@ def test_text_encoding_is_counted_apart_and_its_encoder_is_gone_before_the_strea
     encoder, gone = weakref.ref(workload.encoder), []
     monkeypatch.setattr(bench_module, "load_workload", lambda options, one=[workload]: one.pop())
     del workload
-    bench(BenchOptions(chunks=2, **SMALL), lambda chunk, seconds: gone.append(encoder() is None))
-    assert gone == [True, True]
+    bench(BenchOptions(chunks=2, **SMALL), lambda *_: gone.append(encoder() is None))
+    assert gone == [False, True, True, True, True]  # the first image comes before the stream
 
 
 def test_compiling_is_counted_apart_and_meets_every_block(monkeypatch):
@@ -148,11 +142,11 @@ def test_random_weights_are_the_same_every_time():
 
 
 def test_growth_is_the_slope_of_a_line():
-    assert bench_module._growth(3.0 + 0.25 * np.arange(20)) == pytest.approx(25)
-    assert bench_module._growth(np.arange(9.0)) is None
+    assert bench_module.growth(3.0 + 0.25 * np.arange(20)) == pytest.approx(25)
+    assert bench_module.growth(np.arange(9.0)) is None
 
 
-def test_a_decoder_beside_the_stream_goes_on_from_chunk_to_chunk(small_decoders):
+def test_a_decoder_beside_the_stream_goes_on_from_chunk_to_chunk():
     workload = load_workload(WorkloadOptions(decoder="taehv", **SMALL))
     decoder, latents = workload.decoders["taehv"], torch.randn(1, 16, 6, 2, 2)
     whole, _ = decoder.decode(latents, None)
@@ -161,7 +155,7 @@ def test_a_decoder_beside_the_stream_goes_on_from_chunk_to_chunk(small_decoders)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 
-def test_a_decoder_s_weights_are_read_and_must_be_of_the_kind_asked_for(small_decoders, tmp_path):
+def test_a_decoder_s_weights_are_read_and_must_be_of_the_kind_asked_for(tmp_path):
     drawn = load_workload(WorkloadOptions(decoder="taehv", **SMALL)).decoders["taehv"]
     weights = {key: (t + 1).contiguous() for key, t in drawn.codec.state_dict().items()}
     save_file(weights, path := tmp_path / "taehv.safetensors")
@@ -233,7 +227,7 @@ def test_a_card_without_nvidia_smi_is_still_named(card, monkeypatch):
     assert facts["gpu"] is None and format_machine(facts)[0] == ("device", "H")
 
 
-def test_the_command_takes_every_flag_and_writes_json(small_decoders, tmp_path, capsys):
+def test_the_command_takes_every_flag_and_writes_json(tmp_path, capsys):
     path = tmp_path / "bench.json"
     small = ["--chunks", "2", "--width", "16", "--height", "16", "--device", "cpu"]
     assert main(["bench", *small, "--decoder", "taehv", "--window", "6", "--json", str(path)]) == 0

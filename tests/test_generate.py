@@ -275,7 +275,7 @@ WRONG = [
 def test_a_bad_option_gets_one_clear_sentence_before_anything_is_loaded(
     wrong, message, weights, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("rf_core.__main__.load", lambda plan: pytest.fail("loaded"))
+    monkeypatch.setattr("rf_core.commands.load", lambda plan: pytest.fail("loaded"))
     assert main(arguments(weights, tmp_path / "a.mp4", *wrong)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

@@ -51,9 +51,15 @@ each_size = pytest.mark.parametrize(("heads", "head_dim"), SIZES)
 def triton_kernels() -> Iterator[SimpleNamespace]:
     from triton import knobs
 
-    from rf_core.kernels import triton_channels, triton_heads, triton_norms, triton_sink
+    from rf_core.kernels import (
+        triton_attention,
+        triton_channels,
+        triton_heads,
+        triton_norms,
+        triton_sink,
+    )
 
-    modules = (triton_channels, triton_heads, triton_norms, triton_sink)
+    modules = (triton_attention, triton_channels, triton_heads, triton_norms, triton_sink)
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             message = "triton was imported before TRITON_INTERPRET=1 was set: set it in conftest.py"
@@ -195,6 +201,19 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else(triton_kernels, dtyp
     for old, slot in zip(before, slots, strict=True):
         old[1, :, TOKENS : 2 * TOKENS] = slot
     assert all(map(torch.equal, before, owned))
+
+
+@needs_triton
+@each_dtype
+@each_size
+def test_parts_of_attention_are_merged_in_float32_and_rounded_once(
+    triton_kernels, dtype, heads, head_dim
+):
+    rows = random(BATCH, 3, heads, TOKENS, head_dim, dtype=dtype)  # as some kernels leave them
+    parts, lse = rows.transpose(2, 3), 50 * random(BATCH, 3, heads, TOKENS)
+    got = triton_kernels.attention.merge_parts(parts, lse)
+    assert got.is_contiguous()
+    assert_rounded(got, reference.merge_parts(*exact(parts), lse))
 
 
 @needs_triton
@@ -366,6 +385,7 @@ def arguments() -> dict[str, tuple]:
         "quantise_rows": (after[0], torch.int8),
         "causal_norm_silu": (clip, random(6, 1, 1, 1), padded, random(6), clip * 2),
         "add_in_place": (clip, random(6), clip * 2),
+        "merge_parts": (random(BATCH, 3, TOKENS, 2, 12), random(BATCH, 3, 2, TOKENS)),
     }
 
 
@@ -516,7 +536,13 @@ def compile_for_a_card() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from rf_core.kernels import triton_channels, triton_heads, triton_norms, triton_sink
+    from rf_core.kernels import (
+        triton_attention,
+        triton_channels,
+        triton_heads,
+        triton_norms,
+        triton_sink,
+    )
 
     row = {"C": 24, "BLOCK": 32}
     plane = {"C": 96, "BLOCK": 128, "POSITIONS": 32, "x_c": 1, "residual_c": 1}
@@ -530,6 +556,7 @@ def compile_for_a_card() -> None:
         (triton_sink._absorb, row | {"EXACT": True}),
         (triton_channels._causal_norm_silu, plane | {"LEAST": 1e-12, "out_c": 1}),
         (triton_channels._add_in_place, plane),
+        (triton_attention._merge_parts, {"N": 2, "H": 12, "D": 128, "ROWS": 16, "COLUMNS": 128}),
     ):
         signature = {n: argument_type(n, constants) for n in kernel.arg_names}
         source = ASTSource(kernel, signature, constants)
@@ -543,7 +570,7 @@ def argument_type(name: str, constants: dict[str, object]) -> str:
     if name in constants:
         return "constexpr"
     if name.endswith("_ptr"):
-        return "*fp32" if name in ("cos_ptr", "sin_ptr", "exact_ptr") else "*bf16"
+        return "*fp32" if name in ("cos_ptr", "sin_ptr", "exact_ptr", "lse_ptr") else "*bf16"
     return "fp32" if name in ("eps", "kept", "taken", "root") else "i32"
 
 

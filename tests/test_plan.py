@@ -396,6 +396,7 @@ def test_the_command_prints_what_is_taken_and_chosen(capsys):
 
 
 def test_generate_chooses_its_decode_grouping_when_asked_to(tmp_path, capsys):
+    pytest.importorskip("av")
     output = tmp_path / "a.mp4"
     arguments = ["generate", "--prompt", "a red circle moves right slowly", "--chunks", "1"]
     more = ["--device", "cpu", "--group-frames", "auto", "--output", str(output)]

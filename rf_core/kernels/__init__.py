@@ -9,9 +9,9 @@ rounds after every torch operation; in float32 the two agree to rounding. On a c
 Nothing here waits for the device, reads it or tunes itself, so all may be captured in CUDA graphs
 once they have run on the same shapes. Under torch.compile the reference is what is compiled.
 
-Letters: N layers, B batch, F latent frames, L tokens, W tokens of the context, S tokens of the
-sink, H heads, D channels of a head, C = H * D channels, P pairs of a head's channels (D / 2); of
-pictures, C channels, T frames or images, H rows, W columns.
+Letters: N layers or parts of the keys, B batch, F latent frames, L tokens, W tokens of the context,
+S tokens of the sink, H heads, D channels of a head, C = H * D channels, P pairs of a head's
+channels (D / 2); of pictures, C channels, T frames or images, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "add_in_place",
     "affine_after_residual",
     "causal_norm_silu",
+    "merge_parts",
     "modulated_after_residual",
     "modulated_norm",
     "norm_rotate",
@@ -160,6 +161,18 @@ def absorb(
     from . import triton_sink
 
     triton_sink.absorb(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
+
+
+def merge_parts(parts_BNLHD: Tensor, lse_BNHL: Tensor) -> Tensor:
+    """Attention over all keys -> [B, L, H, D], from that over each of N parts of them.
+
+    `lse` is the log of each query's sum of exponentials over a part's keys, in float32.
+    """
+    if not fused(parts_BNLHD):
+        return reference.merge_parts(parts_BNLHD, lse_BNHL)
+    from . import triton_attention
+
+    return triton_attention.merge_parts(parts_BNLHD, lse_BNHL)
 
 
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -142,6 +142,12 @@ def absorb(
             sink.copy_(average)
 
 
+def merge_parts(parts_BNLHD: Tensor, lse_BNHL: Tensor) -> Tensor:
+    """The parts' mean, weighted by their sums of exponentials, in float32 -> [B, L, H, D]."""
+    weights_BNLH1 = lse_BNHL.softmax(1).transpose(2, 3)[..., None]
+    return (parts_BNLHD * weights_BNLH1).sum(1).to(parts_BNLHD)
+
+
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows x [..., C] in 8 bits and their scales [..., 1]."""
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..config import Grid
 from ..stream import Stream, chunk_noise
-from .bench import format_table
 from .machine import format_machine, machine
 from .published import Published
 from .stopwatch import Stopwatch
+from .table import format_table
 from .verify import RELATIVE_NORM
 from .workload import Workload, WorkloadOptions, load_workload
 

@@ -29,6 +29,7 @@ from ..stream import Stream
 from ..video import to_uint8
 from .machine import format_machine, machine
 from .stopwatch import Stopwatch
+from .table import format_table
 from .workload import DecoderName, Workload, WorkloadOptions, load_workload
 
 SWITCHES = ("soft", "recache", "blend 3", "cut")
@@ -59,40 +60,44 @@ class BenchOptions(WorkloadOptions):
             raise ValueError(f"{self.chunks} chunks leave nothing after the first; measure 2")
 
 
-Report = Callable[[int, float], None]
-"""Called with each chunk's number and its seconds."""
+Report = Callable[[str, Any], None]
+"""Called with the name and the value of a measurement as soon as it is taken: `first_image`, then
+`chunk` with the seconds of each, and what comes after."""
 
 
 @torch.no_grad()
-def bench(options: BenchOptions, report: Report = lambda chunk, seconds: None) -> dict[str, Any]:
+def bench(options: BenchOptions, report: Report = lambda name, value: None) -> dict[str, Any]:
     """Stream and measure; times in seconds, memory in bytes, all of it JSON can hold."""
     workload = load_workload(options)
     first = first_image(workload, options.compile)
+    report("first_image", first)
     workload = replace(workload, encoder=None)  # gone before a stream begins, as in a real run
     _reset_peak(options.device)
     stream = workload.stream()
     laps, memory = _laps(stream, workload, options, report)
     clocks = machine(options.device)  # at once: they fall when the work ends
     peaks = _memory_peaks(options.device)
+    report("memory", peaks)
     switches, snapshot = switch_costs(stream, workload.prompts), snapshot_costs(stream)
-    streamed = {  # last, as the stream's own decoder does not see these chunks
-        name: streamed_fps(stream, decoder, min(STREAMED, options.chunks))
-        for name, decoder in workload.decoders.items()
-    }
+    report("switches", switches)
+    streamed = {}
+    for name, decoder in workload.decoders.items():  # last: the stream's own does not see these
+        streamed[name] = streamed_fps(stream, decoder, min(STREAMED, options.chunks))
+        report(f"{name}_streamed_fps", streamed[name])
     growing = options.cache.window_frames // options.cache.chunk_frames + 1
     skipped = growing if options.chunks > 2 * growing else 1
     steady = {name: np.array(seconds[skipped:]) for name, seconds in laps.items()}
     return {
         "options": options.plain(),
         "machine": clocks,
-        "attention": {"name": workload.attention.name, "seconds": dict(workload.attention.seconds)},
+        "attention": workload.attention.plain(),
         "first_image": first,
         **_rates(steady, streamed, options),
         "cache_bytes": stream.state.cache.nbytes,
         "weight_bytes": sum(p.nbytes for p in workload.model.parameters()),
         "memory_bytes": memory[-1],
         **peaks,
-        "memory_bytes_per_100_chunks": _growth(np.array(memory[skipped:], dtype=float)),
+        "memory_bytes_per_100_chunks": growth(np.array(memory[skipped:], dtype=float)),
         "switches": switches,
         "snapshot": snapshot,
     }
@@ -193,19 +198,6 @@ def format_bench(result: dict[str, Any]) -> str:
     )
 
 
-def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-
-
 def _laps(
     stream: Stream, workload: Workload, options: BenchOptions, report: Report
 ) -> tuple[dict[str, list[float]], list[int | None]]:
@@ -214,11 +206,12 @@ def _laps(
     laps: dict[str, list[float]] = {"network": []}
     laps |= {name + stage: [] for name in lanes for stage in ("", "_host")}
     memory = []
-    for chunk in range(options.chunks):
-        for name, seconds in _timed_chunk(stream, lanes).items():
+    for _ in range(options.chunks):
+        chunk = _timed_chunk(stream, lanes)
+        for name, seconds in chunk.items():
             laps[name].append(seconds)
         memory.append(_memory_held(options.device))
-        report(chunk, sum(seconds[-1] for seconds in laps.values()))
+        report("chunk", chunk)
     return laps, memory
 
 
@@ -337,7 +330,7 @@ def _rates(
         "network_seconds": _percentiles(network),
         "network_fps": images / float(np.median(network)),
         "decoders": decoders,
-        "seconds_per_100_chunks": _growth(whole),
+        "seconds_per_100_chunks": growth(whole),
     }
 
 
@@ -412,7 +405,7 @@ def _percentiles(values: np.ndarray[Any, Any]) -> dict[str, float]:
     return dict(zip(("p50", "p95", "max"), found, strict=True))
 
 
-def _growth(values: np.ndarray[Any, Any]) -> float | None:
+def growth(values: Sequence[float] | np.ndarray[Any, Any]) -> float | None:
     """How much the values rise over 100 chunks, by a straight line; None for too few."""
     if len(values) < 10 or np.isnan(values).any():
         return None

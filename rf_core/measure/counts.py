@@ -71,8 +71,8 @@ def pass_work(
     tokens = cache.chunk_frames * grid.frame_tokens
     window = context_frames * grid.frame_tokens + tokens
     block = {
-        SELF_PRODUCTS: _attention(model.dim, tokens, window, element_bytes),
-        CROSS_PRODUCTS: _attention(model.dim, tokens, model.text_len, element_bytes),
+        SELF_PRODUCTS: attention_work(model.dim, tokens, window, element_bytes),
+        CROSS_PRODUCTS: attention_work(model.dim, tokens, model.text_len, element_bytes),
         SELF_LINEARS: _linear(model.dim, model.dim, tokens, element_bytes).times(4),
         CROSS_LINEARS: _linear(model.dim, model.dim, tokens, element_bytes).times(2),
         FEED_FORWARD: _linear(model.dim, model.ffn_dim, tokens, element_bytes)
@@ -202,7 +202,8 @@ def _linear(in_dim: int, out_dim: int, rows: int, element_bytes: int) -> Work:
     return Work(2 * rows * in_dim * out_dim, moved * element_bytes)
 
 
-def _attention(dim: int, queries: int, keys: int, element_bytes: int) -> Work:
+def attention_work(dim: int, queries: int, keys: int, element_bytes: int = 2) -> Work:
+    """The products of one layer's attention, over all heads."""
     return Work(4 * queries * keys * dim, 2 * (queries + keys) * dim * element_bytes)
 
 

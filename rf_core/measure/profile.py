@@ -31,7 +31,6 @@ from ..layers import Block, CrossAttention, Head, SelfAttention
 from ..model import WanModel
 from ..stream import Stream
 from ..video import to_uint8
-from .bench import format_table
 from .counts import (
     CROSS_LINEARS,
     CROSS_PRODUCTS,
@@ -49,6 +48,7 @@ from .counts import (
 )
 from .machine import format_machine, machine
 from .stopwatch import Stopwatch, seconds_of, wait
+from .table import format_table
 from .workload import Workload, WorkloadOptions, load_workload
 
 REST = "noise, schedule, rest"
@@ -312,23 +312,50 @@ def _plain_seconds(stream: Stream, options: ProfileOptions) -> float:
     return statistics.fmean(seconds)
 
 
+def costliest(
+    call: Callable[[], Any], device: str | torch.device, number: int
+) -> list[dict[str, Any]]:
+    """The kernels of a call that take most time on a card, elsewhere torch's operators."""
+    wait(device)
+    with torch.profiler.profile(activities=_activities(device)) as recorded:
+        call()
+        wait(device)
+    kind = torch.device(device).type.upper()
+    return _by_time(recorded, device, number, lambda event: event.device_type.name == kind)
+
+
 def _trace(stream: Stream, options: ProfileOptions) -> list[dict[str, Any]]:
     """Writes the trace of one chunk; the costliest operators by their own time."""
-    cuda = torch.device(options.device).type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    ranges = Ranges()
+    ranges, activities = Ranges(), _activities(options.device)
     with torch.profiler.profile(activities=activities) as recorded, marked(stream, ranges):
         play(stream, ranges)
         wait(options.device)
     options.trace.parent.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(str(options.trace))
+    return _by_time(
+        recorded, options.device, NUM_OPERATORS, lambda event: event.key.startswith("aten::")
+    )
+
+
+def _activities(device: str | torch.device) -> list[ProfilerActivity]:
+    cuda = torch.device(device).type == "cuda"
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+
+
+def _by_time(
+    recorded: torch.profiler.profile,
+    device: str | torch.device,
+    number: int,
+    wanted: Callable[[Any], bool],
+) -> list[dict[str, Any]]:
+    cuda = torch.device(device).type == "cuda"
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
     found = [
         {"name": event.key, "calls": event.count, "seconds": getattr(event, own) / 1e6}
         for event in recorded.key_averages()
-        if event.key.startswith("aten::")
+        if wanted(event)
     ]
-    return sorted(found, key=lambda row: -row["seconds"])[:NUM_OPERATORS]
+    return sorted(found, key=lambda row: -row["seconds"])[:number]
 
 
 def _attending(inside: list[str], module: nn.Module) -> Callable[..., Any]:

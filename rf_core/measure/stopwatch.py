@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+_FLUSH_BYTES = 256 << 20  # several times the second-level cache of any card
 
 
 class Stopwatch:
@@ -47,3 +50,33 @@ def seconds_of(call: Callable[[], Any], device: str | torch.device, repeats: int
         call()
         seconds.append(watch.lap())
     return min(seconds)
+
+
+def device_seconds(call: Callable[[], Any], device: str | torch.device, repeats: int = 9) -> float:
+    """The median time a short call takes on the device alone, launches hidden and caches cold.
+
+    Before each call the device writes more than its caches hold, so that the call reads memory.
+    """
+    device = torch.device(device)
+    call()
+    if device.type != "cuda":
+        return seconds_of(call, device, repeats)
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in marks:
+        flush.zero_()
+        begin.record(torch.cuda.current_stream(device))
+        call()
+        end.record(torch.cuda.current_stream(device))
+    wait(device)
+    return statistics.median(begin.elapsed_time(end) / 1e3 for begin, end in marks)
+
+
+def captured(call: Callable[[], Any], device: str | torch.device) -> Callable[[], Any]:
+    """The call as a CUDA graph, replayed; the call itself elsewhere. It must have run once."""
+    if torch.device(device).type != "cuda":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

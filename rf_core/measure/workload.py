@@ -44,6 +44,15 @@ TINY = ModelConfig(
 RANDOM_SIZES = MappingProxyType({"tiny": TINY, "1.3b": WAN_1_3B, "14b": WAN_14B})
 SIZES = ("demo", *RANDOM_SIZES)
 DecoderName = Literal["wan", "taehv"]
+_PUBLISHED_DECODERS: Mapping[DecoderName, VAEConfig | TAEHVConfig] = MappingProxyType(
+    {"wan": VAEConfig(), "taehv": TAEHVConfig()}
+)
+_TINY_DECODERS: Mapping[DecoderName, VAEConfig | TAEHVConfig] = MappingProxyType(
+    {
+        "wan": VAEConfig(dim=4, num_res_blocks=1),
+        "taehv": TAEHVConfig(decoder_widths=(8, 4, 4, 4), encoder_width=4),
+    }
+)
 DECODERS: Mapping[str, tuple[DecoderName, ...]] = MappingProxyType(
     {"none": (), "wan": ("wan",), "taehv": ("taehv",), "both": ("wan", "taehv")}
 )
@@ -133,6 +142,11 @@ class Workload:
             cache=options.cache,
             attention=attention_backend(self.attention.name),
         )
+
+
+def decoder_sizes(size: str) -> Mapping[DecoderName, VAEConfig | TAEHVConfig]:
+    """Sizes of the decoders that stand beside a network of one of SIZES with random weights."""
+    return _TINY_DECODERS if size == "tiny" else _PUBLISHED_DECODERS
 
 
 @torch.no_grad()
@@ -226,8 +240,9 @@ def _decoders(options: WorkloadOptions) -> dict[DecoderName, WanDecoder | TAEHVD
 
 
 def _random_decoder(name: DecoderName, options: WorkloadOptions) -> WanDecoder | TAEHVDecoder:
-    place = {"device": options.device, "dtype": options.dtype}
-    codec = WanVAE(VAEConfig(), **place) if name == "wan" else TAEHV(TAEHVConfig(), **place)  # type: ignore[arg-type]
+    place: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
+    sizes = decoder_sizes(options.size)[name]
+    codec = WanVAE(sizes, **place) if isinstance(sizes, VAEConfig) else TAEHV(sizes, **place)
     randomise(codec)
     codec.eval().requires_grad_(False)
     kind = WanDecoder if isinstance(codec, WanVAE) else TAEHVDecoder

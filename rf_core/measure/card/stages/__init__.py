@@ -1,0 +1,36 @@
+"""What each process measures: one module a stage, with `run(record, setting)`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ....config import WAN_SIZE
+from ..plan import Setting
+from ..record import NotRun
+
+_TINY_SIZE = (64, 64)
+
+
+def workload(setting: Setting) -> dict[str, Any]:
+    """Fields of `WorkloadOptions`: what is run, and where.
+
+    NotRun where only the rehearsal makes sense.
+    """
+    height, width = _TINY_SIZE if setting.rehearsal else WAN_SIZE
+    cuda = torch.cuda.is_available()
+    if not (cuda or setting.rehearsal):
+        raise NotRun("torch sees no CUDA card here; --size tiny rehearses on the CPU")
+    return {
+        "size": setting.size,
+        "height": height,
+        "width": width,
+        "device": "cuda" if cuda else "cpu",
+        "dtype": torch.bfloat16 if cuda else torch.float32,
+    }
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`bfloat16` and the like."""
+    return str(dtype).removeprefix("torch.")
