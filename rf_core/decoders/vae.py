@@ -221,7 +221,9 @@ def multiplied_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.device.type == "cpu" or q.dtype == torch.float32:  # CPUs have no product with an out_dtype
+    if q.itemsize > 2:
+        scores = q @ k.mT
+    elif q.device.type == "cpu":  # where no product has an out_dtype
         scores = q.float() @ k.float().mT
     else:
         scores = torch.mm(q, k.mT, out_dtype=torch.float32)
