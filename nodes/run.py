@@ -186,6 +186,7 @@ def _handoff(request: Request, writer: VideoWriter | None, made: Made) -> Handof
         beside=request.decoder.device == request.model.load_device
         and host.stays_on_cuda(request.decoder.vae.patcher),
         threaded=True,
+        first_alone=False,  # ComfyUI's decoders begin with a whole chunk
     )
 
 

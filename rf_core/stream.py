@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from .scheduler import add_noise, flow_to_x0, sampling_timesteps
 from .state import Blend, Snapshot, StreamState, cache_config_of, pack, unpack
 
 DEFAULT_SWITCH = Switch()
+_DRAWN_TOGETHER = 16  # normal numbers that torch's CPU generator draws at once
 
 OnPass = Callable[[Literal["denoise", "clean"], int], None]
 """Called before every pass of the network with its kind and its number. What it raises ends the
@@ -109,9 +111,9 @@ class Stream:
         """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one."""
         on_pass = on_pass or (lambda kind, number: None)
         self._begin_chunk(on_pass)
-        noise, *renoise = self._noise()
+        noise = self._noise()
         timesteps = sampling_timesteps(self.sampler).tolist()
-        x0 = denoise(self._predict, noise, renoise, timesteps, on_pass, on_guess)
+        x0 = denoise(self._predict, next(noise), noise, timesteps, on_pass, on_guess)
         self._finish_chunk(x0)
         return x0
 
@@ -359,11 +361,11 @@ class Stream:
             self._times[key] = self.model.time_context(timestep_BF, self.dtype)
         return self._times[key], self._context, self.state.cache, self.attention
 
-    def _noise(self) -> list[Tensor]:
+    def _noise(self) -> Iterator[Tensor]:
         shape = (self.model.config.in_dim, self.cache_config.chunk_frames, *self.latent_size)
         seeds = [self.state.seed + sample for sample in range(self.batch)]
-        draws = chunk_noise(seeds, self.state.num_chunks, shape, len(self.sampler.steps))
-        return [to_device(draw, self.device) for draw in draws]
+        draws = noise_draws(seeds, self.state.num_chunks, shape, len(self.sampler.steps))
+        return (to_device(draw, self.device) for draw in draws)
 
     def _batched(self, prompt_embeds: Tensor) -> Tensor:
         if prompt_embeds.shape[0] not in (1, self.batch):
@@ -409,17 +411,18 @@ class Stream:
 def denoise(
     predict: Callable[[Tensor, float], Tensor],
     noise: Tensor,
-    renoise: Sequence[Tensor],
+    renoise: Iterable[Tensor],
     timesteps: Sequence[float],
     on_pass: OnPass | None = None,
     on_guess: OnGuess | None = None,
 ) -> Tensor:
     """Turn noise into a clean chunk, both [B, C, F, h, w].
 
-    `predict(x, timestep)` gives the flow; `renoise[i]` is mixed back between passes i and i + 1:
-    x = (1 - sigma) x0 + sigma noise. The last pass's x0 is the result.
+    `predict(x, timestep)` gives the flow; `renoise` is mixed back between one pass and the next,
+    and asked for when the first of them is on its way: x = (1 - sigma) x0 + sigma noise. The last
+    pass's x0 is the result.
     """
-    x = noise
+    x, renoise = noise, iter(renoise)
     for i, timestep in enumerate(timesteps):
         if on_pass is not None:
             on_pass("denoise", i)
@@ -428,7 +431,7 @@ def denoise(
         if on_guess is not None:
             on_guess(i, x)
         if i + 1 < len(timesteps):
-            x = add_noise(x, renoise[i], torch.full_like(at_BF, timesteps[i + 1]))
+            x = add_noise(x, next(renoise), torch.full_like(at_BF, timesteps[i + 1]))
     return x
 
 
@@ -440,12 +443,25 @@ def chunk_noise(
     The first starts the chunk, the others go back in between its passes. A function of its
     arguments alone, drawn on the CPU so that every device sees the same.
     """
-    samples = []
-    for seed in seeds:
-        digest = hashlib.blake2b(f"{seed}/{chunk}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-        samples.append(torch.randn((num_draws, *shape), generator=generator))
-    return list(torch.stack(samples, dim=1))
+    return list(noise_draws(seeds, chunk, shape, num_draws))
+
+
+def noise_draws(
+    seeds: Sequence[int], chunk: int, shape: tuple[int, ...], num_draws: int
+) -> Iterator[Tensor]:
+    """As `chunk_noise`, each drawn when it is asked for: a device works while the next is drawn."""
+    generators = [_generator(seed, chunk) for seed in seeds]
+    if math.prod(shape) % _DRAWN_TOGETHER:  # such a tail would be drawn anew, and all after it
+        samples = [torch.randn((num_draws, *shape), generator=each) for each in generators]
+        yield from torch.stack(samples, dim=1)
+        return
+    for _ in range(num_draws):
+        yield torch.stack([torch.randn(shape, generator=each) for each in generators])
+
+
+def _generator(seed: int, chunk: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{chunk}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
 def latent_size(height: int, width: int, patch_size: tuple[int, int, int]) -> tuple[int, int]:

@@ -170,8 +170,8 @@ def test_another_schedule_changes_the_number_of_passes():
 @pytest.mark.parametrize(
     ("codec", "tera", "state_giga"),
     [
-        (WanVAE(VAEConfig(), device="meta", dtype=torch.bfloat16), 40.7, 1.89),
-        (TAEHV(TAEHVConfig(), device="meta", dtype=torch.bfloat16), 1.6, 0.07),
+        (WanVAE(VAEConfig(), device="meta", dtype=torch.bfloat16), 38.8, 1.89),
+        (TAEHV(TAEHVConfig(), device="meta", dtype=torch.bfloat16), 1.3, 0.07),
     ],
     ids=["wan", "taehv"],
 )
@@ -187,7 +187,7 @@ def test_decoding_a_published_chunk_takes_the_known_work(codec, tera, state_giga
 
 def test_decoder_work_grows_with_the_picture():
     vae = WanVAE(replace(VAEConfig(), dim=8, num_res_blocks=1))
-    small, large = (counts.decoder_work(vae, (1, 16, 3, side, side)).flops for side in (2, 4))
+    small, large = (counts.decoder_work(vae, (1, 16, 3, side, side)).flops for side in (32, 64))
     assert large > 4 * small  # four times the convolutions, sixteen times the attention
 
 

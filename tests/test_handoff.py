@@ -110,6 +110,50 @@ def test_images_are_delivered_in_the_form_that_is_asked_for(threaded: bool) -> N
     assert torch.equal(done[0], decoder.decode(latents(0), None)[0][0])
 
 
+@BOTH
+@torch.no_grad()
+def test_a_stream_s_first_image_comes_before_the_others_are_decoded(threaded: bool) -> None:
+    decoder, events = wan_decoder(), []
+    decode = decoder.decode
+
+    def watched(z: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        events.append(("decode", z.shape[2]))
+        return decode(z, state)
+
+    decoder.decode = watched
+    state, done = None, []
+
+    def deliver(images: Tensor) -> None:
+        events.append(("deliver", images.shape[1]))
+        done.append(images.clone())
+
+    with Handoff(decoder, deliver, depth=1, threaded=threaded, first_alone=True) as handoff:
+        for chunk in range(2):
+            state = handoff.submit(latents(chunk), state)
+    assert events == [
+        *(("decode", 1), ("deliver", 1), ("decode", 2), ("deliver", 8)),
+        *(("decode", 3), ("deliver", 12)),
+    ]
+    whole, twin = decode(latents(0), None)
+    expected = torch.cat([whole, decode(latents(1), twin)[0]], dim=1)
+    apart = to_uint8(expected).int() - torch.cat(done, dim=1).int()
+    assert apart.abs().max() <= 1  # rounding
+
+
+@BOTH
+def test_a_first_frame_is_told_apart_only_where_asked_for_or_on_a_second_stream(
+    threaded: bool,
+) -> None:
+    delivered = Delivered()
+    with Handoff(wan_decoder(), delivered, threaded=threaded) as handoff:
+        handoff.submit(latents(0), None)
+    assert delivered.counts == [9]
+    delivered = Delivered()
+    with Handoff(wan_decoder(), delivered, threaded=threaded, first_alone=True) as handoff:
+        handoff.submit(latents(0)[:, :, :1], None)
+    assert delivered.counts == [1]
+
+
 def test_no_more_than_depth_chunks_are_on_their_way() -> None:
     delivered = Delivered()
     delivered.open.clear()
@@ -223,6 +267,15 @@ def test_a_depth_of_nothing_is_refused() -> None:
 
 
 @CUDA
+@torch.no_grad()
+def test_on_cuda_a_stream_s_first_image_is_delivered_alone() -> None:
+    delivered = Delivered()
+    with Handoff(wan_decoder("cuda"), delivered, device="cuda") as handoff:
+        handoff.submit(latents(0).cuda(), None)
+    assert delivered.counts == [1, 8]
+
+
+@CUDA
 @pytest.mark.parametrize("form", [to_uint8, Tensor.float], ids=["bytes", "floats"])
 @torch.no_grad()
 def test_on_cuda_the_images_are_those_of_the_default_stream(
@@ -234,7 +287,7 @@ def test_on_cuda_the_images_are_those_of_the_default_stream(
     def keep(images: Tensor) -> None:
         done.append(images.clone())
 
-    with Handoff(decoder, keep, device="cuda", form=form) as handoff:
+    with Handoff(decoder, keep, device="cuda", form=form, first_alone=False) as handoff:
         for chunk in range(8):
             state = handoff.submit(latents(chunk).cuda(), state)
             images, twin = decoder.decode(latents(chunk).cuda(), twin)

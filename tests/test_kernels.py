@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -29,7 +29,7 @@ import tiny  # noqa: E402
 from rf_core import kernels, kv_cache  # noqa: E402
 from rf_core.config import CacheConfig, Grid  # noqa: E402
 from rf_core.decoders import vae as vae_module  # noqa: E402
-from rf_core.decoders.codec import put_channels_last  # noqa: E402
+from rf_core.decoders.codec import Forms, put_channels_last  # noqa: E402
 from rf_core.decoders.decoder import WanDecoder  # noqa: E402
 from rf_core.decoders.vae import VAEConfig, WanVAE  # noqa: E402
 from rf_core.kernels import availability, reference  # noqa: E402
@@ -298,22 +298,68 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last_3d)
 
 
 @needs_triton
+@pytest.mark.parametrize("summands", ["", "bias", "residual", "bias and residual"])
 @pytest.mark.parametrize("out_layout", LAYOUTS, ids=["planes", "last"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["planes", "last"])
 @pytest.mark.parametrize("channels", [6, 96])
 @each_dtype
 def test_normed_channels_follow_the_past_frames_in_any_layout(
-    triton_kernels, dtype, channels, layout, out_layout
+    triton_kernels, dtype, channels, layout, out_layout, summands
 ):
-    x = random(BATCH, channels, 3, 5, 11, dtype=dtype).contiguous(memory_format=layout)
+    x, bias, residual = summed(channels, layout, out_layout, dtype, summands)
     gamma = random(channels, 1, 1, 1, dtype=dtype, seed=8)
     past = random(BATCH, channels, 2, 5, 11, dtype=dtype, seed=9)
     padded = torch.zeros(BATCH, channels, 5, 5, 11, device=DEVICE, dtype=dtype)
     padded = padded.contiguous(memory_format=out_layout)
     padded[:, :, :2] = past
-    triton_kernels.channels.causal_norm_silu(x, gamma, padded)
+    before, total = x.clone(), in_float32(x, bias, residual)
+
+    triton_kernels.channels.causal_norm_silu(x, gamma, padded, bias, residual)
+
     assert torch.equal(padded[:, :, :2], past)
-    assert_rounded(padded[:, :, 2:], F.silu(reference.channel_norm(*exact(x, gamma))))
+    if residual is None:
+        assert torch.equal(x, before)
+    else:
+        assert_rounded(x, total)
+        total = x.float()
+    assert_rounded(padded[:, :, 2:], F.silu(reference.channel_norm(total, gamma.float())))
+
+
+@needs_triton
+@pytest.mark.parametrize("summands", ["", "bias", "residual", "bias and residual"])
+@pytest.mark.parametrize("other_layout", LAYOUTS, ids=["planes", "last"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["planes", "last"])
+@each_dtype
+def test_a_sum_is_rounded_once_and_written_over_its_first_summand(
+    triton_kernels, dtype, layout, other_layout, summands
+):
+    x, bias, residual = summed(6, layout, other_layout, dtype, summands)
+    total = in_float32(x, bias, residual)
+    triton_kernels.channels.add_in_place(x, bias, residual)
+    assert_rounded(x, total)
+
+
+def summed(
+    channels: int,
+    layout: torch.memory_format,
+    other_layout: torch.memory_format,
+    dtype: torch.dtype,
+    summands: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A tensor in one layout, and what is to be added to it."""
+    shape = (BATCH, channels, 3, 5, 11)
+    x = random(*shape, dtype=dtype).contiguous(memory_format=layout)
+    bias = random(channels, dtype=dtype, seed=10) if "bias" in summands else None
+    residual = random(*shape, dtype=dtype, seed=11).contiguous(memory_format=other_layout)
+    return x, bias, residual if "residual" in summands else None
+
+
+def in_float32(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Their sum, in the kernel's order."""
+    total = x.float()
+    if bias is not None:
+        total = total + bias.float().view(-1, 1, 1, 1)
+    return total if residual is None else total + residual.float()
 
 
 def prompt_of(lengths: tuple[int, ...], text_len: int, heads: int, head_dim: int, dtype):
@@ -396,6 +442,14 @@ def test_the_definitions_are_the_textbook_s():
     torch.testing.assert_close(padded[:, :, 2:], scaled / (1 + (-scaled).exp()))
     assert not padded[:, :, :2].any()
 
+    bias, residual = random(6, seed=1).double(), random(1, 6, 2, 3, 4, seed=2).double()
+    summed = clip + bias.view(-1, 1, 1, 1) + residual
+    for normed, given in ((clip + bias.view(-1, 1, 1, 1), None), (summed, residual)):
+        scaled = normed / normed.square().mean(1, keepdim=True).sqrt() * gamma
+        reference.causal_norm_silu(clip, gamma, padded, bias, given)
+        torch.testing.assert_close(padded[:, :, 2:], scaled / (1 + (-scaled).exp()))
+    torch.testing.assert_close(clip, summed)
+
 
 def arguments() -> dict[str, tuple]:
     """What each public function takes, in small."""
@@ -421,8 +475,9 @@ def arguments() -> dict[str, tuple]:
             prompt_of((3, 10), 10, 2, 12, torch.float32)[2],
         ),
         "quantise_rows": (after[0], torch.int8),
+        "causal_norm_silu": (clip, random(6, 1, 1, 1), padded, random(6), clip * 2),
+        "add_in_place": (clip, random(6), clip * 2),
         "merge_parts": (random(BATCH, 3, TOKENS, 2, 12), random(BATCH, 3, 2, TOKENS)),
-        "causal_norm_silu": (clip, random(6, 1, 1, 1), padded),
         "linear_gelu": (after[0], random(48, 24), random(48, seed=8)),
     }
 
@@ -533,13 +588,17 @@ def streamed(model=tiny.model, **options) -> Tensor:
     return torch.cat([*made, stream.generate()], dim=2)
 
 
+DECODING = {"_activate", "_convolve_for_norm", "causal_norm_silu", "add_in_place"}
+
+
 @torch.no_grad()
-def decoded() -> Tensor:
+def decoded(layout: Callable[[nn.Module], None] = put_channels_last) -> Tensor:
     """Two chunks of images, decoded as on a card."""
     torch.manual_seed(0)
     plain = {"latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4}
     vae = WanVAE(VAEConfig(dim=8, z_dim=4, num_res_blocks=1, **plain)).to(DEVICE)
-    put_channels_last(vae)
+    vae.forms = Forms.on(torch.device("cuda"))
+    layout(vae)
     decoder, state, made = WanDecoder(vae.eval()), None, []
     for chunk in range(2):
         images, state = decoder.decode(random(1, 4, 3, 2, 2, seed=chunk), state)
@@ -567,15 +626,13 @@ def decoded() -> Tensor:
         ),
         (lambda: streamed(cache=tiny.window(6, 3, storage="int8")), {"quantise_rows"}),
         (lambda: streamed(hosted, cache=tiny.window(6, 3)), {"modulated_norm"}),
-        (decoded, {"_activate"}),
+        (decoded, DECODING),
+        (lambda: decoded(layout=nn.Module.eval), DECODING),
     ],
     ids=[
-        "published",
-        "float32 sink, keys turned anew",
-        "a short prompt",
-        "int8",
-        "a host's layers",
-        "decoder",
+        *("published", "float32 sink, keys turned anew", "a short prompt"),
+        *("int8", "a host's layers"),
+        *("decoder", "decoder, in planes"),
     ],
 )
 def test_whole_streams_through_the_kernels_are_those_of_the_definitions(
@@ -668,7 +725,8 @@ def compile_for_a_card() -> None:
     )
 
     row = {"C": 24, "BLOCK": 32}
-    plane = {"LEAST": 1e-12, "C": 6, "BLOCK": 8, "POSITIONS": 32, "x_c": 1, "out_c": 1}
+    plane = {"C": 96, "BLOCK": 128, "POSITIONS": 32, "x_c": 1, "residual_c": 1}
+    plane |= {"BIASED": True, "ADD": True}
     flags = {"ADD": True, "GATED": True, "ROWS": False}
     for kernel, constants in (
         (triton_norms._norm, row | flags),
@@ -676,7 +734,8 @@ def compile_for_a_card() -> None:
         (triton_heads._write_keys_values, row | {"PAIRS": 6}),
         (triton_heads._rotate_context, row | {"PAIRS": 6}),
         (triton_sink._absorb, row | {"EXACT": True}),
-        (triton_channels._causal_norm_silu, plane),
+        (triton_channels._causal_norm_silu, plane | {"LEAST": 1e-12, "out_c": 1}),
+        (triton_channels._add_in_place, plane),
         (triton_attention._merge_parts, {"N": 2, "H": 12, "D": 128, "ROWS": 16, "COLUMNS": 128}),
     ):
         signature = {n: argument_type(n, constants) for n in kernel.arg_names}

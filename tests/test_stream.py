@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from reference import Reference
+from torch import Tensor
 
+from rf_core import stream as stream_module
 from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.decoders.vae import VAEState
 from rf_core.state import Snapshot, slerp
@@ -107,6 +112,30 @@ def test_noise_is_a_function_of_seed_and_chunk_alone():
         assert not torch.equal(once[0], other[0])
     assert not torch.equal(once[0], once[1])
     assert all(chunk_noise([seed], 0, (1,), 1)[0].isfinite() for seed in (-1, 2**64 - 1, 2**70))
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 60, 104), (4, 3, 2, 2), (1, 16), (1, 3, 5), (2, 1, 4)])
+def test_noise_is_what_one_draw_of_all_of_it_gives(shape: tuple[int, ...]) -> None:
+    digest = hashlib.blake2b(b"7/3", digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    at_once = torch.randn((4, *shape), generator=generator)
+    assert torch.equal(torch.cat(chunk_noise([7], 3, shape, 4)), at_once)
+
+
+def test_noise_for_later_passes_is_drawn_when_the_pass_before_is_on_its_way(monkeypatch) -> None:
+    events, draws = [], stream_module.noise_draws
+
+    def watched(*given: Any) -> Iterator[Tensor]:
+        for draw in draws(*given):
+            events.append("draw")
+            yield draw
+
+    monkeypatch.setattr(stream_module, "noise_draws", watched)
+    stream = tiny.stream()
+    predict = stream._predict
+    monkeypatch.setattr(stream, "_predict", lambda *x: (events.append("pass"), predict(*x))[1])
+    stream.generate()
+    assert events == ["draw", "pass"] * len(stream.sampler.steps)
 
 
 def test_a_batch_equals_its_samples_made_alone():

@@ -2,7 +2,8 @@
 
 Every layer that looks back in time reads a few past frames from a `VAEState` that the caller passes
 in and leaves the last ones in the state it gets back, so whole clips and endless streams are one
-code path: a whole clip is a stream of one chunk. Modules hold weights only.
+code path: a whole clip is a stream of one chunk. Modules hold weights only. Some steps have a
+faster form on one device or another, each equal to its definition up to rounding (`Forms`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..devices import to_device
@@ -21,6 +24,42 @@ from ..devices import to_device
 RGB = 3
 # Weights in these layouts make torch keep activations channel by channel within each position.
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+_FULL_OUTPUTS = 8  # tensor cores take half-precision channels by as many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forms:
+    """Which steps of a codec take a faster form than their definition; by default none.
+
+    Each is equal to its definition up to rounding. `Forms.on` knows what suits a device; a codec
+    whose `forms` are set takes those everywhere.
+    """
+
+    fold_doubling: bool = False
+    """Convolve doubled pixels without doubling them: 4 products of 9 (`convolve_doubled`)."""
+    defer_sums: bool = False
+    """Leave the Wan VAE's biases and shortcuts to the next norm, which adds them in its own pass,
+    where there is a fused kernel for it. cuDNN and torch take a pass for each."""
+    multiply_attention: bool = False
+    """The Wan VAE's attention as two products around a softmax: at its head size, 384, neither
+    FlashAttention nor cuDNN takes it."""
+    fill_outputs: bool = False
+    """Fill a convolution's outputs up to a multiple of 8, and cut the filling off again."""
+    tune_convolutions: bool = False
+    """Let cuDNN measure which algorithm is fastest for each new shape, in decoding and after a
+    stream's first chunk, whose images must not wait. Off everywhere until a card has shown that
+    it gains: it costs seconds, once a process and shape, and workspaces that no plan counts."""
+
+    @classmethod
+    def on(cls, device: torch.device) -> Forms:
+        """What suits a device; ghosts on `meta` stand for a card's tensors."""
+        if device.type == "cpu":
+            return cls(fold_doubling=True)
+        if device.type not in ("cuda", "meta"):
+            return cls()
+        # Products of half precision with a float32 result: torch 2.8 on CUDA.
+        wide = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+        return cls(fold_doubling=True, defer_sums=True, multiply_attention=wide, fill_outputs=True)
 
 
 @dataclass
@@ -76,12 +115,13 @@ class VAEState:
 class Carry:
     """The past frames of one pass over a chunk: taken from the state before it, kept for the next.
 
-    Lives for one pass; with `keep` off nothing is kept, as for a whole clip. ValueError where the
-    state is spent.
+    Lives for one pass, and tells its layers in which `forms` they compute; with `keep` off nothing
+    is kept, as for a whole clip. ValueError where the state is spent.
     """
 
-    def __init__(self, state: VAEState | None, keep: bool) -> None:
+    def __init__(self, state: VAEState | None, keep: bool, forms: Forms) -> None:
         self.at_start = state is None
+        self.forms = forms
         self.past = state or VAEState({}, 0)
         self.past.require_unspent()
         self.next: dict[str, Tensor] | None = {} if keep else None
@@ -152,9 +192,16 @@ class Codec(nn.Module, ABC):
     stream.
     """
 
+    forms: Forms | None = None
+    """How its steps are computed; None for what suits the device."""
+
+    def forms_for(self, x: Tensor) -> Forms:
+        """How steps over x are computed."""
+        return self.forms or Forms.on(x.device)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, F, h, w] -> pixels [B, 3, 4(F-1)+1, 8h, 8w]."""
-        return self._decode(latents, Carry(None, keep=False))
+        return self._decode(latents, Carry(None, keep=False, forms=self.forms_for(latents)))
 
     def decode_chunk(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """The next latents [B, C, F, h, w] of a stream -> pixels [B, 3, T, 8h, 8w], state after.
@@ -162,20 +209,20 @@ class Codec(nn.Module, ABC):
         `state` is None at the start of a stream, whose first frame gives one image; every other
         gives four.
         """
-        carry = Carry(state, keep=True)
+        carry = Carry(state, keep=True, forms=self.forms_for(latents))
         pixels = self._decode(latents, carry)
         return pixels, carry.state(latents.shape[2])
 
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, 4k+1, H, W] -> normalised latents [B, C, k+1, H/8, W/8]."""
-        return self._encode(video, Carry(None, keep=False))
+        return self._encode(video, Carry(None, keep=False, forms=self.forms_for(video)))
 
     def encode_chunk(self, video: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """The next images [B, 3, T, H, W] of a stream -> latents [B, C, F, H/8, W/8], state after.
 
         `state` is None at the start of a stream.
         """
-        carry = Carry(state, keep=True)
+        carry = Carry(state, keep=True, forms=self.forms_for(video))
         latents = self._encode(video, carry)
         return latents, carry.state(video.shape[2])
 
@@ -221,16 +268,82 @@ def float32_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def convolve_doubled(conv: nn.Module, x: Tensor) -> Tensor:
-    """A 3x3 `conv` over x [N, C, H, W] with each pixel repeated 2x2 -> [N, C', 2H, 2W]."""
-    if not (float32_on_cpu(x) and type(conv) is nn.Conv2d):
-        whole: Tensor = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+def convolve(conv: nn.Module, x: Tensor, forms: Forms) -> Tensor:
+    """conv(x), for x of one frame or of several."""
+    if not (forms.fill_outputs and type(conv) in (nn.Conv2d, nn.Conv3d)):
+        whole: Tensor = conv(x)
         return whole
-    # Taps that meet the same pixel add up: as one transposed convolution it takes 4 products of 9.
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    filling = -conv.out_channels % _FULL_OUTPUTS
+    weight, bias = conv.weight, conv.bias
+    if filling:
+        weight = F.pad(weight, (*[0, 0] * (weight.ndim - 1), 0, filling))
+        bias = None if bias is None else F.pad(bias, (0, filling))
+    return convolve_with(conv, x, weight, bias)[:, : conv.out_channels]
+
+
+def convolve_with(
+    conv: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """conv(x), with another weight and bias than its own."""
+    run = F.conv2d if isinstance(conv, nn.Conv2d) else F.conv3d
+    return run(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def convolve_doubled(conv: nn.Module, x: Tensor, forms: Forms) -> Tensor:
+    """A 3x3 `conv` over x [N, C, H, W] with each pixel repeated 2x2 -> [N, C', 2H, 2W].
+
+    Folded, taps that meet the same pixel are one, their sum: in half precision it is rounded, as
+    weights are.
+    """
+    if forms.fold_doubling and type(conv) is nn.Conv2d:
+        if float32_on_cpu(x):
+            return _transposed(conv, x)
+        if x.device.type != "cpu" and not torch.is_grad_enabled():
+            return convolve_in_phases(conv, x)
+    return convolve(conv, F.interpolate(x, scale_factor=2, mode="nearest"), forms)
+
+
+def _transposed(conv: nn.Conv2d, x: Tensor) -> Tensor:
     taps = conv.weight.flip(2, 3).transpose(0, 1)
     shifts = ((0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 0, 1), (1, 0, 1, 0))
     kernel = torch.stack([F.pad(taps, shift) for shift in shifts]).sum(0)
     return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
+def convolve_in_phases(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """As `convolve_doubled`, by one 2x2 convolution, without gradients.
+
+    Even and odd rows and columns of the result are four phases. Each sees 2x2 pixels, which begin
+    one further down (right) for odd rows (columns); here they are channels of their own.
+    """
+    height, width = x.shape[2:]
+    phases = F.conv2d(x, _phase_kernels(conv.weight), padding=1).unflatten(1, (2, 2, -1))
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        (x.shape[0], conv.out_channels, 2 * height, 2 * width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    for row, column in product(range(2), repeat=2):
+        phase = phases[:, row, column, :, row : row + height, column : column + width]
+        place = out[:, :, row::2, column::2]
+        if conv.bias is None:
+            place.copy_(phase)
+        else:
+            torch.add(phase, conv.bias.view(-1, 1, 1), out=place)
+    return out
+
+
+def _phase_kernels(weight: Tensor) -> Tensor:
+    """[C', C, 3, 3] -> [4C', C, 2, 2], even and odd rows, in each even and odd columns."""
+    above, at, below = weight.float().unbind(2)
+    rows = torch.stack([above, at + below, above + at, below])
+    left, at, right = rows.unbind(-1)
+    columns = torch.stack([left, at + right, left + at, right])
+    kernels = rearrange(columns, "(b x) (a y) o i -> (a b o) i y x", a=2, b=2)
+    return kernels.to(weight.dtype)
 
 
 class LatentScales(Protocol):

@@ -30,6 +30,7 @@ from .codec import (
     check_scales,
     check_shape,
     check_video,
+    convolve,
     convolve_doubled,
     scales,
     some_keys,
@@ -160,7 +161,8 @@ def _run(layers: nn.ModuleList, path: str, x: Tensor, carry: Carry) -> Tensor:
             x = layer(x, _paired(frames, carry, f"{path}.{index}"))
         else:
             # Doubling commutes with `Grow`, pixel by pixel, and with it costs four times as much.
-            x = convolve_doubled(layer, x) if grown else layer(x)
+            run = convolve_doubled if grown else convolve
+            x = run(layer, x, carry.forms)
         grown = isinstance(layer, Grow)
     out: Tensor = rearrange(x, "(b t) c h w -> b c t h w", b=batch)
     return out

@@ -20,13 +20,16 @@ from .codec import (
     RGB,
     Carry,
     Codec,
+    Forms,
     LayerFactory,
     Operations,
     VAEState,
     check_scales,
     check_shape,
     check_video,
+    convolve,
     convolve_doubled,
+    convolve_with,
     float32_on_cpu,
     scales,
 )
@@ -37,6 +40,7 @@ _PAST_FRAMES = 2  # what a causal convolution over three frames looks back on
 # Up to this many channels x frames x rows of one sample, torch convolves by its slow_conv3d (ATen's
 # Convolution.cpp, use_mkldnn); above it, or with two samples, by oneDNN: 2 to 20 times faster.
 _SLOW_ROWS = 20480
+_QUERIES = 8192  # whose scores, in float32, are there at once: all of a frame at 480x832
 # The published normalisation of Wan 2.1 latents (Wan-Video/Wan2.1, wan/modules/vae.py).
 WAN21_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -113,32 +117,65 @@ def _norm(build: LayerFactory, dim: int, axes: int = 3) -> RMSNorm:
     return RMSNorm(dim, axes, build.device, build.dtype)
 
 
-def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+@dataclass
+class Sum:
+    """A tensor [B, C, T, H, W] to which a bias [C] and a shortcut may still have to be added."""
+
+    out: Tensor
+    bias: Tensor | None = None
+    shortcut: Tensor | None = None
+
+    def added(self) -> Tensor:
+        """All of it, written over `out`."""
+        if self.bias is not None or self.shortcut is not None:
+            kernels.add_in_place(self.out, self.bias, self.shortcut)
+            self.bias = self.shortcut = None
+        return self.out
+
+
+def _convolve(conv: nn.Module, x: Tensor, forms: Forms) -> Tensor:
     """conv(x) for x [B, C, T, H, W], never by torch's slow way."""
     small = x.shape[0] == 1 and x.shape[1:4].numel() <= _SLOW_ROWS
     slow = small and float32_on_cpu(x) and torch.backends.mkldnn.is_available()
     if not (slow and type(conv) is nn.Conv3d):
-        whole: Tensor = conv(x)
-        return whole
+        return convolve(conv, x, forms)
     assert isinstance(conv.padding, tuple)
     steps = (conv.padding, conv.stride, conv.dilation, conv.groups)
     return torch.mkldnn_convolution(x, conv.weight, conv.bias, *steps)
 
 
-def _activate(norm: nn.Module, x: Tensor, carry: Carry, key: str) -> Tensor:
-    """silu(norm(x)) for x [B, C, T, H, W], behind the two frames of it the stream had at `key`."""
+def _convolve_for_norm(conv: nn.Module, x: Tensor, forms: Forms) -> Sum:
+    """conv(x) for a norm to read, which may have its bias still to add."""
+    if forms.defer_sums and type(conv) is nn.Conv3d and fused(x, *conv.parameters()):
+        return Sum(convolve_with(conv, x, conv.weight, None), conv.bias)
+    return Sum(_convolve(conv, x, forms))
+
+
+def _activate(norm: nn.Module, x: Sum, carry: Carry, key: str) -> Tensor:
+    """silu(norm(x)) for x [B, C, T, H, W], behind the two frames of it the stream had at `key`.
+
+    A shortcut that x still lacked is added on the way.
+    """
     if torch.is_grad_enabled():
-        return carry.extend(key, F.silu(norm(x)), _PAST_FRAMES)
+        return carry.extend(key, F.silu(norm(x.added())), _PAST_FRAMES)
     assert isinstance(norm, RMSNorm)
-    if fused(x, norm.gamma):
-        room = carry.room(key, x, _PAST_FRAMES)
-        kernels.causal_norm_silu(x, norm.gamma, room)
+    if fused(x.out, norm.gamma):
+        room = carry.room(key, x.out, _PAST_FRAMES)
+        _activate_fused(norm.gamma, x, room, carry.forms)
     else:  # the norm comes first: beside the room it would raise the peak
-        normed = norm(x)
-        room = carry.room(key, x, _PAST_FRAMES)
+        normed = norm(x.added())
+        room = carry.room(key, x.out, _PAST_FRAMES)
         torch.ops.aten.silu.out(normed, out=room[:, :, _PAST_FRAMES:])
     carry.leave(key, room, _PAST_FRAMES)
     return room
+
+
+def _activate_fused(gamma: Tensor, x: Sum, room: Tensor, forms: Forms) -> None:
+    if not forms.defer_sums:
+        x.added()
+    kernels.causal_norm_silu(x.out, gamma, room, x.bias, x.shortcut)
+    if x.shortcut is not None:  # with it the sum was written; a bias alone is added in passing
+        x.bias = x.shortcut = None
 
 
 class ResidualBlock(nn.Module):
@@ -158,13 +195,39 @@ class ResidualBlock(nn.Module):
         same = in_dim == out_dim
         self.shortcut = nn.Identity() if same else build.conv3d(in_dim, out_dim, 1)
 
-    def forward(self, x: Tensor, carry: Carry) -> Tensor:
-        """x [B, C, T, H, W] -> [B, C', T, H, W]."""
+    def forward(self, x: Sum, carry: Carry) -> Sum:
+        """x [B, C, T, H, W] -> [B, C', T, H, W], to which the shortcut is still to be added."""
         out = x
         for norm, conv in (("0", "2"), ("3", "6")):
-            out = _activate(self.residual[norm], out, carry, f"{self.path}.residual.{conv}")
-            out = _convolve(self.residual[conv], out)
-        return out + _convolve(self.shortcut, x)
+            room = _activate(self.residual[norm], out, carry, f"{self.path}.residual.{conv}")
+            del out  # or it would be held while the next is made
+            out = _convolve_for_norm(self.residual[conv], room, carry.forms)
+            del room
+        shortcut = _convolve(self.shortcut, x.added(), carry.forms)
+        return Sum(out.out, out.bias, shortcut)
+
+
+def multiplied_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`F.scaled_dot_product_attention` of q, k, v [N, L, C], written out, without gradients.
+
+    Scores and softmax are in float32.
+    """
+    q = q * q.shape[2] ** -0.5
+    frames = []
+    for queries, keys, values in zip(q, k, v, strict=True):
+        parts = [_attended(part, keys, values) for part in queries.split(_QUERIES)]
+        frames.append(torch.cat(parts))
+    return torch.stack(frames)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.itemsize > 2:
+        scores = q @ k.mT
+    elif q.device.type == "cpu":  # where no product has an out_dtype
+        scores = q.float() @ k.float().mT
+    else:
+        scores = torch.mm(q, k.mT, out_dtype=torch.float32)
+    return scores.softmax(dim=1).to(v.dtype) @ v
 
 
 class AttentionBlock(nn.Module):
@@ -176,15 +239,19 @@ class AttentionBlock(nn.Module):
         self.to_qkv = build.conv2d(dim, 3 * dim, 1)
         self.proj = build.conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+    def forward(self, x: Sum, carry: Carry) -> Sum:
         """x [B, C, T, H, W] -> the same shape. Frames do not see each other."""
-        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        whole = x.added()
+        frames = rearrange(whole, "b c t h w -> (b t) c h w")
         qkv = self.to_qkv(self.norm(frames))
-        q, k, v = rearrange(qkv, "n (three c) h w -> three n 1 (h w) c", three=3)
-        out = F.scaled_dot_product_attention(q, k, v)
-        out = self.proj(rearrange(out, "n 1 (h w) c -> n c h w", h=x.shape[3]))
-        attended: Tensor = rearrange(out, "(b t) c h w -> b c t h w", b=x.shape[0])
-        return x + attended
+        q, k, v = rearrange(qkv, "n (three c) h w -> three n (h w) c", three=3)
+        if carry.forms.multiply_attention and not torch.is_grad_enabled():
+            out = multiplied_attention(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        out = self.proj(rearrange(out, "n (h w) c -> n c h w", h=whole.shape[3]))
+        attended = rearrange(out, "(b t) c h w -> b c t h w", b=whole.shape[0])
+        return Sum(whole + attended)
 
 
 class Downsample(nn.Module):
@@ -197,19 +264,23 @@ class Downsample(nn.Module):
         time_conv = build.conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
         self.time_conv = time_conv
 
-    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+    def forward(self, x: Sum, carry: Carry) -> Sum:
         """x [B, C, T, H, W] -> [B, C, T', H/2, W/2]."""
-        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        frames = rearrange(x.added(), "b c t h w -> (b t) c h w")
         frames = self.resample["1"](F.pad(frames, (0, 1, 0, 1)))
-        x = rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
-        return x if self.time_conv is None else self._halve_time(self.time_conv, x, carry)
+        half = rearrange(frames, "(b t) c h w -> b c t h w", b=x.out.shape[0])
+        if self.time_conv is not None:
+            half = self._halve_time(self.time_conv, half, carry)
+        return Sum(half)
 
     def _halve_time(self, time_conv: nn.Module, x: Tensor, carry: Carry) -> Tensor:
         if not carry.at_start:
-            return _convolve(time_conv, carry.extend(self.key, x, 1))
+            return _convolve(time_conv, carry.extend(self.key, x, 1), carry.forms)
         carry.leave(self.key, x, 1)
         first = x[:, :, :1]  # passes unfiltered, and is the past of the frames after it
-        return first if x.shape[2] == 1 else torch.cat([first, _convolve(time_conv, x)], dim=2)
+        if x.shape[2] == 1:
+            return first
+        return torch.cat([first, _convolve(time_conv, x, carry.forms)], dim=2)
 
 
 class Upsample(nn.Module):
@@ -222,14 +293,14 @@ class Upsample(nn.Module):
         self.resample = nn.ModuleDict({"1": build.conv2d(dim, dim // 2, 3, padding=1)})
         self.time_conv = build.conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+    def forward(self, x: Sum, carry: Carry) -> Sum:
         """x [B, C, T, H, W] -> [B, C/2, T', 2H, 2W]."""
+        whole = x.added()
         if self.time_conv is not None:
-            x = self._double_time(self.time_conv, x, carry)
-        frames = rearrange(x, "b c t h w -> (b t) c h w")
-        frames = convolve_doubled(self.resample["1"], frames)
-        out: Tensor = rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
-        return out
+            whole = self._double_time(self.time_conv, whole, carry)
+        frames = rearrange(whole, "b c t h w -> (b t) c h w")
+        frames = convolve_doubled(self.resample["1"], frames, carry.forms)
+        return Sum(rearrange(frames, "(b t) c h w -> b c t h w", b=whole.shape[0]))
 
     def _double_time(self, time_conv: nn.Module, x: Tensor, carry: Carry) -> Tensor:
         # The published model leaves the first frame out of time altogether: it stays one frame,
@@ -237,7 +308,8 @@ class Upsample(nn.Module):
         skipped = 1 if carry.at_start else 0
         if x.shape[2] == skipped:
             return x
-        rest = _convolve(time_conv, carry.extend(self.key, x[:, :, skipped:], _PAST_FRAMES))
+        past_and_rest = carry.extend(self.key, x[:, :, skipped:], _PAST_FRAMES)
+        rest = _convolve(time_conv, past_and_rest, carry.forms)
         rest = rearrange(rest.movedim(1, -1), "b t h w (two c) -> b (t two) h w c", two=2)
         rest = rest.movedim(-1, 1)  # by way of channels last, the layout of a stream
         return torch.cat([x[:, :, :1], rest], dim=2) if skipped else rest
@@ -252,10 +324,10 @@ class Head(nn.Module):
         self.add_module("0", _norm(build, in_dim))
         self.add_module("2", _causal(build, in_dim, out_dim))
 
-    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+    def forward(self, x: Sum, carry: Carry) -> Tensor:
         """x [B, C, T, H, W] -> [B, C', T, H, W]."""
         norm, conv = self.children()
-        return _convolve(conv, _activate(norm, x, carry, self.key))
+        return _convolve(conv, _activate(norm, x, carry, self.key), carry.forms)
 
 
 def _next_path(path: str, blocks: nn.ModuleList) -> str:
@@ -296,10 +368,12 @@ class VAEEncoder(nn.Module):
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
         """x [B, 3, T, H, W] -> [B, 2z, F, h, w]."""
-        x = _convolve(self.conv1, carry.extend(self.key, x, _PAST_FRAMES))
-        for block in (*self.downsamples, *self.middle, self.head):
-            x = block(x, carry)
-        return x
+        x = _convolve(self.conv1, carry.extend(self.key, x, _PAST_FRAMES), carry.forms)
+        out = Sum(x)
+        del x  # which the next block may write over and let go of
+        for block in (*self.downsamples, *self.middle):
+            out = block(out, carry)
+        return self.head(out, carry)
 
 
 class VAEDecoder(nn.Module):
@@ -327,10 +401,12 @@ class VAEDecoder(nn.Module):
 
     def forward(self, x: Tensor, carry: Carry) -> Tensor:
         """x [B, z, F, h, w] -> [B, 3, T, H, W]."""
-        x = _convolve(self.conv1, carry.extend(self.key, x, _PAST_FRAMES))
-        for block in (*self.middle, *self.upsamples, self.head):
-            x = block(x, carry)
-        return x
+        x = _convolve(self.conv1, carry.extend(self.key, x, _PAST_FRAMES), carry.forms)
+        out = Sum(x)
+        del x  # which the next block may write over and let go of
+        for block in (*self.middle, *self.upsamples):
+            out = block(out, carry)
+        return self.head(out, carry)
 
 
 class WanVAE(Codec):
@@ -358,7 +434,8 @@ class WanVAE(Codec):
     def _decode(self, latents: Tensor, carry: Carry) -> Tensor:
         check_shape(latents, self.config.z_dim, "latents")
         mean, std = scales(self.config, latents)
-        pixels: Tensor = self.decoder(_convolve(self.conv2, latents * std + mean), carry)
+        forms = carry.forms
+        pixels: Tensor = self.decoder(_convolve(self.conv2, latents * std + mean, forms), carry)
         return pixels
 
     def _encode(self, video: Tensor, carry: Carry) -> Tensor:

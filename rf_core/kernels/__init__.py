@@ -11,7 +11,7 @@ once they have run on the same shapes. Under torch.compile the reference is what
 
 Letters: N layers or parts of the keys, B batch, F latent frames, L tokens, W tokens of the context,
 S tokens of the sink or prompt, H heads, D channels of a head, C = H * D channels, P pairs of a
-head's channels (D / 2).
+head's channels (D / 2); of pictures, C channels, T frames or images, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .reference import Rows
 
 __all__ = [
     "absorb",
+    "add_in_place",
     "affine_after_residual",
     "causal_norm_silu",
     "linear_gelu",
@@ -235,18 +236,38 @@ def quantise_rows(
     return triton_quantise.quantise_rows(x, dtype, after_gelu=after_gelu)
 
 
-def causal_norm_silu(x_BCTHW: Tensor, gamma: Tensor, padded_BCTHW: Tensor) -> None:
+def causal_norm_silu(
+    x_BCTHW: Tensor,
+    gamma: Tensor,
+    padded_BCTHW: Tensor,
+    bias_C: Tensor | None = None,
+    residual_BCTHW: Tensor | None = None,
+) -> None:
     """SiLU(RMS norm of x over its channels), written behind the past frames `padded` begins with.
 
+    The norm is of x + bias + residual, as far as they are given. With `residual` that sum is
+    written over x, and it is the stored, rounded sum that is normed.
+
     `padded` has x's shape but for its frames, of which the last T are written; `gamma` is the
-    norm's gain, [C, 1, 1, 1]. Contiguous or channels-last, either of them.
+    norm's gain, [C, 1, 1, 1]. Contiguous or channels-last, each of them.
     """
-    if not fused(x_BCTHW, gamma, padded_BCTHW):
-        reference.causal_norm_silu(x_BCTHW, gamma, padded_BCTHW)
+    summands = (*_given(bias_C), *_given(residual_BCTHW))
+    if not fused(x_BCTHW, gamma, padded_BCTHW, *summands):
+        reference.causal_norm_silu(x_BCTHW, gamma, padded_BCTHW, bias_C, residual_BCTHW)
         return
     from . import triton_channels
 
-    triton_channels.causal_norm_silu(x_BCTHW, gamma, padded_BCTHW)
+    triton_channels.causal_norm_silu(x_BCTHW, gamma, padded_BCTHW, bias_C, residual_BCTHW)
+
+
+def add_in_place(x_BCTHW: Tensor, bias_C: Tensor | None, residual_BCTHW: Tensor | None) -> None:
+    """x + bias + residual, as far as they are given, written over x."""
+    if not fused(x_BCTHW, *_given(bias_C), *_given(residual_BCTHW)):
+        reference.add_in_place(x_BCTHW, bias_C, residual_BCTHW)
+        return
+    from . import triton_channels
+
+    triton_channels.add_in_place(x_BCTHW, bias_C, residual_BCTHW)
 
 
 def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:

@@ -203,9 +203,27 @@ def quantise_rows(
     return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
 
 
-def causal_norm_silu(x_BCTHW: Tensor, gamma: Tensor, padded_BCTHW: Tensor) -> None:
-    """SiLU of the channel norm, to the last frames of `padded`."""
+def causal_norm_silu(
+    x_BCTHW: Tensor,
+    gamma: Tensor,
+    padded_BCTHW: Tensor,
+    bias_C: Tensor | None = None,
+    residual_BCTHW: Tensor | None = None,
+) -> None:
+    """SiLU of the channel norm of x + bias + residual, to the last frames of `padded`."""
+    if residual_BCTHW is not None:
+        add_in_place(x_BCTHW, bias_C, residual_BCTHW)
+    elif bias_C is not None:
+        x_BCTHW = x_BCTHW + bias_C.view(-1, 1, 1, 1)
     padded_BCTHW[:, :, -x_BCTHW.shape[2] :] = F.silu(channel_norm(x_BCTHW, gamma))
+
+
+def add_in_place(x_BCTHW: Tensor, bias_C: Tensor | None, residual_BCTHW: Tensor | None) -> None:
+    """x + bias + residual, to x."""
+    if bias_C is not None:
+        x_BCTHW += bias_C.view(-1, 1, 1, 1)
+    if residual_BCTHW is not None:
+        x_BCTHW += residual_BCTHW
 
 
 def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:

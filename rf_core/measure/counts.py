@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..decoders.codec import Forms
 from ..decoders.taehv import TAEHV
 from ..decoders.vae import VAEState, WanVAE
 
@@ -162,7 +163,8 @@ def num_parameters(model: ModelConfig) -> int:
 def decoder_work(codec: WanVAE | TAEHV, latents_shape: tuple[int, ...]) -> Work:
     """Decoding one chunk [B, C, F, h, w] of a stream that has begun.
 
-    Counted by running a weightless copy; bytes are every layer's input, output and weights.
+    Counted by running a weightless copy: operations with doubling folded into its convolution, as
+    cards and CPUs do, bytes of every layer's input, output and weights as it is defined.
     """
     from torch.utils.flop_counter import FlopCounterMode  # which imports triton: slow
 
@@ -170,9 +172,12 @@ def decoder_work(codec: WanVAE | TAEHV, latents_shape: tuple[int, ...]) -> Work:
     ghost = type(codec)(codec.config, device="meta", dtype=dtype)  # type: ignore[arg-type]
     latents = torch.empty(latents_shape, device="meta", dtype=dtype)
     with torch.no_grad():
+        ghost.forms = Forms(fold_doubling=True)
         _, state = ghost.decode_chunk(latents, None)
         with FlopCounterMode(display=False) as counter:
-            moved = _bytes_moved(ghost, latents, state)
+            ghost.decode_chunk(latents, state.fork())
+        ghost.forms = Forms()  # in which hooks see every layer
+        moved = _bytes_moved(ghost, latents, state)
     return Work(counter.get_total_flops(), moved)
 
 

@@ -69,7 +69,7 @@ def _handed_on(record: Record, work: Workload) -> None:
     for beside in (None, False):
         images: list[Tensor] = []
         keep = partial(_keep, images)
-        with Handoff(decoder, keep, device=device, beside=beside) as handoff:
+        with Handoff(decoder, keep, device=device, beside=beside, first_alone=True) as handoff:
             state = None
             for chunk in latents:
                 state = handoff.submit(chunk, state)

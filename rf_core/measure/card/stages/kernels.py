@@ -134,11 +134,17 @@ def _network_cases(
 
 def _decoder_cases(height: int, width: int, draw: _Draws) -> Iterator[Case]:
     channels = VAEConfig().dim if height > 64 else 8
-    clip = draw(1, channels, _VAE_FRAMES, height, width)
-    clip = clip.contiguous(memory_format=torch.channels_last_3d)
+    clip, shortcut = (
+        draw(1, channels, _VAE_FRAMES, height, width).contiguous(
+            memory_format=torch.channels_last_3d
+        )
+        for _ in range(2)
+    )
     padded = torch.zeros_like(torch.cat([clip[:, :, :2], clip], dim=2))
-    gamma = draw(channels, 1, 1, 1)
-    yield Case(name="causal_norm_silu", arguments=(clip, gamma, padded[:, :, 2:]), filled=(2,))
+    gamma, bias = draw(channels, 1, 1, 1), draw(channels)
+    normed = (clip, gamma, padded[:, :, 2:], bias, shortcut)
+    yield Case(name="causal_norm_silu", arguments=normed, filled=(2,))
+    yield Case(name="add_in_place", arguments=(clip, bias, shortcut))
 
 
 class _Draws:

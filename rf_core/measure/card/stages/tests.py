@@ -12,6 +12,7 @@ from ..runner import ROOT
 
 FILES = (
     "test_dispatch",
+    "test_forms",
     "test_graphs",
     "test_handoff",
     "test_kernels",
