@@ -165,9 +165,10 @@ def run_plan(args: argparse.Namespace) -> int:
         dtype=DTYPES[args.dtype],
         device=torch.device(args.device).type,
         linear_bytes=args.weight_bytes,
+        graphs=args.graphs != "off",
     )
     free = free_bytes(args.device) if args.available is None else parse_bytes(args.available)
-    print(format_plan(sizes, fit(sizes, free)))
+    print(format_plan(sizes, fit(sizes, free, must_record=args.graphs == "on")))
     return 0
 
 
@@ -514,6 +515,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--decoder", choices=("none", "wan", "taehv"), default="wan", help="default: wan")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     add("--weight-bytes", type=int, metavar="N", help="of a linear layer's weight: 1 is fp8")
+    add(
+        "--graphs", choices=GRAPHS, default="auto", help="recorded passes (default: where they fit)"
+    )
     add("--device", default="cuda", help="whose paths are counted (default: cuda)")
     add("--available", metavar="SIZE", help="such as 16GB; default: what is free on the device")
     _add_cache(parser)

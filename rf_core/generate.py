@@ -135,11 +135,7 @@ def open_networks(settled: Plan) -> tuple[Network, Decoder]:
     if options.compile:
         for block in model.blocks:
             block.compile()
-    graphs = options.graphs
-    if graphs == "auto":
-        free = options.offload == "none" and not options.compile
-        graphs = free and torch.device(device).type in ("cuda", "cpu")
-    if not graphs:
+    if not options.records_passes or (options.graphs == "auto" and options.offload == "stream"):
         return model, decoder
     return GraphedModel(model, must=options.graphs is True), decoder
 

@@ -114,6 +114,12 @@ class Options:
         return every > 0 and chunks % every == 0
 
     @property
+    def records_passes(self) -> bool:
+        """Whether the network's passes are to be recorded, where memory and place allow it."""
+        possible = torch.device(self.device).type in ("cuda", "cpu") and not self.compile
+        return possible if self.graphs == "auto" else self.graphs
+
+    @property
     def snapshot_path(self) -> Path:
         """Where the stream's state lies, beside the output."""
         return self.output.with_name(self.output.name + ".state.safetensors")
@@ -216,6 +222,7 @@ def _sizes_of(settled: Plan) -> Sizes:
         decoder=decoder_config(options.files.vae),
         device=torch.device(options.device).type,
         text=text_sizes(options.files.text_encoder),
+        graphs=options.records_passes,
     )
 
 
@@ -228,8 +235,18 @@ def _placed(settled: Plan) -> Plan:
         return settled
     if options.group_frames is None:
         group = settled.cache.chunk_frames
-    chosen = fit(_sizes_of(settled), free_bytes(options.device), group_frames=group, offload=mode)
-    return replace(settled, options=replace(options, **vars(chosen.placement)), fit=chosen)
+    must = options.graphs is True
+    chosen = fit(
+        _sizes_of(settled),
+        free_bytes(options.device),
+        group_frames=group,
+        offload="none" if must else mode,
+        must_record=must,
+    )
+    placed = dict(vars(chosen.placement))
+    if placed.pop("unrecorded"):
+        placed["graphs"] = False
+    return replace(settled, options=replace(options, **placed), fit=chosen)
 
 
 def _check_values(options: Options) -> None:

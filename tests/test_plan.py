@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from rf_core import options as options_module
 from rf_core.__main__ import main
 from rf_core.config import WAN_1_3B, CacheConfig, Grid, ModelConfig, SamplerConfig
 from rf_core.decoders.codec import put_channels_last
@@ -17,6 +18,7 @@ from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
 from rf_core.decoders.handoff import Handoff
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
+from rf_core.fast.graphs import GraphedModel
 from rf_core.measure.counts import num_parameters
 from rf_core.memory import footprint as counting
 from rf_core.memory import plan as planning
@@ -32,7 +34,8 @@ from rf_core.memory.live_bytes import ghosts, peak_bytes
 from rf_core.memory.placement import decoder_config, free_bytes, parse_bytes, text_sizes
 from rf_core.memory.plan import Placement, fit, format_plan, peak
 from rf_core.model import WanModel
-from rf_core.options import Files
+from rf_core.options import Files, Options
+from rf_core.prompts import parse_timeline
 from rf_core.stream import Stream
 from rf_core.weights.checkpoint import read_checkpoint
 
@@ -261,6 +264,7 @@ DECODE = {1: 100, 2: 800, 3: 1500}  # by the frames decoded at once
 HELD = 3000 + 2000 + 100 + 200 + 500 + 50
 TURNED = 600  # of the cache
 STREAMED = 28 * 90
+RECORDED = 300
 
 
 def grouped(parts: Footprint, group_frames: int) -> Footprint:
@@ -275,7 +279,8 @@ def sized(monkeypatch) -> Sizes:
         share = sizes.height / 480
         cache = PARTS.cache - (0 if sizes.keep_turned else TURNED)
         counted = replace(grouped(PARTS, group_frames), cache=round(cache * share))
-        return replace(counted, network=round(400 * share))
+        recorded = RECORDED if sizes.graphs else 0
+        return replace(counted, network=round(400 * share), recorded=recorded)
 
     monkeypatch.setattr(planning, "footprint", parts)
     monkeypatch.setattr(planning, "CUDA_FIXED", 0)
@@ -300,7 +305,7 @@ def test_choices_are_made_in_the_order_of_the_speed_they_cost(sized):
     }
     for available, choice in wanted.items():
         chosen = fit(sized, available)
-        assert tuple(vars(chosen.placement).values()) == choice, available
+        assert tuple(vars(chosen.placement).values()) == (*choice, False), available
         assert chosen.needed <= available
 
 
@@ -326,6 +331,71 @@ def test_a_choice_that_is_given_holds(sized):
     assert not lean.placement.keep_turned and "turning keys anew" in str(lean)
 
 
+def test_passes_run_unrecorded_before_keys_are_turned_anew_or_weights_streamed(sized):
+    wanted = {
+        HELD + RECORDED + 400: (1, True, "none", False),
+        HELD + RECORDED + 399: (1, True, "none", True),
+        HELD + 399: (1, False, "none", False),
+        HELD + 399 - TURNED: (3, True, "stream", True),
+    }
+    recorded = replace(sized, graphs=True)
+    for available, choice in wanted.items():
+        chosen = fit(recorded, available).placement
+        found = chosen.group_frames, chosen.keep_turned, chosen.offload, chosen.unrecorded
+        assert found == choice, available
+        assert ("unrecorded" in str(chosen)) == (choice[2:] == ("none", True))
+    with pytest.raises(ValueError, match="at the least"):
+        fit(recorded, HELD + 399, must_record=True, offload="none", group_frames=3)
+
+
+def test_what_recorded_passes_hold_is_counted():
+    sizes = replace(SIZES["taehv"](), decoder=None, keep_turned=True, graphs=True)
+    network = WanModel(sizes.model).requires_grad_(False)
+    graphed = GraphedModel(network, capture=Eager())
+    stream = Stream(
+        graphed,
+        torch.ones(1, sizes.model.text_len, sizes.model.text_dim),
+        height=sizes.height,
+        width=sizes.width,
+        cache=sizes.cache,
+    )
+    stream.generate()
+    (inputs,) = graphed._inputs.values()
+    held = [inputs.x, inputs.time.whole_NBF1C, *(t for kv in inputs.prompt for t in kv)]
+    assert footprint(sizes).recorded == sum(t.nbytes for t in held)
+    assert not footprint(replace(sizes, graphs=False)).recorded
+    on_card = footprint(replace(sizes, device="cuda"))
+    assert (
+        footprint(sizes).recorded < on_card.recorded < footprint(sizes).recorded + on_card.network
+    )
+
+
+class Eager:
+    """Captures by running anew."""
+
+    patience = 0
+
+    def __call__(self, run):
+        return lambda: run()[0]
+
+
+def test_a_run_on_a_full_card_does_without_recorded_passes(monkeypatch, tmp_path):
+    settled = settle(tmp_path, graphs="auto", group_frames="auto")
+    assert settled.options.records_passes and "unrecorded" not in str(settled.fit)
+    monkeypatch.setattr(options_module, "free_bytes", lambda device: settled.fit.needed - 1)
+    least = settle(tmp_path, graphs="auto", group_frames=3, offload="auto")
+    assert not least.options.records_passes and "unrecorded" in str(least.fit)
+    asked_for = settle(tmp_path, graphs=True, group_frames=3, offload="auto").options
+    assert asked_for.records_passes and not asked_for.keep_turned
+
+
+def settle(folder, **options):
+    timeline = parse_timeline("a red circle moves right slowly")
+    return options_module.plan(
+        Options(timeline=timeline, output=folder / "a.mp4", chunks=1, **options)
+    )
+
+
 def test_where_they_overlap_decoding_has_the_networks_share_beside_its_own():
     apart = replace(PARTS, text=Layered())
     overlapped = replace(apart, overlapped=True)
@@ -338,9 +408,9 @@ def test_on_a_cpu_nothing_is_streamed_and_without_a_decoder_nothing_grouped(size
     with pytest.raises(ValueError, match="at the least"):
         fit(replace(sized, device="cpu"), 10999)
     bare = replace(sized, decoder=None)
-    choices = {(p.offload, p.group_frames) for p in planning._placements(bare, None, None)}
+    choices = {(p.offload, p.group_frames) for p in planning._placements(bare, None, None, False)}
     assert choices == {("none", 3), ("stream", 3)}
-    assert any(not p.keep_turned for p in planning._placements(bare, None, None))
+    assert any(not p.keep_turned for p in planning._placements(bare, None, None, False))
 
 
 def test_a_cards_allowance_is_added(sized, monkeypatch):

@@ -28,6 +28,7 @@ from ..stream import Stream, latent_size
 from .live_bytes import ghosts, peak_bytes
 
 DecoderConfig = VAEConfig | TAEHVConfig
+_TIMESTEP = 0.0  # of a pass that is counted: any will do
 _FEW_LAYERS = 3  # the fewest that show what another one adds: a first, a middle and a last
 
 
@@ -67,6 +68,8 @@ class Sizes:
     """Bytes of a weight in the student's linear layers, if not those of `dtype`."""
     text: TextSizes | None = None
     """The text encoder; None where prompts are encoded elsewhere."""
+    graphs: bool = False
+    """Whether passes are recorded (`fast.graphs`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,9 @@ class Footprint:
     network: int
     """Most that lives at once while a chunk is generated or a prompt changed, beside the above."""
     decoder: DecoderFootprint
+    recorded: int = 0
+    """What recorded passes hold: their own places for what they read and, on a card, for what they
+    make on the way."""
     overlapped: bool = False
     """Whether a chunk is decoded while the network makes the next one (`Handoff`)."""
 
@@ -123,7 +129,8 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
     `group_frames` latent frames are decoded at once, by default a whole chunk. ValueError where the
     sizes do not fit each other.
     """
-    network = replace(sizes, decoder=None, text=None)
+    on_card = torch.device(sizes.device).type == "cuda"
+    network = replace(sizes, decoder=None, text=None, graphs=False)
     few, more = (_count_network(network, _FEW_LAYERS + extra) for extra in (0, 1))
     layers = sizes.model.num_layers
     each = {name: more[name] - few[name] for name in few}
@@ -142,7 +149,8 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
         prompt=counted["prompt"],
         network=max(counted["chunks"], counted["switch"]),
         decoder=decoder,
-        overlapped=torch.device(sizes.device).type == "cuda",
+        recorded=counted["read"] + on_card * counted["pass"] if sizes.graphs else 0,
+        overlapped=on_card,
     )
 
 
@@ -157,13 +165,23 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
             stream.generate()
             stream.generate()
 
+        def one_pass() -> None:
+            stream.model(x.to(stream.dtype), *stream._seen(x, _TIMESTEP))
+
         state.cache.num_frames = sizes.cache.window_frames  # so that frames leave
+        chunks = peak_bytes(two_chunks, place)
+        x = next(stream._noise())
+        context_bytes = sum(t.nbytes for layer in context for t in layer)
+        whole = stream._seen(x, _TIMESTEP)[0].whole_NBF1C
+        assert whole is not None
         return {
-            "chunks": peak_bytes(two_chunks, place),
+            "chunks": chunks,
+            "pass": peak_bytes(one_pass, place),
+            "read": context_bytes + whole.nbytes + x.nbytes,
             "switch": peak_bytes(lambda: stream.switch(state.prompt_embeds, "soft"), place),
             "weights": _weight_bytes(stream.model, sizes.linear_bytes),
             "cache": state.cache.nbytes,
-            "prompt": state.prompt_embeds.nbytes + sum(t.nbytes for pair in context for t in pair),
+            "prompt": state.prompt_embeds.nbytes + context_bytes,
         }
 
 

@@ -38,6 +38,8 @@ class Placement:
     """`stream` where the student's layers come from host memory in every pass."""
     text_offload: OffloadMode = "none"
     """The same for the text encoder's."""
+    unrecorded: bool = False
+    """Whether passes that could be recorded are not, which is slower, and smaller."""
 
     def __str__(self) -> str:
         frames = (
@@ -45,6 +47,7 @@ class Placement:
         )
         text = f"decoding {frames} at once"
         text += "" if self.keep_turned else ", turning keys anew in every pass"
+        text += ", passes unrecorded" if self.unrecorded and self.offload == "none" else ""
         streamed = {"student": self.offload, "text encoder": self.text_offload}
         names = [name for name, mode in streamed.items() if mode == "stream"]
         return f"{text}, streaming the weights of the {' and the '.join(names)}" if names else text
@@ -88,6 +91,8 @@ def phases(parts: Footprint, placement: Placement) -> dict[str, dict[str, int]]:
         "decoder state": parts.decoder.state,
         "images": parts.decoder.images,
     }
+    if parts.recorded and not placement.unrecorded:
+        held["recorded passes"] = parts.recorded
     named = {
         "text": {"text encoder": text},
         "generate": held | {"on the way": parts.network},
@@ -109,14 +114,15 @@ def fit(
     *,
     group_frames: int | None = None,
     offload: OffloadMode | None = None,
+    must_record: bool = False,
 ) -> Fit:
     """The first placement that fits into `available` bytes, those that cost least speed first.
 
-    `group_frames`, `offload` and sizes without `keep_turned` hold a choice fast. ValueError where
-    nothing fits; it says what would.
+    `group_frames`, `offload`, `must_record` and sizes without `keep_turned` hold a choice fast.
+    ValueError where nothing fits; it says what would.
     """
     tried = []
-    for placement in _placements(sizes, group_frames, offload):
+    for placement in _placements(sizes, group_frames, offload, must_record):
         tried.append(_try(sizes, placement, available))
         if tried[-1].needed <= available:
             return tried[-1]
@@ -141,19 +147,28 @@ def format_plan(sizes: Sizes, chosen: Fit) -> str:
 
 
 def _placements(
-    sizes: Sizes, group_frames: int | None, offload: OffloadMode | None
+    sizes: Sizes, group_frames: int | None, offload: OffloadMode | None, must_record: bool
 ) -> Iterator[Placement]:
     chunk = sizes.cache.chunk_frames
     groups = range(chunk, 0, -1) if group_frames is None else [min(group_frames, chunk)]
     both: list[OffloadMode] = ["none", "stream"]
     if offload == "none" or _on_cpu(sizes):  # a CPU's weights are in host memory already
         both = ["none"]
+    unrecorded = [False, True] if sizes.graphs and not must_record else [False]
     # The encoder runs once, so it is streamed first; the student runs five times a chunk.
     students = both if offload is None else [offload]
     turned = [True, False] if sizes.keep_turned else [False]
     grouped = groups if sizes.decoder else [chunk]
-    for student, keep, group, text in product(students, turned, grouped, both):
-        yield Placement(group_frames=group, keep_turned=keep, offload=student, text_offload=text)
+    for student, keep, bare, group, text in product(students, turned, unrecorded, grouped, both):
+        if student == "stream" and sizes.graphs and not bare:
+            continue  # passes are recorded with all weights in place
+        yield Placement(
+            group_frames=group,
+            keep_turned=keep,
+            offload=student,
+            text_offload=text,
+            unrecorded=bare,
+        )
 
 
 def _parts(sizes: Sizes, placement: Placement) -> Footprint:

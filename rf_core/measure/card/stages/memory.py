@@ -46,8 +46,11 @@ def _planned(
         decoder=decoder_config,
         dtype=fields["dtype"],
         device=device,
+        graphs=True,
     )
-    plan = fit(sizes, 1 << 62, group_frames=sizes.cache.chunk_frames, offload="none")
+    plan = fit(
+        sizes, 1 << 62, group_frames=sizes.cache.chunk_frames, offload="none", must_record=True
+    )
     row: dict[str, Any] = {"decoder": decoder, "peak": plan.peak, "needed": plan.needed}
     if device == "cuda":
         gc.collect()
