@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,13 @@ def make_current(device: str) -> None:
     kind, _, number = device.partition(":")
     if kind == "cuda" and number.isdecimal() and int(number) < torch.cuda.device_count():
         torch.cuda.set_device(int(number))
+
+
+@lru_cache(maxsize=1)
+def cpu_facts() -> dict[str, Any]:
+    """What this machine's CPU is and can, by torch's names; nothing where torch cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    return dict(capabilities())
 
 
 def empty_caches() -> None:

@@ -17,6 +17,8 @@ pointing plain tensors at other memory. comfy-kitchen's fp8 has one scale for a 
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from ..kernels import quantise_rows
 from ..kernels.availability import multiplies_fp8
 from ..memory.offload import StreamedLayers
 from ..model import WanModel
+from ..operations import Linear
 
 FP8 = torch.float8_e4m3fn
 KINDS = ("fp8",)
@@ -47,7 +50,7 @@ def quantise_linears(model: WanModel, kind: str = "fp8") -> None:
         (parent, name, layer)
         for parent in model.blocks.modules()
         for name, layer in parent.named_children()
-        if type(layer) is nn.Linear  # a host's own layers cast, patch and offload by themselves
+        if _is_plain(layer)  # a host's own layers cast, patch and offload by themselves
     ]
     if not layers:
         raise ValueError(
@@ -57,6 +60,10 @@ def quantise_linears(model: WanModel, kind: str = "fp8") -> None:
     while layers:  # each old layer is let go of before the next is made anew
         parent, name, layer = layers.pop()
         setattr(parent, name, Fp8Linear(layer))
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(layer) in (nn.Linear, Linear)
 
 
 class Fp8Linear(nn.Module):

@@ -353,10 +353,10 @@ def _marked_attention(attention: Attention, borders: Borders, inside: list[str])
 
 
 def _within(borders: Borders, kind: str, call: Callable[..., Result]) -> Callable[..., Result]:
-    def within(*args: Any) -> Result:
+    def within(*args: Any, **options: Any) -> Result:
         borders.begin(kind)
         try:
-            return call(*args)
+            return call(*args, **options)
         finally:
             borders.end()
 
