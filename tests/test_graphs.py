@@ -258,6 +258,13 @@ def test_on_a_card_graphs_make_the_video_that_launches_make(switch_at):
     torch.testing.assert_close(made, plain, atol=1e-5, rtol=1e-5)
 
 
+def test_passes_in_bfloat16_are_recorded_to_the_bit_on_a_cpu():
+    plain, recorder = tiny.model().bfloat16(), TraceRecorder()
+    made = latents_of(stream_of(GraphedModel(tiny.model().bfloat16(), recorder)))
+    assert recorder.replayed > recorder.captured
+    assert torch.equal(made, latents_of(stream_of(plain)))
+
+
 def test_passes_with_products_by_onednn_are_recorded_too(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
