@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.latent_formats
 import comfy.ldm.wan.vae
 import comfy.model_base
@@ -38,6 +39,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..rf_core.devices import preferred_dtype
 from ..rf_core.kv_cache import KeyValues
 from ..rf_core.measure.counts import stream_bytes
 from ..rf_core.model import PromptContext, TimeContext, WanModel
@@ -174,13 +176,21 @@ def load_student(
     config = StreamingWan(_unet_config(checkpoint.config))
     if latent_format is not None:
         config.latent_format = latent_format
-    parameters = checkpoint.num_parameters
-    dtype = options.get("dtype") or manage.unet_dtype(
-        model_params=parameters,
-        supported_dtypes=list(config.supported_inference_dtypes),
-        weight_dtype=comfy.utils.weight_dtype(checkpoint.tensors),
+    native = _cpu_computes(device, checkpoint.config)
+    dtype = (
+        options.get("dtype")
+        or native
+        or manage.unet_dtype(
+            model_params=checkpoint.num_parameters,
+            supported_dtypes=list(config.supported_inference_dtypes),
+            weight_dtype=comfy.utils.weight_dtype(checkpoint.tensors),
+        )
     )
-    cast = manage.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
+    if dtype == native:
+        log(f"{path.name} computes in {dtype}, which this CPU multiplies")
+        cast = None
+    else:
+        cast = manage.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
     config.optimizations["fp8"] = options.get("fp8_optimizations", False)
 
@@ -204,6 +214,18 @@ def load_student(
         name=path.name,
     )
     return patcher
+
+
+def _cpu_computes(device: torch.device, sizes: ModelConfig) -> torch.dtype | None:
+    """bfloat16 where the network is computed in it on the CPU, which ComfyUI takes for slow at it.
+
+    None elsewhere, and where a precision was asked for on ComfyUI's command line.
+    """
+    args = comfy.cli_args.args
+    asked = ("fp32", "fp64", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2", "fp8_e8m0fnu")
+    told = args.force_fp32 or any(getattr(args, f"{name}_unet", False) for name in asked)
+    dtype = preferred_dtype(device, sizes)
+    return dtype if device.type == "cpu" and dtype == torch.bfloat16 and not told else None
 
 
 def _read_student(path: Path, submodel: str | None) -> Checkpoint:

@@ -44,8 +44,9 @@ class LoadModel(io.ComfyNode):
                     "weight_dtype",
                     options=WEIGHT_DTYPES,
                     default="default",
-                    tooltip="How weights are kept. fp8 halves their memory and changes the video a "
-                    "little; 'fast' also computes in fp8 where the card can.",
+                    tooltip="How weights are kept. Default is bfloat16 on cards and on CPUs that "
+                    "multiply it. fp8 halves their memory and changes the video a little; 'fast' "
+                    "also computes in fp8 where the card can.",
                 ),
                 io.Combo.Input(
                     "submodel",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +101,11 @@ def attention_backend(name: str) -> Attention:
     return BACKENDS[name]
 
 
-def check_device(device: str, dtype: torch.dtype, attention: str) -> None:
-    """ValueError unless this PyTorch can compute there, with that attention, in that dtype."""
+def check_device(device: str, dtype: torch.dtype | Literal["auto"], attention: str) -> None:
+    """ValueError unless this PyTorch can compute there, with that attention, in that dtype.
+
+    `auto`, which is still to be chosen (`devices.preferred_dtype`), is half precision on a card.
+    """
     if attention != "auto":
         attention_backend(attention)
     try:

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from .attention import BACKENDS, attention_backend, check_device
 from .batch import make, missing, plan_batch, read_prompts
-from .config import FPS, WAN_SIZE, CacheConfig, SamplerConfig
+from .config import FPS, WAN_SIZE, CacheConfig, ModelConfig, SamplerConfig
 from .decoders.taehv import TAEHVConfig
 from .decoders.vae import VAEConfig
-from .devices import make_current
+from .devices import make_current, preferred_dtype
 from .fast.parallel import Process, agreed, joined
 from .generate import Progress, attention_of, follow, generate, load, load_spread, split_of
 from .measure.baseline import BaselineOptions, compare, format_comparison
@@ -46,6 +46,9 @@ from .weights.lora import parse_lora_argument
 
 Load = Callable[[Plan], tuple[Stream, dict[str, Tensor]]]
 GRAPHS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
+_DEFAULT_DTYPE = (
+    "bfloat16 on a card, and for large networks on a CPU that multiplies it, else float32"
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -94,6 +97,8 @@ def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Pr
     print(f"{settled.width}x{settled.height} at {FPS} images/s, seed {args.seed}, {length}")
     if settled.fit is not None:
         print(settled.fit)
+    if told := _told_dtype(args, settled.options):
+        print(told)
     stream, embeds = load(settled)
     if (choice := attention_of(settled, stream.model.config)).is_measured:
         print(choice)
@@ -106,6 +111,16 @@ def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Pr
     if not finished:
         print("stopped; the same command with --resume goes on from here")
     return 0 if finished else 130
+
+
+def _told_dtype(args: argparse.Namespace, options: Options) -> str | None:
+    """What was chosen for a CPU, where it is news."""
+    chosen = args.dtype is None and options.dtype == torch.bfloat16
+    if not (chosen and args.device.startswith("cpu")):
+        return None
+    return (
+        "computing in bfloat16, which this CPU multiplies; --dtype float32 is slower and more exact"
+    )
 
 
 def _run_spread(args: argparse.Namespace, process: Process) -> int:
@@ -148,21 +163,24 @@ def _run_batch(args: argparse.Namespace, process: Process) -> int:
     who = f"process {process.rank} of {process.count}: " if process.count > 1 else ""
     done = len(batch.videos[process.rank :: process.count]) - len(todo)
     print(f"{who}{len(todo)} videos to make, {done} are there", flush=True)
-    if batch.base.fit is not None:
-        print(f"{who}{batch.base.fit}", flush=True)
+    for line in (batch.base.fit, _told_dtype(args, batch.base.options)):
+        if line:
+            print(f"{who}{line}", flush=True)
     for number, path in enumerate(make(batch, todo, process), 1):
         print(f"{who}{number}/{len(todo)} {path}", flush=True)
     return 0
 
 
 def run_plan(args: argparse.Namespace) -> int:
+    named = _named_sizes(args.size, args.decoder)
+    dtype = DTYPES[args.dtype] if args.dtype else preferred_dtype(args.device, named["model"])
     sizes = Sizes(
-        **_named_sizes(args.size, args.decoder),
+        **named,
         height=args.height,
         width=args.width,
         cache=CacheConfig(**_cache_fields(args)),
         batch=args.batch,
-        dtype=DTYPES[args.dtype],
+        dtype=dtype,
         device=torch.device(args.device).type,
         linear_bytes=args.weight_bytes,
         graphs=args.graphs != "off",
@@ -174,14 +192,19 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def _named_sizes(size: str, decoder: str) -> dict[str, Any]:
     decoders = {"none": None, "wan": VAEConfig(), "taehv": TAEHVConfig()}
+    model = _model_sizes(size)
     if size != "demo":
-        return {"model": RANDOM_SIZES[size], "decoder": decoders[decoder], "text": TextSizes()}
+        return {"model": model, "decoder": decoders[decoder], "text": TextSizes()}
     files = Files()
     return {
-        "model": read_checkpoint(files.model).config,
+        "model": model,
         "decoder": decoder_config(files.vae) if decoder == "wan" else decoders[decoder],
         "text": text_sizes(files.text_encoder),
     }
+
+
+def _model_sizes(size: str) -> ModelConfig:
+    return read_checkpoint(Files().model).config if size == "demo" else RANDOM_SIZES[size]
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -261,16 +284,19 @@ def run_profile(args: argparse.Namespace) -> int:
 def _workload_fields(args: argparse.Namespace) -> dict[str, Any]:
     check_device(args.device, _dtype(args), args.attention)
     make_current(args.device)
+    dtype = _dtype(args)
+    if dtype == "auto":
+        dtype = preferred_dtype(args.device, _model_sizes(args.size))
     names = ("size", "height", "width", "device", "attention", "decoder", "vae", "weights")
     return {
         **{name: getattr(args, name) for name in (*names, "text_encoder", "tokenizer")},
-        "dtype": _dtype(args),
+        "dtype": dtype,
         "cache": CacheConfig(**_cache_fields(args)),
     }
 
 
-def _dtype(args: argparse.Namespace) -> torch.dtype:
-    return DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
+def _dtype(args: argparse.Namespace) -> torch.dtype | Literal["auto"]:
+    return DTYPES[args.dtype] if args.dtype else "auto"
 
 
 def _graphs(args: argparse.Namespace) -> bool:
@@ -513,7 +539,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, default=height, help=f"picture height in pixels (default: {height})")
     add("--batch", type=int, default=1, help="videos at once")
     add("--decoder", choices=("none", "wan", "taehv"), default="wan", help="default: wan")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    add("--dtype", choices=DTYPES, help=f"default: {_DEFAULT_DTYPE}")
     add("--weight-bytes", type=int, metavar="N", help="of a linear layer's weight: 1 is fp8")
     add(
         "--graphs", choices=GRAPHS, default="auto", help="recorded passes (default: where they fit)"
@@ -624,7 +650,7 @@ def _add_backend(parser: argparse._ActionsContainer, dtype: str | None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--device", default=device, help=f"default: {device}")
-    default = dtype or "bfloat16 on a card, else float32"
+    default = dtype or _DEFAULT_DTYPE
     add("--dtype", choices=DTYPES, default=dtype, help=f"computing precision (default: {default})")
     names = ("auto", *BACKENDS)
     add("--attention", choices=names, default="auto", help="default: auto, the fastest exact one")

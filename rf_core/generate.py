@@ -78,7 +78,7 @@ def attention_of(settled: Plan, model: ModelConfig) -> Choice:
         settled.cache,
         settled.grid,
         batch=1,
-        dtype=options.dtype,
+        dtype=options.settled_dtype,
         device=options.device,
     )
 
@@ -106,7 +106,7 @@ def open_text_encoder(options: Options) -> UMT5Encoder:
     encoder = load_text_encoder(
         files.text_encoder,
         device="cpu" if streams else options.device,
-        dtype=options.dtype,
+        dtype=options.settled_dtype,
         tokenizer=files.tokenizer,
     )
     if streams:
@@ -117,7 +117,7 @@ def open_text_encoder(options: Options) -> UMT5Encoder:
 def open_networks(settled: Plan) -> tuple[Network, Decoder]:
     """Student and decoder of a run, on its device."""
     options, files = settled.options, settled.options.files
-    device, dtype = options.device, options.dtype
+    device, dtype = options.device, options.settled_dtype
     model = load_student(
         files.model,
         device="cpu" if options.offload == "stream" else device,

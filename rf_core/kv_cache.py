@@ -94,8 +94,8 @@ class WrittenWindow:
 
         Cut from the window where they are used: a compiler that was given both would lose writes.
         """
-        k, turned, v = self._window
-        return k[:, self._start :], turned[:, self._start :], v[:, self._start :]
+        k, turned, v = (t.narrow(1, self._start, t.shape[1] - self._start) for t in self._window)
+        return k, turned, v
 
     def read(self) -> tuple[Tensor, Tensor]:
         """The window's turned keys and values, once the slots are written."""
@@ -286,8 +286,8 @@ class KVCache:
 
     def _window(self, layer: int) -> LayerWindow:
         start, stop = (n * self.frame_tokens for n in (self.context_frames, self.num_frames))
-        turned = self.turned_NBWHD[layer if self.keeps_turned else 0, :, :stop]
-        k, v = self.k_NBWHD[layer, :, :stop], self.v_NBWHD[layer, :, :stop]
+        turned = self.turned_NBWHD[layer if self.keeps_turned else 0].narrow(1, 0, stop)
+        k, v = (t[layer].narrow(1, 0, stop) for t in (self.k_NBWHD, self.v_NBWHD))
         if self.keeps_turned:
             return WrittenWindow(k, turned, v, start)
         return TurningWindow(k, turned, v, start, self._rope(0, start))

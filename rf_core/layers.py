@@ -22,6 +22,7 @@ from .fp8 import takes_rows
 from .kernels import reference
 from .kernels.reference import FP8, Rows, add_gated
 from .kv_cache import LayerWindow, WrittenWindow
+from .operations import is_plain_linear
 from .rope import Rope
 
 
@@ -222,7 +223,7 @@ class Block(nn.Module):
         if takes_rows(down):
             h = up(x_BLC)
             return down(Rows(*kernels.quantise_rows(h, FP8, after_gelu=True), h.dtype))
-        if type(up) is nn.Linear and isinstance(x_BLC, Tensor):
+        if is_plain_linear(up) and isinstance(x_BLC, Tensor):
             return down(kernels.linear_gelu(x_BLC, up.weight, up.bias))
         return self.ffn(x_BLC)
 

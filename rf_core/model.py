@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import operations
 from .attention import Attention, sdpa
 from .config import CacheConfig, Grid, ModelConfig
 from .kv_cache import KeyValues, KVCache
@@ -103,7 +104,7 @@ class WanModel(nn.Module):
         self,
         config: ModelConfig,
         *,
-        operations: Any = nn,
+        operations: Any = operations,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from .attention import check_device
 from .config import WAN_SIZE, CacheConfig, Grid, ModelConfig, SamplerConfig
+from .devices import preferred_dtype
 from .memory.footprint import Sizes
 from .memory.placement import decoder_config, free_bytes, text_sizes
 from .memory.plan import Fit, OffloadMode, fit
@@ -81,7 +82,8 @@ class Options:
     start: Path | None = None
     """A picture or clip to begin with; of a clip the last images, as many as the window holds."""
     device: str = "cpu"
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | Literal["auto"] = torch.float32
+    """What networks compute in; `auto`: what suits them and the device, or what was begun with."""
     weights: Literal["exact", "fp8"] = "exact"
     """`fp8` holds the blocks' linear layers in 8 bits: an approximation, in half the memory."""
     attention: str = "sdpa"
@@ -118,6 +120,12 @@ class Options:
         """Whether the network's passes are to be recorded, where memory and place allow it."""
         possible = torch.device(self.device).type in ("cuda", "cpu") and not self.compile
         return possible if self.graphs == "auto" else self.graphs
+
+    @property
+    def settled_dtype(self) -> torch.dtype:
+        """`dtype`, where nothing is left to choose."""
+        assert self.dtype != "auto", "plan() settles it"
+        return self.dtype
 
     @property
     def snapshot_path(self) -> Path:
@@ -166,7 +174,7 @@ class Plan:
             "height": self.height,
             "cache": asdict(self.cache),
             "sampler": asdict(self.sampler),
-            "dtype": str(options.dtype).removeprefix("torch."),
+            "dtype": str(options.settled_dtype).removeprefix("torch."),
             "attention": options.attention,
             "weights": options.weights,
             "crf": options.crf,
@@ -192,6 +200,10 @@ def plan(options: Options) -> Plan:
         total = options.timeline.num_chunks_for_seconds(options.seconds, clock)
     if options.compile and cache.storage == "int8":
         raise ValueError("an int8 cache is not compiled; leave out --compile or --cache int8")
+    snapshot = _snapshot_of(options)
+    made = _made(options, snapshot)
+    if options.dtype == "auto":
+        options = replace(options, dtype=_dtype(options.device, checkpoint.config, made))
     settled = Plan(
         options=options,
         model=checkpoint.config,
@@ -201,9 +213,9 @@ def plan(options: Options) -> Plan:
         width=width,
         total=total,
         prompts=options.timeline.resolve(clock, total),
-        snapshot=_snapshot_of(options),
+        snapshot=snapshot,
     )
-    _check_resume(settled)
+    _check_resume(settled, made)
     return _placed(settled)
 
 
@@ -218,7 +230,7 @@ def _sizes_of(settled: Plan) -> Sizes:
         keep_turned=options.keep_turned,
         linear_bytes=1 if options.weights == "fp8" else None,
         sampler=settled.sampler,
-        dtype=options.dtype,
+        dtype=options.settled_dtype,
         decoder=decoder_config(options.files.vae),
         device=torch.device(options.device).type,
         text=text_sizes(options.files.text_encoder),
@@ -301,15 +313,27 @@ def _snapshot_of(options: Options) -> Snapshot | None:
     return Snapshot.load(path) if options.resume and path.exists() else None
 
 
-def _check_resume(settled: Plan) -> None:
+def _made(options: Options, snapshot: Snapshot | None) -> dict[str, Any] | None:
+    """The record of the run that is gone on with."""
+    if snapshot is not None:
+        return snapshot.facts.get("run")
+    return _record_in(options.output) if options.resume and options.output.exists() else None
+
+
+def _dtype(device: str, model: ModelConfig, made: dict[str, Any] | None) -> torch.dtype:
+    """What a run goes on in, or else what suits its network and device."""
+    begun = made and getattr(torch, str(made.get("dtype")), None)
+    return begun if isinstance(begun, torch.dtype) else preferred_dtype(device, model)
+
+
+def _check_resume(settled: Plan, made: dict[str, Any] | None) -> None:
     options, snapshot = settled.options, settled.snapshot
     if not options.resume or not (snapshot or options.output.exists()):
         return
+    done, fixed = 0, 1
     if snapshot is not None:
-        made, done = snapshot.facts.get("run"), snapshot.facts["num_chunks"]
+        done = snapshot.facts["num_chunks"]
         fixed = done + snapshot.facts["chunk_open"]  # chunks whose prompts cannot change
-    else:
-        made, done, fixed = _record_in(options.output), 0, 1
     if made is None:
         raise ValueError(f"{options.output} was not made by this command; --overwrite it instead")
     wanted = json.loads(json.dumps(settled.record()))

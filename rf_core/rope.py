@@ -71,10 +71,10 @@ def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | st
 
 def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:
     """Turn `x` by its tokens' angles; arithmetic in float32, result in the input's dtype."""
-    pairs = x_BLHD.float().reshape(*x_BLHD.shape[:-1], x_BLHD.shape[-1] // 2, 2)
+    pairs = x_BLHD.float().unflatten(-1, (-1, 2))
     # On the CPU products are vectorised, and strided halves are not; a compiler knows these alone.
     if rope.unit_LP is not None and not torch.compiler.is_compiling():
-        turned = torch.view_as_complex(pairs.contiguous()) * rope.unit_LP[:, None]
+        turned = torch.view_as_complex(pairs) * rope.unit_LP.unsqueeze(1)
         return torch.view_as_real(turned).flatten(-2).to(x_BLHD.dtype)
     (real, imaginary), (cos, sin) = pairs.unbind(-1), (part[:, None] for part in rope[:2])
     halves = (real * cos - imaginary * sin, real * sin + imaginary * cos)

@@ -16,6 +16,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+from rf_core import devices
 from rf_core.__main__ import main
 from rf_core.config import CacheConfig, ModelConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
@@ -225,6 +226,41 @@ def test_resume_refuses_another_seed_and_a_changed_past_but_takes_a_new_future(
     assert "prompts" in capsys.readouterr().err
     timeline.write_text(TIMELINE.replace("a city", "a sea"), encoding="utf-8")
     assert main(arguments(weights, output, *more, "--chunks", "14", "--resume")) == 0
+
+
+@pytest.fixture
+def native(monkeypatch) -> None:
+    """A CPU that multiplies bfloat16, and a tiny network large enough for it."""
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "LEAST_BFLOAT16_DIM", MODEL.dim)
+
+
+def test_on_a_cpu_that_multiplies_bfloat16_it_is_the_default_and_told(
+    weights, tmp_path, native, capsys
+):
+    told = "computing in bfloat16, which this CPU multiplies"
+    for name, more in {"a": (), "b": ("--dtype", "bfloat16"), "c": ("--dtype", "float32")}.items():
+        output = tmp_path / f"{name}.mp4"
+        assert main(arguments(weights, output, "--prompt", "x", "--chunks", "1", *more)) == 0
+        assert (told in capsys.readouterr().out) is (name == "a")
+        assert comment_of(output)["dtype"] == ("float32" if name == "c" else "bfloat16")
+    assert np.array_equal(images_of(tmp_path / "a.mp4"), images_of(tmp_path / "b.mp4"))
+    assert not np.array_equal(images_of(tmp_path / "a.mp4"), images_of(tmp_path / "c.mp4"))
+
+
+def test_a_run_goes_on_in_the_dtype_it_was_begun_in_and_in_no_other(
+    weights, tmp_path, request, capsys
+):
+    output = tmp_path / "a.mp4"
+    more = ("--prompt", "x", "--snapshot-every", "1")
+    assert main(arguments(weights, output, *more, "--chunks", "1")) == 0
+    request.getfixturevalue("native")  # as after an upgrade, or on another machine
+    assert main(arguments(weights, output, *more, "--chunks", "2", "--resume")) == 0
+    assert "bfloat16" not in capsys.readouterr().out
+    assert comment_of(output)["dtype"] == "float32"
+    again = (*more, "--chunks", "3", "--resume", "--dtype", "bfloat16")
+    assert main(arguments(weights, output, *again)) == 1
+    assert "was begun with dtype float32, now it is bfloat16" in capsys.readouterr().err
 
 
 def test_resume_refuses_a_file_that_is_not_its_own_or_was_begun_otherwise(

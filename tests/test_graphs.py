@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rf_core.fast.graphs import CudaCapture, GraphedModel, TraceCapture, _Inputs
+from rf_core.kernels import availability, onednn
 from rf_core.memory.offload import stream_layers
 from rf_core.model import WanModel
 from rf_core.stream import Stream
@@ -308,6 +309,27 @@ def test_on_a_card_graphs_make_the_video_that_launches_make(switch_at):
     made = latents_of(stream_of(GraphedModel(network)), switch_at=switch_at)
     plain = latents_of(stream_of(network), switch_at=switch_at)
     torch.testing.assert_close(made, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_passes_in_bfloat16_are_recorded_to_the_bit_on_a_cpu():
+    plain, recorder = tiny.model().bfloat16(), TraceRecorder()
+    made = latents_of(stream_of(GraphedModel(tiny.model().bfloat16(), recorder)))
+    assert recorder.replayed > recorder.captured
+    assert torch.equal(made, latents_of(stream_of(plain)))
+
+
+def test_passes_with_products_by_onednn_are_recorded_too(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(availability, "onednn_multiplies", lambda: True)
+    monkeypatch.setattr(availability, "_LEAST_FOR_ONEDNN", 0)
+    products = []
+    product = onednn.linear
+    spy = lambda *args, **options: products.append(1) or product(*args, **options)  # noqa: E731
+    monkeypatch.setattr(onednn, "linear", spy)
+    made = latents_of(stream_of(GraphedModel(tiny.model(), recorder := TraceRecorder())))
+    assert products and recorder.replayed > recorder.captured
+    assert torch.equal(made, latents_of(stream_of(tiny.model())))
 
 
 def test_a_trace_holds_no_arithmetic_with_sizes():

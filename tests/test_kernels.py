@@ -821,3 +821,59 @@ def test_comfy_kitchen_stands_in_where_its_cuda_kernels_run_and_triton_does_not(
         assert not availability.in_kitchen(single)
     assert not availability.in_kitchen(half)  # gradients
     availability.kitchen_runs_on.cache_clear()
+
+
+def large() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 48, 160), (640, 160), (640,)
+    return tuple(torch.randn(shape, generator=generator) / 4 for shape in shapes)
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(availability, "onednn_multiplies", lambda: True)
+    monkeypatch.setattr(availability, "_LEAST_FOR_ONEDNN", 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_linear_layer_by_onednn_is_the_product_it_stands_for(by_onednn, gelu, biased, strided):
+    x, weight, bias = large()
+    if strided:
+        x = x.transpose(0, 1)
+    assert availability.in_onednn(x, weight)
+    made = reference.linear(x, weight, bias if biased else None, gelu=gelu)
+    exact = F.linear(x.double(), weight.double(), bias.double() if biased else None)
+    exact = F.gelu(exact, approximate="tanh") if gelu else exact
+    torch.testing.assert_close(made.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_onednn_makes_large_float32_products_where_mkl_knows_no_avx512(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    availability.onednn_multiplies.cache_clear()
+    x, weight, _ = large()
+
+    def made(capability: str, name: str | None, x=x, weight=weight) -> bool:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(availability, "cpu_facts", lambda: {"cpu_name": name})
+        availability.onednn_multiplies.cache_clear()
+        return availability.in_onednn(x, weight)
+
+    try:
+        assert made("AVX512", "AMD EPYC")
+        assert not made("AVX2", "AMD EPYC")
+        assert not made("AVX512", "Intel Xeon Gold")
+        assert not made("AVX512", None)  # a torch that cannot tell
+        assert not made("AVX512", "AMD EPYC", x[:, :2])
+        assert not made("AVX512", "AMD EPYC", x.bfloat16(), weight.bfloat16())
+        with torch.enable_grad():
+            assert not made("AVX512", "AMD EPYC")
+    finally:
+        availability.onednn_multiplies.cache_clear()

@@ -362,12 +362,11 @@ def test_what_recorded_passes_hold_is_counted():
     stream.generate()
     (inputs,) = graphed._inputs.values()
     held = [inputs.x, inputs.time.whole_NBF1C, *(t for kv in inputs.prompt for t in kv)]
-    assert footprint(sizes).recorded == sum(t.nbytes for t in held)
+    read = footprint(sizes).recorded
+    assert read == pytest.approx(sum(t.nbytes for t in held), rel=0.01)
     assert not footprint(replace(sizes, graphs=False)).recorded
-    on_card = footprint(replace(sizes, device="cuda"))
-    assert (
-        footprint(sizes).recorded < on_card.recorded < footprint(sizes).recorded + on_card.network
-    )
+    on_card = footprint(replace(sizes, device="cuda"))  # where a pool keeps what a pass makes
+    assert read + on_card.network / 2 < on_card.recorded < read + on_card.network
 
 
 class Eager:

@@ -8,11 +8,10 @@ it is another video of the same caption. Every kind of layer adds its share and 
 
 from __future__ import annotations
 
-from torch import nn
-
 from ..fp8 import Fp8Linear
 from ..memory.offload import StreamedLayers
 from ..model import WanModel
+from ..operations import is_plain_linear
 
 KINDS = ("fp8",)
 
@@ -34,7 +33,7 @@ def quantise_linears(model: WanModel, kind: str = "fp8") -> None:
         (parent, name, layer)
         for parent in model.blocks.modules()
         for name, layer in parent.named_children()
-        if type(layer) is nn.Linear  # a host's own layers cast, patch and offload by themselves
+        if is_plain_linear(layer)  # a host's own layers cast, patch and offload by themselves
     ]
     if not layers:
         raise ValueError(

@@ -12,12 +12,15 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..devices import cpu_facts
+
 logger = logging.getLogger(__name__)
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic (Ampere)
 _LEAST_FOR_FP8 = (8, 9)  # products of fp8 (Ada)
+_LEAST_FOR_ONEDNN = 1 << 21  # multiplications; its start, some 10 us, is as long as MKL takes there
 _UNFUSED = ContextVar("unfused", default=False)
 
 
@@ -57,6 +60,18 @@ def in_kitchen(x: Tensor) -> bool:
     return x.dtype in HALF and _may_differ() and kitchen_runs_on(x.device)
 
 
+def in_onednn(x: Tensor, weight_OI: Tensor) -> bool:
+    """Whether oneDNN makes this product: in float32 on a CPU with AVX-512, where it is large."""
+    return (
+        type(x) is Tensor  # others, such as those that stand for memory, are torch's
+        and x.device.type == "cpu"
+        and x.dtype == weight_OI.dtype == torch.float32
+        and x.numel() * weight_OI.shape[0] >= _LEAST_FOR_ONEDNN
+        and _may_differ()
+        and onednn_multiplies()
+    )
+
+
 def _alike(first: Tensor, *others: Tensor) -> bool:
     return all(t.dtype == first.dtype and t.device == first.device for t in others)
 
@@ -87,6 +102,14 @@ def kitchen_runs_on(device: torch.device) -> bool:
     backend = comfy_kitchen.list_backends().get("cuda", {})
     ready = backend.get("available", False) and not backend.get("disabled", False)
     return ready and {"adaln", "apply_rope1"} <= set(backend.get("capabilities", ()))
+
+
+@lru_cache(maxsize=1)
+def onednn_multiplies() -> bool:
+    """Whether oneDNN's products are faster than MKL's, which uses AVX-512 of Intel's CPUs alone."""
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return there and capability == "AVX512" and "AMD" in str(cpu_facts().get("cpu_name"))
 
 
 @lru_cache(maxsize=16)

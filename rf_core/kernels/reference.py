@@ -1,6 +1,7 @@
 """What every fused kernel computes, in plain torch: the definition, and what runs without Triton.
 
-Its modulated norm and its rotation are comfy-kitchen's where that stands in (`availability`).
+Its modulated norm and its rotation are comfy-kitchen's where that stands in, its linear layer
+oneDNN's where that is faster (`availability`).
 
 In bfloat16 and float16 torch rounds after each operation here, the kernels once at the end; in
 float32 both agree to rounding.
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rope import Rope, apply_rope
-from .availability import in_kitchen
+from .availability import in_kitchen, in_onednn
 
 LEAST_NORM = 1e-12  # where F.normalize stops dividing
 FP8 = torch.float8_e4m3fn
@@ -98,9 +99,22 @@ def add_gated(x_BLC: Tensor, y_BLC: Tensor, gate_BF1C: Tensor | None) -> Tensor:
     return torch.addcmul(x_BFTC, y_BFTC, gate_BF1C).flatten(1, 2)
 
 
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x @ weight^T + bias, [..., I] -> [..., O]."""
+    if not in_onednn(x, weight_OI):
+        return F.linear(x, weight_OI, bias_O)
+    from . import onednn
+
+    return onednn.linear(x, weight_OI, bias_O, gelu=False)
+
+
 def linear_gelu(x: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """GELU(x @ weight^T + bias)."""
-    return gelu(F.linear(x, weight_OI, bias_O))
+    if not in_onednn(x, weight_OI):
+        return gelu(F.linear(x, weight_OI, bias_O))
+    from . import onednn
+
+    return onednn.linear(x, weight_OI, bias_O, gelu=True)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -143,8 +157,8 @@ def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_BLC, weight_C.shape, weight_C, eps)
     # There torch's own is a chain of six operations, the first of them a slow power.
     length = torch.linalg.vector_norm(x_BLC, dim=2, keepdim=True)
-    length.mul_(x_BLC.shape[2] ** -0.5).square_().add_(eps).sqrt_()
-    return x_BLC.div(length).mul_(weight_C)
+    power = torch.addcmul(length.new_full((), eps), length, length, value=1 / x_BLC.shape[2])
+    return power.rsqrt_().mul(weight_C).mul_(x_BLC)
 
 
 def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:

@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from .. import operations
 from ..config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
 from ..model import WanModel
 from . import layouts
@@ -140,7 +141,7 @@ def load_student(
     num_heads: int | None = None,
     expected: ModelConfig | None = None,
     loras: Sequence[Lora] = (),
-    operations: Any = nn,
+    operations: Any = operations,
 ) -> tuple[WanModel, Checkpoint]:
     """A frozen student in eval mode, and the checkpoint it came from, now holding its weights.
 

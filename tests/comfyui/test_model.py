@@ -6,6 +6,7 @@ one over chunks that fill the window and evict from it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -308,6 +309,40 @@ def test_on_cards_it_computes_in_bfloat16_as_published(
     for stored in (torch.float32, torch.bfloat16):
         chosen = manage.unet_dtype(supported_dtypes=choices, weight_dtype=stored)
         assert chosen == torch.bfloat16
+
+
+def test_on_a_cpu_that_multiplies_bfloat16_large_networks_compute_in_it(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.cli_args
+
+    devices = importlib.import_module(f"{PACK}.rf_core.devices")
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
+
+    def computes(weight_dtype: str = "default") -> tuple[torch.dtype, torch.dtype]:
+        inside = host.load_student(STUDENT, weight_dtype).model
+        return inside.diffusion_model.dtype, inside.get_dtype_inference()
+
+    assert computes() == (torch.float32, torch.float32)  # the demo is small
+    assert computes("bfloat16") == (torch.bfloat16, torch.float32)
+    monkeypatch.setattr(devices, "LEAST_BFLOAT16_DIM", 160)
+    assert computes() == computes("bfloat16") == (torch.bfloat16, torch.bfloat16)
+    assert computes("float16") == (torch.float16, torch.float32)
+    monkeypatch.setattr(comfy.cli_args.args, "fp32_unet", True)
+    assert computes() == (torch.float32, torch.float32)
+
+
+def test_a_student_streams_in_bfloat16_on_such_a_cpu(
+    host: Any, demo: Any, stream: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = stream(demo.load_model(), 2)
+    devices = importlib.import_module(f"{PACK}.rf_core.devices")
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "LEAST_BFLOAT16_DIM", 160)
+    model = demo.load_model()
+    assert model.model.get_dtype_inference() == torch.bfloat16
+    made = stream(model, 2)
+    assert made.isfinite().all() and 0 < (made - plain).norm() < 0.5 * plain.norm()
 
 
 def test_a_broken_checkpoint_is_refused(host: Any, tmp_path: Path) -> None:
