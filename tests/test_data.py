@@ -96,6 +96,7 @@ def encode_rank(rank: int, world: int, folder: Path) -> None:
     dist.barrier()
     config = DataConfig(prompts=(folder / "prompts.txt",))
     open_prompts(config, folder / "e", CPU, torch.float32)
+    dist.barrier()  # none goes while another may still be at work with it
     dist.destroy_process_group()
 
 

@@ -121,6 +121,7 @@ def run_rank(rank: int, world: int, files: Path, cases: list[str]) -> None:
     )
     if rank == 0:
         torch.save(results, files / "results.pt")
+    dist.barrier()  # none goes while another may still be at work with it
     dist.destroy_process_group()
 
 

@@ -69,6 +69,7 @@ def run_rank(rank: int, count: int, folder: Path) -> None:
     torch.save(found, folder / f"found-{count}-{rank}.pt")
     if rank == 0:
         snapshot.save(folder / f"spread{count}.safetensors")
+    dist.barrier()  # none goes while another may still be at work with it
     dist.destroy_process_group()
 
 

@@ -138,6 +138,7 @@ def run_rank(rank: int, world: int, folder: Path, go_on: bool) -> None:
     )
     if rank == 0:
         torch.save((reports, whole), folder / f"result{go_on}.pt")
+    dist.barrier()  # none goes while another may still be at work with it
     dist.destroy_process_group()
 
 
