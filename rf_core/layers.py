@@ -19,10 +19,11 @@ from . import kernels
 from .attention import Attention
 from .config import ModelConfig
 from .fp8 import takes_rows
+from .joint import joint_linear
 from .kernels import reference
 from .kernels.reference import FP8, Rows, add_gated
 from .kv_cache import LayerWindow, WrittenWindow
-from .operations import is_plain_linear
+from .operations import is_plain_linear, is_watched
 from .rope import Rope
 
 
@@ -113,26 +114,35 @@ class SelfAttention(Projections):
         self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None, attention: Attention
     ) -> Tensor:
         """`rope` holds the places of these tokens."""
-        q, (turned, v) = self.queries(x_BLC, rope), self.seen(x_BLC, rope, window)
-        return self.output(attention(q, turned, v))
+        q, k, v = self._projected(x_BLC, rope)
+        k, v = self._in_window(k, v, rope, window)
+        return self.output(attention(q, k, v))
 
     def seen(
         self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None
     ) -> tuple[Tensor, Tensor]:
         """Turned keys and values of the window with these tokens in it, [B, tokens, H, D] each."""
-        if isinstance(window, WrittenWindow) and is_plain(self.norm_k):
-            return self._written(x_BLC, rope, window)
-        k, v = self.keys_values(x_BLC)
+        return self._in_window(self.k(x_BLC), self.v(x_BLC), rope, window)
+
+    def _projected(self, x_BLC: Tensor | Rows, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned queries [B, L, H, D]; keys and values before all else, [B, L, C] each."""
+        joint = joint_linear(x_BLC, self.q, self.k, self.v)
+        if joint is None:
+            return self.queries(x_BLC, rope), self.k(x_BLC), self.v(x_BLC)
+        q, k, v = joint
+        return self._normed_heads(self.norm_q, q, rope), k, v
+
+    def _in_window(
+        self, k_BLC: Tensor, v_BLC: Tensor, rope: Rope, window: LayerWindow | None
+    ) -> tuple[Tensor, Tensor]:
+        norm = self.norm_k
+        if isinstance(window, WrittenWindow) and is_plain(norm):
+            assert not k_BLC.requires_grad, "under autograd pass cache.snapshot() to the model"
+            kernels.write_keys_values(k_BLC, v_BLC, norm.weight, norm.eps, rope, *window.slots)
+            return window.read()
+        k, v = self._normed_heads(norm, k_BLC), self._heads(v_BLC)
         turned = kernels.rotate(k, rope)
         return (turned, v) if window is None else window.extend(k, turned, v)
-
-    def _written(
-        self, x_BLC: Tensor | Rows, rope: Rope, window: WrittenWindow
-    ) -> tuple[Tensor, Tensor]:
-        k, v, norm = self.k(x_BLC), self.v(x_BLC), self.norm_k
-        assert not k.requires_grad, "under autograd pass cache.snapshot() to the model"
-        kernels.write_keys_values(k, v, norm.weight, norm.eps, rope, *window.slots)
-        return window.read()
 
 
 class CrossAttention(Projections):
@@ -282,8 +292,3 @@ def modulations(learned_1NC: Tensor, time_BFNC: Tensor) -> tuple[Tensor, ...]:
 def is_plain(norm: nn.Module) -> bool:
     """Whether a norm is torch's own, whose weights may be read: a host's may cast or patch them."""
     return type(norm) in (nn.LayerNorm, nn.RMSNorm)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether somebody has hooks on a module, for which it must be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -12,7 +12,7 @@ from torch.nn import Conv3d, LayerNorm, RMSNorm
 
 from .kernels.reference import linear
 
-__all__ = ["Conv3d", "LayerNorm", "Linear", "RMSNorm", "is_plain_linear"]
+__all__ = ["Conv3d", "LayerNorm", "Linear", "RMSNorm", "is_plain_linear", "is_watched"]
 
 
 class Linear(nn.Linear):
@@ -26,3 +26,8 @@ class Linear(nn.Linear):
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is torch's own or ours, whose weights may be read: a host's may cast or patch."""
     return type(layer) in (nn.Linear, Linear)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody has hooks on a module, for which it must be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -60,14 +60,27 @@ def in_kitchen(x: Tensor) -> bool:
     return x.dtype in HALF and _may_differ() and kitchen_runs_on(x.device)
 
 
-def in_onednn(x: Tensor, weight_OI: Tensor) -> bool:
-    """Whether oneDNN makes this product: in float32 on a CPU with AVX-512, where it is large."""
+def in_onednn(x: Tensor, weight_OI: Tensor, *, joined: int = 1) -> bool:
+    """Whether oneDNN makes this product: in float32 on a CPU with AVX-512, where it is large.
+
+    Or, `joined`, that of as many such weights one behind the other.
+    """
     return (
         type(x) is Tensor  # others, such as those that stand for memory, are torch's
         and x.device.type == "cpu"
         and x.dtype == weight_OI.dtype == torch.float32
-        and x.numel() * weight_OI.shape[0] >= _LEAST_FOR_ONEDNN
+        and x.numel() * weight_OI.shape[0] * joined >= _LEAST_FOR_ONEDNN
         and _may_differ()
+        and onednn_multiplies()
+    )
+
+
+def wants_joining(weight_OI: Tensor) -> bool:
+    """Whether products of a weight may be too small for oneDNN, and it is faster than MKL."""
+    return (
+        weight_OI.device.type == "cpu"
+        and weight_OI.dtype == torch.float32
+        and weight_OI.numel() < _LEAST_FOR_ONEDNN
         and onednn_multiplies()
     )
 

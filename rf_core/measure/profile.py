@@ -66,8 +66,11 @@ KERNELS = {
     "prompt_attention": CROSS_PRODUCTS,
 }
 """Kinds of the fused steps."""
-UNFUSED = {"gelu": ELEMENTWISE}
-"""Kinds of steps that the definitions make by themselves and the kernels within another."""
+UNFUSED = {"gelu": ELEMENTWISE, "linear": SELF_LINEARS}
+"""Kinds of steps that the definitions make by themselves and the kernels within another.
+
+Of the linear layers those that are one product (`rf_core.joint`); the others are modules.
+"""
 NUM_OPERATORS = 12
 """Costliest operators listed."""
 

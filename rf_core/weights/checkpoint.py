@@ -26,6 +26,8 @@ from torch import Tensor
 
 from .. import operations
 from ..config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
+from ..joint import lay_together
+from ..layers import SelfAttention
 from ..model import WanModel
 from . import layouts
 from .files import CheckpointError as CheckpointError
@@ -156,7 +158,11 @@ def load_student(
     _require_finite(checkpoint.path, tensors)
     model = WanModel(checkpoint.config, operations=operations, device="meta")
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.eval().requires_grad_(False), replace(checkpoint, tensors=tensors)
+    for part in model.modules():
+        if isinstance(part, SelfAttention):
+            lay_together(part.q, part.k, part.v)
+    model.eval().requires_grad_(False)
+    return model, replace(checkpoint, tensors=dict(model.state_dict()))
 
 
 def write_checkpoint(
