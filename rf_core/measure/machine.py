@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("flash-attn", "flash-attn-3", "sageattention")
+_PACKAGES = ("triton", "numpy", "transformers", "flash-attn", "flash-attn-3", "sageattention")
 _GPU_FACTS = (
     "name",
     "driver_version",

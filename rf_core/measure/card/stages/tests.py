@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 
 from ..plan import Setting
@@ -25,6 +27,7 @@ FILES = (
 """Named one by one: others import PyAV, which stops pytest where it is not installed."""
 _REHEARSED = ("test_dispatch",)
 _WORKERS, _SECONDS = 12, 50
+_RESULT = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b(?=.*%\]|\s+tests/)")
 
 
 def run(record: Record, setting: Setting) -> None:
@@ -34,14 +37,22 @@ def run(record: Record, setting: Setting) -> None:
     files = [f"tests/{name}.py" for name in (_REHEARSED if setting.rehearsal else FILES)]
     if not all((ROOT / file).is_file() for file in files):
         raise NotRun("there are no tests in this installation; run it from a checkout")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", *files]
     if find_spec("xdist") is not None and not setting.rehearsal:
         command += ["-n", str(_WORKERS)]
     if find_spec("pytest_timeout") is not None:
         command += ["--timeout", str(_SECONDS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    print(done.stdout, done.stderr)
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    record.note("failures", [line for line in lines if line.startswith(("FAILED", "ERROR"))])
-    record.say(lines[-1] if lines else "pytest printed nothing")
-    record.check("pytest's exit code", done.returncode, 0)
+    counts: Counter[str] = Counter()
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="")
+            if line.startswith(("FAILED ", "ERROR ")):  # pytest's summary
+                record.append("failures", line.strip())
+            elif (result := _RESULT.search(line)) is not None:
+                counts[result[0].lower()] += 1
+                record.note("counts", dict(counts))  # a test a line: kept if the time runs out
+    record.say(", ".join(f"{number} {what}" for what, number in counts.items()) or "no test ran")
+    record.check("pytest's exit code", process.returncode, 0)
