@@ -31,7 +31,7 @@ _RESULT = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b(?=.*%\]|\s+tests/)")
 
 
 def run(record: Record, setting: Setting) -> None:
-    """What pytest says in its last line, and its failures."""
+    """How many passed, and which failed."""
     if find_spec("pytest") is None:
         raise NotRun("the package pytest is not installed")
     files = [f"tests/{name}.py" for name in (_REHEARSED if setting.rehearsal else FILES)]
