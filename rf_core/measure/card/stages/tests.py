@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from ..plan import Setting
 from ..record import NotRun, Record
 from ..runner import ROOT
+from . import workload
 
 FILES = (
     "test_dispatch",
@@ -32,6 +33,7 @@ _RESULT = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b(?=.*%\]|\s+tests/)")
 
 def run(record: Record, setting: Setting) -> None:
     """How many passed, and which failed."""
+    workload(setting)  # they need a card too
     if find_spec("pytest") is None:
         raise NotRun("the package pytest is not installed")
     files = [f"tests/{name}.py" for name in (_REHEARSED if setting.rehearsal else FILES)]
