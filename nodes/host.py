@@ -8,8 +8,10 @@ stream runs through `BaseModel.apply_model`, where wrappers act, and reads atten
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +38,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image, ImageOps
+from server import PromptServer
 from torch import Tensor
 
 from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
@@ -416,13 +419,20 @@ def settings_of(model: Any) -> Settings:
     return model.model_options[SETTINGS]
 
 
+_PICTURE_STEP, _PICTURE_SIDE = 2, 256  # of images shown while they are made: how many, how large
+
+
 class Progress:
     """ComfyUI's progress bar, previews and interrupt, over the denoising passes of a run."""
 
-    def __init__(self, model: Any, num_chunks: int, num_steps: int) -> None:
+    def __init__(self, model: Any, num_chunks: int, num_steps: int, *, previews: bool) -> None:
+        """With `previews` latents are shown, as far as ComfyUI is told to."""
         self._total, self._steps, self._done = num_chunks * num_steps, num_steps, 0
         self._bar = comfy.utils.ProgressBar(self._total)
-        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._previewer = None
+        if previews:
+            format = model.model.latent_format
+            self._previewer = latent_preview.get_previewer(model.load_device, format)
 
     def given(self, chunks: int) -> None:
         """So many chunks need no denoising."""
@@ -443,6 +453,42 @@ class Progress:
             ]
             shown = ("PNG", animated([frame[1] for frame in frames], frames[0][2]), None)
         self._bar.update_absolute(self._done, self._total, shown)
+
+
+def _server() -> Any:
+    return getattr(PromptServer, "instance", None)  # none where nodes are called by hand
+
+
+def say(node_id: str | None, text: str) -> None:
+    """Text on a node, as the frontend shows it by itself."""
+    if node_id is not None and (server := _server()) is not None:
+        server.send_progress_text(text, node_id, server.client_id)
+
+
+class Pictures:
+    """Finished images on their way to the node that makes them; see `web/reward_forcing.js`.
+
+    Every other image, so small that all of it takes a chunk less than a fiftieth of its time.
+    """
+
+    def __init__(self, node_id: str | None) -> None:
+        self._node = node_id
+
+    def show(self, images: Tensor) -> None:
+        """Send a chunk's images [T, H, W, 3], uint8; from any thread."""
+        server = _server()
+        if self._node is None or server is None:
+            return
+        pictures = [self._jpeg(image.numpy()) for image in images[1::_PICTURE_STEP]]
+        rate = FPS / _PICTURE_STEP
+        found = {"node": self._node, "pictures": pictures, "rate": rate}
+        server.send_sync("rf.pictures", found, server.client_id)
+
+    def _jpeg(self, image: Any) -> str:
+        picture, file = Image.fromarray(image), io.BytesIO()
+        picture = picture.reduce(max(1, max(picture.size) // _PICTURE_SIDE))
+        picture.save(file, "JPEG", quality=75)
+        return base64.b64encode(file.getvalue()).decode()
 
 
 def animated(frames: list[Image.Image], max_size: int | None) -> Image.Image:

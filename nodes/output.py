@@ -32,6 +32,7 @@ class SaveState(io.ComfyNode):
                 io.String.Input("name", default="stream", tooltip="Name without folder or ending."),
             ],
             outputs=[RFState.Output(display_name="state")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -48,6 +49,7 @@ class SaveState(io.ComfyNode):
         path = _free(folder, name)
         state.snapshot.save(path)
         text = f"{path.name}: {_told(state.snapshot)}"
+        host.say(cls.hidden.unique_id, text)
         return io.NodeOutput(state, ui=ui.PreviewText(text))
 
 
@@ -67,6 +69,7 @@ class LoadState(io.ComfyNode):
                 )
             ],
             outputs=[RFState.Output(display_name="state")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -83,7 +86,8 @@ class LoadState(io.ComfyNode):
     def execute(cls, name: str) -> io.NodeOutput:
         snapshot = Snapshot.load(host.state_folder() / name)
         state = State(snapshot=snapshot, source={"file": name})
-        return io.NodeOutput(state, ui=ui.PreviewText(_told(snapshot)))
+        host.say(cls.hidden.unique_id, text := _told(snapshot))
+        return io.NodeOutput(state, ui=ui.PreviewText(text))
 
 
 class ModelInfo(io.ComfyNode):
@@ -104,12 +108,14 @@ class ModelInfo(io.ComfyNode):
                 )
             ],
             outputs=[io.String.Output(display_name="text")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
         text = describe(read_checkpoint(host.model_path(model_name)))
+        host.say(cls.hidden.unique_id, text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

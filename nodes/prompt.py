@@ -14,6 +14,7 @@ from ..rf_core.prompts import (
     format_table,
     parse_timeline,
 )
+from . import host
 from .loaders import CATEGORY
 from .types import RFTimeline, Timeline
 
@@ -139,6 +140,7 @@ class PromptSchedule(io.ComfyNode):
                 RFTimeline.Output(display_name="timeline"),
                 io.String.Output(display_name="table"),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=False,
             has_intermediate_output=True,
         )
@@ -163,6 +165,7 @@ class PromptSchedule(io.ComfyNode):
             resolved = timeline.resolve(clock)
         embeds = {entry.text: encode(clip, entry.text) for entry in resolved}
         table = format_table(resolved)
+        host.say(cls.hidden.unique_id, table)
         return io.NodeOutput(
             Timeline(timeline=timeline, embeds=embeds), table, ui=ui.PreviewText(table)
         )

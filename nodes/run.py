@@ -53,6 +53,8 @@ class Request:
     """Last images for the IMAGE socket; -1 for all."""
     keep_latents: int
     """Last latent frames for the LATENT socket; -1 for all."""
+    node_id: str | None = None
+    """The node that shows the images as they are made."""
 
 
 @dataclass
@@ -154,7 +156,8 @@ def run(request: Request) -> Made:
         writer = reuse.resume(request, kept, stream, made)
         made.reused = kept.chunks
     numbers = range(made.reused, total)
-    progress = host.Progress(request.model, len(numbers), len(request.sampler.steps))
+    steps, previews = len(request.sampler.steps), request.decoder is None
+    progress = host.Progress(request.model, len(numbers), steps, previews=previews)
     ends = {entry.chunk for entry in prompts[1:]} | {total}
     number = numbers.start
     with writer or nullcontext(), _handoff(request, writer, made) or nullcontext() as handoff:
@@ -193,7 +196,8 @@ def _handoff(request: Request, writer: VideoWriter | None, made: Made) -> Handof
 def _take(images: Tensor, request: Request, writer: VideoWriter | None, made: Made) -> None:
     """A chunk's images [T, 3, H, W] go to the file and the IMAGE socket."""
     if writer is not None:
-        writer.write(to_uint8(images))
+        writer.write(shown := to_uint8(images))
+        host.Pictures(request.node_id).show(shown)
     if request.keep_images:
         _keep(made.images, images.clone(), request.keep_images, dim=0)
     made.num_images += len(images)

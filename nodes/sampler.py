@@ -163,7 +163,7 @@ class StreamingSampler(io.ComfyNode):
                 io.Image.Output(display_name="IMAGE"),
                 RFState.Output(display_name="state"),
             ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -219,6 +219,7 @@ class StreamingSampler(io.ComfyNode):
             metadata=_metadata(cls.hidden),
             start_latents=_latents(start_latent, format, cache),
             snapshot=state.snapshot if state else None,
+            node_id=cls.hidden.unique_id,
             keep_images=keep_images if decoder else 0,
             keep_latents=keep_latents,
         )
@@ -228,7 +229,9 @@ class StreamingSampler(io.ComfyNode):
             request = replace(request, start_latents=_encoded(start_image, request))
         made, snapshot = _run(request, keep_state)
         outputs = _outputs(request, made, snapshot, format)
-        shown: dict[str, Any] = {"text": (_told(request, made),)}
+        text = _told(request, made)
+        host.say(cls.hidden.unique_id, text)
+        shown: dict[str, Any] = {"text": (text,)}
         if path is not None:
             saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)
             shown |= ui.PreviewVideo([saved]).as_dict()

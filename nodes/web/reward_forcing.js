@@ -1,83 +1,73 @@
-// What a node of the pack has to say is shown on it, and a finished stream's video in place of its
-// last preview, which ComfyUI's frontend would leave there.
+// The pictures of a stream as they are made, moving, on the node that makes them. They come as JPEGs
+// with each chunk and are shown at the pace they are made for; the finished video takes their place.
 
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { ComfyWidgets } from "../../scripts/widgets.js";
 
-const TOLD = "result";
+const MOST = 64; // pictures that wait to be shown: some chunks; then the oldest go
+const players = new Map();
 
-function tell(node, text) {
-  let widget = node.widgets?.find((each) => each.name === TOLD);
-  if (!widget) {
-    const options = ["STRING", { multiline: true, socketless: true }];
-    widget = ComfyWidgets.STRING(node, TOLD, options, app).widget;
-    widget.serialize = false;
-    widget.options.serialize = false;
-    if (widget.inputEl) widget.inputEl.readOnly = true;
-    const [width, height] = node.computeSize();
-    node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+class Player {
+  constructor(node) {
+    this.node = node;
+    this.size = [...node.size];
+    this.waiting = [];
+    this.canvas = document.createElement("canvas");
+    this.canvas.style.cssText = "width: 100%; height: 100%; object-fit: contain;";
+    const options = { serialize: false, getMinHeight: () => 180 };
+    this.widget = node.addDOMWidget("pictures", "pictures", this.canvas, options);
+    this.widget.serialize = false;
   }
-  widget.value = text;
-}
 
-// The frontend shows one of two things a node has, live previews before the finished video, and
-// keeps the first of them for good. So a run begins with neither and ends without previews.
-
-const MEDIA = ["video-preview", "$$canvas-image-preview", "$$comfy_animation_preview"];
-
-function outputStore() {
-  const frontend = document.getElementById("vue-app")?.__vue_app__;
-  return frontend?.config.globalProperties.$pinia?._s.get("nodeOutput");
-}
-
-function dropPreviews(node) {
-  const store = outputStore();
-  for (const key of Object.keys(app.nodePreviewImages)) {
-    if (key.split(":").at(-1) !== String(node.id)) continue;
-    if (store) store.revokePreviewsByLocatorId(key);
-    else delete app.nodePreviewImages[key];
+  add(pictures, rate) {
+    this.waiting.push(...pictures);
+    this.waiting.splice(0, this.waiting.length - MOST);
+    this.timer ??= setInterval(() => this.show(), 1000 / rate);
   }
-  for (const widget of [...(node.widgets ?? [])]) {
-    if (!MEDIA.includes(widget.name)) continue;
-    widget.onRemove?.();
-    node.widgets.splice(node.widgets.indexOf(widget), 1);
+
+  async show() {
+    const next = this.waiting.shift();
+    if (!next) return;
+    const bytes = Uint8Array.from(atob(next), (letter) => letter.charCodeAt(0));
+    const picture = await createImageBitmap(new Blob([bytes], { type: "image/jpeg" }));
+    if (this.canvas.width !== picture.width) this.canvas.width = picture.width;
+    if (this.canvas.height !== picture.height) this.canvas.height = picture.height;
+    this.canvas.getContext("2d").drawImage(picture, 0, 0);
+    this.canvas.dataset.shown = 1 + Number(this.canvas.dataset.shown ?? 0);
   }
-  node.imgs = node.images = node.preview = node.videoContainer = undefined;
-  node.previewMediaType = undefined;
+
+  end() {
+    clearInterval(this.timer);
+    this.node.removeWidget(this.widget);
+    this.node.setSize(this.size); // what the video needs beyond it, the frontend adds
+  }
 }
 
-function dropVideo(node) {
-  dropPreviews(node);
-  outputStore()?.removeNodeOutputsForNode?.(node);
+function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  const path = String(id).split(":");
+  for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph;
+  return graph?.getNodeById(path.at(-1));
 }
 
-function makeRoom(node, tries = 60) {
-  const video = node.widgets?.find((widget) => widget.name === MEDIA[0]);
-  const bottom = video ? video.y + (video.computedHeight ?? 0) + 8 : 0;
-  if (node.size[1] < bottom) node.setSize([node.size[0], bottom]);
-  if (tries) setTimeout(() => makeRoom(node, tries - 1), 250); // the video is still loading
+function show({ detail: { node: id, pictures, rate } }) {
+  const node = nodeOf(id);
+  if (!node) return;
+  if (players.get(id)?.node !== node) players.set(id, new Player(node));
+  players.get(id).add(pictures, rate);
 }
 
-function after(type, name, act) {
-  const before = type.prototype[name];
-  type.prototype[name] = function (...args) {
-    before?.apply(this, args);
-    act(this, ...args);
-  };
+function end(id) {
+  players.get(id)?.end();
+  players.delete(id);
 }
 
 app.registerExtension({
-  name: "RewardForcing.Outputs",
-  beforeRegisterNodeDef(type, data) {
-    if (!data.name.startsWith("RF")) return;
-    after(type, "onExecuted", (node, output) => {
-      if (output?.text) tell(node, [output.text].flat().join("\n"));
-    });
-    if (data.name !== "RFStreamingSampler") return;
-    after(type, "onExecuted", (node) => {
-      dropPreviews(node);
-      makeRoom(node);
-    });
-    after(type, "onExecutionStart", dropVideo);
+  name: "RewardForcing.Pictures",
+  setup() {
+    api.addEventListener("rf.pictures", show);
+    api.addEventListener("executed", ({ detail }) => end(detail.node));
+    for (const name of ["execution_error", "execution_interrupted", "execution_success"])
+      api.addEventListener(name, () => [...players.keys()].forEach(end));
   },
 });

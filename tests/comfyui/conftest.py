@@ -40,6 +40,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_changed(student, networks / "broken.safetensors", "head.head.bias", math.nan)
     write_plain_wan(networks / "wan.safetensors")
     write_lora(student, models / "loras" / "style.safetensors")
-    running = Server(base, "--preview-method", "auto")
+    running = Server(base)  # as installed: what it shows must need no flag
     yield running
     running.stop()

@@ -45,6 +45,9 @@ def copy_pack(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
+TEXT = (3).to_bytes(4, "big")  # how a binary message that is text begins
+
+
 @dataclass
 class Run:
     """What a queued prompt did."""
@@ -52,6 +55,14 @@ class Run:
     history: dict[str, Any]
     events: list[dict[str, Any]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
+    """Pictures that ComfyUI sends of latents."""
+    texts: list[str] = field(default_factory=list)
+    """What nodes say, each after its number."""
+
+    @property
+    def pictures(self) -> list[dict[str, Any]]:
+        """What the sampler sends of each chunk's images."""
+        return [event["data"] for event in self.events if event["type"] == "rf.pictures"]
 
     @property
     def error(self) -> dict[str, Any] | None:
@@ -127,11 +138,13 @@ class Server:
         errors = [e for node in answer["node_errors"].values() for e in node["errors"]]
         return " ".join(f"{e['message']} {e['details']}" for e in errors)
 
-    def run(self, prompt: dict[str, Any], interrupt_after: int | None = None) -> Run:
+    def run(self, prompt: dict[str, Any], interrupt_after: int | None = None, **extra: Any) -> Run:
         """Queue a prompt and wait; interrupted after so many progress steps if asked."""
-        return asyncio.run(self._run(prompt, interrupt_after))
+        return asyncio.run(self._run(prompt, interrupt_after, extra))
 
-    async def _run(self, prompt: dict[str, Any], interrupt_after: int | None) -> Run:
+    async def _run(
+        self, prompt: dict[str, Any], interrupt_after: int | None, extra: dict[str, Any]
+    ) -> Run:
         client = uuid.uuid4().hex
         run = Run(history={})
         address = f"ws://127.0.0.1:{self.port}/ws?clientId={client}"
@@ -139,15 +152,16 @@ class Server:
             aiohttp.ClientSession() as session,
             session.ws_connect(address, max_msg_size=0) as socket,
         ):
-            answer = await asyncio.to_thread(
-                self.post, "/prompt", {"prompt": prompt, "client_id": client}
-            )
+            asked = {"prompt": prompt, "client_id": client, "extra_data": extra}
+            answer = await asyncio.to_thread(self.post, "/prompt", asked)
             assert "prompt_id" in answer, answer
             steps = 0
             async with asyncio.timeout(RUN_SECONDS):
                 async for message in socket:
                     if message.type == aiohttp.WSMsgType.BINARY:
-                        run.previews.append(message.data)
+                        is_text = message.data[:4] == TEXT
+                        kept = message.data[8:].decode() if is_text else message.data
+                        (run.texts if is_text else run.previews).append(kept)
                         continue
                     event = json.loads(message.data)
                     run.events.append(event)

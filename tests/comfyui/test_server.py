@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import urllib.request
@@ -124,12 +125,33 @@ def test_a_longer_video_begins_with_the_shorter_one(server: Server) -> None:
         assert np.array_equal(*(np.asarray(picture) for picture in pictures))
 
 
-def test_progress_counts_every_step_and_previews_move(server: Server) -> None:
+def test_progress_counts_steps_to_the_last(server: Server) -> None:
     run = server.run(demo_prompt(seed=11, length=3))
     progress = [e["data"] for e in run.events if e["type"] == "progress"]
     values = [each["value"] for each in progress if each["node"] == "stream"]
-    assert values == list(range(1, 13)) and {each["max"] for each in progress} == {12}
-    assert len(run.previews) == 12
+    assert values == sorted(set(values)) and values[-1] == 12  # ComfyUI leaves out fast ones
+    assert {each["max"] for each in progress} == {12}
+
+
+def test_the_images_of_every_chunk_are_shown_as_they_are_made(server: Server) -> None:
+    run = server.run(demo_prompt(seed=21, length=3), preview_method="auto")
+    assert run.previews == []  # with a VAE latents are not shown, whatever ComfyUI is told to
+    assert [len(sent["pictures"]) for sent in run.pictures] == [4, 6, 6]
+    assert {(sent["node"], sent["rate"]) for sent in run.pictures} == {("stream", 8)}
+    shown = [base64.b64decode(one) for sent in run.pictures for one in sent["pictures"]]
+    pictures = [Image.open(io.BytesIO(one)) for one in shown]
+    assert {(one.format, one.size) for one in pictures} == {("JPEG", (64, 64))}
+    made = images_of(video_of(server, run.output("stream")))
+    for number, one in zip((1, 3, 5, 7, 10), pictures, strict=False):
+        assert np.abs(np.asarray(one).astype(int) - made[number]).mean() < 8
+    assert any("33 images" in text for text in run.texts)  # and its result, on the node
+
+
+def test_without_a_vae_latents_are_shown_as_comfyui_is_told_to(server: Server) -> None:
+    prompt = demo_prompt(seed=22, length=2)
+    del prompt["stream"]["inputs"]["vae"]
+    run = server.run(prompt, preview_method="latent2rgb")
+    assert not run.pictures and len(run.previews) == 8
     picture = Image.open(io.BytesIO(run.previews[-1][8:]))
     assert picture.format == "PNG" and picture.n_frames == 3
 
