@@ -58,6 +58,8 @@ class Run:
     """Pictures that ComfyUI sends of latents."""
     texts: list[str] = field(default_factory=list)
     """What nodes say, each after its number."""
+    interrupted_after: int = 0
+    """Steps that were done when the interrupt was asked for."""
 
     @property
     def pictures(self) -> list[dict[str, Any]]:
@@ -139,7 +141,7 @@ class Server:
         return " ".join(f"{e['message']} {e['details']}" for e in errors)
 
     def run(self, prompt: dict[str, Any], interrupt_after: int | None = None, **extra: Any) -> Run:
-        """Queue a prompt and wait; interrupted after so many progress steps if asked."""
+        """Queue a prompt and wait; interrupted once so many steps are done, if asked."""
         return asyncio.run(self._run(prompt, interrupt_after, extra))
 
     async def _run(
@@ -152,10 +154,10 @@ class Server:
             aiohttp.ClientSession() as session,
             session.ws_connect(address, max_msg_size=0) as socket,
         ):
-            asked = {"prompt": prompt, "client_id": client, "extra_data": extra}
-            answer = await asyncio.to_thread(self.post, "/prompt", asked)
+            queued = {"prompt": prompt, "client_id": client, "extra_data": extra}
+            answer = await asyncio.to_thread(self.post, "/prompt", queued)
             assert "prompt_id" in answer, answer
-            steps = 0
+            asked = False
             async with asyncio.timeout(RUN_SECONDS):
                 async for message in socket:
                     if message.type == aiohttp.WSMsgType.BINARY:
@@ -165,8 +167,9 @@ class Server:
                         continue
                     event = json.loads(message.data)
                     run.events.append(event)
-                    steps += event["type"] == "progress"
-                    if steps == interrupt_after and event["type"] == "progress":
+                    done = event["data"]["value"] if event["type"] == "progress" else 0
+                    if interrupt_after and not asked and done >= interrupt_after:
+                        asked, run.interrupted_after = True, done
                         await asyncio.to_thread(self.post, "/interrupt")
                     if event["type"] in (
                         "execution_success",

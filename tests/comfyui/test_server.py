@@ -162,7 +162,7 @@ def test_an_interrupt_acts_within_a_step_and_leaves_a_playable_file(server: Serv
     )
     assert run.events[-1]["type"] == "execution_interrupted"
     steps = [e["data"]["value"] for e in run.events if e["type"] == "progress"]
-    assert steps[-1] <= 14 + 4  # the request itself takes a moment
+    assert steps[-1] <= run.interrupted_after + 20  # the request itself takes some of the demo's
     (path,) = (server.output / "video").glob("cut_off*.mp4")
     assert len(images_of(path)) >= 9 + 2 * 12
 
