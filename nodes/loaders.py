@@ -149,10 +149,18 @@ class SinkConfig(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, preset: str, window_frames: int, sink_frames: int, decay: float, accumulator: str
+        cls,
+        preset: str | None = None,
+        window_frames: int | None = None,
+        sink_frames: int | None = None,
+        decay: float | None = None,
+        accumulator: str | None = None,
     ) -> bool | str:
+        given = (preset, window_frames, sink_frames, decay, accumulator)
+        if any(value is None for value in given):  # linked, and known when the node runs
+            return True
         try:
-            _sink(preset, window_frames, sink_frames, decay, accumulator)
+            _sink(*given)  # type: ignore[arg-type]  # none of them is None
         except ValueError as error:
             return str(error)
         return True

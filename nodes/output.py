@@ -14,6 +14,10 @@ from .loaders import CATEGORY
 from .types import RFState, State
 
 SUFFIX = ".safetensors"
+MOST_NAME_BYTES = 200
+"""Leaves room for a number and the ending in the 255 bytes that file systems allow."""
+NOT_IN_NAMES = frozenset('/\\<>:"|?*')
+"""What one system or another does not allow in a file's name."""
 
 
 class SaveState(io.ComfyNode):
@@ -38,12 +42,12 @@ class SaveState(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
-        if name is not None and (not name.strip() or Path(name).name != name or "\\" in name):
-            return f"{name!r} is no file name; give one without folders, such as 'beach'"
-        return True
+        return True if name is None or _is_file_name(name) else _no_file_name(name)
 
     @classmethod
     def execute(cls, state: State, name: str) -> io.NodeOutput:
+        if not _is_file_name(name):  # a linked name is known only now
+            raise ValueError(_no_file_name(name))
         folder = host.state_folder()
         folder.mkdir(parents=True, exist_ok=True)
         path = _free(folder, name)
@@ -117,6 +121,19 @@ class ModelInfo(io.ComfyNode):
         text = describe(read_checkpoint(host.model_path(model_name)))
         host.say(cls.hidden.unique_id, text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def _is_file_name(name: str) -> bool:
+    fits = bool(name.strip(". ")) and len(name.encode()) <= MOST_NAME_BYTES
+    return fits and not set(name) & NOT_IN_NAMES and name.isprintable()
+
+
+def _no_file_name(name: str) -> str:
+    shown = name if len(name) <= 40 else f"{name[:40]}…"
+    return (
+        f"name {shown!r} is no file name; give a short one without folders or any of "
+        f"{' '.join(sorted(NOT_IN_NAMES))}, such as 'beach'"
+    )
 
 
 def _saved() -> list[str]:

@@ -16,9 +16,8 @@ from ..rf_core.prompts import (
 )
 from . import host
 from .loaders import CATEGORY
-from .types import RFTimeline, Timeline
+from .types import UNITS, RFTimeline, Timeline
 
-UNITS = {"seconds": "s", "frames": "f", "chunks": "c"}
 MODES = ["recache", "soft", "blend", "cut"]
 MODE_TOOLTIP = (
     "How the video goes over. recache: the last chunks are read again under the new prompt, so it "
@@ -89,11 +88,15 @@ class PromptSwitch(io.ComfyNode):
         before = timeline or Timeline(timeline=PromptTimeline(), embeds={})
         number = len(before.timeline.entries) + 1
         name = f"prompt {number}"
-        switch = Switch(mode=mode)  # type: ignore[arg-type]  # checked on construction
-        if mode == "blend":
-            switch = Switch(mode="blend", blend_chunks=blend_chunks, interpolation=interpolation)  # type: ignore[arg-type]
+        if timeline is None and mode != MODES[0]:
+            raise ValueError(
+                f"the first Prompt Switch has nothing to switch from: set its mode to {MODES[0]}, "
+                "or connect a timeline"
+            )
+        blend = {"blend_chunks": blend_chunks, "interpolation": interpolation}
+        switch = Switch(mode=mode, **(blend if mode == "blend" else {}))  # type: ignore[arg-type]  # checked on construction
         try:
-            joined = before.timeline.append(at, UNITS[unit], switch, name)  # type: ignore[arg-type]
+            joined = before.timeline.append(at, UNITS[unit], switch, name)
         except TimelineError as error:
             raise ValueError(f"Prompt Switch number {number}: {error.problem}") from None
         embeds = before.embeds | {name: embedding_of(conditioning)}
@@ -158,7 +161,7 @@ class PromptSchedule(io.ComfyNode):
     def execute(cls, clip: Any, text: str, length: float = 10.0) -> io.NodeOutput:
         timeline = parse_timeline(text)
         clock = ChunkClock()
-        total = clock.num_chunks_for_seconds(length) if length else None
+        total = clock.num_chunks(length, "s") if length else None
         try:
             resolved = timeline.resolve(clock, total)
         except TimelineError:  # the table's length is no promise

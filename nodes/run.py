@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..rf_core.config import FPS, CacheConfig, SamplerConfig
+from ..rf_core.config import CacheConfig, SamplerConfig
 from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.prompts import ChunkClock, ResolvedEntry
 from ..rf_core.state import Snapshot, cache_config_of
@@ -21,7 +21,7 @@ from ..rf_core.stream import Chunk, Stream
 from ..rf_core.video import VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
 from .decoders import StockTAEHVDecoder, StockWanDecoder
-from .types import Timeline
+from .types import UNITS, Timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +90,7 @@ def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
             )
     clock = ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
     timeline = request.prompts.timeline
-    if request.unit == "chunks":
-        total = round(request.length)
-    else:
-        seconds = request.length / (FPS if request.unit == "frames" else 1)
-        total = timeline.num_chunks_for_seconds(seconds, clock)
+    total = timeline.num_chunks(request.length, UNITS[request.unit], clock)
     return timeline.resolve(clock, total), total
 
 

@@ -26,12 +26,16 @@ from .decoders import decoder_of
 from .loaders import CATEGORY
 from .prompt import timeline_of
 from .run import Made, Request, images_of, latents_of, plan, run
-from .types import RFSink, RFState, RFTimeline, State
+from .types import UNITS, RFSink, RFState, RFTimeline, State
 
-UNITS = ["seconds", "frames", "chunks"]
 STATES = ["compact", "exact", "none"]
 UNIT = SPATIAL_FACTOR * ModelConfig.patch_size[1]
 """Pixels that width and height are multiples of."""
+
+NO_LATENT = "keep_latents of Streaming Sampler is 0: raise it to get LATENT; -1 keeps all"
+NO_IMAGE = "keep_images of Streaming Sampler is 0: raise it to get IMAGE; -1 keeps all"
+NO_VAE = "connect a VAE to the vae input of Streaming Sampler to get VIDEO and IMAGE"
+NO_STATE = "keep_state of Streaming Sampler is none: choose compact or exact to get a state"
 
 
 class StreamingSampler(io.ComfyNode):
@@ -81,7 +85,7 @@ class StreamingSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "unit",
-                    options=UNITS,
+                    options=list(UNITS),
                     default="seconds",
                     tooltip="16 frames make a second; a chunk is 12 frames. The video ends with "
                     "the chunk that reaches the length.",
@@ -168,11 +172,11 @@ class StreamingSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int = UNIT, height: int = UNIT) -> bool | str:
-        for side, value in (("width", width), ("height", height)):
-            if value % UNIT:
-                near = round(value / UNIT) * UNIT
-                return f"{side} {value} is not a multiple of {UNIT}; the nearest is {near}"
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+        try:  # a linked side is None here: it is known when the run begins
+            latent_size(height or UNIT, width or UNIT, ModelConfig.patch_size)
+        except ValueError as error:
+            return str(error)
         return True
 
     @classmethod
@@ -276,16 +280,16 @@ def _run(request: Request, keep_state: str) -> Any:
 
 def _outputs(request: Request, made: Any, snapshot: Any, format: Any) -> list[Any]:
     latents = latents_of(made, request.keep_latents)
+    images = images_of(made, request.keep_images)
     state = None
     if snapshot is not None:
         name = host.settings_of(request.model).name
         state = State(snapshot=snapshot, source={"model": name, "seed": request.seed})
-    missing = host.block("connect a VAE to Streaming Sampler to get images and video")
     return [
-        {"samples": format.process_out(latents)} if latents is not None else None,
-        InputImpl.VideoFromFile(str(request.path)) if request.path else missing,
-        images_of(made, request.keep_images) if request.keep_images else missing,
-        state or host.block("keep_state is none; choose compact or exact to pass the state on"),
+        host.block(NO_LATENT) if latents is None else {"samples": format.process_out(latents)},
+        InputImpl.VideoFromFile(str(request.path)) if request.path else host.block(NO_VAE),
+        host.block(NO_IMAGE if request.decoder else NO_VAE) if images is None else images,
+        host.block(NO_STATE) if state is None else state,
     ]
 
 

@@ -6,7 +6,7 @@ Everything here is immutable: ComfyUI caches outputs and hands them to many node
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from comfy_api.latest import io
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
     from ..rf_core.prompts import PromptTimeline
     from ..rf_core.state import Snapshot
+
+
+UNITS: dict[str, Literal["s", "f", "c"]] = {"seconds": "s", "frames": "f", "chunks": "c"}
+"""Units of time on nodes, and as the timeline's language has them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,7 +197,7 @@ def plan(options: Options) -> Plan:
     VideoFormat(width=width, height=height, crf=options.crf)
     clock, total = ChunkClock(chunk_frames=cache.chunk_frames), options.chunks
     if options.seconds is not None:
-        total = options.timeline.num_chunks_for_seconds(options.seconds, clock)
+        total = options.timeline.num_chunks(options.seconds, "s", clock)
     if options.compile and cache.storage == "int8":
         raise ValueError("an int8 cache is not compiled; leave out --compile or --cache int8")
     snapshot = _snapshot_of(options)

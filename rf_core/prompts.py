@@ -130,11 +130,18 @@ class ChunkClock:
         start, end = self.images_before(chunk), self.images_before(chunk + 1)
         return chunk if images - start < end - images else chunk + 1
 
-    def num_chunks_for_seconds(self, seconds: float) -> int:
-        """The fewest chunks that make at least `seconds` of video; ValueError unless positive."""
-        if not (isfinite(seconds) and seconds > 0):
-            raise ValueError(f"seconds is {seconds}; a length of video is a positive number")
-        return self.chunk_at_image(ceil(Fraction(seconds) * FPS) - 1) + 1
+    def num_chunks(self, length: float, unit: Literal["s", "f", "c"]) -> int:
+        """The fewest chunks that make at least `length` `unit`s of video.
+
+        ValueError unless the length is positive.
+        """
+        if not (isfinite(length) and length > 0):
+            name = {"s": "seconds", "f": "frames", "c": "chunks"}[unit]
+            raise ValueError(f"{name} is {length}; a length of video is a positive number")
+        if unit == "c":
+            return ceil(length)
+        images = ceil(Fraction(length) * (FPS if unit == "s" else 1))
+        return self.chunk_at_image(images - 1) + 1
 
     def with_cuts(self, *chunks: int) -> ChunkClock:
         """The clock with `chunks` cut to as well."""
@@ -318,12 +325,12 @@ class PromptTimeline:
             )
         return tuple(resolved)
 
-    def num_chunks_for_seconds(self, seconds: float, clock: ChunkClock) -> int:
-        """The fewest chunks that make `seconds` of video, the timeline's own cuts counted."""
+    def num_chunks(self, length: float, unit: Literal["s", "f", "c"], clock: ChunkClock) -> int:
+        """See `ChunkClock.num_chunks`; the timeline's own cuts are counted."""
         if self.entries and self.entries[-1].unit != "part":
             cuts = [entry.chunk for entry in self.resolve(clock) if entry.switch.mode == "cut"]
             clock = clock.with_cuts(*cuts)
-        return clock.num_chunks_for_seconds(seconds)
+        return clock.num_chunks(length, unit)
 
     def to_text(self) -> str:
         """The timeline in its language; `parse_timeline` reads an equal one back."""

@@ -9,6 +9,7 @@ import time
 import unicodedata
 from decimal import Decimal
 from fractions import Fraction
+from typing import Literal
 
 import pytest
 
@@ -106,19 +107,34 @@ def test_the_nearest_chunk_is_the_one_with_the_closest_start_and_ties_go_later(
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_chunks_for_a_length_are_the_fewest_that_fill_it(clock: ChunkClock) -> None:
     for seconds in (0.01, 0.5625, 0.57, 1, 1.3125, 2.5, 7, 9.0625):
-        count = clock.num_chunks_for_seconds(seconds)
+        count = clock.num_chunks(seconds, "s")
         assert images_by_counting(clock, count) >= seconds * FPS
         assert images_by_counting(clock, count - 1) < seconds * FPS
 
 
 def test_ten_seconds_are_fourteen_chunks() -> None:
-    assert CLOCK.num_chunks_for_seconds(10) == 14
+    assert CLOCK.num_chunks(10, "s") == 14
+
+
+@pytest.mark.parametrize(
+    ("length", "unit", "chunks"),
+    [
+        *((0.4, "c", 1), (1.0, "c", 1), (1.4, "c", 2)),
+        *((9, "f", 1), (9.5, "f", 2), (21, "f", 2)),
+        *((0.5625, "s", 1), (0.6, "s", 2), (1.3125, "s", 2), (1.32, "s", 3)),
+    ],
+)
+def test_a_run_ends_with_the_chunk_that_reaches_its_length_in_every_unit(
+    length: float, unit: Literal["s", "f", "c"], chunks: int
+) -> None:
+    assert CLOCK.num_chunks(length, unit) == chunks
+    assert parse_timeline("a").num_chunks(length, unit, CLOCK) == chunks
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_a_length_that_is_no_length_is_refused(seconds: float) -> None:
     with pytest.raises(ValueError, match="positive"):
-        CLOCK.num_chunks_for_seconds(seconds)
+        CLOCK.num_chunks(seconds, "s")
 
 
 @pytest.mark.parametrize("cuts", [(0,), (3, 2), (2, 2), (-1, 4)])
@@ -583,9 +599,9 @@ def test_cuts_the_clock_already_has_count_too() -> None:
 
 def test_the_length_of_a_run_counts_the_cuts_of_its_timeline() -> None:
     cuts = parse_timeline("0s: a" + "".join(f"\nc{n} [cut]: b" for n in range(1, 9)))
-    assert cuts.num_chunks_for_seconds(9, CLOCK) == 15
-    assert parse_timeline("a").num_chunks_for_seconds(9, CLOCK) == 13
-    assert parse_timeline("a | b").num_chunks_for_seconds(9, CLOCK) == 13
+    assert cuts.num_chunks(9, "s", CLOCK) == 15
+    assert parse_timeline("a").num_chunks(9, "s", CLOCK) == 13
+    assert parse_timeline("a | b").num_chunks(9, "s", CLOCK) == 13
 
 
 def test_a_switch_may_come_while_a_blend_is_under_way() -> None:

@@ -155,7 +155,7 @@ def load_student(
         _require_size(checkpoint, expected)
     merged = apply_loras(checkpoint.tensors, loras)
     tensors = {key: merged.pop(key).to(device=device, dtype=dtype) for key in list(merged)}
-    _require_finite(checkpoint.path, tensors)
+    require_finite(checkpoint.path, tensors)
     model = WanModel(checkpoint.config, operations=operations, device="meta")
     model.load_state_dict(tensors, strict=True, assign=True)
     for part in model.modules():
@@ -226,7 +226,7 @@ def convert(
     checkpoint = read_checkpoint(source, submodel=submodel, num_heads=num_heads)
     merged = apply_loras(checkpoint.tensors, loras)
     tensors = {key: merged[key].to(dtype or t.dtype) for key, t in checkpoint.tensors.items()}
-    _require_finite(checkpoint.path, tensors)
+    require_finite(checkpoint.path, tensors)
     write_checkpoint(
         target,
         tensors,
@@ -242,6 +242,17 @@ def convert(
         },
     )
     return read_checkpoint(target)
+
+
+def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """CheckpointError, with the few first names, where a weight is NaN or infinite."""
+    bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
+    if bad:
+        dtype = _dtype_name(tensors[bad[0]].dtype)
+        raise CheckpointError(
+            f"{path}: holds NaN or infinite weights in {dtype} in {len(bad)} of its tensors "
+            f"({shorten(bad)}); the file is damaged, its training diverged, or it needs bfloat16"
+        )
 
 
 def describe(checkpoint: Checkpoint) -> str:
@@ -413,16 +424,6 @@ def _require_size(checkpoint: Checkpoint, expected: ModelConfig) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: is {family(checkpoint.config)} where {family(expected)} is needed "
             f"({', '.join(differences)}); give a checkpoint of that size"
-        )
-
-
-def _require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
-    if bad:
-        dtype = _dtype_name(tensors[bad[0]].dtype)
-        raise CheckpointError(
-            f"{path}: holds NaN or infinite weights in {dtype} in {len(bad)} of its tensors "
-            f"({shorten(bad)}); the file is damaged, its training diverged, or it needs bfloat16"
         )
 
 

@@ -1,16 +1,18 @@
-"""The server these tests share.
+"""The server these tests share, and the pack in this process.
 
 They run in ComfyUI's own environment (`make test-comfy`); elsewhere none is collected.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 import shutil
+import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
     from .server import Server
 
 DEMO = Path(__file__).parents[2] / "rf_core" / "demo"
-collect_ignore_glob = [] if find_spec("aiohttp") and find_spec("comfy_cli") else ["test_*.py"]
+PACK = "rf_pack"
+_NEEDED = ("aiohttp", "comfy_cli")
+collect_ignore_glob = [] if all(map(importlib.util.find_spec, _NEEDED)) else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +47,42 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(base)  # as installed: what it shows must need no flag
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="module")
+def pack() -> Iterator[Any]:
+    """The pack, imported as ComfyUI imports it, on the CPU."""
+    from .server import ROOT, comfy_root
+
+    root = comfy_root()
+    if root is None:
+        pytest.skip("there is no ComfyUI; set COMFYUI_PATH")
+    sys.path.insert(0, str(root))
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.model_management  # reads the arguments
+
+    sys.argv = arguments
+    spec = importlib.util.spec_from_file_location(
+        PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(root))
+
+
+@pytest.fixture
+def host(pack: Any) -> Any:
+    """`nodes.host` of the pack."""
+    return importlib.import_module(f"{PACK}.nodes.host")
+
+
+@pytest.fixture
+def demo(pack: Any) -> Any:
+    """`nodes.demo` of the pack."""
+    return importlib.import_module(f"{PACK}.nodes.demo")

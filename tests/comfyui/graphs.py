@@ -29,10 +29,10 @@ VAE = {
     "url": f"{COMFY_ORG}/vae/wan_2.1_vae.safetensors",
     "directory": "vae",
 }
-TAEHV = {
+TAEHV = {  # ComfyUI reads files of this name from a folder of their own
     "name": "lighttaew2_1.safetensors",
     "url": f"{HUB}/lightx2v/Autoencoders/resolve/main/lighttaew2_1.safetensors",
-    "directory": "vae",
+    "directory": "vae_approx",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from comfy_cli.workflow_to_api import convert_ui_to_api
 
 from training.world.tracker import score
 
+from .conftest import PACK
 from .graphs import DEMO_NEXT, DEMO_PROMPT, PANDA, PANDA_SITS
 from .server import ROOT, Server
 from .test_server import video_of
@@ -90,3 +93,68 @@ def test_comfyui_lists_every_workflow_as_a_template(server: Server) -> None:
     for path in FILES:
         assert path.with_suffix(".jpg").stat().st_size < 200_000
         assert server.get(f"/api/workflow_templates/ComfyUI-RewardForcing/{path.name}")
+
+
+class OpenedError(Exception):
+    """A loader was about to read a file."""
+
+
+def offered(node: Any) -> dict[str, list[Any]]:
+    """What each combo of a node offers now."""
+    found = {}
+    for name, (kind, *about) in node.INPUT_TYPES()["required"].items():
+        options = kind if isinstance(kind, list) else about[0].get("options") if about else None
+        if options is not None:
+            found[name] = list(options)
+    return found
+
+
+@pytest.fixture
+def loader(pack: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Nodes by type, over model folders that are empty; what they would read is raised."""
+    import folder_paths
+
+    spec = importlib.util.spec_from_file_location(
+        "stock", Path(folder_paths.base_path) / "nodes.py"
+    )
+    assert spec is not None and spec.loader is not None
+    stock = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stock)
+    empty = {
+        name: ([str(tmp_path / name)], endings)
+        for name, (_, endings) in folder_paths.folder_names_and_paths.items()
+    }
+    for name in empty:
+        (tmp_path / name).mkdir()
+    plain = folder_paths.get_full_path_or_raise
+
+    def opened(*asked: str) -> None:
+        raise OpenedError(plain(*asked))
+
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", empty)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", opened)
+    ours = {
+        each.GET_SCHEMA().node_id: each for each in importlib.import_module(f"{PACK}.nodes").NODES
+    }
+    return (stock.NODE_CLASS_MAPPINGS | ours).__getitem__
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_it_offers_to_download_is_what_its_loaders_then_read(
+    loader: Any, path: Path, tmp_path: Path
+) -> None:
+    for each in json.loads(path.read_text())["nodes"]:
+        for model in each["properties"].get("models", []):
+            file = tmp_path / model["directory"] / model["name"]
+            assert file.parent.is_dir(), "ComfyUI has no such folder of models"
+            file.touch()
+            node = loader(each["type"])
+            combos = offered(node)
+            (widget,) = [name for name, names in combos.items() if model["name"] in names]
+            assert model["name"] in each["widgets_values"]
+            values = {name: names[0] for name, names in combos.items()} | {widget: model["name"]}
+            with pytest.raises(OpenedError) as read:
+                getattr(node(), node.FUNCTION)(**values)
+            assert Path(str(read.value)) == file
+            file.unlink()
