@@ -53,6 +53,8 @@ count_cache_layers = comfy.ldm.wan.vae.count_cache_layers
 
 SETTINGS = "reward_forcing"
 """Key of a patcher's `model_options` under which the checkpoint's settings travel."""
+LORAS = "reward_forcing_loras"
+"""Key under which a clone keeps the LoRAs without effect before it, and its parent's patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +88,26 @@ class HostedWan(WanModel):
         self.dtype = dtype
 
 
-class StreamingModel(comfy.model_base.WAN21):
-    """A student that runs as a stream and in no other way."""
+class StreamingModel(
+    comfy.model_base.WAN21, comfy.model_base.QwenImage, comfy.model_base.HunyuanDiT
+):
+    """A student that runs as a stream and in no other way.
+
+    Of QwenImage and HunyuanDiT it is only in name: `comfy.lora.model_lora_keys_unet` chooses the
+    names that LoRA files may use by class and offers no other way. They add the names that are
+    bare or begin with `transformer.`, `lycoris_` and `base_model.model.`.
+    """
 
     def __init__(self, model_config: Any, device: Any = None) -> None:
-        # WAN21's own constructor would build ComfyUI's network.
-        super(comfy.model_base.WAN21, self).__init__(
-            model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostedWan
+        # The parents' own constructors would build ComfyUI's networks.
+        comfy.model_base.BaseModel.__init__(
+            self, model_config, comfy.model_base.ModelType.FLOW, device, unet_model=HostedWan
         )
         self.image_to_video = False
+
+    def extra_conds(self, **_: Any) -> dict[str, Any]:
+        """Nothing: a stream brings its prompt along."""
+        return {}
 
     def _apply_model(
         self,
@@ -206,6 +219,8 @@ def load_student(
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
     model.to(patcher.offload_device)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLONE, _remember_loras)
+    patcher.model_options[LORAS] = (0, *_patches(patcher))
     patcher.cached_patcher_init = (load_student, (path, weight_dtype, submodel, latent_format))
     patcher.model_options[SETTINGS] = Settings(
         cache=checkpoint.cache or CacheConfig(),
@@ -214,6 +229,22 @@ def load_student(
         name=path.name,
     )
     return patcher
+
+
+def idle_loras(model: Any) -> int:
+    """How many LoRAs were loaded onto a MODEL without a name that ComfyUI knows it by."""
+    idle, number, uuid = model.model_options[LORAS]
+    now, changed = _patches(model)
+    return int(idle) + (changed != uuid and now == number)
+
+
+def _remember_loras(model: Any, clone: Any) -> None:
+    # A loader clones and adds patches: where there are none, only the patches' name is new.
+    clone.model_options[LORAS] = (idle_loras(model), *_patches(model))
+
+
+def _patches(model: Any) -> tuple[int, Any]:
+    return sum(map(len, model.patches.values())), model.patches_uuid
 
 
 def _cpu_computes(device: torch.device, sizes: ModelConfig) -> torch.dtype | None:

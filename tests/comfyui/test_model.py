@@ -178,6 +178,51 @@ def test_a_lora_is_the_same_as_merged_weights(
     assert torch.equal(stream(plain), base)  # the patch went with its MODEL
 
 
+def lora_named(tmp_path: Path, naming: Callable[[str], str]) -> dict[str, Tensor]:
+    """A LoRA whose keys, `diffusion_model.` taken off, are renamed."""
+    path = tmp_path / "style.safetensors"
+    write_lora(STUDENT, path)
+    return {naming(k.removeprefix("diffusion_model.")): t for k, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model.", "lycoris_"])
+@pytest.mark.parametrize("adapter", ["", "default."])
+def test_a_lora_works_under_every_prefix_that_comfyui_has_names_for(
+    demo: Any, host: Any, tmp_path: Path, prefix: str, adapter: str
+) -> None:
+    import comfy.sd
+
+    from rf_core.weights.lora import merge_lora
+
+    def naming(key: str) -> str:
+        module, _, part = key.partition(".lora_")
+        module = module.replace(".", "_") if prefix == "lycoris_" else module
+        return f"{prefix}{module}.lora_{part.replace('weight', adapter + 'weight')}"
+
+    lora = lora_named(tmp_path, naming)
+    patched, _ = comfy.sd.load_lora_for_models(demo.load_model(), None, lora, 0.7, 0)
+    weights = load_file(STUDENT)
+    merged, matched, _ = merge_lora(weights, lora, 0.7)
+    assert len(matched) == len(lora) and host.idle_loras(patched) == 0
+    patched.patch_model()
+    for name, tensor in patched.model.diffusion_model.state_dict().items():
+        torch.testing.assert_close(tensor.float(), merged[name].float(), atol=2e-2, rtol=1e-2)
+    assert len(patched.patches) == len(lora) // 2
+
+
+@pytest.mark.parametrize("prefix", ["pipe.dit.", "dit.", "someone."])
+def test_a_lora_without_effect_is_counted_whatever_else_is_loaded(
+    demo: Any, host: Any, tmp_path: Path, prefix: str
+) -> None:
+    import comfy.sd
+
+    model = demo.load_model()
+    for before, idle in (("", 0), (prefix, 1), ("transformer.", 1)):
+        lora = lora_named(tmp_path, lambda key, before=before: before + key)
+        model, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0)
+        assert host.idle_loras(model) == host.idle_loras(model.clone()) == idle
+
+
 def test_clones_share_weights(demo: Any) -> None:
     model = demo.load_model()
     clone = model.clone()
