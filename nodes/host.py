@@ -12,7 +12,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import comfy.ldm.wan.vae
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.sd
 import comfy.sd1_clip
@@ -236,6 +237,40 @@ def idle_loras(model: Any) -> int:
     idle, number, uuid = model.model_options[LORAS]
     now, changed = _patches(model)
     return int(idle) + (changed != uuid and now == number)
+
+
+def idle_patches(model: Any) -> list[str]:
+    """Kinds of patches on a MODEL that act inside other networks or samplers, not in a stream."""
+    options = model.model_options.get("transformer_options", {})
+    wrapped = [options.get("wrappers", {}), model.wrappers]
+    kinds = {
+        kind for wrappers in wrapped for kind, found in wrappers.items() if any(found.values())
+    }
+    kinds -= {comfy.patcher_extension.WrappersMP.APPLY_MODEL}
+    named = {*options.get("patches", {}), *options.get("patches_replace", {})}
+    named |= {"rope_options"} & set(options)
+    return sorted(named | kinds)
+
+
+def schedule_of(model: Any) -> SamplerConfig:
+    """The checkpoint's schedule, with the shift of a ModelSamplingSD3 on the MODEL."""
+    trained, patch = settings_of(model).sampler, _sampling_patch(model)
+    return replace(trained, shift=float(patch.shift)) if _is_flow(patch) else trained
+
+
+def idle_sampling(model: Any) -> bool:
+    """Whether a MODEL's sampling is patched in a way that is more than a shift."""
+    patch = _sampling_patch(model)
+    more = not _is_flow(patch) or getattr(patch, "noise_scale", 1.0) != 1.0
+    return patch is not None and more
+
+
+def _sampling_patch(model: Any) -> Any:
+    return model.object_patches.get("model_sampling")
+
+
+def _is_flow(sampling: Any) -> bool:
+    return isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow)
 
 
 def _remember_loras(model: Any, clone: Any) -> None:

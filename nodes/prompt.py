@@ -14,6 +14,7 @@ from ..rf_core.prompts import (
     format_table,
     parse_timeline,
 )
+from .ignored import ignored_of_prompt
 from .loaders import CATEGORY
 from .types import RFTimeline, Timeline
 
@@ -96,7 +97,8 @@ class PromptSwitch(io.ComfyNode):
         except TimelineError as error:
             raise ValueError(f"Prompt Switch number {number}: {error.problem}") from None
         embeds = before.embeds | {name: embedding_of(conditioning)}
-        return io.NodeOutput(Timeline(timeline=joined, embeds=embeds))
+        ignored = before.ignored + ignored_of_prompt(conditioning)
+        return io.NodeOutput(Timeline(timeline=joined, embeds=embeds, ignored=ignored))
 
 
 class PromptSchedule(io.ComfyNode):
@@ -200,4 +202,5 @@ def timeline_of(prompt: Any) -> Timeline:
     if isinstance(prompt, Timeline):
         return prompt
     single = PromptTimeline().append(0, "s", Switch(), "prompt 1")
-    return Timeline(timeline=single, embeds={"prompt 1": embedding_of(prompt)})
+    embeds = {"prompt 1": embedding_of(prompt)}
+    return Timeline(timeline=single, embeds=embeds, ignored=ignored_of_prompt(prompt))

@@ -23,6 +23,7 @@ from ..rf_core.state import cache_config_of
 from ..rf_core.stream import latent_size, start_clip
 from . import host
 from .decoders import decoder_of
+from .ignored import ignored
 from .loaders import CATEGORY
 from .prompt import timeline_of
 from .run import Made, Request, images_of, latents_of, plan, run
@@ -212,7 +213,7 @@ class StreamingSampler(io.ComfyNode):
             width=width,
             height=height,
             seed=seed,
-            sampler=sampler_of(steps, settings.sampler),
+            sampler=sampler_of(steps, host.schedule_of(model)),
             cache=cache,
             decoder=decoder,
             path=path,
@@ -228,7 +229,8 @@ class StreamingSampler(io.ComfyNode):
             request = replace(request, start_latents=_encoded(start_image, request))
         made, snapshot = _run(request, keep_state)
         outputs = _outputs(request, made, snapshot, format)
-        shown: dict[str, Any] = {"text": (_told(request, made),)}
+        lines = [_told(request, made), *ignored(model, request.prompts)]
+        shown: dict[str, Any] = {"text": ("\n".join(lines),)}
         if path is not None:
             saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)
             shown |= ui.PreviewVideo([saved]).as_dict()
