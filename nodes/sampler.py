@@ -26,7 +26,7 @@ from .decoders import decoder_of
 from .ignored import ignored
 from .loaders import CATEGORY
 from .prompt import timeline_of
-from .run import Made, Request, images_of, latents_of, plan, run
+from .run import Made, Request, images_of, late, latents_of, plan, run
 from .types import RFSink, RFState, RFTimeline, State
 
 UNITS = ["seconds", "frames", "chunks"]
@@ -229,7 +229,7 @@ class StreamingSampler(io.ComfyNode):
             request = replace(request, start_latents=_encoded(start_image, request))
         made, snapshot = _run(request, keep_state)
         outputs = _outputs(request, made, snapshot, format)
-        lines = [_told(request, made), *ignored(model, request.prompts)]
+        lines = [_told(request, made), *late(request), *ignored(model, request.prompts)]
         shown: dict[str, Any] = {"text": ("\n".join(lines),)}
         if path is not None:
             saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)

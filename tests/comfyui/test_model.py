@@ -358,6 +358,32 @@ def test_what_a_prompt_carries_without_effect_is_named(pack: Any, demo: Any) -> 
     assert len(lines) == 2 and "guidance" in lines[1]
 
 
+def test_a_prompt_past_the_end_is_named_and_the_rest_is_made(
+    pack: Any, demo: Any, stream: Callable[..., Tensor]
+) -> None:
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    text = f"0s: {PROMPT}\nc1 [recache]: a blue square moves up\nc3 [cut]: snow\nc9: rain"
+    short = request_of(pack, demo.load_model(), text, length=3)
+    (snow, rain) = run.late(short)
+    assert "'snow'" in snow and "'rain'" in rain and "video ends before" in rain
+    whole = request_of(pack, demo.load_model(), text, length=10)
+    assert run.late(whole) == []
+    made = [run.latents_of(sampled(pack, each)[0], -1) for each in (short, whole)]
+    assert made[0].shape[2] == 9
+    torch.testing.assert_close(made[0], made[1][:, :, :9])
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_parts_still_share_the_whole_run(pack: Any, demo: Any, length: int) -> None:
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    request = request_of(pack, demo.load_model(), "a | b", length=length)
+    if length == 1:
+        with pytest.raises(ValueError, match="parts"):
+            run.plan(request)
+    else:
+        assert [entry.chunk for entry in run.plan(request)[0]] == [0, 1] and not run.late(request)
+
+
 def test_clones_share_weights(demo: Any) -> None:
     model = demo.load_model()
     clone = model.clone()
