@@ -14,7 +14,7 @@ import functools
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import comfy.ldm.wan.vae
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.sd
 import comfy.sd1_clip
@@ -56,6 +57,8 @@ count_cache_layers = comfy.ldm.wan.vae.count_cache_layers
 
 SETTINGS = "reward_forcing"
 """Key of a patcher's `model_options` under which the checkpoint's settings travel."""
+LORAS = "reward_forcing_loras"
+"""Key under which a clone keeps the LoRAs without effect before it, and its parent's patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +92,26 @@ class HostedWan(WanModel):
         self.dtype = dtype
 
 
-class StreamingModel(comfy.model_base.WAN21):
-    """A student that runs as a stream and in no other way."""
+class StreamingModel(
+    comfy.model_base.WAN21, comfy.model_base.QwenImage, comfy.model_base.HunyuanDiT
+):
+    """A student that runs as a stream and in no other way.
+
+    Of QwenImage and HunyuanDiT it is only in name: `comfy.lora.model_lora_keys_unet` chooses the
+    names that LoRA files may use by class and offers no other way. They add the names that are
+    bare or begin with `transformer.`, `lycoris_` and `base_model.model.`.
+    """
 
     def __init__(self, model_config: Any, device: Any = None) -> None:
-        # WAN21's own constructor would build ComfyUI's network.
-        super(comfy.model_base.WAN21, self).__init__(
-            model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostedWan
+        # The parents' own constructors would build ComfyUI's networks.
+        comfy.model_base.BaseModel.__init__(
+            self, model_config, comfy.model_base.ModelType.FLOW, device, unet_model=HostedWan
         )
         self.image_to_video = False
+
+    def extra_conds(self, **_: Any) -> dict[str, Any]:
+        """Nothing: a stream brings its prompt along."""
+        return {}
 
     def _apply_model(
         self,
@@ -210,6 +224,8 @@ def load_student(
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
     model.to(patcher.offload_device)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLONE, _remember_loras)
+    patcher.model_options[LORAS] = (0, *_patches(patcher))
     patcher.cached_patcher_init = (load_student, (path, weight_dtype, submodel, latent_format))
     patcher.model_options[SETTINGS] = Settings(
         cache=checkpoint.cache or CacheConfig(),
@@ -218,6 +234,56 @@ def load_student(
         name=path.name,
     )
     return patcher
+
+
+def idle_loras(model: Any) -> int:
+    """How many LoRAs were loaded onto a MODEL without a name that ComfyUI knows it by."""
+    idle, number, uuid = model.model_options[LORAS]
+    now, changed = _patches(model)
+    return int(idle) + (changed != uuid and now == number)
+
+
+def idle_patches(model: Any) -> list[str]:
+    """Kinds of patches on a MODEL that act inside other networks or samplers, not in a stream."""
+    options = model.model_options.get("transformer_options", {})
+    wrapped = [options.get("wrappers", {}), model.wrappers]
+    kinds = {
+        kind for wrappers in wrapped for kind, found in wrappers.items() if any(found.values())
+    }
+    kinds -= {comfy.patcher_extension.WrappersMP.APPLY_MODEL}
+    named = {*options.get("patches", {}), *options.get("patches_replace", {})}
+    named |= {"rope_options"} & set(options)
+    return sorted(named | kinds)
+
+
+def schedule_of(model: Any) -> SamplerConfig:
+    """The checkpoint's schedule, with the shift of a ModelSamplingSD3 on the MODEL."""
+    trained, patch = settings_of(model).sampler, _sampling_patch(model)
+    return replace(trained, shift=float(patch.shift)) if _is_flow(patch) else trained
+
+
+def idle_sampling(model: Any) -> bool:
+    """Whether a MODEL's sampling is patched in a way that is more than a shift."""
+    patch = _sampling_patch(model)
+    more = not _is_flow(patch) or getattr(patch, "noise_scale", 1.0) != 1.0
+    return patch is not None and more
+
+
+def _sampling_patch(model: Any) -> Any:
+    return model.object_patches.get("model_sampling")
+
+
+def _is_flow(sampling: Any) -> bool:
+    return isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow)
+
+
+def _remember_loras(model: Any, clone: Any) -> None:
+    # A loader clones and adds patches: where there are none, only the patches' name is new.
+    clone.model_options[LORAS] = (idle_loras(model), *_patches(model))
+
+
+def _patches(model: Any) -> tuple[int, Any]:
+    return sum(map(len, model.patches.values())), model.patches_uuid
 
 
 def _cpu_computes(device: torch.device, sizes: ModelConfig) -> torch.dtype | None:
@@ -449,6 +515,11 @@ class Progress:
 
 def _server() -> Any:
     return getattr(PromptServer, "instance", None)  # none where nodes are called by hand
+
+
+def number_of(node: Any) -> str | None:
+    """A node's number in the graph that runs; None where it is called by hand."""
+    return getattr(node.hidden, "unique_id", None)
 
 
 def say(node_id: str | None, text: str) -> None:

@@ -53,7 +53,7 @@ class SaveState(io.ComfyNode):
         path = _free(folder, name)
         state.snapshot.save(path)
         text = f"{path.name}: {_told(state.snapshot)}"
-        host.say(cls.hidden.unique_id, text)
+        host.say(host.number_of(cls), text)
         return io.NodeOutput(state, ui=ui.PreviewText(text))
 
 
@@ -90,7 +90,7 @@ class LoadState(io.ComfyNode):
     def execute(cls, name: str) -> io.NodeOutput:
         snapshot = Snapshot.load(host.state_folder() / name)
         state = State(snapshot=snapshot, source={"file": name})
-        host.say(cls.hidden.unique_id, text := _told(snapshot))
+        host.say(host.number_of(cls), text := _told(snapshot))
         return io.NodeOutput(state, ui=ui.PreviewText(text))
 
 
@@ -119,7 +119,7 @@ class ModelInfo(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
         text = describe(read_checkpoint(host.model_path(model_name)))
-        host.say(cls.hidden.unique_id, text)
+        host.say(host.number_of(cls), text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

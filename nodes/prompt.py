@@ -15,6 +15,7 @@ from ..rf_core.prompts import (
     parse_timeline,
 )
 from . import host
+from .ignored import ignored_of_prompt
 from .loaders import CATEGORY
 from .types import UNITS, RFTimeline, Timeline
 
@@ -100,7 +101,8 @@ class PromptSwitch(io.ComfyNode):
         except TimelineError as error:
             raise ValueError(f"Prompt Switch number {number}: {error.problem}") from None
         embeds = before.embeds | {name: embedding_of(conditioning)}
-        return io.NodeOutput(Timeline(timeline=joined, embeds=embeds))
+        ignored = before.ignored + ignored_of_prompt(conditioning)
+        return io.NodeOutput(Timeline(timeline=joined, embeds=embeds, ignored=ignored))
 
 
 class PromptSchedule(io.ComfyNode):
@@ -168,7 +170,7 @@ class PromptSchedule(io.ComfyNode):
             resolved = timeline.resolve(clock)
         embeds = {entry.text: encode(clip, entry.text) for entry in resolved}
         table = format_table(resolved)
-        host.say(cls.hidden.unique_id, table)
+        host.say(host.number_of(cls), table)
         return io.NodeOutput(
             Timeline(timeline=timeline, embeds=embeds), table, ui=ui.PreviewText(table)
         )
@@ -206,4 +208,5 @@ def timeline_of(prompt: Any) -> Timeline:
     if isinstance(prompt, Timeline):
         return prompt
     single = PromptTimeline().append(0, "s", Switch(), "prompt 1")
-    return Timeline(timeline=single, embeds={"prompt 1": embedding_of(prompt)})
+    embeds = {"prompt 1": embedding_of(prompt)}
+    return Timeline(timeline=single, embeds=embeds, ignored=ignored_of_prompt(prompt))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class Made:
 def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
     """The prompts with their chunks, counted from where the run begins, and its chunks.
 
-    ValueError for a timeline, or a state, that does not fit.
+    Prompts past its end are left out, so that a long timeline can be tried in a short run; `late`
+    names them. ValueError for a timeline, or a state, that does not fit.
     """
     if request.snapshot is not None:
         facts = request.snapshot.facts
@@ -88,10 +90,35 @@ def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
                 "the state was made with another window, sink or decay than EMA-Sink Config asks "
                 "for; disconnect it and the state's own are used"
             )
-    clock = ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
+    clock = _clock(request)
     timeline = request.prompts.timeline
     total = timeline.num_chunks(request.length, UNITS[request.unit], clock)
-    return timeline.resolve(clock, total), total
+    return tuple(entry for entry in _resolved(request, total) if entry.chunk < total), total
+
+
+def late(request: Request) -> list[str]:
+    """The prompts that a run ends before, a line for each."""
+    _, total = plan(request)
+    return [
+        f"ignored: {shorten(entry.text, 40, placeholder='...')!r}, at {entry.requested_seconds:g} "
+        "s: the video ends before; make it longer to see it"
+        for entry in _resolved(request, total)
+        if entry.chunk >= total
+    ]
+
+
+def _clock(request: Request) -> ChunkClock:
+    return ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
+
+
+def _resolved(request: Request, total: int) -> tuple[ResolvedEntry, ...]:
+    if total < 1:
+        raise ValueError(
+            f"length is {request.length:g} {request.unit}; a video has 1 chunk or more"
+        )
+    timeline = request.prompts.timeline
+    parts = any(entry.unit == "part" for entry in timeline.entries)
+    return timeline.resolve(_clock(request), total if parts else None)
 
 
 def open_stream(request: Request, first: ResolvedEntry) -> Stream:

@@ -23,9 +23,10 @@ from ..rf_core.state import cache_config_of
 from ..rf_core.stream import latent_size, start_clip
 from . import host
 from .decoders import decoder_of
+from .ignored import ignored
 from .loaders import CATEGORY
 from .prompt import timeline_of
-from .run import Made, Request, images_of, latents_of, plan, run
+from .run import Made, Request, images_of, late, latents_of, plan, run
 from .types import UNITS, RFSink, RFState, RFTimeline, State
 
 STATES = ["compact", "exact", "none"]
@@ -216,14 +217,14 @@ class StreamingSampler(io.ComfyNode):
             width=width,
             height=height,
             seed=seed,
-            sampler=sampler_of(steps, settings.sampler),
+            sampler=sampler_of(steps, host.schedule_of(model)),
             cache=cache,
             decoder=decoder,
             path=path,
             metadata=_metadata(cls.hidden),
             start_latents=_latents(start_latent, format, cache),
             snapshot=state.snapshot if state else None,
-            node_id=cls.hidden.unique_id,
+            node_id=host.number_of(cls),
             keep_images=keep_images if decoder else 0,
             keep_latents=keep_latents,
         )
@@ -233,8 +234,8 @@ class StreamingSampler(io.ComfyNode):
             request = replace(request, start_latents=_encoded(start_image, request))
         made, snapshot = _run(request, keep_state)
         outputs = _outputs(request, made, snapshot, format)
-        text = _told(request, made)
-        host.say(cls.hidden.unique_id, text)
+        text = "\n".join((_told(request, made), *late(request), *ignored(model, request.prompts)))
+        host.say(host.number_of(cls), text)
         shown: dict[str, Any] = {"text": (text,)}
         if path is not None:
             saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)

@@ -29,6 +29,8 @@ class Timeline:
     """When which prompt holds."""
     embeds: dict[str, Tensor] = field(repr=False)
     """Each entry's text, global prefix included, to its embedding [1, S, D]."""
+    ignored: tuple[str, ...] = ()
+    """What the prompts carried that a stream does not follow."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ _OUTER_NAMES = {
 _LORA = re.compile(r"\.lora[_.](A|B|down|up|mid)\b|\.(hada|lokr)_\w+$|\.diff(_b)?$")
 
 _UNDERSCORE_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
-_LORA_PREFIXES = _CONTAINERS | {"base_model", "unet"}
+_LORA_PREFIXES = _CONTAINERS | {"base_model", "unet", "pipe", "dit"}
 
 _QUANTISED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|comfy_quant)$")
 

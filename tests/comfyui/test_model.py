@@ -7,6 +7,7 @@ one over chunks that fill the window and evict from it.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +136,211 @@ def test_a_lora_is_the_same_as_merged_weights(
     assert (with_lora - base).abs().max() > 0.05
     torch.testing.assert_close(with_lora, stream(host.load_student(by_hand)), atol=2e-3, rtol=1e-3)
     assert torch.equal(stream(plain), base)  # the patch went with its MODEL
+
+
+def lora_named(tmp_path: Path, naming: Callable[[str], str]) -> dict[str, Tensor]:
+    """A LoRA whose keys, `diffusion_model.` taken off, are renamed."""
+    path = tmp_path / "style.safetensors"
+    write_lora(STUDENT, path)
+    return {naming(k.removeprefix("diffusion_model.")): t for k, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model.", "lycoris_"])
+@pytest.mark.parametrize("adapter", ["", "default."])
+def test_a_lora_works_under_every_prefix_that_comfyui_has_names_for(
+    demo: Any, host: Any, tmp_path: Path, prefix: str, adapter: str
+) -> None:
+    import comfy.sd
+
+    from rf_core.weights.lora import merge_lora
+
+    def naming(key: str) -> str:
+        module, _, part = key.partition(".lora_")
+        module = module.replace(".", "_") if prefix == "lycoris_" else module
+        return f"{prefix}{module}.lora_{part.replace('weight', adapter + 'weight')}"
+
+    lora = lora_named(tmp_path, naming)
+    patched, _ = comfy.sd.load_lora_for_models(demo.load_model(), None, lora, 0.7, 0)
+    weights = load_file(STUDENT)
+    merged, matched, _ = merge_lora(weights, lora, 0.7)
+    assert len(matched) == len(lora) and host.idle_loras(patched) == 0
+    patched.patch_model()
+    for name, tensor in patched.model.diffusion_model.state_dict().items():
+        torch.testing.assert_close(tensor.float(), merged[name].float(), atol=2e-2, rtol=1e-2)
+    assert len(patched.patches) == len(lora) // 2
+
+
+@pytest.mark.parametrize("prefix", ["pipe.dit.", "dit.", "someone."])
+def test_a_lora_without_effect_is_counted_whatever_else_is_loaded(
+    demo: Any, host: Any, tmp_path: Path, prefix: str
+) -> None:
+    import comfy.sd
+
+    model = demo.load_model()
+    for before, idle in (("", 0), (prefix, 1), ("transformer.", 1)):
+        lora = lora_named(tmp_path, lambda key, before=before: before + key)
+        model, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0)
+        assert host.idle_loras(model) == host.idle_loras(model.clone()) == idle
+
+
+@pytest.fixture
+def asked(pack: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The request that the Streaming Sampler makes of its inputs."""
+    sampler = importlib.import_module(f"{PACK}.nodes.sampler")
+
+    class AskedError(Exception):
+        pass
+
+    def stop(request: Any, keep_state: str) -> None:
+        raise AskedError(request)
+
+    monkeypatch.setattr(sampler, "_run", stop)
+    monkeypatch.setattr(sampler, "_metadata", lambda hidden: {})
+
+    def execute(model: Any, prompt: Any, steps: int = 4) -> Any:
+        with pytest.raises(AskedError) as found:
+            sampler.StreamingSampler.execute(model, prompt, 64, 64, 2, "chunks", 0, steps)
+        return found.value.args[0]
+
+    return execute
+
+
+def stock(module: str, name: str, method: str, *given: Any) -> Any:
+    """The first output of one of ComfyUI's own nodes."""
+    node = getattr(importlib.import_module(module), name)
+    if hasattr(node, "define_schema"):
+        return node.execute(*given).args[0]
+    return getattr(node(), method)(*given)[0]
+
+
+@pytest.mark.parametrize("shift", [3.0, 8.0])
+@pytest.mark.parametrize("steps", [4, 6])
+def test_the_shift_of_modelsamplingsd3_is_the_streams(
+    demo: Any, host: Any, asked: Callable[..., Any], shift: float, steps: int
+) -> None:
+    from rf_core.scheduler import sampling_timesteps, shift_sigma
+
+    model = demo.load_model()
+    text = encoded(demo)
+    plain = asked(model, text, steps).sampler
+    assert plain.shift == host.settings_of(model).sampler.shift
+    patched = stock("comfy_extras.nodes_model_advanced", "ModelSamplingSD3", "patch", model, shift)
+    request = asked(patched, text, steps)
+    made, before = sampling_timesteps(request.sampler), sampling_timesteps(plain)
+    assert (made[1:] - before[1:]).abs().min() > 1
+    sigmas = torch.tensor(plain.steps, dtype=torch.float64) / 1000
+    torch.testing.assert_close(made, (shift_sigma(sigmas, shift) * 1000).float())
+    torch.testing.assert_close(
+        made / 1000, patched.get_model_object("model_sampling").sigma(sigmas * 1000).float()
+    )
+
+
+def encoded(demo: Any) -> Any:
+    """A prompt as CLIPTextEncode makes it."""
+    clip = demo.load_clip()
+    return clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+
+
+ADVANCED = "comfy_extras.nodes_model_advanced"
+PATCHES = {
+    "CFG": [
+        (ADVANCED, "RescaleCFG", "patch", 0.7),
+        ("comfy_extras.nodes_cfg", "CFGZeroStar", "execute"),
+        ("comfy_extras.nodes_tcfg", "TCFG", "execute"),
+    ],
+    "sampling": [
+        (ADVANCED, "ModelSamplingFlux", "patch", 1.15, 0.5, 64, 64),
+        (ADVANCED, "ModelNoiseScale", "patch", 2.0),
+    ],
+    "post_cfg|CFG": [("comfy_extras.nodes_pag", "PerturbedAttentionGuidance", "execute", 3.0)],
+    "rope": [("comfy_extras.nodes_rope", "ScaleROPE", "execute", 2.0, 0.0, 1.0, 0.0, 1.0, 0.0)],
+    "patches .*calc_cond": [
+        ("comfy_extras.nodes_easycache", "EasyCacheNode", "execute", 0.2, 0.1, 0.9, False)
+    ],
+    "context windows": [
+        (
+            "comfy_extras.nodes_context_windows",
+            "WanContextWindowsManualNode",
+            "execute",
+            *(81, 30, "standard_static", 1, False, "pyramid", False),
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("named", "node"), [(named, node) for named, nodes in PATCHES.items() for node in nodes]
+)
+def test_a_stock_patch_without_effect_is_named(
+    pack: Any, demo: Any, named: str, node: tuple[Any, ...]
+) -> None:
+    module, name, method, *given = node
+    text = request_of(pack, model := demo.load_model(), PROMPT).prompts
+    tell = importlib.import_module(f"{PACK}.nodes.ignored").ignored
+    lines = tell(stock(module, name, method, model, *given), text)
+    assert all(line.startswith("ignored: ") for line in lines)
+    assert len([line for line in lines if re.search(named, line)]) == 1
+    assert tell(model, text) == []
+
+
+def test_what_acts_in_a_stream_is_not_said_to_be_ignored(
+    pack: Any, demo: Any, tmp_path: Path
+) -> None:
+    import comfy.sd
+
+    tell = importlib.import_module(f"{PACK}.nodes.ignored").ignored
+    text = request_of(pack, model := demo.load_model(), PROMPT).prompts
+    model, _ = comfy.sd.load_lora_for_models(model, None, lora_named(tmp_path, str), 0.7, 0)
+    model = stock(ADVANCED, "ModelSamplingSD3", "patch", model, 3.0)
+    model = stock(
+        "comfy_extras.nodes_torch_compile", "TorchCompileModel", "execute", model, "eager"
+    )
+    model.model_options["transformer_options"]["optimized_attention_override"] = print
+    assert tell(model, text) == []
+
+
+def test_what_a_prompt_carries_without_effect_is_named(pack: Any, demo: Any) -> None:
+    prompt, told = (importlib.import_module(f"{PACK}.nodes.{n}") for n in ("prompt", "ignored"))
+    model, plain = demo.load_model(), encoded(demo)
+    ranged = stock("nodes", "ConditioningSetTimestepRange", "set_range", plain, 0.2, 1.0)
+    whole = stock("nodes", "ConditioningSetTimestepRange", "set_range", plain, 0.0, 1.0)
+    guided = stock("comfy_extras.nodes_flux", "FluxGuidance", "execute", plain, 3.5)
+    for single in (plain, whole):
+        assert told.ignored(model, prompt.timeline_of(single)) == []
+    (line,) = told.ignored(model, prompt.timeline_of(ranged))
+    assert "ConditioningSetTimestepRange" in line
+    timeline = None
+    for at, each in enumerate((ranged, guided, plain)):
+        given = (each, at, "seconds", "recache", 3, "lerp", timeline)
+        timeline = prompt.PromptSwitch.execute(*given).args[0]
+    lines = told.ignored(model, timeline)
+    assert len(lines) == 2 and "guidance" in lines[1]
+
+
+def test_a_prompt_past_the_end_is_named_and_the_rest_is_made(
+    pack: Any, demo: Any, stream: Callable[..., Tensor]
+) -> None:
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    text = f"0s: {PROMPT}\nc1 [recache]: a blue square moves up\nc3 [cut]: snow\nc9: rain"
+    short = request_of(pack, demo.load_model(), text, length=3)
+    (snow, rain) = run.late(short)
+    assert "'snow'" in snow and "'rain'" in rain and "video ends before" in rain
+    whole = request_of(pack, demo.load_model(), text, length=10)
+    assert run.late(whole) == []
+    made = [run.latents_of(sampled(pack, each)[0], -1) for each in (short, whole)]
+    assert made[0].shape[2] == 9
+    torch.testing.assert_close(made[0], made[1][:, :, :9])
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_parts_still_share_the_whole_run(pack: Any, demo: Any, length: int) -> None:
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    request = request_of(pack, demo.load_model(), "a | b", length=length)
+    if length == 1:
+        with pytest.raises(ValueError, match="parts"):
+            run.plan(request)
+    else:
+        assert [entry.chunk for entry in run.plan(request)[0]] == [0, 1] and not run.late(request)
 
 
 def test_clones_share_weights(demo: Any) -> None:
