@@ -6,10 +6,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
-COMFY_VENV := .venv-comfy
+# One environment for each version of ComfyUI: their requirements differ.
+COMFY_VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' "$(COMFYUI_PATH)/comfyui_version.py" 2>/dev/null)
+COMFY_VENV := .venv-comfy-$(COMFY_VERSION)
 COMFY_READY := $(COMFY_VENV)/.ready
 
-.PHONY: test test-comfy coverage demo card lint clean
+# The oldest Python at hand of those the package is for.
+OLDEST_PYTHON ?= $(shell for minor in 10 11 12 13; do \
+	python3.$$minor --version >/dev/null 2>&1 && echo python3.$$minor && break; done)
+FLOOR_VENV := .venv-floor
+TRAINER_FLOOR_VENV := .venv-floor-training
+TRAINER_TESTS := grep -lE "^ *(from|import) training"
+ENGINE_TESTS := grep -LE "^ *(from|import) training"
+
+.PHONY: test test-comfy test-floor rehearse coverage demo card lint clean
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto
@@ -20,6 +30,15 @@ coverage: $(READY)
 # Against the ComfyUI at COMFYUI_PATH, which is only read; its packages go to a venv of their own.
 test-comfy: $(COMFY_READY)
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_VENV)/bin/python -m pytest tests/comfyui
+
+# The oldest releases that pyproject.toml allows: of the engine, and of the trainer, which needs newer.
+test-floor: $(FLOOR_VENV)/.ready $(TRAINER_FLOOR_VENV)/.ready
+	$(FLOOR_VENV)/bin/python -m pytest --numprocesses auto $$($(ENGINE_TESTS) tests/test_*.py)
+	$(TRAINER_FLOOR_VENV)/bin/python -m pytest --numprocesses auto $$($(TRAINER_TESTS) tests/test_*.py)
+
+# Files of the official names, layouts, sizes and types, through the command line: before a release.
+rehearse: $(READY)
+	$(BIN)/python tests/rehearse.py
 
 demo: $(READY)
 	$(BIN)/python -m rf_core generate --timeline rf_core/demo/timeline.txt --seconds 10 \
@@ -43,6 +62,20 @@ $(READY): pyproject.toml constraints-dev.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[dev]"
 	touch $(READY)
 
+$(FLOOR_VENV)/.ready: pyproject.toml constraints-floor.txt
+	$(OLDEST_PYTHON) -m venv $(FLOOR_VENV)
+	$(FLOOR_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(FLOOR_VENV)/bin/python -m pip install --quiet --constraint constraints-floor.txt \
+		--editable ".[video]" pytest pytest-xdist
+	touch $@
+
+$(TRAINER_FLOOR_VENV)/.ready: pyproject.toml constraints-floor-training.txt
+	$(OLDEST_PYTHON) -m venv $(TRAINER_FLOOR_VENV)
+	$(TRAINER_FLOOR_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(TRAINER_FLOOR_VENV)/bin/python -m pip install --quiet \
+		--constraint constraints-floor-training.txt --editable ".[training]" pytest pytest-xdist
+	touch $@
+
 $(COMFY_READY): $(COMFYUI_PATH)/requirements.txt constraints-comfy.txt
 	$(PYTHON) -m venv $(COMFY_VENV)
 	$(COMFY_VENV)/bin/python -m pip install --quiet --constraint constraints-comfy.txt \
@@ -50,4 +83,4 @@ $(COMFY_READY): $(COMFYUI_PATH)/requirements.txt constraints-comfy.txt
 	touch $(COMFY_READY)
 
 clean:
-	rm -rf $(VENV) $(COMFY_VENV) .pytest_cache .mypy_cache .ruff_cache .coverage build dist *.egg-info
+	rm -rf $(VENV) .venv-comfy-* .venv-floor* .pytest_cache .mypy_cache .ruff_cache .coverage build dist *.egg-info

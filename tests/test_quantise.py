@@ -298,6 +298,7 @@ def test_the_kernels_compile_for_cards_that_multiply_fp8(tmp_path):
 @pytest.mark.parametrize(("capability", "able"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
 def test_a_card_that_does_not_multiply_fp8_is_named_once(monkeypatch, caplog, capability, able):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(availability, "_multiply_one", lambda device: None)
     availability.multiplies_fp8.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -305,7 +306,24 @@ def test_a_card_that_does_not_multiply_fp8_is_named_once(monkeypatch, caplog, ca
     availability.multiplies_fp8.cache_clear()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (not able)
-    assert all("(8, 6) and multiplies fp8 from (8, 9) on" in text for text in said)
+    assert all("(8, 6); products of fp8 need (8, 9)" in text for text in said)
+
+
+def test_a_torch_that_has_no_product_of_rows_for_a_card_costs_speed_alone(monkeypatch, caplog):
+    """As for Ada before torch 2.7."""
+
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("rowwise scaling is for compute capability 9.0")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(availability, "_multiply_one", refuse)
+    availability.multiplies_fp8.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert not availability.multiplies_fp8(torch.device("cuda:0"))
+    availability.multiplies_fp8.cache_clear()
+    (record,) = caplog.records
+    assert "rowwise scaling is for" in record.getMessage()
 
 
 @pytest.mark.parametrize(

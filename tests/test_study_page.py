@@ -1,4 +1,4 @@
-"""The study's page in a real browser; for playwright, run it by `.venv-comfy/bin/python`."""
+"""The study's page in a real browser; for playwright, run it by a `.venv-comfy-*/bin/python`."""
 
 from __future__ import annotations
 

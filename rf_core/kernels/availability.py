@@ -127,15 +127,33 @@ def onednn_multiplies() -> bool:
 
 @lru_cache(maxsize=16)
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether a card multiplies fp8; one warning where not."""
+    """Whether rows of fp8 are multiplied on a card; one warning where not."""
+    problem = _fp8_problem_on(device)
+    if problem is not None:
+        logger.warning(
+            "no products of fp8 on %s: weights take less memory, but products are slower than in "
+            "bfloat16: %s",
+            *(device, problem),
+        )
+    return problem is None
+
+
+def _fp8_problem_on(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_FOR_FP8:
-        logger.warning(
-            "%s has compute capability %s and multiplies fp8 from %s on: weights take less memory, "
-            "but products are slower than in bfloat16",
-            *(device, capability, _LEAST_FOR_FP8),
-        )
-    return capability >= _LEAST_FOR_FP8
+        return f"its compute capability is {capability}; products of fp8 need {_LEAST_FOR_FP8}"
+    try:
+        _multiply_one(device)
+    except RuntimeError as error:  # torch before 2.7 has them for Hopper alone
+        return f"torch does not multiply them here ({error})"
+    return None
+
+
+def _multiply_one(device: torch.device) -> None:
+    from .reference import FP8
+
+    eye, one = torch.eye(16, device=device).to(FP8), torch.ones(16, 1, device=device)
+    torch._scaled_mm(eye, eye.t(), one, one.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _problem_on(device: torch.device) -> str | None:

@@ -6,8 +6,6 @@ of a picture are one axis. Arguments `x_b`, `x_c`, `x_t`, `x_s` are strides over
 frames and positions, in elements. A program reads its tile of a sum before it writes over it.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -7,8 +7,6 @@ Arguments `x_n`, `x_b`, `x_l` are strides over layers, batch and tokens, in elem
 Letters as in the package.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

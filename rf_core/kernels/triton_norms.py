@@ -5,10 +5,9 @@ One program a token, which it keeps in registers. The norm sees the residual as 
 rounded; all else stays in float32 until it is written. Arguments `x_b`, `x_l`, `x_f` are strides
 over batch, tokens and frames, in elements.
 
-Letters as in the package.
+Letters as in the package. No module of kernels postpones its annotations: the interpreter of Triton
+3.1 knows `tl.constexpr` as an object alone, not by its name.
 """
-
-from __future__ import annotations
 
 from typing import Any
 

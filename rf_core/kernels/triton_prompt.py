@@ -9,8 +9,6 @@ Arguments `x_b`, `x_l`, `x_h` are strides over batch, tokens and heads, in eleme
 Letters as in the package.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

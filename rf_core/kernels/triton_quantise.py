@@ -4,8 +4,6 @@
 One program a tile of rows. Letters as in the package.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

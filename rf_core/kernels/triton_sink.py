@@ -7,8 +7,6 @@ tokens, in elements.
 Letters as in the package.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
