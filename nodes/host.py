@@ -629,6 +629,17 @@ def free_memory() -> None:
     comfy.model_management.soft_empty_cache()
 
 
+def forget_peak(device: torch.device) -> None:
+    """Begin to measure what a CUDA device holds at most."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes of tensors a CUDA device has held at most; None on others, where nobody counts."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def log(message: str) -> None:
     """One line in ComfyUI's log."""
     logging.info("[Reward Forcing] %s", message)

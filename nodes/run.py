@@ -16,12 +16,14 @@ from torch import Tensor
 
 from ..rf_core.config import CacheConfig, SamplerConfig
 from ..rf_core.decoders.handoff import Handoff
+from ..rf_core.generate import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry
 from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Chunk, Stream
 from ..rf_core.video import VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
 from .decoders import StockTAEHVDecoder, StockWanDecoder
+from .report import Report
 from .types import UNITS, Timeline
 
 
@@ -65,8 +67,11 @@ class Made:
     latents: deque[Tensor] = field(default_factory=deque)
     images: deque[Tensor] = field(default_factory=deque)
     num_images: int = 0
+    num_frames: int = 0
+    """Latent frames, those of an earlier run included."""
     reused: int = 0
     """Chunks taken over from an earlier run."""
+    report: Report = field(default_factory=Report)
     stream: Stream | None = None
     """At its end."""
 
@@ -90,7 +95,7 @@ def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
                 "the state was made with another window, sink or decay than EMA-Sink Config asks "
                 "for; disconnect it and the state's own are used"
             )
-    clock = _clock(request)
+    clock = clock_of(request)
     timeline = request.prompts.timeline
     total = timeline.num_chunks(request.length, UNITS[request.unit], clock)
     return tuple(entry for entry in _resolved(request, total) if entry.chunk < total), total
@@ -107,10 +112,6 @@ def late(request: Request) -> list[str]:
     ]
 
 
-def _clock(request: Request) -> ChunkClock:
-    return ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
-
-
 def _resolved(request: Request, total: int) -> tuple[ResolvedEntry, ...]:
     if total < 1:
         raise ValueError(
@@ -118,7 +119,12 @@ def _resolved(request: Request, total: int) -> tuple[ResolvedEntry, ...]:
         )
     timeline = request.prompts.timeline
     parts = any(entry.unit == "part" for entry in timeline.entries)
-    return timeline.resolve(_clock(request), total if parts else None)
+    return timeline.resolve(clock_of(request), total if parts else None)
+
+
+def clock_of(request: Request) -> ChunkClock:
+    """Where the chunks of a run lie, cuts aside."""
+    return ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
 
 
 def open_stream(request: Request, first: ResolvedEntry) -> Stream:
@@ -151,6 +157,7 @@ def chunks(
     prompts: tuple[ResolvedEntry, ...],
     numbers: range,
     progress: Any,
+    pace: Pace,
 ) -> Iterator[Chunk]:
     """The chunks of a run, prompts changed on the way; images only of those it begins with."""
     if request.start_latents is not None and not numbers.start:
@@ -163,7 +170,9 @@ def chunks(
             entry = switches[number]
             stream.switch(request.prompts.embeds[entry.text], entry.switch)
         index = stream.state.num_chunks
+        pace.network_begins()
         latents = stream.generate(progress.on_pass, progress.on_guess)
+        pace.network_ends()
         yield Chunk(index=index, latents=latents, images=None)
 
 
@@ -181,11 +190,16 @@ def run(request: Request) -> Made:
     numbers = range(made.reused, total)
     steps, previews = len(request.sampler.steps), request.decoder is None
     progress = host.Progress(request.model, len(numbers), steps, previews=previews)
+    pace = Pace(total, made.reused, request.model.load_device)
+    cuts = [entry.chunk for entry in prompts[1:] if entry.switch.mode == "cut"]
+    clock = clock_of(request).with_cuts(*cuts)
+    made.num_frames = made.reused * clock.chunk_frames
     ends = {entry.chunk for entry in prompts[1:]} | {total}
     number = numbers.start
     with writer or nullcontext(), _handoff(request, writer, made) or nullcontext() as handoff:
-        for chunk in chunks(request, stream, prompts, numbers, progress):
+        for chunk in chunks(request, stream, prompts, numbers, progress, pace):
             number += 1
+            made.num_frames += chunk.latents.shape[2]
             _keep(made.latents, chunk.latents.cpu(), request.keep_latents, dim=2)
             if chunk.images is not None:
                 _take(chunk.images[0].float().cpu(), request, writer, made)
@@ -195,8 +209,11 @@ def run(request: Request) -> Made:
                 if handoff is not None:
                     handoff.flush()
                 reuse.keep(request, prompts, number, stream, made)
+            images = clock.images_of(number - 1)
+            made.report.chunk(pace.chunk_done(number, images, clock.images_before(number)))
     if request.path is not None:
         remux(request.path, request.metadata)
+    made.report.end()
     return made
 
 

@@ -18,7 +18,6 @@ from ..rf_core.config import (
     ModelConfig,
     SamplerConfig,
 )
-from ..rf_core.prompts import ChunkClock
 from ..rf_core.state import cache_config_of
 from ..rf_core.stream import latent_size, start_clip
 from . import host
@@ -26,7 +25,7 @@ from .decoders import decoder_of
 from .ignored import ignored
 from .loaders import CATEGORY
 from .prompt import timeline_of
-from .run import Made, Request, images_of, late, latents_of, plan, run
+from .run import Made, Request, clock_of, images_of, late, latents_of, plan, run
 from .types import UNITS, RFSink, RFState, RFTimeline, State
 
 STATES = ["compact", "exact", "none"]
@@ -232,9 +231,12 @@ class StreamingSampler(io.ComfyNode):
         if start_image is not None:
             # Now: to encode it, ComfyUI may unload a student that streams already.
             request = replace(request, start_latents=_encoded(start_image, request))
+        host.forget_peak(model.load_device)
         made, snapshot = _run(request, keep_state)
+        peak = host.peak_memory(model.load_device)
         outputs = _outputs(request, made, snapshot, format)
-        text = "\n".join((_told(request, made), *late(request), *ignored(model, request.prompts)))
+        told = _told(request, made, peak), *late(request), *ignored(model, request.prompts)
+        text = "\n".join(told)
         host.say(host.number_of(cls), text)
         shown: dict[str, Any] = {"text": (text,)}
         if path is not None:
@@ -294,12 +296,22 @@ def _outputs(request: Request, made: Any, snapshot: Any, format: Any) -> list[An
     ]
 
 
-def _told(request: Request, made: Made) -> str:
-    clock = ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
-    text = f"{made.num_images} images, {made.num_images / FPS:.2f} s"
+def _told(request: Request, made: Made, peak: int | None) -> str:
+    clock, decoded = clock_of(request), request.path is not None
+    if request.path is not None:
+        what = f"{request.path.name}: {made.num_images} images, {made.num_images / FPS:.2f} s"
+    else:
+        seconds = clock.seconds(made.num_frames // clock.chunk_frames)
+        what = f"{made.num_frames} latent frames, {seconds:.2f} s of video; no images without a VAE"
+    parts = [what, made.report.text(decoded)]
+    if peak is not None:
+        parts.append(f"peak memory {peak / 2**30:.1f} GiB")
     if made.reused:
         until = clock.seconds(made.reused)
-        text += f"; the first {made.reused} chunks ({until:.2f} s) are re-used from an earlier run"
+        parts.append(
+            f"the first {made.reused} chunks ({until:.2f} s) are re-used from an earlier run"
+        )
+    text = "; ".join(parts)
     host.log(text)
     return text
 

@@ -316,7 +316,7 @@ class _ProgressLine:
         self._terminal = sys.stdout.isatty()
 
     def __call__(self, progress: Progress) -> None:
-        text = _progress_text(progress)
+        text = str(progress)
         if not self._terminal:
             print(text, flush=True)
             return
@@ -324,21 +324,6 @@ class _ProgressLine:
         last = progress.chunks == progress.total
         line = f"{_bar(progress)} {text}"[:columns].ljust(columns)
         print(f"\r{line}", end="\n" if last else "", flush=True)
-
-
-def _progress_text(progress: Progress) -> str:
-    total = "" if progress.total is None else f"/{progress.total}"
-    text = (
-        f"chunk {progress.chunks}{total}, {progress.images / FPS:.2f} s, "
-        f"network {_rate(progress.chunk_images, progress.network_seconds)}, "
-        f"decode {_rate(progress.chunk_images, progress.decode_seconds)}, "
-        f"all {progress.fps:.1f} fps"
-    )
-    return text if progress.seconds_left is None else f"{text}, {progress.seconds_left:.0f} s left"
-
-
-def _rate(images: int, seconds: float) -> str:
-    return f"{images / seconds:.1f} fps" if seconds else "idle"
 
 
 def _bar(progress: Progress, width: int = 20) -> str:

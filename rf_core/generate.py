@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention_backend
-from .config import ModelConfig
+from .config import FPS, ModelConfig
 from .decoders.decoder import Decoder, load_decoder
 from .decoders.handoff import Handoff
 from .fast.dispatch import Choice, choose_attention
@@ -53,6 +53,22 @@ class Progress:
     """Images a second since the run began."""
     seconds_left: float | None
     """Time left at that pace; None when endless."""
+
+    def __str__(self) -> str:
+        """One line for a console."""
+        total = "" if self.total is None else f"/{self.total}"
+        text = (
+            f"chunk {self.chunks}{total}, {self.images / FPS:.2f} s, "
+            f"network {rate(self.chunk_images, self.network_seconds)}, "
+            f"decode {rate(self.chunk_images, self.decode_seconds)}, "
+            f"all {self.fps:.1f} fps"
+        )
+        return text if self.seconds_left is None else f"{text}, {self.seconds_left:.0f} s left"
+
+
+def rate(images: int, seconds: float) -> str:
+    """Images a second in words; `idle` where nothing took time."""
+    return f"{images / seconds:.1f} fps" if seconds else "idle"
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
@@ -177,7 +193,7 @@ def generate(
     However it ends, the file is closed and plays.
     """
     options, begun = settled.options, stream.state.num_chunks
-    pace = _Pace(settled.total, begun, options.device)
+    pace = Pace(settled.total, begun, options.device)
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
@@ -206,7 +222,7 @@ def follow(
     settled: Plan, stream: Stream, embeds: dict[str, Tensor], stopped: Callable[[], bool]
 ) -> bool:
     """What `generate` asks of the network, in a process that another one writes the video for."""
-    pace = _Pace(settled.total, stream.state.num_chunks, settled.options.device)
+    pace = Pace(settled.total, stream.state.num_chunks, settled.options.device)
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
@@ -243,7 +259,7 @@ def _chunks(
     settled: Plan,
     stream: Stream,
     embeds: dict[str, Tensor],
-    pace: _Pace,
+    pace: Pace,
     on_pass: Callable[[str, int], None],
 ) -> Iterator[Chunk]:
     state = stream.state
@@ -260,10 +276,10 @@ def _chunks(
         yield Chunk(index=index, latents=latents, images=None)
 
 
-class _Pace:
+class Pace:
     """Where the time goes, chunk by chunk."""
 
-    def __init__(self, total: int | None, chunks: int, device: str) -> None:
+    def __init__(self, total: int | None, chunks: int, device: torch.device | str) -> None:
         self._total, self._chunks, self._device = total, chunks, torch.device(device)
         self._began = self._marked = time.perf_counter()
         self._images = 0

@@ -239,3 +239,43 @@ def test_a_state_is_saved_and_loaded_under_any_file_name(sampled: Any, name: str
         (again,) = node("RFLoadState").execute(expected).result
         assert again.snapshot.facts["num_chunks"] == 1
     assert "save one first" in node("RFLoadState").validate_inputs("none.safetensors")
+
+
+def test_a_run_tells_its_file_length_and_pace_on_the_node_and_in_the_log(
+    sampled: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pace = r"network [\d.]+ fps, decode [\d.]+ fps, end to end [\d.]+ fps"
+    with caplog.at_level("INFO"):
+        made = sampled(length=2.0, seed=5)
+    (text,) = made.ui["text"]
+    assert re.fullmatch(rf"reward_forcing_\d+_\.mp4: 21 images, 1\.31 s; {pace}", text)
+    assert text in caplog.text and "chunk 1/2" not in caplog.text  # over in a moment
+    rates = [float(each) for each in re.findall(r"([\d.]+) fps", text)]
+    assert rates[2] < min(rates[:2])
+
+
+def test_without_a_vae_it_tells_that_latents_were_made(sampled: Any) -> None:
+    (text,) = sampled(length=2.0, vae=None).ui["text"]
+    assert re.match(r"6 latent frames, 1\.31 s of video; no images without a VAE; network", text)
+    assert "decode" not in text and "end to end" in text
+
+
+def test_a_long_run_writes_a_line_to_the_log_every_few_seconds(
+    sampled: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = importlib.import_module(f"{PACK}.nodes.report")
+    for least, lines in ((0.0, 4), (1e9, 0)):
+        monkeypatch.setattr(report, "LINE_SECONDS", least)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            sampled(length=4.0, seed=int(lines) + 6)
+        said = [each for each in caplog.messages if re.search(r"chunk \d/4, .*all .* s left", each)]
+        assert len(said) == lines
+
+
+def test_peak_memory_is_told_where_it_is_known(
+    sampled: Any, host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "memory" not in sampled(seed=9).ui["text"][0]
+    monkeypatch.setattr(host, "peak_memory", lambda _: 3 << 29)
+    assert "peak memory 1.5 GiB" in sampled(seed=10).ui["text"][0]
