@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -533,6 +534,13 @@ def animated(frames: list[Image.Image], max_size: int | None) -> Image.Image:
 def model_path(name: str) -> Path:
     """Where a file of models/diffusion_models lies."""
     return Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+
+
+def folders() -> list[str]:
+    """The folders whose files nodes show by name, with a separator; the deepest first."""
+    known = [*folder_paths.get_folder_paths("diffusion_models"), state_folder()]
+    known.append(folder_paths.get_output_directory())
+    return sorted((f"{Path(each)}{os.sep}" for each in known), key=len, reverse=True)
 
 
 def output_file(prefix: str, width: int, height: int, suffix: str) -> tuple[Path, str]:

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..rf_core.state import Snapshot
 from ..rf_core.weights.checkpoint import describe, read_checkpoint
 from . import host
+from .border import spoken
 from .loaders import CATEGORY
 from .types import RFState, State
 
@@ -42,6 +43,7 @@ class SaveState(io.ComfyNode):
         return True
 
     @classmethod
+    @spoken
     def execute(cls, state: State, name: str) -> io.NodeOutput:
         folder = host.state_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,7 @@ class LoadState(io.ComfyNode):
         return (host.state_folder() / name).stat().st_mtime_ns
 
     @classmethod
+    @spoken
     def execute(cls, name: str) -> io.NodeOutput:
         snapshot = Snapshot.load(host.state_folder() / name)
         state = State(snapshot=snapshot, source={"file": name})
@@ -108,6 +111,7 @@ class ModelInfo(io.ComfyNode):
         )
 
     @classmethod
+    @spoken
     def execute(cls, model_name: str) -> io.NodeOutput:
         text = describe(read_checkpoint(host.model_path(model_name)))
         return io.NodeOutput(text, ui=ui.PreviewText(text))

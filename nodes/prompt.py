@@ -14,6 +14,7 @@ from ..rf_core.prompts import (
     format_table,
     parse_timeline,
 )
+from .border import spoken, words
 from .ignored import ignored_of_prompt
 from .loaders import CATEGORY
 from .types import RFTimeline, Timeline
@@ -76,6 +77,7 @@ class PromptSwitch(io.ComfyNode):
         )
 
     @classmethod
+    @spoken
     def execute(
         cls,
         conditioning: Any,
@@ -151,10 +153,11 @@ class PromptSchedule(io.ComfyNode):
             if text is not None:
                 parse_timeline(text)
         except ValueError as error:
-            return str(error)
+            return words(error, text or "")
         return True
 
     @classmethod
+    @spoken
     def execute(cls, clip: Any, text: str, length: float = 10.0) -> io.NodeOutput:
         timeline = parse_timeline(text)
         clock = ChunkClock()

@@ -22,6 +22,7 @@ from ..rf_core.prompts import ChunkClock
 from ..rf_core.state import cache_config_of
 from ..rf_core.stream import latent_size, start_clip
 from . import host
+from .border import spoken
 from .decoders import decoder_of
 from .ignored import ignored
 from .loaders import CATEGORY
@@ -177,6 +178,7 @@ class StreamingSampler(io.ComfyNode):
         return True
 
     @classmethod
+    @spoken
     def execute(
         cls,
         model: Any,
