@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -69,6 +70,8 @@ class Settings:
     """Height and width in pixels it was trained at."""
     name: str
     """The file's name."""
+    causal: bool
+    """Whether the file, or its name, says that it is a causal student."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +232,7 @@ def load_student(
         sampler=checkpoint.sampler or SamplerConfig(),
         size=checkpoint.size,
         name=path.name,
+        causal=_says_causal(checkpoint),
     )
     return patcher
 
@@ -302,12 +306,13 @@ def _read_student(path: Path, submodel: str | None) -> Checkpoint:
             f"{path.name} is a bidirectional Wan, a teacher, which cannot stream; load a causal "
             "student such as rewardforcing.pt"
         )
-    if not (checkpoint.causal or checkpoint.submodel):
-        log(
-            f"{path.name} does not say whether it is causal. A student such as Reward Forcing's is "
-            "fine; a plain Wan 2.1 has the same tensors and cannot stream"
-        )
     return checkpoint
+
+
+def _says_causal(checkpoint: Checkpoint) -> bool:
+    # The published student's file is a bare Wan's but for its name.
+    named = re.search(r"reward.?forcing", checkpoint.path.name, re.IGNORECASE)
+    return bool(checkpoint.causal or checkpoint.submodel or named)
 
 
 def _unet_config(sizes: ModelConfig) -> dict[str, Any]:
@@ -348,9 +353,22 @@ def latent_format(
     return made
 
 
-def build_vae(weights: dict[str, Tensor]) -> comfy.sd.VAE:
-    """A VAE socket from weights that ComfyUI recognises."""
-    return comfy.sd.VAE(sd=weights)
+def build_vae(
+    weights: dict[str, Tensor], latents: comfy.latent_formats.LatentFormat
+) -> comfy.sd.VAE:
+    """A VAE socket from weights that ComfyUI recognises, and its latents' statistics."""
+    vae = comfy.sd.VAE(sd=weights)
+    vae.rf_latents = latents
+    return vae
+
+
+def knows_latents_of(vae: Any, model: Any) -> bool:
+    """Whether a VAE's latents have the statistics of the student's; all but ours have Wan's."""
+    theirs = getattr(vae, "rf_latents", None) or comfy.latent_formats.Wan21()
+    ours = student_of(model).latent_format
+    return torch.equal(theirs.latents_mean, ours.latents_mean) and torch.equal(
+        theirs.latents_std, ours.latents_std
+    )
 
 
 class ByteTokenizer:

@@ -24,7 +24,7 @@ from ..rf_core.stream import latent_size, start_clip
 from . import host
 from .border import spoken
 from .decoders import decoder_of
-from .ignored import ignored
+from .ignored import doubtful, ignored
 from .loaders import CATEGORY
 from .prompt import timeline_of
 from .run import Made, Request, images_of, late, latents_of, plan, run
@@ -231,7 +231,8 @@ class StreamingSampler(io.ComfyNode):
             request = replace(request, start_latents=_encoded(start_image, request))
         made, snapshot = _run(request, keep_state)
         outputs = _outputs(request, made, snapshot, format)
-        lines = [_told(request, made), *late(request), *ignored(model, request.prompts)]
+        lines = [_told(request, made), *doubtful(model, vae), *late(request)]
+        lines += ignored(model, request.prompts)
         shown: dict[str, Any] = {"text": ("\n".join(lines),)}
         if path is not None:
             saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)

@@ -459,6 +459,38 @@ def test_a_schedule_is_refused_by_its_own_line(pack: Any, demo: Any, text: str) 
     assert schedule.validate_inputs(text=text) in (True, said)
 
 
+def test_a_file_that_does_not_say_it_is_causal_is_doubted_by_name_alone(
+    pack: Any, host: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    from rf_core.config import ModelConfig
+    from rf_core.model import WanModel
+
+    doubtful = importlib.import_module(f"{PACK}.nodes.ignored").doubtful
+    sizes = ModelConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=1)
+    weights = {k: torch.zeros_like(t) for k, t in WanModel(sizes).state_dict().items()}
+    for name, doubts in (
+        ("wan2.1_t2v_1.3B", 1),
+        ("rewardforcing", 0),
+        ("Reward-Forcing-T2V-1.3B", 0),
+        ("my_reward_forcing_fp8", 0),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(weights, path)
+        lines = doubtful(host.load_student(path).clone(), None)
+        assert len(lines) == doubts and all(path.name in line for line in lines)
+
+
+def test_a_vae_of_another_student_is_doubted(pack: Any, demo: Any, host: Any) -> None:
+    doubtful = importlib.import_module(f"{PACK}.nodes.ignored").doubtful
+    model, plain = demo.load_model(), host.load_student(STUDENT)
+    own, other = demo.load_vae(), random_taehv()
+    assert doubtful(model, own) == doubtful(plain, other) == doubtful(model, None) == []
+    for crossed in (doubtful(model, other), doubtful(plain, own)):
+        assert len(crossed) == 1 and "VAE belongs to another" in crossed[0]
+
+
 def test_clones_share_weights(demo: Any) -> None:
     model = demo.load_model()
     clone = model.clone()
