@@ -35,7 +35,8 @@ def load_model() -> Any:
 
 def load_vae() -> Any:
     """The demo's VAE as a VAE."""
-    return host.build_vae(with_idle_blocks(vae_files.vae_state_dict(load_file(VAE))))
+    weights = with_idle_blocks(vae_files.vae_state_dict(load_file(VAE)))
+    return host.build_vae(weights, _latents())
 
 
 def load_clip() -> Any:

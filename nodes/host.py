@@ -13,6 +13,8 @@ import contextlib
 import functools
 import io
 import logging
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,6 +73,8 @@ class Settings:
     """Height and width in pixels it was trained at."""
     name: str
     """The file's name."""
+    causal: bool
+    """Whether the file, or its name, says that it is a causal student."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +236,7 @@ def load_student(
         sampler=checkpoint.sampler or SamplerConfig(),
         size=checkpoint.size,
         name=path.name,
+        causal=_says_causal(checkpoint),
     )
     return patcher
 
@@ -305,12 +310,13 @@ def _read_student(path: Path, submodel: str | None) -> Checkpoint:
             f"{path.name} is a bidirectional Wan, a teacher, which cannot stream; load a causal "
             "student such as rewardforcing.pt"
         )
-    if not (checkpoint.causal or checkpoint.submodel):
-        log(
-            f"{path.name} does not say whether it is causal. A student such as Reward Forcing's is "
-            "fine; a plain Wan 2.1 has the same tensors and cannot stream"
-        )
     return checkpoint
+
+
+def _says_causal(checkpoint: Checkpoint) -> bool:
+    # The published student's file is a bare Wan's but for its name.
+    named = re.search(r"reward.?forcing", checkpoint.path.name, re.IGNORECASE)
+    return bool(checkpoint.causal or checkpoint.submodel or named)
 
 
 def _unet_config(sizes: ModelConfig) -> dict[str, Any]:
@@ -342,9 +348,22 @@ def latent_format(
     return made
 
 
-def build_vae(weights: dict[str, Tensor]) -> comfy.sd.VAE:
-    """A VAE socket from weights that ComfyUI recognises."""
-    return comfy.sd.VAE(sd=weights)
+def build_vae(
+    weights: dict[str, Tensor], latents: comfy.latent_formats.LatentFormat
+) -> comfy.sd.VAE:
+    """A VAE socket from weights that ComfyUI recognises, and its latents' statistics."""
+    vae = comfy.sd.VAE(sd=weights)
+    vae.rf_latents = latents
+    return vae
+
+
+def knows_latents_of(vae: Any, model: Any) -> bool:
+    """Whether a VAE's latents have the statistics of the student's; all but ours have Wan's."""
+    theirs = getattr(vae, "rf_latents", None) or comfy.latent_formats.Wan21()
+    ours = student_of(model).latent_format
+    return torch.equal(theirs.latents_mean, ours.latents_mean) and torch.equal(
+        theirs.latents_std, ours.latents_std
+    )
 
 
 class ByteTokenizer:
@@ -576,6 +595,13 @@ def animated(frames: list[Image.Image], max_size: int | None) -> Image.Image:
 def model_path(name: str) -> Path:
     """Where a file of models/diffusion_models lies."""
     return Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+
+
+def folders() -> list[str]:
+    """The folders whose files nodes show by name, with a separator; the deepest first."""
+    known = [*folder_paths.get_folder_paths("diffusion_models"), state_folder()]
+    known.append(folder_paths.get_output_directory())
+    return sorted((f"{Path(each)}{os.sep}" for each in known), key=len, reverse=True)
 
 
 def output_file(prefix: str, width: int, height: int, suffix: str) -> tuple[Path, str]:

@@ -41,6 +41,23 @@ def ignored(model: Any, prompts: Any) -> list[str]:
     return [f"ignored: {each}" for each in named]
 
 
+def doubtful(model: Any, vae: Any) -> list[str]:
+    """What in a student and its VAE may spoil the video without an error, a line for each."""
+    settings, lines = host.settings_of(model), []
+    if not settings.causal:
+        lines.append(
+            f"note: {settings.name} does not say whether it is causal; a plain Wan 2.1 looks the "
+            "same and makes noise here. If the video is bad, load a student such as "
+            "rewardforcing.pt"
+        )
+    if vae is not None and not host.knows_latents_of(vae, model):
+        lines.append(
+            "note: this VAE belongs to another student, so colours and shapes will be wrong: "
+            "Load RF Demo's MODEL and VAE go together, other students take a Wan 2.1 VAE"
+        )
+    return lines
+
+
 def ignored_of_prompt(conditioning: Any) -> tuple[str, ...]:
     """What a CONDITIONING of one prompt carries without effect."""
     _, options = conditioning[0]

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..rf_core.config import CacheConfig
 from . import demo, host
+from .border import spoken
 from .types import RFSink
 
 CATEGORY = "Reward Forcing"
@@ -62,6 +63,7 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
+    @spoken
     def execute(cls, model_name: str, weight_dtype: str, submodel: str = AUTO) -> io.NodeOutput:
         path = host.model_path(model_name)
         return io.NodeOutput(
@@ -85,6 +87,7 @@ class LoadDemo(io.ComfyNode):
         )
 
     @classmethod
+    @spoken
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(demo.load_model(), demo.load_clip(), demo.load_vae())
 
@@ -166,6 +169,7 @@ class SinkConfig(io.ComfyNode):
         return True
 
     @classmethod
+    @spoken
     def execute(
         cls, preset: str, window_frames: int, sink_frames: int, decay: float, accumulator: str
     ) -> io.NodeOutput:

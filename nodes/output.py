@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..rf_core.state import Snapshot
 from ..rf_core.weights.checkpoint import describe, read_checkpoint
 from . import host
+from .border import spoken
 from .loaders import CATEGORY
 from .types import RFState, State
 
@@ -45,6 +46,7 @@ class SaveState(io.ComfyNode):
         return True if name is None or _is_file_name(name) else _no_file_name(name)
 
     @classmethod
+    @spoken
     def execute(cls, state: State, name: str) -> io.NodeOutput:
         if not _is_file_name(name):  # a linked name is known only now
             raise ValueError(_no_file_name(name))
@@ -87,6 +89,7 @@ class LoadState(io.ComfyNode):
         return (host.state_folder() / name).stat().st_mtime_ns
 
     @classmethod
+    @spoken
     def execute(cls, name: str) -> io.NodeOutput:
         snapshot = Snapshot.load(host.state_folder() / name)
         state = State(snapshot=snapshot, source={"file": name})
@@ -117,6 +120,7 @@ class ModelInfo(io.ComfyNode):
         )
 
     @classmethod
+    @spoken
     def execute(cls, model_name: str) -> io.NodeOutput:
         text = describe(read_checkpoint(host.model_path(model_name)))
         host.say(host.number_of(cls), text)

@@ -15,6 +15,7 @@ from ..rf_core.prompts import (
     parse_timeline,
 )
 from . import host
+from .border import spoken, words
 from .ignored import ignored_of_prompt
 from .loaders import CATEGORY
 from .types import UNITS, RFTimeline, Timeline
@@ -76,6 +77,7 @@ class PromptSwitch(io.ComfyNode):
         )
 
     @classmethod
+    @spoken
     def execute(
         cls,
         conditioning: Any,
@@ -156,10 +158,11 @@ class PromptSchedule(io.ComfyNode):
             if text is not None:
                 parse_timeline(text)
         except ValueError as error:
-            return str(error)
+            return words(error, text or "")
         return True
 
     @classmethod
+    @spoken
     def execute(cls, clip: Any, text: str, length: float = 10.0) -> io.NodeOutput:
         timeline = parse_timeline(text)
         clock = ChunkClock()

@@ -21,8 +21,9 @@ from ..rf_core.config import (
 from ..rf_core.state import cache_config_of
 from ..rf_core.stream import latent_size, start_clip
 from . import host
+from .border import spoken
 from .decoders import decoder_of
-from .ignored import ignored
+from .ignored import doubtful, ignored
 from .loaders import CATEGORY
 from .prompt import timeline_of
 from .run import Made, Request, clock_of, images_of, late, latents_of, plan, run
@@ -180,6 +181,7 @@ class StreamingSampler(io.ComfyNode):
         return True
 
     @classmethod
+    @spoken
     def execute(
         cls,
         model: Any,
@@ -235,8 +237,8 @@ class StreamingSampler(io.ComfyNode):
         made, snapshot = _run(request, keep_state)
         peak = host.peak_memory(model.load_device)
         outputs = _outputs(request, made, snapshot, format)
-        told = _told(request, made, peak), *late(request), *ignored(model, request.prompts)
-        text = "\n".join(told)
+        lines = [_told(request, made, peak), *doubtful(model, vae), *late(request)]
+        text = "\n".join([*lines, *ignored(model, request.prompts)])
         host.say(host.number_of(cls), text)
         shown: dict[str, Any] = {"text": (text,)}
         if path is not None:

@@ -85,7 +85,12 @@ def bare(module):
     return module, "lora_A.weight", "lora_B.weight"
 
 
+def diffsynth(module):
+    return f"pipe.dit.{module}", "lora_A.default.weight", "lora_B.default.weight"
+
+
 STYLES = [
+    diffsynth,
     comfyui,
     kohya,
     kohya_diffusers,

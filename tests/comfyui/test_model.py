@@ -343,6 +343,113 @@ def test_parts_still_share_the_whole_run(pack: Any, demo: Any, length: int) -> N
         assert [entry.chunk for entry in run.plan(request)[0]] == [0, 1] and not run.late(request)
 
 
+@pytest.fixture
+def folder(pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of models, of states and of videos."""
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", kinds(tmp_path))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "out"))
+    (tmp_path / "out" / "stream_states").mkdir(parents=True)
+    return tmp_path
+
+
+def kinds(path: Path) -> tuple[list[str], set[str]]:
+    """A folder as `folder_paths` keeps it."""
+    return [str(path)], {".safetensors", ".pt"}
+
+
+def broken_models(folder: Path) -> list[str]:
+    """Names of files that no student can be read from."""
+    from safetensors.torch import save_file
+
+    whole = load_file(STUDENT)
+    write_lora(STUDENT, folder / "lora.safetensors")
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / "page.pt").write_bytes(b"<!DOCTYPE html>")
+    (folder / "short.safetensors").write_bytes(STUDENT.read_bytes()[:5000])
+    save_file({"a": torch.ones(1)}, folder / "other.safetensors")
+    save_file({k: t for k, t in whole.items() if "ffn" not in k}, folder / "half.safetensors")
+    save_file({**whole, "img_emb.a": torch.ones(1)}, folder / "image.safetensors")
+    odd = {k: t[:50] if k == "patch_embedding.weight" else t for k, t in whole.items()}
+    save_file(odd, folder / "odd.safetensors")
+    twins = {f"{name}.{key}": t.clone() for name in "ab" for key, t in whole.items()}
+    save_file(twins, folder / "two.safetensors")
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_no_file_is_refused_with_a_path_or_a_flag_or_a_class_of_ours(
+    pack: Any, folder: Path
+) -> None:
+    loaders, output = (importlib.import_module(f"{PACK}.nodes.{n}") for n in ("loaders", "output"))
+    names = broken_models(folder)
+    (folder / "out" / "stream_states" / "cut.safetensors").write_bytes(b"1")
+    for name in (*names, "cut.safetensors"):
+        runs: list[Callable[[], Any]] = [
+            lambda name=name: output.LoadState.execute(name=name),  # type: ignore[misc]
+        ]
+        if name in names:
+            runs = [
+                lambda name=name: loaders.LoadModel.execute(
+                    model_name=name, weight_dtype="default"
+                ),  # type: ignore[misc]
+                lambda name=name: output.ModelInfo.execute(model_name=name),  # type: ignore[misc]
+            ]
+        for run in runs:
+            with pytest.raises(ValueError, match=re.escape(name)) as found:
+                run()
+            assert type(found.value) is ValueError
+            said = str(found.value)
+            assert str(folder) not in said and "--" not in said and "num_heads" not in said
+
+
+@pytest.mark.parametrize(
+    "text", ["0s: a\n\n0s: b", "0s: a\n9s [fade]: b", "", "0s: a\nc1: b\n1f: c"]
+)
+def test_a_schedule_is_refused_by_its_own_line(pack: Any, demo: Any, text: str) -> None:
+    schedule = importlib.import_module(f"{PACK}.nodes.prompt").PromptSchedule
+    with pytest.raises(ValueError) as found:
+        schedule.execute(clip=demo.load_clip(), text=text)
+    assert type(found.value) is ValueError
+    said = str(found.value)
+    assert "column" not in said
+    if text:
+        assert said.startswith(f"in the line {text.splitlines()[-1]!r}: ")
+    assert schedule.validate_inputs(text=text) in (True, said)
+
+
+def test_a_file_that_does_not_say_it_is_causal_is_doubted_by_name_alone(
+    pack: Any, host: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    from rf_core.config import ModelConfig
+    from rf_core.model import WanModel
+
+    doubtful = importlib.import_module(f"{PACK}.nodes.ignored").doubtful
+    sizes = ModelConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=1)
+    weights = {k: torch.zeros_like(t) for k, t in WanModel(sizes).state_dict().items()}
+    for name, doubts in (
+        ("wan2.1_t2v_1.3B", 1),
+        ("rewardforcing", 0),
+        ("Reward-Forcing-T2V-1.3B", 0),
+        ("my_reward_forcing_fp8", 0),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(weights, path)
+        lines = doubtful(host.load_student(path).clone(), None)
+        assert len(lines) == doubts and all(path.name in line for line in lines)
+
+
+def test_a_vae_of_another_student_is_doubted(pack: Any, demo: Any, host: Any) -> None:
+    doubtful = importlib.import_module(f"{PACK}.nodes.ignored").doubtful
+    model, plain = demo.load_model(), host.load_student(STUDENT)
+    own, other = demo.load_vae(), random_taehv()
+    assert doubtful(model, own) == doubtful(plain, other) == doubtful(model, None) == []
+    for crossed in (doubtful(model, other), doubtful(plain, own)):
+        assert len(crossed) == 1 and "VAE belongs to another" in crossed[0]
+
+
 def test_clones_share_weights(demo: Any) -> None:
     model = demo.load_model()
     clone = model.clone()

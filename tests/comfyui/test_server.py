@@ -210,7 +210,7 @@ def test_wrong_values_are_refused_before_the_run(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("0s: a\n99s: b", "99"),
+        ("0s: a\n9s: b\n8s: c", "'8s: c'"),
         ("5s: a", "0s"),
         ("", "prompt"),
     ],
@@ -225,6 +225,17 @@ def test_a_wrong_schedule_names_line_and_remedy(server: Server, text: str, said:
         assert said in error["exception_message"]
     else:
         assert said in str(answer["node_errors"])
+
+
+def test_what_has_no_effect_is_said_on_the_node(server: Server) -> None:
+    prompt = demo_prompt(prompt=["script", 0], model=["patched", 0])
+    text = "0s: a blue square moves up\n99s: a red circle moves left"
+    prompt = with_node(prompt, "script", "RFPromptSchedule", clip=["demo", 1], text=text)
+    prompt = with_node(prompt, "patched", "RescaleCFG", model=["demo", 0], multiplier=0.7)
+    (said,) = server.run(prompt).output("stream")["text"]
+    _, late, patch = said.splitlines()
+    assert late.startswith("ignored: 'a red circle") and "99 s" in late
+    assert patch.startswith("ignored: ") and "RescaleCFG" in patch
 
 
 def test_other_samplers_and_models_are_refused_with_a_remedy(server: Server) -> None:

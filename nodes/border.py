@@ -1,0 +1,52 @@
+"""Where the engine's errors become a node's: in names that the node shows, without paths or flags.
+
+ComfyUI prints an error's class in front of its text, with the file it comes from unless it is
+Python's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ..rf_core.prompts import TimelineError
+from . import host
+
+_FLAGS = (
+    (
+        r"give it with --lora .*",
+        "choose the model it is for here, and this file in Load LoRA behind it",
+    ),
+    (r"give it as num_heads", "take a file that does"),
+    (r"say which is the student", "take a file of the student alone"),
+    (r"check the path", "press R to read the folder again"),
+)
+
+
+def spoken(execute: Callable[..., Any]) -> Callable[..., Any]:
+    """A node's `execute` whose ValueErrors are in the words of nodes."""
+
+    @functools.wraps(execute)
+    def executed(*given: Any, **inputs: Any) -> Any:
+        try:
+            return execute(*given, **inputs)
+        except ValueError as error:
+            raise ValueError(words(error, str(inputs.get("text", "")))) from error
+
+    return executed
+
+
+def words(error: ValueError, text: str = "") -> str:
+    """What an error says, for someone who sees a node; `text` is the schedule it may be about."""
+    if isinstance(error, TimelineError):
+        lines = text.splitlines()
+        line = lines[error.line - 1].strip() if error.line <= len(lines) else ""
+        return f"in the line {line!r}: {error.problem}" if line else error.problem
+    said = str(error)
+    for folder in host.folders():
+        said = said.replace(folder, "")
+    for pattern, instead in _FLAGS:
+        said = re.sub(pattern, instead, said)
+    return said
