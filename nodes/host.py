@@ -557,10 +557,14 @@ class Pictures:
         self._node = node_id
 
     def show(self, images: Tensor) -> None:
-        """Send a chunk's images [T, H, W, 3], uint8; from any thread."""
+        """Send a chunk's images [T, H, W, 3], uint8; from any thread. It never costs the run."""
         server = _server()
         if self._node is None or server is None:
             return
+        with contextlib.suppress(Exception):
+            self._send(server, images)
+
+    def _send(self, server: Any, images: Tensor) -> None:
         pictures = [self._jpeg(image.numpy()) for image in images[1::_PICTURE_STEP]]
         rate = FPS / _PICTURE_STEP
         found = {"node": self._node, "pictures": pictures, "rate": rate}
