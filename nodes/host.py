@@ -547,34 +547,26 @@ def say(node_id: str | None, text: str) -> None:
         server.send_progress_text(text, node_id, server.client_id)
 
 
-class Pictures:
-    """Finished images on their way to the node that makes them; see `web/reward_forcing.js`.
+def show_images(node_id: str | None, images: Tensor) -> None:
+    """A chunk's finished images [T, H, W, 3], uint8, on the node that makes them; from any thread.
 
-    Every other image, so small that all of it takes a chunk less than a fiftieth of its time.
+    Every other image, so small that all of it takes a chunk less than a fiftieth of its time
+    (`web/reward_forcing.js` shows them). It never costs the run.
     """
+    server = _server()
+    if node_id is None or server is None:
+        return
+    with contextlib.suppress(Exception):
+        pictures = [_jpeg(image.numpy()) for image in images[1::_PICTURE_STEP]]
+        sent = {"node": node_id, "pictures": pictures, "rate": FPS / _PICTURE_STEP}
+        server.send_sync("rf.pictures", sent, server.client_id)
 
-    def __init__(self, node_id: str | None) -> None:
-        self._node = node_id
 
-    def show(self, images: Tensor) -> None:
-        """Send a chunk's images [T, H, W, 3], uint8; from any thread. It never costs the run."""
-        server = _server()
-        if self._node is None or server is None:
-            return
-        with contextlib.suppress(Exception):
-            self._send(server, images)
-
-    def _send(self, server: Any, images: Tensor) -> None:
-        pictures = [self._jpeg(image.numpy()) for image in images[1::_PICTURE_STEP]]
-        rate = FPS / _PICTURE_STEP
-        found = {"node": self._node, "pictures": pictures, "rate": rate}
-        server.send_sync("rf.pictures", found, server.client_id)
-
-    def _jpeg(self, image: Any) -> str:
-        picture, file = Image.fromarray(image), io.BytesIO()
-        picture = picture.reduce(max(1, max(picture.size) // _PICTURE_SIDE))
-        picture.save(file, "JPEG", quality=75)
-        return base64.b64encode(file.getvalue()).decode()
+def _jpeg(image: Any) -> str:
+    picture, file = Image.fromarray(image), io.BytesIO()
+    picture = picture.reduce(max(1, max(picture.size) // _PICTURE_SIDE))
+    picture.save(file, "JPEG", quality=75)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def animated(frames: list[Image.Image], max_size: int | None) -> Image.Image:

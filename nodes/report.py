@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ..rf_core.generate import Progress, rate
+from ..rf_core.pace import Progress, rate
 from . import host
 
 LINE_SECONDS = 5.0
@@ -12,7 +12,7 @@ LINE_SECONDS = 5.0
 
 
 class Report:
-    """Sums the pace of a run's chunks; `str` gives it when the run has ended."""
+    """Sums the pace of a run's chunks; `text` gives it when the run has ended."""
 
     def __init__(self) -> None:
         self._began = self._said = time.perf_counter()

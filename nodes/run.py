@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..rf_core.config import CacheConfig, SamplerConfig
 from ..rf_core.decoders.handoff import Handoff
-from ..rf_core.generate import Pace
+from ..rf_core.pace import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry
 from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Chunk, Stream
@@ -237,7 +237,7 @@ def _take(images: Tensor, request: Request, writer: VideoWriter | None, made: Ma
     """A chunk's images [T, 3, H, W] go to the file and the IMAGE socket."""
     if writer is not None:
         writer.write(shown := to_uint8(images))
-        host.Pictures(request.node_id).show(shown)
+        host.show_images(request.node_id, shown)
     if request.keep_images:
         _keep(made.images, images.clone(), request.keep_images, dim=0)
     made.num_images += len(images)

@@ -24,8 +24,9 @@ from typing import Any
 from torch import Tensor
 
 from .fast.parallel import Process
-from .generate import Progress, generate, open_networks, open_stream, open_text_encoder
+from .generate import generate, open_networks, open_stream, open_text_encoder
 from .options import Options, Plan, plan
+from .pace import Progress
 from .prompts import PromptTimeline, Switch
 
 _SAMPLE = 1 << 20  # bytes read at either end of a file to know it again

@@ -29,7 +29,7 @@ from .decoders.taehv import TAEHVConfig
 from .decoders.vae import VAEConfig
 from .devices import make_current, preferred_dtype
 from .fast.parallel import Process, agreed, joined
-from .generate import Progress, attention_of, follow, generate, load, load_spread, split_of
+from .generate import attention_of, follow, generate, load, load_spread, split_of
 from .measure.baseline import BaselineOptions, compare, format_comparison
 from .measure.bench import BenchOptions, bench, format_bench
 from .measure.profile import ProfileOptions, format_profile, profile
@@ -39,6 +39,7 @@ from .memory.footprint import Sizes, TextSizes
 from .memory.placement import decoder_config, free_bytes, parse_bytes, text_sizes
 from .memory.plan import fit, format_plan
 from .options import SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA, Files, Options, Plan, plan
+from .pace import Progress
 from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
 from .stream import Stream
 from .weights.checkpoint import convert, describe, read_checkpoint

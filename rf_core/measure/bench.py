@@ -318,6 +318,7 @@ def _rates(
         decoders[name] = {
             "decode_seconds": _percentiles(decode),
             "host_seconds": _percentiles(host),
+            "decode_fps": images / float(np.median(decode)),
             "fps": images / float(np.median(network + decode)),
             "host_fps": images / float(np.median(network + decode + host)),
             "streamed_fps": streamed[name],

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ....config import WAN_SIZE
+from ....config import WAN_SIZE, Grid
+from ....stream import latent_size
+from ...workload import RANDOM_SIZES
 from ..plan import Setting
 from ..record import NotRun
 
@@ -29,6 +32,18 @@ def workload(setting: Setting) -> dict[str, Any]:
         "device": "cuda" if cuda else "cpu",
         "dtype": torch.bfloat16 if cuda else torch.float32,
     }
+
+
+def grid_of(fields: dict[str, Any]) -> Grid:
+    """Tokens of a latent frame of what is run."""
+    patch = RANDOM_SIZES[fields["size"]].patch_size
+    return Grid.of_latents(*latent_size(fields["height"], fields["width"], patch), patch)
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    """Relative norm of the difference, in float64."""
+    found, wanted = found.double(), wanted.double()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -11,13 +11,12 @@ from ....attention import BACKENDS, PLAIN, available_backends
 from ....config import CacheConfig, Grid, ModelConfig
 from ....fast.dispatch import TOLERANCE, choose_attention, measure, stream_shapes
 from ....split_attention import TILE, plan_split, processors_of
-from ....stream import latent_size
 from ...counts import attention_work
 from ...stopwatch import captured, seconds_of
 from ...workload import RANDOM_SIZES
 from ..plan import Setting
 from ..record import Record
-from . import workload
+from . import grid_of, workload
 
 Shape = tuple[int, ...]
 
@@ -27,9 +26,7 @@ def run(record: Record, setting: Setting) -> None:
     fields = workload(setting)
     model, cache, device = RANDOM_SIZES[setting.size], CacheConfig(), fields["device"]
     dtype = fields["dtype"]
-    grid = Grid.of_latents(
-        *latent_size(fields["height"], fields["width"], model.patch_size), model.patch_size
-    )
+    grid = grid_of(fields)
     for q, k in _shapes(model, cache, grid, device):
         for name in (name for name in available_backends() if name != PLAIN):
             found = measure(name, BACKENDS[name], q, k, dtype, device)

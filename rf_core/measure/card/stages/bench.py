@@ -47,16 +47,10 @@ def measure(record: Record, setting: Setting, *, chunks: int, **fields: Any) -> 
     record.say(f"network {result['network_fps']:.1f} images/s")
     for name, found in result["decoders"].items():
         record.say(
-            f"{name}: decode {_fps(result, found):.1f}, end to end {found['streamed_fps']:.1f} "
+            f"{name}: decode {found['decode_fps']:.1f}, end to end {found['streamed_fps']:.1f} "
             "images/s"
         )
     first = result["first_image"]
     record.say(f"first image after {1e3 * first['warm']:.0f} ms, cold {1e3 * first['cold']:.0f}")
     if (peak := result["memory_peak_reserved_bytes"]) is not None:
         record.say(f"memory: {peak / GB:.2f} GB reserved at the peak")
-
-
-def _fps(result: dict[str, Any], found: dict[str, Any]) -> float:
-    """Images a second of the decoder alone."""
-    images: float = result["network_fps"] * result["network_seconds"]["p50"]
-    return images / float(found["decode_seconds"]["p50"])

@@ -22,7 +22,7 @@ from ...workload import Workload, WorkloadOptions, load_workload
 from ..plan import Setting
 from ..record import Record
 from ..runner import ROOT
-from . import name_of, workload
+from . import name_of, off, workload
 
 _CHUNKS, _DECODED = 6, 3
 _FP8_LIMIT = 0.1  # of a pass' flow, relative norm; the demo's is off by 5 to 7 % (docs/speed.md)
@@ -100,15 +100,15 @@ def _passes(record: Record, work: Workload) -> None:
     fused = _flow(work.model, x, work.prompts[0])
     name = name_of(dtype)
     record.check(
-        f"{name} by definition against float32", _off(by_definition, exact), RELATIVE_NORM[dtype]
+        f"{name} by definition against float32", off(by_definition, exact), RELATIVE_NORM[dtype]
     )
-    record.check(f"{name} fused against float32", _off(fused, exact), RELATIVE_NORM[dtype])
-    record.note("fused against by definition", _off(fused, by_definition))
+    record.check(f"{name} fused against float32", off(fused, exact), RELATIVE_NORM[dtype])
+    record.note("fused against by definition", off(fused, by_definition))
     if work.options.device == "cpu" or multiplies_fp8(torch.device(work.options.device)):
         quantised = deepcopy(work.model)
         quantise_linears(quantised)
         found = _flow(quantised, x, work.prompts[0])
-        record.check("fp8 against float32", _off(found, exact), _FP8_LIMIT)
+        record.check("fp8 against float32", off(found, exact), _FP8_LIMIT)
 
 
 def _flow(model: WanModel, x: Tensor, prompt: Tensor) -> Tensor:
@@ -116,10 +116,6 @@ def _flow(model: WanModel, x: Tensor, prompt: Tensor) -> Tensor:
     timestep = x.new_full((1, x.shape[2]), 750.0)
     context = model.prompt_context(prompt.to(x.device, dtype))
     return model(x.to(dtype), timestep, context, None, sdpa).float()
-
-
-def _off(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def _golden(record: Record, device: str) -> None:

@@ -25,12 +25,11 @@ from ....kernels.availability import multiplies_fp8
 from ....kernels.reference import FP8
 from ....padding import log_counts
 from ....rope import Rope, rope_table
-from ....stream import latent_size
 from ...stopwatch import device_seconds
 from ...workload import RANDOM_SIZES
 from ..plan import Setting
 from ..record import Record
-from . import workload
+from . import grid_of, off, workload
 
 # Relative norm: what rounding once gives, twice where a result is made of a stored one.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
@@ -65,7 +64,7 @@ def run(record: Record, setting: Setting) -> None:
         wanted = _called(reference, case, methodcaller("to", case.definition))
         with _new_memory_is_nan(device):
             found = _called(kernels, case, Tensor.clone)
-        error = max(map(_error, found, wanted), default=math.inf)
+        error = max(map(off, found, wanted), default=math.inf)
         call = partial(getattr(kernels, case.name), *case.arguments, **case.options)
         seconds = device_seconds(call, device)
         moved = sum(t.nbytes for t in (*tree_leaves(case.arguments), *found) if _is_tensor(t))
@@ -81,9 +80,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     fields = workload(setting)
     device, dtype = fields["device"], fields["dtype"]
     model, cache = RANDOM_SIZES[setting.size], CacheConfig()
-    size = latent_size(fields["height"], fields["width"], model.patch_size)
     draw = _Draws(device, dtype)
-    yield from _network_cases(model, cache, Grid.of_latents(*size, model.patch_size), draw)
+    yield from _network_cases(model, cache, grid_of(fields), draw)
     yield from _decoder_cases(fields["height"], fields["width"], draw)
 
 
@@ -178,10 +176,6 @@ def _called(where: Any, case: Case, copy: Callable[[Tensor], Tensor]) -> list[Te
         *rest, values, scale = found
         return [*rest, values * scale]
     return found
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def _is_tensor(value: Any) -> bool:

@@ -11,16 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .... import kernels
-from ....config import CacheConfig, Grid, ModelConfig
+from ....config import CacheConfig, ModelConfig
 from ....fp8 import Fp8Linear, reference_product
 from ....kernels import reference
 from ....kernels.availability import multiplies_fp8
-from ....stream import latent_size
 from ...stopwatch import device_seconds
 from ...workload import RANDOM_SIZES, WEIGHT_STD
 from ..plan import Setting
 from ..record import Record
-from . import workload
+from . import grid_of, off, workload
 from .kernels import LIMITS
 
 _CHUNKS_AT_ONCE = (1, 2)
@@ -31,8 +30,7 @@ def run(record: Record, setting: Setting) -> None:
     """Milliseconds and TFLOP/s of each, at the rows of one chunk and of two."""
     fields = workload(setting)
     config = RANDOM_SIZES[setting.size]
-    size = latent_size(fields["height"], fields["width"], config.patch_size)
-    grid = Grid.of_latents(*size, config.patch_size)
+    grid = grid_of(fields)
     for chunks in _CHUNKS_AT_ONCE:
         rows = chunks * CacheConfig().chunk_frames * grid.frame_tokens
         x = torch.randn(1, rows, config.dim, device=fields["device"]).to(fields["dtype"])
@@ -52,8 +50,8 @@ class _Timed:
         self.record.append("rows", row | {"tflops": flops / seconds / 1e12})
 
     def check(self, what: str, found: Tensor, wanted: Tensor) -> None:
-        error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
-        self.record.check(f"{what}, {self.x.shape[1]} rows", error, LIMITS[self.x.dtype])
+        where = f"{what}, {self.x.shape[1]} rows"
+        self.record.check(where, off(found, wanted), LIMITS[self.x.dtype])
 
 
 def _measure(timed: _Timed, config: ModelConfig) -> None:

@@ -16,7 +16,7 @@ from ...verify import RELATIVE_NORM
 from ...workload import WorkloadOptions, load_workload
 from ..plan import Setting
 from ..record import Record
-from . import workload
+from . import off, workload
 
 _REPEATS = 3
 
@@ -53,7 +53,7 @@ def _forms(record: Record, decoder: WanDecoder, latents: Tensor, options: Worklo
         decoder.codec.forms = forms
         seconds, images = _decode(decoder, latents)
         wanted = images if wanted is None else wanted
-        error = float((images - wanted).norm() / wanted.norm())
+        error = off(images, wanted)
         chosen[name] = seconds
         row: dict[str, Any] = {"forms": name, "seconds": seconds, "error": error}
         record.append("forms", row | {"on": [n for n, on in vars(forms).items() if on]})
