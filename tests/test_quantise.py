@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -262,7 +263,8 @@ def compile_for_cards() -> None:
             target=GPUTarget("cuda", capability, 32),
             options={"enable_fp_fusion": False},
         )
-        assert made.asm["cubin"] and "div.rn.f32" in made.asm["ptx"]
+        assert made.asm["cubin"]
+        assert re.search(r"div\.rn(\.ftz)?\.f32", made.asm["ptx"])  # Triton 3.1 flushes subnormals
         return made.asm["ptx"]
 
     row = {"C": 120, "BLOCK": 128}
