@@ -32,9 +32,9 @@ class LoadModel(io.ComfyNode):
             node_id="RFLoadModel",
             display_name="Load RF Model",
             category=CATEGORY,
-            description="Loads a Reward Forcing student (or another causal Wan 2.1 student) from "
-            "models/diffusion_models, in every layout it is published in.",
-            search_aliases=["reward forcing", "self forcing", "causal wan", "streaming video"],
+            description="A model that makes video as a stream: Reward Forcing, or another causal "
+            "student of Wan 2.1, from models/diffusion_models.",
+            search_aliases=[CATEGORY, "self forcing", "causal wan 2.1", "real-time video"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -80,8 +80,9 @@ class LoadDemo(io.ComfyNode):
             node_id="RFLoadDemo",
             display_name="Load RF Demo",
             category=CATEGORY,
-            description="A miniature student that needs no download: coloured shapes that move, "
-            "64x64. Prompts are of the form 'a red circle moves left slowly'.",
+            description="Everything to try a stream at once, without a download: coloured shapes "
+            "that move, 64x64. Prompts are of the form 'a red circle moves left slowly'.",
+            search_aliases=[CATEGORY, "example", "try without download"],
             inputs=[],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
@@ -102,8 +103,9 @@ class SinkConfig(io.ComfyNode):
             node_id="RFSinkConfig",
             display_name="EMA-Sink Config",
             category=CATEGORY,
-            description="What a stream remembers of its past. Presets set all values; choose "
-            f"{CUSTOM} to use those below.",
+            description="How much a video remembers: a steadier look, or freer motion. Presets set "
+            f"all values; choose {CUSTOM} to use those below.",
+            search_aliases=[CATEGORY, "attention sink", "context window", "kv cache", "drift"],
             inputs=[
                 io.Combo.Input(
                     "preset",

@@ -30,8 +30,9 @@ class SaveState(io.ComfyNode):
             node_id="RFSaveState",
             display_name="Save Stream State",
             category=CATEGORY,
-            description="Writes the state to output/stream_states, so that the stream can go on "
+            description="Keeps where a video ended in output/stream_states, so that it can go on "
             "tomorrow or branch.",
+            search_aliases=[CATEGORY, "continue video", "extend video", "resume", "pause"],
             inputs=[
                 RFState.Input("state", tooltip="From Streaming Sampler."),
                 io.String.Input("name", default="stream", tooltip="Name without folder or ending."),
@@ -68,7 +69,8 @@ class LoadState(io.ComfyNode):
             node_id="RFLoadState",
             display_name="Load Stream State",
             category=CATEGORY,
-            description="Reads a state from output/stream_states.",
+            description="Goes on with a video that Save Stream State has kept, or branches it.",
+            search_aliases=[CATEGORY, "continue video", "extend video", "resume"],
             inputs=[
                 io.Combo.Input(
                     "name", options=_saved(), tooltip="A file that Save Stream State has written."
@@ -106,7 +108,8 @@ class ModelInfo(io.ComfyNode):
             node_id="RFModelInfo",
             display_name="RF Model Info",
             category=CATEGORY,
-            description="What a file in models/diffusion_models is: sizes, layout, settings.",
+            description="Says what a model file is, without loading it: sizes, layout, settings.",
+            search_aliases=[CATEGORY, "inspect checkpoint", "metadata"],
             inputs=[
                 io.Combo.Input(
                     "model_name",

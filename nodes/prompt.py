@@ -37,8 +37,9 @@ class PromptSwitch(io.ComfyNode):
             node_id="RFPromptSwitch",
             display_name="Prompt Switch",
             category=CATEGORY,
-            description="Adds a prompt to a timeline. The first one, without a timeline, is what "
-            "the video starts with; its time is 0.",
+            description="Changes the prompt while the video goes on; chain several. The first one, "
+            "without a timeline, is what the video starts with; its time is 0.",
+            search_aliases=[CATEGORY, "prompt travel", "prompt schedule", "change prompt"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The prompt that begins here."),
                 RFTimeline.Input("timeline", optional=True, tooltip="The prompts before it."),
@@ -116,10 +117,9 @@ class PromptSchedule(io.ComfyNode):
             node_id="RFPromptSchedule",
             display_name="Prompt Schedule",
             category=CATEGORY,
-            description="Prompts in time, one a line: '0s: a panda walks', '8s [recache]: it sits "
-            "down', '+4s [blend 3 slerp]: snow', 'c40 [cut]: a city'. Units: s, m:ss, f (frames), "
-            "c (chunks). A line 'global: ...' goes in front of every prompt. FizzNodes' JSON and "
-            "parts separated by | are read too.",
+            description="All prompts of a video in one text, each with its time: '0s: a panda "
+            "walks', '8s [recache]: it sits down'. FizzNodes' JSON is read too.",
+            search_aliases=[CATEGORY, "prompt travel", "prompt timeline", "fizznodes"],
             inputs=[
                 io.Clip.Input("clip", tooltip="Reads the prompts, as for CLIPTextEncode."),
                 io.String.Input(

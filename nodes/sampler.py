@@ -50,7 +50,18 @@ class StreamingSampler(io.ComfyNode):
             category=CATEGORY,
             description="Makes a video of any length chunk by chunk, following prompts in time. "
             "With a VAE, images are decoded and written to an MP4 as they are made.",
-            search_aliases=["video sampler", "long video", "endless video", "autoregressive"],
+            search_aliases=[
+                CATEGORY,
+                "wan video sampler",
+                "long video",
+                "endless",
+                "infinite video",
+                "continue video",
+                "extend video",
+                "real-time video",
+                "text to video",
+                "autoregressive",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="From Load RF Model or Load RF Demo."),
                 io.MultiType.Input(

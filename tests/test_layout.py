@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,10 @@ def test_the_pack_imports_the_engine_relatively_and_no_trainer() -> None:
 
 
 def test_nothing_is_registered_outside_comfyui() -> None:
-    scope: dict[str, object] = {"__package__": "pack"}
-    exec((ROOT / "__init__.py").read_text(encoding="utf-8"), scope)
-    assert not {"comfy_entrypoint", "NODE_CLASS_MAPPINGS"} & set(scope)
+    spec = importlib.util.spec_from_file_location(
+        "pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None and spec.loader is not None
+    pack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    assert pack.__package__ and not {"comfy_entrypoint", "NODE_CLASS_MAPPINGS"} & set(vars(pack))

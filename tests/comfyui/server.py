@@ -30,8 +30,8 @@ def comfy_root() -> Path | None:
     return path if (path / "main.py").is_file() else None
 
 
-def copy_pack(target: Path) -> None:
-    """The files a clone would have."""
+def copy_pack(target: Path, without: tuple[str, ...] = ("tests/", "docs/")) -> None:
+    """The files a clone would have, less some folders."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT,
@@ -40,7 +40,7 @@ def copy_pack(target: Path) -> None:
         text=True,
     )
     for name in listed.stdout.splitlines():
-        if not name.startswith(("tests/", "docs/")) and (ROOT / name).is_file():
+        if not name.startswith(without) and (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
 

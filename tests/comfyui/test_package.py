@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from .server import ROOT, copy_pack
 
 COMFY = Path(sys.executable).with_name("comfy")
+MOST_ICON_PIXELS = 400
+"""A side of the icon, by the registry's specification."""
+FRONTEND = "comfyui-frontend-package"
+"""The registry reads a range of frontends off this dependency, and takes it out."""
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pack in a repository of its own."""
+    """The pack in a repository of its own, its tests with it."""
     folder = tmp_path_factory.mktemp("clone")
-    copy_pack(folder)
+    copy_pack(folder, without=())
     for command in (["init", "-q"], ["add", "-A"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    """pyproject.toml."""
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def comfy_node(folder: Path, command: str) -> str:
@@ -33,8 +48,34 @@ def comfy_node(folder: Path, command: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_metadata_is_valid(clone: Path) -> None:
-    assert "passed" in comfy_node(clone, "validate")
+def test_the_registry_s_own_check_has_nothing_to_say(clone: Path) -> None:
+    said = comfy_node(clone, "validate")
+    assert "All validation checks passed" in said
+    assert "warning" not in said.lower()
+
+
+def test_the_metadata_is_what_the_registry_shows(project: dict[str, Any]) -> None:
+    about, comfy = project["project"], project["tool"]["comfy"]
+    assert "comfy" not in about["name"] and re.fullmatch("[a-z](-?[a-z0-9])*", about["name"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", about["version"])
+    assert about["description"] and comfy["DisplayName"]
+    kinds = {each.split(" :: ")[0] for each in about["classifiers"]}
+    assert kinds == {"Operating System", "Environment"}  # of a system, of an accelerator
+    (frontend,) = (each for each in about["dependencies"] if each.startswith(FRONTEND))
+    for versions in (frontend.removeprefix(FRONTEND), comfy["requires-comfyui"]):
+        assert re.fullmatch(r">=\d+\.\d+\.\d+", versions)
+
+
+def test_the_addresses_are_of_one_repository_and_the_icon_is_in_it(project: dict[str, Any]) -> None:
+    comfy, urls = project["tool"]["comfy"], project["project"]["urls"]
+    repository = re.fullmatch("https://github.com/([^/]+/[^/]+)", urls["Repository"])
+    assert repository is not None
+    start = f"https://raw.githubusercontent.com/{repository[1]}/main/"
+    assert comfy["Icon"].startswith(start)
+    with Image.open(ROOT / comfy["Icon"].removeprefix(start)) as icon:
+        assert max(icon.size) <= MOST_ICON_PIXELS
+    published = comfy["PublisherId"] != ""
+    assert published == ("OWNER" not in repository[1])  # filled in together
 
 
 def test_the_package_holds_what_runs_and_nothing_else(clone: Path) -> None:
@@ -47,6 +88,7 @@ def test_the_package_holds_what_runs_and_nothing_else(clone: Path) -> None:
     for needed in (
         "nodes/web/reward_forcing.js",
         "nodes/web/docs/RFStreamingSampler.md",
+        "nodes/web/docs/RFStreamingSampler/zh.md",
         "rf_core/demo/student.safetensors",
         "workflows/text_to_video_demo.json",
         "requirements.txt",
@@ -55,11 +97,8 @@ def test_the_package_holds_what_runs_and_nothing_else(clone: Path) -> None:
     assert not any(name.endswith((".gif", ".mp4", ".png")) for name in names)
 
 
-def test_requirements_are_the_project_s_with_lower_bounds_alone() -> None:
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    wanted = set(project["project"]["dependencies"])
+def test_requirements_are_the_project_s_with_lower_bounds_alone(project: dict[str, Any]) -> None:
+    wanted = {each for each in project["project"]["dependencies"] if not each.startswith(FRONTEND)}
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert {line for line in lines if line and not line.startswith("#")} == wanted
     assert all(
