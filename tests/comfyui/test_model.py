@@ -36,7 +36,7 @@ def stream(pack: Any, demo: Any, host: Any) -> Callable[..., Tensor]:
     run = importlib.import_module(f"{PACK}.nodes.run")
 
     def made(model: Any, chunks: int = CHUNKS) -> Tensor:
-        result, _ = sampled(pack, request_of(pack, model, PROMPT, length=chunks))
+        result = sampled(pack, request_of(pack, model, PROMPT, length=chunks))
         latents = run.latents_of(result, -1)
         assert latents is not None
         return latents
@@ -76,9 +76,16 @@ def request_of(pack: Any, model: Any, text: str, **changes: Any) -> Any:
 
 
 def sampled(pack: Any, request: Any) -> Any:
-    """The run and the state it leaves, made anew."""
+    """The run, made anew."""
     importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
-    return importlib.import_module(f"{PACK}.nodes.sampler")._run(request, "none")
+    return again(request)
+
+
+def again(request: Any) -> Any:
+    """The run, which may go on from an earlier one."""
+    made = importlib.import_module(f"{PACK}.nodes.run").Made()
+    importlib.import_module(f"{PACK}.nodes.sampler")._run(request, "none", made)
+    return made
 
 
 def test_it_equals_the_engine_without_comfyui(
@@ -191,7 +198,7 @@ def asked(pack: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     class AskedError(Exception):
         pass
 
-    def stop(request: Any, keep_state: str) -> None:
+    def stop(request: Any, keep_state: str, made: Any) -> None:
         raise AskedError(request)
 
     monkeypatch.setattr(sampler, "_run", stop)
@@ -327,7 +334,7 @@ def test_a_prompt_past_the_end_is_named_and_the_rest_is_made(
     assert "'snow'" in snow and "'rain'" in rain and "video ends before" in rain
     whole = request_of(pack, demo.load_model(), text, length=10)
     assert run.late(whole) == []
-    made = [run.latents_of(sampled(pack, each)[0], -1) for each in (short, whole)]
+    made = [run.latents_of(sampled(pack, each), -1) for each in (short, whole)]
     assert made[0].shape[2] == 9
     torch.testing.assert_close(made[0], made[1][:, :, :9])
 
@@ -515,7 +522,6 @@ def test_a_run_with_another_ending_goes_on_from_the_shared_beginning(
     pack: Any, demo: Any, tmp_path: Path
 ) -> None:
     decoders = importlib.import_module(f"{PACK}.nodes.decoders")
-    sampler = importlib.import_module(f"{PACK}.nodes.sampler")
     model, vae = demo.load_model(), demo.load_vae()
 
     def request(ending: str, name: str) -> Any:
@@ -528,14 +534,96 @@ def test_a_run_with_another_ending_goes_on_from_the_shared_beginning(
             keep_images=-1,
         )
 
-    afresh, _ = sampled(pack, request("a green circle moves up", "afresh.mp4"))
+    afresh = sampled(pack, request("a green circle moves up", "afresh.mp4"))
     sampled(pack, request("a blue square moves down", "before.mp4"))
-    again, _ = sampler._run(request("a green circle moves up", "again.mp4"), "none")
-    assert (afresh.reused, again.reused) == (0, 3)
-    assert all(map(torch.equal, afresh.latents, again.latents))
-    assert all(map(torch.equal, afresh.images, again.images))
-    assert len(afresh.images) == len(again.images) == CHUNKS
+    second = again(request("a green circle moves up", "again.mp4"))
+    assert (afresh.reused, second.reused) == (0, 3)
+    assert all(map(torch.equal, afresh.latents, second.latents))
+    assert all(map(torch.equal, afresh.images, second.images))
+    assert len(afresh.images) == len(second.images) == CHUNKS
     assert np.array_equal(images_of(tmp_path / "afresh.mp4"), images_of(tmp_path / "again.mp4"))
+
+
+@pytest.fixture
+def video(pack: Any, demo: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Requests of one model for a video and all it carries."""
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    model, vae = demo.load_model(), demo.load_vae()
+
+    def request(text: str, name: str, **changes: Any) -> Any:
+        decoder = decoders.decoder_of(vae, model.model.latent_format)
+        values = {"decoder": decoder, "path": tmp_path / name, "keep_images": -1}
+        return request_of(pack, model, text, **values | changes)
+
+    return request
+
+
+def same(first: Any, second: Any, request: Any, other: Any) -> bool:
+    """Whether two runs made the same latents, images and files, to the bit."""
+    pairs = [(first.latents, second.latents), (first.images, second.images)]
+    tensors = all(torch.equal(torch.cat(list(a), -4), torch.cat(list(b), -4)) for a, b in pairs)
+    return tensors and np.array_equal(images_of(request.path), images_of(other.path))
+
+
+def stop_at(host: Any, monkeypatch: pytest.MonkeyPatch, place: int | str) -> None:
+    """Press Cancel once: before a pass of that number, or in one's layers, or while decoding."""
+    import comfy.model_management as manage
+
+    kind, number = (place, 2) if isinstance(place, str) else ("pass", place)
+    kind, _, at = kind.partition(" ")
+    number, asked, counts = int(at or number), [], iter(range(1000))
+    owner, name = {
+        "pass": (host.Progress, "on_pass"),
+        "layer": (host.Hosted, "__call__"),
+        "decode": (host, "count_cache_layers"),
+    }[kind]
+    plain = getattr(owner, name)
+
+    def stopping(*given: Any, **named: Any) -> Any:
+        if next(counts) == number and not asked:
+            asked.append(True)
+            manage.interrupt_current_processing(True)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+SWITCHED = f"0s: {PROMPT}\nc2 [{{}}]: a blue square moves up"
+STOPS = [  # the window is full after three chunks
+    *((PROMPT, each, chunks) for each, chunks in ((1, 0), (4, 1), (14, 3), (15, 3), (17, 3))),
+    *((PROMPT, f"layer {number}", chunks) for number, chunks in ((2, 0), (15, 3), (19, 4))),
+    *((PROMPT, f"decode {number}", number + 1) for number in (0, 2, 3)),
+    *((SWITCHED.format("blend 2"), each, chunks) for each, chunks in ((12, 2), (17, 3), (21, 4))),
+    *((SWITCHED.format("recache"), each, chunks) for each, chunks in ((9, 2), (11, 2), (16, 3))),
+    *((SWITCHED.format("cut"), each, chunks) for each, chunks in ((10, 2), (16, 3))),
+]
+
+
+@pytest.mark.parametrize(("text", "place", "chunks"), STOPS)
+def test_a_run_stopped_anywhere_is_gone_on_from_as_if_it_had_not_been(
+    pack: Any,
+    host: Any,
+    video: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    place: int | str,
+    chunks: int,
+) -> None:
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    whole, part, rest = (video(text, f"{name}.mp4") for name in ("whole", "part", "rest"))
+    expected = sampled(pack, whole)
+    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    stopped = run.Made()
+    with monkeypatch.context() as patched, host.loaded(part.model, [part.decoder.vae.patcher], 0):
+        stop_at(host, patched, place)
+        with pytest.raises(host.Interrupted):
+            run.run(part, stopped)
+    assert (stopped.chunks, stopped.goes_on) == (chunks, chunks > 0)
+    if chunks:
+        assert len(images_of(part.path)) == stopped.num_images
+    second = again(rest)
+    assert second.reused == chunks
+    assert same(expected, second, whole, rest)
 
 
 def test_out_of_memory_keeps_the_file_and_says_what_to_lower(
