@@ -62,6 +62,7 @@ def key_of(request: Any, prompts: tuple[ResolvedEntry, ...], chunks: int, begun:
     digest = hashlib.blake2b(digest_size=16)
     seen = [prompt for prompt in prompts if prompt.chunk < chunks + begun]
     facts = {
+        "chunks": chunks,
         "model": host.identity(request.model),
         "decoder": request.decoder and host.identity(request.decoder.vae.patcher),
         "seed": request.seed,

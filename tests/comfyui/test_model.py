@@ -604,26 +604,171 @@ def test_a_run_stopped_anywhere_is_gone_on_from_as_if_it_had_not_been(
     pack: Any,
     host: Any,
     video: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
     text: str,
     place: int | str,
     chunks: int,
 ) -> None:
-    run = importlib.import_module(f"{PACK}.nodes.run")
     whole, part, rest = (video(text, f"{name}.mp4") for name in ("whole", "part", "rest"))
     expected = sampled(pack, whole)
     importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
-    stopped = run.Made()
-    with monkeypatch.context() as patched, host.loaded(part.model, [part.decoder.vae.patcher], 0):
-        stop_at(host, patched, place)
-        with pytest.raises(host.Interrupted):
-            run.run(part, stopped)
+    stopped = stopped_run(pack, host, part, place)
     assert (stopped.chunks, stopped.goes_on) == (chunks, chunks > 0)
     if chunks:
         assert len(images_of(part.path)) == stopped.num_images
     second = again(rest)
     assert second.reused == chunks
     assert same(expected, second, whole, rest)
+
+
+def stopped_run(pack: Any, host: Any, request: Any, place: int | str) -> Any:
+    """What a run made until it was stopped."""
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    made = run.Made()
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        host.loaded(request.model, [request.decoder.vae.patcher], 0),
+    ):
+        stop_at(host, patched, place)
+        with pytest.raises(host.Interrupted):
+            run.run(request, made)
+    return made
+
+
+@pytest.mark.parametrize("mode", ["soft", "recache", "blend 2", "cut"])
+def test_where_a_stopped_chunk_would_now_be_another_its_run_is_left_alone(
+    pack: Any, host: Any, video: Callable[..., Any], mode: str
+) -> None:
+    whole, rest = (
+        video(f"0s: {PROMPT}\nc3 [{mode}]: snow", name) for name in ("whole.mp4", "rest.mp4")
+    )
+    expected = sampled(pack, whole)
+    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    assert stopped_run(pack, host, video(PROMPT, "part.mp4"), 15).chunks == 3
+    second = again(rest)  # its fourth chunk, which was begun, sees another prompt
+    assert second.reused == 0
+    assert same(expected, second, whole, rest)
+    later = video(f"0s: {PROMPT}\nc4 [{mode}]: snow", "later.mp4")
+    assert again(later).reused == 3
+
+
+def test_a_run_that_was_stopped_twice_is_gone_on_from_where_it_came_last(
+    pack: Any, host: Any, video: Callable[..., Any]
+) -> None:
+    whole, *parts = (video(PROMPT, f"{name}.mp4") for name in ("whole", "a", "b", "c", "d"))
+    expected = sampled(pack, whole)
+    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    stopped_run(pack, host, parts[0], 7)
+    second = stopped_run(pack, host, parts[1], 12)  # from its own first pass
+    assert (second.reused, second.chunks) == (1, 3)
+    third = stopped_run(pack, host, parts[2], 0)  # at once
+    assert (third.reused, third.chunks, third.goes_on) == (3, 3, True)
+    last = again(parts[3])
+    assert last.reused == 3 and same(expected, last, whole, parts[3])
+
+
+def test_a_full_disk_costs_no_run_what_it_made(
+    pack: Any, host: Any, video: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = importlib.import_module(f"{PACK}.rf_core.state")
+    reuse = importlib.import_module(f"{PACK}.nodes.reuse")
+    said: list[str] = []
+
+    def full(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"some of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(host, "log", said.append)
+    monkeypatch.setattr(state, "save_file", full)
+    request = video(PROMPT, "whole.mp4", length=2)
+    assert sampled(pack, request).num_images == len(images_of(request.path)) == 21
+    stopped = stopped_run(pack, host, video(PROMPT, "part.mp4"), 12)
+    assert stopped.chunks == 2 and not stopped.goes_on
+    assert sum("not kept" in line and "No space" in line for line in said) == 2
+    assert not reuse._kept and not list(host.temp_folder("reward_forcing").glob("*.part"))
+
+
+def test_memory_that_runs_out_leaves_what_can_be_gone_on_from(
+    pack: Any, host: Any, video: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, part, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "part", "rest"))
+    expected = sampled(pack, whole)
+    plain, passes = host.Hosted.__call__, iter(range(1000))
+
+    def failing(*given: Any) -> Tensor:
+        if next(passes) == 17:
+            raise torch.OutOfMemoryError("no more")
+        return plain(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host.Hosted, "__call__", failing)
+        with pytest.raises(RuntimeError, match=r"memory ran out.*part\.mp4"):
+            sampled(pack, part)
+    second = again(rest)
+    assert second.reused == 3 and same(expected, second, whole, rest)
+
+
+@pytest.mark.parametrize("failing", ["absorb", "move_up", "rotate_context"])
+def test_memory_that_runs_out_while_the_window_moves_leaves_no_torn_one(
+    pack: Any, host: Any, video: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    cache = importlib.import_module(f"{PACK}.rf_core.kv_cache")
+    owner = cache if failing == "move_up" else cache.kernels
+    whole, part, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "part", "rest"))
+    expected = sampled(pack, whole)
+    plain, calls = getattr(owner, failing), iter(range(1000))
+    last = {"absorb": 1, "move_up": 3, "rotate_context": 4}[failing]
+
+    def out(*given: Any, **named: Any) -> Any:
+        if next(calls) == last:
+            raise torch.OutOfMemoryError("no more")
+        return plain(*given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, failing, out)
+        with pytest.raises(RuntimeError, match="memory ran out"):
+            sampled(pack, part)
+    second = again(rest)
+    assert second.reused == (4 if failing == "rotate_context" else 0)
+    assert same(expected, second, whole, rest)
+
+
+def test_a_file_that_now_holds_another_video_is_not_gone_on_from(
+    pack: Any, video: Callable[..., Any]
+) -> None:
+    whole, first = video(PROMPT, "whole.mp4"), video(PROMPT, "video.mp4", length=2)
+    expected = sampled(pack, whole)
+    sampled(pack, first)
+    first.path.unlink()
+    again(video(PROMPT, "video.mp4", length=2, seed=4))  # under the same name
+    rest = video(PROMPT, "rest.mp4")
+    assert again(rest).reused == 0
+    longer = again(video(PROMPT, "longer.mp4", length=6))
+    assert longer.reused == CHUNKS  # what took its place is kept in turn
+    assert np.array_equal(images_of(whole.path), images_of(rest.path))
+    assert len(expected.images) == CHUNKS
+
+
+@pytest.mark.parametrize("broken", ["snapshot", "video"])
+def test_what_cannot_be_taken_over_is_made_anew(
+    pack: Any, host: Any, video: Callable[..., Any], broken: str
+) -> None:
+    from rf_core.video import remux
+
+    reuse = importlib.import_module(f"{PACK}.nodes.reuse")
+    whole, first, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "first", "rest"))
+    expected = sampled(pack, whole)
+    stopped = stopped_run(pack, host, first, 12)
+    reuse._kept.clear()
+    stopped = stopped_run(pack, host, first, 12)
+    if broken == "snapshot":
+        reuse._kept[0].path.write_bytes(b"cut short")
+    else:  # shorter than it was, under the same id
+        short = video(PROMPT, "short.mp4", length=1)
+        again(short)
+        remux(short.path, {reuse.RUN: stopped.run})
+        short.path.replace(first.path)
+    second = again(rest)
+    assert second.reused == 0 and same(expected, second, whole, rest)
 
 
 def test_out_of_memory_keeps_the_file_and_says_what_to_lower(
