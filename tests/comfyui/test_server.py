@@ -156,15 +156,40 @@ def test_without_a_vae_latents_are_shown_as_comfyui_is_told_to(server: Server) -
     assert picture.format == "PNG" and picture.n_frames == 3
 
 
-def test_an_interrupt_acts_within_a_step_and_leaves_a_playable_file(server: Server) -> None:
-    run = server.run(
-        demo_prompt(seed=12, length=200, filename_prefix="video/cut_off"), interrupt_after=14
-    )
+def test_a_cancelled_run_is_shown_and_the_next_one_goes_on_from_it(server: Server) -> None:
+    def prompt(name: str) -> Prompt:
+        return demo_prompt(seed=12, length=40, filename_prefix=f"video/{name}")
+
+    run = server.run(prompt("cut_off"), interrupt_after=14)
     assert run.events[-1]["type"] == "execution_interrupted"
     steps = [e["data"]["value"] for e in run.events if e["type"] == "progress"]
     assert steps[-1] <= run.interrupted_after + 20  # the request itself takes some of the demo's
-    (path,) = (server.output / "video").glob("cut_off*.mp4")
-    assert len(images_of(path)) >= 9 + 2 * 12
+    (shown,) = [e["data"] for e in run.events if e["type"] == "executed"]
+    assert (shown["node"], shown["display_node"]) == ("stream", "stream")
+    path = video_of(server, shown["output"])
+    made = images_of(path)
+    chunks = (len(made) + 3) // 12
+    assert chunks >= 3 and len(made) == 12 * chunks - 3
+    text = (
+        f"stopped: {path.name} keeps {len(made)} images, {len(made) / 16:.2f} s; run again with "
+        "seed 12 to go on"
+    )
+    assert shown["output"]["text"] == [text] and text in run.texts[-1]
+    rest = server.run(prompt("rest"))
+    (told,) = rest.output("stream")["text"]
+    assert f"first {chunks} chunks" in told
+    progress = [e["data"] for e in rest.events if e["type"] == "progress"]
+    assert {each["max"] for each in progress if each["node"] == "stream"} == {(40 - chunks) * 4}
+    whole = images_of(video_of(server, rest.output("stream")))
+    assert len(whole) == 40 * 12 - 3 and np.array_equal(whole[: len(made)], made)
+
+
+def test_a_run_cancelled_without_a_vae_says_what_it_made(server: Server) -> None:
+    run = server.run(demo_prompt(seed=13, length=40, vae=None), interrupt_after=9)
+    (shown,) = [e["data"]["output"] for e in run.events if e["type"] == "executed"]
+    assert set(shown) == {"text"} and "latent frames" in shown["text"][0]
+    (told,) = server.run(demo_prompt(seed=13, length=40, vae=None)).output("stream")["text"]
+    assert "re-used" in told
 
 
 def test_a_state_goes_on_as_if_the_stream_had_never_stopped(server: Server) -> None:
