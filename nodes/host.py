@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import comfy.cli_args
@@ -621,6 +621,14 @@ def output_file(prefix: str, width: int, height: int, suffix: str) -> Path:
 def within_output(path: Path) -> Path:
     """A file of the output folder, as seen from there."""
     return path.absolute().relative_to(Path(folder_paths.get_output_directory()).absolute())
+
+
+def output_named(name: str) -> Path | None:
+    """A file by its name in the output folder; None where it is not in there."""
+    place = PurePosixPath(name)
+    odd = ".." in place.parts or place.is_absolute() or set(name) & set("\\:\0")
+    path = Path(folder_paths.get_output_directory()) / place
+    return None if odd or not path.is_file() else path
 
 
 def temp_folder(name: str) -> Path:

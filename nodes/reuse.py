@@ -22,13 +22,12 @@ from torch import Tensor
 from ..rf_core.prompts import ResolvedEntry
 from ..rf_core.state import Snapshot
 from ..rf_core.stream import Stream
-from ..rf_core.video import VideoFormat, VideoWriter, read_metadata
+from ..rf_core.video import VideoFormat, VideoWriter
 from . import host
+from .join import VIDEO, made_by
 
 MOST_BYTES = 8 << 30
 """Disk that kept snapshots may take; the newest is always kept."""
-RUN = "rf_run"
-"""Name under which a video's metadata say which run made it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,8 @@ def key_of(request: Any, prompts: tuple[ResolvedEntry, ...], chunks: int, begun:
         "sampler": asdict(request.sampler),
         "cache": asdict(request.cache),
         "prompts": [(prompt.chunk, str(prompt.switch)) for prompt in seen],
-        "from": request.snapshot and request.snapshot.facts,
+        "from": request.snapshot and {**request.snapshot.facts, VIDEO: None},
+        "head": request.head and (request.head.run, request.head.num_images),
     }
     digest.update(json.dumps(facts, default=str).encode())
     tensors: list[Tensor | None] = [request.prompts.embeds[prompt.text] for prompt in seen]
@@ -97,14 +97,7 @@ def _serves(kept: Kept, request: Any) -> bool:
     enough = all(
         have < 0 or 0 <= want <= have for have, want in zip(kept.keep, _keeps(request), strict=True)
     )
-    return enough and kept.path.exists() and (kept.video is None or _made_by(kept.run, kept.video))
-
-
-def _made_by(run: str, video: Path) -> bool:
-    try:
-        return read_metadata(video).get(RUN) == run
-    except ValueError:  # gone, or no video
-        return False
+    return enough and kept.path.exists() and (kept.video is None or made_by(kept.run, kept.video))
 
 
 def keep(
@@ -156,14 +149,19 @@ def resume(
     stream.restore(Snapshot.load(kept.path))
     writer = None
     if kept.video is not None:
-        shutil.copyfile(kept.video, request.path)
-        format = VideoFormat(width=request.width, height=request.height)
-        writer = VideoWriter.resume(request.path, kept.num_images, format, metadata)
+        writer = continued(request, kept.video, kept.num_images, metadata)
     made.latents.extend(kept.latents)
     made.images.extend(kept.images)
     made.num_images = kept.num_images
     made.chunks = made.reused = kept.chunks
     return writer
+
+
+def continued(request: Any, video: Path, num_images: int, metadata: dict[str, str]) -> VideoWriter:
+    """The writer of a run's file, which begins with the first images of another."""
+    shutil.copyfile(video, request.path)
+    format = VideoFormat(width=request.width, height=request.height)
+    return VideoWriter.resume(request.path, num_images, format, metadata)
 
 
 def forget(key: str) -> None:

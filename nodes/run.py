@@ -25,6 +25,7 @@ from ..rf_core.stream import Chunk, Stream
 from ..rf_core.video import VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
 from .decoders import StockTAEHVDecoder, StockWanDecoder
+from .join import RUN, Head
 from .report import Report
 from .types import UNITS, Timeline
 
@@ -58,6 +59,8 @@ class Request:
     """Last images for the IMAGE socket; -1 for all."""
     keep_latents: int
     """Last latent frames for the LATENT socket; -1 for all."""
+    head: Head | None = None
+    """The video that the file begins with."""
     node_id: str | None = None
     """The node that shows the images as they are made."""
 
@@ -69,6 +72,7 @@ class Made:
     latents: deque[Tensor] = field(default_factory=deque)
     images: deque[Tensor] = field(default_factory=deque)
     num_images: int = 0
+    """Images in the file, those that it begins with included."""
     num_frames: int = 0
     """Latent frames, those of an earlier run included."""
     before: int = 0
@@ -287,8 +291,11 @@ def _flush(handoff: Handoff | None) -> None:
 
 
 def _tidy(request: Request, made: Made) -> None:
-    """Put the file's index in front; without, it plays as well."""
+    """Put the file's index in front; without, it plays as well. A file of nothing new goes."""
     if request.path is None or not request.path.exists():
+        return
+    if not made.chunks:
+        request.path.unlink()
         return
     try:
         remux(request.path, _metadata(request, made))
@@ -297,7 +304,7 @@ def _tidy(request: Request, made: Made) -> None:
 
 
 def _metadata(request: Request, made: Made) -> dict[str, str]:
-    return request.metadata | {reuse.RUN: made.run}
+    return request.metadata | {RUN: made.run}
 
 
 def _handoff(request: Request, take: Callable[[Tensor], None]) -> Handoff | None:
@@ -329,6 +336,16 @@ def _take(request: Request, writer: VideoWriter | None, made: Made, images: Tens
 def _writer(request: Request, made: Made) -> VideoWriter | None:
     if request.path is None:
         return None
+    if (head := request.head) is not None:
+        made.num_images = head.num_images
+        try:
+            return reuse.continued(request, head.path, head.num_images, _metadata(request, made))
+        except ValueError as error:
+            request.path.unlink(missing_ok=True)
+            raise ValueError(
+                f"join is on, and {head.path.name} cannot be gone on from without encoding it "
+                "anew, as it was cut or re-encoded since: turn join off"
+            ) from error
     format = VideoFormat(width=request.width, height=request.height)
     return VideoWriter(request.path, format, _metadata(request, made))
 

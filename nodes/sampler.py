@@ -24,6 +24,7 @@ from . import host
 from .border import spoken
 from .decoders import decoder_of
 from .ignored import doubtful, ignored
+from .join import VIDEO, ended, head_of
 from .loaders import CATEGORY
 from .prompt import timeline_of
 from .run import Made, Request, clock_of, images_of, late, latents_of, plan, run
@@ -161,6 +162,15 @@ class StreamingSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Where in the output folder the MP4 is written.",
                 ),
+                io.Boolean.Input(
+                    "join",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With a state: the MP4, and VIDEO, begin with the video that the state "
+                    "goes on from, so that one file holds all of it. IMAGE and LATENT are of the "
+                    "new part.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="LATENT"),
@@ -201,6 +211,7 @@ class StreamingSampler(io.ComfyNode):
         keep_latents: int = -1,
         keep_state: str = "compact",
         filename_prefix: str = "video/reward_forcing",
+        join: bool = False,
     ) -> io.NodeOutput:
         _one_start(start_image, start_latent, state)
         base, settings = host.student_of(model), host.settings_of(model)
@@ -225,6 +236,7 @@ class StreamingSampler(io.ComfyNode):
             metadata=_metadata(cls.hidden),
             start_latents=_latents(start_latent, format, cache),
             snapshot=state.snapshot if state else None,
+            head=head_of(state.snapshot) if join and state and decoder else None,
             node_id=host.number_of(cls),
             keep_images=keep_images if decoder else 0,
             keep_latents=keep_latents,
@@ -243,7 +255,8 @@ class StreamingSampler(io.ComfyNode):
             raise
         peak = host.peak_memory(model.load_device)
         outputs = _outputs(request, made, snapshot, format)
-        lines = [_told(request, made, peak), *doubtful(model, vae), *late(request)]
+        lines = [_told(request, made, peak), *_alone(request, join)]
+        lines += [*doubtful(model, vae), *late(request)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
         host.say(request.node_id, text)
         return io.NodeOutput(*outputs, ui=_shown(request, text))
@@ -296,7 +309,11 @@ def _run(request: Request, keep_state: str, made: Made) -> Any:
             raise
     # Only now, as the error holds on to what the stream held.
     host.free_memory()
-    kept = f" What was made until then is in {request.path.name}." if made.num_images else ""
+    kept = (
+        f" What was made until then is in {request.path.name}."
+        if request.path and made.chunks
+        else ""
+    )
     raise host.OutOfMemory(
         f"memory ran out: {about}, most of it in proportion to width x height and window "
         f"({request.cache.window_frames} frames). Half of each side takes a quarter; "
@@ -311,6 +328,8 @@ def _outputs(request: Request, made: Any, snapshot: Any, format: Any) -> list[An
     state = None
     if snapshot is not None:
         name = host.settings_of(request.model).name
+        if request.path is not None:
+            snapshot = ended(snapshot, request.path, made.run, made.num_images)
         state = State(snapshot=snapshot, source={"model": name, "seed": request.seed})
     return [
         host.block(NO_LATENT) if latents is None else {"samples": format.process_out(latents)},
@@ -327,6 +346,8 @@ def _told(request: Request, made: Made, peak: int | None) -> str:
     else:
         seconds = clock.seconds(made.num_frames // clock.chunk_frames)
         what = f"{made.num_frames} latent frames, {seconds:.2f} s of video; no images without a VAE"
+    if request.head is not None:
+        what += f", the first {request.head.num_images / FPS:.2f} s of {request.head.path.name}"
     parts = [what, made.report.text(decoded)]
     if peak is not None:
         parts.append(f"peak memory {peak / 2**30:.1f} GiB")
@@ -338,6 +359,15 @@ def _told(request: Request, made: Made, peak: int | None) -> str:
     text = "; ".join(parts)
     host.log(text)
     return text
+
+
+def _alone(request: Request, join: bool) -> list[str]:
+    """What is to be known where a video that goes on is not one file."""
+    if request.path is None or request.snapshot is None:
+        return ["ignored: join, which needs a state and a vae"] if join else []
+    told = "the file holds the new part alone"
+    said = request.snapshot.facts.get(VIDEO)
+    return [] if join else [f"{told}; turn on join to have all in one file" if said else told]
 
 
 def _stopped(request: Request, made: Made) -> str:

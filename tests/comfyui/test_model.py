@@ -754,7 +754,7 @@ def test_what_cannot_be_taken_over_is_made_anew(
 ) -> None:
     from rf_core.video import remux
 
-    reuse = importlib.import_module(f"{PACK}.nodes.reuse")
+    join, reuse = (importlib.import_module(f"{PACK}.nodes.{name}") for name in ("join", "reuse"))
     whole, first, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "first", "rest"))
     expected = sampled(pack, whole)
     stopped = stopped_run(pack, host, first, 12)
@@ -765,10 +765,46 @@ def test_what_cannot_be_taken_over_is_made_anew(
     else:  # shorter than it was, under the same id
         short = video(PROMPT, "short.mp4", length=1)
         again(short)
-        remux(short.path, {reuse.RUN: stopped.run})
+        remux(short.path, {join.RUN: stopped.run})
         short.path.replace(first.path)
     second = again(rest)
     assert second.reused == 0 and same(expected, second, whole, rest)
+
+
+@pytest.mark.parametrize(
+    "name", ["../beside.mp4", "a/../../beside.mp4", "{}/beside.mp4", "C:beside.mp4", "a\\b.mp4", ""]
+)
+def test_a_state_names_no_file_outside_the_output_folder(
+    host: Any, folder: Path, name: str
+) -> None:
+    (folder / "beside.mp4").write_bytes(b"")
+    (folder / "out" / "a").mkdir()
+    for inside in ("b.mp4", "a/c.mp4"):
+        (folder / "out" / inside).write_bytes(b"")
+        assert host.output_named(inside) == folder / "out" / inside
+    assert host.output_named(name.format(folder)) is None
+
+
+@pytest.mark.parametrize(
+    "said", [None, "x.mp4", {}, {"file": 1, "run": "a", "images": 3}, {"file": "x", "images": 0}]
+)
+def test_a_state_that_says_nonsense_of_its_video_is_refused(pack: Any, said: Any) -> None:
+    from rf_core.state import Snapshot
+
+    join = importlib.import_module(f"{PACK}.nodes.join")
+    with pytest.raises(ValueError, match="does not say which video"):
+        join.head_of(Snapshot(tensors={}, facts={} if said is None else {"video": said}))
+
+
+def test_a_video_that_was_cut_since_is_not_joined(pack: Any, video: Callable[..., Any]) -> None:
+    join = importlib.import_module(f"{PACK}.nodes.join")
+    first = video(PROMPT, "first.mp4", length=1)
+    made = sampled(pack, first)
+    head = join.Head(path=first.path, run=made.run, num_images=21)
+    rest = video(PROMPT, "rest.mp4", head=head)
+    with pytest.raises(ValueError, match=r"^join is on, and first\.mp4 cannot"):
+        sampled(pack, rest)
+    assert not rest.path.exists() and len(images_of(first.path)) == 9
 
 
 def test_out_of_memory_keeps_the_file_and_says_what_to_lower(

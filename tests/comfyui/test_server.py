@@ -218,6 +218,88 @@ def test_a_saved_state_is_listed_and_loaded(server: Server) -> None:
     assert len(images_of(video_of(server, shown))) == 24
 
 
+def joined_from(name: str, **changes: object) -> Prompt:
+    """A run that goes on from a saved state, in one file."""
+    values: dict[str, object] = {"length": 2, "state": ["load", 0], "join": True}
+    return with_node(demo_prompt(**values | changes), "load", "RFLoadState", name=name)
+
+
+def test_a_video_that_goes_on_is_one_file_where_that_is_asked_for(server: Server) -> None:
+    first = with_node(
+        demo_prompt(seed=31, filename_prefix="video/first", keep_state="exact"),
+        "save",
+        "RFSaveState",
+        state=["stream", 3],
+        name="to_join",
+    )
+    head = images_of(video_of(server, server.run(first).output("stream")))
+    alone = server.run(joined_from("to_join.safetensors", seed=31, join=False)).output("stream")
+    assert "the new part alone; turn on join" in alone["text"][0]
+    rest = images_of(video_of(server, alone))
+    prompt = joined_from("to_join.safetensors", seed=31, filename_prefix="video/joined")
+    prompt = with_node(
+        prompt, "saved", "SaveVideo", video=["stream", 1], filename_prefix="video/copy",
+        format="auto", codec="auto",
+    )  # fmt: skip
+    prompt = with_node(prompt, "keep", "RFSaveState", state=["stream", 3], name="to_join_again")
+    run = server.run(prompt)
+    (told,) = run.output("stream")["text"]
+    assert "45 images, 2.81 s, the first 1.31 s of first_00001_.mp4" in told and "alone" not in told
+    for node in ("stream", "saved"):
+        whole = images_of(video_of(server, run.output(node)))
+        assert np.array_equal(whole, np.concatenate([head, rest]))
+    third = server.run(joined_from("to_join_again.safetensors", seed=31)).output("stream")
+    more = images_of(video_of(server, third))
+    assert len(more) == 45 + 24 and np.array_equal(more[:45], whole)
+
+
+def test_a_joined_video_that_is_cancelled_is_gone_on_from(server: Server) -> None:
+    first = with_node(
+        demo_prompt(seed=32), "save", "RFSaveState", state=["stream", 3], name="to_cancel"
+    )
+    server.run(first)
+    prompt = joined_from("to_cancel.safetensors", seed=32, length=40)
+    run = server.run(prompt, interrupt_after=9)
+    (shown,) = [e["data"]["output"] for e in run.events if e["type"] == "executed"][-1:]
+    part = images_of(video_of(server, shown))
+    told = server.run(prompt).output("stream")
+    assert "re-used" in told["text"][0]
+    whole = images_of(video_of(server, told))
+    assert len(whole) == 21 + 40 * 12 and np.array_equal(whole[: len(part)], part)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("gone", "is not in the output folder"), ("other", "is another video")],
+)
+def test_a_video_that_is_no_longer_the_states_is_not_joined(
+    server: Server, change: str, said: str
+) -> None:
+    prefix = f"video/once_{change}"
+    first = with_node(
+        demo_prompt(seed=33, filename_prefix=prefix), "save", "RFSaveState", state=["stream", 3],
+        name=change,
+    )  # fmt: skip
+    path = video_of(server, server.run(first).output("stream"))
+    path.unlink()
+    if change == "other":
+        again = server.run(demo_prompt(seed=34, filename_prefix=prefix)).output("stream")
+        assert video_of(server, again) == path
+    error = error_of(server, joined_from(f"{change}.safetensors", seed=33))
+    assert error.startswith("join is on") and path.name in error and said in error
+
+
+def test_a_state_without_a_video_is_not_joined_and_join_without_a_state_is_ignored(
+    server: Server,
+) -> None:
+    first = demo_prompt(seed=35, vae=None)
+    first = with_node(first, "save", "RFSaveState", state=["stream", 3], name="unseen")
+    server.run(first)
+    assert "does not say which video" in error_of(server, joined_from("unseen.safetensors"))
+    (told,) = server.run(demo_prompt(seed=36, join=True)).output("stream")["text"]
+    assert "ignored: join" in told
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
