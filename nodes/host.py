@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import comfy.cli_args
@@ -40,6 +40,7 @@ import latent_preview
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.utils import get_executing_context
 from PIL import Image, ImageOps
 from server import PromptServer
 from torch import Tensor
@@ -547,6 +548,15 @@ def say(node_id: str | None, text: str) -> None:
         server.send_progress_text(text, node_id, server.client_id)
 
 
+def show(node_id: str | None, shown: dict[str, Any]) -> None:
+    """What a node shows at its end, where it ends otherwise than by returning it."""
+    server, context = _server(), get_executing_context()
+    if node_id is None or server is None or server.client_id is None or context is None:
+        return
+    sent = {"node": node_id, "display_node": node_id, "output": shown}
+    server.send_sync("executed", sent | {"prompt_id": context.prompt_id}, server.client_id)
+
+
 def show_images(node_id: str | None, images: Tensor) -> None:
     """A chunk's finished images [T, H, W, 3], uint8, on the node that makes them; from any thread.
 
@@ -600,12 +610,25 @@ def folders() -> list[str]:
     return sorted((f"{Path(each)}{os.sep}" for each in known), key=len, reverse=True)
 
 
-def output_file(prefix: str, width: int, height: int, suffix: str) -> tuple[Path, str]:
-    """A free name in the output folder for a prefix such as `video/rf`, and its sub-folder."""
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+def output_file(prefix: str, width: int, height: int, suffix: str) -> Path:
+    """A free name in the output folder for a prefix such as `video/rf`."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(
         prefix, folder_paths.get_output_directory(), width, height
     )
-    return Path(folder) / f"{name}_{counter:05}_{suffix}", subfolder
+    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+
+
+def within_output(path: Path) -> Path:
+    """A file of the output folder, as seen from there."""
+    return path.absolute().relative_to(Path(folder_paths.get_output_directory()).absolute())
+
+
+def output_named(name: str) -> Path | None:
+    """A file by its name in the output folder; None where it is not in there."""
+    place = PurePosixPath(name)
+    odd = ".." in place.parts or place.is_absolute() or set(name) & set("\\:\0")
+    path = Path(folder_paths.get_output_directory()) / place
+    return None if odd or not path.is_file() else path
 
 
 def temp_folder(name: str) -> Path:
@@ -634,6 +657,22 @@ def resize(images: Tensor, width: int, height: int) -> Tensor:
 def block(message: str) -> ExecutionBlocker:
     """An output that stops whatever is connected to it, with a reason."""
     return ExecutionBlocker(message)
+
+
+Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingException
+"""What Cancel raises, between passes and in the layers of any network."""
+
+
+@contextlib.contextmanager
+def held_interrupt() -> Iterator[None]:
+    """For work that must not end half way: ComfyUI's layers act on Cancel only after it."""
+    manage = comfy.model_management
+    act = manage.throw_exception_if_processing_interrupted
+    manage.throw_exception_if_processing_interrupted = lambda: None
+    try:
+        yield
+    finally:
+        manage.throw_exception_if_processing_interrupted = act
 
 
 OutOfMemory: type[Exception] = comfy.model_management.OOM_EXCEPTION

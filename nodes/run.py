@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from uuid import uuid4
 
 import torch
 from einops import rearrange
@@ -23,6 +25,7 @@ from ..rf_core.stream import Chunk, Stream
 from ..rf_core.video import VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
 from .decoders import StockTAEHVDecoder, StockWanDecoder
+from .join import RUN, Head
 from .report import Report
 from .types import UNITS, Timeline
 
@@ -56,6 +59,8 @@ class Request:
     """Last images for the IMAGE socket; -1 for all."""
     keep_latents: int
     """Last latent frames for the LATENT socket; -1 for all."""
+    head: Head | None = None
+    """The video that the file begins with."""
     node_id: str | None = None
     """The node that shows the images as they are made."""
 
@@ -67,10 +72,19 @@ class Made:
     latents: deque[Tensor] = field(default_factory=deque)
     images: deque[Tensor] = field(default_factory=deque)
     num_images: int = 0
+    """Images in the file, those that it begins with included."""
     num_frames: int = 0
     """Latent frames, those of an earlier run included."""
+    before: int = 0
+    """Chunks of the stream when the run began."""
+    chunks: int = 0
+    """Chunks handed on, counted from there."""
     reused: int = 0
-    """Chunks taken over from an earlier run."""
+    """Those of them that were taken over from an earlier run."""
+    goes_on: bool = False
+    """Stopped, and a later run of the same request can go on."""
+    run: str = field(default_factory=lambda: uuid4().hex)
+    """Names the run in its file."""
     report: Report = field(default_factory=Report)
     stream: Stream | None = None
     """At its end."""
@@ -176,54 +190,130 @@ def chunks(
         yield Chunk(index=index, latents=latents, images=None)
 
 
-def run(request: Request) -> Made:
-    """Make the video; however it ends, the file is closed and plays."""
+def run(request: Request, made: Made) -> None:
+    """Make the video; however it ends, the file is closed and plays, and `made` says what it holds.
+
+    What is made until a stop is kept for a later run to go on from.
+    """
     prompts, total = plan(request)
-    stream, made = open_stream(request, prompts[0]), Made()
+    stream, writer = _begin(request, prompts, total, made)
     made.stream = stream
+    take = partial(_take, request, writer, made)
+    try:
+        with writer or nullcontext(), _handoff(request, take) or nullcontext() as handoff:
+            _make(request, prompts, range(made.chunks, total), take, handoff, made)
+    finally:
+        _tidy(request, made)
+    made.report.end()
+
+
+def _begin(
+    request: Request, prompts: tuple[ResolvedEntry, ...], total: int, made: Made
+) -> tuple[Stream, VideoWriter | None]:
+    """The stream and the file, at their start or where an earlier run stood."""
     kept = reuse.find(request, prompts, total)
-    if kept is None:
-        writer = _writer(request)
-    else:
-        writer = reuse.resume(request, kept, stream, made)
-        made.reused = kept.chunks
-    numbers = range(made.reused, total)
+    if kept is not None:
+        stream = open_stream(request, prompts[0])
+        made.before = stream.state.num_chunks
+        try:
+            with host.held_interrupt():
+                metadata = _metadata(request, made)
+                return stream, reuse.resume(request, kept, stream, made, metadata)
+        except Exception as error:
+            host.log(f"the run begins anew, as an earlier one cannot be gone on from: {error}")
+        reuse.forget(kept.key)
+        del stream  # before there is another
+        if request.path is not None:
+            request.path.unlink(missing_ok=True)
+    stream = open_stream(request, prompts[0])
+    made.before = stream.state.num_chunks
+    return stream, _writer(request, made)
+
+
+def _make(
+    request: Request,
+    prompts: tuple[ResolvedEntry, ...],
+    numbers: range,
+    take: Callable[[Tensor], None],
+    handoff: Handoff | None,
+    made: Made,
+) -> None:
+    """Hand on chunk after chunk; what is made until the end, or a stop, is kept for a later run."""
+    stream, total = made.stream, numbers.stop
+    assert stream is not None
     steps, previews = len(request.sampler.steps), request.decoder is None
     progress = host.Progress(request.model, len(numbers), steps, previews=previews)
-    pace = Pace(total, made.reused, request.model.load_device)
+    pace = Pace(total, made.chunks, request.model.load_device)
     cuts = [entry.chunk for entry in prompts[1:] if entry.switch.mode == "cut"]
     clock = clock_of(request).with_cuts(*cuts)
-    made.num_frames = made.reused * clock.chunk_frames
+    made.num_frames = made.chunks * clock.chunk_frames
     ends = {entry.chunk for entry in prompts[1:]} | {total}
-    number = numbers.start
-    with writer or nullcontext(), _handoff(request, writer, made) or nullcontext() as handoff:
+    try:
         for chunk in chunks(request, stream, prompts, numbers, progress, pace):
-            number += 1
-            made.num_frames += chunk.latents.shape[2]
-            _keep(made.latents, chunk.latents.cpu(), request.keep_latents, dim=2)
-            if chunk.images is not None:
-                _take(chunk.images[0].float().cpu(), request, writer, made)
-            elif handoff is not None:
-                stream.state.decoder = handoff.submit(chunk.latents, stream.state.decoder)
-            if number in ends:
-                if handoff is not None:
-                    handoff.flush()
-                reuse.keep(request, prompts, number, stream, made)
-            images = clock.images_of(number - 1)
-            made.report.chunk(pace.chunk_done(number, images, clock.images_before(number)))
-    if request.path is not None:
-        remux(request.path, request.metadata)
-    made.report.end()
-    return made
+            _hand_on(chunk, request, take, handoff, made)
+            if made.chunks in ends:
+                _flush(handoff)
+                reuse.keep(request, prompts, stream, made)
+            number = made.chunks - 1
+            done = pace.chunk_done(
+                made.chunks, clock.images_of(number), clock.images_before(number + 1)
+            )
+            made.report.chunk(done)
+    except (Exception, host.Interrupted):
+        with suppress(Exception):  # it is what stopped the run that is told
+            _flush(handoff)
+            made.goes_on = reuse.keep(request, prompts, stream, made, begun=True)
+        raise
 
 
-def _handoff(request: Request, writer: VideoWriter | None, made: Made) -> Handoff | None:
+def _hand_on(
+    chunk: Chunk,
+    request: Request,
+    take: Callable[[Tensor], None],
+    handoff: Handoff | None,
+    made: Made,
+) -> None:
+    made.num_frames += chunk.latents.shape[2]
+    _keep(made.latents, chunk.latents.cpu(), request.keep_latents, dim=2)
+    if chunk.images is not None:
+        take(chunk.images[0].float().cpu())
+    elif handoff is not None:
+        assert made.stream is not None
+        state = made.stream.state
+        with host.held_interrupt():  # half a decode would leave a stream that cannot go on
+            state.decoder = handoff.submit(chunk.latents, state.decoder)
+    made.chunks += 1
+
+
+def _flush(handoff: Handoff | None) -> None:
+    if handoff is not None:
+        handoff.flush()
+
+
+def _tidy(request: Request, made: Made) -> None:
+    """Put the file's index in front; without, it plays as well. A file of nothing new goes."""
+    if request.path is None or not request.path.exists():
+        return
+    if not made.chunks:
+        request.path.unlink()
+        return
+    try:
+        remux(request.path, _metadata(request, made))
+    except Exception as error:
+        host.log(f"{request.path.name} keeps its index in parts: {error}")
+
+
+def _metadata(request: Request, made: Made) -> dict[str, str]:
+    return request.metadata | {RUN: made.run}
+
+
+def _handoff(request: Request, take: Callable[[Tensor], None]) -> Handoff | None:
     """Decodes and, in a thread of its own, encodes, so that the network does not wait for files."""
     if request.decoder is None:
         return None
     return Handoff(
         request.decoder,
-        lambda images: _take(images, request, writer, made),
+        take,
         device=request.model.load_device,
         form=lambda images: images[0].float(),
         beside=request.decoder.device == request.model.load_device
@@ -233,7 +323,7 @@ def _handoff(request: Request, writer: VideoWriter | None, made: Made) -> Handof
     )
 
 
-def _take(images: Tensor, request: Request, writer: VideoWriter | None, made: Made) -> None:
+def _take(request: Request, writer: VideoWriter | None, made: Made, images: Tensor) -> None:
     """A chunk's images [T, 3, H, W] go to the file and the IMAGE socket."""
     if writer is not None:
         writer.write(shown := to_uint8(images))
@@ -243,11 +333,21 @@ def _take(images: Tensor, request: Request, writer: VideoWriter | None, made: Ma
     made.num_images += len(images)
 
 
-def _writer(request: Request) -> VideoWriter | None:
+def _writer(request: Request, made: Made) -> VideoWriter | None:
     if request.path is None:
         return None
+    if (head := request.head) is not None:
+        made.num_images = head.num_images
+        try:
+            return reuse.continued(request, head.path, head.num_images, _metadata(request, made))
+        except ValueError as error:
+            request.path.unlink(missing_ok=True)
+            raise ValueError(
+                f"join is on, and {head.path.name} cannot be gone on from without encoding it "
+                "anew, as it was cut or re-encoded since: turn join off"
+            ) from error
     format = VideoFormat(width=request.width, height=request.height)
-    return VideoWriter(request.path, format, request.metadata)
+    return VideoWriter(request.path, format, _metadata(request, made))
 
 
 def _keep(kept: deque[Tensor], new: Tensor, most: int, dim: int) -> None:

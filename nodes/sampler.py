@@ -24,6 +24,7 @@ from . import host
 from .border import spoken
 from .decoders import decoder_of
 from .ignored import doubtful, ignored
+from .join import VIDEO, ended, head_of
 from .loaders import CATEGORY
 from .prompt import timeline_of
 from .run import Made, Request, clock_of, images_of, late, latents_of, plan, run
@@ -172,6 +173,15 @@ class StreamingSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Where in the output folder the MP4 is written.",
                 ),
+                io.Boolean.Input(
+                    "join",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With a state: the MP4, and VIDEO, begin with the video that the state "
+                    "goes on from, so that one file holds all of it. IMAGE and LATENT are of the "
+                    "new part.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="LATENT"),
@@ -212,15 +222,16 @@ class StreamingSampler(io.ComfyNode):
         keep_latents: int = -1,
         keep_state: str = "compact",
         filename_prefix: str = "video/reward_forcing",
+        join: bool = False,
     ) -> io.NodeOutput:
         _one_start(start_image, start_latent, state)
         base, settings = host.student_of(model), host.settings_of(model)
         format, cache = base.latent_format, _cache(sink, state, settings)
         latent_size(height, width, base.diffusion_model.config.patch_size)
         decoder = decoder_of(vae, format) if vae is not None else None
-        path, subfolder = None, ""
+        path = None
         if decoder is not None:
-            path, subfolder = host.output_file(filename_prefix, width, height, ".mp4")
+            path = host.output_file(filename_prefix, width, height, ".mp4")
         request = Request(
             model=model,
             prompts=timeline_of(prompt),
@@ -236,6 +247,7 @@ class StreamingSampler(io.ComfyNode):
             metadata=_metadata(cls.hidden),
             start_latents=_latents(start_latent, format, cache),
             snapshot=state.snapshot if state else None,
+            head=head_of(state.snapshot) if join and state and decoder else None,
             node_id=host.number_of(cls),
             keep_images=keep_images if decoder else 0,
             keep_latents=keep_latents,
@@ -245,20 +257,43 @@ class StreamingSampler(io.ComfyNode):
             # Now: to encode it, ComfyUI may unload a student that streams already.
             request = replace(request, start_latents=_encoded(start_image, request))
         host.forget_peak(model.load_device)
-        made, snapshot = _run(request, keep_state)
+        made = Made()
+        try:
+            snapshot = _run(request, keep_state, made)
+        except (Exception, host.Interrupted) as error:
+            if made.chunks or isinstance(error, host.Interrupted):
+                _show(request, _stopped(request, made))
+            raise
         peak = host.peak_memory(model.load_device)
         outputs = _outputs(request, made, snapshot, format)
-        lines = [_told(request, made, peak), *doubtful(model, vae), *late(request)]
+        lines = [_told(request, made, peak), *_alone(request, join)]
+        lines += [*doubtful(model, vae), *late(request)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
-        host.say(host.number_of(cls), text)
-        shown: dict[str, Any] = {"text": (text,)}
-        if path is not None:
-            saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)
-            shown |= ui.PreviewVideo([saved]).as_dict()
-        return io.NodeOutput(*outputs, ui=shown)
+        host.say(request.node_id, text)
+        return io.NodeOutput(*outputs, ui=_shown(request, text))
 
 
-def _run(request: Request, keep_state: str) -> Any:
+def _shown(request: Request, text: str) -> dict[str, Any]:
+    """Text and video as a node shows them."""
+    shown: dict[str, Any] = {"text": (text,)}
+    if request.path is not None and request.path.exists():
+        place = host.within_output(request.path)
+        folder = place.parent.as_posix() if place.parent.parts else ""
+        saved = ui.SavedResult(place.name, folder, io.FolderType.output)
+        shown |= ui.PreviewVideo([saved]).as_dict()
+    return shown
+
+
+def _show(request: Request, text: str) -> None:
+    """Show a run that was stopped as one that ends is shown."""
+    host.log(text)
+    host.say(request.node_id, text)
+    if request.node_id is not None:
+        host.show(request.node_id, _shown(request, text))
+
+
+def _run(request: Request, keep_state: str, made: Made) -> Any:
+    """Make the video and the state it leaves; `made` says what there is, also after a stop."""
     base = host.student_of(request.model)
     size = latent_size(request.height, request.width, base.diffusion_model.config.patch_size)
     memory = base.stream_memory(1, size, request.cache)
@@ -275,17 +310,21 @@ def _run(request: Request, keep_state: str) -> Any:
     host.log(about)
     try:
         with host.loaded(request.model, others, memory):
-            made = run(request)
-            snapshot = None
-            if keep_state != "none":
-                snapshot = made.stream.snapshot(compact=keep_state == "compact")
-            return made, snapshot
+            run(request, made)
+            if keep_state == "none" or made.stream is None:
+                return None
+            with host.held_interrupt():  # all is made
+                return made.stream.snapshot(compact=keep_state == "compact")
     except Exception as error:
         if not host.out_of_memory(error):
             raise
     # Only now, as the error holds on to what the stream held.
     host.free_memory()
-    kept = f" What was made until then is in {request.path.name}." if request.path else ""
+    kept = (
+        f" What was made until then is in {request.path.name}."
+        if request.path and made.chunks
+        else ""
+    )
     raise host.OutOfMemory(
         f"memory ran out: {about}, most of it in proportion to width x height and window "
         f"({request.cache.window_frames} frames). Half of each side takes a quarter; "
@@ -300,6 +339,8 @@ def _outputs(request: Request, made: Any, snapshot: Any, format: Any) -> list[An
     state = None
     if snapshot is not None:
         name = host.settings_of(request.model).name
+        if request.path is not None:
+            snapshot = ended(snapshot, request.path, made.run, made.num_images)
         state = State(snapshot=snapshot, source={"model": name, "seed": request.seed})
     return [
         host.block(NO_LATENT) if latents is None else {"samples": format.process_out(latents)},
@@ -316,6 +357,8 @@ def _told(request: Request, made: Made, peak: int | None) -> str:
     else:
         seconds = clock.seconds(made.num_frames // clock.chunk_frames)
         what = f"{made.num_frames} latent frames, {seconds:.2f} s of video; no images without a VAE"
+    if request.head is not None:
+        what += f", the first {request.head.num_images / FPS:.2f} s of {request.head.path.name}"
     parts = [what, made.report.text(decoded)]
     if peak is not None:
         parts.append(f"peak memory {peak / 2**30:.1f} GiB")
@@ -327,6 +370,28 @@ def _told(request: Request, made: Made, peak: int | None) -> str:
     text = "; ".join(parts)
     host.log(text)
     return text
+
+
+def _alone(request: Request, join: bool) -> list[str]:
+    """What is to be known where a video that goes on is not one file."""
+    if request.path is None or request.snapshot is None:
+        return ["ignored: join, which needs a state and a vae"] if join else []
+    told = "the file holds the new part alone"
+    said = request.snapshot.facts.get(VIDEO)
+    return [] if join else [f"{told}; turn on join to have all in one file" if said else told]
+
+
+def _stopped(request: Request, made: Made) -> str:
+    clock = clock_of(request)
+    if not made.chunks:
+        text = "stopped before its first chunk was done"
+    elif request.path is not None:
+        seconds = made.num_images / FPS
+        text = f"stopped: {request.path.name} keeps {made.num_images} images, {seconds:.2f} s"
+    else:
+        seconds = clock.seconds(made.chunks)
+        text = f"stopped after {made.num_frames} latent frames, {seconds:.2f} s of video"
+    return f"{text}; run again with seed {request.seed} to go on" if made.goes_on else text
 
 
 def sampler_of(steps: int, trained: SamplerConfig) -> SamplerConfig:

@@ -143,6 +143,8 @@ class KVCache:
     num_frames: int = 0
     slot_frames: int = 0
     num_evictions: int = 0
+    torn: bool = False
+    """An eviction failed half way: window and sink hold neither what was nor what was to be."""
     _windows: dict[int, LayerWindow] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -209,16 +211,17 @@ class KVCache:
                 f"a chunk of {frames} latent frames does not fit the {room} frames that the window "
                 f"of {self.config.window_frames} leaves beside its sink; use fewer at a time"
             )
+        self.require_whole()
         overflow = self.num_frames + frames - self.config.window_frames
         if overflow > 0:
             self._evict(overflow)
+        if self.keeps_turned:  # before the slot counts, as it may fail
+            stop = self.num_frames * self.frame_tokens
+            k, turned = (t[:, :, :stop] for t in (self.k_NBWHD, self.turned_NBWHD))
+            kernels.rotate_context(k, self._rope(0, stop), turned)
         self.num_frames += frames
         self.slot_frames = frames
         self._windows = {}
-        if self.keeps_turned:
-            stop = self.context_frames * self.frame_tokens
-            k, turned = (t[:, :, :stop] for t in (self.k_NBWHD, self.turned_NBWHD))
-            kernels.rotate_context(k, self._rope(0, stop), turned)
 
     def layer(self, index: int) -> LayerWindow:
         """The window of one layer, made once a chunk. What it returns are views of the cache.
@@ -238,6 +241,15 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
         self.num_frames = self.slot_frames = self.num_evictions = 0
+        self.torn = False
+
+    def require_whole(self) -> None:
+        """ValueError where an eviction failed half way."""
+        if self.torn:
+            raise ValueError(
+                "the window was being moved when that failed, for memory that ran out or the like: "
+                "go on from a snapshot, or begin anew (in a stream, a switch with cut)"
+            )
 
     def snapshot(self) -> KVSnapshot:
         """The current chunk's context, copied, for passes under autograd."""
@@ -296,9 +308,11 @@ class KVCache:
         sink = self.config.sink_frames * self.frame_tokens
         leaving = frames * self.frame_tokens
         stop = self.num_frames * self.frame_tokens
+        self.torn = True
         if sink and self.config.decay < 1:
             self._absorb(sink, leaving)
         self._close_gap(sink, stop, leaving)
+        self.torn = False
         self.num_frames -= frames
         self.num_evictions += 1
 

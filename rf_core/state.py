@@ -109,8 +109,11 @@ class Snapshot:
         path = Path(path)
         part = path.with_name(path.name + ".part")
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, part, metadata={METADATA_KEY: json.dumps(self.facts)})
-        part.replace(path)
+        try:
+            save_file(tensors, part, metadata={METADATA_KEY: json.dumps(self.facts)})
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path | str) -> Snapshot:
@@ -137,10 +140,13 @@ class Snapshot:
 def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False) -> Snapshot:
     """The snapshot of a settled state; `facts` of the owner are kept beside its own.
 
-    ValueError where it is to be exact and a decode that failed left the decoder's state spent.
+    ValueError where it is to be exact and a failure left the decoder's state spent, or the cache
+    torn.
     """
     assert state.unsettled is None, "a snapshot holds the cache after the clean pass"
     cache, blend, decoder = state.cache, state.blend, state.decoder
+    if not compact:
+        cache.require_whole()
     tensors: dict[str, Tensor | None] = {
         "prompt_embeds": state.prompt_embeds,
         "first_latents": state.first_latents,

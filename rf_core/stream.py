@@ -270,7 +270,7 @@ class Stream:
             self._recache(on_pass)
         self.settle(on_pass)
         if state.blend is not None:
-            self._set_prompt(state.blend.embeds())
+            self._context = self._prompt_context(state.blend.embeds())
         state.cache.advance()
         state.chunk_open = True
 
@@ -280,6 +280,7 @@ class Stream:
         state.chunk_open, state.unsettled = False, x0
         self._remember(x0)
         if state.blend is not None:
+            state.prompt_embeds = state.blend.embeds()
             state.blend = replace(state.blend, done=state.blend.done + 1)
             if state.blend.done == state.blend.num_chunks:
                 state.blend, state.recache_due = None, True

@@ -89,18 +89,25 @@ class VideoWriter:
         self._file: BinaryIO | None = None
 
     @classmethod
-    def resume(cls, path: str | Path, num_images: int, format: VideoFormat) -> VideoWriter:
+    def resume(
+        cls,
+        path: str | Path,
+        num_images: int,
+        format: VideoFormat,
+        metadata: Mapping[str, str] | None = None,
+    ) -> VideoWriter:
         """A writer that goes on after the first `num_images` images of an existing file.
 
         The file may have been cut off by a kill, hold more images (they are dropped), or have
         been through `remux`. It is replaced at once, so a crash in here leaves it as it was.
+        `metadata` replaces what the file carries; None keeps it.
 
         Raises:
             ValueError: no such file, too few images in it, or it has another format.
         """
         writer = cls(path, format)
         _check_continues(writer._path, num_images, format)
-        _copy_stream(writer._path, num_images=num_images, fragmented=True)
+        _copy_stream(writer._path, num_images=num_images, fragmented=True, metadata=metadata)
         writer._num_images = num_images
         writer._file = writer._path.open("ab")
         return writer

@@ -13,6 +13,7 @@ import torch
 from reference import Reference
 from torch import Tensor
 
+from rf_core import kernels
 from rf_core import stream as stream_module
 from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.decoders.vae import VAEState
@@ -316,6 +317,41 @@ def test_a_stream_stopped_in_any_pass_goes_on_as_if_it_had_not(stop_at):
         return torch.cat(out, 2)
 
     assert torch.equal(run(stop_at), run(None))
+
+
+@pytest.mark.parametrize("switch", ["soft", "blend 2", "cut"])
+def test_a_chunk_of_a_blend_that_was_not_made_leaves_no_prompt_behind(switch):
+    def run(stopped: bool) -> torch.Tensor:
+        stream = tiny.stream(cache=tiny.window(9, 3))
+        latents_of(stream, 1)
+        stream.switch(tiny.prompt(2), "blend 3")
+        latents_of(stream, 1)
+        if stopped:
+            before_the_chunk(stream)
+        stream.switch(tiny.prompt(3), switch)
+        return latents_of(stream, 2)
+
+    assert torch.equal(run(True), run(False))
+
+
+@pytest.mark.parametrize("failing", ["absorb", "rotate_context"])
+def test_a_window_that_failed_while_it_moved_is_whole_or_refused(monkeypatch, failing):
+    def out(*given, **named):
+        raise torch.OutOfMemoryError("no more")
+
+    stream = tiny.stream(cache=tiny.window(9, 3))
+    latents_of(stream, 3)
+    kept, twin = stream.snapshot(), stream.fork()
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, failing, out)
+        with pytest.raises(torch.OutOfMemoryError):
+            stream.step()
+    if failing == "absorb":
+        for use in (stream.step, stream.snapshot):
+            with pytest.raises(ValueError, match="snapshot, or begin anew"):
+                use()
+        stream.restore(kept)
+    assert torch.equal(latents_of(stream, 2), latents_of(twin, 2))
 
 
 def test_a_stop_takes_effect_before_the_next_pass():

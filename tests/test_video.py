@@ -201,6 +201,15 @@ def test_metadata_survives_writing_resuming_and_remuxing(tmp_path: Path) -> None
         assert metadata.items() <= container.metadata.items()
 
 
+def test_resuming_can_replace_the_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, FORMAT, {"prompt": "old", "gone": "yes"}) as writer:
+        writer.write(make_images(CHUNK))
+    VideoWriter.resume(path, CHUNK, FORMAT, {"prompt": "new"}).close()
+    kept = video.read_metadata(path)
+    assert kept["prompt"] == "new" and "gone" not in kept
+
+
 def test_remuxing_can_replace_the_metadata(tmp_path: Path) -> None:
     path, images = tmp_path / "a.mp4", make_images(CHUNK)
     with VideoWriter(path, FORMAT, {"prompt": "old", "gone": "yes"}) as writer:

@@ -103,3 +103,40 @@ def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow(
         assert errors == []
     assert heights[0] == heights[1] == heights[2]
     assert "type=output" in address and width == 64 and 12 <= seconds < 13
+
+
+TEXTS = """
+() => window.comfyAPI.app.app.graph.nodes
+  .find((n) => n.type === "RFStreamingSampler").widgets.map((each) => String(each.value))
+"""
+
+
+@pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "vue"])
+def test_cancel_leaves_the_video_as_far_as_it_came_on_its_node(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    long = workflow("text_to_video_demo")
+    (node,) = [node for node in long["nodes"] if node["type"] == "RFStreamingSampler"]
+    values = node["widgets_values"]
+    values[values.index(10.0)] = 120.0
+    with open_page(server.address) as (page, errors):
+        page.evaluate(
+            "(on) => window.comfyAPI.app.app.extensionManager.setting"
+            ".set('Comfy.VueNodes.Enabled', on)",
+            vue_nodes,
+        )
+        page.wait_for_timeout(1000)
+        page.evaluate(OPEN, long)
+        page.evaluate(SEED, 300 + vue_nodes)
+        page.evaluate(FIT)
+        page.evaluate(QUEUE)
+        page.wait_for_function(f"({SHOWN})() > 3", timeout=180_000)
+        page.get_by_role("button", name="Cancel current run").first.click()
+        page.wait_for_selector("video", timeout=60_000)
+        page.wait_for_timeout(3000)
+        page.screenshot(path=Path(os.environ.get("RF_SCREENSHOT", tmp_path / "stopped.png")))
+        (text,) = [text for text in page.evaluate(TEXTS) if text.startswith("stopped: ")]
+        assert f"run again with seed {300 + vue_nodes} to go on" in text
+        ((address, width, seconds),) = page.evaluate(VIDEOS)
+        assert errors == []
+    assert "type=output" in address and width == 64 and f"{seconds:.2f} s" in text

@@ -36,7 +36,7 @@ def stream(pack: Any, demo: Any, host: Any) -> Callable[..., Tensor]:
     run = importlib.import_module(f"{PACK}.nodes.run")
 
     def made(model: Any, chunks: int = CHUNKS) -> Tensor:
-        result, _ = sampled(pack, request_of(pack, model, PROMPT, length=chunks))
+        result = sampled(pack, request_of(pack, model, PROMPT, length=chunks))
         latents = run.latents_of(result, -1)
         assert latents is not None
         return latents
@@ -76,9 +76,16 @@ def request_of(pack: Any, model: Any, text: str, **changes: Any) -> Any:
 
 
 def sampled(pack: Any, request: Any) -> Any:
-    """The run and the state it leaves, made anew."""
+    """The run, made anew."""
     importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
-    return importlib.import_module(f"{PACK}.nodes.sampler")._run(request, "none")
+    return again(request)
+
+
+def again(request: Any) -> Any:
+    """The run, which may go on from an earlier one."""
+    made = importlib.import_module(f"{PACK}.nodes.run").Made()
+    importlib.import_module(f"{PACK}.nodes.sampler")._run(request, "none", made)
+    return made
 
 
 def test_it_equals_the_engine_without_comfyui(
@@ -191,7 +198,7 @@ def asked(pack: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     class AskedError(Exception):
         pass
 
-    def stop(request: Any, keep_state: str) -> None:
+    def stop(request: Any, keep_state: str, made: Any) -> None:
         raise AskedError(request)
 
     monkeypatch.setattr(sampler, "_run", stop)
@@ -327,7 +334,7 @@ def test_a_prompt_past_the_end_is_named_and_the_rest_is_made(
     assert "'snow'" in snow and "'rain'" in rain and "video ends before" in rain
     whole = request_of(pack, demo.load_model(), text, length=10)
     assert run.late(whole) == []
-    made = [run.latents_of(sampled(pack, each)[0], -1) for each in (short, whole)]
+    made = [run.latents_of(sampled(pack, each), -1) for each in (short, whole)]
     assert made[0].shape[2] == 9
     torch.testing.assert_close(made[0], made[1][:, :, :9])
 
@@ -515,7 +522,6 @@ def test_a_run_with_another_ending_goes_on_from_the_shared_beginning(
     pack: Any, demo: Any, tmp_path: Path
 ) -> None:
     decoders = importlib.import_module(f"{PACK}.nodes.decoders")
-    sampler = importlib.import_module(f"{PACK}.nodes.sampler")
     model, vae = demo.load_model(), demo.load_vae()
 
     def request(ending: str, name: str) -> Any:
@@ -528,14 +534,277 @@ def test_a_run_with_another_ending_goes_on_from_the_shared_beginning(
             keep_images=-1,
         )
 
-    afresh, _ = sampled(pack, request("a green circle moves up", "afresh.mp4"))
+    afresh = sampled(pack, request("a green circle moves up", "afresh.mp4"))
     sampled(pack, request("a blue square moves down", "before.mp4"))
-    again, _ = sampler._run(request("a green circle moves up", "again.mp4"), "none")
-    assert (afresh.reused, again.reused) == (0, 3)
-    assert all(map(torch.equal, afresh.latents, again.latents))
-    assert all(map(torch.equal, afresh.images, again.images))
-    assert len(afresh.images) == len(again.images) == CHUNKS
+    second = again(request("a green circle moves up", "again.mp4"))
+    assert (afresh.reused, second.reused) == (0, 3)
+    assert all(map(torch.equal, afresh.latents, second.latents))
+    assert all(map(torch.equal, afresh.images, second.images))
+    assert len(afresh.images) == len(second.images) == CHUNKS
     assert np.array_equal(images_of(tmp_path / "afresh.mp4"), images_of(tmp_path / "again.mp4"))
+
+
+@pytest.fixture
+def video(pack: Any, demo: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Requests of one model for a video and all it carries."""
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    model, vae = demo.load_model(), demo.load_vae()
+
+    def request(text: str, name: str, **changes: Any) -> Any:
+        decoder = decoders.decoder_of(vae, model.model.latent_format)
+        values = {"decoder": decoder, "path": tmp_path / name, "keep_images": -1}
+        return request_of(pack, model, text, **values | changes)
+
+    return request
+
+
+def same(first: Any, second: Any, request: Any, other: Any) -> bool:
+    """Whether two runs made the same latents, images and files, to the bit."""
+    pairs = [(first.latents, second.latents), (first.images, second.images)]
+    tensors = all(torch.equal(torch.cat(list(a), -4), torch.cat(list(b), -4)) for a, b in pairs)
+    return tensors and np.array_equal(images_of(request.path), images_of(other.path))
+
+
+def stop_at(host: Any, monkeypatch: pytest.MonkeyPatch, place: int | str) -> None:
+    """Press Cancel once: before a pass of that number, or in one's layers, or while decoding."""
+    import comfy.model_management as manage
+
+    kind, number = (place, 2) if isinstance(place, str) else ("pass", place)
+    kind, _, at = kind.partition(" ")
+    number, asked, counts = int(at or number), [], iter(range(1000))
+    owner, name = {
+        "pass": (host.Progress, "on_pass"),
+        "layer": (host.Hosted, "__call__"),
+        "decode": (host, "count_cache_layers"),
+    }[kind]
+    plain = getattr(owner, name)
+
+    def stopping(*given: Any, **named: Any) -> Any:
+        if next(counts) == number and not asked:
+            asked.append(True)
+            manage.interrupt_current_processing(True)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+SWITCHED = f"0s: {PROMPT}\nc2 [{{}}]: a blue square moves up"
+STOPS = [  # the window is full after three chunks
+    *((PROMPT, each, chunks) for each, chunks in ((1, 0), (4, 1), (14, 3), (15, 3), (17, 3))),
+    *((PROMPT, f"layer {number}", chunks) for number, chunks in ((2, 0), (15, 3), (19, 4))),
+    *((PROMPT, f"decode {number}", number + 1) for number in (0, 2, 3)),
+    *((SWITCHED.format("blend 2"), each, chunks) for each, chunks in ((12, 2), (17, 3), (21, 4))),
+    *((SWITCHED.format("recache"), each, chunks) for each, chunks in ((9, 2), (11, 2), (16, 3))),
+    *((SWITCHED.format("cut"), each, chunks) for each, chunks in ((10, 2), (16, 3))),
+]
+
+
+@pytest.mark.parametrize(("text", "place", "chunks"), STOPS)
+def test_a_run_stopped_anywhere_is_gone_on_from_as_if_it_had_not_been(
+    pack: Any,
+    host: Any,
+    video: Callable[..., Any],
+    text: str,
+    place: int | str,
+    chunks: int,
+) -> None:
+    whole, part, rest = (video(text, f"{name}.mp4") for name in ("whole", "part", "rest"))
+    expected = sampled(pack, whole)
+    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    stopped = stopped_run(pack, host, part, place)
+    assert (stopped.chunks, stopped.goes_on) == (chunks, chunks > 0)
+    if chunks:
+        assert len(images_of(part.path)) == stopped.num_images
+    second = again(rest)
+    assert second.reused == chunks
+    assert same(expected, second, whole, rest)
+
+
+def stopped_run(pack: Any, host: Any, request: Any, place: int | str) -> Any:
+    """What a run made until it was stopped."""
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    made = run.Made()
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        host.loaded(request.model, [request.decoder.vae.patcher], 0),
+    ):
+        stop_at(host, patched, place)
+        with pytest.raises(host.Interrupted):
+            run.run(request, made)
+    return made
+
+
+@pytest.mark.parametrize("mode", ["soft", "recache", "blend 2", "cut"])
+def test_where_a_stopped_chunk_would_now_be_another_its_run_is_left_alone(
+    pack: Any, host: Any, video: Callable[..., Any], mode: str
+) -> None:
+    whole, rest = (
+        video(f"0s: {PROMPT}\nc3 [{mode}]: snow", name) for name in ("whole.mp4", "rest.mp4")
+    )
+    expected = sampled(pack, whole)
+    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    assert stopped_run(pack, host, video(PROMPT, "part.mp4"), 15).chunks == 3
+    second = again(rest)  # its fourth chunk, which was begun, sees another prompt
+    assert second.reused == 0
+    assert same(expected, second, whole, rest)
+    later = video(f"0s: {PROMPT}\nc4 [{mode}]: snow", "later.mp4")
+    assert again(later).reused == 3
+
+
+def test_a_run_that_was_stopped_twice_is_gone_on_from_where_it_came_last(
+    pack: Any, host: Any, video: Callable[..., Any]
+) -> None:
+    whole, *parts = (video(PROMPT, f"{name}.mp4") for name in ("whole", "a", "b", "c", "d"))
+    expected = sampled(pack, whole)
+    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    stopped_run(pack, host, parts[0], 7)
+    second = stopped_run(pack, host, parts[1], 12)  # from its own first pass
+    assert (second.reused, second.chunks) == (1, 3)
+    third = stopped_run(pack, host, parts[2], 0)  # at once
+    assert (third.reused, third.chunks, third.goes_on) == (3, 3, True)
+    last = again(parts[3])
+    assert last.reused == 3 and same(expected, last, whole, parts[3])
+
+
+def test_a_full_disk_costs_no_run_what_it_made(
+    pack: Any, host: Any, video: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = importlib.import_module(f"{PACK}.rf_core.state")
+    reuse = importlib.import_module(f"{PACK}.nodes.reuse")
+    said: list[str] = []
+
+    def full(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"some of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(host, "log", said.append)
+    monkeypatch.setattr(state, "save_file", full)
+    request = video(PROMPT, "whole.mp4", length=2)
+    assert sampled(pack, request).num_images == len(images_of(request.path)) == 21
+    stopped = stopped_run(pack, host, video(PROMPT, "part.mp4"), 12)
+    assert stopped.chunks == 2 and not stopped.goes_on
+    assert sum("not kept" in line and "No space" in line for line in said) == 2
+    assert not reuse._kept and not list(host.temp_folder("reward_forcing").glob("*.part"))
+
+
+def test_memory_that_runs_out_leaves_what_can_be_gone_on_from(
+    pack: Any, host: Any, video: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, part, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "part", "rest"))
+    expected = sampled(pack, whole)
+    plain, passes = host.Hosted.__call__, iter(range(1000))
+
+    def failing(*given: Any) -> Tensor:
+        if next(passes) == 17:
+            raise torch.OutOfMemoryError("no more")
+        return plain(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host.Hosted, "__call__", failing)
+        with pytest.raises(RuntimeError, match=r"memory ran out.*part\.mp4"):
+            sampled(pack, part)
+    second = again(rest)
+    assert second.reused == 3 and same(expected, second, whole, rest)
+
+
+@pytest.mark.parametrize("failing", ["absorb", "move_up", "rotate_context"])
+def test_memory_that_runs_out_while_the_window_moves_leaves_no_torn_one(
+    pack: Any, host: Any, video: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    cache = importlib.import_module(f"{PACK}.rf_core.kv_cache")
+    owner = cache if failing == "move_up" else cache.kernels
+    whole, part, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "part", "rest"))
+    expected = sampled(pack, whole)
+    plain, calls = getattr(owner, failing), iter(range(1000))
+    last = {"absorb": 1, "move_up": 3, "rotate_context": 4}[failing]
+
+    def out(*given: Any, **named: Any) -> Any:
+        if next(calls) == last:
+            raise torch.OutOfMemoryError("no more")
+        return plain(*given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, failing, out)
+        with pytest.raises(RuntimeError, match="memory ran out"):
+            sampled(pack, part)
+    second = again(rest)
+    assert second.reused == (4 if failing == "rotate_context" else 0)
+    assert same(expected, second, whole, rest)
+
+
+def test_a_file_that_now_holds_another_video_is_not_gone_on_from(
+    pack: Any, video: Callable[..., Any]
+) -> None:
+    whole, first = video(PROMPT, "whole.mp4"), video(PROMPT, "video.mp4", length=2)
+    expected = sampled(pack, whole)
+    sampled(pack, first)
+    first.path.unlink()
+    again(video(PROMPT, "video.mp4", length=2, seed=4))  # under the same name
+    rest = video(PROMPT, "rest.mp4")
+    assert again(rest).reused == 0
+    longer = again(video(PROMPT, "longer.mp4", length=6))
+    assert longer.reused == CHUNKS  # what took its place is kept in turn
+    assert np.array_equal(images_of(whole.path), images_of(rest.path))
+    assert len(expected.images) == CHUNKS
+
+
+@pytest.mark.parametrize("broken", ["snapshot", "video"])
+def test_what_cannot_be_taken_over_is_made_anew(
+    pack: Any, host: Any, video: Callable[..., Any], broken: str
+) -> None:
+    from rf_core.video import remux
+
+    join, reuse = (importlib.import_module(f"{PACK}.nodes.{name}") for name in ("join", "reuse"))
+    whole, first, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "first", "rest"))
+    expected = sampled(pack, whole)
+    stopped = stopped_run(pack, host, first, 12)
+    reuse._kept.clear()
+    stopped = stopped_run(pack, host, first, 12)
+    if broken == "snapshot":
+        reuse._kept[0].path.write_bytes(b"cut short")
+    else:  # shorter than it was, under the same id
+        short = video(PROMPT, "short.mp4", length=1)
+        again(short)
+        remux(short.path, {join.RUN: stopped.run})
+        short.path.replace(first.path)
+    second = again(rest)
+    assert second.reused == 0 and same(expected, second, whole, rest)
+
+
+@pytest.mark.parametrize(
+    "name", ["../beside.mp4", "a/../../beside.mp4", "{}/beside.mp4", "C:beside.mp4", "a\\b.mp4", ""]
+)
+def test_a_state_names_no_file_outside_the_output_folder(
+    host: Any, folder: Path, name: str
+) -> None:
+    (folder / "beside.mp4").write_bytes(b"")
+    (folder / "out" / "a").mkdir()
+    for inside in ("b.mp4", "a/c.mp4"):
+        (folder / "out" / inside).write_bytes(b"")
+        assert host.output_named(inside) == folder / "out" / inside
+    assert host.output_named(name.format(folder)) is None
+
+
+@pytest.mark.parametrize(
+    "said", [None, "x.mp4", {}, {"file": 1, "run": "a", "images": 3}, {"file": "x", "images": 0}]
+)
+def test_a_state_that_says_nonsense_of_its_video_is_refused(pack: Any, said: Any) -> None:
+    from rf_core.state import Snapshot
+
+    join = importlib.import_module(f"{PACK}.nodes.join")
+    with pytest.raises(ValueError, match="does not say which video"):
+        join.head_of(Snapshot(tensors={}, facts={} if said is None else {"video": said}))
+
+
+def test_a_video_that_was_cut_since_is_not_joined(pack: Any, video: Callable[..., Any]) -> None:
+    join = importlib.import_module(f"{PACK}.nodes.join")
+    first = video(PROMPT, "first.mp4", length=1)
+    made = sampled(pack, first)
+    head = join.Head(path=first.path, run=made.run, num_images=21)
+    rest = video(PROMPT, "rest.mp4", head=head)
+    with pytest.raises(ValueError, match=r"^join is on, and first\.mp4 cannot"):
+        sampled(pack, rest)
+    assert not rest.path.exists() and len(images_of(first.path)) == 9
 
 
 def test_out_of_memory_keeps_the_file_and_says_what_to_lower(

@@ -156,15 +156,40 @@ def test_without_a_vae_latents_are_shown_as_comfyui_is_told_to(server: Server) -
     assert picture.format == "PNG" and picture.n_frames == 3
 
 
-def test_an_interrupt_acts_within_a_step_and_leaves_a_playable_file(server: Server) -> None:
-    run = server.run(
-        demo_prompt(seed=12, length=200, filename_prefix="video/cut_off"), interrupt_after=14
-    )
+def test_a_cancelled_run_is_shown_and_the_next_one_goes_on_from_it(server: Server) -> None:
+    def prompt(name: str) -> Prompt:
+        return demo_prompt(seed=12, length=40, filename_prefix=f"video/{name}")
+
+    run = server.run(prompt("cut_off"), interrupt_after=14)
     assert run.events[-1]["type"] == "execution_interrupted"
     steps = [e["data"]["value"] for e in run.events if e["type"] == "progress"]
     assert steps[-1] <= run.interrupted_after + 20  # the request itself takes some of the demo's
-    (path,) = (server.output / "video").glob("cut_off*.mp4")
-    assert len(images_of(path)) >= 9 + 2 * 12
+    (shown,) = [e["data"] for e in run.events if e["type"] == "executed"]
+    assert (shown["node"], shown["display_node"]) == ("stream", "stream")
+    path = video_of(server, shown["output"])
+    made = images_of(path)
+    chunks = (len(made) + 3) // 12
+    assert chunks >= 3 and len(made) == 12 * chunks - 3
+    text = (
+        f"stopped: {path.name} keeps {len(made)} images, {len(made) / 16:.2f} s; run again with "
+        "seed 12 to go on"
+    )
+    assert shown["output"]["text"] == [text] and text in run.texts[-1]
+    rest = server.run(prompt("rest"))
+    (told,) = rest.output("stream")["text"]
+    assert f"first {chunks} chunks" in told
+    progress = [e["data"] for e in rest.events if e["type"] == "progress"]
+    assert {each["max"] for each in progress if each["node"] == "stream"} == {(40 - chunks) * 4}
+    whole = images_of(video_of(server, rest.output("stream")))
+    assert len(whole) == 40 * 12 - 3 and np.array_equal(whole[: len(made)], made)
+
+
+def test_a_run_cancelled_without_a_vae_says_what_it_made(server: Server) -> None:
+    run = server.run(demo_prompt(seed=13, length=40, vae=None), interrupt_after=9)
+    (shown,) = [e["data"]["output"] for e in run.events if e["type"] == "executed"]
+    assert set(shown) == {"text"} and "latent frames" in shown["text"][0]
+    (told,) = server.run(demo_prompt(seed=13, length=40, vae=None)).output("stream")["text"]
+    assert "re-used" in told
 
 
 def test_a_state_goes_on_as_if_the_stream_had_never_stopped(server: Server) -> None:
@@ -191,6 +216,88 @@ def test_a_saved_state_is_listed_and_loaded(server: Server) -> None:
     going_on = with_node(going_on, "load", "RFLoadState", name="kept.safetensors")
     shown = server.run(going_on).output("stream")
     assert len(images_of(video_of(server, shown))) == 24
+
+
+def joined_from(name: str, **changes: object) -> Prompt:
+    """A run that goes on from a saved state, in one file."""
+    values: dict[str, object] = {"length": 2, "state": ["load", 0], "join": True}
+    return with_node(demo_prompt(**values | changes), "load", "RFLoadState", name=name)
+
+
+def test_a_video_that_goes_on_is_one_file_where_that_is_asked_for(server: Server) -> None:
+    first = with_node(
+        demo_prompt(seed=31, filename_prefix="video/first", keep_state="exact"),
+        "save",
+        "RFSaveState",
+        state=["stream", 3],
+        name="to_join",
+    )
+    head = images_of(video_of(server, server.run(first).output("stream")))
+    alone = server.run(joined_from("to_join.safetensors", seed=31, join=False)).output("stream")
+    assert "the new part alone; turn on join" in alone["text"][0]
+    rest = images_of(video_of(server, alone))
+    prompt = joined_from("to_join.safetensors", seed=31, filename_prefix="video/joined")
+    prompt = with_node(
+        prompt, "saved", "SaveVideo", video=["stream", 1], filename_prefix="video/copy",
+        format="auto", codec="auto",
+    )  # fmt: skip
+    prompt = with_node(prompt, "keep", "RFSaveState", state=["stream", 3], name="to_join_again")
+    run = server.run(prompt)
+    (told,) = run.output("stream")["text"]
+    assert "45 images, 2.81 s, the first 1.31 s of first_00001_.mp4" in told and "alone" not in told
+    for node in ("stream", "saved"):
+        whole = images_of(video_of(server, run.output(node)))
+        assert np.array_equal(whole, np.concatenate([head, rest]))
+    third = server.run(joined_from("to_join_again.safetensors", seed=31)).output("stream")
+    more = images_of(video_of(server, third))
+    assert len(more) == 45 + 24 and np.array_equal(more[:45], whole)
+
+
+def test_a_joined_video_that_is_cancelled_is_gone_on_from(server: Server) -> None:
+    first = with_node(
+        demo_prompt(seed=32), "save", "RFSaveState", state=["stream", 3], name="to_cancel"
+    )
+    server.run(first)
+    prompt = joined_from("to_cancel.safetensors", seed=32, length=40)
+    run = server.run(prompt, interrupt_after=9)
+    (shown,) = [e["data"]["output"] for e in run.events if e["type"] == "executed"][-1:]
+    part = images_of(video_of(server, shown))
+    told = server.run(prompt).output("stream")
+    assert "re-used" in told["text"][0]
+    whole = images_of(video_of(server, told))
+    assert len(whole) == 21 + 40 * 12 and np.array_equal(whole[: len(part)], part)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("gone", "is not in the output folder"), ("other", "is another video")],
+)
+def test_a_video_that_is_no_longer_the_states_is_not_joined(
+    server: Server, change: str, said: str
+) -> None:
+    prefix = f"video/once_{change}"
+    first = with_node(
+        demo_prompt(seed=33, filename_prefix=prefix), "save", "RFSaveState", state=["stream", 3],
+        name=change,
+    )  # fmt: skip
+    path = video_of(server, server.run(first).output("stream"))
+    path.unlink()
+    if change == "other":
+        again = server.run(demo_prompt(seed=34, filename_prefix=prefix)).output("stream")
+        assert video_of(server, again) == path
+    error = error_of(server, joined_from(f"{change}.safetensors", seed=33))
+    assert error.startswith("join is on") and path.name in error and said in error
+
+
+def test_a_state_without_a_video_is_not_joined_and_join_without_a_state_is_ignored(
+    server: Server,
+) -> None:
+    first = demo_prompt(seed=35, vae=None)
+    first = with_node(first, "save", "RFSaveState", state=["stream", 3], name="unseen")
+    server.run(first)
+    assert "does not say which video" in error_of(server, joined_from("unseen.safetensors"))
+    (told,) = server.run(demo_prompt(seed=36, join=True)).output("stream")["text"]
+    assert "ignored: join" in told
 
 
 @pytest.mark.parametrize(
