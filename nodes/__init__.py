@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .loaders import LoadDemo, LoadModel, SinkConfig
+from .lora import LoadLoRA
 from .output import LoadState, ModelInfo, SaveState
 from .prompt import PromptSchedule, PromptSwitch
 from .sampler import StreamingSampler
@@ -12,6 +13,7 @@ from .sampler import StreamingSampler
 NODES: list[type[io.ComfyNode]] = [
     LoadModel,
     LoadDemo,
+    LoadLoRA,
     SinkConfig,
     PromptSwitch,
     PromptSchedule,

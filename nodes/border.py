@@ -17,11 +17,12 @@ from . import host
 _FLAGS = (
     (
         r"give it with --lora .*",
-        "choose the model it is for here, and this file in Load LoRA behind it",
+        "choose the model it is for here, and this file in Load RF LoRA behind it",
     ),
     (r"give it as num_heads", "take a file that does"),
     (r"say which is the student", "take a file of the student alone"),
     (r"check the path", "press R to read the folder again"),
+    (r" \(line \d+\)|, first on line \d+", ""),  # whose text the node shows, without numbers
 )
 
 
@@ -41,10 +42,13 @@ def spoken(execute: Callable[..., Any]) -> Callable[..., Any]:
 def words(error: ValueError, text: str = "") -> str:
     """What an error says, for someone who sees a node; `text` is the schedule it may be about."""
     if isinstance(error, TimelineError):
-        lines = text.splitlines()
+        lines, problem = text.splitlines(), _plain(error.problem)
         line = lines[error.line - 1].strip() if error.line <= len(lines) else ""
-        return f"in the line {line!r}: {error.problem}" if line else error.problem
-    said = str(error)
+        return f"in the line {line!r}: {problem}" if line else problem
+    return _plain(str(error))
+
+
+def _plain(said: str) -> str:
     for folder in host.folders():
         said = said.replace(folder, "")
     for pattern, instead in _FLAGS:

@@ -151,7 +151,9 @@ def decoder_of(vae: Any, latent_format: Any) -> StockWanDecoder | StockTAEHVDeco
         return StockWanDecoder(vae, latent_format)
     if isinstance(codec, host.StockTAEHV) and codec.latent_channels == 16:
         return StockTAEHVDecoder(vae, latent_format)
+    made_for = {2: "images", 3: "video"}.get(getattr(vae, "latent_dim", 0), "something else")
     raise ValueError(
-        f"this VAE is {type(codec).__module__}.{type(codec).__name__}, which does not decode Wan "
-        "2.1 latents: load wan_2.1_vae.safetensors, or taew2_1.safetensors for TAEHV"
+        f"this VAE is of another kind, made for {made_for} and {vae.latent_channels} latent "
+        "channels, and does not decode Wan 2.1 latents: load wan_2.1_vae.safetensors, or "
+        "taew2_1.safetensors for TAEHV"
     )

@@ -15,7 +15,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,6 +35,7 @@ import comfy.supported_models_base
 import comfy.taesd.taehv
 import comfy.text_encoders.t5
 import comfy.utils
+import comfy.weight_adapter
 import folder_paths
 import latent_preview
 import torch
@@ -52,6 +53,8 @@ from ..rf_core.measure.counts import stream_bytes
 from ..rf_core.model import PromptContext, TimeContext, WanModel
 from ..rf_core.text import byte_ids, clean_prompt
 from ..rf_core.weights.checkpoint import Checkpoint, read_checkpoint, require_finite
+from ..rf_core.weights.lora import fit_file, read_lora
+from ..rf_core.weights.lora_merge import Adapter, change
 
 StockWanVAE = comfy.ldm.wan.vae.WanVAE
 StockTAEHV = comfy.taesd.taehv.TAEHV
@@ -230,6 +233,7 @@ def load_student(
     model.load_model_weights(tensors, "", assign=patcher.is_dynamic())
     model.to(patcher.offload_device)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLONE, _remember_loras)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, _patch_modulations)
     patcher.model_options[LORAS] = (0, *_patches(patcher))
     patcher.cached_patcher_init = (load_student, (path, weight_dtype, submodel, latent_format))
     patcher.model_options[SETTINGS] = Settings(
@@ -240,6 +244,77 @@ def load_student(
         causal=_says_causal(checkpoint),
     )
     return patcher
+
+
+def lora_files() -> list[str]:
+    """Names in models/loras."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> Path:
+    """Where a file of models/loras lies."""
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def changed(path: Path) -> int:
+    """When a file was last written."""
+    return path.stat().st_mtime_ns
+
+
+class LoraPatch(comfy.weight_adapter.WeightAdapterBase):
+    """A LoRA's part in one weight, which ComfyUI moves and strengthens and the engine computes."""
+
+    name = "reward_forcing"
+
+    def __init__(self, loaded_keys: set[str], weights: Any) -> None:
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> LoraPatch:
+        """The patch of an adapter; ComfyUI finds the tensors among the weights."""
+        return cls(set(), (tuple(adapter.parts), tuple(adapter.parts.values()), adapter.alpha))
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Callable[[Tensor], Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Any = None,
+    ) -> Tensor:
+        """The weight, which ComfyUI has copied for this, with the patch in it."""
+        names, tensors, alpha = self.weights
+        moved = [comfy.model_management.cast_to_device(t, weight.device, t.dtype) for t in tensors]
+        adapter = Adapter(parts=dict(zip(names, moved, strict=True)), alpha=alpha)
+        weight += function((strength * change(weight, adapter)).to(weight.dtype))
+        return weight
+
+
+@functools.lru_cache(maxsize=4)  # as a chain of loaders runs again where one strength changes
+def _read_lora(path: Path, changed: int) -> dict[str, Tensor]:
+    return read_lora(path)
+
+
+def with_lora(model: Any, path: Path, strength: float) -> tuple[Any, str]:
+    """A clone of a MODEL with a LoRA file's patches, and how much of the file that is."""
+    if strength == 0:
+        return model, "strength 0: the model is as it was"
+    weights = student_of(model).diffusion_model.state_dict()
+    fit = fit_file(weights, _read_lora(path, changed(path)), path)
+    patched = model.clone()
+    patches = {f"diffusion_model.{key}": LoraPatch.of(each) for key, each in fit.adapters.items()}
+    patched.add_patches(patches, strength)
+    return patched, str(fit)
+
+
+def _patch_modulations(model: Any, device: Any, *_: Any) -> None:
+    # ComfyUI patches what innermost modules hold; a block's own parameter is not among it.
+    outer = {key for key in model.patches if key.endswith(".modulation")}
+    for key in sorted(outer - model.backup.keys()):
+        model.patch_weight_to_device(key, device_to=device)
 
 
 def idle_loras(model: Any) -> int:
@@ -427,8 +502,8 @@ def student_of(model: Any) -> StreamingModel:
     inside = model.model
     if not isinstance(inside, StreamingModel):
         raise ValueError(
-            f"this MODEL is {type(inside).__name__}, which is not a Reward Forcing student: load "
-            "the checkpoint with Load RF Model (or Load RF Demo)"
+            "this MODEL is another kind of model, or a student that another node has loaded: load "
+            "the student's file with Load RF Model (or take Load RF Demo)"
         )
     return inside
 
@@ -605,7 +680,11 @@ def model_path(name: str) -> Path:
 
 def folders() -> list[str]:
     """The folders whose files nodes show by name, with a separator; the deepest first."""
-    known = [*folder_paths.get_folder_paths("diffusion_models"), state_folder()]
+    kinds = ("diffusion_models", "loras")
+    known: list[str | Path] = [
+        each for kind in kinds for each in folder_paths.get_folder_paths(kind)
+    ]
+    known.append(state_folder())
     known.append(folder_paths.get_output_directory())
     return sorted((f"{Path(each)}{os.sep}" for each in known), key=len, reverse=True)
 

@@ -78,6 +78,6 @@ def _of_model(model: Any) -> list[str]:
     if number := host.idle_loras(model):
         named.append(
             f"{number} LoRA{'s' * (number > 1)}, made for another model or with names of weights "
-            "that ComfyUI does not know; look for it as saved for ComfyUI"
+            "that this loader does not know; Load RF LoRA knows more, and says what a file is for"
         )
     return named

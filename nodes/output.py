@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ class ModelInfo(io.ComfyNode):
     @classmethod
     @spoken
     def execute(cls, model_name: str) -> io.NodeOutput:
-        text = describe(read_checkpoint(host.model_path(model_name)))
+        found = read_checkpoint(host.model_path(model_name))
+        text = describe(replace(found, path=Path(model_name)))  # where a server keeps it is its own
         host.say(host.number_of(cls), text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 

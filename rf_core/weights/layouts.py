@@ -45,10 +45,71 @@ _OUTER_NAMES = {
     "scale_shift_table": "head.modulation",
 }
 
-_LORA = re.compile(r"\.lora[_.](A|B|down|up|mid)\b|\.(hada|lokr)_\w+$|\.diff(_b)?$")
+_UNDERSCORE_PREFIX = re.compile(
+    r"^(?:lora_(?:unet|transformer|dit|wan)|lycoris)_+(?:(?:base_model|model|diffusion_model)_+)*"
+)
+_LORA_PREFIXES = _CONTAINERS | {"base_model", "unet", "pipe", "dit", "lora_unet", "lycoris"}
 
-_UNDERSCORE_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
-_LORA_PREFIXES = _CONTAINERS | {"base_model", "unet", "pipe", "dit"}
+_PAIR = r"(?:[._]lora|\.lora_linear_layer)[._]"
+_NAMED = r"(?:\.[^.]+)?"  # an adapter's own name, as PEFT has it in the middle
+_LORA_PARTS = tuple(
+    (part, re.compile(pattern))
+    for part, pattern in (
+        ("up_bias", rf"{_PAIR}(?:B|up){_NAMED}\.bias$"),
+        ("down", rf"{_PAIR}(?:A|down){_NAMED}(?:\.weight)?$"),
+        ("up", rf"{_PAIR}(?:B|up){_NAMED}(?:\.weight)?$"),
+        ("mid", r"\.lora_mid\.weight$"),
+        ("alpha", rf"(?:[._]lora)?\.(?:lora_)?alpha{_NAMED}$"),
+        ("dora", rf"\.dora_scale$|\.lora_magnitude_vector{_NAMED}(?:\.weight)?$"),
+        ("diff", r"\.(?:diff|w_norm)$"),
+        ("diff_b", r"\.(?:diff_b|b_norm)$"),
+        ("diff_m", r"\.diff_m$"),  # of what Wan calls a block's, or the head's, modulation
+        *((name, rf"\.{name}{_NAMED}$") for w in "12" for name in (f"hada_t{w}", f"lokr_w{w}")),
+        *(
+            (f"{family}_w{w}_{f}", rf"\.{family}_w{w}_{f}{_NAMED}$")
+            for family in ("hada", "lokr")
+            for w in "12"
+            for f in "ab"
+        ),
+        ("lokr_t2", rf"\.lokr_t2{_NAMED}$"),
+    )
+)
+"""What a name ends in, and which part of an adapter it is: `lora_merge` has the arithmetic."""
+
+_OTHER_ADAPTERS = tuple(
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (r"\.boft_[RPs]\b", "BOFT"),
+        (r"\.oft_(?:blocks|diag|[Rr])\b", "OFT"),
+        (r"\.[ab][12]\.weight$", "GLoRA"),
+        (r"\.(?:ia3_l|on_input)\b", "(IA)³"),
+        (r"\.(?:lora_E|ranknum)\b", "AdaLoRA"),
+        (r"\.vera_lambda_[bd]\b", "VeRA"),
+        (r"\.randlora_(?:lambda|gamma)\b", "RandLoRA"),
+        (r"\.vblora_", "VB-LoRA"),
+        (r"\.fourierft_spectrum\b", "FourierFT"),
+        (r"\.hra_u\b", "HRA"),
+        (r"\.(?:bone|miss)_\w+$", "Bone"),
+        (r"\.shira_weight\b", "SHiRA"),
+        (r"\.scalar$", "a LyCORIS adapter with a scalar of its own"),
+        (r"\.(?:set_weight|reshape_weight)$", "a replacement of whole weights"),
+    )
+)
+
+_TEXT_ENCODER = re.compile(
+    r"^(?:lora_te\d?_|lora_t5_|text_encoders?[._\d]|te\d?\.|text_model\.|(?:\w+\.)?clip_[lgh]\.)"
+    r"|text_model[._]encoder"
+)
+_LORA_MODELS = (
+    (r"(?:^|[._])(?:double|single)_(?:transformer_)?blocks[._]", "Flux or HunyuanVideo"),
+    (r"(?:^|[._])joint_blocks[._]", "Stable Diffusion 3"),
+    (
+        r"(?:^|[._])(?:(?:down|up)_blocks|(?:in|out)put_blocks|mid_block|middle_block)[._]",
+        "SD or XL",
+    ),
+    (r"(?:^|[._])transformer_blocks[._]", "a transformer such as LTX-Video's or Qwen-Image's"),
+    (r"(?:^|[._])vace_blocks[._]", "a VACE Wan"),
+)
 
 _QUANTISED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|comfy_quant)$")
 
@@ -104,9 +165,42 @@ def to_diffusers(key: str) -> str:
 
 
 def is_lora(keys: Collection[str]) -> bool:
-    """Whether the keys are an adapter's rather than a network's."""
+    """Whether the keys are an adapter's, of whatever kind, rather than a network's."""
     whole = any(key.endswith("self_attn.q.weight") for key in keys)
-    return not whole and any(_LORA.search(key) for key in keys)
+    # An alpha alone is also an activation's, in audio networks.
+    parts = (lora_part(key)[1] not in ("", "alpha") or other_adapter(key)[1] for key in keys)
+    return not whole and any(parts)
+
+
+def lora_part(key: str) -> tuple[str, str]:
+    """A name in a LoRA file as its module and the part that the tensor is; "" where it is none."""
+    for part, pattern in _LORA_PARTS:
+        if match := pattern.search(key):
+            return key[: match.start()], part
+    return key, ""
+
+
+def other_adapter(key: str) -> tuple[str, str]:
+    """A name's module and the kind of its adapter, of those that no exact merge is known for.
+
+    The kind is "" where it is none of these.
+    """
+    for pattern, kind in _OTHER_ADAPTERS:
+        if match := pattern.search(key):
+            return key[: match.start()], kind
+    return key, ""
+
+
+def is_text_encoders(key: str) -> bool:
+    """Whether a name in a LoRA file is a text encoder's."""
+    return _TEXT_ENCODER.search(key) is not None
+
+
+def lora_model(keys: Collection[str]) -> str | None:
+    """What a LoRA file without a layer of Wan's was made for, where its names tell."""
+    if all(map(is_text_encoders, keys)):
+        return "a text encoder"
+    return _first_match(keys, _LORA_MODELS)
 
 
 def lora_targets(keys: Iterable[str]) -> dict[str, str]:
@@ -117,17 +211,18 @@ def lora_targets(keys: Iterable[str]) -> dict[str, str]:
     targets = {}
     for key in keys:
         name = key.removesuffix(".weight")
-        for alias in (name, to_diffusers(name)):
+        diffusers = to_diffusers(name)
+        for alias in (name, diffusers, re.sub(r"\.to_out\.0$", ".to_out", diffusers)):
             targets[alias] = targets[alias.replace(".", "_")] = key
     return targets
 
 
 def lora_module(name: str) -> str:
     """A module's name in a LoRA file without the prefixes of ComfyUI, PEFT, diffusers or kohya."""
-    for prefix in _UNDERSCORE_PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    parts = unwrap(name).split(".")
+    bare = _UNDERSCORE_PREFIX.sub("", name)
+    if bare != name:
+        return bare
+    parts = [part for part in unwrap(name).split(".") if part != "processor"]
     while len(parts) > 1 and parts[0] in _LORA_PREFIXES:
         parts.pop(0)
     return ".".join(parts)

@@ -7,8 +7,11 @@ one over chunks that fill the window and evict from it.
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import shutil
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rf_core.memory.live_bytes import ghosts, peak_bytes
+from rf_core.prompts import ChunkClock, Switch
+from rf_core.weights.layouts import to_diffusers
 
 from .conftest import DEMO, PACK
 from .files import write_lora
@@ -188,6 +193,261 @@ def test_a_lora_without_effect_is_counted_whatever_else_is_loaded(
         lora = lora_named(tmp_path, lambda key, before=before: before + key)
         model, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.7, 0)
         assert host.idle_loras(model) == host.idle_loras(model.clone()) == idle
+
+
+CASES = {
+    "kohya": lambda m, p: f"lora_unet_{m.replace('.', '_')}.lora_{p}.weight",
+    "wan fun": lambda m, p: f"lora_unet__{m.replace('.', '_')}.lora_{p}.weight",
+    "diffsynth": lambda m, p: f"pipe.dit.{m}.lora_{'A' if p == 'down' else 'B'}.default.weight",
+    "named": lambda m, p: f"dit.{m}.lora_{'A' if p == 'down' else 'B'}.my-style.weight",
+    "diffusers": lambda m, p: (
+        f"transformer.{to_diffusers(m)}.lora_{'A' if p == 'down' else 'B'}.weight"
+    ),
+}
+"""Names of LoRA files that ComfyUI's own loaders do not all read."""
+
+
+@pytest.fixture
+def loras(pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's folder of LoRAs."""
+    import folder_paths
+
+    listed = ([str(tmp_path)], folder_paths.folder_names_and_paths["loras"][1])
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", listed)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+@pytest.fixture
+def load_lora(pack: Any, loras: Path) -> Callable[..., tuple[Any, str]]:
+    """Load RF LoRA: the MODEL and what the node says."""
+    node = importlib.import_module(f"{PACK}.nodes.lora").LoadLoRA
+
+    def load(model: Any, name: str, strength: float = 1.0) -> tuple[Any, str]:
+        done = node.execute(model=model, lora_name=name, strength_model=strength)
+        return done.args[0], done.ui.as_dict()["text"][0]
+
+    return load
+
+
+@torch.no_grad()  # as ComfyUI runs
+def patched_weights(model: Any) -> dict[str, Tensor]:
+    """A MODEL's weights with its patches in them."""
+    model.patch_model()
+    found = {k: t.clone() for k, t in model.model.diffusion_model.state_dict().items()}
+    model.unpatch_model()
+    return found
+
+
+def everything() -> dict[str, Tensor]:
+    """An adapter of every family that merges, and differences, under ComfyUI's names."""
+    torch.manual_seed(0)
+    weights = load_file(STUDENT)
+    base = "diffusion_model.blocks.0"
+    rows, columns = weights["blocks.0.ffn.0.weight"].shape
+    width = weights["blocks.0.self_attn.q.weight"].shape[0]
+    parts = {
+        "self_attn.q.lora_down.weight": (2, width),
+        "self_attn.q.lora_up.weight": (width, 2),
+        "self_attn.q.dora_scale": (width, 1),
+        "self_attn.k.hada_w1_a": (width, 2),
+        "self_attn.k.hada_w1_b": (2, width),
+        "self_attn.k.hada_w2_a": (width, 2),
+        "self_attn.k.hada_w2_b": (2, width),
+        "self_attn.v.diff": (width, width),
+        "self_attn.v.diff_b": (width,),
+        "ffn.0.lokr_w1": (2, 2),
+        "ffn.0.lokr_w2_a": (rows // 2, 3),
+        "ffn.0.lokr_w2_b": (3, columns // 2),
+        "diff_m": (1, 6, width),
+        "norm3.diff": (width,),
+    }
+    made = {f"{base}.{name}": torch.randn(shape) / 8 for name, shape in parts.items()}
+    made[f"{base}.self_attn.q.dora_scale"] = made[f"{base}.self_attn.q.dora_scale"].abs() + 0.5
+    return made | {f"{base}.ffn.0.alpha": torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_load_rf_lora_knows_every_name_that_the_engine_knows(
+    demo: Any, host: Any, loras: Path, load_lora: Callable[..., Any], case: str
+) -> None:
+    from rf_core.weights.lora import merge_lora
+
+    def naming(key: str) -> str:
+        module, part = re.sub(r"\.lora_A", " down", key).replace(".lora_B", " up").split(" ")
+        return CASES[case](module, part.removesuffix(".weight"))
+
+    lora = lora_named(loras, naming)
+    save_file(lora, loras / "named.safetensors")
+    patched, said = load_lora(demo.load_model(), "named.safetensors", 0.7)
+    layers = len(lora) // 2
+    assert said == f"{layers} of {layers} layers" and host.idle_loras(patched) == 0
+    merged, _, _ = merge_lora(patched_weights(demo.load_model()), lora, 0.7)
+    for name, tensor in patched_weights(patched).items():
+        assert torch.equal(tensor, merged[name].to(tensor.dtype)) or tensor.dtype != torch.float32
+        torch.testing.assert_close(tensor.float(), merged[name].float(), atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["default", "float16", "float8_e4m3fn"])
+def test_load_rf_lora_adds_what_the_engine_merges(
+    demo: Any, host: Any, loras: Path, load_lora: Callable[..., Any], dtype: str
+) -> None:
+    from rf_core.weights.lora import merge_lora
+
+    save_file(everything(), loras / "all.safetensors")
+    model = host.load_student(STUDENT, dtype)
+    before = {k: t.clone() for k, t in model.model.diffusion_model.state_dict().items()}
+    patched, said = load_lora(model, "all.safetensors", -0.5)
+    assert said == "6 of 6 layers"
+    merged, matched, _ = merge_lora(before, everything(), -0.5)
+    assert len(matched) == len(everything()) and len(patched.patches) == 7
+    close = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+    for name, tensor in patched_weights(patched).items():
+        rounding = close.get(tensor.dtype, 0.13)
+        expected = merged[name].float()
+        torch.testing.assert_close(tensor.float(), expected, atol=rounding / 8, rtol=rounding)
+    for name, tensor in model.model.diffusion_model.state_dict().items():
+        assert torch.equal(tensor.float(), before[name].float())  # gone with its MODEL
+
+
+def test_the_parts_of_a_patch_lie_where_comfyui_moves_them(
+    demo: Any, loras: Path, load_lora: Callable[..., Any]
+) -> None:
+    import comfy.model_patcher
+
+    save_file(everything(), loras / "all.safetensors")
+    patched, _ = load_lora(demo.load_model(), "all.safetensors", 0.5)
+    whole = patched_weights(patched)
+    for key in patched.patches:
+        weight = patched.model.state_dict()[key].clone()
+        moving = comfy.model_patcher.LowVramPatch(key, patched.patches)
+        size = moving.memory_required()
+        assert size >= sum(t.nbytes for t in patched.patches[key][0][1].weights[1])
+        moving.prepare(None, None)
+        result = moving(weight.float())
+        torch.testing.assert_close(
+            result, whole[key.removeprefix("diffusion_model.")].float(), atol=2e-2, rtol=1e-2
+        )
+
+
+def test_loras_add_up_whoever_loads_them_and_make_the_video_of_merged_weights(
+    demo: Any,
+    host: Any,
+    stream: Callable[..., Tensor],
+    loras: Path,
+    load_lora: Callable[..., Any],
+) -> None:
+    import comfy.sd
+    import comfy.utils
+
+    from rf_core.weights.checkpoint import convert
+    from rf_core.weights.lora import Lora
+
+    files = [loras / f"{name}.safetensors" for name in "ab"]
+    save_file(everything(), files[0])
+    write_lora(STUDENT, files[1])
+    plain = demo.load_model()
+    first, _ = load_lora(plain, "a.safetensors", 0.7)
+    assert first.is_clone(plain)
+    ours, _ = load_lora(first, "b.safetensors", 0.3)
+    stock, _ = comfy.sd.load_lora_for_models(
+        first, None, comfy.utils.load_torch_file(str(files[1])), 0.3, 0
+    )
+    convert(
+        STUDENT,
+        loras / "merged.safetensors",
+        dtype=torch.float32,
+        loras=[Lora(path=files[0], strength=0.7), Lora(path=files[1], strength=0.3)],
+    )
+    merged = stream(host.load_student(loras / "merged.safetensors"))
+    base = stream(plain)
+    assert (merged - base).abs().max() > 0.05
+    for model in (ours, stock):
+        torch.testing.assert_close(stream(model), merged, atol=2e-3, rtol=1e-3)
+    assert torch.equal(stream(plain), base)
+
+
+def test_a_difference_of_a_modulation_acts_for_the_stock_loader_and_goes_with_its_model(
+    demo: Any, stream: Callable[..., Tensor]
+) -> None:
+    import comfy.sd
+
+    plain = demo.load_model()
+    weight = plain.model.diffusion_model.blocks[0].modulation
+    lora = {"diffusion_model.blocks.0.modulation.diff": torch.full(weight.shape, 0.5)}
+    patched, _ = comfy.sd.load_lora_for_models(plain, None, lora, 0.5, 0)
+    before = weight.clone()
+    base, changed, again = stream(plain, 2), stream(patched, 2), stream(plain, 2)
+    assert (changed - base).abs().max() > 0.05 and torch.equal(again, base)
+    patched.patch_model()
+    patched.load(None, full_load=True)  # as where more memory is free: not twice
+    torch.testing.assert_close(plain.model.diffusion_model.blocks[0].modulation, before + 0.25)
+    patched.unpatch_model()
+    assert torch.equal(plain.model.diffusion_model.blocks[0].modulation, before)
+
+
+def test_a_lora_file_is_read_again_only_when_it_has_changed(
+    demo: Any, host: Any, loras: Path, load_lora: Callable[..., Any], monkeypatch: Any
+) -> None:
+    read: list[Path] = []
+    real = host.read_lora
+    monkeypatch.setattr(host, "read_lora", lambda path: read.append(path) or real(path))
+    write_lora(STUDENT, loras / "a.safetensors")
+    node = importlib.import_module(f"{PACK}.nodes.lora").LoadLoRA
+    model, given = demo.load_model(), {"lora_name": "a.safetensors", "strength_model": 1.0}
+    before = node.fingerprint_inputs(model=model, **given)
+    for strength in (1.0, 0.5):
+        load_lora(model, "a.safetensors", strength)
+    assert len(read) == 1
+    os.utime(loras / "a.safetensors", (1, 1))
+    assert node.fingerprint_inputs(model=model, **given) != before
+    load_lora(model, "a.safetensors")
+    assert len(read) == 2
+    same, said = load_lora(model, "a.safetensors", 0.0)
+    assert same is model and "strength 0" in said and len(read) == 2
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": (2, 4)}, "made for Flux"),
+        (
+            {"diffusion_model.blocks.0.self_attn.q.oft_blocks": (2, 4, 4)},
+            "OFT in 1 of its 1 layers",
+        ),
+        (
+            {
+                "blocks.0.self_attn.q.lora_A.weight": (2, 5120),
+                "blocks.0.self_attn.q.lora_B.weight": (5120, 2),
+            },
+            "made for Wan 14B",
+        ),
+        ({"decoder.upsamples.0.weight": (1,)}, "not a LoRA but a VAE"),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_an_error_that_names_what_it_is_for(
+    demo: Any,
+    loras: Path,
+    load_lora: Callable[..., Any],
+    tensors: dict[str, tuple[int, ...]],
+    said: str,
+) -> None:
+    save_file({key: torch.ones(shape) for key, shape in tensors.items()}, loras / "x.safetensors")
+    with pytest.raises(ValueError, match=rf"^x\.safetensors: .*{re.escape(said)}") as found:
+        load_lora(demo.load_model(), "x.safetensors")
+    assert type(found.value) is ValueError and str(loras) not in str(found.value)
+
+
+def test_what_is_left_out_of_a_lora_is_said(
+    demo: Any, loras: Path, load_lora: Callable[..., Any]
+) -> None:
+    lora = lora_named(loras, str)
+    lora["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.ones(2, 4)
+    save_file(lora, loras / "x.safetensors")
+    _, said = load_lora(demo.load_model(), "x.safetensors")
+    layers = len(lora) // 2
+    assert said.startswith(f"{layers} of {layers + 1} layers; 1 of its {len(lora)} tensors")
+    assert said.endswith("1 of them a text encoder's")
 
 
 @pytest.fixture
@@ -411,7 +671,15 @@ def test_no_file_is_refused_with_a_path_or_a_flag_or_a_class_of_ours(
 
 
 @pytest.mark.parametrize(
-    "text", ["0s: a\n\n0s: b", "0s: a\n9s [fade]: b", "", "0s: a\nc1: b\n1f: c"]
+    "text",
+    [
+        "0s: a\n\n0s: b",
+        "0s: a\n\n0.28s: b",
+        "0s: a\n9s [fade]: b",
+        "",
+        "0s: a\nc1: b\n1f: c",
+        "global: x\n0s: a\nglobal: y",
+    ],
 )
 def test_a_schedule_is_refused_by_its_own_line(pack: Any, demo: Any, text: str) -> None:
     schedule = importlib.import_module(f"{PACK}.nodes.prompt").PromptSchedule
@@ -419,10 +687,31 @@ def test_a_schedule_is_refused_by_its_own_line(pack: Any, demo: Any, text: str) 
         schedule.execute(clip=demo.load_clip(), text=text)
     assert type(found.value) is ValueError
     said = str(found.value)
-    assert "column" not in said
+    assert "column" not in said and not re.search(r"line \d", said)
     if text:
         assert said.startswith(f"in the line {text.splitlines()[-1]!r}: ")
     assert schedule.validate_inputs(text=text) in (True, said)
+
+
+def test_switches_that_meet_are_named_by_number_and_time_alone(pack: Any, demo: Any) -> None:
+    switch = importlib.import_module(f"{PACK}.nodes.prompt").PromptSwitch
+    first = switch.execute(encoded(demo), 0, "seconds", "recache", 3, "lerp").args[0]
+    with pytest.raises(ValueError, match="Prompt Switch number 2") as found:
+        switch.execute(encoded(demo), 0, "seconds", "recache", 3, "lerp", first)
+    assert not re.search(r"line \d|column", str(found.value))
+    timeline = first.timeline.append(Decimal("0.28"), "s", Switch(), "b")
+    with pytest.raises(ValueError) as collided:  # found where the sampler resolves it
+        timeline.resolve(ChunkClock(), 4)
+    words = importlib.import_module(f"{PACK}.nodes.border").words
+    assert "(line" in str(collided.value) and "(line" not in words(collided.value)
+
+
+def test_facts_name_a_file_as_its_list_does(pack: Any, folder: Path) -> None:
+    output = importlib.import_module(f"{PACK}.nodes.output")
+    shutil.copy2(STUDENT, folder / "mine.safetensors")
+    (text,) = output.ModelInfo.execute(model_name="mine.safetensors").args
+    (row,) = [line for line in text.splitlines() if line.startswith("file ")]
+    assert row.split() == ["file", "mine.safetensors"] and str(folder) not in text
 
 
 def test_a_file_that_does_not_say_it_is_causal_is_doubted_by_name_alone(
@@ -954,9 +1243,11 @@ def test_a_vae_of_another_kind_is_refused_by_name(pack: Any, demo: Any) -> None:
 
     class Other:
         first_stage_model = torch.nn.Linear(1, 1)
+        latent_dim, latent_channels = 2, 4
 
-    with pytest.raises(ValueError, match=r"Linear.*wan_2\.1_vae"):
+    with pytest.raises(ValueError, match=r"images and 4 latent.*wan_2\.1_vae") as found:
         decoders.decoder_of(Other(), demo.load_model().model.latent_format)
+    assert "Linear" not in str(found.value)
 
 
 @pytest.mark.parametrize("name", ["StockWanDecoder", "StockTAEHVDecoder"])

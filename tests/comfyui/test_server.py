@@ -21,6 +21,7 @@ from .video import images_of
 NODES = {
     "RFLoadModel",
     "RFLoadDemo",
+    "RFLoadLoRA",
     "RFSinkConfig",
     "RFPromptSwitch",
     "RFPromptSchedule",
@@ -332,6 +333,23 @@ def test_a_wrong_schedule_names_line_and_remedy(server: Server, text: str, said:
         assert said in error["exception_message"]
     else:
         assert said in str(answer["node_errors"])
+
+
+def test_load_rf_lora_is_listed_says_what_fits_and_changes_the_video(server: Server) -> None:
+    known = server.get("/object_info/RFLoadLoRA")["RFLoadLoRA"]["input"]["required"]
+    assert "style.safetensors" in str(known["lora_name"])
+    plain = images_of(video_of(server, server.run(demo_prompt(length=2)).output("stream")))
+    prompt = demo_prompt(length=2, model=["styled", 0])
+    given = {"model": ["demo", 0], "lora_name": "style.safetensors", "strength_model": 1.0}
+    run = server.run(with_node(prompt, "styled", "RFLoadLoRA", **given))
+    (said,) = run.output("styled")["text"]
+    layers = said.split()[0]
+    assert said == f"{layers} of {layers} layers" and any(said in text for text in run.texts)
+    styled = images_of(video_of(server, run.output("stream")))
+    assert np.abs(styled.astype(int) - plain).mean() > 1
+    again = server.run(with_node(prompt, "styled", "RFLoadLoRA", **given))
+    made = [each["data"]["node"] for each in again.events if each["type"] == "executing"]
+    assert "stream" not in made  # as with the stock loader, nothing has changed
 
 
 def test_what_has_no_effect_is_said_on_the_node(server: Server) -> None:
