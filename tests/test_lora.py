@@ -1,5 +1,6 @@
 import json
 import logging
+import random
 import time
 from pathlib import Path
 
@@ -272,6 +273,66 @@ def test_unusable_numbers_and_shapes_end_in_one_sentence(change, said):
     with pytest.raises(CheckpointError, match=said) as caught:
         merge_lora(model_tensors(), adapter(comfyui, [Q]) | odd, 1.0)
     assert f"{Q}.weight" in str(caught.value)
+
+
+PARTS = [
+    "lora_down.weight",
+    "lora_up.weight",
+    "lora_mid.weight",
+    "alpha",
+    "dora_scale",
+    "diff",
+    "diff_b",
+    "diff_m",
+    "lora_B.bias",
+    "hada_w1_a",
+    "hada_w1_b",
+    "hada_w2_a",
+    "hada_w2_b",
+    "hada_t1",
+    "hada_t2",
+    "lokr_w1",
+    "lokr_w2",
+    "lokr_w1_a",
+    "lokr_w1_b",
+    "lokr_w2_a",
+    "lokr_w2_b",
+    "lokr_t2",
+    "oft_blocks",
+    "scalar",
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_mixture_of_parts_ends_in_more_than_a_sentence(seed):
+    chance = random.Random(seed)
+    outcomes = {"merged": 0, "refused": 0}
+    for _ in range(50):
+        tensors = {}
+        module = chance.choice([Q, FFN, PATCH, "blocks.0", "blocks.0.norm3", "blocks.0.modulation"])
+        for part in chance.sample(PARTS, chance.randint(1, 3)):
+            axes = chance.choice([0, 1, 2, 2, 2, 3, 5])
+            shape = [chance.choice([0, 1, 2, 4, 12, 12, 12, 20]) for _ in range(axes)]
+            tensors[f"diffusion_model.{module}.{part}"] = torch.ones(shape)
+        try:
+            merge_lora(model_tensors(), tensors, 0.5)
+            outcomes["merged"] += 1
+        except CheckpointError:
+            outcomes["refused"] += 1
+    assert sum(outcomes.values()) == 50 and outcomes["refused"] > 25
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"lora_down.weight": (), "lora_B.bias": (12,)},
+        {"diff_b": (12,), "lora_B.bias": (4, 1)},
+    ],
+)
+def test_a_bias_that_does_not_fit_its_pair_is_refused(parts):
+    tensors = {f"diffusion_model.{Q}.{part}": torch.ones(shape) for part, shape in parts.items()}
+    with pytest.raises(CheckpointError):
+        merge_lora(model_tensors(), tensors, 1.0)
 
 
 def test_a_transposed_adapter_is_not_bent_into_shape():

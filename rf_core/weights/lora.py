@@ -213,11 +213,13 @@ def _adapters(target: str, parts: dict[str, Tensor]) -> dict[str, Adapter]:
     alpha = _number(target, parts.pop("alpha")) if "alpha" in parts else None
     for part, tensor in parts.items():
         _require_sound(target, part, tensor)
-    biases = [parts.pop("diff_b")] if "diff_b" in parts else []
+    bias = parts.pop("diff_b", None)
     if "up_bias" in parts:
-        rank = len(parts["down"]) if "down" in parts else 1
-        biases.append(scale(alpha, rank) * parts.pop("up_bias").float())
-    made = {_bias(target): Adapter(parts={"diff": sum(biases[1:], biases[0])})} if biases else {}
+        if bias is not None:
+            raise CheckpointError(f"has two adapters for {_bias(target)}; split it into two files")
+        rank = parts["down"].shape[0] if "down" in parts and parts["down"].ndim else 1
+        bias = scale(alpha, rank) * parts.pop("up_bias").float()
+    made = {} if bias is None else {_bias(target): Adapter(parts={"diff": bias})}
     return made | ({target: Adapter(parts=parts, alpha=alpha)} if parts else {})
 
 
