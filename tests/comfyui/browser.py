@@ -27,6 +27,17 @@ FIT = """
 }
 """
 
+OPEN = """
+async (workflow) => {
+  const {app} = window.comfyAPI.app;
+  await app.loadGraphData(workflow);
+  const known = window.LiteGraph.registered_node_types;
+  const missing = app.graph.nodes.filter((node) => !known[node.type]).map((node) => node.type);
+  return [app.graph.nodes.length, missing];
+}
+"""
+"""A workflow; how many nodes it has, and the types that are not known."""
+
 DRAWN = """
 () => {
   const {canvas, graph} = window.comfyAPI.app.app, [left, top] = canvas.ds.offset;
@@ -76,6 +87,19 @@ def use_renderer(page: Any, vue_nodes: bool) -> None:
 def chromium() -> str | None:
     """Where Debian's chromium is, or None."""
     return shutil.which("chromium")
+
+
+def drawn(page: Any) -> Any:
+    """What `DRAWN` says, once it says the same for a second."""
+    page.evaluate(FIT)
+    seen, quiet = None, 0
+    while quiet < 4:
+        page.wait_for_timeout(250)
+        now = page.evaluate(DRAWN)
+        boxes = [[round(side) for side in each["box"]] for each in now["nodes"].values()]
+        quiet = quiet + 1 if boxes == seen else 0
+        seen = boxes
+    return now
 
 
 def wait_for_graph(page: Any) -> None:

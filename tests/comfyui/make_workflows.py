@@ -19,7 +19,7 @@ import numpy as np
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from PIL import Image, ImageDraw
 
-from .browser import DRAWN, FIT, open_page, use_renderer
+from .browser import OPEN, drawn, open_page, use_renderer
 from .files import LORA, write_models
 from .graphs import GRAPHS, Graph, runnable
 from .layout import BORDER, GROUP_TITLE, TITLE, Drawn, Placed, arrange, box_around
@@ -108,14 +108,13 @@ class Drawing:
         }
         graph = {"nodes": nodes, "links": self.graph.links, "groups": self.groups, "note": note}
         saved, numbers = page.evaluate(DRAW, graph | self.about)
-        page.evaluate(FIT)
-        page.wait_for_timeout(700)
         return json.loads(saved), numbers
 
     def measure(self, page: Any) -> None:
         """See how one renderer draws it."""
-        _, numbers = self.draw(page)
-        seen = page.evaluate(DRAWN)
+        saved, numbers = self.draw(page)
+        page.evaluate(OPEN, saved)  # as an artist sees it
+        seen = drawn(page)
         (note,) = [each for each in seen["nodes"].values() if each["type"] == "MarkdownNote"]
         self.note_height = math.ceil(
             max(self.note_height + seen["hidden"], note["box"][3] - note["box"][1] - TITLE)

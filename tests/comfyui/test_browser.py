@@ -9,21 +9,12 @@ from typing import Any
 
 import pytest
 
-from .browser import FIT, chromium, open_page, use_renderer, wait_for_graph
+from .browser import FIT, OPEN, chromium, open_page, use_renderer, wait_for_graph
 from .graphs import GRAPHS
 from .server import ROOT, Server
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
 
-OPEN = """
-async (workflow) => {
-  const {app} = window.comfyAPI.app;
-  await app.loadGraphData(workflow);
-  const known = window.LiteGraph.registered_node_types;
-  const missing = app.graph.nodes.filter((node) => !known[node.type]).map((node) => node.type);
-  return [app.graph.nodes.length, missing];
-}
-"""
 QUEUE = """
 () => {
   const {api} = window.comfyAPI.api;

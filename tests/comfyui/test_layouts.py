@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from .browser import DRAWN, FIT, chromium, open_page, use_renderer
+from .browser import FIT, OPEN, chromium, drawn, open_page, use_renderer
 from .graphs import GRAPHS, Graph
 from .layout import RESULTS, Box, behind, curve
 from .server import Server
-from .test_browser import ENDED, OPEN, QUEUE
+from .test_browser import ENDED, QUEUE
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
 
@@ -82,9 +82,7 @@ def test_nothing_is_covered_in_any_template_with_room_for_its_results(
         use_renderer(page, vue_nodes)
         for name, graph in GRAPHS.items():
             page.evaluate(OPEN, loaded(graph))
-            page.evaluate(FIT)
-            page.wait_for_timeout(1000)
-            seen = page.evaluate(DRAWN)
+            seen = drawn(page)
             assert len(seen["nodes"]) == len(graph.nodes) + 1
             assert seen["hidden"] == 0, f"{name}: its note scrolls"
             for link in seen["links"]:  # ours is the curve that is drawn
@@ -110,9 +108,8 @@ def test_after_a_run_nothing_is_covered(server: Server, vue_nodes: bool, tmp_pat
                 arg=samplers,
                 timeout=60_000,
             )
-            page.wait_for_timeout(2000)
+            seen = drawn(page)
             page.screenshot(path=tmp_path / f"{name}.png")
-            seen = page.evaluate(DRAWN)
             assert faults(seen) == [], name
             for node in seen["nodes"].values():  # as much as was planned, or less
                 if node["type"] == "RFStreamingSampler":
