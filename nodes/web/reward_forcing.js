@@ -1,10 +1,12 @@
 // The pictures of a stream as they are made, moving, on the node that makes them. They come as JPEGs
 // with each chunk and are shown at the pace they are made for; the finished video takes their place.
+// What a node shows makes it taller only while it shows it: a workflow keeps its height without.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const MOST = 64; // pictures that wait to be shown: some chunks; then the oldest go
+const WIDTH = 270; // a title beside the badge of the pack
 const players = new Map();
 
 class Player {
@@ -62,8 +64,33 @@ function end(id) {
   players.delete(id);
 }
 
+function after(node, name, then) {
+  const before = node[name];
+  node[name] = function (...values) {
+    const result = before?.apply(this, values);
+    then(...values);
+    return result;
+  };
+}
+
+function keepHeight(node) {
+  const own = node.widgets.length; // more: it shows something
+  let height = node.size[1];
+  after(node, "onConfigure", (saved) => (height = saved.size[1]));
+  after(node, "onSerialize", (saved) => {
+    if (node.widgets.length > own) saved.size = [saved.size[0], height];
+    else height = saved.size[1];
+  });
+  after(node, "onResize", () => node.setDirtyCanvas(true, true)); // the video comes after the drawing
+}
+
 app.registerExtension({
-  name: "RewardForcing.Pictures",
+  name: "RewardForcing",
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("RF")) return;
+    if (node.size[0] < WIDTH) node.setSize([WIDTH, node.size[1]]);
+    if (node.comfyClass === "RFStreamingSampler") keepHeight(node);
+  },
   setup() {
     api.addEventListener("rf.pictures", show);
     api.addEventListener("executed", ({ detail }) => end(detail.node));

@@ -27,27 +27,92 @@ FIT = """
 }
 """
 
-BOX = """
+OPEN = """
+async (workflow) => {
+  const {app} = window.comfyAPI.app;
+  await app.loadGraphData(workflow);
+  const known = window.LiteGraph.registered_node_types;
+  const missing = app.graph.nodes.filter((node) => !known[node.type]).map((node) => node.type);
+  return [app.graph.nodes.length, missing];
+}
+"""
+"""A workflow; how many nodes it has, and the types that are not known."""
+
+DRAWN = """
 () => {
-  const {canvas, graph} = window.comfyAPI.app.app;
-  const boxes = [...graph.nodes, ...graph.groups].map((each) => each.boundingRect ?? each.bounding);
-  const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])));
-  const [right, bottom] = [0, 1].map((i) => Math.max(...boxes.map((box) => box[i] + box[i + 2])));
-  const {scale, offset} = canvas.ds, frame = canvas.canvas.getBoundingClientRect();
+  const {canvas, graph} = window.comfyAPI.app.app, [left, top] = canvas.ds.offset;
+  const titled = ({pos: [x, y], size: [width, height]}) => [x, y - 30, x + width, y + height];
+  const box = (node) => {
+    const element = document.querySelector(`[data-node-id="${node.id}"]`);  // Nodes 2.0
+    if (!element) return titled(node);
+    const {x, y, width, height} = element.getBoundingClientRect(), {scale} = canvas.ds;
+    const frame = canvas.canvas.getBoundingClientRect();
+    const [l, t] = [(x - frame.x) / scale - left, (y - frame.y) / scale - top];
+    return [l, t, l + width / scale, t + height / scale];
+  };
+  const notes = document.querySelectorAll(
+    ".comfy-markdown, .comfy-markdown .tiptap, .comfy-markdown-content");
   return {
-    x: Math.max(0, frame.x + (left + offset[0]) * scale - 8),
-    y: Math.max(0, frame.y + (top + offset[1]) * scale - 8),
-    width: (right - left) * scale + 16,
-    height: (bottom - top) * scale + 16,
+    nodes: Object.fromEntries(graph.nodes.map((node) => [node.id, {
+      type: node.type, title: node.title, box: box(node), pos: [...node.pos],
+      inputs: Object.fromEntries(node.inputs.map((s, i) => [s.name, [...node.getInputPos(i)]])),
+      outputs: Object.fromEntries(node.outputs.map((s, i) => [s.name, [...node.getOutputPos(i)]])),
+    }])),
+    links: [...graph.links.values()].map((link) => {
+      const [a, b] = [link.origin_id, link.target_id].map((id) => graph.getNodeById(id));
+      return {
+        from: a.id, to: b.id, middle: [...(link._pos ?? [])],
+        ends: [[...a.getOutputPos(link.origin_slot)], [...b.getInputPos(link.target_slot)]],
+      };
+    }),
+    groups: graph.groups.map(({title, pos: [x, y], size: [width, height]}) =>
+      ({title, box: [x, y, x + width, y + height]})),
+    hidden: Math.max(0, ...[...notes].map((each) => each.scrollHeight - each.clientHeight)),
   };
 }
 """
-"""Where on the page the graph lies."""
+"""Nodes, links and groups as drawn, in pixels of the graph; pixels of the note that are hidden."""
+
+
+def use_renderer(page: Any, vue_nodes: bool) -> None:
+    """The classic canvas, or Nodes 2.0."""
+    page.evaluate(
+        "(on) => window.comfyAPI.app.app.extensionManager.setting"
+        ".set('Comfy.VueNodes.Enabled', on)",
+        vue_nodes,
+    )
+    page.wait_for_timeout(1000)
 
 
 def chromium() -> str | None:
     """Where Debian's chromium is, or None."""
     return shutil.which("chromium")
+
+
+def drawn(page: Any) -> Any:
+    """What `DRAWN` says, once it says the same for a second."""
+    page.evaluate(FIT)
+    seen, quiet = None, 0
+    while quiet < 4:
+        page.wait_for_timeout(250)
+        now = page.evaluate(DRAWN)
+        boxes = [[round(side) for side in each["box"]] for each in now["nodes"].values()]
+        quiet = quiet + 1 if boxes == seen else 0
+        seen = boxes
+    return now
+
+
+def wait_for_graph(page: Any) -> None:
+    """Until the frontend has opened its own graph, which would replace ours."""
+    page.wait_for_function("window.comfyAPI?.app?.app?.graph !== undefined", timeout=120_000)
+    page.wait_for_function(
+        "Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100",
+        timeout=120_000,
+    )
+    page.wait_for_function(
+        "window.comfyAPI.app.app.extensionManager?.workflow?.activeWorkflow?.isLoaded",
+        timeout=120_000,
+    )
 
 
 @contextmanager
@@ -67,15 +132,7 @@ def open_page(address: str) -> Iterator[tuple[Any, list[str]]]:
         page = browser.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
-        page.wait_for_function("window.comfyAPI?.app?.app?.graph !== undefined", timeout=120_000)
-        page.wait_for_function(
-            "Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100",
-            timeout=120_000,
-        )
-        page.wait_for_function(  # its own empty graph, which would replace ours
-            "window.comfyAPI.app.app.extensionManager?.workflow?.activeWorkflow?.isLoaded",
-            timeout=120_000,
-        )
+        wait_for_graph(page)
         page.wait_for_timeout(1000)
         page.keyboard.press("Escape")  # the template browser greets a new user
         try:

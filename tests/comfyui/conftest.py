@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
-import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +16,6 @@ import pytest
 if TYPE_CHECKING:
     from .server import Server
 
-DEMO = Path(__file__).parents[2] / "rf_core" / "demo"
 PACK = "rf_pack"
 _NEEDED = ("aiohttp", "comfy_cli")
 collect_ignore_glob = [] if all(map(importlib.util.find_spec, _NEEDED)) else ["test_*.py"]
@@ -28,22 +24,13 @@ collect_ignore_glob = [] if all(map(importlib.util.find_spec, _NEEDED)) else ["t
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for all tests."""
-    from .files import write_changed, write_lora, write_plain_wan
+    from .files import write_models
     from .server import Server, comfy_root
 
     if comfy_root() is None:
         pytest.skip("there is no ComfyUI; set COMFYUI_PATH")
     base = tmp_path_factory.mktemp("comfy")
-    models = base / "models"
-    for folder in ("diffusion_models", "loras"):
-        (models / folder).mkdir(parents=True)
-    student, networks = DEMO / "student.safetensors", models / "diffusion_models"
-    shutil.copy2(student, networks / "demo.safetensors")
-    shutil.copy2(DEMO / "teacher.safetensors", networks / "teacher.safetensors")
-    write_changed(student, networks / "other.safetensors", "blocks.0.modulation", 1.0)
-    write_changed(student, networks / "broken.safetensors", "head.head.bias", math.nan)
-    write_plain_wan(networks / "wan.safetensors")
-    write_lora(student, models / "loras" / "style.safetensors")
+    write_models(base / "models")
     running = Server(base)  # as installed: what it shows must need no flag
     yield running
     running.stop()

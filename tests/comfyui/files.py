@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,8 +14,23 @@ from rf_core.config import ModelConfig
 from rf_core.model import WanModel
 from rf_core.weights.checkpoint import write_checkpoint
 
+DEMO = Path(__file__).parents[2] / "rf_core" / "demo"
+LORA = "style.safetensors"
 RANK = 2
 TARGETS = ("self_attn.q", "self_attn.v", "cross_attn.k", "ffn.0")
+
+
+def write_models(models: Path) -> None:
+    """What the tests' server has in its folder of models."""
+    for folder in ("diffusion_models", "loras"):
+        (models / folder).mkdir(parents=True)
+    student, networks = DEMO / "student.safetensors", models / "diffusion_models"
+    shutil.copy2(student, networks / "demo.safetensors")
+    shutil.copy2(DEMO / "teacher.safetensors", networks / "teacher.safetensors")
+    write_changed(student, networks / "other.safetensors", "blocks.0.modulation", 1.0)
+    write_changed(student, networks / "broken.safetensors", "head.head.bias", math.nan)
+    write_plain_wan(networks / "wan.safetensors")
+    write_lora(student, models / "loras" / LORA)
 
 
 def write_lora(student: Path, path: Path, seed: int = 0) -> None:

@@ -1,16 +1,23 @@
 """The workflows of the pack, as data: what `make_workflows.py` has the real frontend draw and save.
 
-A graph is nodes by name, each with its type, place and widget values; links run from an output's
-name to an input's. Columns are 420 pixels apart.
+A graph is nodes by name, each with its type, column and widget values; links run from an output's
+name to an input's. `layout.py` finds their places.
 """
+
+# ruff: noqa: RUF001  (Chinese punctuation)
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
 
 PANDA = "a panda walks through a bamboo forest, sunlight between the leaves, steady camera"
 PANDA_SITS = "the panda sits down and eats bamboo, sunlight between the leaves, steady camera"
+OWN_LORA = "choose your own LoRA"
+"""No file: ComfyUI says that it is not in the list, and the artist chooses."""
 
 HUB = "https://huggingface.co"
 COMFY_ORG = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
@@ -42,10 +49,11 @@ class Node:
 
     type: str
     at: tuple[int, int]
-    """Column and pixels from the top."""
+    """Column, and pixels from the top at least."""
     widgets: dict[str, Any] = field(default_factory=dict)
     title: str | None = None
     size: tuple[int, int] | None = None
+    """At least."""
     models: tuple[dict[str, str], ...] = ()
     """Files that ComfyUI offers to download."""
 
@@ -54,18 +62,29 @@ class Node:
 class Graph:
     """One workflow."""
 
+    title: str
+    """Its file's name, which is all that the template browser shows of it."""
     note: str
     """What it shows and how to use it, in Markdown."""
+    chinese: str
+    """The same in Chinese."""
     nodes: dict[str, Node]
     links: tuple[tuple[str, str], ...]
     """From `node.OUTPUT` to `node.input`."""
     groups: dict[str, tuple[int, int]]
     """Title to the first and last column it spans."""
+    compared: bool = False
+    """Whether its videos are shown side by side, and not one after the other."""
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return WORKFLOWS / f"{self.title}.json"
 
 
 def demo(row: int = 0) -> dict[str, Node]:
     """The bundled model."""
-    return {"demo": Node(type="RFLoadDemo", at=(0, row), size=(300, 90))}
+    return {"demo": Node(type="RFLoadDemo", at=(0, row))}
 
 
 def official(weight_dtype: str = "default", vae: dict[str, str] = VAE) -> dict[str, Node]:
@@ -75,16 +94,22 @@ def official(weight_dtype: str = "default", vae: dict[str, str] = VAE) -> dict[s
             type="RFLoadModel",
             at=(0, 0),
             widgets={"model_name": STUDENT["name"], "weight_dtype": weight_dtype},
+            size=(340, 0),
             models=(STUDENT,),
+        ),
+        "vae": Node(
+            type="VAELoader",
+            at=(0, 1),
+            widgets={"vae_name": vae["name"]},
+            size=(340, 0),
+            models=(vae,),
         ),
         "clip": Node(
             type="CLIPLoader",
-            at=(0, 200),
+            at=(0, 2),
             widgets={"clip_name": TEXT_ENCODER["name"], "type": "wan"},
+            size=(340, 0),
             models=(TEXT_ENCODER,),
-        ),
-        "vae": Node(
-            type="VAELoader", at=(0, 400), widgets={"vae_name": vae["name"]}, models=(vae,)
         ),
     }
 
@@ -103,7 +128,7 @@ def sampler(column: int = 2, row: int = 0, title: str | None = None, **widgets: 
         at=(column, row),
         widgets=small | widgets,
         title=title,
-        size=(380, 620),
+        size=(380, 0),
     )
 
 
@@ -116,46 +141,73 @@ def fed(name: str, prompt: str, source: str = "demo") -> tuple[tuple[str, str], 
 
 DEMO_PROMPT = "a blue square moves up quickly"
 DEMO_NEXT = "a cyan circle moves right slowly"
+SINKS = ("Published", "Long", "Static sink", "No sink")
+
+MODEL, MODELS, STREAM = "Model · 模型", "Models · 模型", "Stream · 视频流"
+PROMPT, PROMPTS, SCRIPT = "Prompt · 提示词", "Prompts · 提示词", "Prompt schedule · 提示词调度"
+FIRST, SECOND = "First part · 第一段", "Second part · 第二段"
 
 GRAPHS: dict[str, Graph] = {
     "text_to_video_demo": Graph(
+        title="01 Demo, no downloads",
         note="## Text to video, no downloads\n\nThe bundled miniature model: coloured shapes that "
         "move, 64x64. Queue it: the video grows while it is made.\n\nPrompts are of the form "
         "**a red circle moves left slowly**: red, green, blue, yellow, purple, cyan; circle, "
         "square, triangle; left, right, up, down; slowly, quickly or nothing.",
+        chinese="文生视频，无需下载：内置的微型模型，生成 64x64 的移动彩色图形。点击运行，"
+        "视频边生成边显示。"
+        "提示词的格式为 **a red circle moves left slowly**：颜色 red、green、blue、yellow、"
+        "purple、cyan；"
+        "形状 circle、square、triangle；方向 left、right、up、down；速度 slowly、"
+        "quickly 或不写。",
         nodes=demo() | {"prompt": text(DEMO_PROMPT, 0), "stream": sampler()},
         links=(("demo.CLIP", "prompt.clip"), *fed("stream", "prompt.CONDITIONING")),
-        groups={"Model": (0, 0), "Prompt": (1, 1), "Stream": (2, 2)},
+        groups={MODEL: (0, 0), PROMPT: (1, 1), STREAM: (2, 2)},
     ),
     "text_to_video": Graph(
+        title="02 Text to video",
         note="## Text to video with the published weights\n\nComfyUI offers the three downloads "
         "(student 2.8 GB, text encoder 6.7 GB, VAE 0.25 GB). The student was trained at 832x480. "
         "The video is written to **output/video** while it is made; interrupting keeps what is "
         "there.",
+        chinese="使用官方权重的文生视频：ComfyUI 会提示下载三个文件（学生模型 2.8 GB、"
+        "文本编码器 6.7 GB、"
+        "VAE 0.25 GB）。模型在 832x480 下训练。视频边生成边写入 **output/video**；"
+        "中断时保留已生成的部分。",
         nodes=official()
         | {
             "prompt": text(PANDA, 0),
             "stream": sampler(width=832, height=480),
         },
         links=(("clip.CLIP", "prompt.clip"), *fed("stream", "prompt.CONDITIONING", "official")),
-        groups={"Models": (0, 0), "Prompt": (1, 1), "Stream": (2, 2)},
+        groups={MODELS: (0, 0), PROMPT: (1, 1), STREAM: (2, 2)},
     ),
     "prompt_switch": Graph(
+        title="03 Prompt switch",
         note="## Change the prompt on the way\n\nEach **Prompt Switch** adds one prompt. The first "
         "is what the video starts with. **recache** takes hold at once and keeps the picture "
         "continuous, **soft** is slow, **blend** mixes the prompts over some chunks, **cut** is a "
         "clean cut.",
+        chinese="中途更换提示词：每个 **Prompt Switch** 添加一条提示词，第一条是视频的开头。"
+        "**recache** 立即生效且画面连续，**soft** 变化缓慢，**blend** 在若干块内混合提示词，"
+        "**cut** 为硬切。",
         nodes=demo()
         | {
-            "first": text(DEMO_PROMPT, 0),
-            "second": text(DEMO_NEXT, 290),
-            "third": text("a red triangle moves down", 580),
-            "start": Node(type="RFPromptSwitch", at=(2, 0)),
+            "first": text(DEMO_PROMPT, 100),
+            "start": Node(type="RFPromptSwitch", at=(2, 100)),
+            "second": text(DEMO_NEXT, 380),
             "then": Node(
-                type="RFPromptSwitch", at=(2, 290), widgets={"at": 4.0, "mode": "recache"}
+                type="RFPromptSwitch",
+                at=(3, 380),
+                widgets={"at": 4.0, "mode": "recache"},
             ),
-            "last": Node(type="RFPromptSwitch", at=(2, 580), widgets={"at": 8.0, "mode": "cut"}),
-            "stream": sampler(column=3, length=12.0),
+            "third": text("a red triangle moves down", 660),
+            "last": Node(
+                type="RFPromptSwitch",
+                at=(4, 660),
+                widgets={"at": 8.0, "mode": "cut"},
+            ),
+            "stream": sampler(column=5, length=12.0),
         },
         links=(
             ("demo.CLIP", "first.clip"),
@@ -168,11 +220,14 @@ GRAPHS: dict[str, Graph] = {
             ("then.timeline", "last.timeline"),
             *fed("stream", "last.timeline"),
         ),
-        groups={"Model": (0, 0), "Prompts": (1, 2), "Stream": (3, 3)},
+        groups={MODEL: (0, 0), PROMPTS: (1, 4), STREAM: (5, 5)},
     ),
     "prompt_schedule": Graph(
+        title="04 Prompt schedule",
         note="## A whole script in one text\n\nOne line a prompt: a time, how to go over, the "
         "text. The node shows the chunk each prompt really starts at.",
+        chinese="用一段文本写完整脚本：每行一条提示词，依次为时间、过渡方式、内容。"
+        "节点会显示每条提示词实际开始的块。",
         nodes=demo()
         | {
             "script": Node(
@@ -184,48 +239,58 @@ GRAPHS: dict[str, Graph] = {
                     "c18 [cut]: a purple triangle moves down quickly",
                     "length": 16.0,
                 },
-                size=(400, 420),
+                size=(440, 300),
             ),
             "stream": sampler(length=16.0),
         },
         links=(("demo.CLIP", "script.clip"), *fed("stream", "script.timeline")),
-        groups={"Model": (0, 0), "Script": (1, 1), "Stream": (2, 2)},
+        groups={MODEL: (0, 0), SCRIPT: (1, 1), STREAM: (2, 2)},
     ),
     "sink_presets_compared": Graph(
+        title="05 EMA-Sink presets compared",
         note="## What the EMA-Sink does\n\nThe same prompt and seed with four sinks, 30 seconds "
         "each. Compare the last seconds: how steady colours stay, how freely things move.",
+        chinese="EMA-Sink 的作用：相同的提示词和种子，四种 sink 设置，各 30 秒。比较最后几秒："
+        "颜色是否稳定，运动是否自由。",
         nodes=demo()
-        | {"prompt": text("a red circle moves right", 180, column=0)}
+        | {"prompt": text("a red circle moves right", 1, column=0)}
         | {
-            f"sink{i}": Node(type="RFSinkConfig", at=(1 + i, 0), widgets={"preset": preset})
-            for i, preset in enumerate(("Published", "Long", "Static sink", "No sink"))
+            f"sink{i}": Node(
+                type="RFSinkConfig",
+                at=(1 + 2 * i, 0),
+                widgets={"preset": preset},
+            )
+            for i, preset in enumerate(SINKS)
         }
         | {
             f"stream{i}": sampler(
-                column=1 + i,
-                row=260,
+                column=2 + 2 * i,
                 title=preset,
                 length=30.0,
                 filename_prefix=f"video/sink_{preset.lower().replace(' ', '_')}",
             )
-            for i, preset in enumerate(("Published", "Long", "Static sink", "No sink"))
+            for i, preset in enumerate(SINKS)
         },
         links=(
             ("demo.CLIP", "prompt.clip"),
             *(link for i in range(4) for link in fed(f"stream{i}", "prompt.CONDITIONING")),
             *((f"sink{i}.sink", f"stream{i}.sink") for i in range(4)),
         ),
-        groups={"Model and prompt": (0, 0), "Four sinks, four streams": (1, 4)},
+        groups={"Model and prompt · 模型与提示词": (0, 0), "Four sinks · 四种 sink": (1, 8)},
+        compared=True,
     ),
     "start_from_image": Graph(
+        title="06 Start from an image",
         note="## Start from an image (experimental)\n\nThe student was trained on text alone: it "
         "takes the picture as the first chunk of its past and goes on from there. Here the picture "
         "is the last image of another stream; replace it by **Load Image**.",
-        nodes=demo()
+        chinese="从图像开始（实验性）：模型只用文本训练，它把图像当作已有的第一块并继续生成。"
+        "这里的图像是另一段视频的最后一帧；可换成 **Load Image**（加载图像）。",
+        nodes=demo(150)
         | {
             "prompt": text("a green square moves left slowly", 0),
-            "picture": sampler(title="A picture", length=1.0, keep_images=1, row=0),
-            "stream": sampler(column=3, title="From the picture", seed=2),
+            "picture": sampler(title="A picture", length=1.0, keep_images=1, row=250),
+            "stream": sampler(column=3, title="From the picture", seed=2, row=150),
         },
         links=(
             ("demo.CLIP", "prompt.clip"),
@@ -233,19 +298,22 @@ GRAPHS: dict[str, Graph] = {
             *fed("stream", "prompt.CONDITIONING"),
             ("picture.IMAGE", "stream.start_image"),
         ),
-        groups={"Model": (0, 0), "Prompt": (1, 1), "Picture": (2, 2), "Stream": (3, 3)},
+        groups={MODEL: (0, 0), PROMPT: (1, 1), "Picture · 图像": (2, 2), STREAM: (3, 3)},
     ),
     "continue_from_state": Graph(
+        title="07 Continue from a state",
         note="## Go on from a state\n\nThe state of a stream is a file of a few MB in "
         "**output/stream_states**. **Load Stream State** reads it tomorrow; here it is passed on "
         "at once. Connect it to several samplers to branch.",
-        nodes=demo()
+        chinese="从状态继续：视频流的状态是 **output/stream_states** 中几 MB 的文件，"
+        "之后可用 **Load Stream State** 读取；这里直接传给下一个采样器。连接多个采样器即可分支。",
+        nodes=demo(150)
         | {
-            "before": text(DEMO_PROMPT, 0),
-            "after": text(DEMO_NEXT, 180),
-            "first": sampler(title="First part", length=5.0),
-            "save": Node(type="RFSaveState", at=(3, 700), widgets={"name": "first_part"}),
-            "second": sampler(column=3, title="Second part", length=5.0),
+            "after": text(DEMO_NEXT, 0),
+            "before": text(DEMO_PROMPT, 250),
+            "first": sampler(title="First part", length=5.0, row=250),
+            "save": Node(type="RFSaveState", at=(3, 350), widgets={"name": "first_part"}),
+            "second": sampler(column=4, title="Second part", length=5.0, row=150),
         },
         links=(
             ("demo.CLIP", "before.clip"),
@@ -255,17 +323,21 @@ GRAPHS: dict[str, Graph] = {
             ("first.state", "save.state"),
             ("save.state", "second.state"),
         ),
-        groups={"Model": (0, 0), "Prompts": (1, 1), "First": (2, 2), "Second": (3, 3)},
+        groups={MODEL: (0, 0), PROMPTS: (1, 1), FIRST: (2, 3), SECOND: (4, 4)},
     ),
     "continue_from_latent": Graph(
+        title="08 Continue from latents",
         note="## Go on from latents\n\nThe last latents of one run are the past of the next; no "
         "decoding and encoding in between. The new video begins with them.",
-        nodes=demo()
+        chinese="从潜空间（latent）继续：前一次运行的最后几帧 latent 作为下一次的历史，"
+        "中间无需解码和编码。"
+        "新视频从这些帧开始。",
+        nodes=demo(150)
         | {
-            "before": text(DEMO_PROMPT, 0),
-            "after": text(DEMO_NEXT, 180),
-            "first": sampler(title="First part", length=5.0, keep_latents=6),
-            "second": sampler(column=3, title="Second part", length=6.0, seed=2),
+            "after": text(DEMO_NEXT, 0),
+            "before": text(DEMO_PROMPT, 250),
+            "first": sampler(title="First part", length=5.0, keep_latents=6, row=250),
+            "second": sampler(column=3, title="Second part", length=6.0, seed=2, row=150),
         },
         links=(
             ("demo.CLIP", "before.clip"),
@@ -274,18 +346,23 @@ GRAPHS: dict[str, Graph] = {
             *fed("second", "after.CONDITIONING"),
             ("first.LATENT", "second.start_latent"),
         ),
-        groups={"Model": (0, 0), "Prompts": (1, 1), "First": (2, 2), "Second": (3, 3)},
+        groups={MODEL: (0, 0), PROMPTS: (1, 1), FIRST: (2, 2), SECOND: (3, 3)},
     ),
     "continue_from_video": Graph(
+        title="09 Continue from a video",
         note="## Go on from the last frames of any video\n\n**Get Video Components** gives the "
         "images of a video; the sampler takes the last of them that its window holds. Replace the "
         "first sampler by **Load Video**. Experimental, as every start from pictures.",
-        nodes=demo()
+        chinese="从任意视频的最后几帧继续：**Get Video Components**（获取视频组件）"
+        "输出视频的图像，"
+        "采样器取其窗口能容纳的最后几帧。可把第一个采样器换成 **Load Video**（加载视频）。"
+        "与所有从图像开始的方式一样，属实验性功能。",
+        nodes=demo(150)
         | {
             "prompt": text(DEMO_PROMPT, 0),
-            "first": sampler(title="Any video", length=3.0),
-            "parts": Node(type="GetVideoComponents", at=(3, 0)),
-            "second": sampler(column=4, title="Goes on", length=6.0, seed=2),
+            "first": sampler(title="Any video", length=3.0, row=250),
+            "parts": Node(type="GetVideoComponents", at=(3, 300)),
+            "second": sampler(column=4, title="Goes on", length=6.0, seed=2, row=150),
         },
         links=(
             ("demo.CLIP", "prompt.clip"),
@@ -294,17 +371,26 @@ GRAPHS: dict[str, Graph] = {
             ("first.VIDEO", "parts.video"),
             ("parts.images", "second.start_image"),
         ),
-        groups={"Model": (0, 0), "Prompt": (1, 1), "Video": (2, 3), "Goes on": (4, 4)},
+        groups={MODEL: (0, 0), PROMPT: (1, 1), "Video · 视频": (2, 3), "Goes on · 续写": (4, 4)},
     ),
     "lora": Graph(
-        note="## LoRA\n\nLoRAs for Wan 2.1 T2V 1.3B work as on any model. Strength near 1 suits "
-        "those trained on a causal student; those of the base model often want less.",
+        title="10 LoRA",
+        note="## LoRA\n\n**Choose your own LoRA** in the loader: any for Wan 2.1 T2V 1.3B works as "
+        "on any model. Strength near 1 suits those trained on a causal student; those of the base "
+        "model often want less.",
+        chinese="LoRA：请在加载器中**选择你自己的 LoRA**，"
+        "适用于 Wan 2.1 T2V 1.3B 的 LoRA 均可像在其他模型上一样使用。"
+        "在因果学生模型上训练的 LoRA 强度约为 1；基础模型的 LoRA 通常需要更低的强度。",
         nodes=official()
         | {
             "style": Node(
-                type="LoraLoaderModelOnly", at=(1, 0), widgets={"lora_name": "style.safetensors"}
+                type="LoraLoaderModelOnly",
+                at=(1, 0),
+                title="Choose your own LoRA",
+                widgets={"lora_name": OWN_LORA},
+                size=(380, 0),
             ),
-            "prompt": text(PANDA, 180),
+            "prompt": text(PANDA, 1),
             "stream": sampler(width=832, height=480),
         },
         links=(
@@ -314,22 +400,60 @@ GRAPHS: dict[str, Graph] = {
             ("prompt.CONDITIONING", "stream.prompt"),
             ("vae.VAE", "stream.vae"),
         ),
-        groups={"Models": (0, 0), "LoRA and prompt": (1, 1), "Stream": (2, 2)},
+        groups={MODELS: (0, 0), "LoRA and prompt · LoRA 与提示词": (1, 1), STREAM: (2, 2)},
     ),
     "low_vram_taehv": Graph(
+        title="11 Low VRAM, TAEHV",
         note="## Small cards\n\nWeights in fp8 and TAEHV in place of the Wan VAE. If it still does "
         "not fit, lower width and height first: the cache follows their product.",
+        chinese="小显存：权重使用 fp8，用 TAEHV 代替 Wan VAE。若显存仍不足，先降低宽度和高度："
+        "缓存大小与两者的乘积成正比。",
         nodes=official("float8_e4m3fn", TAEHV)
         | {
             "script": Node(
                 type="RFPromptSchedule",
                 at=(1, 0),
                 widgets={"text": f"0s: {PANDA}\n6s: {PANDA_SITS}", "length": 12.0},
-                size=(400, 380),
+                size=(440, 300),
             ),
             "stream": sampler(width=832, height=480, length=12.0),
         },
         links=(("clip.CLIP", "script.clip"), *fed("stream", "script.timeline", "official")),
-        groups={"Models": (0, 0), "Script": (1, 1), "Stream": (2, 2)},
+        groups={MODELS: (0, 0), SCRIPT: (1, 1), STREAM: (2, 2)},
     ),
 }
+
+
+STANDS_FOR = {PANDA: DEMO_PROMPT, PANDA_SITS: DEMO_NEXT}
+"""Prompts that the demo knows in place of those it does not."""
+LONGEST = 16.0
+"""Seconds of video made for a test or a thumbnail."""
+
+
+def runnable(prompt: dict[str, Any], lora: str) -> dict[str, Any]:
+    """A prompt with the demo in place of files that would be downloaded, and short videos."""
+    loaders = {"RFLoadModel": 0, "CLIPLoader": 1, "VAELoader": 2}
+    swapped = {
+        node: loaders[each["class_type"]]
+        for node, each in prompt.items()
+        if each["class_type"] in loaders
+    }
+    result: dict[str, Any] = {}
+    for node, each in prompt.items():
+        if node in swapped:
+            continue
+        inputs = dict(each["inputs"])
+        for name, value in inputs.items():
+            if isinstance(value, list) and value[0] in swapped:
+                inputs[name] = ["demo", swapped[value[0]]]
+            if value == OWN_LORA:
+                inputs[name] = lora
+            if name == "text" and isinstance(value, str):
+                for text, ours in STANDS_FOR.items():
+                    inputs[name] = inputs[name].replace(text, ours)
+        if each["class_type"] == "RFStreamingSampler":
+            inputs |= {"width": 64, "height": 64, "length": min(inputs["length"], LONGEST)}
+        result[node] = each | {"inputs": inputs}
+    if swapped:
+        result["demo"] = {"class_type": "RFLoadDemo", "inputs": {}}
+    return result

@@ -1,29 +1,37 @@
-"""Draws the graphs of `graphs.py` in a running ComfyUI's own frontend and saves what it saves,
-with a picture of each for the template browser; and writes the English locale.
+"""Draws the graphs of `graphs.py` in a real ComfyUI's own frontend and saves what it saves, each
+with a moving picture of what the demo makes of it; and writes the English locale.
 
-    python tests/comfyui/make_workflows.py http://127.0.0.1:8188
+    COMFYUI_PATH=... python -m tests.comfyui.make_workflows
 
-Needs Debian's chromium and playwright. Run it when a node's sockets or widgets have changed.
+Needs what the tests need (`make test-comfy`). Run it when a node's sockets or widgets have changed.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import math
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from browser import BOX, FIT, open_page
-from graphs import GRAPHS, Graph
-from PIL import Image, ImageOps
+import numpy as np
+from comfy_cli.workflow_to_api import convert_ui_to_api
+from PIL import Image, ImageDraw
 
-from locales import english
+from .browser import OPEN, drawn, open_page, use_renderer
+from .files import LORA, write_models
+from .graphs import GRAPHS, Graph, runnable
+from .layout import BORDER, GROUP_TITLE, TITLE, Drawn, Placed, arrange, box_around
+from .locales import english
+from .server import ROOT, Server
+from .video import images_of
 
-ROOT = Path(__file__).parents[2]
-COLUMN = 440
-NOTE_HEIGHT = 200
-PICTURE = (960, 540)
+NOTE_WIDTH = 640
+SIDE = 288
+"""Pixels of a thumbnail's side: four demo videos side by side, enlarged alike."""
+MOST_PICTURES = 40
+PICTURE_SECONDS = 0.1
 
 DRAW = """
 async (graph) => {
@@ -42,7 +50,7 @@ async (graph) => {
       widget.value = value;
     }
     if (node.title) drawn.title = node.title;
-    if (node.size) drawn.setSize([Math.max(node.size[0], drawn.size[0]),
+    if (node.size) drawn.setSize([Math.max(node.size[0], drawn.computeSize()[0]),
                                   Math.max(node.size[1], drawn.computeSize()[1])]);
     if (node.models.length) drawn.properties.models = node.models;
     drawn.properties.cnr_id = node.type.startsWith("RF") ? graph.pack.name : "comfy-core";
@@ -68,73 +76,163 @@ async (graph) => {
   note.setSize(graph.note.size);
   note.widgets[0].value = graph.note.text;
   app.graph.setDirtyCanvas(true, true);
-  return JSON.stringify(app.graph.serialize());
+  return [JSON.stringify(app.graph.serialize()),
+          Object.fromEntries(Object.entries(made).map(([name, node]) => [name, node.id]))];
 }
 """
 
 
-def drawing(graph: Graph, comfy: str, pack: dict[str, str]) -> dict[str, object]:
-    """A graph with every place in pixels."""
-    nodes = {
-        name: asdict(node) | {"pos": [COLUMN * node.at[0], node.at[1]]}
-        for name, node in graph.nodes.items()
-    }
-    heights = [node.at[1] + (node.size or (0, 220))[1] for node in graph.nodes.values()]
-    bottom = max(heights) + 40
-    groups = [
-        {
-            "title": title,
-            "pos": [COLUMN * first - 20, -60],
-            "size": [COLUMN * (last - first + 1) - 20, bottom + 40],
+class Drawing:
+    """One graph on its way to a place for each node."""
+
+    def __init__(self, graph: Graph, about: dict[str, Any]) -> None:
+        self.graph = graph
+        self.about = about
+        self.places = {
+            name: (500 * node.at[0], 700 * i) for i, (name, node) in enumerate(graph.nodes.items())
         }
-        for title, (first, last) in graph.groups.items()
-    ]
-    note = {"text": graph.note, "pos": [-20, -80 - NOTE_HEIGHT - 20], "size": [620, NOTE_HEIGHT]}
-    return {
-        "nodes": nodes,
-        "links": graph.links,
-        "groups": groups,
-        "note": note,
-        "comfy": comfy,
-        "pack": pack,
-    }
+        self.groups: list[dict[str, Any]] = []
+        self.note_at, self.note_height = (-800.0, 0.0), 100.0
+        self.drawn: dict[str, list[Drawn]] = {name: [] for name in graph.nodes}
+
+    def draw(self, page: Any) -> tuple[dict[str, Any], dict[str, int]]:
+        """Draw it as far as places are known: what is saved, and numbers of nodes."""
+        nodes = {
+            name: asdict(node) | {"pos": self.places[name]}
+            for name, node in self.graph.nodes.items()
+        }
+        note = {
+            "text": f"{self.graph.note}\n\n{self.graph.chinese}",
+            "pos": self.note_at,
+            "size": [NOTE_WIDTH, self.note_height],
+        }
+        graph = {"nodes": nodes, "links": self.graph.links, "groups": self.groups, "note": note}
+        saved, numbers = page.evaluate(DRAW, graph | self.about)
+        return json.loads(saved), numbers
+
+    def measure(self, page: Any) -> None:
+        """See how one renderer draws it."""
+        saved, numbers = self.draw(page)
+        page.evaluate(OPEN, saved)  # as an artist sees it
+        seen = drawn(page)
+        (note,) = [each for each in seen["nodes"].values() if each["type"] == "MarkdownNote"]
+        self.note_height = math.ceil(
+            max(self.note_height + seen["hidden"], note["box"][3] - note["box"][1] - TITLE)
+        )
+        for name, number in numbers.items():
+            node = seen["nodes"][str(number)]
+            (x, y), (left, top, right, bottom) = node["pos"], node["box"]
+            sides = [
+                {slot: (a - x, b - y) for slot, (a, b) in node[side].items()}
+                for side in ("inputs", "outputs")
+            ]
+            size = (math.ceil(right - left - 0.01), math.ceil(bottom - top - TITLE - 0.01))
+            self.drawn[name].append(Drawn(size=size, inputs=sides[0], outputs=sides[1]))
+
+    def arrange(self) -> None:
+        """Find the places."""
+        placed = {
+            name: Placed(
+                type=node.type, column=node.at[0], top=node.at[1], drawn=tuple(self.drawn[name])
+            )
+            for name, node in self.graph.nodes.items()
+        }
+        self.places = arrange(placed, list(self.graph.links))
+        top = -TITLE - GROUP_TITLE
+        for title, (first, last) in self.graph.groups.items():
+            inside = {
+                name: place
+                for name, place in self.places.items()
+                if first <= placed[name].column <= last
+            }
+            left, _, right, bottom = box_around(inside, placed)
+            size = (right - left + 2 * BORDER, bottom + BORDER - top)
+            self.groups.append({"title": title, "pos": (left - BORDER, top), "size": size})
+        self.note_at = (-BORDER, top - 2 * BORDER - self.note_height)
 
 
-def picture(page: Any, path: Path) -> None:
-    """The whole graph as a small JPEG."""
-    page.keyboard.press("Escape")
-    page.evaluate(FIT)
-    page.wait_for_timeout(800)
-    page.screenshot(path=path.with_suffix(".png"), clip=page.evaluate(BOX))
-    with Image.open(path.with_suffix(".png")) as image:
-        ImageOps.contain(image.convert("RGB"), PICTURE).save(path, quality=80)
-    path.with_suffix(".png").unlink()
+def videos(server: Server, saved: dict[str, Any]) -> list[np.ndarray]:
+    """What the demo makes of a workflow, one [T, H, W, 3] uint8 for each sampler."""
+    prompt = runnable(convert_ui_to_api(saved, server.get("/object_info")), LORA)
+    run = server.run(prompt)
+    samplers = [n for n, each in prompt.items() if each["class_type"] == "RFStreamingSampler"]
+    files = [file for node in sorted(samplers, key=int) for file in run.output(node)["images"]]
+    return [images_of(server.output / each["subfolder"] / each["filename"]) for each in files]
 
 
-def main(address: str) -> None:
+def thumbnail(made: list[np.ndarray], graph: Graph, path: Path) -> None:
+    """What moves in the template browser.
+
+    An animated WebP under the one name that ComfyUI looks for, which ends in .jpg; browsers go by
+    what an image contains.
+    """
+    if graph.compared:
+        one, two, three, four = made
+        made = [
+            np.concatenate([np.concatenate([one, two], 2), np.concatenate([three, four], 2)], 1)
+        ]
+    shown = np.concatenate(made)
+    chosen = np.linspace(0, len(shown) - 1, min(len(shown), MOST_PICTURES)).round().astype(int)
+    pictures = [Image.fromarray(shown[i]).resize((SIDE, SIDE), Image.LANCZOS) for i in chosen]
+    if any(node.type == "RFLoadModel" for node in graph.nodes.values()):
+        for picture in pictures:
+            draw = ImageDraw.Draw(picture)
+            draw.rectangle((0, SIDE - 22, SIDE, SIDE), fill=(0, 0, 0))
+            draw.text(
+                (8, SIDE - 18), "shown: the demo model's video", fill=(255, 255, 255), font_size=13
+            )
+    first, *rest = pictures
+    first.save(
+        path,
+        "WEBP",
+        save_all=True,
+        append_images=rest,
+        duration=round(1000 * PICTURE_SECONDS),
+        loop=0,
+        quality=60,
+        method=6,
+    )
+
+
+def main() -> None:
     """Draw and save all of them."""
     project = (ROOT / "pyproject.toml").read_text()
     version = next(
         line.split('"')[1] for line in project.splitlines() if line.startswith("version")
     )
-    with open_page(address) as (page, errors):
-        comfy = page.evaluate("fetch('/system_stats').then(r => r.json())")["system"]
-        page.add_style_tag(content=".minimap-main-container { display: none !important; }")
-        for name, graph in GRAPHS.items():
-            pack = {"name": "comfyui-rewardforcing", "version": version}
-            saved = json.loads(page.evaluate(DRAW, drawing(graph, comfy["comfyui_version"], pack)))
-            path = ROOT / "workflows" / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
-            picture(page, path.with_suffix(".jpg"))
-            print(path.name, len(saved["nodes"]), "nodes")
-        info = page.evaluate("fetch('/object_info').then(r => r.json())")
-        english_file = ROOT / "locales" / "en" / "nodeDefs.json"
-        english_file.parent.mkdir(parents=True, exist_ok=True)
-        english_file.write_text(json.dumps(english(info), indent=2, ensure_ascii=False) + "\n")
+    with tempfile.TemporaryDirectory() as base:
+        write_models(Path(base) / "models")
+        server = Server(Path(base))
+        try:
+            draw_all(server, version)
+        finally:
+            server.stop()
+
+
+def draw_all(server: Server, version: str) -> None:
+    """Every workflow, its thumbnail, and the English locale."""
+    about = {
+        "comfy": server.get("/system_stats")["system"]["comfyui_version"],
+        "pack": {"name": "comfyui-rewardforcing", "version": version},
+    }
+    drawings = [Drawing(graph, about) for graph in GRAPHS.values()]
+    with open_page(server.address) as (page, errors):
+        for vue_nodes in (True, False):
+            use_renderer(page, vue_nodes)
+            for each in drawings:
+                each.measure(page)
+        for each in drawings:
+            each.arrange()
+        workflows = [each.draw(page)[0] for each in drawings]
         if errors:
             raise SystemExit("\n".join(errors))
+    for graph, saved in zip(GRAPHS.values(), workflows, strict=True):
+        graph.path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+        thumbnail(videos(server, saved), graph, graph.path.with_suffix(".jpg"))
+        print(graph.path.name, len(saved["nodes"]), "nodes")
+    texts = json.dumps(english(server.get("/object_info")), indent=2, ensure_ascii=False)
+    (ROOT / "locales" / "en" / "nodeDefs.json").write_text(texts + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8188")
+    main()

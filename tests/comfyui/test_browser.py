@@ -9,20 +9,12 @@ from typing import Any
 
 import pytest
 
-from .browser import FIT, chromium, open_page
+from .browser import FIT, OPEN, chromium, open_page, use_renderer, wait_for_graph
+from .graphs import GRAPHS
 from .server import ROOT, Server
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
 
-OPEN = """
-async (workflow) => {
-  const {app} = window.comfyAPI.app;
-  await app.loadGraphData(workflow);
-  const known = window.LiteGraph.registered_node_types;
-  const missing = app.graph.nodes.filter((node) => !known[node.type]).map((node) => node.type);
-  return [app.graph.nodes.length, missing];
-}
-"""
 QUEUE = """
 () => {
   const {api} = window.comfyAPI.api;
@@ -54,10 +46,32 @@ SEED = """
 }
 """
 
+ADD = """
+([type, x, y]) => {
+  const node = window.LiteGraph.createNode(type);
+  node.pos = [x, y];
+  window.comfyAPI.app.app.graph.add(node);
+}
+"""
+TITLES = """
+() => {
+  const brush = document.createElement("canvas").getContext("2d");
+  brush.font = "14px Inter, Arial";
+  return window.comfyAPI.app.app.graph.nodes.map((node) => [
+    node.title, node.size[0], brush.measureText(node.title).width + 30 + 110]);
+}
+"""
+"""Width, and what a title takes between its button and the badge of the pack."""
+
+
+def ours(server: Server) -> list[str]:
+    """The pack's nodes."""
+    return [name for name in server.get("/object_info") if name.startswith("RF")]
+
 
 def workflow(name: str) -> Any:
     """A workflow as the frontend saved it."""
-    return json.loads((ROOT / "workflows" / f"{name}.json").read_text())
+    return json.loads(GRAPHS[name].path.read_text())
 
 
 def test_every_workflow_opens(server: Server) -> None:
@@ -71,19 +85,16 @@ def test_every_workflow_opens(server: Server) -> None:
 
 
 @pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "vue"])
-def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow(
+def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow_nor_stay_tall(
     server: Server, vue_nodes: bool, tmp_path: Path
 ) -> None:
     heights = []
     with open_page(server.address) as (page, errors):
-        page.evaluate(
-            "(on) => window.comfyAPI.app.app.extensionManager.setting"
-            ".set('Comfy.VueNodes.Enabled', on)",
-            vue_nodes,
-        )
-        page.wait_for_timeout(1000)
+        use_renderer(page, vue_nodes)
         page.evaluate(OPEN, workflow("prompt_switch"))
         page.evaluate(FIT)
+        page.wait_for_timeout(1000)
+        empty, *_ = page.evaluate(NODE)
         for run in range(3):
             page.evaluate(SEED, 100 + 10 * vue_nodes + run)  # nothing is cached
             page.evaluate(QUEUE)
@@ -100,8 +111,12 @@ def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow(
         ((address, width, seconds),) = page.evaluate(VIDEOS)
         picture = Path(os.environ.get("RF_SCREENSHOT", tmp_path / "end.png"))
         page.screenshot(path=picture)
+        page.reload()
+        wait_for_graph(page)
+        page.wait_for_timeout(3000)
+        reloaded, *_ = page.evaluate(NODE)
         assert errors == []
-    assert heights[0] == heights[1] == heights[2]
+    assert heights[0] == heights[1] == heights[2] > reloaded == empty
     assert "type=output" in address and width == 64 and 12 <= seconds < 13
 
 
@@ -120,12 +135,7 @@ def test_cancel_leaves_the_video_as_far_as_it_came_on_its_node(
     values = node["widgets_values"]
     values[values.index(10.0)] = 120.0
     with open_page(server.address) as (page, errors):
-        page.evaluate(
-            "(on) => window.comfyAPI.app.app.extensionManager.setting"
-            ".set('Comfy.VueNodes.Enabled', on)",
-            vue_nodes,
-        )
-        page.wait_for_timeout(1000)
+        use_renderer(page, vue_nodes)
         page.evaluate(OPEN, long)
         page.evaluate(SEED, 300 + vue_nodes)
         page.evaluate(FIT)
@@ -140,3 +150,20 @@ def test_cancel_leaves_the_video_as_far_as_it_came_on_its_node(
         ((address, width, seconds),) = page.evaluate(VIDEOS)
         assert errors == []
     assert "type=output" in address and width == 64 and f"{seconds:.2f} s" in text
+
+
+@pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "vue"])
+def test_a_node_that_is_added_is_wide_enough_for_its_title(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    with open_page(server.address) as (page, errors):
+        use_renderer(page, vue_nodes)
+        page.evaluate(OPEN, {"nodes": [], "links": [], "version": 0.4})
+        for i, name in enumerate(sorted(ours(server))):
+            page.evaluate(ADD, [name, 300 * (i % 3), 700 * (i // 3)])
+        page.evaluate(FIT)
+        page.wait_for_timeout(2000)
+        page.screenshot(path=tmp_path / "nodes.png")
+        for title, width, needed in page.evaluate(TITLES):
+            assert width >= needed, title
+        assert errors == []

@@ -90,7 +90,7 @@ def test_the_package_holds_what_runs_and_nothing_else(clone: Path) -> None:
         "nodes/web/docs/RFStreamingSampler.md",
         "nodes/web/docs/RFStreamingSampler/zh.md",
         "rf_core/demo/student.safetensors",
-        "workflows/text_to_video_demo.json",
+        "workflows/01 Demo, no downloads.json",
         "requirements.txt",
     ):
         assert needed in names

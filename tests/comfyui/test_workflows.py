@@ -5,55 +5,27 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import numpy as np
 import pytest
 import torch
 from comfy_cli.workflow_to_api import convert_ui_to_api
+from PIL import Image, ImageSequence
 
 from training.world.tracker import score
 
 from .conftest import PACK
-from .graphs import DEMO_NEXT, DEMO_PROMPT, PANDA, PANDA_SITS
+from .files import LORA
+from .graphs import GRAPHS, OWN_LORA, runnable
 from .server import ROOT, Server
 from .test_server import video_of
 from .video import images_of
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
-
-
-STANDS_FOR = {PANDA: DEMO_PROMPT, PANDA_SITS: DEMO_NEXT}
-"""Prompts that the demo knows in place of those it does not."""
-LONGEST = 16.0
-"""Seconds of video made for a test."""
-
-
-def runnable(prompt: dict[str, Any]) -> dict[str, Any]:
-    """The prompt with the demo in place of files that would be downloaded, and short videos."""
-    loaders = {"RFLoadModel": 0, "CLIPLoader": 1, "VAELoader": 2}
-    swapped = {
-        node: loaders[each["class_type"]]
-        for node, each in prompt.items()
-        if each["class_type"] in loaders
-    }
-    result: dict[str, Any] = {}
-    for node, each in prompt.items():
-        if node in swapped:
-            continue
-        inputs = dict(each["inputs"])
-        for name, value in inputs.items():
-            if isinstance(value, list) and value[0] in swapped:
-                inputs[name] = ["demo", swapped[value[0]]]
-            if name == "text" and isinstance(value, str):
-                for text, ours in STANDS_FOR.items():
-                    inputs[name] = inputs[name].replace(text, ours)
-        if each["class_type"] == "RFStreamingSampler":
-            inputs |= {"width": 64, "height": 64, "length": min(inputs["length"], LONGEST)}
-        result[node] = each | {"inputs": inputs}
-    if swapped:
-        result["demo"] = {"class_type": "RFLoadDemo", "inputs": {}}
-    return result
 
 
 def last_prompt(prompt: dict[str, Any], node: str) -> str:
@@ -70,7 +42,7 @@ def test_it_converts_validates_and_runs_to_a_video_of_its_prompt(
     server: Server, path: Path
 ) -> None:
     workflow = json.loads(path.read_text())
-    prompt = runnable(convert_ui_to_api(workflow, server.get("/object_info")))
+    prompt = runnable(convert_ui_to_api(workflow, server.get("/object_info")), LORA)
     run = server.run(prompt)
     assert run.error is None, run.error and run.error["exception_message"]
     samplers = [n for n, each in prompt.items() if each["class_type"] == "RFStreamingSampler"]
@@ -78,7 +50,7 @@ def test_it_converts_validates_and_runs_to_a_video_of_its_prompt(
     for node in samplers:
         images = images_of(video_of(server, run.output(node)))
         assert len(images) >= 9 and images.std() > 5  # something is to be seen
-        if path.stem == "lora":  # random weights: the style is nobody's
+        if path == GRAPHS["lora"].path:  # random weights: the style is nobody's
             continue
         shown = torch.from_numpy(images[-48:]).permute(0, 3, 1, 2) / 255
         scores = score(shown, last_prompt(prompt, node))
@@ -87,12 +59,32 @@ def test_it_converts_validates_and_runs_to_a_video_of_its_prompt(
         assert set(followed.values()) == {1.0}, followed
 
 
-def test_comfyui_lists_every_workflow_as_a_template(server: Server) -> None:
+def test_comfyui_lists_every_workflow_as_a_template_the_demo_first_by_name(server: Server) -> None:
+    assert [path.stem for path in FILES] == [graph.title for graph in GRAPHS.values()]
     listed = server.get("/api/workflow_templates")["ComfyUI-RewardForcing"]
     assert sorted(listed) == [path.stem for path in FILES]
     for path in FILES:
-        assert path.with_suffix(".jpg").stat().st_size < 200_000
-        assert server.get(f"/api/workflow_templates/ComfyUI-RewardForcing/{path.name}")
+        assert server.get(f"/api/workflow_templates/ComfyUI-RewardForcing/{quote(path.name)}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_template_is_shown_as_a_small_moving_picture(path: Path) -> None:
+    file = path.with_suffix(".jpg")
+    assert file.stat().st_size < 150_000
+    with Image.open(file) as image:
+        frames = [
+            np.asarray(frame.convert("RGB"), float) for frame in ImageSequence.Iterator(image)
+        ]
+    moved = [np.abs(a - b).mean() for a, b in pairwise(frames)]
+    assert len(frames) > 20 and np.mean(moved) > 1
+
+
+def test_the_lora_template_says_what_to_choose_where_it_is_chosen(server: Server) -> None:
+    workflow = json.loads(GRAPHS["lora"].path.read_text())
+    (loader,) = [each for each in workflow["nodes"] if OWN_LORA in str(each["widgets_values"])]
+    assert "LoRA" in loader["title"]
+    prompt = runnable(convert_ui_to_api(workflow, server.get("/object_info")), OWN_LORA)
+    assert OWN_LORA in server.refusal(prompt)
 
 
 class OpenedError(Exception):
