@@ -541,12 +541,6 @@ def number_of(node: Any) -> str | None:
     return getattr(node.hidden, "unique_id", None)
 
 
-def say(node_id: str | None, text: str) -> None:
-    """Text on a node, as the frontend shows it by itself."""
-    if node_id is not None and (server := _server()) is not None:
-        server.send_progress_text(text, node_id, server.client_id)
-
-
 def show_images(node_id: str | None, images: Tensor) -> None:
     """A chunk's finished images [T, H, W, 3], uint8, on the node that makes them; from any thread.
 

@@ -239,7 +239,6 @@ class StreamingSampler(io.ComfyNode):
         outputs = _outputs(request, made, snapshot, format)
         lines = [_told(request, made, peak), *doubtful(model, vae), *late(request)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
-        host.say(host.number_of(cls), text)
         shown: dict[str, Any] = {"text": (text,)}
         if path is not None:
             saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)

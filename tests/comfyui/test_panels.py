@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,69 @@ def test_the_presets_come_with_the_node_s_definition(
 ) -> None:
     about = server.get("/object_info/RFSinkConfig")["RFSinkConfig"]["input"]["required"]
     assert json.loads(json.dumps(about["preset"][1]["presets"])) == presets
+
+
+RUN = """
+() => new Promise((resolve) => {
+  const {api} = window.comfyAPI.api;
+  for (const kind of ["execution_error", "execution_success"])
+    api.addEventListener(kind, () => resolve(kind), {once: true});
+  window.comfyAPI.app.app.queuePrompt(0);
+})
+"""
+LINK = """
+([from, output, to, input]) => {
+  const {graph} = window.comfyAPI.app.app;
+  const [a, b] = [from, to].map((type) => graph.nodes.find((node) => node.type === type));
+  const slots = [[a.outputs, output], [b.inputs, input]].map(([all, name]) =>
+    all.findIndex((each) => each.name === name));
+  a.connect(slots[0], b, slots[1]);
+}
+"""
+BOXES = """
+() => [...document.querySelectorAll("table tr")].map((row) =>
+  [...row.cells].map((cell) => [cell.textContent, cell.getBoundingClientRect().x]))
+"""
+SCRIPT = (
+    "0s: a blue square moves up quickly\n5s [recache]: a cyan circle moves right slowly\n"
+    "+4s [blend 3 slerp]: a yellow square moves left\nc18 [cut]: a purple triangle moves down"
+)
+
+
+@RENDERERS
+def test_a_schedule_shows_its_table_in_columns_to_stay(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    name = "vue" if vue_nodes else "canvas"
+    with page_of(server, vue_nodes) as page:
+        types = ["RFLoadDemo", "RFPromptSchedule", "PreviewAny"]
+        page.evaluate(ADD, [types, [{}, {"text": SCRIPT, "length": 16.0}]])
+        page.evaluate(LINK, ["RFLoadDemo", "CLIP", "RFPromptSchedule", "clip"])
+        page.evaluate(LINK, ["RFPromptSchedule", "table", "PreviewAny", "source"])
+        for _ in range(2):  # the second time all is cached
+            assert page.evaluate(RUN) == "execution_success"
+            page.wait_for_timeout(2000)
+            look(page, tmp_path / f"schedule-{name}.png")
+            rows = page.evaluate(BOXES)
+            assert [row[0][0] for row in rows] == ["chunk", "0", "7", "12", "18"]
+            modes = ["mode", "start", "recache", "blend 3 slerp", "cut"]
+            assert [row[2][0] for row in rows] == modes
+            for column in zip(*rows, strict=True):
+                assert len({round(x) for _, x in column}) == 1
+            assert all(a[1] < b[1] for row in rows for a, b in pairwise(row))
+
+
+@RENDERERS
+def test_what_a_node_tells_at_its_end_stays_on_it_once(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    name = "vue" if vue_nodes else "canvas"
+    with page_of(server, vue_nodes) as page:
+        page.evaluate(ADD, [["RFModelInfo"], [{"model_name": "demo.safetensors"}]])
+        for _ in range(2):
+            assert page.evaluate(RUN) == "execution_success"
+            page.wait_for_timeout(3000)
+            look(page, tmp_path / f"text-{name}.png")
+            assert page.get_by_text("layout").count() == 1
+            saved = page.evaluate(SAVE)["nodes"][0]
+            assert saved["widgets_values"] == ["demo.safetensors"]
