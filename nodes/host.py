@@ -617,12 +617,6 @@ def number_of(node: Any) -> str | None:
     return getattr(node.hidden, "unique_id", None)
 
 
-def say(node_id: str | None, text: str) -> None:
-    """Text on a node, as the frontend shows it by itself."""
-    if node_id is not None and (server := _server()) is not None:
-        server.send_progress_text(text, node_id, server.client_id)
-
-
 def show(node_id: str | None, shown: dict[str, Any]) -> None:
     """What a node shows at its end, where it ends otherwise than by returning it."""
     server, context = _server(), get_executing_context()

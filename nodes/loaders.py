@@ -21,6 +21,8 @@ PRESETS = {
 }
 """Sinks by name; the first is what a checkpoint that says nothing gets."""
 CUSTOM = "Custom"
+PRESET_VALUES = ("window_frames", "sink_frames", "decay", "accumulator")
+"""What a preset sets: the widgets below it."""
 
 
 class LoadModel(io.ComfyNode):
@@ -114,6 +116,12 @@ class SinkConfig(io.ComfyNode):
                     tooltip="Published: the paper's. Long: a longer memory that forgets its start "
                     "sooner. Static sink: the opening never fades; steady look, less motion. No "
                     "sink: only the last frames count; freest, drifts soonest.",
+                    extra_dict={  # which `web/sink_config.js` shows
+                        "presets": {
+                            name: {value: getattr(config, value) for value in PRESET_VALUES}
+                            for name, config in PRESETS.items()
+                        }
+                    },
                 ),
                 io.Int.Input(
                     "window_frames",

@@ -40,7 +40,6 @@ class LoadLoRA(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -51,5 +50,4 @@ class LoadLoRA(io.ComfyNode):
     @spoken
     def execute(cls, model: Any, lora_name: str, strength_model: float) -> io.NodeOutput:
         patched, text = host.with_lora(model, host.lora_path(lora_name), strength_model)
-        host.say(host.number_of(cls), text)
         return io.NodeOutput(patched, ui=ui.PreviewText(text))

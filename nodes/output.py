@@ -39,7 +39,6 @@ class SaveState(io.ComfyNode):
                 io.String.Input("name", default="stream", tooltip="Name without folder or ending."),
             ],
             outputs=[RFState.Output(display_name="state")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -57,7 +56,6 @@ class SaveState(io.ComfyNode):
         path = _free(folder, name)
         state.snapshot.save(path)
         text = f"{path.name}: {_told(state.snapshot)}"
-        host.say(host.number_of(cls), text)
         return io.NodeOutput(state, ui=ui.PreviewText(text))
 
 
@@ -78,7 +76,6 @@ class LoadState(io.ComfyNode):
                 )
             ],
             outputs=[RFState.Output(display_name="state")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -96,8 +93,7 @@ class LoadState(io.ComfyNode):
     def execute(cls, name: str) -> io.NodeOutput:
         snapshot = Snapshot.load(host.state_folder() / name)
         state = State(snapshot=snapshot, source={"file": name})
-        host.say(host.number_of(cls), text := _told(snapshot))
-        return io.NodeOutput(state, ui=ui.PreviewText(text))
+        return io.NodeOutput(state, ui=ui.PreviewText(_told(snapshot)))
 
 
 class ModelInfo(io.ComfyNode):
@@ -119,7 +115,6 @@ class ModelInfo(io.ComfyNode):
                 )
             ],
             outputs=[io.String.Output(display_name="text")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -128,7 +123,6 @@ class ModelInfo(io.ComfyNode):
     def execute(cls, model_name: str) -> io.NodeOutput:
         found = read_checkpoint(host.model_path(model_name))
         text = describe(replace(found, path=Path(model_name)))  # where a server keeps it is its own
-        host.say(host.number_of(cls), text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..rf_core.prompts import (
     ChunkClock,
@@ -13,8 +13,8 @@ from ..rf_core.prompts import (
     TimelineError,
     format_table,
     parse_timeline,
+    table_rows,
 )
-from . import host
 from .border import spoken, words
 from .ignored import ignored_of_prompt
 from .loaders import CATEGORY
@@ -147,7 +147,6 @@ class PromptSchedule(io.ComfyNode):
                 RFTimeline.Output(display_name="timeline"),
                 io.String.Output(display_name="table"),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=False,
             has_intermediate_output=True,
         )
@@ -173,10 +172,9 @@ class PromptSchedule(io.ComfyNode):
             resolved = timeline.resolve(clock)
         embeds = {entry.text: encode(clip, entry.text) for entry in resolved}
         table = format_table(resolved)
-        host.say(host.number_of(cls), table)
-        return io.NodeOutput(
-            Timeline(timeline=timeline, embeds=embeds), table, ui=ui.PreviewText(table)
-        )
+        rows = [(chunk, starts, *rest) for chunk, _, starts, *rest in table_rows(resolved)]
+        shown = {"text": [table], "rows": rows}  # as `web/told.js` shows it
+        return io.NodeOutput(Timeline(timeline=timeline, embeds=embeds), table, ui=shown)
 
 
 def encode(clip: Any, text: str) -> Any:

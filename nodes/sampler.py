@@ -269,7 +269,6 @@ class StreamingSampler(io.ComfyNode):
         lines = [_told(request, made, peak), *_alone(request, join)]
         lines += [*doubtful(model, vae), *late(request)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
-        host.say(request.node_id, text)
         return io.NodeOutput(*outputs, ui=_shown(request, text))
 
 
@@ -287,7 +286,6 @@ def _shown(request: Request, text: str) -> dict[str, Any]:
 def _show(request: Request, text: str) -> None:
     """Show a run that was stopped as one that ends is shown."""
     host.log(text)
-    host.say(request.node_id, text)
     if request.node_id is not None:
         host.show(request.node_id, _shown(request, text))
 

@@ -379,17 +379,23 @@ def parse_timeline(text: str) -> PromptTimeline:
     return PromptTimeline(entries=tuple(entries), global_prefix=prefix)
 
 
-def format_table(resolved: Sequence[ResolvedEntry], width: int = 100) -> str:
-    """The resolved timeline as aligned text for a terminal, prompts cut to fit `width` columns."""
-    rows = [("chunk", "seconds", "starts", "mode")]
+def table_rows(resolved: Sequence[ResolvedEntry]) -> list[tuple[str, str, str, str, str]]:
+    """The resolved timeline as rows of text, the first of them the columns' names."""
+    rows = [("chunk", "seconds", "starts", "mode", "prompt")]
     for entry in resolved:
         mode = str(entry.switch) if entry.chunk else "start"
-        rows.append((str(entry.chunk), f"{entry.seconds:.2f}", _clock_text(entry.seconds), mode))
-    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        starts = _clock_text(entry.seconds)
+        rows.append((str(entry.chunk), f"{entry.seconds:.2f}", starts, mode, entry.text))
+    return rows
+
+
+def format_table(resolved: Sequence[ResolvedEntry], width: int = 100) -> str:
+    """The resolved timeline as aligned text for a terminal, prompts cut to fit `width` columns."""
+    rows = table_rows(resolved)
+    sizes = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     room = max(width - sum(sizes) - 2 * len(sizes), 10)
     lines = []
-    prompts = ["prompt", *(entry.text for entry in resolved)]
-    for (chunk, seconds, starts, mode), prompt in zip(rows, prompts, strict=True):
+    for chunk, seconds, starts, mode, prompt in rows:
         numbers = f"{chunk:>{sizes[0]}}  {seconds:>{sizes[1]}}  {starts:>{sizes[2]}}"
         lines.append(f"{numbers}  {mode:<{sizes[3]}}  {_shorten(prompt, room)}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -196,24 +197,21 @@ def thumbnail(made: list[np.ndarray], graph: Graph, path: Path) -> None:
 
 def main() -> None:
     """Draw and save all of them."""
-    project = (ROOT / "pyproject.toml").read_text()
-    version = next(
-        line.split('"')[1] for line in project.splitlines() if line.startswith("version")
-    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     with tempfile.TemporaryDirectory() as base:
         write_models(Path(base) / "models")
         server = Server(Path(base))
         try:
-            draw_all(server, version)
+            draw_all(server, project)
         finally:
             server.stop()
 
 
-def draw_all(server: Server, version: str) -> None:
+def draw_all(server: Server, project: dict[str, Any]) -> None:
     """Every workflow, its thumbnail, and the English locale."""
     about = {
         "comfy": server.get("/system_stats")["system"]["comfyui_version"],
-        "pack": {"name": "comfyui-rewardforcing", "version": version},
+        "pack": {"name": project["name"], "version": project["version"]},
     }
     drawings = [Drawing(graph, about) for graph in GRAPHS.values()]
     with open_page(server.address) as (page, errors):

@@ -45,9 +45,6 @@ def copy_pack(target: Path, without: tuple[str, ...] = ("tests/", "docs/")) -> N
             shutil.copy2(ROOT / name, target / name)
 
 
-TEXT = (3).to_bytes(4, "big")  # how a binary message that is text begins
-
-
 @dataclass
 class Run:
     """What a queued prompt did."""
@@ -56,8 +53,6 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
     """Pictures that ComfyUI sends of latents."""
-    texts: list[str] = field(default_factory=list)
-    """What nodes say, each after its number."""
     interrupted_after: int = 0
     """Steps that were done when the interrupt was asked for."""
 
@@ -161,9 +156,7 @@ class Server:
             async with asyncio.timeout(RUN_SECONDS):
                 async for message in socket:
                     if message.type == aiohttp.WSMsgType.BINARY:
-                        is_text = message.data[:4] == TEXT
-                        kept = message.data[8:].decode() if is_text else message.data
-                        (run.texts if is_text else run.previews).append(kept)
+                        run.previews.append(message.data)
                         continue
                     event = json.loads(message.data)
                     run.events.append(event)

@@ -251,7 +251,7 @@ def test_a_run_tells_its_file_length_and_pace_on_the_node_and_in_the_log(
     assert re.fullmatch(rf"reward_forcing_\d+_\.mp4: 21 images, 1\.31 s; {pace}", text)
     assert text in caplog.text and "chunk 1/2" not in caplog.text  # over in a moment
     rates = [float(each) for each in re.findall(r"([\d.]+) fps", text)]
-    assert rates[2] < min(rates[:2])
+    assert rates[2] <= min(rates[:2])  # as rounded
 
 
 def test_without_a_vae_it_tells_that_latents_were_made(sampled: Any) -> None:

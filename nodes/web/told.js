@@ -1,0 +1,59 @@
+// What a node tells at its end stays on it: as text, or as rows in columns. Text that comes as progress
+// goes with the run in newer frontends.
+
+import { app } from "../../scripts/app.js";
+
+const LEAST = 58; // pixels
+const MOST = 200; // then it scrolls
+
+const STYLE = `
+  overflow: auto; width: 100%; height: 100%; max-height: ${MOST}px; box-sizing: border-box;
+  padding: 4px 10px; font-size: 12px; color: var(--input-text); user-select: text;
+  white-space: pre-wrap; overflow-wrap: anywhere; font-variant-numeric: tabular-nums;
+`;
+
+function tableOf(rows) {
+  const table = document.createElement("table");
+  for (const texts of rows) {
+    const row = table.insertRow();
+    for (const text of texts) {
+      const cell = row.insertCell();
+      cell.textContent = text;
+      cell.style.cssText = "padding: 0 12px 2px 0; vertical-align: top; overflow-wrap: normal;";
+    }
+    for (const cell of [...row.cells].slice(0, -1)) cell.style.whiteSpace = "nowrap";
+  }
+  return table;
+}
+
+function textOf(lines) {
+  const text = document.createElement("div");
+  text.textContent = lines.join("\n");
+  return text;
+}
+
+function tell(node, { text, rows }) {
+  if (!text) return;
+  let widget = node.widgets?.find((each) => each.name === "told");
+  if (!widget) {
+    const element = document.createElement("div");
+    element.style.cssText = STYLE;
+    const height = () => 8 + (element.firstChild?.offsetHeight ?? 0);
+    const getMinHeight = () => Math.max(LEAST, Math.min(MOST, height()));
+    widget = node.addDOMWidget("told", "told", element, { serialize: false, getMinHeight });
+    widget.serialize = false;
+  }
+  widget.element.replaceChildren(rows ? tableOf(rows) : textOf(text));
+}
+
+app.registerExtension({
+  name: "RewardForcing.Told",
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("RF")) return;
+    const before = node.onExecuted;
+    node.onExecuted = function (output) {
+      before?.call(this, output);
+      tell(this, output);
+    };
+  },
+});
