@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomllib
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from PIL import Image, ImageDraw
 

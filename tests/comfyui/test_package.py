@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -104,3 +105,10 @@ def test_requirements_are_the_project_s_with_lower_bounds_alone(project: dict[st
     assert all(
         ">=" in each and not set("<,=").intersection(each.replace(">=", "")) for each in wanted
     )
+
+
+def test_workflows_name_the_pack_as_the_registry_does(project: dict[str, Any]) -> None:
+    saved = [path.read_text(encoding="utf-8") for path in (ROOT / "workflows").glob("*.json")]
+    nodes = [node for text in saved for node in json.loads(text)["nodes"]]
+    names = {n["properties"]["cnr_id"] for n in nodes if n["type"].startswith("RF")}
+    assert names == {project["project"]["name"]}
