@@ -26,7 +26,8 @@ from rf_core.memory.live_bytes import ghosts, peak_bytes
 from rf_core.prompts import ChunkClock, Switch
 from rf_core.weights.layouts import to_diffusers
 
-from .conftest import DEMO, PACK
+from .conftest import PACK
+from .files import DEMO
 from .files import write_lora
 from .video import images_of
 
