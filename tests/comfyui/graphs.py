@@ -253,18 +253,18 @@ GRAPHS: dict[str, Graph] = {
         chinese="EMA-Sink 的作用：相同的提示词和种子，四种 sink 设置，各 30 秒。比较最后几秒："
         "颜色是否稳定，运动是否自由。",
         nodes=demo()
-        | {"prompt": text("a red circle moves right", 1, column=0)}
+        | {"prompt": text("a red circle moves right", 0)}
         | {
             f"sink{i}": Node(
                 type="RFSinkConfig",
-                at=(1 + 2 * i, 0),
+                at=(2 + 2 * i, 0),
                 widgets={"preset": preset},
             )
             for i, preset in enumerate(SINKS)
         }
         | {
             f"stream{i}": sampler(
-                column=2 + 2 * i,
+                column=3 + 2 * i,
                 title=preset,
                 length=30.0,
                 filename_prefix=f"video/sink_{preset.lower().replace(' ', '_')}",
@@ -276,7 +276,7 @@ GRAPHS: dict[str, Graph] = {
             *(link for i in range(4) for link in fed(f"stream{i}", "prompt.CONDITIONING")),
             *((f"sink{i}.sink", f"stream{i}.sink") for i in range(4)),
         ),
-        groups={"Model and prompt · 模型与提示词": (0, 0), "Four sinks · 四种 sink": (1, 8)},
+        groups={MODEL: (0, 0), PROMPT: (1, 1), "Four sinks · 四种 sink": (2, 9)},
         compared=True,
     ),
     "start_from_image": Graph(

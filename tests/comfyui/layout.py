@@ -86,6 +86,10 @@ def behind(points: list[Point], box: Box, clear: float) -> list[Point]:
 
 def arrange(nodes: dict[str, Placed], links: list[tuple[str, str]]) -> dict[str, Point]:
     """A place for each node."""
+    for source, target in links:
+        start, end = source.partition(".")[0], target.partition(".")[0]
+        if nodes[start].column >= nodes[end].column:
+            raise ValueError(f"{source} to {target} does not go from left to right")
     lefts = _lefts(nodes)
     tops = {name: node.top for name, node in nodes.items()}
     for _ in range(MOST_MOVES):

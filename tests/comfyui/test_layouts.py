@@ -60,6 +60,9 @@ def faults(seen: dict[str, Any]) -> list[str]:
         ):
             found.append(f"{node['title']} leaves its group")
     for link in seen["links"]:
+        (start, _), (end, _) = link["ends"]
+        if end < start:
+            found.append(f"a link to {nodes[str(link['to'])]['title']} runs backwards")
         points = list(curve(*link["ends"]))
         for number, node in nodes.items():
             ends = (str(link["from"]), str(link["to"]))
