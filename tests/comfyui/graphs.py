@@ -75,6 +75,8 @@ class Graph:
     """Title to the first and last column it spans."""
     compared: bool = False
     """Whether its videos are shown side by side, and not one after the other."""
+    app: tuple[tuple[str, str], ...] = ()
+    """Node types and their widgets that App Mode shows."""
 
     @property
     def path(self) -> Path:
@@ -163,6 +165,11 @@ GRAPHS: dict[str, Graph] = {
         nodes=demo() | {"prompt": text(DEMO_PROMPT, 0), "stream": sampler()},
         links=(("demo.CLIP", "prompt.clip"), *fed("stream", "prompt.CONDITIONING")),
         groups={MODEL: (0, 0), PROMPT: (1, 1), STREAM: (2, 2)},
+        app=(
+            ("CLIPTextEncode", "text"),
+            ("RFStreamingSampler", "length"),
+            ("RFStreamingSampler", "seed"),
+        ),
     ),
     "text_to_video": Graph(
         title="02 Text to video",

@@ -1,22 +1,14 @@
-"""Has a running ComfyUI's own frontend make the groups of `blueprints.py` out of the pack's
-workflows, and saves them in subgraphs/.
-
-    python tests/comfyui/make_blueprints.py http://127.0.0.1:8188
-
-Needs Debian's chromium and playwright. Run it after `make_workflows.py`.
-"""
+"""Has the real frontend make the groups of `blueprints.py` out of the pack's workflows."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
-from blueprints import BLUEPRINTS
-from browser import open_page
-
-ROOT = Path(__file__).parents[2]
+from .blueprints import BLUEPRINTS
+from .graphs import GRAPHS
+from .server import ROOT
 
 MAKE = """
 async ([name, workflow, blueprint]) => {
@@ -55,21 +47,13 @@ async ([name, workflow, blueprint]) => {
 """
 
 
-def main(address: str) -> None:
+def make_blueprints(page: Any) -> None:
     """Make and save all of them."""
-    with open_page(address) as (page, errors):
-        for name, blueprint in BLUEPRINTS.items():
-            workflow = json.loads((ROOT / "workflows" / f"{blueprint.workflow}.json").read_text())
-            saved = json.loads(page.evaluate(MAKE, [name, workflow, asdict(blueprint)]))
-            (inside,) = saved["definitions"]["subgraphs"]
-            inside |= {"category": "Reward Forcing", "description": blueprint.description}
-            path = ROOT / "subgraphs" / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
-            print(path.name, len(inside["nodes"]), "nodes")
-        if errors:
-            raise SystemExit("\n".join(errors))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8188")
+    for name, blueprint in BLUEPRINTS.items():
+        workflow = json.loads(GRAPHS[blueprint.workflow].path.read_text())
+        saved = json.loads(page.evaluate(MAKE, [name, workflow, asdict(blueprint)]))
+        (inside,) = saved["definitions"]["subgraphs"]
+        inside |= {"category": "Reward Forcing", "description": blueprint.description}
+        path = ROOT / "subgraphs" / f"{name}.json"
+        path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+        print(path.name, len(inside["nodes"]), "nodes")

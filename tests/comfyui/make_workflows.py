@@ -1,7 +1,7 @@
 """Draws the graphs of `graphs.py` in a real ComfyUI's own frontend and saves what it saves, each
-with a moving picture of what the demo makes of it; and writes the English locale.
+with a moving picture of what the demo makes of it; then the blueprints and the English locale.
 
-    COMFYUI_PATH=... python -m tests.comfyui.make_workflows
+    COMFYUI_PATH=... python -m tests.comfyui.make_workflows [NAME ...]
 
 Needs what the tests need (`make test-comfy`). Run it when a node's sockets or widgets have changed.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from .files import LORA, write_models
 from .graphs import GRAPHS, Graph, runnable
 from .layout import BORDER, GROUP_TITLE, TITLE, Drawn, Placed, arrange, box_around
 from .locales import english
+from .make_blueprints import make_blueprints
 from .server import ROOT, Server
 from .video import images_of
 
@@ -152,6 +154,15 @@ class Drawing:
         self.note_at = (-BORDER, top - 2 * BORDER - self.note_height)
 
 
+def app_of(saved: dict[str, Any], inputs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """What a workflow shows in App Mode: inputs by node type and widget, the sampler's video."""
+    number = {node["type"]: node["id"] for node in saved["nodes"]}
+    return {
+        "inputs": [[number[node], widget] for node, widget in inputs],
+        "outputs": [number["RFStreamingSampler"]],
+    }
+
+
 def videos(server: Server, saved: dict[str, Any]) -> list[np.ndarray]:
     """What the demo makes of a workflow, one [T, H, W, 3] uint8 for each sampler."""
     prompt = runnable(convert_ui_to_api(saved, server.get("/object_info")), LORA)
@@ -208,12 +219,14 @@ def main() -> None:
 
 
 def draw_all(server: Server, project: dict[str, Any]) -> None:
-    """Every workflow, its thumbnail, and the English locale."""
+    """Every workflow, or those named, with thumbnails; all blueprints; the English locale."""
     about = {
         "comfy": server.get("/system_stats")["system"]["comfyui_version"],
         "pack": {"name": project["name"], "version": project["version"]},
     }
-    drawings = [Drawing(graph, about) for graph in GRAPHS.values()]
+    names = sys.argv[1:] or list(GRAPHS)
+    graphs = {name: GRAPHS[name] for name in names}
+    drawings = [Drawing(graph, about) for graph in graphs.values()]
     with open_page(server.address) as (page, errors):
         for vue_nodes in (True, False):
             use_renderer(page, vue_nodes)
@@ -222,10 +235,14 @@ def draw_all(server: Server, project: dict[str, Any]) -> None:
         for each in drawings:
             each.arrange()
         workflows = [each.draw(page)[0] for each in drawings]
+        for graph, saved in zip(graphs.values(), workflows, strict=True):
+            if graph.app:
+                saved["extra"]["linearData"] = app_of(saved, graph.app)
+            graph.path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+        make_blueprints(page)
         if errors:
             raise SystemExit("\n".join(errors))
-    for graph, saved in zip(GRAPHS.values(), workflows, strict=True):
-        graph.path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+    for graph, saved in zip(graphs.values(), workflows, strict=True):
         thumbnail(videos(server, saved), graph, graph.path.with_suffix(".jpg"))
         print(graph.path.name, len(saved["nodes"]), "nodes")
     texts = json.dumps(english(server.get("/object_info")), indent=2, ensure_ascii=False)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from .app_mode import with_app
 from .blueprints import BLUEPRINTS
 from .browser import chromium
+from .files import LORA
+from .graphs import GRAPHS, runnable
 from .server import ROOT, Server
 from .test_panels import LOAD, RENDERERS, RUN, page_of
-from .test_workflows import runnable
 
 NAMES = sorted(BLUEPRINTS)
 DEMO = "Text to Video Demo (Reward Forcing)"
@@ -101,15 +101,16 @@ def test_the_demo_group_runs_with_what_is_set_on_it(server: Server, vue_nodes: b
 def test_the_groups_of_the_published_weights_run(server: Server) -> None:
     with page_of(server, False) as page:
         add(page, "Text to Video (Reward Forcing)")
-        prompt = runnable(page.evaluate(PROMPT))
+        prompt = runnable(page.evaluate(PROMPT), LORA)
     assert server.run(prompt).error is None
 
 
 @needs_browser
 def test_the_demo_opens_as_an_app_and_runs(server: Server) -> None:
-    path = ROOT / "workflows" / "text_to_video_demo.json"
+    workflow = json.loads(GRAPHS["text_to_video_demo"].path.read_text())
+    workflow["extra"]["linearMode"] = True  # as the button for it does
     with page_of(server, True) as page:
-        page.evaluate(LOAD, with_app(json.loads(path.read_text())))
+        page.evaluate(LOAD, workflow)
         page.wait_for_timeout(2000)
         page.keyboard.press("Escape")  # a tour greets a new user
         for name in ("text", "length", "seed"):

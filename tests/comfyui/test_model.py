@@ -27,8 +27,7 @@ from rf_core.prompts import ChunkClock, Switch
 from rf_core.weights.layouts import to_diffusers
 
 from .conftest import PACK
-from .files import DEMO
-from .files import write_lora
+from .files import DEMO, write_lora
 from .video import images_of
 
 STUDENT = DEMO / "student.safetensors"
