@@ -383,8 +383,8 @@ GRAPHS: dict[str, Graph] = {
     "lora": Graph(
         title="10 LoRA",
         note="## LoRA\n\n**Choose your own LoRA** in the loader: any for Wan 2.1 T2V 1.3B works, "
-        "whoever trained it. Strength near 1 suits those trained on a causal student; those of the base "
-        "model often want less.",
+        "whoever trained it. Strength near 1 suits those trained on a causal student; those of the "
+        "base model often want less.",
         chinese="LoRA：请在加载器中**选择你自己的 LoRA**，"
         "适用于 Wan 2.1 T2V 1.3B 的 LoRA 均可使用，无论由哪种训练器保存。"
         "在因果学生模型上训练的 LoRA 强度约为 1；基础模型的 LoRA 通常需要更低的强度。",
