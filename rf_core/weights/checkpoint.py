@@ -13,7 +13,6 @@ so runs the released sizes only.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +28,7 @@ from ..config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
 from ..joint import lay_together
 from ..layers import SelfAttention
 from ..model import WanModel
+from ..writing import whole_file
 from . import layouts
 from .files import CheckpointError as CheckpointError
 from .files import WeightFile, parse_json, read_weights, shorten
@@ -200,7 +200,9 @@ def write_checkpoint(
     metadata = {"format": "pt", SETTINGS_KEY: json.dumps(settings)}
     if cache is not None:
         metadata["config"] = json.dumps(CAUSAL_CONFIG)
-    _write_atomically(path, tensors, metadata)
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    with whole_file(path) as part:
+        save_file(plain, part, metadata=metadata)
 
 
 def convert(
@@ -523,18 +525,6 @@ def _parse_size(path: Path, values: object) -> tuple[int, int] | None:
         case [int(height), int(width)] if height > 0 and width > 0:
             return height, width
     raise CheckpointError(f"{path}: has an unusable size {values!r}; it is [height, width]")
-
-
-def _write_atomically(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    try:
-        save_file(plain, partial, metadata=dict(metadata))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
