@@ -97,6 +97,8 @@ def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Pr
     if settled.total is not None:
         length = f"{settled.total} chunks, {settled.clock.seconds(settled.total):.2f} s"
     print(f"{settled.width}x{settled.height} at {FPS} images/s, seed {args.seed}, {length}")
+    if settled.choice is not None:
+        print(f"model: {settled.choice}")
     if settled.fit is not None:
         print(settled.fit)
     if told := _told_dtype(args, settled.options):
