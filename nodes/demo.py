@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..rf_core import text
 from ..rf_core.decoders import vae_files
+from ..rf_core.weights.files import read_weights
 from . import host
 
 DEMO = Path(__file__).parents[1] / "rf_core" / "demo"
@@ -35,14 +34,14 @@ def load_model() -> Any:
 
 def load_vae() -> Any:
     """The demo's VAE as a VAE."""
-    weights = with_idle_blocks(vae_files.vae_state_dict(load_file(VAE)))
+    weights = with_idle_blocks(vae_files.vae_state_dict(read_weights(VAE).tensors))
     return host.build_vae(weights, _latents())
 
 
 def load_clip() -> Any:
     """The demo's text encoder as a CLIP."""
-    about = json.loads(_metadata(TEXT_ENCODER)[text.METADATA_KEY])
-    return host.build_clip(load_file(TEXT_ENCODER), about["umt5"], about["text_len"])
+    about = json.loads(read_weights(TEXT_ENCODER).metadata[text.METADATA_KEY])
+    return host.build_clip(read_weights(TEXT_ENCODER).tensors, about["umt5"], about["text_len"])
 
 
 def with_idle_blocks(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,14 +72,9 @@ def _idle(weights: dict[str, Tensor], before: str, name: str) -> Tensor:
 
 
 def _latents() -> Any:
-    metadata = _metadata(VAE)
+    metadata = read_weights(VAE).metadata
     scales = vae_files.normalisation_of(metadata)
     rgb = torch.tensor(json.loads(metadata["latent_rgb"]))
     return host.latent_format(
         scales["latent_mean"], scales["latent_std"], rgb[:, :-1].T.tolist(), rgb[:, -1].tolist()
     )
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}

@@ -28,6 +28,7 @@ from .generate import generate, open_networks, open_stream, open_text_encoder
 from .options import Options, Plan, plan
 from .pace import Progress
 from .prompts import PromptTimeline, Switch
+from .writing import write_text
 
 _SAMPLE = 1 << 20  # bytes read at either end of a file to know it again
 _SLUG = 40  # characters of the prompt in a name
@@ -212,9 +213,7 @@ class _Manifest:
         if entry["file"] in self._listed:
             return
         self._lines.append(json.dumps(entry))
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text("\n".join(self._lines) + "\n", encoding="utf-8")
-        part.replace(self._path)
+        write_text(self._path, "\n".join(self._lines) + "\n")
 
 
 def _entries(folder: Path) -> Iterator[dict[str, Any]]:

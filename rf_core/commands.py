@@ -44,6 +44,7 @@ from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_
 from .stream import Stream
 from .weights.checkpoint import convert, describe, read_checkpoint
 from .weights.lora import parse_lora_argument
+from .writing import write_text
 
 Load = Callable[[Plan], tuple[Stream, dict[str, Tensor]]]
 GRAPHS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
@@ -96,6 +97,8 @@ def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Pr
     if settled.total is not None:
         length = f"{settled.total} chunks, {settled.clock.seconds(settled.total):.2f} s"
     print(f"{settled.width}x{settled.height} at {FPS} images/s, seed {args.seed}, {length}")
+    if settled.choice is not None:
+        print(f"model: {settled.choice}")
     if settled.fit is not None:
         print(settled.fit)
     if told := _told_dtype(args, settled.options):
@@ -307,7 +310,7 @@ def _graphs(args: argparse.Namespace) -> bool:
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        write_text(path, json.dumps(result, indent=2))
 
 
 class _ProgressLine:

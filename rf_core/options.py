@@ -149,6 +149,8 @@ class Plan:
     """Each prompt with the chunk it starts at."""
     snapshot: Snapshot | None
     """The state to go on from."""
+    choice: str | None = None
+    """Which network of the model's file is taken; None where there is but one."""
     fit: Fit | None = None
     """What was chosen to suit the memory; None where all was given."""
 
@@ -214,6 +216,7 @@ def plan(options: Options) -> Plan:
         total=total,
         prompts=options.timeline.resolve(clock, total),
         snapshot=snapshot,
+        choice=checkpoint.choice,
     )
     _check_resume(settled, made)
     return _placed(settled)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +22,8 @@ from .config import CacheConfig
 from .decoders.decoder import DecoderState
 from .kv_cache import KVCache
 from .prompts import Interpolation
+from .weights.files import CheckpointError, parse_json, read_weights
+from .writing import whole_file
 
 FORMAT = "reward-forcing-stream-1"
 METADATA_KEY = "rf_stream"
@@ -106,25 +107,20 @@ class Snapshot:
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file; a file already there is replaced only when all is written."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        try:
+        with whole_file(path) as part:
             save_file(tensors, part, metadata={METADATA_KEY: json.dumps(self.facts)})
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path | str) -> Snapshot:
         """Read a file written by `save`; ValueError says what is wrong with it."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"there is no snapshot at {path}; check the path")
         try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise ValueError(f"there is no snapshot at {path}; check the path") from None
-        except (SafetensorError, OSError) as error:
+            file = read_weights(path)
+            facts = parse_json(path, file.metadata.get(METADATA_KEY, "{}"))
+        except (CheckpointError, OSError) as error:
             raise ValueError(
                 f"{path} cannot be read as a snapshot ({error}); it may be cut short: "
                 "take an earlier one"
@@ -134,7 +130,7 @@ class Snapshot:
                 f"{path} is not a stream snapshot of this version (format {facts.get('format')!r}, "
                 f"{FORMAT!r} is read); save it again with this version"
             )
-        return cls(tensors=tensors, facts=facts)
+        return cls(tensors=file.tensors, facts=facts)
 
 
 def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False) -> Snapshot:

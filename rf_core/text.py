@@ -12,9 +12,7 @@ import gc
 import html
 import json
 import logging
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +23,8 @@ from torch import Tensor
 
 from .config import WAN_1_3B
 from .devices import empty_caches
+from .weights.files import parse_json, read_weights
+from .writing import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -270,25 +270,24 @@ def save_text_encoder(path: str | Path, encoder: UMT5Encoder) -> None:
     }
     config = {field: getattr(encoder.model.config, field) for field in _CONFIG_FIELDS}
     about = {"umt5": config, "tokenizer": "bytes", "text_len": encoder.text_len}
-    save_file(weights, str(path), metadata={METADATA_KEY: json.dumps(about)})
+    with whole_file(path) as part:
+        save_file(weights, part, metadata={METADATA_KEY: json.dumps(about)})
 
 
 def _load_file(
     path: Path, tokenizer: str | Path | None, device: torch.device | str, dtype: torch.dtype
 ) -> tuple[Any, Tokenize, int]:
-    from transformers import UMT5Config
-
-    weights, metadata = _read_file(path)
+    file = read_weights(path)
+    weights, metadata = file.tensors, file.metadata
     tokenize: Tokenize = byte_ids
     if METADATA_KEY in metadata:
-        about = json.loads(metadata[METADATA_KEY])
-        if about["tokenizer"] != "bytes" or tokenizer is not None:
+        about = parse_json(path, metadata[METADATA_KEY])
+        if about.get("tokenizer") != "bytes" or tokenizer is not None:
             raise ValueError(
-                f"{path} reads {about['tokenizer']} and was given the tokenizer {tokenizer}; "
+                f"{path} reads {about.get('tokenizer')} and was given the tokenizer {tokenizer}; "
                 "this version knows 'bytes', which takes none"
             )
-        config = UMT5Config(**about["umt5"], **_ATTENTION)
-        text_len = int(about["text_len"])
+        config, text_len = _recorded_config(path, about, len(weights))
     else:
         weights = _encoder_weights(path, weights)
         config = _config_of(path, weights)
@@ -297,26 +296,19 @@ def _load_file(
     return _build(path, config, _plain(path, weights, device, dtype)), tokenize, text_len
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped from the disk where the format allows, and text metadata."""
-    from safetensors import SafetensorError, safe_open
+def _recorded_config(path: Path, about: Mapping[str, Any], most: int) -> tuple[Any, int]:
+    """The sizes and the length of prompts that `save_text_encoder` wrote."""
+    from transformers import UMT5Config
 
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), framework="pt") as file:
-                keys = file.keys()
-                return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-        tensors = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        sizes = {name: about["umt5"][name] for name in _CONFIG_FIELDS}
+        if sizes["num_layers"] > most:
+            raise ValueError(f"{sizes['num_layers']} layers of {most} tensors")
+        return UMT5Config(**sizes, **_ATTENTION), int(about["text_len"])
+    except Exception as error:  # transformers checks some of it, with errors of its own
         raise ValueError(
-            f"{path} cannot be read ({_first_line(error)}): it is cut off or of another kind; "
-            "download it again"
+            f"{path} records sizes that cannot be used ({_first_line(error)}); get it again"
         ) from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} holds a {type(tensors).__name__}; a dict of weights is needed")
-    return {k: v for k, v in tensors.items() if isinstance(v, Tensor)}, {}
 
 
 def _encoder_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

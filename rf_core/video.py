@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import FPS
+from .writing import whole_file
 
 _BT709 = 1  # the number of BT.709 as matrix, primaries and transfer (ITU-T H.273, tables 2 to 4)
 _BT601 = 5
@@ -343,8 +344,7 @@ def _copy_stream(
     """
     import av
 
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as part:
         with _open(path) as source:
             stream = source.streams.video[0]
             layout = "frag_keyframe+empty_moov+default_base_moof" if fragmented else "faststart"
@@ -358,9 +358,6 @@ def _copy_stream(
                 copied = _copy_packets(source, target, num_images)
         if copied < (num_images or 1):
             raise ValueError(f"{path} holds {copied} whole images, {num_images or 1} are needed")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _copy_packets(source: Any, target: Any, num_images: int | None) -> int:

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,66 @@ def test_a_bundle_without_an_ema_gives_its_generator(tmp_path):
     checkpoint = read_checkpoint(tmp_path / "model.pt")
     assert checkpoint.submodel == "generator"
     assert_same(checkpoint.tensors, networks["generator"])
+
+
+@pytest.mark.parametrize(
+    ("raw", "average"),
+    [
+        ("model", "ema"),
+        ("model", "model_ema"),
+        ("model", "ema_model"),
+        ("state_dict", "ema_state_dict"),
+        ("generator", "generator_ema"),
+        ("generator", "ema"),
+        ("net", "net_ema"),
+        ("online_model", "ema_model"),  # ema_pytorch's
+        ("model", "ema.shadow"),
+        ("model", "ema_0.9999"),
+        ("state_dict.model", "state_dict.model_ema"),
+        ("module", "averaged_model"),
+    ],
+)
+def test_an_average_goes_before_the_raw_weights_and_says_so(tmp_path, raw, average):
+    weights = {raw: weights_of(seed=1), average: weights_of(seed=2), "critic": weights_of(seed=3)}
+    flat = {f"{name}.{key}": t for name, each in weights.items() for key, t in each.items()}
+    save_file(flat | {"step": torch.tensor(7)}, tmp_path / "model.safetensors")
+    found = read_checkpoint(tmp_path / "model.safetensors")
+    assert_same(found.tensors, weights[average])
+    assert found.submodel == average
+    row = next(line for line in describe(found).splitlines() if line.startswith("sub-model"))
+    assert found.choice in row
+    assert "critic" in row
+    assert found.choice.startswith(f"{average}, an average over training, is taken (also there: ")
+
+
+def test_the_raw_weights_beside_an_average_can_be_asked_for(tmp_path):
+    weights = {"model": weights_of(seed=1), "ema": weights_of(seed=2)}
+    torch.save(weights | {"step": 3}, tmp_path / "model.pt")
+    found = read_checkpoint(tmp_path / "model.pt", submodel="model")
+    assert_same(found.tensors, weights["model"])
+    assert found.choice == "model is taken (also there: ema)"
+    assert found.choice in describe(found)
+    assert "has no sub-model 'emma'; it holds ema, model" in error_of(
+        tmp_path / "model.pt", submodel="emma"
+    )
+
+
+def test_an_average_of_another_network_is_not_taken_for_the_students(tmp_path):
+    weights = {"generator": weights_of(seed=1), "critic_ema": weights_of(seed=2)}
+    torch.save(weights, tmp_path / "model.pt")
+    assert_same(read_checkpoint(tmp_path / "model.pt").tensors, weights["generator"])
+
+
+def test_two_averages_ask_which_one(tmp_path):
+    names = ("model", "ema_0.99", "ema_0.999")
+    torch.save({name: weights_of(seed=i) for i, name in enumerate(names)}, tmp_path / "model.pt")
+    assert "several networks (ema_0.99, ema_0.999, model)" in error_of(tmp_path / "model.pt")
+
+
+def test_a_file_of_one_network_names_no_choice(tmp_path):
+    torch.save({"model": weights_of()}, tmp_path / "model.pt")
+    found = read_checkpoint(tmp_path / "model.pt")
+    assert found.choice is None and found.submodel == ""
 
 
 def test_a_bundle_flattened_into_safetensors_reads_like_the_nested_one(tmp_path):
@@ -321,12 +382,18 @@ def test_a_checkpoint_of_another_size_is_refused_with_both_sizes(tmp_path):
 
 
 def test_a_14b_wan_is_named_where_a_small_one_is_expected(tmp_path):
-    # Meta tensors cannot be saved, so the file holds zeros of stride 0; 14B of them take no disk.
+    # A file with a hole in it for 14B parameters takes no disk.
     big = ModelConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
-    state = WanModel(big, device="meta").state_dict()
-    torch.save({k: torch.zeros(()).expand(t.shape) for k, t in state.items()}, tmp_path / "14b.pt")
+    header, end = {}, 0
+    for key, tensor in WanModel(big, device="meta").state_dict().items():
+        offsets = [end, end := end + tensor.numel()]
+        header[key] = {"dtype": "F8_E4M3", "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    with (tmp_path / "14b.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
     with pytest.raises(CheckpointError, match=r"Wan 2\.1 T2V 14B where Wan 2\.1 T2V 1\.3B"):
-        load_student(tmp_path / "14b.pt", device="cpu", dtype=torch.float32, expected=WAN_1_3B)
+        load_student(tmp_path, device="cpu", dtype=torch.float32, expected=WAN_1_3B)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -479,7 +546,9 @@ def test_the_description_tells_what_was_found(tmp_path):
     rows = dict(line.split("  ", 1) for line in text.splitlines())
     rows = {label.strip(): value.strip() for label, value in rows.items()}
     assert rows["layout"] == "torch file, Wan names, prefix 'generator_ema.model.' removed"
-    assert rows["sub-model"] == "generator_ema (also there: critic, generator)"
+    assert rows["sub-model"] == (
+        "generator_ema, an average over training, is taken (also there: critic, generator)"
+    )
     assert rows["sizes"] == "2 layers, width 128 = 1 heads x 128, feed-forward 32"
     count = sum(tensor.numel() for tensor in weights_of().values())
     assert rows["parameters"] == f"{count:,}"
@@ -617,10 +686,50 @@ def test_an_image_to_video_wan_is_named_by_channels_and_by_keys(tmp_path):
     assert "is a VACE Wan" in error_of(tmp_path)
 
 
-def test_scaled_fp8_is_refused(tmp_path):
-    scales = {"blocks.0.ffn.0.scale_weight": torch.ones(1)}
-    save_file(weights_of() | scales, tmp_path / "wan.safetensors")
-    assert "quantised weights with scales" in error_of(tmp_path)
+FFN = "blocks.0.ffn.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"blocks.0.ffn.0.scale_weight": torch.ones(1)}, "ComfyUI's scaled fp8"),
+        ({"scaled_fp8": torch.ones(2, dtype=torch.float8_e4m3fn)}, "ComfyUI's scaled fp8"),
+        ({"blocks.0.ffn.0.comfy_quant": torch.ones(9, dtype=torch.uint8)}, "ComfyUI's mixed"),
+        ({f"{FFN}_scale": torch.ones(1), FFN: torch.ones(4).to(torch.int8)}, "int8 with scales"),
+        (
+            {f"{FFN}_scale": torch.ones(1), FFN: torch.ones(4).to(torch.float8_e4m3fn)},
+            "float8_e4m3fn with scales",
+        ),
+        ({f"{FFN}.absmax": torch.ones(4), FFN: torch.ones(4, dtype=torch.uint8)}, "bitsandbytes"),
+        ({f"{FFN}.quant_state.bitsandbytes__nf4": torch.ones(4).to(torch.uint8)}, "bitsandbytes"),
+        ({"blocks.0.ffn.0.SCB": torch.ones(4)}, "bitsandbytes"),
+        ({"blocks.0.ffn.0.qweight": torch.ones(4, dtype=torch.int32)}, "GPTQ, AWQ or SVDQuant"),
+        ({f"{FFN}._scale": torch.ones(4)}, "quanto"),
+        ({FFN: torch.ones(4, dtype=torch.int8)}, "int8"),
+    ],
+)
+def test_quantised_weights_are_refused_by_their_format(tmp_path, change, kind):
+    save_file(weights_of() | change, tmp_path / "wan.safetensors")
+    message = error_of(tmp_path)
+    assert f"has quantised weights ({kind}" in message
+    assert "use the bf16 or fp16 file" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_counters_beside_the_weights_are_left_out(tmp_path, dtype):
+    counters = {
+        "step": torch.ones((), dtype=dtype),
+        "blocks.0.self_attn.norm_q.num_batches_tracked": torch.ones(1, dtype=dtype),
+    }
+    save_file(weights_of() | counters, tmp_path / "wan.safetensors")
+    _, found = load_student(tmp_path, device="cpu", dtype=torch.float32)
+    assert_same(found.tensors, weights_of())
+    assert set(found.dtypes) == {"float32"}
+
+
+def test_complex_weights_are_refused_by_name(tmp_path):
+    torch.save(weights_of() | {FFN: torch.ones(32, 128) + 1j}, tmp_path / "wan.pt")
+    assert f"{FFN} is made of complex64" in error_of(tmp_path)
 
 
 def test_missing_and_unexpected_keys_are_named_and_counted(tmp_path):

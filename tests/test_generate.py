@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rf_core import devices
 from rf_core.__main__ import main
@@ -92,6 +92,21 @@ def test_a_prompt_becomes_a_video_of_the_length_asked_for(weights, tmp_path, cap
     out = capsys.readouterr().out
     assert "chunk 3/3" in out and "network" in out and "decode" in out and "2.06 s" in out
     assert not list(tmp_path.glob("*.state*"))
+
+
+def test_an_average_in_the_models_file_is_taken_and_told(weights, tmp_path, capsys):
+    raw = load_file(weights / "student.safetensors")
+    both = {"model": {key: tensor * 0.5 for key, tensor in raw.items()}, "ema": raw}
+    torch.save(both, tmp_path / "both.pt")
+    common = ("--prompt", "a cat", "--seconds", "0.5", "--model", str(tmp_path / "both.pt"))
+    common += ("--num-heads", "2", "--width", "48", "--height", "32")
+    for name, more in (("ema", ()), ("model", ("--submodel", "model"))):
+        given = arguments(weights, tmp_path / f"{name}.mp4", *common, *more)
+        assert main(given) == 0
+    out = capsys.readouterr().out
+    assert "model: ema, an average over training, is taken (also there: model)" in out
+    assert "model: model is taken (also there: ema)" in out
+    assert not np.array_equal(*(images_of(tmp_path / f"{n}.mp4") for n in ("ema", "model")))
 
 
 def test_a_timeline_is_printed_resolved_and_a_cut_makes_a_short_chunk(weights, tmp_path, capsys):

@@ -388,7 +388,7 @@ def test_cut_off_files_are_refused(
     data = path.read_bytes()
     for length in (0, 100, len(data) // 2, len(data) - 1):
         (tmp_path / name).write_bytes(data[:length])
-        with pytest.raises(ValueError, match="cut off or of another kind"):
+        with pytest.raises(ValueError, match=r"is empty|truncated|is not a checkpoint"):
             load_text_encoder(tmp_path / name, tokenizer=tokenizer_folder, **ON_CPU)
 
 
@@ -414,7 +414,7 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"shared.weight": Trap()}, tmp_path / "umt5.pth")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="may run code and is not unpickled"):
         load_text_encoder(tmp_path / "umt5.pth", **ON_CPU)
     assert not (tmp_path / "ran").exists()
 

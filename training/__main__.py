@@ -17,6 +17,7 @@ from tqdm import tqdm
 from rf_core.attention import check_device
 from rf_core.config import WAN_1_3B, WAN_14B
 from rf_core.measure.verify import Backend, Comparison, verify_folder
+from rf_core.writing import write_text
 
 from . import ode, ode_init
 from .config import from_json, to_json
@@ -139,8 +140,8 @@ def run_claims_study(args: argparse.Namespace) -> int:
     config = ClaimsConfig()
     for name in run_claims(args.out, range(args.seeds), arms, config):
         print(f"{name}: done", flush=True)
-    (args.out / "claims.md").write_text(report(args.out), encoding="utf-8")
-    (args.out / "motion.svg").write_text(motion_plot(args.out), encoding="utf-8")
+    write_text(args.out / "claims.md", report(args.out))
+    write_text(args.out / "motion.svg", motion_plot(args.out))
     strips(args.out, Measurer(config), STRIP_PROMPT).save(args.out / "strips.png")
     print(report(args.out))
     print(f"written to {args.out}: claims.md, motion.svg, strips.png")

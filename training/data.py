@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -26,6 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from rf_core.devices import empty_caches
 from rf_core.options import DEMO
 from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
+from rf_core.weights.files import read_weights
+from rf_core.writing import whole_file
 
 from .run.distributed import barrier, of_the_first, rank, shard_modules, world_size
 from .world.clips import captions, scene_of
@@ -88,7 +89,7 @@ class CachedEmbeds:
 
     shards: tuple[Path, ...]
     count: int
-    _open: dict[Path, safe_open] = field(default_factory=dict, repr=False)
+    _open: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.count
@@ -101,8 +102,13 @@ class CachedEmbeds:
         shard, place = divmod(number, SHARD_PROMPTS)
         path = self.shards[shard]
         if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path].get_tensor(str(place))
+            self._open[path] = read_weights(path).tensors  # mapped: what is asked for is read
+        found = self._open[path].get(str(place))
+        if found is None:
+            raise ValueError(
+                f"{path} lacks the prompt at {place}; delete it, to have it made again"
+            )
+        return found
 
 
 def check_prompt_files(config: DataConfig) -> None:
@@ -193,10 +199,9 @@ def encode_missing(
 
 def _write(path: Path, embeds: Sequence[Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial{rank()}")
     tensors = {str(place): _trimmed(each).cpu() for place, each in enumerate(embeds)}
-    save_file(tensors, partial)
-    partial.replace(path)
+    with whole_file(path) as part:
+        save_file(tensors, part)
 
 
 def _trimmed(embeds_SD: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from rf_core.config import SPATIAL_FACTOR, CacheConfig, SamplerConfig
 from rf_core.model import WanModel
 from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
+from rf_core.writing import whole_file
 
 from .lora import BASE, LoRAConfig, exported, merged
 from .recipes import DistilConfig
@@ -106,8 +107,7 @@ def _whole(student: WanModel) -> dict[str, Tensor]:
 def _save_adapter(
     path: Path, tensors: Mapping[str, Tensor], config: LoRAConfig, note: Mapping[str, Any]
 ) -> None:
-    partial = path.with_suffix(".partial")
     plain = {name.replace(BASE, ""): tensor for name, tensor in tensors.items()}
     adapter = {name: t.contiguous() for name, t in exported(plain, config).items()}
-    save_file(adapter, partial, {PROVENANCE_KEY: json.dumps(note)})
-    partial.replace(path)
+    with whole_file(path) as part:
+        save_file(adapter, part, {PROVENANCE_KEY: json.dumps(note)})

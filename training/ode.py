@@ -23,7 +23,6 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -35,6 +34,8 @@ from rf_core.options import DEMO
 from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.stream import latent_size
 from rf_core.weights.checkpoint import read_checkpoint
+from rf_core.weights.files import parse_json, read_weights
+from rf_core.writing import whole_file
 
 from .config import difference, from_json, to_json
 from .data import CachedEmbeds, DataConfig, MemoryEmbeds, check_prompt_files, open_prompts, wan_data
@@ -310,10 +311,9 @@ def write_shard(
         "prompts": made.prompts,
         "numbers": made.numbers,
     }
-    partial = path.with_suffix(f".partial{rank()}")
     tensors = {name: getattr(made, name).contiguous() for name in ("points", "clean", "embeds")}
-    save_file(tensors, partial, {_NOTE: json.dumps(note)})
-    partial.replace(path)
+    with whole_file(path) as part:
+        save_file(tensors, part, {_NOTE: json.dumps(note)})
 
 
 @dataclass(frozen=True)
@@ -363,12 +363,15 @@ class Pairs:
     def _row(self, shard: int, place: int) -> tuple[dict[str, Tensor], tuple[str, int]]:
         path = self.shards[shard]
         if path not in self._open:
-            self._open[path] = (safe_open(path, framework="pt"), _note(path))
-        file, note = self._open[path]
-        tensors = {
-            name: file.get_slice(name)[place : place + 1] for name in ("points", "clean", "embeds")
-        }
-        return tensors, (note["prompts"][place], note["numbers"][place])
+            self._open[path] = (read_weights(path).tensors, _note(path))  # mapped, and read by rows
+        tensors, note = self._open[path]
+        try:
+            rows = {
+                name: tensors[name][place : place + 1] for name in ("points", "clean", "embeds")
+            }
+            return rows, (note["prompts"][place], note["numbers"][place])
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{path} is no whole shard of trajectories; make it again") from error
 
 
 def teacher_path(config: PairsConfig) -> Path:
@@ -403,11 +406,10 @@ def _refuse_other(path: Path, config: PairsConfig, teacher: str) -> None:
 
 
 def _note(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    metadata = read_weights(path).metadata
     if _NOTE not in metadata:
         raise ValueError(f"{path} is no shard of trajectories: its metadata lack {_NOTE}")
-    return json.loads(metadata[_NOTE])
+    return parse_json(path, metadata[_NOTE])
 
 
 def _missing(config: PairsConfig, out: Path) -> list[int]:

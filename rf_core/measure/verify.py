@@ -7,7 +7,6 @@ belong to the trainer are named and left to it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..attention import Attention, sdpa
@@ -24,6 +22,7 @@ from ..decoders.vae import VAEConfig, WanVAE
 from ..model import WanModel
 from ..scheduler import flow_to_x0, sampling_timesteps, training_sigmas, training_weights
 from ..stream import denoise
+from ..weights.files import parse_json, read_weights
 
 ATOL, RTOL = 2e-5, 1e-4  # agreed for float32, element by element
 RELATIVE_NORM = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -183,15 +182,9 @@ WHERE = dict.fromkeys(KINDS, "the engine checks it: python -m rf_core verify FOL
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any], Tensors]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); fetch it again"
-        ) from error
-    return metadata.get("kind", "unknown"), json.loads(metadata.get("config", "{}")), tensors
+    file = read_weights(path)
+    config = parse_json(path, file.metadata.get("config", "{}"))
+    return file.metadata.get("kind", "unknown"), config, file.tensors
 
 
 def _network(

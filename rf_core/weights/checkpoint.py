@@ -13,7 +13,7 @@ so runs the released sizes only.
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +29,7 @@ from ..config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
 from ..joint import lay_together
 from ..layers import SelfAttention
 from ..model import WanModel
+from ..writing import whole_file
 from . import layouts
 from .files import CheckpointError as CheckpointError
 from .files import WeightFile, parse_json, read_weights, shorten
@@ -37,7 +38,6 @@ from .lora import Lora, apply_loras
 SETTINGS_KEY = "reward_forcing"
 SETTINGS_FORMAT = 1
 HEAD_DIM = 128  # of every released Wan; shapes do not show it
-PREFERRED_SUBMODELS = ("generator_ema", "generator", "")
 CAUSAL_CONFIG = {"transformer": {"causal_ar": True}}
 
 _Config = TypeVar("_Config", ModelConfig, CacheConfig, SamplerConfig)
@@ -84,6 +84,16 @@ class Checkpoint:
         return sum(self.dtypes.values())
 
     @property
+    def choice(self) -> str | None:
+        """Which network of several is taken; None where there is but one."""
+        others = [name or "one without a name" for name in self.submodels if name != self.submodel]
+        if not others:
+            return None
+        average = ", an average over training, is" if layouts.is_average(self.submodel) else " is"
+        taken = self.submodel or "the network without a name"
+        return f"{taken}{average} taken (also there: {', '.join(others)})"
+
+    @property
     def causal(self) -> bool:
         """Whether ComfyUI core takes the file for a causal Wan."""
         try:
@@ -99,15 +109,17 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read and check a student without loading its weights.
 
-    `submodel` picks a network of a bundle; by default `generator_ema` goes before `generator`.
+    `submodel` picks a network of a bundle; by default an average over training (`generator_ema`,
+    `ema`) goes before the weights themselves (`generator`, `model`).
     `num_heads` is for files of unusual width that do not record it. CheckpointError, one sentence,
     for every file that is not a complete text-to-video Wan.
     """
     file = read_weights(path)
-    prefix, tensors, submodels = _take_submodel(file, submodel)
+    name, prefix, tensors, submodels = _take_submodel(file, submodel)
     names = "diffusers" if layouts.is_diffusers(tensors) else "Wan"
     tensors = {layouts.from_diffusers(key): tensor for key, tensor in tensors.items()}
     _require_text_to_video(file.path, tensors)
+    tensors = _without_counters(tensors)
     _require_keys(file.path, tensors)
     settings = _settings(file)
     config = _find_sizes(file, tensors, settings, num_heads)
@@ -127,7 +139,7 @@ def read_checkpoint(
         container=file.container,
         names=names,
         prefix=_prefix_on_disk(file.tensors, prefix),
-        submodel=layouts.submodel_name(prefix),
+        submodel=name,
         submodels=submodels,
         dtypes=dict(dtypes.most_common()),
         num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
@@ -200,7 +212,9 @@ def write_checkpoint(
     metadata = {"format": "pt", SETTINGS_KEY: json.dumps(settings)}
     if cache is not None:
         metadata["config"] = json.dumps(CAUSAL_CONFIG)
-    _write_atomically(path, tensors, metadata)
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    with whole_file(path) as part:
+        save_file(plain, part, metadata=metadata)
 
 
 def convert(
@@ -258,13 +272,11 @@ def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def describe(checkpoint: Checkpoint) -> str:
     """What `inspect` prints: a table of everything found."""
     c = checkpoint.config
-    others = [name for name in checkpoint.submodels if name != checkpoint.submodel]
     rows = {
         "file": str(checkpoint.path),
         "layout": f"{checkpoint.container}, {checkpoint.names} names"
         + (f", prefix {checkpoint.prefix!r} removed" if checkpoint.prefix else ""),
-        "sub-model": (checkpoint.submodel or "without a name")
-        + (f" (also there: {', '.join(others)})" if others else ""),
+        "sub-model": checkpoint.choice or checkpoint.submodel or "without a name",
         "family": family(c),
         "sizes": f"{c.num_layers} layers, width {c.dim} = {c.num_heads} heads x {c.head_dim}, "
         f"feed-forward {c.ffn_dim}",
@@ -312,23 +324,26 @@ def _describe_sampler(sampler: SamplerConfig | None) -> str:
 
 def _take_submodel(
     file: WeightFile, wanted: str | None
-) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
+) -> tuple[str, str, dict[str, Tensor], tuple[str, ...]]:
     tensors = {layouts.unwrap(key): tensor for key, tensor in file.tensors.items()}
     prefixes = _find_networks(file.path, tensors)
     by_name = {layouts.submodel_name(prefix): prefix for prefix in prefixes}
+    if len(by_name) > 1 and by_name.get(""):  # `model` beside an `ema` is a name
+        by_name = {name or prefix[:-1]: prefix for name, prefix in by_name.items()}
     if len(by_name) < len(prefixes) or len(tensors) < len(file.tensors):
         raise CheckpointError(
             f"{file.path}: holds the same network under several prefixes "
             f"({shorten(prefixes)}); save one of them alone"
         )
-    prefix = by_name[_choose(file.path, list(by_name), wanted)]
+    name = _choose(file.path, list(by_name), wanted)
+    prefix = by_name[name]
     nested = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
     own = {
         key[len(prefix) :]: tensor
         for key, tensor in tensors.items()
         if key.startswith(prefix) and not key.startswith(nested)
     }
-    return prefix, own, tuple(by_name)
+    return name, prefix, own, tuple(by_name)
 
 
 def _find_networks(path: Path, keys: Mapping[str, Tensor]) -> list[str]:
@@ -354,9 +369,10 @@ def _choose(path: Path, names: list[str], wanted: str | None) -> str:
         return wanted
     if len(names) == 1:
         return names[0]
-    for name in PREFERRED_SUBMODELS:
-        if name in names:
-            return name
+    ranks = {name: rank for name in names if (rank := layouts.preference(name)) is not None}
+    first = [name for name, rank in ranks.items() if rank == min(ranks.values())]
+    if len(first) == 1:
+        return first[0]
     raise CheckpointError(f"{path}: holds several networks ({listed}); say which is the student")
 
 
@@ -375,17 +391,36 @@ def _require_text_to_video(path: Path, tensors: Mapping[str, Tensor]) -> None:
             kind = f"an image-to-video Wan (it reads {read} channels and writes {written})"
     if kind is not None:
         raise CheckpointError(f"{path}: is {kind}; only text-to-video Wan models can stream here")
-    if layouts.is_scaled(tensors) or not all(t.is_floating_point() for t in tensors.values()):
+    expected = _expected_keys(tensors)
+    weights = [key for key in tensors if key in expected]
+    if (quantised := layouts.quantised(tensors, weights)) is not None:
         raise CheckpointError(
-            f"{path}: has quantised weights with scales beside them, which are not supported; use "
-            "the bf16 or fp16 file, or plain fp8"
+            f"{path}: has quantised weights ({quantised}), which are not supported; use the bf16 "
+            "or fp16 file, or plain fp8"
         )
+    for key in weights:
+        if tensors[key].dtype not in layouts.FLOATS:
+            raise CheckpointError(
+                f"{path}: {key} is made of {_dtype_name(tensors[key].dtype)}, which no weight is; "
+                "use the bf16 or fp16 file"
+            )
+
+
+def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the whole numbers beside weights, which trainers count steps in."""
+    expected = _expected_keys(tensors)
+    return {k: t for k, t in tensors.items() if k in expected or t.is_floating_point()}
+
+
+def _expected_keys(tensors: Iterable[str]) -> set[str]:
+    # Names depend on the number of layers alone; any width will do, and a file may name millions.
+    tiny = ModelConfig(dim=2, ffn_dim=2, freq_dim=2, text_dim=2, num_heads=1, num_layers=1)
+    layers = range(_count_layers(tensors))
+    return {re.sub(r"^blocks\.0", f"blocks.{n}", key) for key in _shapes(tiny) for n in layers}
 
 
 def _require_keys(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Names depend on the number of layers alone; any width will do.
-    tiny = ModelConfig(dim=2, ffn_dim=2, freq_dim=2, text_dim=2, num_heads=1)
-    expected = _shapes(replace(tiny, num_layers=_count_layers(tensors))).keys()
+    expected = _expected_keys(tensors)
     missing = sorted(expected - tensors.keys())
     unexpected = sorted(tensors.keys() - expected)
     if missing or unexpected:
@@ -523,18 +558,6 @@ def _parse_size(path: Path, values: object) -> tuple[int, int] | None:
         case [int(height), int(width)] if height > 0 and width > 0:
             return height, width
     raise CheckpointError(f"{path}: has an unusable size {values!r}; it is [height, width]")
-
-
-def _write_atomically(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    try:
-        save_file(plain, partial, metadata=dict(metadata))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -1,46 +1,25 @@
-"""Files of tensors, whatever their container: safetensors, torch files, and shards in a folder.
+"""Weights, wherever they lie: in a file, in shards, behind an index or in a folder.
 
-What a file is follows from its first bytes, not from its name, so that a truncated download, an
-error page saved under a checkpoint's name or a pickle of arbitrary objects ends in one clear
-sentence. Tensors stay memory-mapped where the container allows it; nothing is ever unpickled
-without `weights_only`.
+All tensors that are read come through here; `containers` has the guards.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import struct
-import zipfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from .containers import CheckpointError as CheckpointError
+from .containers import read_file, shown
+from .containers import shorten as shorten
+
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
-AGAIN = "download or copy it again"
 
 _SHARD = re.compile(r"^(?P<stem>.+)-\d+-of-(?P<count>\d+)(?P<suffix>\.\w+)$")
-_ZIP = b"PK\x03\x04"
-_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's pickled magic number
-_OTHER_FILES = {
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"GGUF": "a GGUF file, whose quantised weights are not supported",
-    b"version https://git-lfs": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
-    b"<!DOCTYPE": "a web page, saved in place of the file",
-    b"<html": "a web page, saved in place of the file",
-    b"\x80": "a Python pickle, which may run code; have it saved as safetensors where it was made",
-}
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used, with the path, what is wrong and what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +47,7 @@ def read_weights(path: str | Path) -> WeightFile:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        container, shard, header = _read_file(file)
+        container, shard, header = read_file(file)
         tensors |= shard
         metadata |= header
     if not tensors:
@@ -92,10 +71,10 @@ def parse_json(path: Path, text: str | bytes) -> dict[str, Any]:
     """A JSON object found in a file; CheckpointError where it is none."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: holds JSON that cannot be read ({error})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds JSON that is no object: {str(text)[:40]!r}")
+        raise CheckpointError(f"{path}: holds JSON that is no object: {shown(str(text), 40)}")
     return value
 
 
@@ -155,76 +134,3 @@ def _present(source: Path, files: list[Path]) -> list[Path]:
             f"({shorten(missing)}); download them into the same folder"
         )
     return files
-
-
-def _read_file(path: Path) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise CheckpointError(f"{path}: is empty; {AGAIN}")
-    if head[4:9] == b"\0\0\0\0{":  # a header's length, then the header
-        return "safetensors", *_read_safetensors(path)
-    if head.startswith(_ZIP) or head.startswith(_LEGACY_TORCH):
-        return "torch file", dict(_flatten(_read_torch(path, head.startswith(_ZIP)))), {}
-    kind = next((kind for magic, kind in _OTHER_FILES.items() if head.startswith(magic)), None)
-    raise CheckpointError(
-        f"{path}: is not a checkpoint but {kind}"
-        if kind is not None
-        else f"{path}: is not a checkpoint (it begins with {head[:8]!r}); give a safetensors or "
-        "torch file"
-    )
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    promised, size = _safetensors_size(path), path.stat().st_size
-    if size != promised:
-        what = "truncated" if size < promised else "damaged"
-        raise CheckpointError(
-            f"{path}: is {what}: it has {size:,} bytes where its header promises {promised:,}; "
-            f"{AGAIN}"
-        )
-    with safe_open(path, framework="pt", device="cpu") as file:  # maps the file, copies nothing
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def _safetensors_size(path: Path) -> int:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if 8 + length > path.stat().st_size:
-            raise CheckpointError(f"{path}: is truncated within its header; {AGAIN}")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        ends = [v["data_offsets"][1] for key, v in header.items() if key != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: has a damaged safetensors header; {AGAIN}") from error
-    return int(8 + length + max(ends, default=0))
-
-
-def _read_torch(path: Path, zipped: bool) -> object:
-    if zipped and not zipfile.is_zipfile(path):  # the directory stands at a zip file's end
-        raise CheckpointError(f"{path}: is a truncated torch file; {AGAIN}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise CheckpointError(
-            f"{path}: holds a Python object ({found[1] if found else 'of an unknown kind'}) beside "
-            "tensors, which may run code and is not unpickled; have it saved as safetensors"
-        ) from error
-    except (RuntimeError, EOFError, struct.error, IndexError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: is truncated or not a torch checkpoint; {AGAIN}") from error
-
-
-def _flatten(tree: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(tree, Tensor):
-        yield path, tree.detach()
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _flatten(value, f"{path}.{key}" if path else str(key))
-
-
-def shorten(names: list[str], limit: int = 4) -> str:
-    """The first few names, the rest counted."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

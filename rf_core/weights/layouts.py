@@ -8,13 +8,25 @@ them. Wan's own bare names are the target.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
 
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"})
 """Segments that FSDP, activation checkpointing, torch.compile and DDP put anywhere in a name."""
 
 _CONTAINERS = frozenset({"model", "diffusion_model", "transformer", "net", "state_dict"})
 """Segments that hold the network; what stands before them names a sub-model."""
+
+_AVERAGES = frozenset({"ema", "average", "averaged", "avg", "shadow", "swa"})
+"""Words in a sub-model's name that tell an average over training from the weights themselves."""
+
+_ANY_NETWORK = frozenset(
+    {"model", "diffusion", "transformer", "net", "network", "module", "online"}
+)
+_ANY_WEIGHTS = frozenset({"state", "dict", "weights", "params"})
+_STUDENT = frozenset({"generator", "student"})
 
 _ATTENTION = re.compile(r"^((?:.*?\.)?)blocks\.\d+\.(?:self_attn|cross_attn|attn1|attn2)\.")
 
@@ -111,7 +123,21 @@ _LORA_MODELS = (
     (r"(?:^|[._])vace_blocks[._]", "a VACE Wan"),
 )
 
-_QUANTISED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|comfy_quant)$")
+_QUANTISED = (
+    (r"(^|\.)(?:scaled_fp8|scale_weight|scale_input)$", "ComfyUI's scaled fp8"),
+    (r"\.comfy_quant$", "ComfyUI's mixed precision"),
+    (r"\.(?:SCB|absmax|nested_absmax|quant_map|nested_quant_map)$|\.quant_state\.", "bitsandbytes"),
+    (r"\.(?:qweight|qzeros|wscales|wzeros|g_idx)$", "GPTQ, AWQ or SVDQuant"),
+    (r"\.weight\._(?:data|scale)$", "quanto"),
+)
+_SCALE = re.compile(r"^(?P<layer>.+)\.(?:weight[_.]scale\w*|input_scale)$")
+FLOATS = frozenset(
+    {
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+    }
+)
+"""What weights may be made of."""
 
 _WAN_VARIANTS = (
     (r"(^|\.)(img_emb|k_img|image_embedder|add_k_proj)\.", "an image-to-video Wan"),
@@ -228,9 +254,45 @@ def lora_module(name: str) -> str:
     return ".".join(parts)
 
 
-def is_scaled(keys: Iterable[str]) -> bool:
-    """Whether weights are quantised with scales beside them."""
-    return any(_QUANTISED.search(key) for key in keys)
+def quantised(tensors: Mapping[str, Tensor], weights: Collection[str]) -> str | None:
+    """The format of quantised weights, by what lies beside them or by whole numbers in place of
+    `weights`; None where they are plain numbers."""
+    if kind := _first_match(tensors, _QUANTISED):
+        return kind
+    for key in tensors:
+        if match := _SCALE.match(key):
+            weight = tensors.get(f"{match['layer']}.weight")
+            return f"{'numbers' if weight is None else _name(weight)} with scales beside them"
+    packed = [key for key in weights if _is_whole(tensors[key])]
+    return f"{_name(tensors[packed[0]])}, as {packed[0]} is" if packed else None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def is_average(submodel: str) -> bool:
+    """Whether a sub-model's name says that it is an average over training."""
+    return bool(_words(submodel) & _AVERAGES)
+
+
+def preference(submodel: str) -> int | None:
+    """How late a sub-model comes when a student is looked for; None where it is another network.
+
+    `generator_ema`, then an average of no named network, `generator`, and what has no name.
+    """
+    named = _words(submodel) - _AVERAGES - _ANY_NETWORK - _ANY_WEIGHTS
+    if named - _STUDENT:
+        return None
+    return 2 * (not is_average(submodel)) + (not named)
+
+
+def _words(submodel: str) -> set[str]:
+    return {word for word in re.split(r"[._]", submodel.lower()) if word and not word.isdigit()}
 
 
 def wan_variant(keys: Collection[str]) -> str | None:

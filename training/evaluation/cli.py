@@ -21,6 +21,7 @@ import torch
 from rf_core.attention import BACKENDS
 from rf_core.devices import make_current
 from rf_core.options import DEMO
+from rf_core.writing import write_text
 
 from ..rewards.flow_motion import FlowName
 from ..world.scenes import all_captions
@@ -33,7 +34,6 @@ from .evaluate import (
     estimator_of,
     make,
     missing,
-    write_whole,
 )
 from .report import collect, format_report
 from .study import format_standings, study_results, write_study
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if args.vbench:
         report["vbench"] = {each.name: vbench_scores(each) for each in candidates}
     text = format_report(report)
-    write_whole(args.out / _REPORT, json.dumps(report, indent=1))
-    write_whole(args.out / _TABLE, text + "\n")
+    write_text(args.out / _REPORT, json.dumps(report, indent=1))
+    write_text(args.out / _TABLE, text + "\n")
     print(text)  # noqa: T201
     if args.study:
         folders = [each.folder for each in candidates]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from rf_core.prompts import PromptTimeline, Switch
 from rf_core.text import encode_prompts
 from rf_core.video import read_images
 from rf_core.weights.checkpoint import read_checkpoint
+from rf_core.writing import write_text
 
 from ..rewards.flow_motion import FlowName, flow_estimator
 from ..world.scenes import DIRECTIONS, SIZE, Wanted, parse_caption
@@ -251,13 +251,6 @@ def caption_measures(video: Tensor, caption: str) -> Measured:
     return found | {"speed_along": sum(along) / len(along)}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written, whoever else writes it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def _measuring_device(device: str) -> str:
     return device if device.startswith("cuda") else "cpu"
 
@@ -297,7 +290,7 @@ def _finish(candidate: Candidate, number: int, seed: int, estimate: FlowEstimato
         "measured_with": measuring,
         "measures": measures,
     }
-    write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
+    write_text(path.with_suffix(".json"), json.dumps(record, indent=1))
 
 
 def _record(candidate: Candidate, number: int, seed: int) -> dict[str, Any] | None:

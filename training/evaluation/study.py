@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from rf_core.video import remux
+from rf_core.writing import write_text
 
 QUESTIONS = {
     "text_alignment": "Which video shows the text better?",
@@ -129,13 +130,11 @@ def write_study(
     study = hashlib.blake2b(json.dumps(data).encode(), digest_size=5).hexdigest()
     # "<" would let a prompt end the script it stands in.
     text = json.dumps({"id": study, **data}).replace("<", "\\u003c")
-    page.write_text(
-        _TEMPLATE.read_text(encoding="utf-8").replace("__STUDY__", text), encoding="utf-8"
-    )
+    write_text(page, _TEMPLATE.read_text(encoding="utf-8").replace("__STUDY__", text))
     pairs = {row["id"]: asdict(each) for row, each in zip(shown, comparisons, strict=True)}
     key = page.with_suffix(".key.json")
     about = {"study": study, "models": sorted(clips), "pairs": pairs}
-    key.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_text(key, json.dumps(about, indent=1))
     return key
 
 

@@ -6,7 +6,6 @@ dynamic degree, is torchvision's, with weights from a file of yours: nothing is 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rf_core.weights.files import read_weights
 
 from ..evaluation.metrics import FlowEstimator, lucas_kanade, motion
 
@@ -62,8 +63,8 @@ class Raft:
             ) from None
         self.network = getattr(optical_flow, name)(weights=None, progress=False)
         try:
-            self.network.load_state_dict(_read(weights))
-        except (RuntimeError, pickle.UnpicklingError, TypeError, AttributeError) as error:
+            self.network.load_state_dict(read_weights(weights).tensors)
+        except RuntimeError as error:
             raise ValueError(
                 f"{weights} does not hold the weights of torchvision's {name} "
                 f"({str(error).splitlines()[0]}); download them again"
@@ -104,11 +105,3 @@ class FlowMotionReward:
 
 def _missing(side: int) -> int:
     return max(-side % _RAFT_UNIT, _RAFT_SMALLEST - side)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(str(path))
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rf_core.weights.files import WeightFile, read_json, read_weights
+from rf_core.writing import whole_file
 
 from ..config import build, from_json, to_json
 from .videoalign_network import Network
@@ -111,12 +112,8 @@ def convert(
     out.mkdir(parents=True, exist_ok=True)
     for name in BASE_FILES:
         shutil.copyfile(folder / name, out / name)
-    partial = out / f".{WEIGHTS}.partial"
-    try:
-        save_file(weights, partial, metadata={"format": "pt", METADATA_KEY: to_json(config)})
-        partial.replace(out / WEIGHTS)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(out / WEIGHTS) as part:
+        save_file(weights, part, metadata={"format": "pt", METADATA_KEY: to_json(config)})
 
 
 def read_converted(folder: Path) -> tuple[WeightFile, VideoAlignConfig]:

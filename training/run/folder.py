@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rf_core.writing import write_text
+
 from ..config import difference, from_json, to_json
 from .distributed import barrier, of_the_first, rank
 
@@ -50,14 +52,7 @@ def begin(config: Any, out: Path) -> None:
     barrier()
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / CONFIG, to_json(config) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is the old one until it is the new one, whole."""
-    part = path.with_name(path.name + ".partial")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+        write_text(out / CONFIG, to_json(config) + "\n")
 
 
 def forget_old(out: Path, keep: int) -> None:

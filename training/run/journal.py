@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rf_core.writing import write_text
+
 from ..trainer import Report
 from .distributed import rank
-from .folder import replace_text
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def _forget_from(path: Path, update: int) -> None:
     kept = [line for line in read_journal(path) if line["update"] < update]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     if path.exists() or text:
-        replace_text(path, text)
+        write_text(path, text)
 
 
 def _tensorboard(folder: Path, first_update: int) -> Any:

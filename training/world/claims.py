@@ -24,6 +24,7 @@ from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import load_student
+from rf_core.writing import write_text
 
 from ..config import build, changed, to_json
 from ..distil import distil
@@ -303,6 +304,4 @@ def _result(out: Path, name: str) -> Path:
 
 
 def _write(path: Path, found: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(found))

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rf_core.config import TEMPORAL_FACTOR
 from rf_core.decoders.vae import WanVAE
+from rf_core.weights.files import parse_json, read_weights
+from rf_core.writing import whole_file
 
 from .scenes import Scene, caption, render, sample_scene
 from .train_vae import from_wan, to_wan
@@ -116,9 +117,8 @@ def _write_shard(vae: WanVAE, config: ClipsConfig, path: Path, indices: range) -
 
 def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file in full or not at all."""
-    partial = path.with_suffix(".partial")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    with whole_file(path) as part:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata)
 
 
 def read_clips(folder: Path) -> Clips:
@@ -128,9 +128,9 @@ def read_clips(folder: Path) -> Clips:
         raise ValueError(f"{folder} holds no clips; run `python -m training.world clips` first")
     latents, scenes = [], []
     for path in paths:
-        with safe_open(path, framework="pt") as file:
-            latents.append(file.get_tensor("latents"))
-            note = json.loads(file.metadata()["clips"])
+        file = read_weights(path)
+        latents.append(file.tensors["latents"])
+        note = parse_json(path, file.metadata["clips"])
         indices = range(note["start"], note["start"] + len(latents[-1]))
         scenes += [scene_of(note["seed"], index) for index in indices]
     return Clips(latents=torch.cat(latents), scenes=scenes)

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, SamplerConfig
 from rf_core.model import PromptContext, WanModel
 from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.text import TextEncoder
+from rf_core.weights.files import parse_json, read_weights
 
 from .clips import Clips, write_atomically
 from .excerpts import ExcerptConfig, Excerpts, Past, Prompts, draw_excerpts, pasts
@@ -217,9 +217,9 @@ def read_pairs(folder: Path) -> Pairs:
         )
     shards, prompts, later_prompts = [], [], []
     for path in paths:
-        with safe_open(path, framework="pt") as file:
-            shards.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            note = json.loads(file.metadata()["pairs"])
+        file = read_weights(path)
+        shards.append(file.tensors)
+        note = parse_json(path, file.metadata["pairs"])
         prompts += note["prompts"]
         later_prompts += note["later_prompts"]
     joined = {name: torch.cat([shard[name] for shard in shards]) for name in (*LATENTS, "recached")}

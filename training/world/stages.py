@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.decoders.vae import WanVAE
@@ -25,6 +24,8 @@ from rf_core.decoders.vae_files import load_vae
 from rf_core.model import WanModel
 from rf_core.text import UMT5Encoder, load_text_encoder, save_text_encoder
 from rf_core.weights.checkpoint import load_student, read_checkpoint, write_checkpoint
+from rf_core.weights.files import read_weights
+from rf_core.writing import whole_file, write_text
 
 from .clips import (
     ClipsConfig,
@@ -203,7 +204,7 @@ def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig, path: 
     )
     made = [path for path in (files.vae, files.text, files.teacher, files.student) if path.exists()]
     report["made_by"] = provenance("evaluate", config, clock, made) | {"euler": asdict(euler)}
-    path.write_text(json.dumps(report, indent=1))
+    write_text(path, json.dumps(report, indent=1))
     return report
 
 
@@ -292,9 +293,9 @@ def file_hash(path: Path) -> str:
 
 def add_metadata(path: Path, extra: dict[str, str]) -> None:
     """Add to a safetensors file's metadata."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    save_file(load_file(path), path, metadata | extra)
+    file = read_weights(path)
+    with whole_file(path) as part:
+        save_file(file.tensors, part, file.metadata | extra)
 
 
 def _made(path: Path, stage: str) -> Path:

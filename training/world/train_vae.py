@@ -23,14 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange, reduce
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rf_core.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.decoders.vae_files import vae_metadata
+from rf_core.weights.files import read_weights
+from rf_core.writing import whole_file
 
 from .budget import Budget, Every, run
 from .muon import Muon
@@ -135,7 +136,7 @@ def train_vae(config: VAETrainConfig, out: Path, start: Path | None = None) -> P
     torch.manual_seed(config.seed)
     vae, average = _new_vae(config), _new_vae(config).requires_grad_(False)
     if start:
-        vae.load_state_dict(load_file(start))
+        vae.load_state_dict(read_weights(start).tensors)
     average.load_state_dict(vae.state_dict())
     matrices = _matrices(vae)
     batches, save_now, step = sample_batches(config), Every(config.checkpoint_minutes), 0
@@ -287,15 +288,13 @@ def _save(
         "quality": quality,
     }
     if start:
-        with safe_open(start, framework="pt") as file:
-            provenance["started_from"] = json.loads((file.metadata() or {})[PROVENANCE_KEY])
+        provenance["started_from"] = json.loads(read_weights(start).metadata[PROVENANCE_KEY])
     out.mkdir(parents=True, exist_ok=True)
-    path, part = out / FILE_NAME, out / f"{FILE_NAME}.part"
+    path = out / FILE_NAME
     tensors = {key: value.contiguous() for key, value in average.state_dict().items()}
-    save_file(
-        tensors, part, metadata=vae_metadata(measured) | {PROVENANCE_KEY: json.dumps(provenance)}
-    )
-    part.replace(path)  # readers never see half a file
+    metadata = vae_metadata(measured) | {PROVENANCE_KEY: json.dumps(provenance)}
+    with whole_file(path) as part:
+        save_file(tensors, part, metadata=metadata)
     return path
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...writing import write_text
+
 
 class NotRun(Exception):  # noqa: N818  # not an error
     """Raised by a stage that cannot run here, with the reason in a sentence."""
@@ -77,9 +79,7 @@ class Record:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by a whole one; numbers that JSON does not know become text."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(_plain(value), indent=1, allow_nan=False), encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
+from ...writing import write_text
 from .plan import DEADLINE, SIZES, Setting, Stage, chosen
 from .record import read_json, write_json
 from .table import format_card, stage_verdict
@@ -70,7 +71,7 @@ def run(stages: Sequence[Stage], setting: Setting, out: Path, *, deadline: float
     card["seconds"] = time.monotonic() - began
     write_json(out / "card.json", card)
     table = format_card(card, [stage.name for stage in stages])
-    (out / "table.txt").write_text(table + "\n", encoding="utf-8")
+    write_text(out / "table.txt", table + "\n")
     print(f"\n{table}", flush=True)
     return status or (0 if by_themselves else 1)
 
