@@ -18,7 +18,7 @@ import json
 import re
 from decimal import Decimal
 
-from .timeline import EXAMPLES, Entry, TimelineError, Unit, shorten
+from .timeline import EXAMPLES, Entry, Places, TimelineError, Unit, shorten
 from .times import Moment, fold, scan
 
 _UNITS_OF_FIELDS: dict[str, Unit | None] = {
@@ -105,17 +105,10 @@ class _Reader:
         self.text = text
         self.folded = folded
         self.end = len(folded.rstrip())
-        self._counted = (0, 1)
+        self.places = Places(folded)
 
     def error(self, at: int, problem: str) -> TimelineError:
-        return TimelineError(problem, *self.position(at))
-
-    def position(self, at: int) -> tuple[int, int]:
-        """Line and column; each place lies behind the one asked for before."""
-        before, line = self._counted
-        line += self.folded.count("\n", before, at)
-        self._counted = (at, line)
-        return line, at - self.folded.rfind("\n", 0, at)
+        return TimelineError(problem, *self.places.of(at))
 
     def skip(self, at: int, pattern: re.Pattern[str] = _BLANKS) -> int:
         """Behind `pattern` where it is found at `at`, else `at`."""
@@ -241,7 +234,7 @@ class _Reader:
     def _at(
         self, value: Decimal, unit: Unit, prompt: str, start: int, *, relative: bool = False
     ) -> Entry:
-        line, column = self.position(start)
+        line, column = self.places.of(start)
         return Entry(
             value=value, unit=unit, text=prompt, relative=relative, line=line, column=column
         )

@@ -4,8 +4,8 @@ A text is a timeline, and each of its lines is read as an entry or refused, if o
 
 1. A line begins as an entry of the language does, with a time and a colon (`8s:`, `8s [cut]:`), or
    with what could stand for that alone: a time of zero that brackets or a mark divide from the
-   prompt (`[0s] a`, `0s - a`, `0s | a`), a range in brackets or with a colon (`[0:05-0:10] a`,
-   `0-5s: a`), a range from zero (`0-5s a`), a line in quotes (`"0s: a"`).
+   prompt (`[0s] a`, `0s - a`, `0s | a`) or after which another follows (`0s a, 5s b`), a range in
+   brackets or with a colon (`[0:05-0:10] a`, `0-5s: a`) or from zero (`0-5s a`).
 2. Two lines, and half of all that are not indented, begin with a time that something divides from
    the prompt (`Shot 1 (3s): a`), zero or not.
 3. The first time on each of two lines or more, and half of all, is zero on the first and rises
@@ -32,8 +32,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from .pairs import looks_like_pairs, read_pairs
+from .timeline import EXAMPLES, Entry, Places, PromptTimeline, Switch, TimelineError, Unit
 from .times import Header, Moment, fold, scan, second_time, time_inside
-from .timeline import EXAMPLES, Entry, PromptTimeline, Switch, TimelineError, Unit, shorten
 
 MAX_CHARACTERS = 1_000_000
 """Of a timeline's text, far above the longest anyone writes; what is longer is another file."""
@@ -43,6 +43,7 @@ _HEADING = re.compile(r"\s*##+\s*")
 _RULE = re.compile(r"[\s|:+-]*-[\s|:+-]*")  # under a table's head, or between sections
 _FENCE = re.compile(r"\s*(?:```|~~~)\w*\s*")
 _FIELD = re.compile(r"\s*(?:prompt|text|description)\s*:", re.IGNORECASE)
+_BLOCK_MARKS = ("|", ">", "|-", ">-")  # YAML's, before text on the lines below
 _CUE_NUMBER = re.compile(r"\s*[0-9]+\s*")
 
 
@@ -50,6 +51,7 @@ class _Line(NamedTuple):
     number: int
     text: str
     folded: str
+    header: Header | None
 
     @property
     def column(self) -> int:
@@ -68,7 +70,7 @@ def parse_timeline(text: str) -> PromptTimeline:
     prefix, lines = _take_global(_lines(text.removeprefix("\ufeff")))
     headings = [line for line in lines if _HEADING.match(line.folded)]
     lines = [_cleared(line) if line.folded.lstrip().startswith("#") else line for line in lines]
-    body, folded = ("\n".join(part) for part in zip(*(line[1:] for line in lines), strict=True))
+    body, folded = ("\n".join(part) for part in zip(*(line[1:3] for line in lines), strict=True))
     if looks_like_pairs(folded):
         entries = read_pairs(body, folded)
     elif _is_timed(lines):
@@ -86,11 +88,15 @@ def parse_timeline(text: str) -> PromptTimeline:
 
 def _lines(text: str) -> list[_Line]:
     rows = text.splitlines() or [""]
-    return [_Line(number, row, fold(row)) for number, row in enumerate(rows, 1)]
+    folded = map(fold, rows)
+    return [
+        _Line(number, row, plain, scan(plain))
+        for number, (row, plain) in enumerate(zip(rows, folded, strict=True), 1)
+    ]
 
 
 def _cleared(line: _Line) -> _Line:
-    return _Line(line.number, "", "")
+    return _Line(line.number, "", "", None)
 
 
 def _take_global(lines: list[_Line]) -> tuple[str, list[_Line]]:
@@ -117,21 +123,17 @@ def _take_global(lines: list[_Line]) -> tuple[str, list[_Line]]:
 
 def _is_timed(lines: list[_Line]) -> bool:
     written = [line for line in lines if line.folded.strip()]
-    headers = [scan(line.folded) for line in written]
     # As `to_text` would write it: a header must not come about, or go, on the way there and back.
-    joined = scan(" ".join(" ".join(line.folded for line in written).replace("|", " | ").split()))
-    if any(header and _is_certain(header) for header in (*headers, joined)):
+    one = " ".join(" ".join(line.folded for line in written).replace("|", " | ").split())
+    joined = _Line(1, one, one, scan(one))
+    if any(header and _is_certain(header, text) for _, _, text, header in (*written, joined)):
         return True
-    outer = [
-        header
-        for line, header in zip(written, headers, strict=True)
-        if line.column <= written[0].column
-    ]
+    outer = [line.header for line in written if line.column <= written[0].column]
     likely = [header for header in outer if header and _is_likely(header)]
-    return 2 <= len(likely) >= len(outer) / 2 or _rises(written, headers)
+    return 2 <= len(likely) >= len(outer) / 2 or _rises(written)
 
 
-def _is_certain(header: Header) -> bool:
+def _is_certain(header: Header, line: str) -> bool:
     if header.of:
         return False
     colon = header.separator == ":" or header.mode_at >= 0
@@ -140,7 +142,14 @@ def _is_certain(header: Header) -> bool:
         return closed or (header.from_zero and (header.known or colon))
     if colon and not header.spoken and not header.bracketed:
         return True
-    return header.from_zero and (colon or (header.known and header.divided))
+    if header.start.clock and header.start.written.count(":") > 2:
+        return True
+    alone = header.spoken and header.separator == "end"
+    if not header.from_zero:
+        return False
+    prompt = line[header.text_at :].lstrip()
+    crowded = not prompt.startswith((",", ".", ";")) and second_time(prompt, header)
+    return colon or (header.known and (header.divided or alone or bool(crowded)))
 
 
 def _is_likely(header: Header) -> bool:
@@ -148,21 +157,20 @@ def _is_likely(header: Header) -> bool:
     return divided and header.known and not header.of and not header.decade
 
 
-def _rises(lines: Sequence[_Line], headers: Sequence[Header | None]) -> bool:
+def _rises(lines: Sequence[_Line]) -> bool:
     found = list[tuple[str, Fraction]]()
-    for line, header in zip(lines, headers, strict=True):
-        moment = header.start if header else time_inside(line.folded)
-        if moment and moment.number is not None and not (header and header.of):
+    for line in lines:
+        moment = line.header.start if line.header else time_inside(line.folded)
+        if moment and moment.number is not None and not (line.header and line.header.of):
             found.append(moment.place if moment.known else ("", Fraction(moment.number)))
     if len(found) < 2 or len(found) < len(lines) / 2:
         return False
     rising = all(before[1] < after[1] for before, after in pairwise(found))
-    begun = [header for header in headers if header and header.known and not header.decade]
-    return (
-        rising
-        and len({kind for kind, _ in found}) == 1
-        and (not found[0][1] or (len(found) == len(lines) and all(headers) and bool(begun)))
-    )
+    if not rising or len({kind for kind, _ in found}) != 1:
+        return False
+    begun = [line.header for line in lines if line.header and line.header.known]
+    everywhere = len(begun) == len(lines) and not all(header.decade for header in begun)
+    return everywhere or not found[0][1]
 
 
 class _Block(NamedTuple):
@@ -184,6 +192,8 @@ def _read_timed(lines: list[_Line]) -> list[Entry]:
                 f"fields are not read; write '{above.header.start}: a prompt' in one line"
             )
         elif above and (_is_deeper(line, above.line) or _takes(above, line)):
+            if fold(above.texts[0]).strip() in _BLOCK_MARKS:
+                above.texts[0] = ""
             above.texts.append(line.text)
         else:
             raise _no_entry(line)
@@ -196,13 +206,12 @@ def _without_ornaments(lines: list[_Line]) -> list[_Line]:
     """Without subtitles' numbers, a table's head and rule, and the fence around code."""
     kept = list(lines)
     for at, line in enumerate(lines):
-        below = lines[at + 1] if at + 1 < len(lines) else _Line(0, "", "")
-        header = scan(below.folded) if _CUE_NUMBER.fullmatch(line.folded) else None
-        if header and header.start.clock and header.end:
+        below = lines[at + 1].header if at + 1 < len(lines) else None
+        if below and below.start.clock and below.end and _CUE_NUMBER.fullmatch(line.folded):
             kept[at] = _cleared(line)
         elif _RULE.fullmatch(line.folded):
             kept[at] = _cleared(line)
-            if at and "|" in line.folded and not scan(lines[at - 1].folded):
+            if at and "|" in line.folded and not lines[at - 1].header:
                 kept[at - 1] = _cleared(line)
         elif _FENCE.fullmatch(line.folded) or line.folded.strip() == "WEBVTT":
             kept[at] = _cleared(line)
@@ -211,7 +220,7 @@ def _without_ornaments(lines: list[_Line]) -> list[_Line]:
 
 def _entry(line: _Line, above: _Block | None) -> Header | None:
     """What `line` begins with, if that begins an entry, be its time right or wrong."""
-    header = scan(line.folded)
+    header = line.header
     if not header or header.of:
         return None
     colon = header.separator == ":" or header.mode_at >= 0
@@ -227,7 +236,8 @@ def _prompt(line: _Line, header: Header) -> str:
     """What follows the header in its line."""
     text = line.text[header.text_at :]
     if header.quoted:
-        raise line.error(f"remove the quotes around this line; {_as_written(header, text)}")
+        time = header.start if header.start.known else "8s"
+        raise line.error(f"remove the quotes around this line; write it as '{time}: a prompt'")
     if header.row:
         text = text[: len(fold(text).rstrip().removesuffix("|"))]
     if (header.row and header.separator != "|") or (header.separator == "|" and "|" in fold(text)):
@@ -246,16 +256,15 @@ def _prompt(line: _Line, header: Header) -> str:
 
 def _takes(above: _Block, line: _Line) -> bool:
     """Whether `line` is the prompt of an entry that has none beside its time."""
-    if above.texts[0].strip():
+    if fold(above.texts[0]).strip():
         return False
-    header = scan(line.folded)
-    return not (header and header.known) or (header is not None and header.of)
+    return not line.header or not line.header.known or line.header.of
 
 
 def _no_entry(line: _Line) -> TimelineError:
-    header = scan(line.folded)
+    header = line.header
     moment = header.start if header else time_inside(line.folded)
-    if header and not header.known and (header.divided or header.from_zero):
+    if header and not header.known and (header.divided or header.from_zero or header.start.clock):
         return _unknown(line, header.end if header.start.known and header.end else moment)
     if moment and moment.known and not moment.sign and not (header and header.of):
         return line.error(
@@ -267,11 +276,6 @@ def _no_entry(line: _Line) -> TimelineError:
         "this line has no time and colon in front; begin it as in '8s [cut]: prompt', or indent "
         "it to continue the entry above"
     )
-
-
-def _as_written(header: Header, text: str) -> str:
-    shown = shorten(" ".join(text.split()).strip("\"'”’»"), 24)
-    return f"write '{header.start if header.start.known else '8s'}: {shown}'"
 
 
 def _unknown(line: _Line, moment: Moment | None) -> TimelineError:
@@ -343,20 +347,12 @@ def _read_untimed(body: str, folded: str) -> list[Entry]:
         raise TimelineError("there is no prompt; write one, such as '0s: a panda walks'", 1, 1)
     parts = folded.split("|")
     unit: Unit = "part" if len(parts) > 1 else "s"
-    offset, line, entries = 0, 1, list[Entry]()
+    places, offset, entries = Places(folded), 0, list[Entry]()
     for number, part in enumerate(parts):
-        start = offset + len(part) - len(part.lstrip())
-        line += folded.count("\n", offset, start)
-        entries.append(
-            Entry(
-                value=Decimal(number),
-                unit=unit,
-                text=body[offset : offset + len(part)].replace("\ufeff", " "),
-                line=line,
-                column=start - folded.rfind("\n", 0, start),
-            )
-        )
-        line += folded.count("\n", start, offset + len(part))
+        line, column = places.of(offset + len(part) - len(part.lstrip()))
+        text = body[offset : offset + len(part)].replace("\ufeff", " ")
+        value = Decimal(number)
+        entries.append(Entry(value=value, unit=unit, text=text, line=line, column=column))
         offset += len(part) + 1
     return entries
 

@@ -19,6 +19,7 @@ Interpolation = Literal["lerp", "slerp"]
 Unit = Literal["s", "f", "c", "part"]
 
 _LATEST = 10**9  # in any unit: years of video, and numbers that stay cheap to compute with
+# How a time is written, for messages.
 EXAMPLES = "seconds as 8s or 0:08, video frames as 96f, chunks as c40"
 
 
@@ -35,6 +36,21 @@ class TimelineError(ValueError):
 
     def __str__(self) -> str:
         return f"line {self.line}, column {self.column}: {self.problem}"
+
+
+class Places:
+    """Line and column, both from 1, of offsets in a text that are asked for in rising order."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at, self._line, self._begin = 0, 1, 0
+
+    def of(self, at: int) -> tuple[int, int]:
+        """Where the character at offset `at` stands."""
+        self._line += self._text.count("\n", self._at, at)
+        begin = self._text.rfind("\n", self._at, at) + 1
+        self._at, self._begin = at, begin or self._begin
+        return self._line, at - self._begin + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +300,10 @@ class PromptTimeline:
         return clock.num_chunks(length, unit)
 
     def to_text(self) -> str:
-        """The timeline in its language; `parse_timeline` reads an equal one back."""
+        """The timeline in its language; `parse_timeline` reads an equal one back.
+
+        It refuses one alone, that of a single prompt which itself says something like `, 8s:`.
+        """
         lines = [f"global: {self.global_prefix}"] if self.global_prefix else []
         if self.entries and self.entries[0].unit == "part":
             return "\n".join([*lines, " | ".join(entry.text for entry in self.entries)])
@@ -384,6 +403,7 @@ def _clock_text(seconds: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
+    """`text` cut to fit `width` columns of a terminal, with an ellipsis where it was cut."""
     if sum(map(_columns, text)) <= width:
         return text
     kept, room = "", width - 1

@@ -20,16 +20,15 @@ from .timeline import Mode, Unit, shorten
 
 _LONGEST_NUMBER = 40  # in digits; no time needs as many, and longer ones are slow to compute with
 
-_WORDS: dict[str, tuple[Unit, Decimal]] = {
-    word: (unit, Decimal(scale))
-    for words, unit, scale in (
-        ("s sec secs second seconds 秒 秒钟 秒鐘 秒間", "s", "1"),
-        ("ms msec msecs millisecond milliseconds 毫秒 ミリ秒", "s", "0.001"),
-        ("min mins minute minutes 分 分钟 分鐘 分間", "s", "60"),
-        ("f fr frame frames 帧 幀 コマ フレーム", "f", "1"),
-        ("c chunk chunks 块 塊", "c", "1"),
-    )
-    for word in words.split()
+_SPELLINGS: tuple[tuple[str, Unit, str], ...] = (
+    ("s sec secs second seconds 秒 秒钟 秒鐘 秒間", "s", "1"),
+    ("ms msec msecs millisecond milliseconds 毫秒 ミリ秒", "s", "0.001"),
+    ("min mins minute minutes 分 分钟 分鐘 分間", "s", "60"),
+    ("f fr frame frames 帧 幀 コマ フレーム", "f", "1"),
+    ("c chunk chunks 块 塊", "c", "1"),
+)
+_WORDS = {
+    word: (unit, Decimal(scale)) for words, unit, scale in _SPELLINGS for word in words.split()
 }
 
 _ALIKE = {
@@ -62,12 +61,12 @@ _DIGITS = r"[0-9]+(?:[.,]+[0-9]+)*"
 _UNIT = _either(" ".join(_WORDS))
 _BLANK = _pattern(r"\s*")
 _ANY_DIGIT = _pattern(r"[^0-9]{0,80}[0-9]")
-_BULLET = _pattern(r"(?:[-*>]|[0-9]{1,3}[.)])(?=\s)")
+_BULLET = _pattern(r"(?:[-*>]|\[[ x]?\]|\(?(?:[0-9]{1,3}|[a-z])[.)])(?=\s)")
 _BAR = _pattern(r"\|")
 _MARKS = _pattern(r"[\"'`*_]{1,4}")
 _LABEL = _pattern(
-    r"(?:shot|scene|clip|part|segment|beat|act|镜头|鏡頭|场景|場景|片段|分镜|シーン|カット)"
-    r"\s?#?[0-9]{1,4}(?![0-9a-z])"
+    r"(?:shot|scene|clip|part|segment|beat|act|step|prompt|镜头|鏡頭|场景|場景|片段|分镜|シーン|カット)"
+    r"\s?#?(?:[0-9]{1,4}|[一二三四五六七八九十]{1,3})(?![0-9a-z])"
 )
 _LABEL_END = _pattern(r"[,:.|-]")
 _LEAD = _pattern(r"(?:at|from|timestamp|time|t|从|從)(?![a-z])|@|第")
@@ -75,11 +74,11 @@ _LEAD_END = _pattern(r"[:=]")
 _OPEN = _pattern(r"[\[({<]")
 _CLOSE = _pattern(r"[\])}>]")
 _SIGN = _pattern(r"[+-]")
-_NAMED = _pattern(r"c(?=\s*[0-9])|(?:frames?|chunks?)(?![a-z])")
+_NAMED = _pattern(r"c(?=\s*[0-9])|(?:frames?|chunks?|seconds?)(?=\s?[0-9])")
 _CLOCK = _pattern(rf"[0-9]+(?::{_DIGITS})+(?!\s?[ap]\.?m)")
 _NUMBER = _pattern(rf"\.?{_DIGITS}")
 _MINUTES = _pattern(
-    r"(?:m|mins?|minutes?|分)\s?(?P<seconds>[0-9]{1,2}(?:\.[0-9]{1,3})?)\s?"
+    r"(?:h\s?(?P<minutes>[0-9]{1,2})\s?)?(?:m|mins?|minutes?|分)\s?(?P<seconds>[0-9]{1,2}(?:\.[0-9]{1,3})?)\s?"
     r"(?:(?:s|secs?|seconds?)(?![a-z])|秒)"
 )
 _KNOWN_UNIT = _pattern(_UNIT)
@@ -113,10 +112,11 @@ _SECOND = {
         for mark, before in ((":", ""), ("=", ""), (">", "[-=]{0,2}"), ("-", ""))
     },
     "|": _pattern(r"\|"),
+    "": _pattern(rf"(?<=[,;.!?|])\s?{_INSIDE}(?=\s+\S)"),
 }
 _SECOND_PLAIN = _pattern(
-    r"(?<![0-9a-z.,:])(?<!the )(?!0+(?:\.0+)?\s?[a-z秒])"
-    r"[0-9]{1,3}(?:\.[0-9]{1,3})?\s?(?:(?:s|secs?|seconds?|f|frames?)\s?:(?=\s+\S)|秒\s?:)"
+    r"(?<=[,;.!?|])\s?(?!0+(?:\.0+)?\s?[a-z秒])[0-9]{1,3}(?:\.[0-9]{1,3})?\s?"
+    r"(?:(?:s|secs?|seconds?|f|frames?)|秒)\s?:(?=\s*[^\s0-9])"
 )
 
 
@@ -273,7 +273,7 @@ def scan(line: str) -> Header | None:
         pass
     bar = scanner.take(_BAR)
     marks = scanner.take(_MARKS)
-    spoken = _take_label(scanner)
+    spoken, marks_end = _take_label(scanner)
     bracket = scanner.take(_OPEN)
     if scanner.take(_LEAD):
         spoken = True
@@ -283,7 +283,8 @@ def scan(line: str) -> Header | None:
     if not start:
         return None
     closed = bool(bracket and scanner.take(_CLOSE))
-    marks_end = scanner.take(_MARKS) if marks else None
+    if marks and not marks_end:
+        marks_end = scanner.take(_MARKS)
     of = bool(_OF.match(line, scanner.at))
     mode, mode_at, separator = _take_separator(scanner, bracket is not None and not closed)
     if marks and not marks_end:
@@ -316,7 +317,7 @@ def time_inside(line: str) -> Moment | None:
 def second_time(prompt: str, header: Header | None) -> str | None:
     """A time inside `prompt` that stands there as the one of its `header` does.
 
-    None stands for the language's own form, in which `0s:` and the decade of `the 90s:` are none.
+    None stands for the language's own form, in which a time counts behind a stop or a bar alone.
     """
     pattern = _SECOND_PLAIN
     if header:
@@ -325,12 +326,13 @@ def second_time(prompt: str, header: Header | None) -> str | None:
     return found[0].strip() if found else None
 
 
-def _take_label(scanner: _Scanner) -> bool:
+def _take_label(scanner: _Scanner) -> tuple[bool, str | None]:
+    """Whether there is one, and the marks that close behind it."""
     if not scanner.take(_LABEL):
-        return False
-    for pattern in (_MARKS, _LABEL_END, _MARKS):
-        scanner.take(pattern)
-    return True
+        return False, None
+    marks = scanner.take(_MARKS)
+    scanner.take(_LABEL_END)
+    return True, scanner.take(_MARKS) or marks
 
 
 def _take_range(scanner: _Scanner) -> tuple[Moment | None, Moment | None]:
@@ -373,6 +375,8 @@ def _take_unit(scanner: _Scanner, number: Decimal | None) -> tuple[Decimal | Non
     minutes = _MINUTES.match(scanner.line, scanner.at)
     if minutes and number is not None:
         scanner.take(_MINUTES)
+        if minutes["minutes"]:
+            number = number * 60 + Decimal(minutes["minutes"])
         return number * 60 + Decimal(minutes["seconds"]), "s"
     known = scanner.take(_KNOWN_UNIT)
     if not known and not scanner.blank:
