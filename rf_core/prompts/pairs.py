@@ -35,12 +35,12 @@ _TIME = r"[+-]?[0-9.:]{1,20}\s?[a-z秒]{0,7}"
 _MAP = re.compile(
     rf"""\s*(?:
         \{{\s*(?:["'}}] | {_TIME}\s*: | (?:{_FIELD})\s*: | \Z)
-      | (?:"\s?{_TIME}\s?" | '\s?{_TIME}\s?')\s*:
+      | (?:"\s?{_TIME}\s?" | '\s?{_TIME}\s?')\s*(?:[:=]|->)
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
 _NAMED_MAP = re.compile(
-    r"""\s*(?:"[a-z_]{1,30}"|'[a-z_]{1,30}'|[a-z_]{1,30})\s*[:=]\s*(?=\{\s*(?:["']|[0-9]+\s*:))""",
+    r"""\s*(?:(?:const|let|var)\s)?(?:"[a-z_]{1,30}"|'[a-z_]{1,30}'|[a-z_]{1,30})\s*[:=]\s*(?=\{\s*(?:["']|[0-9]+\s*:))""",
     re.IGNORECASE,
 )
 _LIST = re.compile(

@@ -39,9 +39,9 @@ MAX_CHARACTERS = 1_000_000
 """Of a timeline's text, far above the longest anyone writes; what is longer is another file."""
 
 _GLOBAL = re.compile(r"[\s*_]*global[\s*_]*:(?:\*\*|__)?", re.IGNORECASE)
+_COMMENT = re.compile(r"\s*(?:#|(?:```|~~~)\w*\s*$)")  # or the fence around code
 _HEADING = re.compile(r"\s*##+\s*")
 _RULE = re.compile(r"[\s|:+-]*-[\s|:+-]*")  # under a table's head, or between sections
-_FENCE = re.compile(r"\s*(?:```|~~~)\w*\s*")
 _FIELD = re.compile(r"\s*(?:prompt|text|description)\s*:", re.IGNORECASE)
 _BLOCK_MARKS = ("|", ">", "|-", ">-")  # YAML's, before text on the lines below
 _CUE_NUMBER = re.compile(r"\s*[0-9]+\s*")
@@ -69,7 +69,7 @@ def parse_timeline(text: str) -> PromptTimeline:
         )
     prefix, lines = _take_global(_lines(text.removeprefix("\ufeff")))
     headings = [line for line in lines if _HEADING.match(line.folded)]
-    lines = [_cleared(line) if line.folded.lstrip().startswith("#") else line for line in lines]
+    lines = [_cleared(line) if _COMMENT.match(line.folded) else line for line in lines]
     body, folded = ("\n".join(part) for part in zip(*(line[1:3] for line in lines), strict=True))
     if looks_like_pairs(folded):
         entries = read_pairs(body, folded)
@@ -113,7 +113,7 @@ def _take_global(lines: list[_Line]) -> tuple[str, list[_Line]]:
         end += 1
     texts = [
         lines[at].text[match.end() :],
-        *(line.text for line in lines[at + 1 : end] if not line.folded.lstrip().startswith("#")),
+        *(line.text for line in lines[at + 1 : end] if not _COMMENT.match(line.folded)),
     ]
     prefix = " ".join(texts)
     if not prefix.strip():
@@ -139,7 +139,7 @@ def _is_certain(header: Header, line: str) -> bool:
     colon = header.separator == ":" or header.mode_at >= 0
     if header.end:
         closed = header.known and (header.bracketed or colon)
-        return closed or (header.from_zero and (header.known or colon))
+        return closed or (header.from_zero and (colon or (header.known and not header.spoken)))
     if colon and not header.spoken and not header.bracketed:
         return True
     if header.start.clock and header.start.written.count(":") > 2:
@@ -203,7 +203,7 @@ def _read_timed(lines: list[_Line]) -> list[Entry]:
 
 
 def _without_ornaments(lines: list[_Line]) -> list[_Line]:
-    """Without subtitles' numbers, a table's head and rule, and the fence around code."""
+    """Without subtitles' numbers and a table's head and rule."""
     kept = list(lines)
     for at, line in enumerate(lines):
         below = lines[at + 1].header if at + 1 < len(lines) else None
@@ -213,7 +213,7 @@ def _without_ornaments(lines: list[_Line]) -> list[_Line]:
             kept[at] = _cleared(line)
             if at and "|" in line.folded and not lines[at - 1].header:
                 kept[at - 1] = _cleared(line)
-        elif _FENCE.fullmatch(line.folded) or line.folded.strip() == "WEBVTT":
+        elif line.folded.strip() == "WEBVTT":
             kept[at] = _cleared(line)
     return kept
 

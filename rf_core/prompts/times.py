@@ -69,7 +69,7 @@ _LABEL = _pattern(
     r"\s?#?(?:[0-9]{1,4}|[一二三四五六七八九十]{1,3})(?![0-9a-z])"
 )
 _LABEL_END = _pattern(r"[,:.|-]")
-_LEAD = _pattern(r"(?:at|from|timestamp|time|t|从|從)(?![a-z])|@|第")
+_LEAD = _pattern(r"(?:at|from|timestamp|time|t|从|從)(?![a-z])|f(?=[0-9])|@|第")
 _LEAD_END = _pattern(r"[:=]")
 _OPEN = _pattern(r"[\[({<]")
 _CLOSE = _pattern(r"[\])}>]")
@@ -88,8 +88,9 @@ _RANGE_ENDS = _pattern(r"[\])}>:|=*_\t-]|$")
 _CUE_SETTINGS = _pattern(r"(?:(?:align|line|position|size|vertical|region):\S+\s*)+$")
 _MODE = _pattern(r"\[(?P<mode>[^\]]*)\]\s*:")
 _UNFINISHED = _pattern(rf"\[\s*(?:{'|'.join(get_args(Mode))})\b")
-_SEPARATOR = _pattern(r":|={1,2}>|-{1,2}>|>|=(?!=)|-{1,3}(?=\s|$)|\||$")
+_SEPARATOR = _pattern(r":{1,2}|={1,2}>|-{1,2}>|>{1,3}|=(?!=)|-{1,3}(?=\s|$)|\||$")
 _DECADE = _pattern(r"(?:[12][0-9])?[1-9]0s")
+_RATIO = _pattern(":[0-9]")
 _OF = _pattern("of(?![a-z])")
 
 _CLOCK_TIME = re.compile(
@@ -286,7 +287,9 @@ def scan(line: str) -> Header | None:
     if marks and not marks_end:
         marks_end = scanner.take(_MARKS)
     of = bool(_OF.match(line, scanner.at))
-    mode, mode_at, separator = _take_separator(scanner, bracket is not None and not closed)
+    ratio = not (end or start).word and _RATIO.match(line, scanner.at)  # 2.39:1
+    undivided = bool(ratio) or (bracket is not None and not closed)
+    mode, mode_at, separator = (None, -1, "") if undivided else _take_separator(scanner)
     if marks and not marks_end:
         marks_end = scanner.take(_MARKS)
     return Header(
@@ -384,10 +387,8 @@ def _take_unit(scanner: _Scanner, number: Decimal | None) -> tuple[Decimal | Non
     return number, (known or "").lower()
 
 
-def _take_separator(scanner: _Scanner, unclosed: bool) -> tuple[str | None, int, str]:
+def _take_separator(scanner: _Scanner) -> tuple[str | None, int, str]:
     """The mode, where it is, and what divides the time from the prompt."""
-    if unclosed:
-        return None, -1, ""
     begin, tab = scanner.at, "\t" in scanner.blank
     if mode := _MODE.match(scanner.line, begin):
         scanner.take(_MODE)
