@@ -271,7 +271,6 @@ REFUSED = [
     ('{"0": "a", "48": "b"', 1, 21, "the JSON's { is never closed"),
     ('{"0": "a" "48": "b"}', 1, 2, "this is not read as JSON"),
     ("{0: a, 48: b}", 1, 2, "this is not read as JSON"),
-    ('0: "a",\n48: "b"', 1, 1, "'0' has no unit"),
     ('{"0": ["a"], "48": ["b"]}', 1, 2, "this is not read as JSON"),
     ('{"0": {"prompt": "a"}}', 1, 2, "this is not read as JSON"),
     ('{"prompts": ["a", "b"]}', 1, 2, "this is not read as JSON"),
@@ -528,6 +527,13 @@ PROMPTS = [
     "0s, 1s and 2s falling",
     "A cat walks from 0 to 5 seconds. Then, from 5 to 10 seconds, it sits.",
     "1. a panda\n2. a cat\n3. a dog",
+]
+
+# What ComfyUI's choices in braces leave of JSON.
+READ += [("0: 'a', 48: 'b'", "0f=a / 48f=b"), ('0: "a",\n48: "b",', "0f=a / 48f=b")]
+REFUSED += [
+    ('["frame": 0, "prompt": "a", "frame": 48, "prompt": "b"]', 1, 1, "the braces around these"),
+    ('\n"time": "0s", "prompt": "a"', 2, 1, "the braces around these entries are missing"),
 ]
 
 

@@ -36,6 +36,7 @@ _MAP = re.compile(
     rf"""\s*(?:
         \{{\s*(?:["'}}] | {_TIME}\s*: | (?:{_FIELD})\s*: | \Z)
       | (?:"\s?{_TIME}\s?" | '\s?{_TIME}\s?')\s*(?:[:=]|->)
+      | [0-9]{{1,9}}\s*:\s*["']
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -43,6 +44,8 @@ _NAMED_MAP = re.compile(
     r"""\s*(?:(?:const|let|var)\s)?(?:"[a-z_]{1,30}"|'[a-z_]{1,30}'|[a-z_]{1,30})\s*[:=]\s*(?=\{\s*(?:["']|[0-9]+\s*:))""",
     re.IGNORECASE,
 )
+# ComfyUI takes braces for choices, and writes what they hold without them.
+_WITHOUT_BRACES = re.compile(rf"\s*(?:\[\s*)?[\"'](?:{_FIELD})[\"']\s*:", re.IGNORECASE)
 _LIST = re.compile(
     r"""\s*\[\s*(?:
         (?:"[^"]*" | '[^']*')\s*(?:, | \]\s*\Z)
@@ -51,7 +54,7 @@ _LIST = re.compile(
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
-_OBJECT = re.compile(r"\s*\[?\s*\{\s*[\"']?(?!\d)\w{1,20}[\"']?\s*:")
+_OBJECT = re.compile(r"\s*(?:\[\s*)?\{\s*[\"']?(?!\d)\w{1,20}[\"']?\s*:")
 _BLANKS = re.compile(r"\s*")
 _COMMA = re.compile(r"\s*,\s*")
 _COLON = re.compile(r"\s*:\s*")
@@ -77,7 +80,7 @@ _OBJECTS = (
 
 def looks_like_pairs(folded: str) -> bool:
     """Whether a folded text begins as JSON does, or what passes for it."""
-    return any(pattern.match(folded) for pattern in (_MAP, _NAMED_MAP, _LIST))
+    return any(pattern.match(folded) for pattern in (_MAP, _NAMED_MAP, _WITHOUT_BRACES, _LIST))
 
 
 def read_pairs(text: str, folded: str) -> list[Entry]:
@@ -85,6 +88,12 @@ def read_pairs(text: str, folded: str) -> list[Entry]:
     reader = _Reader(text, folded)
     if _NAMED_MAP.match(folded):
         raise reader.error(reader.skip(0), "write the pairs alone, without a name in front")
+    if _WITHOUT_BRACES.match(folded):
+        raise reader.error(
+            reader.skip(0),
+            "the braces around these entries are missing, which ComfyUI takes for choices; write "
+            "each as '8s: a prompt' on a line of its own",
+        )
     if _LIST.match(folded) and not _OBJECT.match(folded):
         raise reader.error(
             reader.skip(0),
@@ -118,6 +127,7 @@ class _Reader:
     def pairs(self) -> list[Entry]:
         at, entries = self.skip(0), list[Entry]()
         braced = self.folded.startswith("{", at)
+        bare = self.folded[at] not in "\"'"
         if braced:
             if self.folded[self.end - 1] != "}":
                 raise self.error(self.end, "the JSON's { is never closed; add }")
@@ -125,7 +135,7 @@ class _Reader:
             at = self.skip(at + 1)
         while at < self.end:
             start = at
-            key, at = self._key(start, _PAIRS, bare=braced)
+            key, at = self._key(start, _PAIRS, bare=bare)
             prompt, at = self._string(at, r",}\]", start, _PAIRS)
             after = self.skip(at, _COMMA)
             if after == at and self.skip(at) < self.end:
