@@ -533,7 +533,7 @@ PROMPTS = [
 READ += [("0: 'a', 48: 'b'", "0f=a / 48f=b"), ('0: "a",\n48: "b",', "0f=a / 48f=b")]
 REFUSED += [
     ('["frame": 0, "prompt": "a", "frame": 48, "prompt": "b"]', 1, 1, "the braces around these"),
-    ('\n"time": "0s", "prompt": "a"', 2, 1, "the braces around these entries are missing"),
+    ('"time": "0s", "prompt": "a"', 1, 1, "the braces around these entries are missing"),
 ]
 
 
