@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..rf_core.prompts import TimelineError
+from ..rf_core.prompts.timeline import shorten
 from . import host
 
 _FLAGS = (
@@ -24,6 +25,7 @@ _FLAGS = (
     (r"check the path", "press R to read the folder again"),
     (r" \(line \d+\)|, first on line \d+", ""),  # whose text the node shows, without numbers
 )
+_SHOWN = 100  # columns of a line that is wrong
 
 
 def spoken(execute: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,8 +45,10 @@ def words(error: ValueError, text: str = "") -> str:
     """What an error says, for someone who sees a node; `text` is the schedule it may be about."""
     if isinstance(error, TimelineError):
         lines, problem = text.splitlines(), _plain(error.problem)
-        line = lines[error.line - 1].strip() if error.line <= len(lines) else ""
-        return f"in the line {line!r}: {problem}" if line else problem
+        line = lines[error.line - 1] if error.line <= len(lines) else ""
+        if len(line) > _SHOWN:  # a schedule in one line, such as JSON: from where it is wrong
+            line = shorten(line[error.column - 1 :], _SHOWN)
+        return f"in the line {line.strip()!r}: {problem}" if line.strip() else problem
     return _plain(str(error))
 
 

@@ -693,6 +693,20 @@ def test_a_schedule_is_refused_by_its_own_line(pack: Any, demo: Any, text: str) 
     assert schedule.validate_inputs(text=text) in (True, said)
 
 
+def test_a_schedule_in_one_long_line_is_shown_from_where_it_is_wrong(pack: Any, demo: Any) -> None:
+    schedule = importlib.import_module(f"{PACK}.nodes.prompt").PromptSchedule
+    text = ", ".join(f'"{24 * n}": "{"a panda walks " * 3}"' for n in range(99)) + ', "x": "b"'
+    with pytest.raises(ValueError) as found:
+        schedule.execute(clip=demo.load_clip(), text=text)
+    assert str(found.value).startswith("in the line '\"x\": \"b\"': the key 'x' is not a video")
+
+
+@pytest.mark.parametrize("text", ["0s a panda\n5s it sits", '["a", "b"]', "0-5s: a\n6-9s: b"])
+def test_a_schedule_that_is_nearly_one_is_refused_before_it_runs(pack: Any, text: str) -> None:
+    schedule = importlib.import_module(f"{PACK}.nodes.prompt").PromptSchedule
+    assert re.search(r"write (it as )?'", str(schedule.validate_inputs(text=text)))
+
+
 def test_switches_that_meet_are_named_by_number_and_time_alone(pack: Any, demo: Any) -> None:
     switch = importlib.import_module(f"{PACK}.nodes.prompt").PromptSwitch
     first = switch.execute(encoded(demo), 0, "seconds", "recache", 3, "lerp").args[0]

@@ -1,32 +1,7 @@
-"""The prompt timeline: which prompt a stream follows from which chunk on, and how it switches.
-
-One small language, read once and shared by the command line and the nodes. One entry a line:
-
-    # a line that starts with # is a comment; blank lines do not count
-    global: film grain, wide shot
-    0s: a panda walks
-    8s [recache]: it sits down,
-        looks up and yawns
-    +4s [blend 3 slerp]: snow
-    c40 [cut]: a city at night
-
-A time is in seconds (`8s`, `1.5s`, `1:30`), video frames (`96f`) or chunks (`c40`, `40c`); `+`
-counts from the time asked for by the entry before, so roundings do not add up. The mode in
-brackets is `soft`, `recache` (when none is given), `blend K [lerp|slerp]` or `cut`. The first entry
-is at 0, and needs no mode. What `global` says is put in front of every prompt, joined by ", ". A
-line indented deeper than the entry above it continues it; any other without a time is an error.
-
-Text in which no line has a time is one prompt at 0, or, with `|` in it, prompts that share the
-video in equal parts. FizzNodes' JSON (`"0": "a", "12": "b"`, keys in video frames) is read too.
-Runs of white space in a prompt count as one space.
-
-Prompts change at chunk boundaries. `ChunkClock` knows where these lie; `PromptTimeline.resolve`
-moves every time to the nearest one, the later of two equally near.
-"""
+"""Prompts in time: when a chunk starts, how a prompt is switched to, and where each one falls."""
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
@@ -37,38 +12,15 @@ from fractions import Fraction
 from math import ceil, floor, isfinite
 from typing import Literal, get_args
 
-from .config import FPS, TEMPORAL_FACTOR, CacheConfig
+from ..config import FPS, TEMPORAL_FACTOR, CacheConfig
 
 Mode = Literal["soft", "recache", "blend", "cut"]
 Interpolation = Literal["lerp", "slerp"]
 Unit = Literal["s", "f", "c", "part"]
 
 _LATEST = 10**9  # in any unit: years of video, and numbers that stay cheap to compute with
-_UNITS: dict[str, Unit] = {"s": "s", "f": "f", "c": "c"}
-_EXAMPLES = "seconds as 8s or 0:08, video frames as 96f, chunks as c40"
-
-_COLON = "[:\uff1a]"  # the full-width one comes with East Asian keyboards
-_HEADER = re.compile(
-    rf"""\s*(?P<time>(?:[+-]\s*)?(?:
-        [0-9]+(?::[0-9][0-9.,]*)+                       # 1:30
-      | c\s*[0-9][0-9.,]*                               # c40
-      | \.?[0-9][0-9.,]*(?:[a-z]+|\s+[sfc])             # 8s
-      | [0-9][0-9.,]*(?=\s*(?:\[|{_COLON}(?![0-9])))    # 8, an error to name; not 16:9
-    ))\s*(?:
-        (?:\[(?P<mode>[^\]]*)\]\s*)?{_COLON}
-      | (?P<unfinished>\[\s*(?:{"|".join(get_args(Mode))})\b)
-    )(?P<text>.*)""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_GLOBAL = re.compile(rf"\s*global\s*{_COLON}(?P<text>.*)", re.IGNORECASE)
-_CLOCK_TIME = re.compile(r"(?P<minutes>[0-9]+):(?P<seconds>[0-5][0-9](?:\.[0-9]+)?)")
-_CHUNK_TIME = re.compile(r"c\s*(?P<value>[0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
-_UNIT_TIME = re.compile(r"(?P<value>(?:[0-9]*\.)?[0-9]+)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
-
-_JSON_START = re.compile(r'\s*(?:\{\s*(?:["\'}0-9]|\Z)|"\s*[+-]?[0-9.]+\s*"\s*:)')
-_JSON_OPEN = re.compile(r"\s*(?P<brace>\{?)\s*")
-_JSON_STRING = r'"(?:[^"\\]|\\.)*"'
-_JSON_PAIR = re.compile(rf"(?P<key>{_JSON_STRING})\s*:\s*(?P<prompt>{_JSON_STRING})\s*(?:,\s*|\Z)")
+# How a time is written, for messages.
+EXAMPLES = "seconds as 8s or 0:08, video frames as 96f, chunks as c40"
 
 
 class TimelineError(ValueError):
@@ -84,6 +36,21 @@ class TimelineError(ValueError):
 
     def __str__(self) -> str:
         return f"line {self.line}, column {self.column}: {self.problem}"
+
+
+class Places:
+    """Line and column, both from 1, of offsets in a text that are asked for in rising order."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at, self._line, self._begin = 0, 1, 0
+
+    def of(self, at: int) -> tuple[int, int]:
+        """Where the character at offset `at` stands."""
+        self._line += self._text.count("\n", self._at, at)
+        begin = self._text.rfind("\n", self._at, at) + 1
+        self._at, self._begin = at, begin or self._begin
+        return self._line, at - self._begin + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +182,7 @@ class Entry:
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", " ".join(self.text.split()))
         if self.unit not in get_args(Unit):
-            raise self.error(f"unknown unit {self.unit!r}; write {_EXAMPLES}")
+            raise self.error(f"unknown unit {self.unit!r}; write {EXAMPLES}")
         if not self.value.is_finite() or abs(self.value) > _LATEST:
             raise self.error(f"a time of {self.value:.4g} is out of reach; stay below {_LATEST}")
         if self.value < 0:
@@ -333,7 +300,10 @@ class PromptTimeline:
         return clock.num_chunks(length, unit)
 
     def to_text(self) -> str:
-        """The timeline in its language; `parse_timeline` reads an equal one back."""
+        """The timeline in its language; `parse_timeline` reads an equal one back.
+
+        It refuses one alone, that of a single prompt which itself says something like `, 8s:`.
+        """
         lines = [f"global: {self.global_prefix}"] if self.global_prefix else []
         if self.entries and self.entries[0].unit == "part":
             return "\n".join([*lines, " | ".join(entry.text for entry in self.entries)])
@@ -364,21 +334,6 @@ class PromptTimeline:
         return clock.nearest_chunk(time), time
 
 
-def parse_timeline(text: str) -> PromptTimeline:
-    """Read a timeline, in any of the forms above; TimelineError says where it is wrong."""
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    lines = ["" if line.lstrip().startswith("#") else line for line in text.split("\n")]
-    prefix, lines = _take_global(lines)
-    body = "\n".join(lines)
-    if _JSON_START.match(body):
-        entries = _read_json(body)
-    elif any(_HEADER.match(line) for line in (*lines, " ".join(body.split()))):
-        entries = _read_timed(lines)
-    else:
-        entries = _read_untimed(body)
-    return PromptTimeline(entries=tuple(entries), global_prefix=prefix)
-
-
 def table_rows(resolved: Sequence[ResolvedEntry]) -> list[tuple[str, str, str, str, str]]:
     """The resolved timeline as rows of text, the first of them the columns' names."""
     rows = [("chunk", "seconds", "starts", "mode", "prompt")]
@@ -397,146 +352,8 @@ def format_table(resolved: Sequence[ResolvedEntry], width: int = 100) -> str:
     lines = []
     for chunk, seconds, starts, mode, prompt in rows:
         numbers = f"{chunk:>{sizes[0]}}  {seconds:>{sizes[1]}}  {starts:>{sizes[2]}}"
-        lines.append(f"{numbers}  {mode:<{sizes[3]}}  {_shorten(prompt, room)}")
+        lines.append(f"{numbers}  {mode:<{sizes[3]}}  {shorten(prompt, room)}")
     return "\n".join(lines)
-
-
-def _take_global(lines: list[str]) -> tuple[str, list[str]]:
-    found = [(at, match) for at, line in enumerate(lines) if (match := _GLOBAL.match(line))]
-    if not found:
-        return "", lines
-    at, match = found[0]
-    if len(found) > 1:
-        again = found[1][0]
-        raise TimelineError(
-            f"global is given twice, first on line {at + 1}; join the two in one line",
-            again + 1,
-            _indent(lines[again]) + 1,
-        )
-    end = at + 1
-    while end < len(lines) and _continues(lines[end], lines[at]):
-        end += 1
-    prefix = " ".join([match["text"], *lines[at + 1 : end]])
-    if not prefix.strip():
-        raise TimelineError(
-            "global has no text; write some or remove the line", at + 1, _indent(lines[at]) + 1
-        )
-    return prefix, [*lines[:at], *[""] * (end - at), *lines[end:]]
-
-
-def _read_timed(lines: list[str]) -> list[Entry]:
-    found = list[tuple[int, re.Match[str], list[str]]]()
-    for number, line in enumerate(lines, 1):
-        if match := _HEADER.match(line):
-            found.append((number, match, [match["text"]]))
-        elif found and _continues(line, found[-1][1].string):
-            found[-1][2].append(line)
-        elif line.strip():
-            raise TimelineError(
-                "this line has no time and colon in front; begin it as in '8s [cut]: prompt', or "
-                "indent it to continue the entry above",
-                number,
-                _indent(line) + 1,
-            )
-    return [_read_entry(number, match, " ".join(text)) for number, match, text in found]
-
-
-def _read_entry(line: int, match: re.Match[str], text: str) -> Entry:
-    column = match.start("time") + 1
-    if match["unfinished"]:
-        raise TimelineError(
-            "the mode is not closed by a bracket and a colon; write it as in '8s [cut]: prompt'",
-            line,
-            match.start("unfinished") + 1,
-        )
-    value, unit = _read_time(match["time"], line, column)
-    switch = Switch()
-    if match["mode"] is not None:
-        try:
-            switch = Switch.parse(match["mode"])
-        except ValueError as error:
-            raise TimelineError(str(error), line, match.start("mode") + 1) from error
-    relative = match["time"].startswith("+")
-    return Entry(
-        value=value,
-        unit=unit,
-        text=text,
-        relative=relative,
-        switch=switch,
-        line=line,
-        column=column,
-    )
-
-
-def _read_time(time: str, line: int, column: int) -> tuple[Decimal, Unit]:
-    amount = time.lstrip("+-").lstrip()
-    sign = -1 if time.startswith("-") else 1
-    shown = repr(_shorten(time, 40))
-    if match := _CLOCK_TIME.fullmatch(amount):
-        return sign * (Decimal(match["minutes"]) * 60 + Decimal(match["seconds"])), "s"
-    if match := _CHUNK_TIME.fullmatch(amount):
-        return sign * Decimal(match["value"]), "c"
-    if match := _UNIT_TIME.fullmatch(amount):
-        if unit := _UNITS.get(match["unit"].lower()):
-            return sign * Decimal(match["value"]), unit
-        problem = f"the unknown unit {match['unit']!r}" if match["unit"] else "no unit"
-        problem = f"{shown} has {problem}"
-    else:
-        problem = f"{shown} is not a time"
-    raise TimelineError(
-        f"{problem}; write {_EXAMPLES}, or put '0s:' in front if this is a prompt", line, column
-    )
-
-
-def _read_json(body: str) -> list[Entry]:
-    start, end = _JSON_OPEN.match(body), len(body.rstrip())
-    assert start is not None, "every part of the pattern may be empty"
-    if start["brace"]:
-        if body[end - 1] != "}":
-            raise TimelineError("the JSON's { is never closed; add }", *_position(body, end))
-        end -= 1
-    at, entries = start.end(), list[Entry]()
-    while at < end:
-        pair = _JSON_PAIR.match(body, at, end)
-        if not pair:
-            raise TimelineError(
-                'this is not read as JSON; write "12": "prompt" pairs, each but the last with '
-                "a comma behind it",
-                *_position(body, at),
-            )
-        entries.append(_read_pair(pair, *_position(body, at)))
-        at = pair.end()
-    if not entries:
-        raise _no_prompt()
-    return entries
-
-
-def _read_pair(pair: re.Match[str], line: int, column: int) -> Entry:
-    try:
-        key, prompt = (json.loads(pair[name], strict=False) for name in ("key", "prompt"))
-    except json.JSONDecodeError as error:
-        raise TimelineError(f"{error.msg} in this JSON pair; correct it", line, column) from error
-    if not re.fullmatch(r"\s*-?[0-9]+\s*", key):
-        raise TimelineError(
-            f'the key {_shorten(key, 40)!r} is not a video frame; write a number such as "12"',
-            line,
-            column,
-        )
-    return Entry(value=Decimal(key), unit="f", text=prompt, line=line, column=column)
-
-
-def _read_untimed(body: str) -> list[Entry]:
-    if not body.strip():
-        raise _no_prompt()
-    parts = body.split("|")
-    unit: Unit = "part" if len(parts) > 1 else "s"
-    offset, entries = 0, list[Entry]()
-    for number, part in enumerate(parts):
-        line, column = _position(body, offset + _indent(part))
-        value = Decimal(number)
-        entries.append(Entry(value=value, unit=unit, text=part, line=line, column=column))
-        offset += len(part) + 1
-    return entries
 
 
 def _check_first(entry: Entry) -> None:
@@ -581,23 +398,6 @@ def _past_end(entry: Entry, chunk: int, total_chunks: int, clock: ChunkClock) ->
     )
 
 
-def _no_prompt() -> TimelineError:
-    return TimelineError("there is no prompt; write one, such as '0s: a panda walks'", 1, 1)
-
-
-def _position(text: str, offset: int) -> tuple[int, int]:
-    return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-def _continues(line: str, above: str) -> bool:
-    deeper = _indent(line.expandtabs()) > _indent(above.expandtabs())
-    return not line.strip() or (deeper and not _HEADER.match(line))
-
-
 def _digits(value: Decimal) -> str:
     digits = f"{value:f}"
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
@@ -608,7 +408,8 @@ def _clock_text(seconds: float) -> str:
     return f"{minutes}:{hundredths / 100:05.2f}"
 
 
-def _shorten(text: str, width: int) -> str:
+def shorten(text: str, width: int) -> str:
+    """`text` cut to fit `width` columns of a terminal, with an ellipsis where it was cut."""
     if sum(map(_columns, text)) <= width:
         return text
     kept, room = "", width - 1
