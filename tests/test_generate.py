@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -17,10 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 from rf_core import devices
+from rf_core import generate as generate_module
 from rf_core.__main__ import main
 from rf_core.config import CacheConfig, ModelConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.decoders.vae_files import vae_metadata
+from rf_core.stream import Stream
 from rf_core.text import UMT5Encoder, byte_ids, save_text_encoder
 from rf_core.weights.checkpoint import write_checkpoint
 
@@ -161,6 +164,19 @@ def run_and_stop(weights, output, number, lines, *more) -> subprocess.Popen:
     process.send_signal(number)
     process.communicate(timeout=60)
     return process
+
+
+def length_of(path: Path) -> float:
+    """Seconds that the file's index tells, as players and editors read it; nan for none."""
+    with av.open(str(path)) as file:
+        return math.nan if file.duration is None else file.duration / av.time_base
+
+
+def is_indexed(path: Path) -> bool:
+    """Whether the index is in front, and tells the length of what is there."""
+    data = path.read_bytes()
+    told = length_of(path) == pytest.approx(len(images_of(path)) / 16, abs=0.01)
+    return told and b"moof" not in data and data.index(b"moov") < data.index(b"mdat")
 
 
 TIMELINE = "0s: a cat\nc4 [blend 3]: a dog\nc9 [recache]: a bird\nc12 [cut]: a city\n"
@@ -361,3 +377,147 @@ def test_bench_prints_flat_memory_and_time_and_writes_json(tmp_path, capsys):
     assert result["network_seconds"]["p50"] > 0
     assert result["snapshot"]["compact_bytes"] < result["snapshot"]["exact_bytes"]
     assert main(["bench", "--chunks", "1", "--device", "cpu"]) == 1
+
+
+unix = pytest.mark.skipif(sys.platform == "win32", reason="sends signals to a child")
+
+
+@unix
+def test_an_overwritten_run_that_is_killed_at_once_goes_on_as_itself_and_names_its_own_seed(
+    weights, tmp_path, capsys
+):
+    output = tmp_path / "a.mp4"
+    first = ("--prompt", "x", "--chunks", "50", "--seed", "1")
+    run_and_stop(weights, output, signal.SIGINT, 3, *first)
+    assert list(tmp_path.glob("*.state.safetensors"))
+    second = ("--prompt", "x", "--seed", "2", "--snapshot-every", "0")
+    run_and_stop(weights, output, signal.SIGKILL, 2, *second, "--overwrite")
+    assert not list(tmp_path.glob("*.state.safetensors"))
+    assert main(arguments(weights, output, *first, "--resume")) == 1
+    assert "was begun with seed 2, now it is 1" in capsys.readouterr().err
+    assert main(arguments(weights, output, *second, "--chunks", "3", "--resume")) == 0
+    undisturbed = tmp_path / "b.mp4"
+    main(arguments(weights, undisturbed, *second, "--chunks", "3"))
+    assert output.read_bytes() == undisturbed.read_bytes()
+
+
+@unix
+def test_a_run_that_overwrites_and_is_stopped_before_its_first_chunk_leaves_the_old_one_whole(
+    weights, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "a.mp4"
+    first = ("--prompt", "x", "--seed", "1")
+    run_and_stop(weights, output, signal.SIGINT, 3, *first)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 2
+
+    def stopped_at_once(*arguments):
+        return generate_module.generate(*arguments[:4], stopped=lambda: True)
+
+    monkeypatch.setattr("rf_core.commands.generate", stopped_at_once)
+    again = ("--prompt", "x", "--seed", "2", "--overwrite")
+    assert main(arguments(weights, output, *again)) == 130
+    assert "stopped; nothing was written" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    assert main(arguments(weights, output, *first, "--chunks", "9", "--resume")) == 0
+
+
+@unix
+def test_a_snapshot_of_another_run_is_refused_for_what_it_is(weights, tmp_path, capsys):
+    more, output = ("--prompt", "x"), tmp_path / "a.mp4"
+    run_and_stop(weights, output, signal.SIGINT, 2, *more)
+    (snapshot,) = tmp_path.glob("*.state.safetensors")
+    kept = snapshot.read_bytes()
+    run_and_stop(weights, output, signal.SIGINT, 2, *more, "--overwrite")
+    snapshot.write_bytes(kept)  # as from a copy of the folder
+    again = arguments(weights, output, *more, "--chunks", "4", "--resume")
+    assert main(again) == 1
+    error = capsys.readouterr().err
+    assert "is of another run than" in error and "delete" in error
+    snapshot.unlink()
+    assert main(again) == 0
+
+    snapshot.write_bytes(kept)
+    output.unlink()
+    assert main(again) == 1
+    assert "is gone" in capsys.readouterr().err
+    assert main([each for each in again if each != "--resume"]) == 0
+    assert not snapshot.exists()
+
+
+@unix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stopped_endless_run_has_its_length_in_its_index_and_goes_on(weights, tmp_path, number):
+    output = tmp_path / "a.mp4"
+    process = run_and_stop(weights, output, number, 4, "--prompt", "x")
+    assert process.returncode == 130
+    assert is_indexed(output)
+    chunks = str((len(images_of(output)) + 3) // 12 + 2)
+    more = ("--prompt", "x", "--chunks", chunks)
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    whole = tmp_path / "b.mp4"
+    main(arguments(weights, whole, *more))
+    assert output.read_bytes() == whole.read_bytes()
+
+
+@unix
+def test_a_second_ctrl_c_ends_the_pass_and_the_file_has_its_index(weights, tmp_path, monkeypatch):
+    output = tmp_path / "a.mp4"
+    make = Stream.generate
+
+    def impatient(stream, *arguments):
+        if stream.state.num_chunks == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the second one did not end the pass")
+        return make(stream, *arguments)
+
+    monkeypatch.setattr(Stream, "generate", impatient)
+    more = ("--prompt", "x", "--snapshot-every", "1")
+    assert main(arguments(weights, output, *more)) == 130
+    assert is_indexed(output) and len(images_of(output)) == 9 + 12
+    monkeypatch.undo()
+    assert main(arguments(weights, output, *more, "--chunks", "4", "--resume")) == 0
+
+
+def test_an_error_in_the_middle_leaves_a_file_with_its_index_that_goes_on(
+    weights, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "a.mp4"
+    make = Stream.generate
+
+    def failing(stream, *arguments):
+        if stream.state.num_chunks == 3:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate")
+        return make(stream, *arguments)
+
+    monkeypatch.setattr(Stream, "generate", failing)
+    more = ("--prompt", "x", "--chunks", "5", "--snapshot-every", "2")
+    assert main(arguments(weights, output, *more)) == 1
+    assert "out of memory" in capsys.readouterr().err
+    assert is_indexed(output) and len(images_of(output)) == 9 + 12 * 2
+    monkeypatch.undo()
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    assert len(images_of(output)) == 9 + 12 * 4
+
+
+@unix
+def test_a_stopped_batch_leaves_its_unfinished_video_with_an_index(weights, tmp_path, monkeypatch):
+    prompts, folder = tmp_path / "p.txt", tmp_path / "out"
+    prompts.write_text("a cat\n")
+    make = Stream.generate
+
+    def terminated(stream, *arguments):
+        if stream.state.num_chunks == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return make(stream, *arguments)
+
+    monkeypatch.setattr(Stream, "generate", terminated)
+    more = ("--prompts", str(prompts), "--chunks", "4")
+    assert main(arguments(weights, folder, *more)) == 130
+    (partial,) = folder.glob("*.partial")
+    assert is_indexed(partial)
+    monkeypatch.undo()
+    assert main(arguments(weights, folder, *more)) == 0
+    assert [path.name for path in folder.glob("*.mp4*")] == ["00001_a-cat.mp4"]
