@@ -7,10 +7,14 @@ checkpoint holds no other object: opening one runs no code of its author's.
 
 from __future__ import annotations
 
+import logging
+import os
 import pickle
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from .distributed import barrier, rank
 
+_log = logging.getLogger(__name__)
+_INDEX = ".metadata"
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": set(dir(index_classes)),
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -34,13 +40,45 @@ _ALLOWED = {
 
 
 def save(state: Mapping[str, Any], folder: Path) -> None:
-    """Write a nested dictionary of tensors; `folder` is complete once it exists."""
+    """Write a nested dictionary of tensors; `folder` is complete once it exists.
+
+    What else bears its name is somebody's, and moved aside.
+    """
     unfinished = folder.with_name(f"{folder.name}.partial")
+    if rank() == 0:
+        _forget(unfinished)  # of a run that was killed in here, with more processes perhaps
+    barrier()
     with _quiet():
         dcp.save(dict(state), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
     if rank() == 0:
+        _move_aside(folder)
         unfinished.rename(folder)
     barrier()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, and all of it is there: its index is written last."""
+    return not folder.is_symlink() and (folder / _INDEX).is_file()
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint; a kill in here leaves nothing that passes for one."""
+    (folder / _INDEX).unlink()
+    _forget(folder)
+
+
+def _forget(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _move_aside(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
+    places = (path.with_name(f"{path.name}.other{number or ''}") for number in count())
+    aside = next(place for place in places if not os.path.lexists(place))
+    path.rename(aside)
+    _log.warning("%s is no checkpoint of this run and now %s", path, aside.name)
 
 
 def load(state: dict[str, Any], folder: Path) -> None:
@@ -66,7 +104,7 @@ def read_part(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def _index(folder: Path) -> index_classes.Metadata:
-    if not (folder / ".metadata").is_file():
+    if not is_whole(folder):
         raise ValueError(f"{folder} is no checkpoint of a run")
     return _Reader(folder).read_metadata()
 
@@ -89,7 +127,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> index_classes.Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
+        with (Path(self.path) / _INDEX).open("rb") as file:
             found: index_classes.Metadata = _IndexUnpickler(file).load()
         if found.storage_meta is None:
             found.storage_meta = index_classes.StorageMeta()
