@@ -29,6 +29,7 @@ from .stream import Chunk, Stream
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
 from .video import RUN, VideoFormat, VideoWriter, read_images, remux, to_uint8
 from .weights.checkpoint import load_student
+from .writing import WriteError
 
 _log = logging.getLogger(__name__)
 
@@ -293,10 +294,10 @@ class _Saver:
         try:
             snapshot.save(self._settled.options.snapshot_path)
             self.chunks = stream.state.num_chunks
-        except OSError as error:
+        except WriteError as error:
             self._tell(error)
 
-    def _tell(self, error: OSError) -> None:
+    def _tell(self, error: WriteError) -> None:
         if not self._told:
             where = f"from chunk {self.chunks} on" if self.chunks else "from its beginning"
             _log.warning(

@@ -23,6 +23,7 @@ from .config import CacheConfig
 from .decoders.decoder import DecoderState
 from .kv_cache import KVCache
 from .prompts import Interpolation
+from .writing import whole_file
 
 FORMAT = "reward-forcing-stream-1"
 METADATA_KEY = "rf_stream"
@@ -106,14 +107,9 @@ class Snapshot:
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file; a file already there is replaced only when all is written."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        try:
+        with whole_file(path) as part:
             save_file(tensors, part, metadata={METADATA_KEY: json.dumps(self.facts)})
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path | str) -> Snapshot:

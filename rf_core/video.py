@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import FPS
+from .writing import WriteError, whole_file
 
 _BT709 = 1  # the number of BT.709 as matrix, primaries and transfer (ITU-T H.273, tables 2 to 4)
 _BT601 = 5
@@ -130,7 +131,7 @@ class VideoWriter:
 
         Raises:
             ValueError: the images have another size or type than the video.
-            OSError: the disk is full; the file is what it was before.
+            WriteError: the disk is full; the file is what it was before.
         """
         expected = (self._format.height, self._format.width, 3)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != expected:
@@ -148,14 +149,10 @@ class VideoWriter:
         self._num_images += len(images)
 
     def _begin(self, data: bytes) -> None:
-        part = self._path.with_name(self._path.name + ".part")
-        try:
+        with whole_file(self._path) as part:
             part.write_bytes(data)
             for each in self._companions:
                 each.unlink(missing_ok=True)
-            part.replace(self._path)
-        finally:
-            part.unlink(missing_ok=True)
         self._file = self._path.open("ab", buffering=0)
 
     def _append(self, data: bytes) -> None:
@@ -164,9 +161,14 @@ class VideoWriter:
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
-        except BaseException:
-            self._file.truncate(whole)  # without half a fragment the file plays, and goes on
-            raise
+        except OSError as error:
+            raise WriteError(
+                f"{self._path} could not be written further ({error.strerror}); what was made "
+                "before is in it and plays; make room to go on"
+            ) from error
+        finally:
+            if rest:
+                self._file.truncate(whole)  # half a fragment would be in the next one's way
 
     def close(self) -> None:
         """Close the file; more than once does no harm."""
@@ -371,8 +373,7 @@ def _copy_stream(
     """
     import av
 
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as part:
         with _open(path) as source:
             stream = source.streams.video[0]
             layout = "frag_keyframe+empty_moov+default_base_moof" if fragmented else "faststart"
@@ -386,9 +387,6 @@ def _copy_stream(
                 copied = _copy_packets(source, target, num_images)
         if copied < (num_images or 1):
             raise ValueError(f"{path} holds {copied} whole images, {num_images or 1} are needed")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _copy_packets(source: Any, target: Any, num_images: int | None) -> int:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import av
@@ -521,3 +523,95 @@ def test_a_stopped_batch_leaves_its_unfinished_video_with_an_index(weights, tmp_
     monkeypatch.undo()
     assert main(arguments(weights, folder, *more)) == 0
     assert [path.name for path in folder.glob("*.mp4*")] == ["00001_a-cat.mp4"]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk on which no file grows further."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_snapshot_that_finds_no_room_is_told_once_and_the_video_goes_on(
+    weights, tmp_path, caplog, capsys
+):
+    output, more = tmp_path / "a.mp4", ("--prompt", "x", "--chunks", "6", "--snapshot-every", "1")
+    with files_of_at_most(60_000):
+        assert main(arguments(weights, output, *more)) == 0
+    assert len(images_of(output)) == 9 + 12 * 5
+    (told,) = [each.getMessage() for each in caplog.records if "no snapshot" in each.getMessage()]
+    assert "File too large" in told and "from its beginning" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_stop_without_room_keeps_the_old_snapshot_and_says_where_it_goes_on(
+    weights, tmp_path, monkeypatch, capsys
+):
+    output, make = tmp_path / "a.mp4", Stream.generate
+    more = ("--prompt", "x", "--snapshot-every", "2")
+
+    def stopped_on_a_full_disk(stream, *arguments):
+        if stream.state.num_chunks == 3:
+            full.enter_context(files_of_at_most(60_000))
+            signal.raise_signal(signal.SIGINT)
+        return make(stream, *arguments)
+
+    monkeypatch.setattr(Stream, "generate", stopped_on_a_full_disk)
+    with ExitStack() as full:
+        assert main(arguments(weights, output, *more)) == 130
+    assert "--resume goes on from chunk 2" in capsys.readouterr().out
+    assert is_indexed(output) and len(images_of(output)) == 9 + 12 * 2
+    monkeypatch.undo()
+    assert main(arguments(weights, output, *more, "--chunks", "5", "--resume")) == 0
+    whole = tmp_path / "b.mp4"
+    main(arguments(weights, whole, *more, "--chunks", "5"))
+    assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_on_a_full_disk_the_video_ends_with_one_sentence_plays_and_goes_on(
+    weights, small_disk, tmp_path, capsys
+):
+    output = small_disk / "a.mp4"
+    more = ("--prompt", "x", "--chunks", "6", "--crf", "0", "--snapshot-every", "0")
+    main(arguments(weights, whole := tmp_path / "whole.mp4", *more))
+    ballast = small_disk / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(bytes(1024)):
+            pass
+    os.truncate(ballast, ballast.stat().st_size - whole.stat().st_size // 2)
+    assert main(arguments(weights, output, *more)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {output} could not be written further (No space left")
+    part, images = images_of(output), images_of(whole)
+    assert 9 <= len(part) < len(images) and np.array_equal(part, images[: len(part)])
+    ballast.unlink()
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    assert np.array_equal(images_of(output), images)
+
+
+def test_a_disk_that_is_full_from_the_first_leaves_the_old_video(weights, tmp_path, capsys):
+    output, more = tmp_path / "a.mp4", ("--prompt", "x", "--chunks", "1")
+    main(arguments(weights, output, *more))
+    before = output.read_bytes()
+    with files_of_at_most(100):
+        assert main(arguments(weights, output, *more, "--overwrite")) == 1
+    assert "a.mp4 could not be written (File too large)" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

@@ -14,6 +14,7 @@ import torch
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import load_student, read_checkpoint
 from rf_core.weights.lora import Lora
+from rf_core.writing import WriteError
 from training.__main__ import main
 from training.config import changed
 from training.distil import distil
@@ -136,6 +137,22 @@ def test_what_lies_beside_a_run_s_checkpoints_is_neither_read_nor_counted_nor_de
     assert list(distil(config, out, CPU, resume=True)) == []
     assert main(["export", str(out), str(tmp_path / "a.safetensors")]) == 0
     assert read_checkpoint(tmp_path / "a.safetensors").provenance["updates"] == 3
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_sentence_and_the_old_one_stays(tmp_path):
+    resource = pytest.importorskip("resource")
+    config, limit = small("run.updates=2", "reward.kind=none"), resource.RLIMIT_FSIZE
+    before = resource.getrlimit(limit)
+    run = distil(config, tmp_path, CPU)
+    next(run)
+    resource.setrlimit(limit, (100_000, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"update_000002 could not be written .*--resume"):
+            next(run)
+    finally:
+        resource.setrlimit(limit, before)
+    assert [path.name for path in sorted(tmp_path.glob("update_*"))] == ["update_000001"]
+    assert [report.update for report in distil(config, tmp_path, CPU, resume=True)] == [1]
 
 
 def test_a_checkpoint_that_was_half_deleted_is_none(tmp_path, monkeypatch):

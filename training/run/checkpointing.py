@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as index_classes
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from rf_core.writing import WriteError
 
 from .distributed import barrier, rank
 
@@ -42,14 +44,17 @@ _ALLOWED = {
 def save(state: Mapping[str, Any], folder: Path) -> None:
     """Write a nested dictionary of tensors; `folder` is complete once it exists.
 
-    What else bears its name is somebody's, and moved aside.
+    What else bears its name is somebody's, and moved aside. WriteError for a full disk.
     """
     unfinished = folder.with_name(f"{folder.name}.partial")
     if rank() == 0:
         _forget(unfinished)  # of a run that was killed in here, with more processes perhaps
     barrier()
-    with _quiet():
-        dcp.save(dict(state), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+    try:
+        with _quiet():
+            dcp.save(dict(state), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        _raise_unwritten(folder, unfinished, error)
     if rank() == 0:
         _move_aside(folder)
         unfinished.rename(folder)
@@ -65,6 +70,22 @@ def delete(folder: Path) -> None:
     """Delete a checkpoint; a kill in here leaves nothing that passes for one."""
     (folder / _INDEX).unlink()
     _forget(folder)
+
+
+def _raise_unwritten(folder: Path, unfinished: Path, error: dcp.CheckpointException) -> NoReturn:
+    # It holds every process' failure, and is no Exception. PyTorch's writer says of a full disk
+    # that its position in the file is unexpected.
+    failures = [failure for failure, _ in error.failures.values()]
+    for failure in failures:
+        if not isinstance(failure, OSError) and "inline_container" not in str(failure):
+            raise error
+    if rank() == 0:
+        _forget(unfinished)
+    known = [each.strerror for each in failures if isinstance(each, OSError) and each.strerror]
+    raise WriteError(
+        f"{folder} could not be written ({known[0] if known else 'as on a full disk'}); make room, "
+        "and --resume from the checkpoint before"
+    ) from error
 
 
 def _forget(folder: Path) -> None:
