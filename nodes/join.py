@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..rf_core.state import Snapshot
-from ..rf_core.video import read_metadata
+from ..rf_core.video import RUN, read_metadata
 from . import host
 
-RUN = "rf_run"
-"""Name under which a video's metadata say which run made it."""
 VIDEO = "video"
 """Name under which a snapshot's facts say which video it is the end of."""
 

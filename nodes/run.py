@@ -22,10 +22,10 @@ from ..rf_core.pace import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry
 from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Chunk, Stream
-from ..rf_core.video import VideoFormat, VideoWriter, remux, to_uint8
+from ..rf_core.video import RUN, VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
 from .decoders import StockTAEHVDecoder, StockWanDecoder
-from .join import RUN, Head
+from .join import Head
 from .report import Report
 from .types import UNITS, Timeline
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .fast.parallel import Process
 from .generate import generate, open_networks, open_stream, open_text_encoder
+from .numbered import numbered
 from .options import Options, Plan, plan
 from .pace import Progress
 from .prompts import PromptTimeline, Switch
@@ -204,7 +205,7 @@ class _Manifest:
     """What one process has made, a JSON line a video; the file is replaced whole, never torn."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._path = folder / f"manifest-{rank}.jsonl"
+        self._path = folder / _manifest_name(rank)
         self._lines = _lines(self._path) if self._path.exists() else []
         self._listed = {entry["file"] for entry in _entries(folder)}
 
@@ -217,9 +218,13 @@ class _Manifest:
 
 
 def _entries(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(folder.glob("manifest-*.jsonl")):
+    for _, path in numbered(folder, _manifest_name):
         for line in _lines(path):
             yield json.loads(line)
+
+
+def _manifest_name(rank: int) -> str:
+    return f"manifest-{rank}.jsonl"
 
 
 def _lines(path: Path) -> list[str]:

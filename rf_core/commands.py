@@ -109,12 +109,24 @@ def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Pr
     if settled.snapshot is not None:
         print(f"resuming after chunk {stream.state.num_chunks}")
     with _stop_on_signal(process) as stopped:
-        finished = generate(settled, stream, embeds, _ProgressLine(), stopped)
-    seconds = settled.clock.seconds(stream.state.num_chunks)
-    print(f"{settled.options.output}: {seconds:.2f} s of video")
-    if not finished:
-        print("stopped; the same command with --resume goes on from here")
-    return 0 if finished else 130
+        kept = generate(settled, stream, embeds, _ProgressLine(), stopped)
+    made = stream.state.num_chunks
+    if made:
+        print(f"{settled.options.output}: {settled.clock.seconds(made):.2f} s of video")
+    if kept is None:
+        return 0
+    print(f"stopped; {_told_resume(made, kept)}")
+    return 130
+
+
+def _told_resume(made: int, kept: int) -> str:
+    """Where a run that made so many chunks goes on, and how, if its snapshot holds `kept`."""
+    if not made:
+        return "nothing was written"
+    if not kept:
+        return "there is no snapshot: the same command with --resume makes it from its beginning"
+    where = "here" if kept == made else f"chunk {kept}"
+    return f"the same command with --resume goes on from {where}"
 
 
 def _told_dtype(args: argparse.Namespace, options: Options) -> str | None:
@@ -146,19 +158,31 @@ def _run_spread(args: argparse.Namespace, process: Process) -> int:
 
 @contextmanager
 def _stop_on_signal(process: Process) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, to be asked as the run goes on; pressed again it ends at once."""
+    """Whether Ctrl-C was pressed, or SIGTERM sent, to be asked as the run goes on.
+
+    The second one ends the pass at once, as KeyboardInterrupt.
+    """
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and process.count == 1:  # torchrun passes the first one on as a second
+            raise KeyboardInterrupt
         stop.set()
-        if process.count == 1:  # torchrun passes the first one on as a second
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
+    with _signals(on_signal):
         yield stop.is_set if process.count == 1 else agreed(stop.is_set)
+
+
+@contextmanager
+def _signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Within it, Ctrl-C and SIGTERM call a function."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
 
 
 def _run_batch(args: argparse.Namespace, process: Process) -> int:
@@ -170,8 +194,9 @@ def _run_batch(args: argparse.Namespace, process: Process) -> int:
     for line in (batch.base.fit, _told_dtype(args, batch.base.options)):
         if line:
             print(f"{who}{line}", flush=True)
-    for number, path in enumerate(make(batch, todo, process), 1):
-        print(f"{who}{number}/{len(todo)} {path}", flush=True)
+    with _signals(signal.default_int_handler):
+        for number, path in enumerate(make(batch, todo, process), 1):
+            print(f"{who}{number}/{len(todo)} {path}", flush=True)
     return 0
 
 

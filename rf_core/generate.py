@@ -7,8 +7,9 @@ resumes to the very images an undisturbed run gives.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from torch import Tensor
 
@@ -26,8 +27,11 @@ from .options import Options, Plan
 from .pace import Pace, Progress
 from .stream import Chunk, Stream
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
-from .video import VideoFormat, VideoWriter, read_images, remux, to_uint8
+from .video import RUN, VideoFormat, VideoWriter, read_images, remux, to_uint8
 from .weights.checkpoint import load_student
+from .writing import WriteError
+
+_log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
@@ -146,35 +150,52 @@ def generate(
     embeds: dict[str, Tensor],
     report: Callable[[Progress], None] = lambda progress: None,
     stopped: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Make the video; False when `stopped` ended it early, within one pass of the network.
+) -> int | None:
+    """Make the video; None once it is finished.
 
-    However it ends, the file is closed and plays.
+    Where `stopped` ended it early, within one pass of the network, how many chunks lead to the
+    snapshot it can go on from; 0 without one. However it ends, the file is closed and plays.
     """
     options, begun = settled.options, stream.state.num_chunks
-    pace = Pace(settled.total, begun, options.device)
+    pace, saver = Pace(settled.total, begun, options.device), _Saver(settled, begun)
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
             raise Stopped
 
-    with _open_writer(settled, begun) as writer, _handoff(settled, stream, writer) as handoff:
-        written = writer.num_images
-        try:
-            for chunk in _chunks(settled, stream, embeds, pace, on_pass):
-                images = _hand_on(chunk, stream, writer, handoff)
-                done, written = chunk.index + 1, written + images
-                if options.saves_after(done):
-                    handoff.flush()
-                    _save(settled, stream)
-                report(pace.chunk_done(done, images, written))
-        except Stopped:
-            handoff.flush()
-            _save(settled, stream)
-            return False
-    remux(options.output)
+    writer, finished = _open_writer(settled, begun), False
+    try:
+        with writer, _handoff(settled, stream, writer) as handoff:
+            written = writer.num_images
+            try:
+                for chunk in _chunks(settled, stream, embeds, pace, on_pass):
+                    images = _hand_on(chunk, stream, writer, handoff)
+                    done, written = chunk.index + 1, written + images
+                    if options.saves_after(done):
+                        handoff.flush()
+                        saver.save(stream)
+                    report(pace.chunk_done(done, images, written))
+                finished = True
+            except Stopped:
+                handoff.flush()
+                # Before the first chunk the file is still that of another run, or none.
+                saver.save(stream, wanted=writer.num_images > 0)
+    finally:
+        _index(writer, options.output, settled.metadata if finished else _metadata(settled))
+    if not finished:
+        return saver.chunks
     options.snapshot_path.unlink(missing_ok=True)
-    return True
+    return None
+
+
+def _index(writer: VideoWriter, path: Path, metadata: dict[str, str]) -> None:
+    """Put the file's index in front; without, it plays as well."""
+    if not writer.num_images:
+        return
+    try:
+        remux(path, metadata)
+    except Exception as error:  # a full disk; what ended the run is to be told, not this
+        _log.warning("%s keeps its index in parts: %s", path, error)
 
 
 def follow(
@@ -240,8 +261,12 @@ def _open_writer(settled: Plan, chunks: int) -> VideoWriter:
     format = VideoFormat(width=settled.width, height=settled.height, crf=options.crf)
     if chunks:
         return VideoWriter.resume(options.output, settled.clock.images_before(chunks), format)
-    metadata = {"title": settled.prompts[0].text, "comment": json.dumps(settled.record())}
-    return VideoWriter(options.output, format, metadata)
+    return VideoWriter(options.output, format, _metadata(settled), [options.snapshot_path])
+
+
+def _metadata(settled: Plan) -> dict[str, str]:
+    """What an unfinished video carries."""
+    return settled.metadata | ({} if settled.run is None else {RUN: settled.run})
 
 
 def _start_images(settled: Plan) -> Tensor:
@@ -252,7 +277,33 @@ def _start_images(settled: Plan) -> Tensor:
     return read_images(settled.options.start, num_images=most, last=True, **size)
 
 
-def _save(settled: Plan, stream: Stream) -> None:
-    snapshot = stream.snapshot()
-    snapshot.facts["run"] = settled.record()
-    snapshot.save(settled.options.snapshot_path)
+class _Saver:
+    """Snapshots of a run, which goes on where one cannot be written."""
+
+    def __init__(self, settled: Plan, begun: int) -> None:
+        self._settled, self._told = settled, False
+        self.chunks = begun
+        """Chunks that lead to the snapshot that is there; 0 without one."""
+
+    def save(self, stream: Stream, wanted: bool = True) -> None:
+        """Replace the snapshot; all images up to it must be in the file."""
+        snapshot = stream.snapshot()  # of several processes, all ask for it
+        if not wanted:
+            return
+        snapshot.facts.update({"run": self._settled.record(), RUN: self._settled.run})
+        try:
+            snapshot.save(self._settled.options.snapshot_path)
+            self.chunks = stream.state.num_chunks
+        except WriteError as error:
+            self._tell(error)
+
+    def _tell(self, error: WriteError) -> None:
+        if not self._told:
+            where = f"from chunk {self.chunks} on" if self.chunks else "from its beginning"
+            _log.warning(
+                "no snapshot can be written (%s); the video itself goes on, but a run that is "
+                "stopped would make it again %s, until there is room",
+                error,
+                where,
+            )
+        self._told = True

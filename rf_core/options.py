@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 
@@ -22,7 +23,7 @@ from .memory.plan import Fit, OffloadMode, fit
 from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
 from .state import Snapshot
 from .stream import latent_size
-from .video import VideoFormat, read_metadata
+from .video import RUN, VideoFormat, read_metadata
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 
@@ -149,6 +150,8 @@ class Plan:
     """Each prompt with the chunk it starts at."""
     snapshot: Snapshot | None
     """The state to go on from."""
+    run: str | None
+    """Names the run in its video and its snapshots; None in those of earlier versions."""
     choice: str | None = None
     """Which network of the model's file is taken; None where there is but one."""
     fit: Fit | None = None
@@ -184,6 +187,11 @@ class Plan:
             "prompts": [[p.chunk, str(p.switch), p.text] for p in self.prompts],
         }
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the finished video carries."""
+        return {"title": self.prompts[0].text, "comment": json.dumps(self.record())}
+
 
 def plan(options: Options) -> Plan:
     """Settle and check a run. ValueError, one sentence, for whatever is wrong."""
@@ -217,6 +225,7 @@ def plan(options: Options) -> Plan:
         prompts=options.timeline.resolve(clock, total),
         snapshot=snapshot,
         choice=checkpoint.choice,
+        run=uuid4().hex if snapshot is None else snapshot.facts.get(RUN),
     )
     _check_resume(settled, made)
     return _placed(settled)
@@ -313,7 +322,25 @@ def _check_files(options: Options) -> None:
 def _snapshot_of(options: Options) -> Snapshot | None:
     # A run that was killed before its first snapshot begins again: it makes the same images.
     path = options.snapshot_path
-    return Snapshot.load(path) if options.resume and path.exists() else None
+    if not (options.resume and path.exists()):
+        return None
+    snapshot = Snapshot.load(path)
+    _check_pair(options.output, path, snapshot)
+    return snapshot
+
+
+def _check_pair(video: Path, path: Path, snapshot: Snapshot) -> None:
+    """ValueError where a snapshot is not of the run that made the video beside it."""
+    if not video.exists():
+        raise ValueError(
+            f"{video} is gone, and the snapshot beside it, {path.name}, holds none of its images; "
+            "put it back, or begin again with --overwrite in place of --resume"
+        )
+    if read_metadata(video).get(RUN) != snapshot.facts.get(RUN):
+        raise ValueError(
+            f"{path} is of another run than {video}; put back the snapshot of this one, or delete "
+            "that one, and --resume makes the video from its beginning"
+        )
 
 
 def _made(options: Options, snapshot: Snapshot | None) -> dict[str, Any] | None:

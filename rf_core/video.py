@@ -11,13 +11,13 @@ from __future__ import annotations
 import io
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import FPS
-from .writing import whole_file
+from .writing import WriteError, whole_file
 
 _BT709 = 1  # the number of BT.709 as matrix, primaries and transfer (ITU-T H.273, tables 2 to 4)
 _BT601 = 5
@@ -33,6 +33,8 @@ _LIMITED_RANGE = 1  # luma from 16 to 235, what players expect
 _CODECS = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf", "h264_nvenc", "mpeg4")
 # Containers add these to what they report; they are no metadata of ours to copy.
 _CONTAINER_KEYS = ("major_brand", "minor_version", "compatible_brands", "encoder")
+RUN = "rf_run"
+"""Name under which a video's metadata, and its snapshot's facts, say which run made it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +74,18 @@ class VideoWriter:
         path: the MP4 to write; its folder must exist.
         format: size, rate and quality.
         metadata: names and texts stored in the file, such as `title` and `comment`.
+        companions: files that belong to the one of the same name; they go right before it does.
 
     Raises:
         ValueError: the folder does not exist, or the encoder does not start.
     """
 
     def __init__(
-        self, path: str | Path, format: VideoFormat, metadata: Mapping[str, str] | None = None
+        self,
+        path: str | Path,
+        format: VideoFormat,
+        metadata: Mapping[str, str] | None = None,
+        companions: Sequence[Path] = (),
     ) -> None:
         self._path = Path(path)
         if not self._path.absolute().parent.is_dir():
@@ -86,8 +93,9 @@ class VideoWriter:
         _black_fragment(format)
         self._format = format
         self._metadata = dict(metadata or {})
+        self._companions = companions
         self._num_images = 0
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
 
     @classmethod
     def resume(
@@ -110,7 +118,7 @@ class VideoWriter:
         _check_continues(writer._path, num_images, format)
         _copy_stream(writer._path, num_images=num_images, fragmented=True, metadata=metadata)
         writer._num_images = num_images
-        writer._file = writer._path.open("ab")
+        writer._file = writer._path.open("ab", buffering=0)
         return writer
 
     @property
@@ -123,6 +131,7 @@ class VideoWriter:
 
         Raises:
             ValueError: the images have another size or type than the video.
+            WriteError: the disk is full; the file is what it was before.
         """
         expected = (self._format.height, self._format.width, 3)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != expected:
@@ -134,12 +143,32 @@ class VideoWriter:
             raise ValueError("images holds no image; a chunk has at least 1")
         data = _fragment(images, self._num_images, self._format, self._metadata)
         if self._file is None:
-            self._file = self._path.open("wb")
+            self._begin(data)
         else:
-            data = data[_header_length(data) :]
-        self._file.write(data)
-        self._file.flush()
+            self._append(data[_header_length(data) :])
         self._num_images += len(images)
+
+    def _begin(self, data: bytes) -> None:
+        with whole_file(self._path) as part:
+            part.write_bytes(data)
+            for each in self._companions:
+                each.unlink(missing_ok=True)
+        self._file = self._path.open("ab", buffering=0)
+
+    def _append(self, data: bytes) -> None:
+        assert self._file is not None
+        whole, rest = self._file.seek(0, io.SEEK_END), memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise WriteError(
+                f"{self._path} could not be written further ({error.strerror}); what was made "
+                "before is in it and plays; make room to go on"
+            ) from error
+        finally:
+            if rest:
+                self._file.truncate(whole)  # half a fragment would be in the next one's way
 
     def close(self) -> None:
         """Close the file; more than once does no harm."""

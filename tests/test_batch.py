@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,14 @@ def prompt_file(folder: Path, text: str = TEXT) -> Path:
 def manifest_of(folder: Path) -> list[dict]:
     texts = [path.read_text() for path in sorted(folder.glob("manifest-*.jsonl"))]
     return [json.loads(line) for text in texts for line in text.splitlines()]
+
+
+def test_a_copy_of_a_manifest_is_none(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    for name in ("manifest-0 (copy).jsonl", "manifest-0_old.jsonl", "manifest-00.jsonl"):
+        (folder / name).write_text("mine")
+    assert main(arguments(folder, prompt_file(tmp_path), "--seed", "7")) == 0
+    assert (folder / "manifest-00.jsonl").read_text() == "mine"
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 import training.world.claims as claims
 from training.config import changed
 from training.recipes import miniature
-from training.world.claims import ARMS, BASE, COMMON, ClaimsConfig, Measurer, run_claims
+from training.world.claims import (
+    ARMS,
+    BASE,
+    COMMON,
+    ClaimsConfig,
+    Measurer,
+    result_path,
+    run_claims,
+)
 from training.world.claims_report import motion_plot, read_results, report, strips
 
 CONFIG = ClaimsConfig(free=2, named=1, double=1, long=1, long_chunks=10, between=1)
@@ -67,5 +76,10 @@ def test_strips_show_a_row_an_arm(finished):
 def test_an_empty_folder_has_no_report(tmp_path):
     with pytest.raises(ValueError, match="holds no results"):
         read_results(tmp_path)
-    (tmp_path / "x.json").write_text(json.dumps({"arm": BASE}))
+    result = result_path(tmp_path, BASE, 0)
+    result.write_text(json.dumps({"arm": BASE}))
     assert list(read_results(tmp_path)) == [BASE]
+    shutil.copy(result, result.with_stem(f"{result.stem} (copy)"))
+    shutil.copy(result, result.with_stem(f"{result.stem}_backup"))
+    (tmp_path / "notes.json").write_text("[]")
+    assert len(read_results(tmp_path)[BASE]) == 1

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import av
@@ -17,10 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rf_core import devices
+from rf_core import generate as generate_module
 from rf_core.__main__ import main
 from rf_core.config import CacheConfig, ModelConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.decoders.vae_files import vae_metadata
+from rf_core.stream import Stream
 from rf_core.text import UMT5Encoder, byte_ids, save_text_encoder
 from rf_core.weights.checkpoint import write_checkpoint
 
@@ -176,6 +181,19 @@ def run_and_stop(weights, output, number, lines, *more) -> subprocess.Popen:
     process.send_signal(number)
     process.communicate(timeout=60)
     return process
+
+
+def length_of(path: Path) -> float:
+    """Seconds that the file's index tells, as players and editors read it; nan for none."""
+    with av.open(str(path)) as file:
+        return math.nan if file.duration is None else file.duration / av.time_base
+
+
+def is_indexed(path: Path) -> bool:
+    """Whether the index is in front, and tells the length of what is there."""
+    data = path.read_bytes()
+    told = length_of(path) == pytest.approx(len(images_of(path)) / 16, abs=0.01)
+    return told and b"moof" not in data and data.index(b"moov") < data.index(b"mdat")
 
 
 TIMELINE = "0s: a cat\nc4 [blend 3]: a dog\nc9 [recache]: a bird\nc12 [cut]: a city\n"
@@ -376,3 +394,239 @@ def test_bench_prints_flat_memory_and_time_and_writes_json(tmp_path, capsys):
     assert result["network_seconds"]["p50"] > 0
     assert result["snapshot"]["compact_bytes"] < result["snapshot"]["exact_bytes"]
     assert main(["bench", "--chunks", "1", "--device", "cpu"]) == 1
+
+
+unix = pytest.mark.skipif(sys.platform == "win32", reason="sends signals to a child")
+
+
+@unix
+def test_an_overwritten_run_that_is_killed_at_once_goes_on_as_itself_and_names_its_own_seed(
+    weights, tmp_path, capsys
+):
+    output = tmp_path / "a.mp4"
+    first = ("--prompt", "x", "--chunks", "50", "--seed", "1")
+    run_and_stop(weights, output, signal.SIGINT, 3, *first)
+    assert list(tmp_path.glob("*.state.safetensors"))
+    second = ("--prompt", "x", "--seed", "2", "--snapshot-every", "0")
+    run_and_stop(weights, output, signal.SIGKILL, 2, *second, "--overwrite")
+    assert not list(tmp_path.glob("*.state.safetensors"))
+    assert main(arguments(weights, output, *first, "--resume")) == 1
+    assert "was begun with seed 2, now it is 1" in capsys.readouterr().err
+    assert main(arguments(weights, output, *second, "--chunks", "3", "--resume")) == 0
+    undisturbed = tmp_path / "b.mp4"
+    main(arguments(weights, undisturbed, *second, "--chunks", "3"))
+    assert output.read_bytes() == undisturbed.read_bytes()
+
+
+@unix
+def test_a_run_that_overwrites_and_is_stopped_before_its_first_chunk_leaves_the_old_one_whole(
+    weights, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "a.mp4"
+    first = ("--prompt", "x", "--seed", "1")
+    run_and_stop(weights, output, signal.SIGINT, 3, *first)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 2
+
+    def stopped_at_once(*arguments):
+        return generate_module.generate(*arguments[:4], stopped=lambda: True)
+
+    monkeypatch.setattr("rf_core.commands.generate", stopped_at_once)
+    again = ("--prompt", "x", "--seed", "2", "--overwrite")
+    assert main(arguments(weights, output, *again)) == 130
+    assert "stopped; nothing was written" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    assert main(arguments(weights, output, *first, "--chunks", "9", "--resume")) == 0
+
+
+@unix
+def test_a_snapshot_of_another_run_is_refused_for_what_it_is(weights, tmp_path, capsys):
+    more, output = ("--prompt", "x"), tmp_path / "a.mp4"
+    run_and_stop(weights, output, signal.SIGINT, 2, *more)
+    (snapshot,) = tmp_path.glob("*.state.safetensors")
+    kept = snapshot.read_bytes()
+    run_and_stop(weights, output, signal.SIGINT, 2, *more, "--overwrite")
+    snapshot.write_bytes(kept)  # as from a copy of the folder
+    again = arguments(weights, output, *more, "--chunks", "4", "--resume")
+    assert main(again) == 1
+    error = capsys.readouterr().err
+    assert "is of another run than" in error and "delete" in error
+    snapshot.unlink()
+    assert main(again) == 0
+
+    snapshot.write_bytes(kept)
+    output.unlink()
+    assert main(again) == 1
+    assert "is gone" in capsys.readouterr().err
+    assert main([each for each in again if each != "--resume"]) == 0
+    assert not snapshot.exists()
+
+
+@unix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stopped_endless_run_has_its_length_in_its_index_and_goes_on(weights, tmp_path, number):
+    output = tmp_path / "a.mp4"
+    process = run_and_stop(weights, output, number, 4, "--prompt", "x")
+    assert process.returncode == 130
+    assert is_indexed(output)
+    chunks = str((len(images_of(output)) + 3) // 12 + 2)
+    more = ("--prompt", "x", "--chunks", chunks)
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    whole = tmp_path / "b.mp4"
+    main(arguments(weights, whole, *more))
+    assert output.read_bytes() == whole.read_bytes()
+
+
+@unix
+def test_a_second_ctrl_c_ends_the_pass_and_the_file_has_its_index(weights, tmp_path, monkeypatch):
+    output = tmp_path / "a.mp4"
+    make = Stream.generate
+
+    def impatient(stream, *arguments):
+        if stream.state.num_chunks == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the second one did not end the pass")
+        return make(stream, *arguments)
+
+    monkeypatch.setattr(Stream, "generate", impatient)
+    more = ("--prompt", "x", "--snapshot-every", "1")
+    assert main(arguments(weights, output, *more)) == 130
+    assert is_indexed(output) and len(images_of(output)) == 9 + 12
+    monkeypatch.undo()
+    assert main(arguments(weights, output, *more, "--chunks", "4", "--resume")) == 0
+
+
+def test_an_error_in_the_middle_leaves_a_file_with_its_index_that_goes_on(
+    weights, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "a.mp4"
+    make = Stream.generate
+
+    def failing(stream, *arguments):
+        if stream.state.num_chunks == 3:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate")
+        return make(stream, *arguments)
+
+    monkeypatch.setattr(Stream, "generate", failing)
+    more = ("--prompt", "x", "--chunks", "5", "--snapshot-every", "2")
+    assert main(arguments(weights, output, *more)) == 1
+    assert "out of memory" in capsys.readouterr().err
+    assert is_indexed(output) and len(images_of(output)) == 9 + 12 * 2
+    monkeypatch.undo()
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    assert len(images_of(output)) == 9 + 12 * 4
+
+
+@unix
+def test_a_stopped_batch_leaves_its_unfinished_video_with_an_index(weights, tmp_path, monkeypatch):
+    prompts, folder = tmp_path / "p.txt", tmp_path / "out"
+    prompts.write_text("a cat\n")
+    make = Stream.generate
+
+    def terminated(stream, *arguments):
+        if stream.state.num_chunks == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return make(stream, *arguments)
+
+    monkeypatch.setattr(Stream, "generate", terminated)
+    more = ("--prompts", str(prompts), "--chunks", "4")
+    assert main(arguments(weights, folder, *more)) == 130
+    (partial,) = folder.glob("*.partial")
+    assert is_indexed(partial)
+    monkeypatch.undo()
+    assert main(arguments(weights, folder, *more)) == 0
+    assert [path.name for path in folder.glob("*.mp4*")] == ["00001_a-cat.mp4"]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk on which no file grows further."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_snapshot_that_finds_no_room_is_told_once_and_the_video_goes_on(
+    weights, tmp_path, caplog, capsys
+):
+    output, more = tmp_path / "a.mp4", ("--prompt", "x", "--chunks", "6", "--snapshot-every", "1")
+    with files_of_at_most(60_000):
+        assert main(arguments(weights, output, *more)) == 0
+    assert len(images_of(output)) == 9 + 12 * 5
+    (told,) = [each.getMessage() for each in caplog.records if "no snapshot" in each.getMessage()]
+    assert "File too large" in told and "from its beginning" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_stop_without_room_keeps_the_old_snapshot_and_says_where_it_goes_on(
+    weights, tmp_path, monkeypatch, capsys
+):
+    output, make = tmp_path / "a.mp4", Stream.generate
+    more = ("--prompt", "x", "--snapshot-every", "2")
+
+    def stopped_on_a_full_disk(stream, *arguments):
+        if stream.state.num_chunks == 3:
+            full.enter_context(files_of_at_most(60_000))
+            signal.raise_signal(signal.SIGINT)
+        return make(stream, *arguments)
+
+    monkeypatch.setattr(Stream, "generate", stopped_on_a_full_disk)
+    with ExitStack() as full:
+        assert main(arguments(weights, output, *more)) == 130
+    assert "--resume goes on from chunk 2" in capsys.readouterr().out
+    assert is_indexed(output) and len(images_of(output)) == 9 + 12 * 2
+    monkeypatch.undo()
+    assert main(arguments(weights, output, *more, "--chunks", "5", "--resume")) == 0
+    whole = tmp_path / "b.mp4"
+    main(arguments(weights, whole, *more, "--chunks", "5"))
+    assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_on_a_full_disk_the_video_ends_with_one_sentence_plays_and_goes_on(
+    weights, small_disk, tmp_path, capsys
+):
+    output = small_disk / "a.mp4"
+    more = ("--prompt", "x", "--chunks", "6", "--crf", "0", "--snapshot-every", "0")
+    main(arguments(weights, whole := tmp_path / "whole.mp4", *more))
+    ballast = small_disk / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(bytes(1024)):
+            pass
+    os.truncate(ballast, ballast.stat().st_size - whole.stat().st_size // 2)
+    assert main(arguments(weights, output, *more)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {output} could not be written further (No space left")
+    part, images = images_of(output), images_of(whole)
+    assert 9 <= len(part) < len(images) and np.array_equal(part, images[: len(part)])
+    ballast.unlink()
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    assert np.array_equal(images_of(output), images)
+
+
+def test_a_disk_that_is_full_from_the_first_leaves_the_old_video(weights, tmp_path, capsys):
+    output, more = tmp_path / "a.mp4", ("--prompt", "x", "--chunks", "1")
+    main(arguments(weights, output, *more))
+    before = output.read_bytes()
+    with files_of_at_most(100):
+        assert main(arguments(weights, output, *more, "--overwrite")) == 1
+    assert "a.mp4 could not be written (File too large)" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +213,13 @@ def test_trajectories_are_read_as_they_were_stored(folder):
         assert torch.equal(getattr(rows, name), expected)
     assert rows.embeds.shape[1] == 6 and torch.equal(rows.embeds[1, :4], made[1].embeds[0])
     assert not rows.embeds[1, 4:].any()
+
+
+def test_a_copy_of_a_shard_is_no_shard(folder):
+    whole = Pairs.open(folder)
+    for name in ("pairs-000000 (copy)", "pairs-000000_backup", "pairs-1", "pairs-0000001"):
+        shutil.copy(whole.shards[0], folder / f"{name}.safetensors")
+    assert Pairs.open(folder).shards == whole.shards
 
 
 def test_a_half_written_shard_is_never_taken_for_one(tmp_path, monkeypatch):

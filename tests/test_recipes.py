@@ -14,10 +14,12 @@ import torch
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import load_student, read_checkpoint
 from rf_core.weights.lora import Lora
+from rf_core.writing import WriteError
 from training.__main__ import main
 from training.config import changed
 from training.distil import distil
 from training.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
+from training.run import checkpointing
 from training.run.folder import checkpoints
 from training.run.journal import read_journal
 
@@ -102,6 +104,71 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     config = small("run.updates=3", "reward.kind=none", "output.keep=1")
     list(distil(config, tmp_path, CPU))
     assert [path.name for path in sorted(tmp_path.glob("update_*"))] == ["update_000003"]
+
+
+def beside(checkpoint: Path) -> dict[str, Path]:
+    """What people and machines leave beside a run's checkpoints."""
+    out = checkpoint.parent
+    copies = ("update_000001_backup", "update_000001 (copy)", "update_000001.bak", "update_1e3")
+    copies += ("update_1", "update_0000009", "my update_000007", "update_000001.partial")
+    for name in copies:
+        shutil.copytree(checkpoint, out / name)
+    (out / "update_000002").write_text("a note")
+    (out / "update_000003").mkdir()
+    (out / "update_000003" / "__0_0.distcp").write_text("half a copy")
+    (out / "update_000009").symlink_to(checkpoint)
+    (out / "update_000008").mkdir()
+    return {path.name: path for path in out.iterdir() if path != checkpoint}
+
+
+def test_what_lies_beside_a_run_s_checkpoints_is_neither_read_nor_counted_nor_deleted(tmp_path):
+    config = small("run.updates=3", "reward.kind=none", "output.keep=1")
+    out = tmp_path / "run"
+    run = distil(config, out, CPU)
+    next(run)
+    strange = beside(out / "update_000001").keys()
+    assert [update for update, _ in checkpoints(out)] == [1]
+    assert [report.update for report in run] == [1, 2]
+    assert checkpoints(out) == [(3, out / "update_000003")]
+    assert (out / "update_000002.other").read_text() == "a note"
+    assert (out / "update_000003.other" / "__0_0.distcp").read_text() == "half a copy"
+    left = {path.name.removesuffix(".other") for path in out.iterdir()}
+    assert left == {*strange, "update_000003", "log.jsonl", "config.json", "student.safetensors"}
+    assert list(distil(config, out, CPU, resume=True)) == []
+    assert main(["export", str(out), str(tmp_path / "a.safetensors")]) == 0
+    assert read_checkpoint(tmp_path / "a.safetensors").provenance["updates"] == 3
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_sentence_and_the_old_one_stays(tmp_path):
+    resource = pytest.importorskip("resource")
+    config, limit = small("run.updates=2", "reward.kind=none"), resource.RLIMIT_FSIZE
+    before = resource.getrlimit(limit)
+    run = distil(config, tmp_path, CPU)
+    next(run)
+    resource.setrlimit(limit, (100_000, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"update_000002 could not be written .*--resume"):
+            next(run)
+    finally:
+        resource.setrlimit(limit, before)
+    assert [path.name for path in sorted(tmp_path.glob("update_*"))] == ["update_000001"]
+    assert [report.update for report in distil(config, tmp_path, CPU, resume=True)] == [1]
+
+
+def test_a_checkpoint_that_was_half_deleted_is_none(tmp_path, monkeypatch):
+    list(distil(small("run.updates=1", "reward.kind=none"), tmp_path, CPU))
+    ((_, folder),) = checkpoints(tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: None)  # as after a kill
+    checkpointing.delete(folder)
+    assert folder.exists() and checkpoints(tmp_path) == []
+
+
+def test_weights_of_a_run_without_checkpoints_are_not_taken_for_those_of_a_new_one(tmp_path):
+    config = small("run.updates=1", "reward.kind=none")
+    list(distil(config, tmp_path, CPU))
+    shutil.rmtree(tmp_path / "update_000001")
+    with pytest.raises(ValueError, match=r"holds student\.safetensors and no checkpoint"):
+        next(distil(changed(config, ["run.seed=1"]), tmp_path, CPU))
 
 
 def test_a_checkpoint_is_written_after_some_time_as_well(tmp_path):

@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from rf_core.video import VideoFormat, VideoWriter, read_images, read_metadata, to_uint8
 from training.evaluation.study import (
     QUESTIONS,
+    clips_of,
     format_standings,
     study_results,
     wilson,
@@ -49,6 +51,14 @@ def add_video(folder: Path, number: int, seed: int, level: float, prompt: str = 
         "prompt": prompt or f"prompt {number} </script>",
     }
     path.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_a_copy_of_a_record_is_none(folders, tmp_path):
+    folder = shutil.copytree(folders[0], tmp_path / "copied")
+    before = clips_of(folder)
+    for name in ("0000-0 (copy)", "0000-0_backup", "notes"):
+        shutil.copy(folder / "0000-0.json", folder / f"{name}.json")
+    assert clips_of(folder) == before
 
 
 def read_page(page: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, WAN_SIZE, SamplerConfig
 from rf_core.model import WanModel
+from rf_core.numbered import numbered
 from rf_core.options import DEMO
 from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.stream import latent_size
@@ -297,7 +298,11 @@ def _stored(latents: Tensor, config: PairsConfig) -> Tensor:
 
 def shard_path(out: Path, number: int) -> Path:
     """The file of a shard."""
-    return out / f"pairs-{number:06}.safetensors"
+    return out / _shard_name(number)
+
+
+def _shard_name(number: int) -> str:
+    return f"pairs-{number:06}.safetensors"
 
 
 def write_shard(
@@ -327,7 +332,7 @@ class Pairs:
     @classmethod
     def open(cls, folder: Path) -> Pairs:
         """The shards that are there; ValueError for none, or for some that do not belong."""
-        pairs = cls(tuple(sorted(folder.glob("pairs-*.safetensors"))))
+        pairs = cls(tuple(path for _, path in numbered(folder, _shard_name)))
         if not pairs.shards:
             raise ValueError(
                 f"{folder} holds no trajectories; make some with `python -m training ode_pairs`"
@@ -391,7 +396,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _check_folder(config: PairsConfig, teacher: str, out: Path) -> None:
-    for path in sorted(out.glob("pairs-*.safetensors")):
+    for _, path in numbered(out, _shard_name):
         _refuse_other(path, config, teacher)
 
 

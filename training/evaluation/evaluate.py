@@ -266,6 +266,8 @@ def _make(
     model, decoder = open_networks(candidate.plan)
     for number, seed in jobs:
         run = candidate.plan_of(number, seed)
+        # A record that outlived its video would pass for one of half a video after a kill.
+        candidate.video(number, seed).with_suffix(".json").unlink(missing_ok=True)
         generate(run, open_stream(run, model, decoder, embeds), embeds)
         _finish(candidate, number, seed, estimate)
         yield candidate.video(number, seed)

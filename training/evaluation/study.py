@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -34,6 +35,7 @@ QUESTIONS = {
 ANSWERS = ("left", "right", "tie")
 
 _TEMPLATE = Path(__file__).with_name("study.html")
+_NAME = re.compile(r"([0-9]{4,})-([0-9]+)\.json")  # as an evaluation names its records
 _COLUMNS = ("study", "rater", "pair", "question", "answer")
 _Z = 1.959964  # 97.5 % of the normal distribution lie below
 
@@ -96,8 +98,11 @@ def clips_of(folder: Path) -> Clips:
     """The finished videos in an evaluation's folder of one model, by prompt number and seed."""
     clips: Clips = {}
     for path in sorted(folder.glob("*.json")):
+        named = _NAME.fullmatch(path.name)
+        if named is None:  # a copy, or another's file
+            continue
         record = json.loads(path.read_text(encoding="utf-8"))
-        key = (record["prompt_number"], record["seed"])
+        key = (int(named[1]), int(named[2]))
         clips[key] = Clip(
             path=path.with_suffix(".mp4"),
             prompt_number=key[0],

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rf_core.numbered import numbered
 from rf_core.weights.files import WeightFile, read_json, read_weights
 from rf_core.writing import whole_file
 
@@ -168,11 +169,7 @@ def require_fit(path: Path, weights: Mapping[str, Tensor], config: Any) -> None:
 def _checkpoint(release: Path, step: int | None) -> Path:
     if not (release / "model_config.json").is_file():
         raise ValueError(f"{release} holds no model_config.json; give VideoReward's folder")
-    found = {
-        int(each.name.removeprefix("checkpoint-")): each
-        for each in release.glob("checkpoint-*")
-        if each.name.removeprefix("checkpoint-").isdecimal()
-    }
+    found = dict(numbered(release, lambda step: f"checkpoint-{step}"))
     if not found:
         raise ValueError(f"{release} holds no folder checkpoint-*; download it again")
     if step is not None and step not in found:

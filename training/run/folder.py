@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rf_core.numbered import numbered
 from rf_core.writing import write_text
 
 from ..config import difference, from_json, to_json
+from .checkpointing import delete, is_whole
 from .distributed import barrier, of_the_first, rank
 
 CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"
@@ -18,21 +19,30 @@ CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
     """The whole checkpoints of a run's folder, by update."""
-    found = [path for path in out.glob("update_*") if path.suffix != ".partial"]
-    return sorted((int(path.name.removeprefix("update_")), path) for path in found)
+    return [(update, path) for update, path in numbered(out, _name) if is_whole(path)]
 
 
 def checkpoint_path(out: Path, update: int) -> Path:
     """Where the checkpoint of an update goes."""
-    return out / f"update_{update:06}"
+    return out / _name(update)
+
+
+def _name(update: int) -> str:
+    return f"update_{update:06}"
 
 
 def to_go_on_from(config: Any, out: Path, resume: bool) -> Path | None:
     """The newest checkpoint, or None for a run that begins.
 
-    ValueError where the folder holds a run and `resume` is not asked for, or its config differs.
+    ValueError where the folder holds a run and `resume` is not asked for, or its config differs;
+    or weights alone, which would pass for those of the run that begins.
     """
-    saved = of_the_first(checkpoints(out))
+    saved, weights = of_the_first((checkpoints(out), made(out)))
+    if not saved and weights:
+        raise ValueError(
+            f"{out} holds {weights[0]} and no checkpoint: it is of a run that cannot be gone on "
+            "with; move it away, or choose another folder"
+        )
     if not saved:
         return None
     if not resume:
@@ -59,7 +69,7 @@ def forget_old(out: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     if rank() == 0:
         for _, old in checkpoints(out)[:-keep]:
-            shutil.rmtree(old)
+            delete(old)
 
 
 def made(out: Path) -> list[str]:

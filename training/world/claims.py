@@ -121,15 +121,15 @@ def run_claims(
     measurer = Measurer(config)
     out.mkdir(parents=True, exist_ok=True)
     for name, make in measurer.references().items():
-        if not _result(out, name).exists():
-            _write(_result(out, name), make() | {"arm": name})
+        if not result_path(out, name).exists():
+            _write(result_path(out, name), make() | {"arm": name})
             yield name
     for seed in seeds:
         for arm in arms:
-            name = f"{arm.name}, seed {seed}"
-            if not _result(out, name).exists():
-                _write(_result(out, name), _run_arm(out, arm, seed, measurer))
-                yield name
+            path = result_path(out, arm.name, seed)
+            if not path.exists():
+                _write(path, _run_arm(out, arm, seed, measurer))
+                yield _name(arm.name, seed)
 
 
 def _run_arm(out: Path, arm: Arm, seed: int, measurer: Measurer) -> dict[str, Any]:
@@ -299,8 +299,13 @@ def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name.lower())
 
 
-def _result(out: Path, name: str) -> Path:
-    return out / f"{_slug(name)}.json"
+def result_path(out: Path, arm: str, seed: int | None = None) -> Path:
+    """Where the result of an arm's run is, or of what the arms stand beside."""
+    return out / f"{_slug(_name(arm, seed))}.json"
+
+
+def _name(arm: str, seed: int | None) -> str:
+    return arm if seed is None else f"{arm}, seed {seed}"
 
 
 def _write(path: Path, found: Mapping[str, Any]) -> None:

@@ -16,11 +16,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rf_core.numbered import numbered
 from rf_core.video import to_uint8
 from rf_core.weights.checkpoint import load_student
 
 from ..run.folder import STUDENT
-from .claims import ARMS, BASE, REWARD_ARMS, SINK_ARMS, Measurer, folder_of, sink_of
+from .claims import (
+    ARMS,
+    BASE,
+    REWARD_ARMS,
+    SINK_ARMS,
+    Measurer,
+    folder_of,
+    result_path,
+    sink_of,
+)
 
 Result = Mapping[str, Any]
 Row = Callable[[Result], list[float]]
@@ -31,13 +41,18 @@ RESAMPLES = 2000
 def read_results(out: Path) -> dict[str, list[Result]]:
     """Finished results by arm, one a seed; ValueError where there is none."""
     found: dict[str, list[Result]] = {}
-    for path in sorted(out.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(result["arm"], []).append(result)
+    for arm in (*REFERENCES, *ARMS):
+        if results := [json.loads(path.read_text(encoding="utf-8")) for path in _paths(out, arm)]:
+            found[arm] = results
     if not found:
         raise ValueError(f"{out} holds no results of claims")
-    order = [*REFERENCES, *ARMS]
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+    return found
+
+
+def _paths(out: Path, arm: str) -> list[Path]:
+    if arm in REFERENCES:
+        return [path for path in [result_path(out, arm)] if path.exists()]
+    return [path for _, path in numbered(out, lambda seed: result_path(out, arm, seed).name)]
 
 
 def report(out: Path) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rf_core.config import TEMPORAL_FACTOR
 from rf_core.decoders.vae import WanVAE
+from rf_core.numbered import numbered
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file
 
@@ -98,7 +99,7 @@ def write_clips(vae: WanVAE, config: ClipsConfig, folder: Path) -> Iterator[int]
     which, parts = config.part
     shards = range(0, config.num_clips, config.shard_clips)[which::parts]
     for start in shards:
-        path = folder / f"clips-{start:06}.safetensors"
+        path = folder / _shard_name(start)
         stop = min(start + config.shard_clips, config.num_clips)
         if not path.exists():
             if config.minutes is not None and time.monotonic() - started > 60 * config.minutes:
@@ -115,6 +116,10 @@ def _write_shard(vae: WanVAE, config: ClipsConfig, path: Path, indices: range) -
     write_atomically(path, {"latents": latents.half()}, metadata)
 
 
+def _shard_name(start: int) -> str:
+    return f"clips-{start:06}.safetensors"
+
+
 def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file in full or not at all."""
     with whole_file(path) as part:
@@ -123,7 +128,7 @@ def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
 
 def read_clips(folder: Path) -> Clips:
     """Every shard of `folder`; ValueError where there is none."""
-    paths = sorted(folder.glob("clips-*.safetensors"))
+    paths = [path for _, path in numbered(folder, _shard_name)]
     if not paths:
         raise ValueError(f"{folder} holds no clips; run `python -m training.world clips` first")
     latents, scenes = [], []

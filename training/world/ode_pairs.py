@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, SamplerConfig
 from rf_core.model import PromptContext, WanModel
+from rf_core.numbered import numbered
 from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.text import TextEncoder
 from rf_core.weights.files import parse_json, read_weights
@@ -161,7 +162,7 @@ def write_pairs(
     which, parts = config.part
     shards = range(0, config.num_excerpts, config.shard)[which::parts]
     for start in shards:
-        path = folder / f"pairs-{start:06}.safetensors"
+        path = folder / _shard_name(start)
         stop = min(start + config.shard, config.num_excerpts)
         if not path.exists():
             if config.minutes is not None and time.monotonic() - started > 60 * config.minutes:
@@ -195,6 +196,10 @@ def follow(
 LATENTS = ("opening", "second", "before", "later")
 
 
+def _shard_name(start: int) -> str:
+    return f"pairs-{start:06}.safetensors"
+
+
 def _write_shard(path: Path, config: PairsConfig, pairs: Pairs) -> None:
     excerpts = pairs.excerpts
     tensors = {name: getattr(excerpts, name).half() for name in LATENTS}
@@ -210,7 +215,7 @@ def _write_shard(path: Path, config: PairsConfig, pairs: Pairs) -> None:
 
 def read_pairs(folder: Path) -> Pairs:
     """Every shard of `folder`; ValueError where there is none."""
-    paths = sorted(folder.glob("pairs-*.safetensors"))
+    paths = [path for _, path in numbered(folder, _shard_name)]
     if not paths:
         raise ValueError(
             f"{folder} holds no trajectories; run `python -m training.world ode` first"
