@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .attention import BACKENDS, attention_backend, check_device
-from .batch import make, missing, plan_batch, read_prompts
+from .batch import make, missing, plan_batch
 from .config import FPS, WAN_SIZE, CacheConfig, ModelConfig, SamplerConfig
 from .decoders.taehv import TAEHVConfig
 from .decoders.vae import VAEConfig
@@ -40,6 +40,7 @@ from .memory.placement import decoder_config, free_bytes, parse_bytes, text_size
 from .memory.plan import fit, format_plan
 from .options import SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA, Files, Options, Plan, plan
 from .pace import Progress
+from .prompt_files import read_prompt_file, text_lines
 from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
 from .stream import Stream
 from .weights.checkpoint import convert, describe, read_checkpoint
@@ -159,12 +160,14 @@ def _stop_on_signal(process: Process) -> Iterator[Callable[[], bool]]:
 
 
 def _run_batch(args: argparse.Namespace, process: Process) -> int:
-    batch = plan_batch(_batch_options(args), read_prompts(args.prompts), args.seeds)
+    options, given = _batch_options(args), read_prompt_file(args.prompts)
+    batch = plan_batch(options, given.prompts, args.seeds)
     todo = missing(batch, process)
     who = f"process {process.rank} of {process.count}: " if process.count > 1 else ""
     done = len(batch.videos[process.rank :: process.count]) - len(todo)
     print(f"{who}{len(todo)} videos to make, {done} are there", flush=True)
-    for line in (batch.base.fit, _told_dtype(args, batch.base.options)):
+    left_out = given.left_out if process.rank == 0 else None
+    for line in (left_out, batch.base.fit, _told_dtype(args, batch.base.options)):
         if line:
             print(f"{who}{line}", flush=True)
     for number, path in enumerate(make(batch, todo, process), 1):
@@ -400,12 +403,7 @@ def _timeline(args: argparse.Namespace) -> PromptTimeline:
         if not args.prompt.strip():
             raise ValueError("the prompt is empty; say what the video shows")
         return PromptTimeline().append(0, "s", Switch(), args.prompt)
-    try:
-        text = args.timeline.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"there is no timeline at {args.timeline}; check the path") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{args.timeline} is not a text file in UTF-8") from None
+    text = "".join(text_lines(args.timeline, "timeline"))
     try:
         return parse_timeline(text)
     except TimelineError as error:
@@ -475,7 +473,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the video shows").add_argument
     add("--prompt", metavar="TEXT", help="one prompt for the whole video")
     add("--timeline", type=Path, metavar="FILE", help="prompts in time, as '8s [cut]: a city'")
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line: a video each, in a folder")
+    add("--prompts", type=Path, metavar="FILE", help="TXT, CSV, TSV, JSONL: a video of each")
     add("--seeds", type=int, default=1, metavar="N", help="videos of each line of --prompts")
     add("--seconds", type=float, metavar="S", help="length; without it, on until Ctrl-C")
     add("--chunks", type=int, metavar="N", help="length in chunks")
