@@ -477,7 +477,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=1, metavar="N", help="videos of each line of --prompts")
     add("--seconds", type=float, metavar="S", help="length; without it, on until Ctrl-C")
     add("--chunks", type=int, metavar="N", help="length in chunks")
-    add("--start", type=Path, metavar="FILE", help="a picture or clip to begin with (experimental)")
+    start = "a picture or clip to begin with; transparent parts become white (experimental)"
+    add("--start", type=Path, metavar="FILE", help=start)
     add("--width", type=int, metavar="PIXELS", help="default: the model's own")
     add("--height", type=int, metavar="PIXELS", help="default: the model's own")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same video")

@@ -22,7 +22,7 @@ from .memory.plan import Fit, OffloadMode, fit
 from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
 from .state import Snapshot
 from .stream import latent_size
-from .video import VideoFormat, read_metadata
+from .video import VideoFormat, check_images, read_metadata
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 
@@ -296,6 +296,8 @@ def _check_files(options: Options) -> None:
         )
     if start is not None and not start.is_file():
         raise ValueError(f"there is no start picture or clip at {start}; check the path")
+    if start is not None:
+        check_images(start)
     encoder = Path(options.files.text_encoder)
     local = encoder.suffix or encoder.is_absolute()  # the rest may be a hub id
     wanted = {"model": options.files.model, "VAE": options.files.vae}

@@ -141,6 +141,39 @@ def test_a_picture_and_a_clip_stand_at_the_head_of_the_video(weights, tmp_path):
     assert len(images_of(third)) == 9 + 12
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="names that Windows does not allow")
+def test_a_colon_in_a_relative_name_is_part_of_it(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = Path("take:1.mp4")
+    more = ("--prompt", "x", "--chunks", "2", "--start", "shot:1.mp4")
+    assert main(arguments(weights, Path("shot:1.mp4"), "--prompt", "x", "--chunks", "1")) == 0
+    assert main(arguments(weights, output, *more)) == 0
+    assert len(images_of(output.absolute())) == 9 + 12
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    Path("p.txt").write_text("x")
+    batch = ("--prompts", "p.txt", "--chunks", "1")
+    assert main(arguments(weights, Path("run:1"), *batch)) == 0
+    assert len(images_of(tmp_path / "run:1" / "00001_x.mp4")) == 9
+
+
+@pytest.mark.parametrize("name", ["text.png", "animated.webp", "cut.jpg"])
+def test_a_start_that_cannot_be_read_is_named_before_anything_is_loaded(
+    name, weights, tmp_path, capsys, monkeypatch
+):
+    pil = pytest.importorskip("PIL.Image")
+    noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    first, second = map(pil.fromarray, noise)
+    first.save(tmp_path / "a.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:1000])
+    first.save(tmp_path / "animated.webp", save_all=True, append_images=[second])
+    (tmp_path / "text.png").write_text("a red circle\n")
+    monkeypatch.setattr("rf_core.commands.load", lambda plan: pytest.fail("loaded"))
+    more = ("--prompt", "x", "--chunks", "2", "--start", str(tmp_path / name))
+    assert main(arguments(weights, tmp_path / "a.mp4", *more)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / name} ") and error.count("\n") == 1
+
+
 def run_and_stop(weights, output, number, lines, *more) -> subprocess.Popen:
     """Start a long run, send it a signal after some lines of progress, wait for its end."""
     command = [sys.executable, "-m", "rf_core", *arguments(weights, output, *more)]
