@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rf_core.attention import check_device
 from rf_core.config import WAN_1_3B, WAN_14B
+from rf_core.console import forgiving_console
 from rf_core.measure.verify import Backend, Comparison, verify_folder
 
 from . import ode, ode_init
@@ -42,6 +43,7 @@ NETWORKS = ("student", "teacher", "critic")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@forgiving_console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it went well, 1 on an error of the user's."""
     args = _parser().parse_args(arguments)

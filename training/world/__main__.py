@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from rf_core.console import forgiving_console
+
 from . import stages
 from .budget import Budget
 from .clips import ClipsConfig
@@ -31,6 +33,7 @@ from .train_vae import VAETrainConfig, train_vae
 DEMO = Path(__file__).parents[2] / "rf_core" / "demo"
 
 
+@forgiving_console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage, or all; 0 when it went well, 1 on an error of the user's."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
