@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,7 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .attention import BACKENDS, attention_backend, check_device
+from .arguments import argument
+from .attention import BACKENDS, attention_backend, check_device, device_kind
 from .batch import make, missing, plan_batch
 from .config import FPS, WAN_SIZE, CacheConfig, ModelConfig, SamplerConfig
 from .decoders.taehv import TAEHVConfig
@@ -42,6 +44,7 @@ from .options import SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA, Files, Options, Plan, 
 from .pace import Progress
 from .prompt_files import read_prompt_file, text_lines
 from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
+from .ranges import MANY, check_numbers, check_writable
 from .stream import Stream
 from .weights.checkpoint import convert, describe, read_checkpoint
 from .weights.lora import parse_lora_argument
@@ -64,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise  # of a CPU's memory there is no error of its own
         told = str(error).partition(". ")[0]
         print(f"error: {told}; python -m rf_core plan says what fits", file=sys.stderr)
         return 1
@@ -176,6 +181,9 @@ def _run_batch(args: argparse.Namespace, process: Process) -> int:
 
 
 def run_plan(args: argparse.Namespace) -> int:
+    device_kind(args.device)
+    if args.available is None:
+        check_device(args.device, "auto", "auto")
     named = _named_sizes(args.size, args.decoder)
     dtype = DTYPES[args.dtype] if args.dtype else preferred_dtype(args.device, named["model"])
     sizes = Sizes(
@@ -212,11 +220,14 @@ def _model_sizes(size: str) -> ModelConfig:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
+    check_numbers(args, num_heads=(1, MANY))
     print(describe(read_checkpoint(args.model, submodel=args.submodel, num_heads=args.num_heads)))
     return 0
 
 
 def run_convert(args: argparse.Namespace) -> int:
+    check_numbers(args, num_heads=(1, MANY))
+    check_writable(args.target)
     source = read_checkpoint(args.source, submodel=args.submodel, num_heads=args.num_heads)
     checkpoint = convert(
         args.source,
@@ -253,6 +264,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
+    _check_json(args)
     if args.baseline is not None:
         return _run_baseline(args)
     fields = {**_chunks(args), **_workload_fields(args)}
@@ -278,6 +290,7 @@ def _chunks(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_profile(args: argparse.Namespace) -> int:
+    _check_json(args)
     fields = _workload_fields(args)
     result = profile(ProfileOptions(chunks=args.chunks, trace=args.trace, **fields))
     print(format_profile(result))
@@ -306,6 +319,12 @@ def _dtype(args: argparse.Namespace) -> torch.dtype | Literal["auto"]:
 def _graphs(args: argparse.Namespace) -> bool:
     possible = args.device.startswith(("cuda", "cpu")) and not args.compile
     return args.graphs == "on" or (args.graphs == "auto" and possible)
+
+
+def _check_json(args: argparse.Namespace) -> None:
+    check_numbers(args, chunks=(1, MANY))
+    if args.json is not None:
+        check_writable(args.json)
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:
@@ -412,7 +431,8 @@ def _timeline(args: argparse.Namespace) -> PromptTimeline:
 
 def _files(args: argparse.Namespace) -> Files:
     if args.model == "demo":
-        given = {"vae": args.vae, "text_encoder": args.text_encoder, "tokenizer": args.tokenizer}
+        names = ("vae", "text_encoder", "tokenizer", "submodel", "num_heads")
+        given = {name: getattr(args, name) for name in names}
         return Files(loras=tuple(args.lora), **{k: v for k, v in given.items() if v is not None})
     if args.vae is None or args.text_encoder is None:
         raise ValueError(
@@ -601,7 +621,7 @@ def _add_weights(parser: argparse._ActionsContainer) -> None:
 def _add_lora(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--lora",
-        type=parse_lora_argument,
+        type=argument(parse_lora_argument),
         action="append",
         default=[],
         metavar="FILE:STRENGTH",
@@ -641,9 +661,22 @@ def _add_backend(parser: argparse._ActionsContainer, dtype: str | None) -> None:
     add("--attention", choices=names, default="auto", help="default: auto, the fastest exact one")
 
 
+@argument
 def _group_frames(text: str) -> int | str:
+    if text != "auto" and not _is_whole(text):
+        raise ValueError(f"group_frames is {text!r}; give a whole number of frames, or auto")
     return text if text == "auto" else int(text)
 
 
+@argument
 def _steps(text: str) -> tuple[int, ...]:
-    return tuple(int(step) for step in text.split(","))
+    steps = text.split(",")
+    if not all(map(_is_whole, steps)):
+        raise ValueError(
+            f"steps are {text!r}; give whole numbers with commas between, as 1000,750,500,250"
+        )
+    return tuple(map(int, steps))
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"\s*[-+]?\d{1,99}\s*", text) is not None

@@ -314,7 +314,7 @@ def test_resume_refuses_a_file_that_is_not_its_own_or_was_begun_otherwise(
 
 
 WRONG = [
-    (["--prompt", "x", "--chunks", "0"], "at least 1"),
+    (["--prompt", "x", "--chunks", "0"], "chunks is 0; give a number from 1"),
     (["--prompt", "x", "--chunks", "2", "--seconds", "2"], "give one"),
     (["--prompt", "x", "--seconds", "-3"], "-3"),
     (["--prompt", "  "], "prompt is empty"),
@@ -323,7 +323,19 @@ WRONG = [
     (["--prompt", "x", "--sink", "7"], "cannot hold 7 sink frames"),
     (["--prompt", "x", "--decay", "2"], "between 0 and 1"),
     (["--prompt", "x", "--steps", "500,750"], "must fall"),
-    (["--prompt", "x", "--device", "gpu"], "device 'gpu' is unknown"),
+    (["--prompt", "x", "--width", "0"], "width is 0; give a number from 1 to 16384"),
+    (["--prompt", "x", "--height", "0"], "height is 0; give a number from 1 to 16384"),
+    (["--prompt", "x", "--width", "1" + "0" * 30], "give a number from 1 to 16384"),
+    (["--prompt", "x", "--shift", "nan"], "shift is nan; give a number from 0.01"),
+    (["--prompt", "x", "--shift", "inf"], "shift is inf; give a number from 0.01"),
+    (["--prompt", "x", "--seconds", "nan"], "seconds is nan; give a number from 0"),
+    (["--prompt", "x", "--seconds", "1e308"], "give a number from 0 to 1000000000"),
+    (["--prompt", "x", "--window", "1" + "0" * 30], "window_frames is 1.*; give a number"),
+    (["--prompt", "x", "--decay", "nan"], "decay is nan"),
+    (["--prompt", "x", "--num-heads", "0"], "num_heads is 0; give a number from 1"),
+    (["--prompt", "x", "--device", "gpu"], "device 'gpu' is unknown; use cpu"),
+    (["--prompt", "x", "--device", "meta"], "nothing here was written for device meta"),
+    (["--prompt", "x", "--device", "xpu"], "nothing here was written for device xpu"),
     (["--prompt", "x", "--attention", "flash2"], "flash_attn|runs on cuda"),
     (["--prompt", "x", "--crf", "99"], "crf is 99"),
     (["--prompt", "x", "--seed", "-1"], "seed is -1"),
@@ -336,6 +348,7 @@ WRONG = [
     (["--prompt", "x", "--vae", "none.pth"], "no VAE at none.pth"),
     (["--prompt", "x", "--text-encoder", "no.pth"], "no text encoder at no.pth"),
     (["--prompt", "x", "--output", "x.avi"], "must end in .mp4"),
+    (["--prompt", "x", "--output", "a" * 245 + ".mp4"], "cannot be written: File name too long"),
     (["--prompt", "x", "--output", "nowhere/x.mp4"], "nowhere does not exist"),
 ]  # fmt: skip
 

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rf_core.devices import empty_caches
 from rf_core.options import DEMO
 from rf_core.prompt_files import COLUMN, read_prompt_file
+from rf_core.ranges import MANY, check_numbers
 from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
 
 from .run.distributed import barrier, of_the_first, rank, shard_modules, world_size
@@ -58,6 +59,9 @@ class DataConfig:
     """Folder of embeddings; None for `embeddings` beside the run."""
     encode_batch: int = 8
     """Prompts encoded at a time."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, limit=(1, MANY), encode_batch=(1, MANY))
 
 
 def wan_data() -> DataConfig:

@@ -18,6 +18,7 @@ from typing import get_args
 import numpy as np
 import torch
 
+from rf_core.arguments import argument
 from rf_core.attention import BACKENDS
 from rf_core.devices import make_current
 from rf_core.options import DEMO
@@ -179,10 +180,11 @@ def _models(given: Sequence[str]) -> dict[str, Path]:
     return models
 
 
+@argument
 def _size(text: str) -> tuple[int, int]:
     height, x, width = text.lower().partition("x")
-    if not (x and height.isdigit() and width.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 480x832")
+    if not (x and height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"{text!r} is no size; write it as 480x832")
     return int(height), int(width)
 
 
