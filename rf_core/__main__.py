@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from .console import forgiving_console
 
+
+@forgiving_console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it went well, 1 on an error of the user's, 130 when stopped."""
     given = sys.argv[1:] if arguments is None else list(arguments)

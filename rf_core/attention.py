@@ -7,6 +7,7 @@ may be seen, and the bidirectional network sees everything.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .split_attention import cudnn_lse, flash_lse, split_tail
+
+_log = logging.getLogger(__name__)
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -108,10 +111,7 @@ def check_device(device: str, dtype: torch.dtype | Literal["auto"], attention: s
     """
     if attention != "auto":
         attention_backend(attention)
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is unknown; use cpu, cuda, cuda:1 or mps") from None
+    kind = device_kind(device)
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {device} is asked for, but this PyTorch sees no CUDA card; "
@@ -122,3 +122,20 @@ def check_device(device: str, dtype: torch.dtype | Literal["auto"], attention: s
         raise ValueError(f"there is no {device}: cards are numbered from 0, and this has {cards}")
     if attention not in ("sdpa", PLAIN, "auto") and (kind != "cuda" or dtype == torch.float32):
         raise ValueError(f"attention {attention} runs on cuda in bfloat16 or float16; use sdpa")
+    if kind == "mps":
+        _log.warning("nothing here was ever run on mps; if it fails, use --device cpu")
+
+
+def device_kind(device: str) -> str:
+    """cpu, cuda, or mps where this machine has it; ValueError for what nothing here runs on."""
+    mps = torch.backends.mps.is_available()
+    known = "cpu, cuda, cuda:1 or mps" if mps else "cpu, cuda or cuda:1"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; use {known}") from None
+    if kind == "mps" and not mps:
+        raise ValueError(f"device {device} is asked for, but this machine has none; use {known}")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"nothing here was written for device {device}; use {known}")
+    return kind

@@ -1,8 +1,8 @@
 """Many videos from a file of prompts: what `python -m rf_core generate --prompts` does.
 
-Each line of the file is a prompt and has a number; a video's seed and name follow from the line,
-its take and the base seed. A video is written under another name and renamed when it is whole:
-what bears its name is done, and after a kill the same command makes the rest.
+Each prompt has the number of its line in the file; a video's seed and name follow from the line,
+its take and the base seed. A video is written under another name and renamed when it is whole: what
+bears its name is done, and after a kill the same command makes the rest.
 
 Started by torchrun, process r of n makes every n-th video of the list, from the r-th on. All are
 equally long, so shares differ by one video at most, and no process has to hear of another: one
@@ -41,7 +41,7 @@ class Video:
     """One video of a batch."""
 
     line: int
-    """The prompt's line in its file, from 1."""
+    """The prompt's line in its file, or row of a table, from 1."""
     take: int
     """Which of the prompt's seeds, from 0."""
     prompt: str
@@ -106,27 +106,6 @@ class Batch:
         """A video's line in the manifest."""
         own = {"line": video.line, "take": video.take, "file": video.name}
         return {**own, "prompt": video.prompt, **self.settings, "seed": video.seed}
-
-
-def read_prompts(path: Path) -> dict[int, str]:
-    """The prompts of a text file by their lines, from 1; white space counts as one space.
-
-    Empty lines and those with # in front hold no prompt but count as lines; a prompt that stands
-    twice is two. ValueError for a file without prompts, or one that is not in UTF-8.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"there are no prompts at {path}; check the path") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8; save it as one") from None
-    if "\0" in text:
-        raise ValueError(f"{path} is not a text file in UTF-8; save it as one")
-    lines = {number: " ".join(line.split()) for number, line in enumerate(text.split("\n"), 1)}
-    prompts = {n: line for n, line in lines.items() if line and not line.startswith("#")}
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; write one a line")
-    return prompts
 
 
 def plan_batch(options: Options, prompts: Mapping[int, str], seeds: int = 1) -> Batch:

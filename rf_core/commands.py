@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,8 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .attention import BACKENDS, attention_backend, check_device
-from .batch import make, missing, plan_batch, read_prompts
+from .arguments import argument
+from .attention import BACKENDS, attention_backend, check_device, device_kind
+from .batch import make, missing, plan_batch
 from .config import FPS, WAN_SIZE, CacheConfig, ModelConfig, SamplerConfig
 from .decoders.taehv import TAEHVConfig
 from .decoders.vae import VAEConfig
@@ -40,7 +42,9 @@ from .memory.placement import decoder_config, free_bytes, parse_bytes, text_size
 from .memory.plan import fit, format_plan
 from .options import SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA, Files, Options, Plan, plan
 from .pace import Progress
+from .prompt_files import read_prompt_file, text_lines
 from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
+from .ranges import MANY, check_numbers, check_writable
 from .stream import Stream
 from .weights.checkpoint import convert, describe, read_checkpoint
 from .weights.lora import parse_lora_argument
@@ -64,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise  # of a CPU's memory there is no error of its own
         told = str(error).partition(". ")[0]
         print(f"error: {told}; python -m rf_core plan says what fits", file=sys.stderr)
         return 1
@@ -186,12 +192,14 @@ def _signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 
 
 def _run_batch(args: argparse.Namespace, process: Process) -> int:
-    batch = plan_batch(_batch_options(args), read_prompts(args.prompts), args.seeds)
+    options, given = _batch_options(args), read_prompt_file(args.prompts)
+    batch = plan_batch(options, given.prompts, args.seeds)
     todo = missing(batch, process)
     who = f"process {process.rank} of {process.count}: " if process.count > 1 else ""
     done = len(batch.videos[process.rank :: process.count]) - len(todo)
     print(f"{who}{len(todo)} videos to make, {done} are there", flush=True)
-    for line in (batch.base.fit, _told_dtype(args, batch.base.options)):
+    left_out = given.left_out if process.rank == 0 else None
+    for line in (left_out, batch.base.fit, _told_dtype(args, batch.base.options)):
         if line:
             print(f"{who}{line}", flush=True)
     with _signals(signal.default_int_handler):
@@ -201,6 +209,9 @@ def _run_batch(args: argparse.Namespace, process: Process) -> int:
 
 
 def run_plan(args: argparse.Namespace) -> int:
+    device_kind(args.device)
+    if args.available is None:
+        check_device(args.device, "auto", "auto")
     named = _named_sizes(args.size, args.decoder)
     dtype = DTYPES[args.dtype] if args.dtype else preferred_dtype(args.device, named["model"])
     sizes = Sizes(
@@ -237,11 +248,14 @@ def _model_sizes(size: str) -> ModelConfig:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
+    check_numbers(args, num_heads=(1, MANY))
     print(describe(read_checkpoint(args.model, submodel=args.submodel, num_heads=args.num_heads)))
     return 0
 
 
 def run_convert(args: argparse.Namespace) -> int:
+    check_numbers(args, num_heads=(1, MANY))
+    check_writable(args.target)
     source = read_checkpoint(args.source, submodel=args.submodel, num_heads=args.num_heads)
     checkpoint = convert(
         args.source,
@@ -278,6 +292,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
+    _check_json(args)
     if args.baseline is not None:
         return _run_baseline(args)
     fields = {**_chunks(args), **_workload_fields(args)}
@@ -303,6 +318,7 @@ def _chunks(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_profile(args: argparse.Namespace) -> int:
+    _check_json(args)
     fields = _workload_fields(args)
     result = profile(ProfileOptions(chunks=args.chunks, trace=args.trace, **fields))
     print(format_profile(result))
@@ -331,6 +347,12 @@ def _dtype(args: argparse.Namespace) -> torch.dtype | Literal["auto"]:
 def _graphs(args: argparse.Namespace) -> bool:
     possible = args.device.startswith(("cuda", "cpu")) and not args.compile
     return args.graphs == "on" or (args.graphs == "auto" and possible)
+
+
+def _check_json(args: argparse.Namespace) -> None:
+    check_numbers(args, chunks=(1, MANY))
+    if args.json is not None:
+        check_writable(args.json)
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:
@@ -428,12 +450,7 @@ def _timeline(args: argparse.Namespace) -> PromptTimeline:
         if not args.prompt.strip():
             raise ValueError("the prompt is empty; say what the video shows")
         return PromptTimeline().append(0, "s", Switch(), args.prompt)
-    try:
-        text = args.timeline.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"there is no timeline at {args.timeline}; check the path") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{args.timeline} is not a text file in UTF-8") from None
+    text = "".join(text_lines(args.timeline, "timeline"))
     try:
         return parse_timeline(text)
     except TimelineError as error:
@@ -442,7 +459,8 @@ def _timeline(args: argparse.Namespace) -> PromptTimeline:
 
 def _files(args: argparse.Namespace) -> Files:
     if args.model == "demo":
-        given = {"vae": args.vae, "text_encoder": args.text_encoder, "tokenizer": args.tokenizer}
+        names = ("vae", "text_encoder", "tokenizer", "submodel", "num_heads")
+        given = {name: getattr(args, name) for name in names}
         return Files(loras=tuple(args.lora), **{k: v for k, v in given.items() if v is not None})
     if args.vae is None or args.text_encoder is None:
         raise ValueError(
@@ -503,11 +521,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what the video shows").add_argument
     add("--prompt", metavar="TEXT", help="one prompt for the whole video")
     add("--timeline", type=Path, metavar="FILE", help="prompts in time, as '8s [cut]: a city'")
-    add("--prompts", type=Path, metavar="FILE", help="a prompt a line: a video each, in a folder")
+    add("--prompts", type=Path, metavar="FILE", help="TXT, CSV, TSV, JSONL: a video of each")
     add("--seeds", type=int, default=1, metavar="N", help="videos of each line of --prompts")
     add("--seconds", type=float, metavar="S", help="length; without it, on until Ctrl-C")
     add("--chunks", type=int, metavar="N", help="length in chunks")
-    add("--start", type=Path, metavar="FILE", help="a picture or clip to begin with (experimental)")
+    start = "a picture or clip to begin with; transparent parts become white (experimental)"
+    add("--start", type=Path, metavar="FILE", help=start)
     add("--width", type=int, metavar="PIXELS", help="default: the model's own")
     add("--height", type=int, metavar="PIXELS", help="default: the model's own")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same video")
@@ -630,7 +649,7 @@ def _add_weights(parser: argparse._ActionsContainer) -> None:
 def _add_lora(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--lora",
-        type=parse_lora_argument,
+        type=argument(parse_lora_argument),
         action="append",
         default=[],
         metavar="FILE:STRENGTH",
@@ -670,9 +689,22 @@ def _add_backend(parser: argparse._ActionsContainer, dtype: str | None) -> None:
     add("--attention", choices=names, default="auto", help="default: auto, the fastest exact one")
 
 
+@argument
 def _group_frames(text: str) -> int | str:
+    if text != "auto" and not _is_whole(text):
+        raise ValueError(f"group_frames is {text!r}; give a whole number of frames, or auto")
     return text if text == "auto" else int(text)
 
 
+@argument
 def _steps(text: str) -> tuple[int, ...]:
-    return tuple(int(step) for step in text.split(","))
+    steps = text.split(",")
+    if not all(map(_is_whole, steps)):
+        raise ValueError(
+            f"steps are {text!r}; give whole numbers with commas between, as 1000,750,500,250"
+        )
+    return tuple(map(int, steps))
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"\s*[-+]?\d{1,99}\s*", text) is not None

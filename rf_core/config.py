@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .ranges import MANY, check_numbers
+
 Accumulator = Literal["reference", "float32"]
 Storage = Literal["exact", "int8"]
 
@@ -48,6 +50,7 @@ class ModelConfig:
     """Added to variances by every norm."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, num_heads=(1, MANY))
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 2:
@@ -86,6 +89,7 @@ class CacheConfig:
     """`int8` keeps all but the sink in 8 bits: an approximation, in half the memory."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, window_frames=(1, MANY))
         if self.chunk_frames < 1:
             raise ValueError(f"chunk_frames is {self.chunk_frames}; a chunk has at least 1 frame")
         if self.sink_frames < 0:
@@ -119,8 +123,7 @@ class SamplerConfig:
             raise ValueError(f"steps {self.steps} leave (0, {NUM_TRAIN_TIMESTEPS}]")
         if list(self.steps) != sorted(set(self.steps), reverse=True):
             raise ValueError(f"steps {self.steps} must fall, each lower than the one before")
-        if self.shift <= 0:
-            raise ValueError(f"shift is {self.shift}; it must be positive")
+        check_numbers(self, shift=(0.01, 1000.0))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,10 @@ from .memory.footprint import Sizes
 from .memory.placement import decoder_config, free_bytes, text_sizes
 from .memory.plan import Fit, OffloadMode, fit
 from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
+from .ranges import LARGEST_SIDE, MANY, check_numbers, check_writable
 from .state import Snapshot
 from .stream import latent_size
-from .video import RUN, VideoFormat, read_metadata
+from .video import RUN, VideoFormat, check_images, read_metadata
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 
@@ -202,7 +203,8 @@ def plan(options: Options) -> Plan:
     cache = replace(checkpoint.cache or CacheConfig(), **options.cache)
     sampler = replace(checkpoint.sampler or SamplerConfig(), **options.sampler)
     native = checkpoint.size or WAN_SIZE
-    height, width = options.height or native[0], options.width or native[1]
+    height = native[0] if options.height is None else options.height
+    width = native[1] if options.width is None else options.width
     latent_size(height, width, checkpoint.config.patch_size)
     VideoFormat(width=width, height=height, crf=options.crf)
     clock, total = ChunkClock(chunk_frames=cache.chunk_frames), options.chunks
@@ -276,14 +278,12 @@ def _placed(settled: Plan) -> Plan:
 def _check_values(options: Options) -> None:
     if options.chunks is not None and options.seconds is not None:
         raise ValueError("both a length in chunks and one in seconds are given; give one")
-    if options.chunks is not None and options.chunks < 1:
-        raise ValueError(f"the length is {options.chunks} chunks; make at least 1")
-    if (options.snapshot_every or 0) < 0:
-        raise ValueError(f"snapshot_every is {options.snapshot_every}; use 0 for no snapshots")
-    if isinstance(options.group_frames, int) and options.group_frames < 1:
-        raise ValueError(f"group_frames is {options.group_frames}; decode at least 1 at once")
-    if not 0 <= options.seed < 2**64:
-        raise ValueError(f"the seed is {options.seed}; use a whole number from 0 below 2**64")
+    counts = dict.fromkeys(("chunks", "group_frames"), (1, MANY))
+    sides = dict.fromkeys(("height", "width"), (1, LARGEST_SIDE))
+    check_numbers(
+        options, **counts, **sides, seconds=(0, MANY), snapshot_every=(0, MANY), seed=(0, 2**64 - 1)
+    )
+    check_numbers(options.files, num_heads=(1, MANY))
     check_device(options.device, options.dtype, options.attention)
     if options.compile and options.graphs is True:
         raise ValueError("compiled blocks are not recorded; leave out --compile or --graphs on")
@@ -300,14 +300,16 @@ def _check_files(options: Options) -> None:
         raise ValueError(f"the output is {output}; its name must end in .mp4")
     if output.is_dir():
         raise ValueError(f"the output {output} is a folder; name a file")
-    if not output.parent.is_dir():
-        raise ValueError(f"the output's folder {output.parent} does not exist; create it first")
     if output.exists() and not (options.overwrite or options.resume):
         raise ValueError(
             f"{output} exists; choose another name, --overwrite it, or --resume a stopped run"
         )
+    check_writable(output)
+    check_writable(options.snapshot_path)  # the longest name of those beside the output
     if start is not None and not start.is_file():
         raise ValueError(f"there is no start picture or clip at {start}; check the path")
+    if start is not None:
+        check_images(start)
     encoder = Path(options.files.text_encoder)
     local = encoder.suffix or encoder.is_absolute()  # the rest may be a hub id
     wanted = {"model": options.files.model, "VAE": options.files.vae}

@@ -9,9 +9,11 @@ hand is kept in memory.
 from __future__ import annotations
 
 import io
+import logging
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -25,12 +27,18 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import FPS
+from .orientation import exif_turn, upright
 from .writing import WriteError, whole_file
 
+_log = logging.getLogger(__name__)
 _BT709 = 1  # the number of BT.709 as matrix, primaries and transfer (ITU-T H.273, tables 2 to 4)
 _BT601 = 5
 _LIMITED_RANGE = 1  # luma from 16 to 235, what players expect
 _CODECS = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf", "h264_nvenc", "mpeg4")
+# A name is one file's: no pattern of many, and nothing in a file names another over a network.
+_ONE_FILE = {"pattern_type": "none", "protocol_whitelist": "file"}
+_NO_PICTURES = ("tty", "concat")  # FFmpeg "plays" any text, and a list of other files
+_PAPER = 255  # what shows through a transparent picture: white
 # Containers add these to what they report; they are no metadata of ours to copy.
 _CONTAINER_KEYS = ("major_brand", "minor_version", "compatible_brands", "encoder")
 RUN = "rf_run"
@@ -207,6 +215,8 @@ def read_images(
 ) -> Tensor:
     """A picture or a clip, scaled to cover `width` x `height` pixels and cropped to its centre.
 
+    A photo is turned and mirrored as its EXIF says; what is transparent becomes white.
+
     Args:
         path: a picture (PNG, JPEG, WebP ...) or a video, in any format FFmpeg reads.
         width: columns wanted.
@@ -225,6 +235,20 @@ def read_images(
     if not kept:
         raise ValueError(f"{path} holds no images; give a picture or a clip")
     return torch.stack([_cover(frame, width, height) for frame in kept]).unsqueeze(0)
+
+
+def check_images(path: str | Path) -> None:
+    """See that a picture or clip begins with an image, and say where white replaces transparency.
+
+    Raises:
+        ValueError: no such file, or no images in it.
+    """
+    with closing(_frames(Path(path))) as frames:
+        first = next(frames, None)
+    if first is None:
+        raise ValueError(f"{path} holds no images; give a picture or a clip")
+    if (_alpha(first) != 255).any():
+        _log.warning("%s is transparent in parts, which become white", path)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -324,20 +348,26 @@ def _header_length(data: bytes) -> int:
     return offset
 
 
+def _address(source: Path | io.BytesIO) -> str | io.BytesIO:
+    """What FFmpeg opens: of a relative name, such as `take:1.mp4`, it would read a protocol."""
+    return str(source.absolute()) if isinstance(source, Path) else source
+
+
 def _open(source: Path | io.BytesIO) -> Any:
     import av
 
     if isinstance(source, Path) and not source.is_file():
         raise ValueError(f"{source} is not a file; check the path")
     try:
-        container = av.open(str(source) if isinstance(source, Path) else source)
+        container = av.open(_address(source), options=_ONE_FILE)
     except av.FFmpegError as error:
         raise ValueError(
             f"{source} is not a picture or video FFmpeg can read: {error.strerror}"
         ) from error
     streams = container.streams.video
-    # FFmpeg "plays" any text file as a terminal recording; a codec it lacks leaves no context.
-    if not streams or streams[0].codec_context is None or container.format.name == "tty":
+    # A codec that FFmpeg lacks leaves no context.
+    unknown = not streams or streams[0].codec_context is None
+    if unknown or container.format.name in _NO_PICTURES:
         container.close()
         raise ValueError(f"{source} holds no picture or video; give an image file or a clip")
     return container
@@ -381,7 +411,7 @@ def _copy_stream(
                 "movflags": layout + "+use_metadata_tags",
                 "video_track_timescale": str(stream.time_base.denominator),
             }
-            with av.open(str(part), "w", format="mp4", options=options) as target:
+            with av.open(_address(part), "w", format="mp4", options=options) as target:
                 kept = source.metadata if metadata is None else metadata
                 target.metadata.update({k: v for k, v in kept.items() if k not in _CONTAINER_KEYS})
                 copied = _copy_packets(source, target, num_images)
@@ -416,17 +446,52 @@ def _whole_packets(container: Any) -> Iterator[Any]:
 
 def _decode(path: Path) -> Iterator[Tensor]:
     """The images of a file, uint8 [H, W, 3], upright."""
+    turn: tuple[int, bool] | None = None
+    for number, frame in enumerate(_frames(path)):
+        if number == 0:
+            turn = exif_turn(path)
+        yield upright(_pixels(frame), *(turn or (round(frame.rotation / 90), False)))
+
+
+def _frames(path: Path) -> Generator[Any, None, None]:
+    import av
+
     with _open(path) as container:
         decoder = container.streams.video[0].codec_context
-        for packet in _whole_packets(container):
-            yield from map(_pixels, decoder.decode(packet))
-        yield from map(_pixels, decoder.decode(None))
+        if decoder.name == "mjpeg":
+            decoder.options = {"err_detect": "explode"}  # or what is cut off becomes grey
+        try:
+            for packet in _whole_packets(container):
+                yield from decoder.decode(packet)
+            yield from decoder.decode(None)
+        except av.FFmpegError as error:
+            raise ValueError(
+                f"{path} cannot be decoded: it is damaged, or of a kind that FFmpeg does not read, "
+                "such as an animated WebP; save it as PNG or MP4"
+            ) from error
 
 
 def _pixels(frame: Any) -> Tensor:
+    """A frame as uint8 [H, W, 3], on white where it is transparent."""
+    image = _rgb(frame, "rgb24")
+    alpha = _alpha(frame)
+    if (alpha == 255).all():
+        return image
+    shown = _rgb(frame, "rgba")[..., :3].float() * alpha + _PAPER * (255 - alpha)
+    return (shown / 255).round().to(torch.uint8)
+
+
+def _alpha(frame: Any) -> Tensor:
+    """How opaque each pixel is, [H, W, 1] from 0 to 255; [1, 1, 1] where all are."""
+    own = frame.format
+    if own.has_palette or any(part.is_alpha for part in own.components):
+        return _rgb(frame, "rgba")[..., 3:].float()
+    return torch.full((1, 1, 1), 255.0)
+
+
+def _rgb(frame: Any, format: str) -> Tensor:
     # RGB has no matrix; PyAV 14 minds the frame's own only where another target is named.
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24", dst_colorspace=_BT601))
-    return torch.rot90(image, round(frame.rotation / 90))
+    return torch.from_numpy(frame.to_ndarray(format=format, dst_colorspace=_BT601))
 
 
 def _cover(image: Tensor, width: int, height: int) -> Tensor:

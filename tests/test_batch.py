@@ -15,7 +15,7 @@ from test_generate import comment_of, images_of
 
 import rf_core.batch as batch_module
 from rf_core.__main__ import main
-from rf_core.batch import Video, read_prompts, seed_of
+from rf_core.batch import Video, seed_of
 from rf_core.fast.parallel import Process
 
 ROOT = Path(__file__).parents[1]
@@ -205,7 +205,7 @@ WRONG = [
     (["--width", "50"], "nearest is 48x64"),
     (["--output", "x.mp4"], "need a folder"),
     (["--output", "nowhere/x"], "nowhere does not exist"),
-    (["--prompts", "none.txt"], "no prompts at none.txt"),
+    (["--prompts", "none.txt"], "no file of prompts at none.txt"),
 ]
 
 
@@ -230,17 +230,12 @@ def test_a_batch_needs_a_length_and_a_folder_and_a_single_video_takes_no_seeds(t
     assert "--seeds is for --prompts" in capsys.readouterr().err
 
 
-def test_lines_count_as_an_editor_counts_them(tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_bytes("\ufeffone\r\n\r\n  two\u2028half \r\nthree".encode())
-    assert read_prompts(path) == {1: "one", 3: "two half", 4: "three"}
-    for wrong in ("a cat".encode("utf-16"), b"a\x00b", b"caf\xe9"):
-        path.write_bytes(wrong)
-        with pytest.raises(ValueError, match="not a text file in UTF-8"):
-            read_prompts(path)
-    path.write_text("\n# none\n")
-    with pytest.raises(ValueError, match="holds no prompts"):
-        read_prompts(path)
+def test_a_table_of_prompts_makes_a_video_a_row_and_says_which_have_none(tmp_path, capsys):
+    table, out = tmp_path / "p.csv", tmp_path / "videos"
+    table.write_bytes("\ufeffid;Prompt\r\n1;\r\n2;a red circle moves left\r\n".encode())
+    assert main(arguments(out, table)) == 0
+    assert [path.name for path in out.glob("*.mp4")] == ["00003_a-red-circle-moves-left.mp4"]
+    assert "1 of 2 rows has no prompt and is left out (row 2)" in capsys.readouterr().out
 
 
 def test_names_are_short_and_safe_whatever_the_prompt():

@@ -40,13 +40,21 @@ def test_prompts_are_read_from_every_format_once_and_in_order(tmp_path):
     assert read_prompts(DataConfig(prompts=(tabs,), column="caption")) == ["fünf"]
 
 
+def test_rows_without_a_prompt_and_repeated_ones_are_left_out_and_counted(tmp_path, caplog):
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": null}\n{"prompt": "a"}\n{"prompt": "a"}\n')
+    assert read_prompts(DataConfig(prompts=(lines,))) == ["a"]
+    assert "1 of 3 lines has no prompt and is left out (line 1)" in caplog.text
+    assert "1 of 2 prompts repeat one before" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.csv", "id,text\n1,a\n", "no column 'prompt'; it has id, text; name one"),
+        ("p.csv", "id,text\n1,a\n", "no column 'prompt'; it has id, text; write"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: not a JSON object with the field"),
         ("p.jsonl", "[1]\n", "line 1: not a JSON object"),
-        ("p.txt", "\n\n", "no prompt"),
+        ("p.txt", "\n\n", "holds no prompts"),
     ],
 )
 def test_a_file_without_prompts_is_refused_by_place(tmp_path, name, content, said):

@@ -28,7 +28,6 @@ from training.evaluation.cli import (
     add_arguments,
     device_of,
     pick_prompts,
-    read_prompts,
     run,
     share_of,
 )
@@ -295,7 +294,7 @@ def test_a_model_of_another_world_needs_its_own_vae_and_text_encoder(tmp_path):
         (("--out", "OUT", "--model", "missing.pt"), "no model at missing.pt"),
         (("--out", "OUT", "--seeds", "0"), "at least 1 video"),
         (("--out", "OUT", "--num-prompts", "0"), "at least 1"),
-        (("--out", "OUT", "--prompts", "none.txt"), "no prompts at none.txt"),
+        (("--out", "OUT", "--prompts", "none.txt"), "no file of prompts at none.txt"),
         (("--out", "OUT", "--study", "OUT/page.html"), "give --model twice"),
         (("--out", "OUT", "--size", "60x64"), "does not fit the model"),
         (("--study-results", "a.csv"), "needs the --key"),
@@ -304,18 +303,6 @@ def test_a_model_of_another_world_needs_its_own_vae_and_text_encoder(tmp_path):
 def test_what_cannot_be_evaluated_is_refused_in_a_sentence(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         command(*(each.replace("OUT", str(tmp_path)) for each in more))
-
-
-def test_prompts_are_lines_without_comments_each_once(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("# comment\n  a cat \n\na dog\na cat\n", encoding="utf-8")
-    assert read_prompts(path) == ["a cat", "a dog"]
-    path.write_text("# nothing\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds no prompts"):
-        read_prompts(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="UTF-8"):
-        read_prompts(path)
 
 
 def test_more_prompts_are_the_fewer_ones_and_others_under_the_same_numbers():

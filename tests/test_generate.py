@@ -161,6 +161,39 @@ def test_a_picture_and_a_clip_stand_at_the_head_of_the_video(weights, tmp_path):
     assert len(images_of(third)) == 9 + 12
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="names that Windows does not allow")
+def test_a_colon_in_a_relative_name_is_part_of_it(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = Path("take:1.mp4")
+    more = ("--prompt", "x", "--chunks", "2", "--start", "shot:1.mp4")
+    assert main(arguments(weights, Path("shot:1.mp4"), "--prompt", "x", "--chunks", "1")) == 0
+    assert main(arguments(weights, output, *more)) == 0
+    assert len(images_of(output.absolute())) == 9 + 12
+    assert main(arguments(weights, output, *more, "--resume")) == 0
+    Path("p.txt").write_text("x")
+    batch = ("--prompts", "p.txt", "--chunks", "1")
+    assert main(arguments(weights, Path("run:1"), *batch)) == 0
+    assert len(images_of(tmp_path / "run:1" / "00001_x.mp4")) == 9
+
+
+@pytest.mark.parametrize("name", ["text.png", "animated.webp", "cut.jpg"])
+def test_a_start_that_cannot_be_read_is_named_before_anything_is_loaded(
+    name, weights, tmp_path, capsys, monkeypatch
+):
+    pil = pytest.importorskip("PIL.Image")
+    noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    first, second = map(pil.fromarray, noise)
+    first.save(tmp_path / "a.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:1000])
+    first.save(tmp_path / "animated.webp", save_all=True, append_images=[second])
+    (tmp_path / "text.png").write_text("a red circle\n")
+    monkeypatch.setattr("rf_core.commands.load", lambda plan: pytest.fail("loaded"))
+    more = ("--prompt", "x", "--chunks", "2", "--start", str(tmp_path / name))
+    assert main(arguments(weights, tmp_path / "a.mp4", *more)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / name} ") and error.count("\n") == 1
+
+
 def run_and_stop(weights, output, number, lines, *more) -> subprocess.Popen:
     """Start a long run, send it a signal after some lines of progress, wait for its end."""
     command = [sys.executable, "-m", "rf_core", *arguments(weights, output, *more)]
@@ -314,7 +347,7 @@ def test_resume_refuses_a_file_that_is_not_its_own_or_was_begun_otherwise(
 
 
 WRONG = [
-    (["--prompt", "x", "--chunks", "0"], "at least 1"),
+    (["--prompt", "x", "--chunks", "0"], "chunks is 0; give a number from 1"),
     (["--prompt", "x", "--chunks", "2", "--seconds", "2"], "give one"),
     (["--prompt", "x", "--seconds", "-3"], "-3"),
     (["--prompt", "  "], "prompt is empty"),
@@ -323,7 +356,19 @@ WRONG = [
     (["--prompt", "x", "--sink", "7"], "cannot hold 7 sink frames"),
     (["--prompt", "x", "--decay", "2"], "between 0 and 1"),
     (["--prompt", "x", "--steps", "500,750"], "must fall"),
-    (["--prompt", "x", "--device", "gpu"], "device 'gpu' is unknown"),
+    (["--prompt", "x", "--width", "0"], "width is 0; give a number from 1 to 16384"),
+    (["--prompt", "x", "--height", "0"], "height is 0; give a number from 1 to 16384"),
+    (["--prompt", "x", "--width", "1" + "0" * 30], "give a number from 1 to 16384"),
+    (["--prompt", "x", "--shift", "nan"], "shift is nan; give a number from 0.01"),
+    (["--prompt", "x", "--shift", "inf"], "shift is inf; give a number from 0.01"),
+    (["--prompt", "x", "--seconds", "nan"], "seconds is nan; give a number from 0"),
+    (["--prompt", "x", "--seconds", "1e308"], "give a number from 0 to 1000000000"),
+    (["--prompt", "x", "--window", "1" + "0" * 30], "window_frames is 1.*; give a number"),
+    (["--prompt", "x", "--decay", "nan"], "decay is nan"),
+    (["--prompt", "x", "--num-heads", "0"], "num_heads is 0; give a number from 1"),
+    (["--prompt", "x", "--device", "gpu"], "device 'gpu' is unknown; use cpu"),
+    (["--prompt", "x", "--device", "meta"], "nothing here was written for device meta"),
+    (["--prompt", "x", "--device", "xpu"], "nothing here was written for device xpu"),
     (["--prompt", "x", "--attention", "flash2"], "flash_attn|runs on cuda"),
     (["--prompt", "x", "--crf", "99"], "crf is 99"),
     (["--prompt", "x", "--seed", "-1"], "seed is -1"),
@@ -336,6 +381,7 @@ WRONG = [
     (["--prompt", "x", "--vae", "none.pth"], "no VAE at none.pth"),
     (["--prompt", "x", "--text-encoder", "no.pth"], "no text encoder at no.pth"),
     (["--prompt", "x", "--output", "x.avi"], "must end in .mp4"),
+    (["--prompt", "x", "--output", "a" * 245 + ".mp4"], "cannot be written: File name too long"),
     (["--prompt", "x", "--output", "nowhere/x.mp4"], "nowhere does not exist"),
 ]  # fmt: skip
 

@@ -245,7 +245,7 @@ def test_a_half_written_shard_is_never_taken_for_one(tmp_path, monkeypatch):
         ({"placement": PlacementConfig(dtype="float32")}, "teacher's weights are"),
         ({"clips": 7}, "clips is 7; give whole shards of 2, such as 8"),
         ({"steps": 0}, "must be 1 or more"),
-        ({"shift": 0.0}, "shift is 0.0; it must be positive"),
+        ({"shift": 0.0}, "shift is 0.0; give a number from 0.01"),
         ({"teacher": Path("nowhere.safetensors")}, "teacher is nowhere.safetensors, which is not"),
         ({"data": DataConfig(prompts=(Path("none.txt"),))}, "data.prompts names none.txt"),
     ],

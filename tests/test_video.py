@@ -6,15 +6,25 @@ import subprocess
 import sys
 import weakref
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from rf_core import video
-from rf_core.video import VideoFormat, VideoWriter, read_images, remux, to_uint8
+from rf_core import orientation, video
+from rf_core.video import (
+    VideoFormat,
+    VideoWriter,
+    check_images,
+    read_images,
+    read_metadata,
+    remux,
+    to_uint8,
+)
 
 SIZE = 64
 CHUNK = 12
@@ -317,16 +327,111 @@ def test_other_shapes_cover_the_picture_and_keep_its_centre(
     assert seen.min() >= 0 and seen.max() <= 1
 
 
-def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_photo_is_turned_and_mirrored_upright(tmp_path: Path, kind: str, number: int) -> None:
+    pil = pytest.importorskip("PIL.Image")
+    ops = pytest.importorskip("PIL.ImageOps")
     pixels = torch.zeros(32, 64, 3, dtype=torch.uint8)
-    pixels[:, :32, 0] = 255  # red on the left, which orientation 6 shows on top
-    exif = image.Exif()
+    pixels[:16, :32, 0], pixels[:16, 32:, 1], pixels[16:, :32, 2] = 255, 255, 255
+    exif = pil.Exif()
+    exif[0x0112] = number
+    exact = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(kind, {})
+    photo, path = pil.fromarray(pixels.numpy()), tmp_path / f"a.{kind}"
+    photo.save(path, exif=exif, **exact)
+    upright = torch.from_numpy(np.array(ops.exif_transpose(pil.open(path)).convert("RGB")))
+    height, width = upright.shape[:2]
+    seen = read_images(path, width=width, height=height)[0, 0]
+    apart = (seen - upright.permute(2, 0, 1) / 255).abs()
+    assert apart.mean() < (0.02 if kind == "jpg" else 1e-6)
+
+
+def test_an_exif_that_is_cut_off_turns_nothing(tmp_path: Path) -> None:
+    pil = pytest.importorskip("PIL.Image")
+    exif = pil.Exif()
     exif[0x0112] = 6
-    image.fromarray(pixels.numpy()).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    seen = read_images(tmp_path / "a.jpg", width=32, height=64)[0, 0]
-    assert seen[0, :30].mean() > 0.9
-    assert seen[0, 34:].mean() < 0.1
+    pil.new("RGB", (8, 8)).save(tmp_path / "a.png", exif=exif)
+    data = (tmp_path / "a.png").read_bytes()
+    assert orientation.exif_turn(tmp_path / "a.png") == (-1, False)
+    for length in range(12, data.index(b"eXIf") + 20):
+        (tmp_path / "a.png").write_bytes(data[:length])
+        assert orientation.exif_turn(tmp_path / "a.png") is None
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "tRNS", "GIF", "WEBP", "lossy"])
+def test_what_is_transparent_becomes_white_and_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    pil = pytest.importorskip("PIL.Image")
+    pixels = np.zeros((SIZE, SIZE, 4), np.uint8)
+    pixels[..., 0], pixels[:32, :, 3], pixels[32:, 32:, 3] = 200, 255, 128
+    image, path = pil.fromarray(pixels), tmp_path / "a.png"
+    red, half = (200, 0, 0), (227, 127, 127)
+    if mode == "P":
+        image.quantize(16).save(path)
+    elif mode == "LA":
+        image.convert("LA").save(path)
+        red, half = (60,) * 3, (157,) * 3
+    elif mode == "tRNS":  # one colour stands for nothing
+        pixels[32:, :, :3] = 7
+        pil.fromarray(pixels[..., :3]).save(path, transparency=(7, 7, 7))
+        half = (255,) * 3
+    elif mode == "GIF":
+        image.save(path := tmp_path / "a.gif")
+        half = red
+    elif mode == "RGBA":
+        image.save(path)
+    else:
+        image.save(path := tmp_path / "a.webp", lossless=mode == "WEBP")
+    seen = (read(path)[0] * 255).round()
+    for place, colour in (((8, 8), red), ((56, 8), (255,) * 3), ((56, 56), half)):
+        assert (seen[:, place[0], place[1]] - torch.tensor(colour)).abs().max() <= 2, place
+    check_images(path)
+    assert f"{path} is transparent in parts, which become white" in caplog.text
+
+
+def test_an_opaque_picture_with_alpha_is_read_exactly_and_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pil = pytest.importorskip("PIL.Image")
+    image = make_images(1)[0]
+    pil.fromarray(image.numpy()).convert("RGBA").save(tmp_path / "a.png")
+    assert torch.equal(read(tmp_path / "a.png")[0], image.permute(2, 0, 1) / 255)
+    check_images(tmp_path / "a.png")
+    assert not caplog.text
+
+
+def test_an_animated_gif_is_a_clip(tmp_path: Path) -> None:
+    pil = pytest.importorskip("PIL.Image")
+    frames = [pil.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert read(tmp_path / "a.gif").mean((2, 3)).argmax(1).tolist() == [0, 1, 2]
+
+
+NAMES = ["take:1", "http:x", "file:x", "pipe:", "concat:a|b", "-x", "%03d", "a*?{b}", "a#b&c", "圆"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names that Windows does not allow")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_a_name_and_no_protocol_or_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, path = make_images(2 * CHUNK), Path(f"{name}.mp4")
+    write(path, images[:CHUNK])
+    with VideoWriter.resume(path, CHUNK, FORMAT) as writer:
+        writer.write(images[CHUNK:])
+    remux(path, {"title": "t"})
+    assert read_metadata(path) == {"title": "t"}
+    write(Path("plain.mp4"), images)
+    assert torch.equal(read(path), read(Path("plain.mp4")))
+    save_picture(tmp_path / "001.png", images[1])  # what %03d would find
+    (tmp_path / "001.png").rename(other := tmp_path / "kept")
+    save_picture(tmp_path / "one.png", images[0])
+    (tmp_path / "one.png").rename(picture := Path(f"{name}.png"))
+    other.rename(tmp_path / "001.png")
+    assert torch.equal(read(picture)[0], images[0].permute(2, 0, 1) / 255)
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_the_first_or_last_images_of_a_clip_are_taken(tmp_path: Path) -> None:
@@ -366,12 +471,45 @@ def test_files_without_a_picture_are_refused(tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 20)
     write(tmp_path / "a.mp4", make_images(1))
     (tmp_path / "header.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:400])
-    for name in ("empty.mp4", "notes.txt", "noise.mp4", "header.mp4"):
-        with pytest.raises(ValueError, match=name):
-            read_images(tmp_path / name, width=SIZE, height=SIZE)
+    (tmp_path / "list.txt").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n")
+    (tmp_path / "text.png").write_text("a panda walks\n")
+    names = ("empty.mp4", "notes.txt", "noise.mp4", "header.mp4", "list.txt", "list.m3u8")
+    for name in (*names, "text.png"):
+        for read_it in (partial(read_images, width=SIZE, height=SIZE), check_images):
+            with pytest.raises(ValueError, match=name):
+                read_it(tmp_path / name)
     for name in ("none.mp4", "."):
         with pytest.raises(ValueError, match="not a file"):
             read_images(tmp_path / name, width=SIZE, height=SIZE)
+
+
+def test_a_file_of_sound_alone_is_refused(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(ValueError, match=r"a\.wav holds no picture or video"):
+        check_images(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("kind", ["a.jpg", "a.png", "a.webp", "p.jpg", "a.bmp", "animated.webp"])
+def test_a_damaged_picture_or_one_that_ffmpeg_does_not_read_is_refused_by_name(
+    tmp_path: Path, kind: str
+) -> None:
+    pil = pytest.importorskip("PIL.Image")
+    noise = torch.randint(0, 256, (2, SIZE, SIZE, 3), dtype=torch.uint8).numpy()
+    first, second = map(pil.fromarray, noise)
+    more = {"save_all": True, "append_images": [second]} if kind == "animated.webp" else {}
+    more |= {"progressive": True} if kind == "p.jpg" else {}
+    first.save(tmp_path / kind, **more)
+    if kind != "animated.webp":
+        check_images(tmp_path / kind)
+        data = (tmp_path / kind).read_bytes()
+        (tmp_path / kind).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=f"{kind} cannot be decoded"):
+        check_images(tmp_path / kind)
 
 
 def test_to_uint8_rounds_to_the_nearest_and_clips() -> None:

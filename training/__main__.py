@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from rf_core.attention import check_device
 from rf_core.config import WAN_1_3B, WAN_14B
+from rf_core.console import forgiving_console
 from rf_core.measure.verify import Backend, Comparison, verify_folder
+from rf_core.ranges import MANY, check_folder_writable, check_numbers, check_writable
 from rf_core.writing import write_text
 
 from . import ode, ode_init
@@ -43,6 +45,7 @@ NETWORKS = ("student", "teacher", "critic")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@forgiving_console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it went well, 1 on an error of the user's."""
     args = _parser().parse_args(arguments)
@@ -68,6 +71,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_redmd(args: argparse.Namespace) -> int:
     """Distil a student."""
     config = _config(args)
+    check_folder_writable(args.out)
     with processes(args.device) as device:
         first = rank() == 0
         if first:
@@ -84,6 +88,7 @@ def run_redmd(args: argparse.Namespace) -> int:
 
 def run_estimate(args: argparse.Namespace) -> int:
     """Count what a run will take."""
+    check_numbers(args, processes=(1, MANY))
     config = _config(args)
     given = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
     sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(sizes_of(config), **given)
@@ -98,6 +103,7 @@ def _estimated(config: DistilConfig, sizes: Sizes, processes: int, device: torch
 
 def run_export(args: argparse.Namespace) -> int:
     """Write a checkpoint of a run as a student's file."""
+    check_writable(args.out)
     config = from_json(DistilConfig, (args.run / CONFIG).read_text(encoding="utf-8"))
     found = dict(checkpoints(args.run))
     if not found:
@@ -134,8 +140,8 @@ def run_teacher(args: argparse.Namespace) -> int:
 
 def run_claims_study(args: argparse.Namespace) -> int:
     """Train and measure the arms that are missing, then print what they say."""
-    if args.seeds < 1:
-        raise ValueError(f"{args.seeds} seeds train nothing; give 1 or more")
+    check_numbers(args, seeds=(1, MANY))
+    check_folder_writable(args.out)
     arms = [ARMS[name] for name in args.arm] if args.arm else list(ARMS.values())
     config = ClaimsConfig()
     for name in run_claims(args.out, range(args.seeds), arms, config):

@@ -1,14 +1,12 @@
 """Prompts and their embeddings: read once, encoded once, kept on disk.
 
-A prompt file is plain text with a prompt a line, a CSV or TSV with a `prompt` column (VidProM's is
-one), or JSON lines with a `prompt` field. Embeddings lie in shards of safetensors, each of them as
-long as its prompt; a shard is a function of its prompts and the encoder, so encoding is shared out
-over processes and goes on where it stopped.
+Prompt files are what `rf_core.prompt_files` reads (VidProM's is one). Embeddings lie in shards of
+safetensors, each of them as long as its prompt; a shard is a function of its prompts and the
+encoder, so encoding is shared out over processes and goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import csv
 import gc
 import hashlib
 import json
@@ -24,6 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rf_core.devices import empty_caches
 from rf_core.options import DEMO
+from rf_core.prompt_files import COLUMN, read_prompt_file
+from rf_core.ranges import MANY, check_numbers
 from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
 from rf_core.weights.files import read_weights
 from rf_core.writing import whole_file
@@ -48,7 +48,7 @@ class DataConfig:
 
     prompts: tuple[Path, ...] = ()
     """Prompt files; none for the miniature world's own captions."""
-    column: str = "prompt"
+    column: str = COLUMN
     """Of CSV, TSV and JSON lines."""
     limit: int | None = None
     """Prompts taken, from the first on; None for all."""
@@ -60,6 +60,9 @@ class DataConfig:
     """Folder of embeddings; None for `embeddings` beside the run."""
     encode_batch: int = 8
     """Prompts encoded at a time."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, limit=(1, MANY), encode_batch=(1, MANY))
 
 
 def wan_data() -> DataConfig:
@@ -119,39 +122,20 @@ def check_prompt_files(config: DataConfig) -> None:
 
 
 def read_prompts(config: DataConfig) -> list[str]:
-    """Every prompt once, in order of first appearance; ValueError where there is none."""
-    found = dict.fromkeys(text for path in config.prompts for text in _texts(path, config.column))
-    found.pop("", None)
-    prompts = list(found)[: config.limit]
-    if not prompts:
-        raise ValueError(f"{', '.join(map(str, config.prompts)) or 'data.prompts'}: no prompt")
-    return prompts
+    """Every prompt once, in order of first appearance; what is left out is logged.
 
-
-def _texts(path: Path, column: str) -> Iterator[str]:
-    suffix = path.suffix.lower()
-    with path.open(encoding="utf-8", newline="") as file:
-        if suffix in (".csv", ".tsv"):
-            rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
-            if column not in (rows.fieldnames or ()):
-                raise ValueError(
-                    f"{path} has no column {column!r}; it has {', '.join(rows.fieldnames or ())}; "
-                    "name one with data.column"
-                )
-            yield from ((row[column] or "").strip() for row in rows)
-        elif suffix == ".jsonl":
-            yield from (_field(path, n, line, column) for n, line in enumerate(file, 1))
-        else:
-            yield from (line.strip() for line in file)
-
-
-def _field(path: Path, number: int, line: str, column: str) -> str:
-    try:
-        return str(json.loads(line)[column]).strip() if line.strip() else ""
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path}, line {number}: not a JSON object with the field {column!r}"
-        ) from None
+    ValueError where there is none.
+    """
+    files = [read_prompt_file(path, config.column) for path in config.prompts]
+    found = [text for file in files for text in file.prompts.values()]
+    prompts = list(dict.fromkeys(found))
+    told = [file.left_out for file in files if file.left_out]
+    if len(prompts) < len(found):
+        told.append(f"{len(found) - len(prompts)} of {len(found)} prompts repeat one before")
+    if rank() == 0:
+        for line in told:
+            _log.warning("%s", line)
+    return prompts[: config.limit]
 
 
 def cached_embeds(

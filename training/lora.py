@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rf_core.model import WanModel
+from rf_core.ranges import MANY, check_numbers
 from rf_core.weights.lora import merge_lora
 
 from .run.draws import generator_of
@@ -30,8 +31,7 @@ class LoRAConfig:
     """Regular expression of the layers that get one."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank {self.rank} and alpha {self.alpha} must be positive")
+        check_numbers(self, rank=(1, MANY), alpha=(1e-6, MANY))
 
 
 def add_adapters(network: WanModel, config: LoRAConfig) -> None:

@@ -32,6 +32,7 @@ from rf_core.config import NUM_TRAIN_TIMESTEPS, WAN_SIZE, SamplerConfig
 from rf_core.model import WanModel
 from rf_core.numbered import numbered
 from rf_core.options import DEMO
+from rf_core.ranges import check_folder_writable, check_numbers
 from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.stream import latent_size
 from rf_core.weights.checkpoint import read_checkpoint
@@ -93,8 +94,7 @@ class PairsConfig:
                 f"clips is {self.clips}; give whole shards of {self.shard}, such as "
                 f"{-(-self.clips // self.shard) * self.shard}"
             )
-        if self.shift <= 0:
-            raise ValueError(f"shift is {self.shift}; it must be positive")
+        check_numbers(self, shift=(0.01, 1000.0), guidance=(-1000.0, 1000.0), seed=(0, 2**63 - 1))
 
 
 FREE = (
@@ -434,6 +434,7 @@ def add_pairs_arguments(parser: argparse.ArgumentParser) -> None:
 def run_pairs(args: argparse.Namespace) -> int:
     """Make the teacher's trajectories, or those that are missing."""
     config = config_of(args, PairsConfig, PAIRS_PRESETS)
+    check_folder_writable(args.out)
     with processes(args.device) as device:
         first = rank() == 0
         if first:

@@ -32,6 +32,7 @@ from rf_core.attention import Attention, sdpa
 from rf_core.config import SPATIAL_FACTOR, CacheConfig
 from rf_core.model import WanModel
 from rf_core.options import DEMO
+from rf_core.ranges import MANY, check_folder_writable, check_numbers
 from rf_core.scheduler import sampling_timesteps
 
 from .causal import chunk_errors, predict_clip
@@ -111,6 +112,7 @@ class InitConfig:
                 f"updates, batch, micro_batch, checkpoint_every and keep are {counts}; "
                 "each must be 1 or more"
             )
+        check_numbers(self, seed=(0, 2**63 - 1), ema_from=(0, MANY))
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
 
@@ -423,6 +425,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
 def run_init(args: argparse.Namespace) -> int:
     """Make a causal student of a network by regression on trajectories."""
     config = replace(config_of(args, InitConfig, INIT_PRESETS), pairs=args.pairs)
+    check_folder_writable(args.out)
     with processes(args.device) as device:
         first = rank() == 0
         if first:

@@ -6,6 +6,7 @@ the reward. `wan` is the published run. Both are one code; only numbers and file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from rf_core.config import WAN_SIZE, CacheConfig
+from rf_core.ranges import MANY, check_numbers
 from rf_core.stream import latent_size
 
 from .data import DataConfig, wan_data
@@ -76,6 +78,11 @@ class OutputConfig:
     """Whether TensorBoard's files are written, where it is installed."""
     wandb: str | None = None
     """Project of Weights & Biases; None for none."""
+
+    def __post_init__(self) -> None:
+        counts = ("checkpoint_every", "keep", "validation_prompts", "validation_chunks")
+        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), validate_every=(0, MANY))
+        check_numbers(self, checkpoint_minutes=(0, math.inf))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from rf_core.attention import Attention, sdpa
 from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.model import WanModel
+from rf_core.ranges import check_numbers
 from rf_core.scheduler import add_noise, flow_to_x0
 
 from .losses import critic_loss, generator_loss, guided, matching_direction
@@ -57,6 +58,7 @@ class ReDMDConfig:
     """Samples an update, over all ranks and micro-batches."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, shift=(0.01, 1000.0), guidance=(-1000.0, 1000.0))
         low, high = self.bounds
         if not 0 < low < high <= 1000:
             raise ValueError(f"bounds are {self.bounds}; give two rising timesteps in (0, 1000]")

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rf_core.ranges import MANY, check_numbers
+
 from .redmd import (
     Networks,
     Noising,
@@ -82,6 +84,9 @@ class RunConfig:
                 f"updates {self.updates}, critic_ratio {self.critic_ratio} and micro_batch "
                 f"{self.micro_batch} must be 1 or more"
             )
+        check_numbers(self, seed=(0, 2**63 - 1), ema_from=(0, MANY), runaway=(0, math.inf))
+        if min(self.latents) < 1:
+            raise ValueError(f"latents are {self.latents}; each must be 1 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
 

@@ -27,6 +27,7 @@ from ..fast.graphs import GraphedModel
 from ..fast.quantise import quantise_linears
 from ..model import Network, WanModel
 from ..options import Files
+from ..ranges import LARGEST_SIDE, check_numbers
 from ..stream import Stream, latent_size
 from ..text import TextEncoder, load_text_encoder
 from ..weights.checkpoint import load_student
@@ -89,6 +90,7 @@ class WorkloadOptions:
     """Folder or hub id of its tokenizer, where the encoder comes without one."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, height=(1, LARGEST_SIDE), width=(1, LARGEST_SIDE))
         if self.size not in SIZES:
             raise ValueError(f"size {self.size!r} is unknown; use one of {', '.join(SIZES)}")
         if self.decoder is not None and self.decoder not in DECODERS:

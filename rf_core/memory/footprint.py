@@ -23,6 +23,7 @@ from ..decoders.decoder import _CHANNELS_LAST_DEVICES, DecoderState, TAEHVDecode
 from ..decoders.taehv import TAEHV, TAEHVConfig
 from ..decoders.vae import VAEConfig, WanVAE
 from ..model import PromptContext, WanModel
+from ..ranges import LARGEST_SIDE, check_numbers
 from ..rope import rope_table
 from ..stream import Stream, latent_size
 from .live_bytes import ghosts, peak_bytes
@@ -70,6 +71,10 @@ class Sizes:
     """The text encoder; None where prompts are encoded elsewhere."""
     graphs: bool = False
     """Whether passes are recorded (`fast.graphs`)."""
+
+    def __post_init__(self) -> None:
+        sides = dict.fromkeys(("height", "width"), (1, LARGEST_SIDE))
+        check_numbers(self, **sides, batch=(1, 1024), linear_bytes=(1, 4))
 
 
 @dataclass(frozen=True, kw_only=True)

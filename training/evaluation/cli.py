@@ -18,11 +18,13 @@ from typing import get_args
 import numpy as np
 import torch
 
+from rf_core.arguments import argument
 from rf_core.attention import BACKENDS
 from rf_core.devices import make_current
 from rf_core.options import DEMO
 from rf_core.writing import write_text
 
+from ..data import DataConfig, read_prompts
 from ..rewards.flow_motion import FlowName
 from ..world.scenes import all_captions
 from .evaluate import (
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.description = __doc__
     add("--model", action="append", default=[], metavar="[NAME=]FILE", help="may be repeated")
-    add("--prompts", type=Path, metavar="FILE", help="one a line (default: the demo's captions)")
+    add("--prompts", type=Path, metavar="FILE", help="TXT, CSV, TSV, JSONL (default: the demo's)")
     add("--num-prompts", type=int, metavar="N", help="draw so many of them (default: all)")
     add("--out", type=Path, metavar="DIR", help="folder of videos and measures")
     add("--seeds", type=int, default=1, metavar="N", help="videos of each prompt (default: 1)")
@@ -90,24 +92,6 @@ def run(args: argparse.Namespace) -> int:
         key = write_study(folders, args.study, args.study_seed, args.study_pairs)
         print(f"study: {args.study}; its key, not for raters: {key}")  # noqa: T201
     return 0
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line, each once.
-
-    Empty lines and those with # in front do not count. ValueError for a file without prompts, or
-    one that is not in UTF-8.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise ValueError(f"there are no prompts at {path}; check the path") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8") from None
-    prompts = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; write one a line")
-    return prompts
 
 
 def pick_prompts(prompts: Sequence[str], most: int | None) -> dict[int, str]:
@@ -155,7 +139,9 @@ def _check_extras(args: argparse.Namespace, evaluation: Evaluation) -> None:
 def _evaluation(args: argparse.Namespace) -> Evaluation:
     if args.out is None:
         raise ValueError("videos and measures need a folder; give --out DIR")
-    prompts = all_captions() if args.prompts is None else read_prompts(args.prompts)
+    prompts = all_captions()
+    if args.prompts is not None:
+        prompts = read_prompts(DataConfig(prompts=(args.prompts,)))
     device = device_of(args.device, os.environ)
     make_current(device)
     return Evaluation(
@@ -194,10 +180,11 @@ def _models(given: Sequence[str]) -> dict[str, Path]:
     return models
 
 
+@argument
 def _size(text: str) -> tuple[int, int]:
     height, x, width = text.lower().partition("x")
-    if not (x and height.isdigit() and width.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 480x832")
+    if not (x and height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"{text!r} is no size; write it as 480x832")
     return int(height), int(width)
 
 

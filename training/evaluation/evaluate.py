@@ -22,6 +22,7 @@ from rf_core.batch import file_mark
 from rf_core.generate import generate, open_networks, open_stream, open_text_encoder
 from rf_core.options import Files, Options, Plan, plan
 from rf_core.prompts import PromptTimeline, Switch
+from rf_core.ranges import MANY, check_numbers
 from rf_core.text import encode_prompts
 from rf_core.video import read_images
 from rf_core.weights.checkpoint import read_checkpoint
@@ -77,8 +78,7 @@ class Evaluation:
     """RAFT's weights."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"seeds is {self.seeds}; make at least 1 video of each prompt")
+        check_numbers(self, seeds=(1, MANY), window_images=(2, MANY))
         if not self.models or not self.prompts:
             raise ValueError("there is nothing to evaluate; give at least one model and prompt")
 

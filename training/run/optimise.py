@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from rf_core.model import WanModel
+from rf_core.ranges import MANY, check_numbers
 
 from .distributed import clip_gradients, reshard
 
@@ -34,11 +35,9 @@ class OptimiserConfig:
     """Largest norm of the gradients."""
 
     def __post_init__(self) -> None:
-        if self.rate <= 0 or self.clip_norm <= 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"rate {self.rate} and clip_norm {self.clip_norm} must be positive, "
-                f"weight_decay {self.weight_decay} not negative"
-            )
+        check_numbers(self, rate=(0, 1000.0), clip_norm=(0, MANY), weight_decay=(0, 1000.0))
+        if not (self.rate and self.clip_norm):
+            raise ValueError(f"rate {self.rate} and clip_norm {self.clip_norm} must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; give two decays in [0, 1)")
 

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from rf_core.attention import check_device
+from rf_core.prompt_files import text_lines
+
 from ..config import changed, from_json
 
 T = TypeVar("T")
@@ -22,13 +25,14 @@ def add_config_arguments(
     parser.add_argument("--config", type=Path, help="a config.json, in place of a preset")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--device", default=default, help="cpu or cuda")
 
 
 def config_of(args: argparse.Namespace, kind: type[T], presets: Mapping[str, Callable[[], T]]) -> T:
     """The config that a command line names, with its changes."""
+    check_device(args.device, torch.float32, "sdpa")
     if args.config is not None:
-        config = from_json(kind, args.config.read_text(encoding="utf-8"))
+        config = from_json(kind, "".join(text_lines(args.config, "config")))
     else:
         config = presets[args.preset]()
     return changed(config, args.set)

@@ -17,6 +17,10 @@ from pathlib import Path
 
 import torch
 
+from rf_core.arguments import argument
+from rf_core.console import forgiving_console
+from rf_core.ranges import MANY, check_folder_writable, check_numbers
+
 from . import stages
 from .budget import Budget
 from .clips import ClipsConfig
@@ -31,21 +35,30 @@ from .train_vae import VAETrainConfig, train_vae
 DEMO = Path(__file__).parents[2] / "rf_core" / "demo"
 
 
+@forgiving_console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage, or all; 0 when it went well, 1 on an error of the user's."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     args = _parser().parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     files = Files(args.out)
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
+        _check(args)
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        args.out.mkdir(parents=True, exist_ok=True)
         for stage in STAGES if args.stage == "all" else (args.stage,):
             STAGES[stage](args, files)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    counts = dict.fromkeys(("steps", "count", "euler_steps"), (1, MANY))
+    check_numbers(args, **counts, threads=(1, 4096), minutes=(0, MANY), seed=(0, 2**63 - 1))
+    check_numbers(args, guidance=(-1000.0, 1000.0))
+    check_folder_writable(args.out)
 
 
 def run_vae(args: argparse.Namespace, files: Files) -> None:
@@ -127,13 +140,16 @@ def _euler(args: argparse.Namespace) -> EulerConfig:
     default = EulerConfig()
     return replace(
         default,
-        guidance=args.guidance or default.guidance,
+        guidance=default.guidance if args.guidance is None else args.guidance,
         steps=args.euler_steps or default.steps,
     )
 
 
+@argument
 def _part(text: str) -> tuple[int, int]:
-    which, parts = text.split("/")
+    which, slash, parts = text.partition("/")
+    if not (slash and which.isdecimal() and parts.isdecimal() and int(which) < int(parts)):
+        raise ValueError(f"{text!r} is no part; write it as 0/4, the first of four")
     return int(which), int(parts)
 
 

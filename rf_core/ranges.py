@@ -1,0 +1,53 @@
+"""Numbers and places that are asked for, checked before anything is loaded or made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+MANY = 10**9
+"""More of anything than a run comes to: what is above it is a slip, or overflows."""
+LARGEST_SIDE = 16384
+"""Pixels of a picture's side: the most that libx264 encodes."""
+
+
+def check_numbers(asked: object, **ranges: tuple[float, float]) -> None:
+    """ValueError unless each of these attributes is in its range, both ends included.
+
+    None, or a word such as `auto`, asks for no number; nan is in no range.
+    """
+    for name, (least, most) in ranges.items():
+        value = getattr(asked, name)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            raise ValueError(f"{name} is {value}; give a number from {least} to {most}")
+
+
+def check_writable(path: Path) -> None:
+    """ValueError unless a file of this name can be written; nothing is left, or changed, there.
+
+    It is tried: what permissions say is not the whole of it, and a name may be too long.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"the output's folder {path.parent} does not exist; create it first")
+    trial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file")
+        if path.exists():
+            path.open("r+b").close()
+        trial.open("wb").close()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}; name another") from None
+
+
+def check_folder_writable(folder: Path) -> None:
+    """The same for a folder of files, which may still be to be made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; name a folder")
+    try:
+        check_writable(there / "config.json")
+    except ValueError as error:
+        raise ValueError(f"nothing can be made in {folder}: {error}") from None
