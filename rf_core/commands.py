@@ -449,6 +449,8 @@ def _timeline(args: argparse.Namespace) -> PromptTimeline:
     if args.prompt is not None:
         if not args.prompt.strip():
             raise ValueError("the prompt is empty; say what the video shows")
+        if re.search("[\ud800-\udfff]", args.prompt):  # how Python keeps bytes it cannot read
+            raise ValueError("the prompt has a character that is no text; type it in UTF-8")
         return PromptTimeline().append(0, "s", Switch(), args.prompt)
     text = "".join(text_lines(args.timeline, "timeline"))
     try:

@@ -292,7 +292,7 @@ def test_a_model_of_another_world_needs_its_own_vae_and_text_encoder(tmp_path):
         (("--out", "OUT", "--model", "a.pt", "--model", "b/a.pt"), "two models are called a"),
         (("--out", "OUT", "--model", "a/b=c.pt"), "cannot be a model's name"),
         (("--out", "OUT", "--model", "missing.pt"), "no model at missing.pt"),
-        (("--out", "OUT", "--seeds", "0"), "at least 1 video"),
+        (("--out", "OUT", "--seeds", "0"), "seeds is 0; give a number from 1"),
         (("--out", "OUT", "--num-prompts", "0"), "at least 1"),
         (("--out", "OUT", "--prompts", "none.txt"), "no file of prompts at none.txt"),
         (("--out", "OUT", "--study", "OUT/page.html"), "give --model twice"),

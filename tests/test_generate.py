@@ -351,6 +351,7 @@ WRONG = [
     (["--prompt", "x", "--chunks", "2", "--seconds", "2"], "give one"),
     (["--prompt", "x", "--seconds", "-3"], "-3"),
     (["--prompt", "  "], "prompt is empty"),
+    (["--prompt", "a \udcff b"], "has a character that is no text"),
     ([], "--prompt TEXT or --timeline FILE"),
     (["--prompt", "x", "--width", "50"], "nearest is 48x32"),
     (["--prompt", "x", "--sink", "7"], "cannot hold 7 sink frames"),
@@ -386,7 +387,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[" ".join(w) for w, _ in WRONG])
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[ascii(" ".join(w)) for w, _ in WRONG])
 def test_a_bad_option_gets_one_clear_sentence_before_anything_is_loaded(
     wrong, message, weights, tmp_path, capsys, monkeypatch
 ):
