@@ -9,7 +9,8 @@ decoder's longer memory. Files are safetensors; nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,20 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
         last_latents=tensors.get("last_latents"),
         decoder=decoder,
     )
+
+
+@contextmanager
+def taking_over() -> Iterator[None]:
+    """Around what reads a snapshot's facts and tensors: ValueError where they make no sense."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        what = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(
+            f"the snapshot is damaged, or another program's ({what}); take an earlier one"
+        ) from error
 
 
 def cache_config_of(snapshot: Snapshot) -> CacheConfig:

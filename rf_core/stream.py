@@ -31,7 +31,7 @@ from .kv_cache import KVCache
 from .model import CountedPrompt, Network, PromptContext, TimeContext
 from .prompts import Switch
 from .scheduler import add_noise, flow_to_x0, sampling_timesteps
-from .state import Blend, Snapshot, StreamState, cache_config_of, pack, unpack
+from .state import Blend, Snapshot, StreamState, cache_config_of, pack, taking_over, unpack
 
 DEFAULT_SWITCH = Switch()
 _DRAWN_TOGETHER = 16  # normal numbers that torch's CPU generator draws at once
@@ -214,6 +214,7 @@ class Stream:
         }
         return pack(self.state, facts, compact=compact)
 
+    @taking_over()
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot. ValueError when it is another model's or of another size."""
         facts = snapshot.facts
@@ -230,6 +231,7 @@ class Stream:
             self._rebuild(bool(facts["decoder_frames"]))
 
     @classmethod
+    @taking_over()
     def from_snapshot(
         cls,
         model: Network,

@@ -9,10 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from rf_core.model import WanModel
+from rf_core.video import VideoFormat, VideoWriter, remux
+from rf_core.weights.checkpoint import write_checkpoint
 from rf_core.writing import WriteError, whole_file, write_text
+from training.ode import PairsConfig, Trajectories, write_shard
+from training.run import checkpointing
+from training.run.folder import begin
 
 
 @contextmanager
@@ -86,3 +93,43 @@ def test_permissions_are_what_the_umask_says(tmp_path: Path, umask: int, mode: i
     finally:
         os.umask(before)
     assert {stat.S_IMODE(each.stat().st_mode) for each in tmp_path.iterdir()} == {mode}
+
+
+def write_everything(folder: Path) -> None:
+    """A file of every kind that is written."""
+    config = tiny.CONFIG
+    weights = WanModel(config).state_dict()
+    write_checkpoint(folder / "student.safetensors", weights, config, None, None)
+    stream = tiny.stream()
+    stream.step()
+    stream.snapshot(compact=True).save(folder / "snapshot.safetensors")
+    write_text(folder / "settings.json", "{}")
+    video = folder / "video.mp4"
+    with VideoWriter(video, VideoFormat(width=32, height=32)) as writer:
+        writer.write(torch.zeros(4, 32, 32, 3, dtype=torch.uint8))
+    remux(video)
+    trajectories = Trajectories(
+        points=torch.ones(1, 2), clean=torch.ones(1, 2), embeds=torch.ones(1, 2), prompts=["a"],
+        numbers=[0],
+    )  # fmt: skip
+    write_shard(folder / "pairs.safetensors", trajectories, PairsConfig(), 0, "teacher")
+    checkpointing.save({"average": {"a": torch.ones(3)}}, folder / "update_000001")
+    begin(PairsConfig(), folder / "run")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_every_writer_leaves_permissions_to_the_umask(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        write_everything(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {
+        str(path.relative_to(tmp_path)): oct(stat.S_IMODE(path.stat().st_mode))
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    assert len(modes) >= 8
+    assert set(modes.values()) == {oct(mode)}, modes

@@ -37,7 +37,7 @@ from rf_core.scheduler import sampling_timesteps, shift_sigma
 from rf_core.stream import latent_size
 from rf_core.weights.checkpoint import read_checkpoint
 from rf_core.weights.files import parse_json, read_weights
-from rf_core.writing import whole_file
+from rf_core.writing import whole_file, write_text
 
 from .config import difference, from_json, to_json
 from .data import CachedEmbeds, DataConfig, MemoryEmbeds, check_prompt_files, open_prompts, wan_data
@@ -238,7 +238,7 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
         return
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
+        write_text(out / CONFIG, to_json(config) + "\n")
     barrier()
     prompts, embeds, uncond = open_prompts(config.data, out / "embeddings", device, dtype)
     offload = config.placement.offload != "none"

@@ -223,7 +223,10 @@ def _read_torch(path: Path, zipped: bool) -> object:
     try:
         with _allowing, torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols and sparse tensors
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            with path.open("rb") as file:  # of the path PyTorch would read the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # damage takes PyTorch's reader anywhere
@@ -239,11 +242,13 @@ def _read_torch(path: Path, zipped: bool) -> object:
 
 
 def _require_torchs(path: Path) -> None:
-    if not zipfile.is_zipfile(path):  # the directory stands at a zip file's end
-        raise CheckpointError(f"{path}: is a truncated torch file; {AGAIN}")
     try:
+        if not zipfile.is_zipfile(path):  # the directory stands at a zip file's end
+            raise CheckpointError(f"{path}: is a truncated torch file; {AGAIN}")
         with zipfile.ZipFile(path) as archive:
             inside = {name.rpartition("/")[2] for name in archive.namelist()}
+    except CheckpointError:
+        raise
     except Exception as error:  # zipfile's own, and those of names that cannot be decoded
         raise CheckpointError(
             f"{path}: is a damaged torch file ({_line(error)}); {AGAIN}"
