@@ -32,8 +32,9 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     WriteError where the file cannot be written; other errors pass. Either way `path` is untouched.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process has its own
+    part = path.with_name(f"{path.name}.part")
     try:
+        part.unlink(missing_ok=True)  # of a writer that was killed
         part.touch()
         mode = stat.S_IMODE(part.stat().st_mode)
         yield part

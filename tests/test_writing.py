@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from rf_core.writing import WriteError, whole_file, write_text
 from training.ode import PairsConfig, Trajectories, write_shard
 from training.run import checkpointing
 from training.run.folder import begin
+
+ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -45,6 +49,18 @@ def test_a_file_takes_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
         part.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_what_a_killed_writer_left_is_gone_with_the_next_write(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    command = (
+        "import os, sys; from rf_core.writing import whole_file\n"
+        "with whole_file(sys.argv[1]) as part: part.write_text('half'); os._exit(9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", command, str(path)], cwd=ROOT)
+    assert killed.returncode == 9 and len(names(tmp_path)) == 1 and not path.exists()
+    write_text(path, "whole")
     assert names(tmp_path) == ["a.txt"]
 
 

@@ -51,6 +51,7 @@ async (graph) => {
       const widget = drawn.widgets.find((each) => each.name === key);
       if (!widget) throw new Error(`${node.type} has no widget ${key}`);
       widget.value = value;
+      widget.callback?.(value);  // what hangs on it, such as a preset's values
     }
     if (node.title) drawn.title = node.title;
     if (node.size) drawn.setSize([Math.max(node.size[0], drawn.computeSize()[0]),
