@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from .server import ROOT, copy_pack
+from .server import ROOT, comfy_root, copy_pack
 
 COMFY = Path(sys.executable).with_name("comfy")
 MOST_ICON_PIXELS = 400
@@ -112,3 +112,27 @@ def test_workflows_name_the_pack_as_the_registry_does(project: dict[str, Any]) -
     nodes = [node for text in saved for node in json.loads(text)["nodes"]]
     names = {n["properties"]["cnr_id"] for n in nodes if n["type"].startswith("RF")}
     assert names == {project["project"]["name"]}
+
+
+IMPORT = """
+import importlib.util, sys
+comfy, pack = sys.argv[1:]
+sys.path.insert(0, comfy)
+sys.argv = ["main.py", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import nodes, server, comfy_api.latest
+before = set(sys.modules)
+spec = importlib.util.spec_from_file_location(
+    "rf_pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
+sys.modules["rf_pack"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+
+
+def test_a_start_of_comfyui_imports_nothing_for_it_but_its_own_modules() -> None:
+    command = [sys.executable, "-c", IMPORT, str(comfy_root()), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=comfy_root())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['rf_pack']"
