@@ -219,7 +219,7 @@ def test_flow_and_clean_sample_lead_back_and_forth():
         ({"steps": (1000, 1000)}, "must fall"),
         ({"steps": (500, 1000)}, "must fall"),
         ({"steps": (1200,)}, r"leave \(0, 1000\]"),
-        ({"shift": 0}, "positive"),
+        ({"shift": 0}, "shift is 0; give a number from"),
     ],
 )
 def test_impossible_steps_are_refused(wrong, message):
