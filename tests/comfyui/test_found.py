@@ -25,7 +25,7 @@ LISTED = 64
 # holds the term. Hence the places that are no better than LISTED.
 PLACES = [
     ("reward", "Load RF Model", IN_SIGHT),
-    ("reward", "Streaming Sampler", IN_SIGHT),
+    ("reward", "Streaming Sampler", LISTED),
     ("reward forcing", "Load RF Model", IN_SIGHT),
     ("self forcing", "Load RF Model", IN_SIGHT),
     ("prompt travel", "Prompt Schedule", 2),
