@@ -33,7 +33,10 @@ def search(page: Any, name: str) -> None:
     found = "(name) => document.body.innerText.includes(name)"
     for _ in range(10):
         page.mouse.dblclick(900, 400)
-        page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
+        page.wait_for_timeout(1500)
+        if page.evaluate("() => document.activeElement?.tagName !== 'INPUT'"):
+            page.keyboard.press("Escape")  # what greets a new user has taken it
+            continue
         page.keyboard.type(name)
         page.wait_for_timeout(1500)
         if page.evaluate(found, name):
