@@ -4,6 +4,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { after } from "./after.js";
 
 const MOST = 64; // pictures that wait to be shown: some chunks; then the oldest go
 const WIDTH = 270; // a title beside the badge of the pack
@@ -62,15 +63,6 @@ function show({ detail: { node: id, pictures, rate } }) {
 function end(id) {
   players.get(id)?.end();
   players.delete(id);
-}
-
-function after(node, name, then) {
-  const before = node[name];
-  node[name] = function (...values) {
-    const result = before?.apply(this, values);
-    then(...values);
-    return result;
-  };
 }
 
 function keepHeight(node) {

@@ -2,6 +2,7 @@
 // the node's definition, and the server holds to them whatever the widgets say.
 
 import { app } from "../../scripts/app.js";
+import { after } from "./after.js";
 
 const CLASS = "RFSinkConfig";
 let presets = {};
@@ -26,15 +27,6 @@ function drawWhole(widget) {
     if (this.disabled) this.computedDisabled = false;
     draw.apply(this, given);
     this.computedDisabled = disabled;
-  };
-}
-
-function after(target, name, act) {
-  const before = target[name];
-  target[name] = function (...given) {
-    const result = before?.apply(this, given);
-    act();
-    return result;
   };
 }
 

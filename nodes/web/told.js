@@ -2,6 +2,7 @@
 // goes with the run in newer frontends.
 
 import { app } from "../../scripts/app.js";
+import { after } from "./after.js";
 
 const LEAST = 58; // pixels
 const MOST = 200; // then it scrolls
@@ -50,10 +51,6 @@ app.registerExtension({
   name: "RewardForcing.Told",
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("RF")) return;
-    const before = node.onExecuted;
-    node.onExecuted = function (output) {
-      before?.call(this, output);
-      tell(this, output);
-    };
+    after(node, "onExecuted", (output) => tell(node, output));
   },
 });
