@@ -12,15 +12,19 @@ The order of use, once per chunk:
     turned, v = cache.layer(i).extend(k, turned_k, v)       # in every layer, in every pass
 
 Every denoising pass overwrites the same slot and the last, clean pass leaves what later chunks
-see: nothing is ever rewound. Under autograd use `cache.snapshot()`, which is never written to.
+see. A chunk that is not made is given up (`abandon`); what left the window for it stays away, as
+the next one needs the room too, unless the window itself is to be written again (`put_back`, which
+`hold` before `advance` makes possible). Under autograd use `cache.snapshot()`, which is never
+written to.
 
 Letters: N layers, B batch, W window tokens, L tokens of the slot, H heads, D channels of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -29,6 +33,8 @@ from torch import Tensor
 from . import kernels
 from .config import CacheConfig, Grid
 from .rope import Rope, apply_rope, rope_table
+
+_EXACT, _BEFORE = "exact_sink", "before."  # names of `saved()`
 
 
 class LayerWindow(Protocol):
@@ -124,6 +130,68 @@ class TurningWindow(WrittenWindow):
 
 
 @dataclass
+class Held:
+    """A copy of a sink beside the stream, in the host's memory: it is read once in a while."""
+
+    tensors: dict[str, Tensor]
+    """By the names of `KVCache.sink_tensors`."""
+    evictions: int | None = None
+    """How many the sink had seen; None where nothing is held."""
+    copied: torch.cuda.Event | None = None
+    """Recorded behind the copy, where it is made beside the passes."""
+
+    @classmethod
+    def room_for(cls, tensors: Mapping[str, Tensor]) -> Held:
+        """Memory for such tensors; pinned, for those of a card."""
+        return cls({name: _host_memory(tensor) for name, tensor in tensors.items()})
+
+    def take(self, tensors: Mapping[str, Tensor], evictions: int) -> None:
+        """Copy the tensors; on a card beside the passes, on a stream of its own."""
+        self.evictions = evictions
+        device = next((t.device for t in tensors.values()), None)
+        if device is None or device.type != "cuda":
+            self._copy(tensors)
+            return
+        side = _copy_stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            self._copy(tensors)
+            self.copied = torch.cuda.Event()
+            self.copied.record(side)
+
+    def wait(self) -> None:
+        """Let what follows on the caller's stream wait for the copy."""
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+
+    def give(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy back."""
+        self.wait()
+        for name, tensor in tensors.items():
+            tensor.copy_(self.tensors[name])
+
+    def clone(self) -> Held:
+        """An independent copy."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return Held({name: tensor.clone() for name, tensor in self.tensors.items()}, self.evictions)
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.tensors[name].copy_(tensor, non_blocking=True)
+
+
+def _host_memory(x: Tensor) -> Tensor:
+    on_card = x.device.type == "cuda"
+    return torch.empty_like(x, device="cpu" if on_card else x.device, pin_memory=on_card)
+
+
+@lru_cache(maxsize=64)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@dataclass
 class KVCache:
     """Keys and values of every layer, allocated once for the life of a stream.
 
@@ -143,8 +211,12 @@ class KVCache:
     num_frames: int = 0
     slot_frames: int = 0
     num_evictions: int = 0
+    made_room: int = 0
+    """Latent frames that left for a chunk which is not made yet."""
     torn: bool = False
     """An eviction failed half way: window and sink hold neither what was nor what was to be."""
+    before: Held | None = field(default=None, repr=False)
+    """The sink as it was, or is, before the eviction that `hold` was called for."""
     _windows: dict[int, LayerWindow] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -223,6 +295,41 @@ class KVCache:
         self.slot_frames = frames
         self._windows = {}
 
+    def hold(self) -> None:
+        """Keep what the next chunk's eviction will overwrite, so that it can be `put_back`.
+
+        Before `advance`, or earlier where nothing writes to the sink in between.
+        """
+        evicts = self.num_frames + self.config.chunk_frames > self.config.window_frames
+        if not evicts or (self.before and self.before.evictions == self.num_evictions):
+            return
+        tensors = self.sink_tensors()
+        if self.before is None:
+            self.before = Held.room_for(tensors)
+        self.before.take(tensors, self.num_evictions)
+
+    def finish(self) -> None:
+        """The chunk in the slot is made."""
+        self.made_room = 0
+
+    def abandon(self) -> None:
+        """The chunk in the slot is not made; the next one takes its place."""
+        self.truncate(self.context_frames)
+
+    def put_back(self) -> None:
+        """Before a recache: as it was before frames left for a chunk that was not made.
+
+        The sink is what it was; of the window after it the places are back, and hold nothing.
+        """
+        if not self.made_room:
+            return
+        assert not self.slot_frames, "a chunk is made, or given up first"
+        assert self.before is not None, "hold() comes before advance()"
+        self.before.give(self.sink_tensors())
+        self.num_frames += self.made_room
+        self.num_evictions -= 1
+        self.made_room = 0
+
     def layer(self, index: int) -> LayerWindow:
         """The window of one layer, made once a chunk. What it returns are views of the cache.
 
@@ -240,8 +347,10 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
-        self.num_frames = self.slot_frames = self.num_evictions = 0
+        self.num_frames = self.slot_frames = self.num_evictions = self.made_room = 0
         self.torn = False
+        if self.before is not None:
+            self.before.evictions = None
 
     def require_whole(self) -> None:
         """ValueError where an eviction failed half way."""
@@ -261,30 +370,68 @@ class KVCache:
         """An independent copy."""
         k, v, turned = (t.clone() for t in (self.k_NBWHD, self.v_NBWHD, self.turned_NBWHD))
         exact = None if self.exact_sink is None else self.exact_sink.clone()
-        return replace(self, k_NBWHD=k, v_NBWHD=v, turned_NBWHD=turned, exact_sink=exact)
+        return replace(
+            self, k_NBWHD=k, v_NBWHD=v, turned_NBWHD=turned, exact_sink=exact, before=self._held()
+        )
 
     def as_it_stands(self) -> KVCache:
         """A cache on the same memory whose counts this one does not move."""
-        return replace(self)
+        return replace(self, before=None)
+
+    def sink_tensors(self) -> dict[str, Tensor]:
+        """What an eviction overwrites of the sink, by name; nothing of one that never changes."""
+        sink = self.config.sink_frames * self.frame_tokens
+        if not sink or self.config.decay == 1:
+            return {}
+        found = {"k": self.k_NBWHD[:, :, :sink], "v": self.v_NBWHD[:, :, :sink]}
+        return found if self.exact_sink is None else found | {_EXACT: self.exact_sink}
 
     def tensors(self) -> dict[str, Tensor]:
         """What the cache remembers, by name; turned keys follow from it."""
-        owned = {"k": self.k_NBWHD, "v": self.v_NBWHD, "exact_sink": self.exact_sink}
-        return {name: tensor for name, tensor in owned.items() if tensor is not None}
+        owned = {"k": self.k_NBWHD, "v": self.v_NBWHD}
+        return owned if self.exact_sink is None else owned | {_EXACT: self.exact_sink}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what another cache of this size remembers, named as `tensors()` names it.
+    def counts(self) -> list[int]:
+        """What it remembers besides."""
+        return [self.num_frames, self.slot_frames, self.num_evictions, self.made_room]
 
-        ValueError where that one keeps it in another form.
-        """
-        owned = self.tensors()
-        if odd := (owned.keys() ^ tensors.keys()) - {"exact_sink"}:
+    def saved(self) -> dict[str, Tensor]:
+        """`tensors()`, and the sink from before an eviction that may still be undone."""
+        held = self.before.clone().tensors if self.made_room and self.before else {}
+        return self.tensors() | {f"{_BEFORE}{name}": tensor for name, tensor in held.items()}
+
+    def check(self, tensors: Mapping[str, Tensor], counts: Sequence[int]) -> None:
+        """ValueError unless `load` can take over what another cache of these sizes remembers."""
+        num_frames, slot, evictions, made_room = counts
+        odd = (self.tensors().keys() ^ _without(tensors, _BEFORE).keys()) - {_EXACT}
+        if odd:
             raise ValueError(
                 f"keys and values are kept in another form there: one cache has "
                 f"{', '.join(sorted(odd))}, the other has not; use the form they were saved in"
             )
-        for name, mine in owned.items():
-            mine.copy_(tensors[name])
+        mine = self.tensors()
+        if made_room:
+            mine |= {f"{_BEFORE}{name}": each for name, each in self.sink_tensors().items()}
+        if missing := mine.keys() - tensors.keys() - {_EXACT, f"{_BEFORE}{_EXACT}"}:
+            raise ValueError(f"{', '.join(sorted(missing))} of the cache is missing")
+        for name in mine.keys() & tensors.keys():
+            require_like(name, tensors[name], mine[name])
+        frames_fit = 0 <= slot <= num_frames <= self.config.window_frames - made_room
+        if not frames_fit or evictions < 0 or not 0 <= made_room <= self.config.chunk_frames:
+            raise ValueError(f"a window of {self.config.window_frames} frames cannot hold {counts}")
+
+    def load(self, tensors: Mapping[str, Tensor], counts: Sequence[int]) -> None:
+        """Take over what `check` has found to fit, named as `saved()` names it."""
+        self.reset()
+        self.num_frames, self.slot_frames, self.num_evictions, self.made_room = counts
+        _copy_sinks(self.tensors(), _without(tensors, _BEFORE), self.num_evictions)
+        if self.made_room:
+            self.before = Held.room_for(self.sink_tensors())
+            self.before.evictions = self.num_evictions - 1
+            _copy_sinks(self.before.tensors, under(tensors, _BEFORE), self.num_evictions - 1)
+
+    def _held(self) -> Held | None:
+        return None if self.before is None else self.before.clone()
 
     def _rope(self, start: int, stop: int) -> Rope:
         frames, head_dim = self.config.window_frames, self.k_NBWHD.shape[-1]
@@ -308,6 +455,8 @@ class KVCache:
         sink = self.config.sink_frames * self.frame_tokens
         leaving = frames * self.frame_tokens
         stop = self.num_frames * self.frame_tokens
+        if self.before is not None:
+            self.before.wait()
         self.torn = True
         if sink and self.config.decay < 1:
             self._absorb(sink, leaving)
@@ -315,6 +464,7 @@ class KVCache:
         self.torn = False
         self.num_frames -= frames
         self.num_evictions += 1
+        self.made_room = frames
 
     def _close_gap(self, sink: int, stop: int, leaving: int) -> None:
         """Tokens after those that leave move up behind the sink."""
@@ -338,6 +488,40 @@ class KVCache:
             for tensor, gone, average in parts:
                 average.copy_(absorb(average, gone, c, self.frame_tokens, keys=which == 0))
                 tensor.copy_(average)
+
+
+def require_like(name: str, given: Tensor, mine: Tensor) -> None:
+    """ValueError unless one tensor can be copied to the other as it is, but for its precision."""
+    if given.shape != mine.shape or given.is_floating_point() != mine.is_floating_point():
+        raise ValueError(
+            f"{name} is {given.dtype} {list(given.shape)}, and {mine.dtype} {list(mine.shape)} here"
+        )
+
+
+def _copy_sinks(mine: Mapping[str, Tensor], given: Mapping[str, Tensor], evictions: int) -> None:
+    """Copy a cache's tensors, or a sink's; between precisions, too, of which one accumulates apart.
+
+    Where the sink itself is float32, it is its own accumulator.
+    """
+    for name in mine.keys() & given.keys():
+        mine[name].copy_(given[name])
+    if _EXACT in mine.keys() ^ given.keys() and evictions:
+        accumulator = mine[_EXACT] if _EXACT in mine else given[_EXACT]
+        for part, name in zip(accumulator, "kv", strict=True):
+            tokens = part.shape[2]
+            if _EXACT in mine:
+                part.copy_(given[name][:, :, :tokens])
+            else:
+                mine[name][:, :, :tokens] = part
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by what follows it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _without(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
 
 
 def move_up(x_NBWHD: Tensor, start: int, stop: int, by: int) -> None:

@@ -145,7 +145,13 @@ class Int8KVCache(KVCache):
             scale_2NBRH1=self.scale_2NBRH1.clone(),
             sink_2NBSHD=self.sink_2NBSHD.clone(),
             scratch_3BWHD=scratch,
+            before=self._held(),
         )
+
+    def sink_tensors(self) -> dict[str, Tensor]:
+        """What an eviction overwrites of the sink, by name; nothing of one that never changes."""
+        changes = self.config.sink_frames and self.config.decay < 1
+        return {"sink": self.sink_2NBSHD} if changes else {}
 
     def tensors(self) -> dict[str, Tensor]:
         """What the cache remembers, by name."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -21,13 +21,15 @@ from torch import Tensor
 
 from .config import CacheConfig
 from .decoders.decoder import DecoderState
-from .kv_cache import KVCache
+from .kv_cache import KVCache, under
 from .prompts import Interpolation
 from .weights.files import CheckpointError, parse_json, read_weights
 from .writing import whole_file
 
 FORMAT = "reward-forcing-stream-1"
 METADATA_KEY = "rf_stream"
+_CACHE, _DECODER = "cache.", "decoder."  # how names of a part's tensors begin
+_EARLIER = "take an earlier one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,16 @@ class Blend:
         return self.target if weight >= 1 else mix(self.start, self.target, weight)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unsettled:
+    """A chunk whose clean pass is still to be run."""
+
+    latents: Tensor
+    """Clean latents [B, C, F, h, w]."""
+    prompt_embeds: Tensor
+    """What it was made under, [B, S, D]."""
+
+
 @dataclass
 class StreamState:
     """Everything about a stream that changes."""
@@ -58,16 +70,18 @@ class StreamState:
     seed: int
     cache: KVCache
     prompt_embeds: Tensor
-    """What the last chunk saw, [B, S, D]."""
+    """Where the prompt stands, [B, S, D]: the next chunk's, but for a blend under way."""
     num_chunks: int = 0
     """Chunks finished since the stream began."""
     blend: Blend | None = None
     recache_due: bool = False
-    """The window is to be rewritten under the new prompt before the next chunk."""
+    """The window is to be rewritten under the prompt before the next chunk."""
+    recache_begun: bool = False
+    """That was begun, and stopped: until it is done, the window is of two prompts."""
     chunk_open: bool = False
-    """A chunk was begun and not finished; the next step begins it again."""
-    unsettled: Tensor | None = None
-    """The last chunk's clean latents, until a clean pass over them has rewritten its cache slot."""
+    """A chunk was begun and is not made: what its beginning asked for may have been done."""
+    unsettled: Unsettled | None = None
+    """The last chunk, until a clean pass over it has rewritten its cache slot."""
     first_latents: Tensor | None = None
     """Clean latents that seeded the sink, [B, C, <= sink frames, h, w]."""
     last_latents: Tensor | None = None
@@ -77,7 +91,8 @@ class StreamState:
     def cut(self) -> None:
         """Forget the video so far; the seed, the prompt and the count of chunks go on."""
         self.cache.reset()
-        self.chunk_open = False
+        self.recache_due = self.recache_begun = self.chunk_open = False
+        self.blend = None
         self.unsettled = self.first_latents = self.last_latents = self.decoder = None
 
     def clone(self) -> StreamState:
@@ -121,15 +136,16 @@ class Snapshot:
         try:
             file = read_weights(path)
             facts = parse_json(path, file.metadata.get(METADATA_KEY, "{}"))
+            format = facts["format"] if isinstance(facts, dict) and "format" in facts else None
         except (CheckpointError, OSError) as error:
             raise ValueError(
                 f"{path} cannot be read as a snapshot ({error}); it may be cut short: "
                 "take an earlier one"
             ) from error
-        if facts.get("format") != FORMAT:
+        if format != FORMAT:
             raise ValueError(
-                f"{path} is not a stream snapshot of this version (format {facts.get('format')!r}, "
-                f"{FORMAT!r} is read); save it again with this version"
+                f"{path} is not a stream snapshot of this version (format {format!r}, {FORMAT!r} "
+                f" is read); save it again with this version"
             )
         return cls(tensors=file.tensors, facts=facts)
 
@@ -140,7 +156,8 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
     ValueError where it is to be exact and a failure left the decoder's state spent, or the cache
     torn.
     """
-    assert state.unsettled is None, "a snapshot holds the cache after the clean pass"
+    settled = state.unsettled is None and not state.recache_begun
+    assert settled, "a snapshot holds the cache after the clean pass"
     cache, blend, decoder = state.cache, state.blend, state.decoder
     if not compact:
         cache.require_whole()
@@ -152,10 +169,10 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
     if blend is not None:
         tensors |= {"blend.start": blend.start, "blend.target": blend.target}
     if not compact:
-        tensors |= {f"cache.{name}": tensor for name, tensor in cache.tensors().items()}
+        tensors |= {f"{_CACHE}{name}": tensor for name, tensor in cache.saved().items()}
         if decoder is not None:
             decoder.require_unspent()
-            tensors |= {f"decoder.{name}": tensor for name, tensor in decoder.tensors.items()}
+            tensors |= {f"{_DECODER}{name}": tensor for name, tensor in decoder.tensors.items()}
     own = {
         "format": FORMAT,
         "seed": state.seed,
@@ -163,7 +180,7 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "recache_due": state.recache_due,
         "chunk_open": state.chunk_open and not compact,
         "cache": asdict(cache.config),
-        "frames": [cache.num_frames, cache.slot_frames, cache.num_evictions],
+        "frames": cache.counts(),
         "blend": None if blend is None else [blend.num_chunks, blend.done, blend.interpolation],
         "decoder_frames": None if decoder is None else decoder.num_frames,
     }
@@ -173,23 +190,19 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
 
 
 def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
-    """The state of a snapshot, around a cache of the right size, which is overwritten.
+    """The state of a snapshot that `check` has found to fit, around a cache, which is overwritten.
 
-    Of a compact snapshot the cache is left empty and the decoder unset: the owner rebuilds them.
+    Of a compact snapshot the cache is left empty. The decoder's past is taken over as it is.
     """
     facts, device = snapshot.facts, cache.k_NBWHD.device
     tensors = {
         name: tensor.to(device, copy=True)
         for name, tensor in snapshot.tensors.items()
-        if not name.startswith("cache.")
+        if not name.startswith(_CACHE)
     }
     decoder = None
-    cache.reset()
-    if not snapshot.compact:
-        cache.load(_under(snapshot.tensors, "cache."))
-        cache.num_frames, cache.slot_frames, cache.num_evictions = facts["frames"]
-        if facts["decoder_frames"] is not None:
-            decoder = DecoderState(_under(tensors, "decoder."), facts["decoder_frames"])
+    if not snapshot.compact and facts["decoder_frames"] is not None:
+        decoder = DecoderState(under(tensors, _DECODER), facts["decoder_frames"])
     blend = None
     if facts["blend"] is not None:
         num_chunks, done, interpolation = facts["blend"]
@@ -200,7 +213,7 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
             done=done,
             interpolation=interpolation,
         )
-    return StreamState(
+    state = StreamState(
         seed=facts["seed"],
         cache=cache,
         prompt_embeds=tensors["prompt_embeds"],
@@ -212,6 +225,86 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
         last_latents=tensors.get("last_latents"),
         decoder=decoder,
     )
+    cache.reset()
+    if not snapshot.compact:
+        cache.load(under(snapshot.tensors, _CACHE), _counts(facts))
+    return state
+
+
+def check(snapshot: Snapshot, cache: KVCache, embeds: tuple[int, ...], frame: tuple[int, ...]) -> None:
+    """ValueError unless `unpack` makes a sound state of a snapshot.
+
+    `cache` is one of its config, `embeds` the largest [B, S, D] that prompts are, and `frame` the
+    shape of one latent frame [B, C, 1, h, w].
+    """
+    facts, tensors = snapshot.facts, snapshot.tensors
+    blend, config = facts["blend"], cache.config
+    for name in ("seed", "num_chunks"):
+        _require(type(facts[name]) is int, f"{name} is {facts[name]!r}")
+    _require(facts["num_chunks"] >= 0, f"it has {facts['num_chunks']} chunks")
+    for name in ("recache_due", "chunk_open"):
+        _require(type(facts[name]) is bool, f"{name} is {facts[name]!r}")
+    names, optional = {"prompt_embeds"}, {"first_latents", "last_latents"}
+    if blend is not None:
+        num_chunks, done, interpolation = blend
+        whole = type(num_chunks) is type(done) is int and 0 <= done < num_chunks
+        _require(whole and interpolation in get_args(Interpolation), f"its blend is {blend}")
+        names |= {"blend.start", "blend.target"}
+    for name in names:
+        _check_embeds(name, tensors[name], embeds)
+    parts = tensors.keys() - names - optional
+    _require(all(n.startswith((_CACHE, _DECODER)) for n in parts), f"it holds {sorted(parts)}")
+    held = [
+        _frames(name, tensors, frame, most)
+        for name, most in (
+            ("first_latents", config.sink_frames),
+            ("last_latents", config.window_frames - config.sink_frames),
+        )
+    ]
+    if not snapshot.compact:
+        cache.check(under(tensors, _CACHE), _counts(facts))
+        num_frames, _, _, made_room = _counts(facts)
+        _require(num_frames + made_room <= sum(held), "its latents are not of its window")
+    if facts["decoder_frames"] is not None:
+        frames = facts["decoder_frames"]
+        _require(type(frames) is int and frames >= 0, f"its decoder has seen {frames} frames")
+
+
+def _check_embeds(name: str, tensor: Tensor, most: tuple[int, ...]) -> None:
+    fits = (
+        tensor.ndim == 3
+        and tensor.is_floating_point()
+        and (tensor.shape[0], tensor.shape[2]) == (most[0], most[2])
+        and 0 < tensor.shape[1] <= most[1]
+    )
+    _require(fits, f"{name} is {tensor.dtype} {list(tensor.shape)}")
+
+
+def _frames(name: str, tensors: Mapping[str, Tensor], frame: tuple[int, ...], most: int) -> int:
+    """How many latent frames are there under a name."""
+    if name not in tensors:
+        return 0
+    found = tensors[name]
+    fits = found.ndim == 5 and found.is_floating_point() and 0 < found.shape[2] <= most
+    wanted = (*frame[:2], *frame[3:])
+    fits = fits and (*found.shape[:2], *found.shape[3:]) == wanted
+    _require(fits, f"{name} is {found.dtype} {list(found.shape)}")
+    return found.shape[2]
+
+
+def _require(sound: bool, what: str) -> None:
+    if not sound:
+        raise ValueError(f"the snapshot is damaged, or another program's ({what}); {_EARLIER}")
+
+
+def _counts(facts: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """What `KVCache.counts` gave; older snapshots have three, and a chunk that was given up."""
+    found = facts["frames"]
+    _require(len(found) in (3, 4) and all(type(n) is int for n in found), f"frames are {found}")
+    num_frames, slot, evictions, made_room = (*found, 0)[:4]
+    if len(found) == 3 and facts["chunk_open"]:
+        return num_frames - slot, 0, evictions, 0
+    return num_frames, slot, evictions, made_room
 
 
 @contextmanager
@@ -224,13 +317,18 @@ def taking_over() -> Iterator[None]:
     except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         what = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(
-            f"the snapshot is damaged, or another program's ({what}); take an earlier one"
+            f"the snapshot is damaged, or another program's ({what}); {_EARLIER}"
         ) from error
 
 
 def cache_config_of(snapshot: Snapshot) -> CacheConfig:
-    """Window, sink and chunk the snapshot was made with."""
-    return CacheConfig(**snapshot.facts["cache"])
+    """Window, sink and chunk the snapshot was made with; as much as its tensors make likely."""
+    config, k = CacheConfig(**snapshot.facts["cache"]), snapshot.tensors.get(f"{_CACHE}k")
+    if k is not None:  # nothing may be allocated for a window that is a number and no more
+        frames = config.window_frames - (config.sink_frames if config.storage == "int8" else 0)
+        likely = k.ndim == 5 and k.shape[2] >= frames
+        _require(likely, f"a window of {config.window_frames} frames in {list(k.shape)}")
+    return config
 
 
 def slerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
@@ -241,7 +339,3 @@ def slerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
     mixed = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / sine
     apart = (sine > 1e-4) & (a.norm(dim=-1, keepdim=True) > 0) & (b.norm(dim=-1, keepdim=True) > 0)
     return torch.where(apart, mixed, torch.lerp(a, b, weight)).to(start.dtype)
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -4,19 +4,26 @@ A `Stream` puts a network, a decoder and a plain `StreamState` together. Each `s
 chunk in a few passes and decodes it; before the next one, a clean pass rewrites its cache slot, so
 that images are handed on without waiting for it. All that changes lives in the state, so saving,
 restoring and forking are copies of data. Noise is a function of (seed, chunk) alone: a longer video
-begins with the shorter one.
+begins with the shorter one. A chunk whose latents are kept is made again by one pass (`replay`).
 
 Prompt changes act at chunk boundaries in one of four modes (`Stream.switch`). The published code
 never refreshes cross-attention, so they are ours; `recache` follows LongLive (arXiv 2509.22622).
+
+A chunk is made whole or not at all: what stops it in between, an `on_pass` that raises or memory
+that runs out, leaves the stream as it stood before. Calls come one at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,8 +38,19 @@ from .kv_cache import KVCache
 from .model import CountedPrompt, Network, PromptContext, TimeContext
 from .prompts import Switch
 from .scheduler import add_noise, flow_to_x0, sampling_timesteps
-from .state import Blend, Snapshot, StreamState, cache_config_of, pack, taking_over, unpack
+from .state import (
+    Blend,
+    Snapshot,
+    StreamState,
+    Unsettled,
+    cache_config_of,
+    check,
+    pack,
+    taking_over,
+    unpack,
+)
 
+_log = logging.getLogger(__name__)
 DEFAULT_SWITCH = Switch()
 _DRAWN_TOGETHER = 16  # normal numbers that torch's CPU generator draws at once
 
@@ -92,7 +110,8 @@ class Stream:
         self.latent_size = latent_size(height, width, model.config.patch_size)
         embeds = self._batched(prompt_embeds)
         self.state = StreamState(seed, self._new_cache(cache or CacheConfig()), embeds)
-        self._context = self._prompt_context(embeds)
+        self._context = embeds, self._prompt_context(embeds)
+        self._busy = threading.Lock()
         self._times: dict[tuple[float, int], TimeContext] = {}
 
     @property
@@ -109,26 +128,43 @@ class Stream:
     @torch.no_grad()
     def generate(self, on_pass: OnPass | None = None, on_guess: OnGuess | None = None) -> Tensor:
         """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one."""
-        on_pass = on_pass or (lambda kind, number: None)
-        self._begin_chunk(on_pass)
-        noise = self._noise()
-        timesteps = sampling_timesteps(self.sampler).tolist()
-        x0 = denoise(self._predict, next(noise), noise, timesteps, on_pass, on_guess)
-        self._finish_chunk(x0)
-        return x0
+        on_pass = on_pass or _nobody
+        with self._alone():
+            prompt = self._begin_chunk(on_pass)
+            noise, predict = self._noise(), partial(self._predict, prompt)
+            timesteps = sampling_timesteps(self.sampler).tolist()
+            try:
+                x0 = denoise(predict, next(noise), noise, timesteps, on_pass, on_guess)
+            except BaseException:
+                self.state.cache.abandon()
+                raise
+            self._finish_chunk(x0, prompt)
+        return x0.clone()  # the clean pass is still to read what is kept
+
+    @torch.no_grad()
+    def replay(self, latents: Tensor, on_pass: OnPass | None = None) -> None:
+        """Make the next chunk of its clean latents [B, C, F, h, w], kept when it was generated.
+
+        By one pass in place of all, and to the same bit in everything that follows: of a stream's
+        latents and its changes of prompt it can be made again from any point. `decode` them, in
+        order, where images are to follow. ValueError for latents that are no chunk of this stream.
+        """
+        expected = self._frame_shape(self.cache_config.chunk_frames)
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"latents are {list(latents.shape)}; a chunk is {list(expected)}")
+        with self._alone():
+            prompt = self._begin_chunk(on_pass or _nobody)
+            self._finish_chunk(latents.to(self.device, torch.float32, copy=True), prompt)
 
     @torch.no_grad()
     def settle(self, on_pass: OnPass | None = None) -> None:
         """Rewrite the last chunk's cache slot by its clean pass, where that is still to be done.
 
-        The next chunk, a snapshot and a change of prompt do so by themselves.
+        A recache that was begun and stopped is finished. The next chunk and a snapshot do both by
+        themselves.
         """
-        state = self.state
-        if state.unsettled is not None:
-            if on_pass is not None:
-                on_pass("clean", 0)
-            self._clean_pass(state.unsettled)
-            state.unsettled = None
+        with self._alone():
+            self._settle(on_pass or _nobody)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor | None:
@@ -151,16 +187,20 @@ class Stream:
         first chunks.
         """
         frames = self.cache_config.chunk_frames
-        expected = (self.batch, self.model.config.in_dim, *self.latent_size)
+        expected = self._frame_shape(latents.shape[2])
         if self.state.num_chunks:
             raise ValueError("the stream has begun; start latents come before its first chunk")
-        if (*latents.shape[:2], *latents.shape[3:]) != expected or latents.shape[2] % frames:
+        if tuple(latents.shape) != expected or latents.shape[2] % frames:
             raise ValueError(
                 f"start latents have shape {tuple(latents.shape)}; this stream needs batch, "
-                f"channels, height and width {expected} and whole chunks of {frames} frames"
+                f"channels, height and width {(*expected[:2], *expected[3:])} and whole chunks of "
+                f"{frames} frames"
             )
-        parts = latents.to(self.device, torch.float32).split(frames, dim=2)
-        return [self._adopt(part) for part in parts]
+        chunks = []
+        for index, part in enumerate(latents.to(self.device, torch.float32).split(frames, dim=2)):
+            self.replay(part)
+            chunks.append(Chunk(index=index, latents=part.clone(), images=self.decode(part)))
+        return chunks
 
     @torch.no_grad()
     def start_from_images(self, images: Tensor) -> list[Chunk]:
@@ -186,37 +226,44 @@ class Stream:
         if isinstance(switch, str):
             switch = Switch.parse(switch)
         embeds, state = self._batched(prompt_embeds), self.state
-        if switch.mode == "blend":
-            state.blend = Blend(
-                start=state.prompt_embeds,
-                target=embeds,
-                num_chunks=switch.blend_chunks,
-                interpolation=switch.interpolation,
-            )
-            return
-        if switch.mode == "cut":
-            state.cut()
-        elif switch.mode == "soft" or not self._recache_rewrites():
-            self.settle()
-        self._set_prompt(embeds)
-        state.blend, state.recache_due = None, switch.mode == "recache"
+        with self._alone():
+            if switch.mode == "cut":
+                state.cut()
+            elif switch.mode == "blend":
+                state.blend = Blend(
+                    start=state.prompt_embeds,
+                    target=embeds,
+                    num_chunks=switch.blend_chunks,
+                    interpolation=switch.interpolation,
+                )
+                return
+            elif switch.mode == "soft" and state.recache_begun:
+                self._recache(_nobody)
+            state.prompt_embeds, state.blend = embeds, None
+            state.recache_due = switch.mode == "recache"
 
     def snapshot(self, *, compact: bool = False) -> Snapshot:
         """The state between two chunks, to save or to `restore`; see `rf_core.state`."""
         self.settle()
-        facts = {
-            "model": asdict(self.model.config),
-            "fingerprint": self._fingerprint(),
-            "sampler": asdict(self.sampler),
-            "height": self.height,
-            "width": self.width,
-            "batch": self.batch,
-        }
-        return pack(self.state, facts, compact=compact)
+        with self._alone():
+            facts = {
+                "model": asdict(self.model.config),
+                "fingerprint": self._fingerprint(),
+                "sampler": asdict(self.sampler),
+                "height": self.height,
+                "width": self.width,
+                "batch": self.batch,
+                "decoder": None if self.decoder is None else self.decoder.kind,
+            }
+            return pack(self.state, facts, compact=compact)
 
     @taking_over()
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot. ValueError when it is another model's or of another size."""
+        """Go on from a snapshot; all of it is checked before anything changes.
+
+        The past of a decoder of another kind is made anew of the last latents, and that is warned
+        of. ValueError when the snapshot is damaged, another model's or of another size.
+        """
         facts = snapshot.facts
         self._require("model sizes", _plain(facts["model"]), _plain(asdict(self.model.config)))
         self._require("model weights", facts["fingerprint"], self._fingerprint())
@@ -225,10 +272,15 @@ class Stream:
         cache, config = self.state.cache, cache_config_of(snapshot)
         if cache.config != config:
             cache = self._new_cache(config)
-        self.state = state = unpack(snapshot, cache)
-        self._set_prompt(self._batched(state.prompt_embeds))
-        if snapshot.compact:
-            self._rebuild(bool(facts["decoder_frames"]))
+        text = self.model.config.text_len, self.model.config.text_dim
+        check(snapshot, cache, (self.batch, *text), self._frame_shape(1))
+        with self._alone():
+            state = unpack(snapshot, cache)
+            state.prompt_embeds = self._batched(state.prompt_embeds)
+            self.state = state
+            if snapshot.compact:
+                self._rebuild()
+            self._take_over_decoder(snapshot)
 
     @classmethod
     @taking_over()
@@ -260,32 +312,58 @@ class Stream:
     def fork(self) -> Stream:
         """A second stream that goes on from here on its own; weights are shared."""
         twin = object.__new__(type(self))
-        twin.__dict__ = {**self.__dict__, "state": self.state.clone()}
+        with self._alone():
+            own = {"state": self.state.clone(), "_busy": threading.Lock()}
+        twin.__dict__ = {**self.__dict__, **own}
         return twin
 
-    def _begin_chunk(self, on_pass: OnPass) -> None:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Around what a chunk in the making, which may be another thread's, must not see."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "the stream is in the middle of a chunk; do this before or after it, for all acts "
+                "from the next chunk on"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _begin_chunk(self, on_pass: OnPass) -> Tensor:
+        """Make room for the next chunk; its prompt [B, S, D]."""
         state = self.state
-        if state.chunk_open:
-            state.cache.truncate(state.cache.context_frames)
-            state.chunk_open = False
+        state.chunk_open = True
         if state.recache_due:
             self._recache(on_pass)
-        self.settle(on_pass)
-        if state.blend is not None:
-            self._context = self._prompt_context(state.blend.embeds())
+        self._settle(on_pass)
+        state.cache.hold()
         state.cache.advance()
-        state.chunk_open = True
+        return state.prompt_embeds if state.blend is None else state.blend.embeds()
 
-    def _finish_chunk(self, x0: Tensor) -> None:
+    def _finish_chunk(self, x0: Tensor, prompt: Tensor) -> None:
         state = self.state
+        state.cache.finish()
         state.num_chunks += 1
-        state.chunk_open, state.unsettled = False, x0
+        state.chunk_open = False
+        state.unsettled = Unsettled(latents=x0, prompt_embeds=prompt)
+        if self._recache_rewrites():  # and the clean pass leaves the sink alone
+            state.cache.hold()
         self._remember(x0)
         if state.blend is not None:
-            state.prompt_embeds = state.blend.embeds()
+            state.prompt_embeds = prompt
             state.blend = replace(state.blend, done=state.blend.done + 1)
             if state.blend.done == state.blend.num_chunks:
                 state.blend, state.recache_due = None, True
+
+    def _settle(self, on_pass: OnPass) -> None:
+        state = self.state
+        if state.recache_begun:
+            self._recache(on_pass)
+        elif state.unsettled is not None:
+            on_pass("clean", 0)
+            self._clean_pass(state.unsettled.latents, state.unsettled.prompt_embeds)
+            state.unsettled = None
 
     def _remember(self, x0: Tensor) -> None:
         state, config = self.state, self.cache_config
@@ -297,39 +375,57 @@ class Stream:
             room = config.window_frames - config.sink_frames
             state.last_latents = _append(state.last_latents, x0[:, :, to_sink:])[:, :, -room:]
 
-    def _adopt(self, latents: Tensor) -> Chunk:
-        index = self.state.num_chunks
-        self.settle()
-        self.state.cache.advance(latents.shape[2])
-        self._finish_chunk(latents)
-        return Chunk(index=index, latents=latents, images=self.decode(latents))
-
     @torch.no_grad()
     def _recache(self, on_pass: OnPass) -> None:
         state, cache = self.state, self.state.cache
-        if not self._recache_rewrites():
-            self.settle(on_pass)
+        if not self._recache_rewrites() and not state.recache_begun:
+            self._settle(on_pass)
+        cache.put_back()
         frames, slot, sink = cache.num_frames, cache.slot_frames, cache.config.sink_frames
         if frames > sink:
             assert state.last_latents is not None
             cache.truncate(sink)
+            state.recache_begun = True
             try:
                 self._rerun(state.last_latents[:, :, sink - frames :], on_pass)
             finally:  # a stop in between must leave the recache to be done again, as a whole
                 cache.num_frames, cache.slot_frames = frames, slot
-        state.recache_due, state.unsettled = False, None
+        state.recache_due = state.recache_begun = False
+        state.unsettled = None
 
     def _recache_rewrites(self) -> bool:
         """Whether a recache runs the whole of the last chunk again."""
         return self.state.cache.context_frames >= self.cache_config.sink_frames
 
     @torch.no_grad()
-    def _rebuild(self, had_decoder: bool) -> None:
-        state = self.state
-        for latents in (state.first_latents, state.last_latents):
-            if latents is not None:
-                self._rerun(latents, lambda kind, number: None)
-        if had_decoder and state.last_latents is not None:
+    def _rebuild(self) -> None:
+        """The window of a compact snapshot, of the latents that it holds."""
+        state, frames = self.state, self.cache_config.chunk_frames
+        parts = [p for p in (state.first_latents, state.last_latents) if p is not None]
+        held = sum(part.shape[2] for part in parts)
+        if held % frames == 0 and parts:  # whole chunks, of which the sink may have cut one in two
+            parts = [torch.cat(parts, dim=2)]
+        for part in parts:
+            self._rerun(part, _nobody)
+
+    def _take_over_decoder(self, snapshot: Snapshot) -> None:
+        """The decoder's past: the snapshot's where it is this decoder's, or made of the latents."""
+        state, facts = self.state, snapshot.facts
+        had = facts["decoder_frames"] is not None
+        if self.decoder is None or not had:
+            state.decoder = None
+            return
+        ours, theirs = self.decoder.kind, facts.get("decoder")
+        if not snapshot.compact and theirs == ours:
+            return
+        if not snapshot.compact:
+            _log.warning(
+                "the snapshot's images were decoded by %s, and go on by %s from its last latents",
+                theirs or "another decoder",
+                ours,
+            )
+        state.decoder = None
+        if state.last_latents is not None:
             self._redecode(state.last_latents)
 
     def _redecode(self, latents: Tensor) -> None:
@@ -346,23 +442,25 @@ class Stream:
         for number, part in enumerate(_chunks(latents, self.cache_config.chunk_frames)):
             on_pass("clean", number)
             self.state.cache.advance(part.shape[2])
-            self._clean_pass(part)
+            self._clean_pass(part, self.state.prompt_embeds)
 
-    def _predict(self, x: Tensor, timestep: float) -> Tensor:
-        return self.model(x.to(self.dtype), *self._seen(x, timestep))
+    def _predict(self, prompt_embeds: Tensor, x: Tensor, timestep: float) -> Tensor:
+        return self.model(x.to(self.dtype), *self._seen(x, timestep, prompt_embeds))
 
-    def _clean_pass(self, latents: Tensor) -> None:
-        self.model.remember(latents.to(self.dtype), *self._seen(latents, 0.0))
+    def _clean_pass(self, latents: Tensor, prompt_embeds: Tensor) -> None:
+        self.model.remember(latents.to(self.dtype), *self._seen(latents, 0.0, prompt_embeds))
 
     def _seen(
-        self, x: Tensor, timestep: float
+        self, x: Tensor, timestep: float, prompt_embeds: Tensor
     ) -> tuple[TimeContext, PromptContext | CountedPrompt, KVCache, Attention]:
         """What a pass over latents x [B, C, F, h, w] sees besides them."""
         key = timestep, x.shape[2]
         if key not in self._times:
             timestep_BF = torch.full((self.batch, x.shape[2]), timestep, device=self.device)
             self._times[key] = self.model.time_context(timestep_BF, self.dtype)
-        return self._times[key], self._context, self.state.cache, self.attention
+        if self._context[0] is not prompt_embeds:
+            self._context = prompt_embeds, self._prompt_context(prompt_embeds)
+        return self._times[key], self._context[1], self.state.cache, self.attention
 
     def _noise(self) -> Iterator[Tensor]:
         shape = (self.model.config.in_dim, self.cache_config.chunk_frames, *self.latent_size)
@@ -376,11 +474,12 @@ class Stream:
                 f"{prompt_embeds.shape[0]} prompts were given for a batch of {self.batch}; "
                 "give one for all, or one each"
             )
-        return prompt_embeds.expand(self.batch, -1, -1).to(self.device, self.dtype)
+        # A copy: what the caller does with theirs later is no change of prompt.
+        return prompt_embeds.expand(self.batch, -1, -1).to(self.device, self.dtype, copy=True)
 
-    def _set_prompt(self, embeds: Tensor) -> None:
-        self.state.prompt_embeds = embeds
-        self._context = self._prompt_context(embeds)
+    def _frame_shape(self, frames: int) -> tuple[int, ...]:
+        """Of that many latent frames of this stream, [B, C, F, h, w]."""
+        return self.batch, self.model.config.in_dim, frames, *self.latent_size
 
     @torch.no_grad()
     def _prompt_context(self, embeds: Tensor) -> PromptContext | CountedPrompt:
@@ -409,6 +508,10 @@ class Stream:
                 f"the snapshot's {what} is {found}, this stream's is {wanted}; "
                 "restore it with the model and the size it was made with"
             )
+
+
+def _nobody(kind: str, number: int) -> None:
+    """Stands for an `on_pass` that was not given."""
 
 
 def denoise(

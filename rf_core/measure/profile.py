@@ -242,7 +242,7 @@ def counted(stream: Stream, workload: Workload) -> dict[str, Work]:
 
 def prompt_keys(stream: Stream) -> int:
     """How many keys of the prompt a pass computes with; waits for the device."""
-    first = stream._context[0]
+    first = stream._context[1][0]
     if isinstance(first, CountedPromptKV):
         return int(first.bias_BS.isfinite().sum(1).max())
     return first.k_BSHD.shape[1]

@@ -164,26 +164,26 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
     with _no_tables(), ghosts(sizes.device) as place:
         stream = _ghost_stream(sizes, layers, place)
         assert isinstance(stream.model, WanModel)
-        state, context = stream.state, stream._context
+        state, (embeds, context) = stream.state, stream._context
 
         def two_chunks() -> None:  # the second settles the first
             stream.generate()
             stream.generate()
 
         def one_pass() -> None:
-            stream.model(x.to(stream.dtype), *stream._seen(x, _TIMESTEP))
+            stream.model(x.to(stream.dtype), *stream._seen(x, _TIMESTEP, embeds))
 
         state.cache.num_frames = sizes.cache.window_frames  # so that frames leave
         chunks = peak_bytes(two_chunks, place)
         x = next(stream._noise())
         context_bytes = sum(t.nbytes for layer in context for t in layer)
-        whole = stream._seen(x, _TIMESTEP)[0].whole_NBF1C
+        whole = stream._seen(x, _TIMESTEP, embeds)[0].whole_NBF1C
         assert whole is not None
         return {
             "chunks": chunks,
             "pass": peak_bytes(one_pass, place),
             "read": context_bytes + whole.nbytes + x.nbytes,
-            "switch": peak_bytes(lambda: stream.switch(state.prompt_embeds, "soft"), place),
+            "switch": peak_bytes(lambda: stream._prompt_context(embeds), place),
             "weights": _weight_bytes(stream.model, sizes.linear_bytes),
             "cache": state.cache.nbytes,
             "prompt": state.prompt_embeds.nbytes + context_bytes,
