@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..rf_core.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from ..rf_core.decoders.vae import VAEState
+from ..rf_core.decoders.codec import VAEState, memory_frames
+from ..rf_core.decoders.vae import wan_memory_frames
 from . import host
 
 
@@ -32,6 +33,7 @@ class _Stock:
 
     spatial_factor = SPATIAL_FACTOR
     temporal_factor = TEMPORAL_FACTOR
+    kind: str
     numbers_per_pixel: int
     """What lives at once while 3 latent frames of a stream are decoded, in numbers a picture pixel;
     counted (`rf_core.memory.live_bytes`). ComfyUI's own estimate is of whole clips, without a past.
@@ -75,7 +77,13 @@ class _Stock:
 class StockWanDecoder(_Stock):
     """The Wan 2.1 VAE: a stream's first latent frame alone, then the others together."""
 
+    kind = "comfy-wan"
     numbers_per_pixel = 4340
+
+    @property
+    def memory_frames(self) -> int:
+        """See `Decoder.memory_frames`."""
+        return wan_memory_frames(self.codec.num_res_blocks, self.codec.temperal_upsample)
 
     @_on_its_card
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
@@ -107,7 +115,19 @@ class StockTAEHVDecoder(_Stock):
     HunyuanVideo's and scales latents for that; here it gets what it was made for.
     """
 
+    kind = "comfy-taehv"
     numbers_per_pixel = 1900
+
+    @property
+    def memory_frames(self) -> int:
+        """See `Decoder.memory_frames`."""
+        steps = []
+        for layer in self.codec.decoder:
+            if isinstance(layer, host.MemBlock):
+                steps.append((1, 1))
+            elif isinstance(layer, host.TGrow):
+                steps.append((0, layer.stride))
+        return memory_frames(steps)
 
     @_on_its_card
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:

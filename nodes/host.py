@@ -59,6 +59,7 @@ from ..rf_core.weights.lora_merge import Adapter, change
 StockWanVAE = comfy.ldm.wan.vae.WanVAE
 StockTAEHV = comfy.taesd.taehv.TAEHV
 MemBlock = comfy.taesd.taehv.MemBlock
+TGrow = comfy.taesd.taehv.TGrow
 count_cache_layers = comfy.ldm.wan.vae.count_cache_layers
 
 SETTINGS = "reward_forcing"

@@ -47,6 +47,55 @@ def stream_of(decoder: Decoder, z: Tensor, sizes: list[int]) -> tuple[Tensor, De
     return torch.cat(done, dim=1), state
 
 
+def states_after(decoder: Decoder, parts: list[Tensor]) -> dict[str, Tensor]:
+    state = None
+    for part in parts:
+        _, state = decoder.decode(part, state)
+    return state.tensors
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
+
+
+@BOTH
+@torch.no_grad()
+def test_of_what_was_before_its_memory_nothing_is_left_and_of_the_last_frame_in_it_something(
+    kind: Adapter,
+) -> None:
+    decoder = kind(codec_of(kind))
+    memory = decoder.memory_frames
+    parts = list(latents(memory + 4).split(1, dim=2))
+    whole = states_after(decoder, parts)
+    assert same(states_after(decoder, parts[-memory:]), whole)
+    assert not same(states_after(decoder, parts[1 - memory :]), whole)
+
+
+@BOTH
+@pytest.mark.parametrize("chunk", [2, 3, 5])
+@torch.no_grad()
+def test_a_first_frame_decoded_alone_is_forgotten_one_chunk_later(
+    kind: Adapter, chunk: int
+) -> None:
+    decoder = kind(codec_of(kind))
+    chunks = -(-decoder.memory_frames // chunk)
+    parts = list(latents((chunks + 3) * chunk).split(chunk, dim=2))
+    whole = states_after(decoder, parts)
+    assert same(states_after(decoder, parts[-chunks:]), whole)
+    first, *later = parts[-chunks - 1 :]
+    assert same(states_after(decoder, [first[:, :, :1], first[:, :, 1:], *later]), whole)
+
+
+def test_the_published_decoders_memory_is_38_and_8_latent_frames() -> None:
+    with torch.device("meta"):
+        assert WanDecoder(WanVAE(VAEConfig())).memory_frames == 38
+        assert TAEHVDecoder(TAEHV(TAEHVConfig())).memory_frames == 8
+
+
+def test_decoders_name_what_made_a_state() -> None:
+    assert (WanDecoder.kind, TAEHVDecoder.kind) == ("wan", "taehv")
+
+
 def failing_after(layers: int) -> Callable[..., None]:
     """`Carry.leave` on a device whose memory ends after so many layers."""
     leave, done = Carry.leave, []

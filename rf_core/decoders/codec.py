@@ -9,7 +9,7 @@ faster form on one device or another, each equal to its definition up to roundin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Protocol
@@ -226,11 +226,27 @@ class Codec(nn.Module, ABC):
         latents = self._encode(video, carry)
         return latents, carry.state(video.shape[2])
 
+    @property
+    @abstractmethod
+    def memory_frames(self) -> int:
+        """See `Decoder.memory_frames`."""
+
     @abstractmethod
     def _decode(self, latents: Tensor, carry: Carry) -> Tensor: ...
 
     @abstractmethod
     def _encode(self, video: Tensor, carry: Carry) -> Tensor: ...
+
+
+def memory_frames(steps: Sequence[tuple[int, int]]) -> int:
+    """Frames that all a decoder's layers together look back on, in frames of its first layer.
+
+    Each of `steps`, in their order, looks back on so many frames, then makes so many of each.
+    """
+    frames = 0
+    for past, made in reversed(steps):
+        frames = past - (-frames // made)
+    return frames
 
 
 class Operations(Protocol):

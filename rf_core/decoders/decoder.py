@@ -29,6 +29,19 @@ _CHANNELS_LAST_DEVICES = ("cpu", "cuda")
 class Decoder(Protocol):
     """Latents of a stream to images, and start images to latents."""
 
+    kind: str
+    """Names what made a state: only a decoder of the same kind goes on from it."""
+
+    @property
+    def memory_frames(self) -> int:
+        """Latent frames after which nothing of what was before them is left in a state.
+
+        Decoded from None, as many leave the state that a longer past leaves, and so every image
+        after it: to the bit in whole chunks of the stream's, and after one chunk more where the
+        first was cut (`Handoff` shows its first frame alone), which rounds otherwise. Counted from
+        the layers.
+        """
+
     @property
     def spatial_factor(self) -> int:
         """Pixels along each side of a latent."""
@@ -57,6 +70,8 @@ class _Adapter:
     With `channels_last` the codec's own weights are put in that memory layout.
     """
 
+    kind: str
+
     def __init__(
         self,
         codec: WanVAE | TAEHV,
@@ -69,6 +84,11 @@ class _Adapter:
             put_channels_last(codec)
         self.codec = codec
         self.group_frames = group_frames
+
+    @property
+    def memory_frames(self) -> int:
+        """See `Decoder.memory_frames`."""
+        return self.codec.memory_frames
 
     @property
     def spatial_factor(self) -> int:
@@ -119,6 +139,8 @@ class _Adapter:
 class WanDecoder(_Adapter):
     """The Wan VAE as a `Decoder`; `group_frames` latent frames at a time (None: all at once)."""
 
+    kind = "wan"
+
     def decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
         """See `Decoder.decode`."""
         pixels, state = self._decode(latents, state)
@@ -131,6 +153,8 @@ class WanDecoder(_Adapter):
 
 class TAEHVDecoder(_Adapter):
     """TAEHV as a `Decoder`; `group_frames` latent frames at a time (None: all at once)."""
+
+    kind = "taehv"
 
     def decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
         """See `Decoder.decode`."""

@@ -32,6 +32,7 @@ from .codec import (
     check_video,
     convolve,
     convolve_doubled,
+    memory_frames,
     scales,
     some_keys,
 )
@@ -191,6 +192,12 @@ class TAEHV(Codec):
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, T, H, W] -> normalised latents [B, C, ceil(T/4), H/8, W/8]."""
         return super().encode(fill_last_group(video))
+
+    @property
+    def memory_frames(self) -> int:
+        """See `Decoder.memory_frames`; 8 for `taew2_1`."""
+        blocks = [(1, 1)] * _MEMORY_BLOCKS
+        return memory_frames([step for made in _GROW_FRAMES for step in (*blocks, (0, made))])
 
     def _decode(self, latents: Tensor, carry: Carry) -> Tensor:
         check_shape(latents, self.config.latent_channels, "latents")

@@ -6,6 +6,7 @@ stream is cut into chunks is `codec`'s part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ from .codec import (
     convolve_doubled,
     convolve_with,
     float32_on_cpu,
+    memory_frames,
     scales,
 )
 
@@ -409,6 +411,21 @@ class VAEDecoder(nn.Module):
         return self.head(out, carry)
 
 
+def wan_memory_frames(num_res_blocks: int, temporal_upsample: Sequence[bool]) -> int:
+    """Latent frames that a Wan decoder looks back on; 38 for the published one.
+
+    `num_res_blocks` is `VAEConfig`'s; `temporal_upsample` says which step between two levels, in
+    decoder order, makes two frames of one.
+    """
+    conv, block = (_PAST_FRAMES, 1), (2 * _PAST_FRAMES, 1)
+    steps = [conv, block, block]
+    for doubles in (*temporal_upsample, None):
+        steps += [block] * (num_res_blocks + 1)
+        if doubles:
+            steps.append((_PAST_FRAMES, 2))
+    return memory_frames([*steps, conv])
+
+
 class WanVAE(Codec):
     """The Wan 2.1 VAE: pixels around [-1, 1], decoded ones not clamped.
 
@@ -430,6 +447,12 @@ class WanVAE(Codec):
         self.conv1 = build.conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.conv2 = build.conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = VAEDecoder(config, "decoder", build)
+
+    @property
+    def memory_frames(self) -> int:
+        """See `Decoder.memory_frames`."""
+        upsample = self.config.temporal_downsample[::-1]
+        return wan_memory_frames(self.config.num_res_blocks, upsample)
 
     def _decode(self, latents: Tensor, carry: Carry) -> Tensor:
         check_shape(latents, self.config.z_dim, "latents")

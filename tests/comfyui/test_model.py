@@ -1225,6 +1225,38 @@ def test_stock_decoders_stream_to_the_very_images_of_a_whole_decode(
         torch.testing.assert_close(streamed, whole.float(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "memory"), [("comfy-wan", 38), ("comfy-taehv", 8)])
+def test_nothing_is_left_of_what_was_before_a_stock_decoder_s_memory(
+    pack: Any, demo: Any, name: str, memory: int
+) -> None:
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    vae = random_wan() if name == "comfy-wan" else random_taehv()
+    decoder = decoders.decoder_of(vae, demo.load_model().model.latent_format)
+    assert (decoder.kind, decoder.memory_frames) == (name, memory)
+    chunks = memory // 3 + 1
+    # The Wan decoder cuts a stream's first chunk, which then rounds otherwise: one chunk more.
+    parts = torch.randn(1, 16, 3 * (chunks + 4), 4, 4).split(3, dim=2)
+
+    def after(chunks: int) -> dict[str, torch.Tensor]:
+        state = None
+        for part in parts[-chunks:]:
+            _, state = decoder.decode(part, state)
+        return state.tensors
+
+    whole, enough, short = after(chunks + 4), after(chunks + 1), after(chunks - 1)
+    assert all(torch.equal(enough[key], whole[key]) for key in whole)
+    assert not all(torch.equal(short[key], whole[key]) for key in whole)
+
+
+def random_wan() -> Any:
+    import comfy.sd
+
+    torch.manual_seed(0)
+    wan = importlib.import_module(f"{PACK}.rf_core.decoders.vae")
+    vae = wan.WanVAE(wan.VAEConfig(dim=8))
+    return comfy.sd.VAE(sd=vae.state_dict())
+
+
 def random_taehv(dtype: torch.dtype = torch.float32) -> Any:
     import comfy.sd
     from comfy.taesd.taehv import TAEHV
