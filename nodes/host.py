@@ -50,7 +50,7 @@ from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfi
 from ..rf_core.devices import preferred_dtype
 from ..rf_core.kv_cache import KeyValues
 from ..rf_core.measure.counts import stream_bytes
-from ..rf_core.model import PromptContext, TimeContext, WanModel
+from ..rf_core.model import PromptContext, TimeContext, WanModel, fingerprint_of
 from ..rf_core.text import byte_ids, clean_prompt
 from ..rf_core.weights.checkpoint import Checkpoint, read_checkpoint, require_finite
 from ..rf_core.weights.lora import fit_file, read_lora
@@ -78,6 +78,8 @@ class Settings:
     """Height and width in pixels it was trained at."""
     name: str
     """The file's name."""
+    fingerprint: str
+    """Tells its weights from another training's."""
     causal: bool
     """Whether the file, or its name, says that it is a causal student."""
 
@@ -242,6 +244,7 @@ def load_student(
         sampler=checkpoint.sampler or SamplerConfig(),
         size=checkpoint.size,
         name=path.name,
+        fingerprint=fingerprint_of(checkpoint.tensors["blocks.0.modulation"]),
         causal=_says_causal(checkpoint),
     )
     return patcher
@@ -517,7 +520,7 @@ class Hosted:
         network = self._base.diffusion_model
         self.config = network.config
         self.patch_embedding = network.patch_embedding
-        self.get_parameter = network.get_parameter
+        self._fingerprint = settings_of(model).fingerprint
         # ComfyUI's attention, and what overrides it, sees whole prompts: it knows no counts.
         self.counted_prompt, self.time_context = network.prompt_context, network.time_context
         self.new_cache = network.new_cache
@@ -538,6 +541,10 @@ class Hosted:
             transformer_options=self._options["transformer_options"],
             rf_pass=Pass(time=time, prompt=prompt, cache=cache),
         )
+
+    def fingerprint(self) -> str:
+        """The file's: what ComfyUI holds of it may be patched, or in 8 bits."""
+        return self._fingerprint
 
     def remember(self, *seen: Any) -> None:
         """See `WanModel.remember`; a whole pass, as wrappers around the model expect one."""

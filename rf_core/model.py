@@ -7,6 +7,7 @@ be cloned and offloaded by its host, and gives the same result when a forward is
 
 from __future__ import annotations
 
+import hashlib
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -59,7 +60,7 @@ class Network(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def patch_embedding(self) -> nn.Conv3d: ...
-    def get_parameter(self, target: str, /) -> Tensor: ...
+    def fingerprint(self) -> str: ...
     def counted_prompt(self, prompt_embeds_BSD: Tensor, /) -> PromptContext | CountedPrompt: ...
     def time_context(self, timestep_BF: Tensor, dtype: torch.dtype, /) -> TimeContext: ...
     def new_cache(
@@ -127,6 +128,10 @@ class WanModel(nn.Module):
         blocks = (Block(config, operations, **factory) for _ in range(config.num_layers))
         self.blocks = nn.ModuleList(blocks)
         self.head = Head(config, operations, **factory)
+
+    def fingerprint(self) -> str:
+        """Tells one training's weights from another's; see `fingerprint_of`."""
+        return fingerprint_of(self.get_parameter("blocks.0.modulation"))
 
     def prompt_context(self, prompt_embeds_BSD: Tensor) -> PromptContext:
         """Cross-attention keys and values of a prompt, computed once for as long as it lasts.
@@ -301,3 +306,13 @@ class WanModel(nn.Module):
             q=rows,
             r=columns,
         )
+
+
+def fingerprint_of(modulation: Tensor) -> str:
+    """A checkpoint's mark, by the modulation of its first block.
+
+    That is small, differs between trainings, and is left alone by quantisation; bfloat16 makes it
+    the same for every wider dtype it is kept in.
+    """
+    data = modulation.detach().to("cpu", torch.bfloat16).float().numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

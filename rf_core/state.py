@@ -231,7 +231,9 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
     return state
 
 
-def check(snapshot: Snapshot, cache: KVCache, embeds: tuple[int, ...], frame: tuple[int, ...]) -> None:
+def check(
+    snapshot: Snapshot, cache: KVCache, embeds: tuple[int, ...], frame: tuple[int, ...]
+) -> None:
     """ValueError unless `unpack` makes a sound state of a snapshot.
 
     `cache` is one of its config, `embeds` the largest [B, S, D] that prompts are, and `frame` the
@@ -250,6 +252,10 @@ def check(snapshot: Snapshot, cache: KVCache, embeds: tuple[int, ...], frame: tu
         whole = type(num_chunks) is type(done) is int and 0 <= done < num_chunks
         _require(whole and interpolation in get_args(Interpolation), f"its blend is {blend}")
         names |= {"blend.start", "blend.target"}
+        _require(
+            tensors["blend.start"].shape == tensors["blend.target"].shape,
+            "its blend is of two kinds",
+        )
     for name in names:
         _check_embeds(name, tensors[name], embeds)
     parts = tensors.keys() - names - optional

@@ -27,6 +27,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
@@ -230,9 +231,10 @@ class Stream:
             if switch.mode == "cut":
                 state.cut()
             elif switch.mode == "blend":
+                start, target = _equally_long(state.prompt_embeds, embeds)
                 state.blend = Blend(
-                    start=state.prompt_embeds,
-                    target=embeds,
+                    start=start,
+                    target=target,
                     num_chunks=switch.blend_chunks,
                     interpolation=switch.interpolation,
                 )
@@ -248,7 +250,7 @@ class Stream:
         with self._alone():
             facts = {
                 "model": asdict(self.model.config),
-                "fingerprint": self._fingerprint(),
+                "fingerprint": self.model.fingerprint(),
                 "sampler": asdict(self.sampler),
                 "height": self.height,
                 "width": self.width,
@@ -257,33 +259,23 @@ class Stream:
             }
             return pack(self.state, facts, compact=compact)
 
-    @taking_over()
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot; all of it is checked before anything changes.
 
         The past of a decoder of another kind is made anew of the last latents, and that is warned
         of. ValueError when the snapshot is damaged, another model's or of another size.
         """
-        facts = snapshot.facts
-        self._require("model sizes", _plain(facts["model"]), _plain(asdict(self.model.config)))
-        self._require("model weights", facts["fingerprint"], self._fingerprint())
-        for fact in ("height", "width", "batch"):
-            self._require(fact, facts[fact], getattr(self, fact))
-        cache, config = self.state.cache, cache_config_of(snapshot)
-        if cache.config != config:
-            cache = self._new_cache(config)
-        text = self.model.config.text_len, self.model.config.text_dim
-        check(snapshot, cache, (self.batch, *text), self._frame_shape(1))
         with self._alone():
+            with taking_over():
+                cache = self._cache_for(snapshot)
             state = unpack(snapshot, cache)
             state.prompt_embeds = self._batched(state.prompt_embeds)
             self.state = state
             if snapshot.compact:
-                self._rebuild()
+                self._rebuild(snapshot.facts["frames"])
             self._take_over_decoder(snapshot)
 
     @classmethod
-    @taking_over()
     def from_snapshot(
         cls,
         model: Network,
@@ -294,18 +286,19 @@ class Stream:
     ) -> Stream:
         """A stream of the snapshot's size and steps that goes on from it."""
         facts = snapshot.facts
-        sampler = facts["sampler"] | {"steps": tuple(facts["sampler"]["steps"])}
-        stream = cls(
-            model,
-            snapshot.tensors["prompt_embeds"],
-            height=facts["height"],
-            width=facts["width"],
-            batch=facts["batch"],
-            decoder=decoder,
-            sampler=SamplerConfig(**sampler),
-            cache=cache_config_of(snapshot),
-            **options,
-        )
+        with taking_over():
+            sampler = facts["sampler"] | {"steps": tuple(facts["sampler"]["steps"])}
+            stream = cls(
+                model,
+                snapshot.tensors["prompt_embeds"],
+                height=facts["height"],
+                width=facts["width"],
+                batch=facts["batch"],
+                decoder=decoder,
+                sampler=SamplerConfig(**sampler),
+                cache=cache_config_of(snapshot),
+                **options,
+            )
         stream.restore(snapshot)
         return stream
 
@@ -316,6 +309,20 @@ class Stream:
             own = {"state": self.state.clone(), "_busy": threading.Lock()}
         twin.__dict__ = {**self.__dict__, **own}
         return twin
+
+    def _cache_for(self, snapshot: Snapshot) -> KVCache:
+        """A cache that the snapshot fits; ValueError where it does not fit this stream."""
+        facts = snapshot.facts
+        self._require("model sizes", _plain(facts["model"]), _plain(asdict(self.model.config)))
+        self._require("model weights", facts["fingerprint"], self.model.fingerprint())
+        for fact in ("height", "width", "batch"):
+            self._require(fact, facts[fact], getattr(self, fact))
+        cache, config = self.state.cache, cache_config_of(snapshot)
+        if cache.config != config:
+            cache = self._new_cache(config)
+        text = self.model.config.text_len, self.model.config.text_dim
+        check(snapshot, cache, (self.batch, *text), self._frame_shape(1))
+        return cache
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -381,13 +388,14 @@ class Stream:
         if not self._recache_rewrites() and not state.recache_begun:
             self._settle(on_pass)
         cache.put_back()
-        frames, slot, sink = cache.num_frames, cache.slot_frames, cache.config.sink_frames
+        frames, slot = cache.num_frames, cache.slot_frames
+        sink, chunk = cache.config.sink_frames, cache.config.chunk_frames
         if frames > sink:
             assert state.last_latents is not None
             cache.truncate(sink)
             state.recache_begun = True
             try:
-                self._rerun(state.last_latents[:, :, sink - frames :], on_pass)
+                self._rerun(_chunks(state.last_latents[:, :, sink - frames :], chunk), on_pass)
             finally:  # a stop in between must leave the recache to be done again, as a whole
                 cache.num_frames, cache.slot_frames = frames, slot
         state.recache_due = state.recache_begun = False
@@ -398,15 +406,17 @@ class Stream:
         return self.state.cache.context_frames >= self.cache_config.sink_frames
 
     @torch.no_grad()
-    def _rebuild(self) -> None:
+    def _rebuild(self, counts: Sequence[int]) -> None:
         """The window of a compact snapshot, of the latents that it holds."""
         state, frames = self.state, self.cache_config.chunk_frames
-        parts = [p for p in (state.first_latents, state.last_latents) if p is not None]
-        held = sum(part.shape[2] for part in parts)
-        if held % frames == 0 and parts:  # whole chunks, of which the sink may have cut one in two
-            parts = [torch.cat(parts, dim=2)]
-        for part in parts:
-            self._rerun(part, _nobody)
+        first, last = ([] if t is None else [t] for t in (state.first_latents, state.last_latents))
+        evictions = counts[2]
+        if evictions or not first:
+            parts = [p for t in first for p in t.split(frames, dim=2)]
+            parts += [p for t in last for p in _chunks(t, frames)]
+        else:  # the chunks themselves, of which the sink may have cut one in two
+            parts = list(torch.cat(first + last, dim=2).split(frames, dim=2))
+        self._rerun(parts, _nobody)
 
     def _take_over_decoder(self, snapshot: Snapshot) -> None:
         """The decoder's past: the snapshot's where it is this decoder's, or made of the latents."""
@@ -438,8 +448,8 @@ class Stream:
         for part in (latents[:, :, :head], *_chunks(latents[:, :, head:], frames)):
             self.decode(part)
 
-    def _rerun(self, latents: Tensor, on_pass: OnPass) -> None:
-        for number, part in enumerate(_chunks(latents, self.cache_config.chunk_frames)):
+    def _rerun(self, parts: Iterable[Tensor], on_pass: OnPass) -> None:
+        for number, part in enumerate(parts):
             on_pass("clean", number)
             self.state.cache.advance(part.shape[2])
             self._clean_pass(part, self.state.prompt_embeds)
@@ -495,13 +505,6 @@ class Stream:
             keep_turned=self._keep_turned,
         )
 
-    def _fingerprint(self) -> str:
-        # The modulation is small, differs between trainings, and is left alone by quantisation
-        # and by adapters; bfloat16 makes it the same for every dtype a checkpoint is stored in.
-        modulation = self.model.get_parameter("blocks.0.modulation").detach()
-        data = modulation.to("cpu", torch.bfloat16).float().numpy().tobytes()
-        return hashlib.blake2b(data, digest_size=8).hexdigest()
-
     def _require(self, what: str, found: object, wanted: object) -> None:
         if found != wanted:
             raise ValueError(
@@ -547,7 +550,8 @@ def chunk_noise(
     """The noise of one chunk: `num_draws` tensors [len(seeds), *shape], float32 on the CPU.
 
     The first starts the chunk, the others go back in between its passes. A function of its
-    arguments alone, drawn on the CPU so that every device sees the same.
+    arguments alone, drawn on the CPU so that every device sees the same. Of a seed torch's
+    generator there takes 32 bits: of 77 000 chunks, 16 hours, two are as likely as not drawn alike.
     """
     return list(noise_draws(seeds, chunk, shape, num_draws))
 
@@ -604,6 +608,12 @@ def _chunks(latents: Tensor, frames: int) -> list[Tensor]:
     # The last chunk is whole; the first is what the sink left of its chunk.
     whole, head = divmod(latents.shape[2], frames)
     return list(latents.split([head] * (head > 0) + [frames] * whole, dim=2))
+
+
+def _equally_long(*embeds_BSD: Tensor) -> list[Tensor]:
+    """Prompts with zeros behind the shorter ones, which the network pads them with itself."""
+    longest = max(each.shape[1] for each in embeds_BSD)
+    return [F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in embeds_BSD]
 
 
 def _append(old: Tensor | None, new: Tensor) -> Tensor:

@@ -233,7 +233,7 @@ def test_of_a_compact_snapshot_the_decoder_s_past_is_made_in_whole_chunks(chunks
     parts = []
 
     class Sizes:
-        spatial_factor = 8
+        spatial_factor, kind = 8, "sizes"
 
         def decode(self, latents, state):
             parts.append(latents.shape[2])
@@ -401,9 +401,9 @@ def test_a_clean_pass_ends_at_the_last_layers_keys_and_values():
         block.ffn.register_forward_hook(lambda *_, index=index: layers.append(index))
     stream.settle()
     assert layers == [0]  # of two
-    x = whole.state.unsettled
+    x, (_, context) = whole.state.unsettled.latents, whole._context
     with torch.no_grad():
-        whole.model(x, torch.zeros(1, 3), whole._context, whole.state.cache)
+        whole.model(x, torch.zeros(1, 3), context, whole.state.cache)
     assert torch.equal(stream.state.cache.k_NBWHD, whole.state.cache.k_NBWHD)
     assert torch.equal(stream.state.cache.v_NBWHD, whole.state.cache.v_NBWHD)
 
@@ -440,8 +440,9 @@ def test_soft_changes_the_cross_attention_and_leaves_the_cache_alone():
     soft.switch(tiny.prompt(5), "soft")
     soft = before_the_chunk(soft)
     assert all(map(torch.equal, cache_of(plain), cache_of(soft)))
-    assert not torch.equal(plain._context[0].k_BSHD, soft._context[0].k_BSHD)
     assert not torch.equal(plain.step().latents, soft.step().latents)
+    prompts = [stream._context[1][0].k_BSHD for stream in (plain, soft)]
+    assert not torch.equal(*prompts)
 
 
 def test_recache_rewrites_the_window_under_the_new_prompt_and_keeps_the_sink():

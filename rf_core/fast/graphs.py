@@ -65,7 +65,7 @@ class GraphedModel:
             capture = _capture_for(model)
         self._model, self._capture, self._must, self._failed = model, capture, must, False
         self.config, self.patch_embedding = model.config, model.patch_embedding
-        self.get_parameter = model.get_parameter
+        self.fingerprint = model.fingerprint
         self.counted_prompt, self.time_context = model.counted_prompt, model.time_context
         self._forget(size=None)
 

@@ -39,7 +39,7 @@ from ..kv_cache import KeyValues, KVCache, LayerWindow
 from ..layers import SelfAttention
 from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
 from ..rope import Rope, rope_table
-from ..state import Snapshot
+from ..state import Snapshot, taking_over
 from ..stream import Stream
 
 
@@ -251,13 +251,14 @@ class SpreadStream(Stream):
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of the whole stream."""
         split, facts = self.model.split, dict(snapshot.facts)
-        model = facts["model"]
-        own = {name: model[name] // split.count for name in ("dim", "num_heads")}
-        facts["model"] = {**model, **own}
-        tensors = {
-            name: split.heads(tensor) if name.startswith("cache.") else tensor
-            for name, tensor in snapshot.tensors.items()
-        }
+        with taking_over():
+            model = facts["model"]
+            own = {name: model[name] // split.count for name in ("dim", "num_heads")}
+            facts["model"] = {**model, **own}
+            tensors = {
+                name: split.heads(tensor) if name.startswith("cache.") else tensor
+                for name, tensor in snapshot.tensors.items()
+            }
         super().restore(Snapshot(tensors=tensors, facts=facts))
 
 
