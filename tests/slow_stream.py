@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rf_core.attention import sdpa
@@ -125,11 +126,13 @@ class SlowStream:
 
     def images(self) -> Tensor:
         """The last chunk's, its whole clip decoded for them chunk by chunk."""
-        assert self.decoder is not None
-        past = None
-        for latents in self.state.clip:
-            images, past = self.decoder.decode(latents, past)
-        return images
+        return self._decoded(self.state.clip)[-1]
+
+    def whole_images(self) -> tuple[Tensor, Tensor]:
+        """The clip's since the last cut, decoded at once and chunk by chunk."""
+        clip = self.state.clip
+        once, parts = self._decoded([torch.cat(clip, dim=2)]), self._decoded(clip)
+        return once[0], torch.cat(parts, dim=1)
 
     def window(self) -> tuple[Tensor, Tensor]:
         """Every layer's turned keys, and values, as the next pass would see them."""
@@ -140,8 +143,18 @@ class SlowStream:
     @property
     def untouched(self) -> bool:
         """Whether the window is what one run over its latents under the prompt would make."""
-        same = all(torch.equal(f.prompt, self.state.prompt) for f in self.state.frames)
+        now = self._padded(self.state.prompt)
+        same = all(torch.equal(self._padded(f.prompt), now) for f in self.state.frames)
         return same and not self.state.num_evictions
+
+    @torch.no_grad()
+    def _decoded(self, clip: Sequence[Tensor]) -> list[Tensor]:
+        assert self.decoder is not None
+        made, past = [], None
+        for latents in clip:
+            images, past = self.decoder.decode(latents, past)
+            made.append(images)
+        return made
 
     def _begin(self) -> tuple[Tensor, tuple[Frame, ...]]:
         """The prompt of the next chunk, and the frames before it."""
@@ -151,6 +164,7 @@ class SlowStream:
         if state.blend is not None:
             switch, start, target, done = state.blend
             weight = (done + 1) / switch.blend_chunks
+            start, target = (self._padded(embeds) for embeds in (start, target))
             mix = slerp if switch.interpolation == "slerp" else torch.lerp
             prompt = target if weight >= 1 else mix(start, target, weight)
         leaving = len(state.frames) + state.cache.chunk_frames - state.cache.window_frames
@@ -220,6 +234,9 @@ class SlowStream:
         )
         table = rope_table(self.state.cache.window_frames, self.grid, config.head_dim)
         return apply_rope(keys, table.tokens(0, len(frames) * tokens)), values
+
+    def _padded(self, prompt: Tensor) -> Tensor:
+        return F.pad(prompt, (0, 0, 0, self.model.config.text_len - prompt.shape[1]))
 
     def _batched(self, prompt_embeds: Tensor) -> Tensor:
         return prompt_embeds.clone().expand(self.batch, -1, -1).to(self.dtype)
