@@ -139,7 +139,7 @@ class WanModel(nn.Module):
         Takes the text encoder's output [B, S, text_dim] with S up to `text_len`; shorter prompts
         are padded with zeros to `text_len`, which the network attends to, as it was trained.
         """
-        text = self.text_embedding(self._padded(prompt_embeds_BSD))
+        text = self.text_embedding(pad_prompt(prompt_embeds_BSD, self.config))
         return tuple(block.prompt_kv(text) for block in self.blocks)  # type: ignore[operator]
 
     def counted_prompt(self, prompt_embeds_BSD: Tensor) -> PromptContext | CountedPrompt:
@@ -147,7 +147,7 @@ class WanModel(nn.Module):
 
         The flow is the same but for rounding. Rows of padding are those of zeros at the end.
         """
-        embeds = self._padded(prompt_embeds_BSD)
+        embeds = pad_prompt(prompt_embeds_BSD, self.config)
         if (counted := counted_rows(embeds)) is None:
             return self.prompt_context(embeds)
         rows_BSD, bias_BS = counted
@@ -245,16 +245,6 @@ class WanModel(nn.Module):
                 nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
         self.head.head.weight.zero_()
 
-    def _padded(self, prompt_embeds_BSD: Tensor) -> Tensor:
-        short = self.config.text_len - prompt_embeds_BSD.shape[1]
-        if short < 0 or prompt_embeds_BSD.shape[2] != self.config.text_dim:
-            raise ValueError(
-                f"prompt embeddings have shape {tuple(prompt_embeds_BSD.shape)}; this model reads "
-                f"at most {self.config.text_len} tokens of width {self.config.text_dim}: "
-                "use the text encoder it was trained with"
-            )
-        return F.pad(prompt_embeds_BSD, (0, 0, 0, short))
-
     def _grid(self, x: Tensor) -> Grid:
         return Grid.of_latents(x.shape[-2], x.shape[-1], self.config.patch_size)
 
@@ -306,6 +296,18 @@ class WanModel(nn.Module):
             q=rows,
             r=columns,
         )
+
+
+def pad_prompt(prompt_embeds_BSD: Tensor, config: ModelConfig) -> Tensor:
+    """Zeros behind a prompt up to `text_len`; ValueError for one that the network cannot read."""
+    short = config.text_len - prompt_embeds_BSD.shape[1]
+    if short < 0 or prompt_embeds_BSD.shape[2] != config.text_dim:
+        raise ValueError(
+            f"prompt embeddings have shape {tuple(prompt_embeds_BSD.shape)}; this model reads "
+            f"at most {config.text_len} tokens of width {config.text_dim}: "
+            "use the text encoder it was trained with"
+        )
+    return F.pad(prompt_embeds_BSD, (0, 0, 0, short))
 
 
 def fingerprint_of(modulation: Tensor) -> str:

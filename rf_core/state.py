@@ -76,8 +76,8 @@ class StreamState:
     blend: Blend | None = None
     recache_due: bool = False
     """The window is to be rewritten under the prompt before the next chunk."""
-    recache_begun: bool = False
-    """That was begun, and stopped: until it is done, the window is of two prompts."""
+    half_recached: Tensor | None = None
+    """The prompt [B, S, D] of a recache that was stopped; until it is done, the window is mixed."""
     chunk_open: bool = False
     """A chunk was begun and is not made: what its beginning asked for may have been done."""
     unsettled: Unsettled | None = None
@@ -91,8 +91,8 @@ class StreamState:
     def cut(self) -> None:
         """Forget the video so far; the seed, the prompt and the count of chunks go on."""
         self.cache.reset()
-        self.recache_due = self.recache_begun = self.chunk_open = False
-        self.blend = None
+        self.recache_due = self.chunk_open = False
+        self.blend = self.half_recached = None
         self.unsettled = self.first_latents = self.last_latents = self.decoder = None
 
     def clone(self) -> StreamState:
@@ -156,7 +156,7 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
     ValueError where it is to be exact and a failure left the decoder's state spent, or the cache
     torn.
     """
-    settled = state.unsettled is None and not state.recache_begun
+    settled = state.unsettled is None and state.half_recached is None
     assert settled, "a snapshot holds the cache after the clean pass"
     cache, blend, decoder = state.cache, state.blend, state.decoder
     if not compact:

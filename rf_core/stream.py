@@ -27,7 +27,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
 from .decoders.decoder import Decoder
 from .devices import to_device
 from .kv_cache import KVCache
-from .model import CountedPrompt, Network, PromptContext, TimeContext
+from .model import CountedPrompt, Network, PromptContext, TimeContext, pad_prompt
 from .prompts import Switch
 from .scheduler import add_noise, flow_to_x0, sampling_timesteps
 from .state import (
@@ -143,19 +142,24 @@ class Stream:
         return x0.clone()  # the clean pass is still to read what is kept
 
     @torch.no_grad()
-    def replay(self, latents: Tensor, on_pass: OnPass | None = None) -> None:
+    def replay(
+        self, latents: Tensor, on_pass: OnPass | None = None, *, decode: bool = True
+    ) -> Chunk:
         """Make the next chunk of its clean latents [B, C, F, h, w], kept when it was generated.
 
-        By one pass in place of all, and to the same bit in everything that follows: of a stream's
-        latents and its changes of prompt it can be made again from any point. `decode` them, in
-        order, where images are to follow. ValueError for latents that are no chunk of this stream.
+        By one pass in place of all, and with the same bits in everything that follows: of its
+        latents and its changes of prompt a stream is made again up to any chunk. Without `decode`
+        the decoder does not see it. ValueError for latents that are no chunk of this stream.
         """
         expected = self._frame_shape(self.cache_config.chunk_frames)
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents are {list(latents.shape)}; a chunk is {list(expected)}")
+        latents = latents.to(self.device, torch.float32, copy=True)
         with self._alone():
-            prompt = self._begin_chunk(on_pass or _nobody)
-            self._finish_chunk(latents.to(self.device, torch.float32, copy=True), prompt)
+            index = self.state.num_chunks
+            self._finish_chunk(latents, self._begin_chunk(on_pass or _nobody))
+        images = self.decode(latents) if decode else None
+        return Chunk(index=index, latents=latents.clone(), images=images)
 
     @torch.no_grad()
     def settle(self, on_pass: OnPass | None = None) -> None:
@@ -197,11 +201,7 @@ class Stream:
                 f"channels, height and width {(*expected[:2], *expected[3:])} and whole chunks of "
                 f"{frames} frames"
             )
-        chunks = []
-        for index, part in enumerate(latents.to(self.device, torch.float32).split(frames, dim=2)):
-            self.replay(part)
-            chunks.append(Chunk(index=index, latents=part.clone(), images=self.decode(part)))
-        return chunks
+        return [self.replay(part) for part in latents.split(frames, dim=2)]
 
     @torch.no_grad()
     def start_from_images(self, images: Tensor) -> list[Chunk]:
@@ -231,16 +231,13 @@ class Stream:
             if switch.mode == "cut":
                 state.cut()
             elif switch.mode == "blend":
-                start, target = _equally_long(state.prompt_embeds, embeds)
                 state.blend = Blend(
-                    start=start,
-                    target=target,
+                    start=state.prompt_embeds,
+                    target=embeds,
                     num_chunks=switch.blend_chunks,
                     interpolation=switch.interpolation,
                 )
                 return
-            elif switch.mode == "soft" and state.recache_begun:
-                self._recache(_nobody)
             state.prompt_embeds, state.blend = embeds, None
             state.recache_due = switch.mode == "recache"
 
@@ -342,7 +339,8 @@ class Stream:
         state = self.state
         state.chunk_open = True
         if state.recache_due:
-            self._recache(on_pass)
+            self._recache(state.prompt_embeds, on_pass)
+            state.recache_due = False
         self._settle(on_pass)
         state.cache.hold()
         state.cache.advance()
@@ -365,8 +363,8 @@ class Stream:
 
     def _settle(self, on_pass: OnPass) -> None:
         state = self.state
-        if state.recache_begun:
-            self._recache(on_pass)
+        if state.half_recached is not None:
+            self._recache(state.half_recached, on_pass)
         elif state.unsettled is not None:
             on_pass("clean", 0)
             self._clean_pass(state.unsettled.latents, state.unsettled.prompt_embeds)
@@ -383,23 +381,24 @@ class Stream:
             state.last_latents = _append(state.last_latents, x0[:, :, to_sink:])[:, :, -room:]
 
     @torch.no_grad()
-    def _recache(self, on_pass: OnPass) -> None:
-        state, cache = self.state, self.state.cache
-        if not self._recache_rewrites() and not state.recache_begun:
+    def _recache(self, prompt_embeds: Tensor, on_pass: OnPass) -> None:
+        state, cache, config = self.state, self.state.cache, self.cache_config
+        if not self._recache_rewrites() and state.half_recached is None:
             self._settle(on_pass)
-        cache.put_back()
-        frames, slot = cache.num_frames, cache.slot_frames
-        sink, chunk = cache.config.sink_frames, cache.config.chunk_frames
-        if frames > sink:
+        again = cache.num_frames + cache.made_room - config.sink_frames
+        if again > 0:
             assert state.last_latents is not None
-            cache.truncate(sink)
-            state.recache_begun = True
+            parts = _chunks(state.last_latents[:, :, -again:], config.chunk_frames)
+            on_pass("clean", 0)
+            state.half_recached = prompt_embeds
+            cache.put_back()
+            counts = cache.num_frames, cache.slot_frames
+            cache.truncate(config.sink_frames)
             try:
-                self._rerun(_chunks(state.last_latents[:, :, sink - frames :], chunk), on_pass)
-            finally:  # a stop in between must leave the recache to be done again, as a whole
-                cache.num_frames, cache.slot_frames = frames, slot
-        state.recache_due = state.recache_begun = False
-        state.unsettled = None
+                self._rerun(parts, prompt_embeds, lambda kind, n: on_pass(kind, n) if n else None)
+            finally:  # a stop in between leaves all of it to be done again
+                cache.num_frames, cache.slot_frames = counts
+        state.half_recached = state.unsettled = None
 
     def _recache_rewrites(self) -> bool:
         """Whether a recache runs the whole of the last chunk again."""
@@ -416,7 +415,7 @@ class Stream:
             parts += [p for t in last for p in _chunks(t, frames)]
         else:  # the chunks themselves, of which the sink may have cut one in two
             parts = list(torch.cat(first + last, dim=2).split(frames, dim=2))
-        self._rerun(parts, _nobody)
+        self._rerun(parts, state.prompt_embeds, _nobody)
 
     def _take_over_decoder(self, snapshot: Snapshot) -> None:
         """The decoder's past: the snapshot's where it is this decoder's, or made of the latents."""
@@ -448,11 +447,11 @@ class Stream:
         for part in (latents[:, :, :head], *_chunks(latents[:, :, head:], frames)):
             self.decode(part)
 
-    def _rerun(self, parts: Iterable[Tensor], on_pass: OnPass) -> None:
+    def _rerun(self, parts: Iterable[Tensor], prompt_embeds: Tensor, on_pass: OnPass) -> None:
         for number, part in enumerate(parts):
             on_pass("clean", number)
             self.state.cache.advance(part.shape[2])
-            self._clean_pass(part, self.state.prompt_embeds)
+            self._clean_pass(part, prompt_embeds)
 
     def _predict(self, prompt_embeds: Tensor, x: Tensor, timestep: float) -> Tensor:
         return self.model(x.to(self.dtype), *self._seen(x, timestep, prompt_embeds))
@@ -484,8 +483,9 @@ class Stream:
                 f"{prompt_embeds.shape[0]} prompts were given for a batch of {self.batch}; "
                 "give one for all, or one each"
             )
+        whole = pad_prompt(prompt_embeds, self.model.config).expand(self.batch, -1, -1)
         # A copy: what the caller does with theirs later is no change of prompt.
-        return prompt_embeds.expand(self.batch, -1, -1).to(self.device, self.dtype, copy=True)
+        return whole.to(self.device, self.dtype, copy=True)
 
     def _frame_shape(self, frames: int) -> tuple[int, ...]:
         """Of that many latent frames of this stream, [B, C, F, h, w]."""
@@ -608,12 +608,6 @@ def _chunks(latents: Tensor, frames: int) -> list[Tensor]:
     # The last chunk is whole; the first is what the sink left of its chunk.
     whole, head = divmod(latents.shape[2], frames)
     return list(latents.split([head] * (head > 0) + [frames] * whole, dim=2))
-
-
-def _equally_long(*embeds_BSD: Tensor) -> list[Tensor]:
-    """Prompts with zeros behind the shorter ones, which the network pads them with itself."""
-    longest = max(each.shape[1] for each in embeds_BSD)
-    return [F.pad(each, (0, 0, 0, longest - each.shape[1])) for each in embeds_BSD]
 
 
 def _append(old: Tensor | None, new: Tensor) -> Tensor:

@@ -45,7 +45,6 @@ class SlowState:
     clip: tuple[Tensor, ...] = ()  # clean latents of each chunk since the last cut
     blend: tuple[Switch, Tensor, Tensor, int] | None = None  # how, from, to, chunks made
     recache_due: bool = False
-    recache_begun: bool = False  # by a step that was stopped
     num_evictions: int = 0
 
 
@@ -104,19 +103,16 @@ class SlowStream:
             return
         if switch.mode == "cut":
             state = SlowState(state.cache, prompt, state.num_chunks)
-        elif switch.mode == "soft" and state.recache_begun:
-            state = self._recached(state)
         due = switch.mode == "recache"
-        begun = state.recache_begun and due
-        self.state = replace(state, prompt=prompt, blend=None, recache_due=due, recache_begun=begun)
+        self.state = replace(state, prompt=prompt, blend=None, recache_due=due)
 
     def abort(self, *, in_recache: bool) -> None:
         """A step was stopped; `in_recache` says whether it had run a pass of a recache that is due.
 
-        Nobody can tell, but that such a recache is no longer given up for a soft switch.
+        Nobody can tell, but that such a recache is done.
         """
-        begun = self.state.recache_due and (in_recache or self.state.recache_begun)
-        self.state = replace(self.state, recache_begun=begun)
+        if self.state.recache_due and in_recache:
+            self.state = self._recached(self.state)
 
     def fork(self) -> SlowStream:
         """A second stream."""
@@ -185,7 +181,6 @@ class SlowStream:
             clip=(*state.clip, x0),
             blend=blend,
             recache_due=due,
-            recache_begun=False,
             num_evictions=state.num_evictions + evicted,
         )
 
@@ -197,7 +192,7 @@ class SlowStream:
             count = len(old) % size or size
             latents = torch.cat([frame.latents for frame in old[:count]], dim=2)
             frames, old = self._with_clean(frames, latents, state.prompt), old[count:]
-        return replace(state, frames=frames, recache_due=False, recache_begun=False)
+        return replace(state, frames=frames, recache_due=False)
 
     def _with_clean(
         self, frames: tuple[Frame, ...], latents: Tensor, prompt: Tensor

@@ -36,21 +36,7 @@ SEED = int(os.environ.get("RF_FUZZ_SEED", "0")) or random.SystemRandom().randran
 MOST_STREAMS = 3
 SHRINKING_RUNS = 300
 
-AWAITING = {
-    "a change after a stop",
-    "two changes between steps",
-    "settling in a recache",
-    "blends between lengths",
-    "tensors changed by others",
-    "refused prompts",
-    "refused snapshots",
-    "refused latents",
-    "failures",
-    "compact",
-    "start",
-    "replay",
-    "interference",
-}
+AWAITING: set[str] = set()
 """What programs leave out until the engine can do it; `Trial.needs` says what a line needs."""
 
 
@@ -206,7 +192,7 @@ class Trial:
             self.do_step(pair)
             if self.kind.decoder is not None:
                 whole, parts = pair.slow.whole_images()
-                torch.testing.assert_close(whole, parts, atol=1e-3, rtol=0)
+                torch.testing.assert_close(whole, parts, atol=0.05, rtol=0)  # of random weights
 
     def needs(self, pair: Pair, verb: str, given: list[str]) -> Iterator[str]:
         """What the engine must be able to do for this line."""
@@ -219,8 +205,6 @@ class Trial:
             tokens = prompt_of(int(given[0]), 1).shape[1]
             if given[1] == "blend" and tokens != state.prompt.shape[1]:
                 yield "blends between lengths"
-        if verb in ("settle", "snapshot", "compact") and state.recache_begun:
-            yield "settling in a recache"
         yield {
             "spoil": "tensors changed by others",
             "fail": "failures",
@@ -308,7 +292,7 @@ class Trial:
         """A step, during which somebody else changes the prompt: refused."""
 
         def on_pass(kind: str, at: int) -> None:
-            with pytest.raises(ValueError):
+            with pytest.raises(RuntimeError, match="in the middle of a chunk"):
                 pair.fast.switch(prompt_of(int(number), self.kind.batch), " ".join(how))
 
         self.do_step(pair, on_pass=on_pass)
