@@ -78,7 +78,7 @@ class StockWanDecoder(_Stock):
     """The Wan 2.1 VAE: a stream's first latent frame alone, then the others together."""
 
     kind = "comfy-wan"
-    numbers_per_pixel = 4340
+    numbers_per_pixel = 3510
 
     @property
     def memory_frames(self) -> int:

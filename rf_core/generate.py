@@ -157,13 +157,14 @@ def generate(
     snapshot it can go on from; 0 without one. However it ends, the file is closed and plays.
     """
     options, begun = settled.options, stream.state.num_chunks
-    pace, saver = Pace(settled.total, begun, options.device), _Saver(settled, begun)
+    pace = Pace(settled.total, begun, options.device)
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
             raise Stopped
 
     writer, finished = _open_writer(settled, begun), False
+    saver = _Saver(settled, begun, writer)
     try:
         with writer, _handoff(settled, stream, writer) as handoff:
             written = writer.num_images
@@ -178,8 +179,7 @@ def generate(
                 finished = True
             except Stopped:
                 handoff.flush()
-                # Before the first chunk the file is still that of another run, or none.
-                saver.save(stream, wanted=writer.num_images > 0)
+                saver.save(stream)
     finally:
         _index(writer, options.output, settled.metadata if finished else _metadata(settled))
     if not finished:
@@ -280,16 +280,17 @@ def _start_images(settled: Plan) -> Tensor:
 class _Saver:
     """Snapshots of a run, which goes on where one cannot be written."""
 
-    def __init__(self, settled: Plan, begun: int) -> None:
-        self._settled, self._told = settled, False
+    def __init__(self, settled: Plan, begun: int, writer: VideoWriter) -> None:
+        self._settled, self._writer, self._told = settled, writer, False
         self.chunks = begun
         """Chunks that lead to the snapshot that is there; 0 without one."""
 
-    def save(self, stream: Stream, wanted: bool = True) -> None:
+    def save(self, stream: Stream) -> None:
         """Replace the snapshot; all images up to it must be in the file."""
         snapshot = stream.snapshot()  # of several processes, all ask for it
-        if not wanted:
-            return
+        if not self._writer.num_images:
+            return  # before the first chunk the file is still that of another run, or none
+        self._writer.sync()  # or a power cut could leave a snapshot of images that are gone
         snapshot.facts.update({"run": self._settled.record(), RUN: self._settled.run})
         try:
             snapshot.save(self._settled.options.snapshot_path)

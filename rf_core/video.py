@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import struct
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -135,7 +136,7 @@ class VideoWriter:
         return self._num_images
 
     def write(self, images: Tensor) -> None:
-        """Append one chunk, uint8 [T, H, W, 3]; when this returns, the chunk is on disk.
+        """Append one chunk, uint8 [T, H, W, 3]; when this returns, the file plays to its end.
 
         Raises:
             ValueError: the images have another size or type than the video.
@@ -177,6 +178,22 @@ class VideoWriter:
         finally:
             if rest:
                 self._file.truncate(whole)  # half a fragment would be in the next one's way
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk, and outlives a power cut.
+
+        Raises:
+            WriteError: it is not, and what becomes of it is unknown.
+        """
+        if self._file is None:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise WriteError(
+                f"{self._path} could not be brought to the disk ({error.strerror}); see to the "
+                "disk, and go on from what plays"
+            ) from error
 
     def close(self) -> None:
         """Close the file; more than once does no harm."""

@@ -1,9 +1,10 @@
 """Files that are whole once they exist.
 
-A file is written beside its name and takes the name when every byte is on the disk. Where that
-fails (no space, no permission) what stood there stays, nothing half-written is left, and the error
-is one sentence. Its permissions are what the umask says: some writers (safetensors 0.8) make files
-for their owner alone.
+A file is written beside its name and takes the name when every byte is on the disk: after a power
+cut it is the old one or the new one, never half of it, and what was written before it is there.
+Where writing fails (no space, no permission) what stood there stays, nothing half-written is left,
+and the error is one sentence. Permissions are what the umask says: some writers (safetensors 0.8)
+make files for their owner alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -42,10 +43,21 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         with part.open("r+b") as file:
             os.fsync(file.fileno())
         part.replace(path)
+        _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise _write_error(path, error) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in it on the disk, where the system can: Windows opens no folder."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def write_text(path: Path | str, text: str) -> None:

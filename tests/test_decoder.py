@@ -86,6 +86,22 @@ def test_a_first_frame_decoded_alone_is_forgotten_one_chunk_later(
     assert same(states_after(decoder, [first[:, :, :1], first[:, :, 1:], *later]), whole)
 
 
+@BOTH
+@torch.no_grad()
+def test_a_fork_kept_of_every_chunk_goes_on_as_the_stream_went_on(kind: Adapter) -> None:
+    decoder, state = kind(codec_of(kind)), None
+    parts, forks, expected = latents(60).split(3, dim=2), [], []
+    for part in parts:
+        forks.append(state and state.fork())
+        made, state = decoder.decode(part, state)
+        expected.append(made)
+    for start in reversed(range(len(parts))):  # back through the stream, two chunks at a time
+        again = forks[start] and forks[start].fork()  # kept, to come back to it
+        for part, wanted in zip(parts[start:][:2], expected[start:], strict=False):
+            made, again = decoder.decode(part, again)
+            assert torch.equal(made, wanted)
+
+
 def test_the_published_decoders_memory_is_38_and_8_latent_frames() -> None:
     with torch.device("meta"):
         assert WanDecoder(WanVAE(VAEConfig())).memory_frames == 38

@@ -25,6 +25,7 @@ from rf_core.__main__ import main
 from rf_core.config import CacheConfig, ModelConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.decoders.vae_files import vae_metadata
+from rf_core.state import Snapshot
 from rf_core.stream import Stream
 from rf_core.text import UMT5Encoder, byte_ids, save_text_encoder
 from rf_core.weights.checkpoint import write_checkpoint
@@ -597,6 +598,44 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Disk:
+    """Knows what of each file a power cut would leave: what was there when it was last synced."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.kept: dict[int, int] = {}
+        sync = os.fsync
+
+        def synced(number: int) -> None:
+            sync(number)
+            self.kept[os.fstat(number).st_ino] = os.fstat(number).st_size
+
+        monkeypatch.setattr(os, "fsync", synced)
+
+    def left_of(self, path: Path) -> bytes:
+        return path.read_bytes()[: self.kept.get(path.stat().st_ino, 0)]
+
+
+def test_a_power_cut_leaves_no_snapshot_without_the_images_that_lead_to_it(
+    weights, tmp_path, monkeypatch
+):
+    disk, cut, output = Disk(monkeypatch), tmp_path / "cut.mp4", tmp_path / "a.mp4"
+    replace, found = Path.replace, []
+
+    def replaced(part, path):
+        if ".state." in path.name:
+            assert disk.left_of(part) == part.read_bytes()
+            cut.write_bytes(disk.left_of(output))
+            found.append((len(images_of(cut)), Snapshot.load(part).facts["num_chunks"]))
+        replace(part, path)
+        disk.kept.pop(tmp_path.stat().st_ino, None)  # the new name is not there before the next
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    more = ("--prompt", "x", "--chunks", "4", "--snapshot-every", "1")
+    assert main(arguments(weights, output, *more)) == 0
+    assert found == [(9 + 12 * later, 1 + later) for later in range(4)]
+    assert tmp_path.stat().st_ino in disk.kept
 
 
 def test_a_snapshot_that_finds_no_room_is_told_once_and_the_video_goes_on(

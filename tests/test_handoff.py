@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
+from rf_core.decoders import handoff as handoff_module
 from rf_core.decoders.decoder import DecoderState, WanDecoder
-from rf_core.decoders.handoff import Handoff
+from rf_core.decoders.handoff import Handoff, _CudaLane, _HostLane, _Slot
 from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.video import to_uint8
 
@@ -55,6 +61,76 @@ class Delivered:
             raise OSError("the disk is full")
         self.numbers.append(int(images.flatten()[0]))
         self.counts.append(images.shape[1])
+
+
+class Behind:
+    """As a second stream of a card: what it decodes is queued and done in order, once it may be.
+
+    Until then a state holds other numbers. Threads stand for the streams that read it.
+    """
+
+    def __init__(self) -> None:
+        self.may, self.queue, self.waited = threading.Event(), queue.Queue(), []
+        self._true: dict[int, tuple[Tensor, Tensor]] = {}  # what is shown, and what will be there
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def decode(
+        self, images_of: Any, latents: Tensor, state: DecoderState | None, slot: Any
+    ) -> DecoderState:
+        if state is not None:  # its own stream reads what is queued before, without a wait
+            true = {key: self._true[id(shown)][1] for key, shown in state._tensors.items()}
+            state = DecoderState(true, state.num_frames)
+        after = _HostLane().decode(images_of, latents, state, slot)
+        shown = {key: torch.full_like(past, 9e9) for key, past in after._tensors.items()}
+        pairs = [(shown[key], past) for key, past in after._tensors.items()]
+        self._true |= {id(pair[0]): pair for pair in pairs}
+        pending = self.Queued(self.waited)
+        self.queue.put((pending.done, pairs))
+        return DecoderState(shown, after.num_frames, pending)
+
+    @dataclass
+    class Queued:
+        waited: list[int]
+        done: threading.Event = field(default_factory=threading.Event)
+
+        def wait(self, tensors: Collection[Tensor]) -> None:
+            self.waited.append(len(tensors))
+            assert self.done.wait(SOON)
+
+    def _work(self) -> None:
+        assert self.may.wait(SOON)
+        while job := self.queue.get():
+            done, pairs = job
+            for shown, past in pairs:
+                shown.copy_(past)
+            done.set()
+
+    def join(self) -> None:
+        self.may.set()
+        self.queue.put(None)
+        self._thread.join(SOON)
+
+
+class Adding(Counter):
+    """A decoder whose state is all it has seen."""
+
+    def decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        before = 0 if state is None else state.take("sum")
+        done = 0 if state is None else state.num_frames
+        return super().decode(latents, None)[0], DecoderState({"sum": latents + before}, done + 1)
+
+
+def in_a_thread(run: Callable[[], Any], opening: threading.Event) -> Any:
+    """What a reader gets who has to wait until `opening`."""
+    found: list[Any] = []
+    reader = threading.Thread(target=torch.no_grad()(lambda: found.append(run())))
+    reader.start()
+    reader.join(0.1)
+    assert reader.is_alive() and not found
+    opening.set()
+    reader.join(SOON)
+    return found[0]
 
 
 def submit(handoff: Handoff, chunks: int, state: DecoderState | None = None) -> DecoderState:
@@ -266,6 +342,163 @@ def test_a_depth_of_nothing_is_refused() -> None:
         Handoff(Counter(), Delivered(), depth=0)
 
 
+READS = {
+    "tensors": lambda decoder, state: state.tensors,
+    "a copy": lambda decoder, state: state.to("cpu").tensors,
+    "a fork": lambda decoder, state: state.fork().tensors,
+    "a fork's fork, decoded from": lambda decoder, state: (
+        decoder.decode(latents(2), state.fork().fork())[1].tensors
+    ),
+    "the state, decoded from": lambda decoder, state: decoder.decode(latents(2), state)[1].tensors,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@torch.no_grad()
+def test_who_reads_a_state_waits_until_it_is_made_and_the_next_chunk_does_not(
+    read: Callable[..., Any],
+) -> None:
+    decoder, lane = wan_decoder(), Behind()
+    with Handoff(decoder, lambda images: None) as handoff:
+        handoff._lane = lane
+        state = handoff.submit(latents(0), None)
+        state = handoff.submit(latents(1), state)
+        state.nbytes, state.fork()
+        assert not lane.waited
+        found = in_a_thread(lambda: read(decoder, state), lane.may)
+    twin = None
+    for chunk in range(2):
+        _, twin = decoder.decode(latents(chunk), twin)
+    expected = read(decoder, twin)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_snapshot_waits_for_the_decoder_s_state_and_a_clone_of_the_stream_s_does_not() -> None:
+    lane, stream = Behind(), tiny.stream(decoder=Adding())
+    made = []
+    with Handoff(stream.decoder, lambda images: None) as handoff:
+        handoff._lane = lane
+        for _ in range(3):
+            made.append(stream.generate())
+            stream.state.decoder = handoff.submit(made[-1], stream.state.decoder)
+        clone = stream.state.clone()
+        assert not lane.waited
+        snapshot = in_a_thread(stream.snapshot, lane.may)
+    assert torch.equal(snapshot.tensors["decoder.sum"], sum(made))
+    assert torch.equal(clone.decoder.tensors["sum"], sum(made))
+
+
+def test_on_two_streams_who_reads_waits_for_what_is_read_and_the_next_chunk_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[tuple[str, str, str]] = []
+    queued: dict[str, int] = defaultdict(int)
+
+    class Stream:
+        device = torch.device("cpu")
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append((self.name, "waits for", other.name))
+
+        def record_event(self) -> str:
+            queued[self.name] += 1
+            return f"{self.name} {queued[self.name]}"
+
+        def wait_event(self, event: str) -> None:
+            log.append((self.name, "waits for", event))
+
+    network, second = Stream("network"), Stream("second")
+    current = [network]
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(handoff_module, "_second_stream", lambda device: second)
+    monkeypatch.setattr(_CudaLane, "_copy", lambda *_: None)
+    monkeypatch.setattr(
+        Tensor, "record_stream", lambda _, stream: log.append((stream.name, "keeps", "memory"))
+    )
+    lane, decoder, state = _CudaLane(torch.device("cpu")), Adding(), None
+
+    def images_of(z: Tensor, state: DecoderState | None) -> tuple[Tensor, Tensor, DecoderState]:
+        images, state = decoder.decode(z, state)
+        return images, torch.zeros(()), state
+
+    for _ in range(2):
+        state = lane.decode(images_of, torch.ones(1, 1, 1, 2, 2), state, _Slot())
+    fork = state.fork()
+    behind, kept = ("second", "waits for", "network"), ("second", "keeps", "memory")
+    assert log == [behind, kept, behind, kept, kept]  # latents; latents and the state
+    log.clear()
+    state = lane.decode(images_of, torch.ones(1, 1, 1, 2, 2), state, _Slot())
+    log.clear()
+    assert fork.tensors["sum"].unique().tolist() == [2]
+    assert state.tensors["sum"].unique().tolist() == [3]
+    kept = ("network", "keeps", "memory")
+    waits = [("network", "waits for", f"second {number}") for number in (2, 3)]
+    assert log == [waits[0], kept, waits[1], kept]
+
+
+@CUDA
+@torch.no_grad()
+def test_on_cuda_who_reads_a_state_on_another_stream_waits_for_it_there() -> None:
+    decoder, reading = wan_decoder("cuda"), torch.cuda.Stream()
+    decode = decoder.decode
+
+    def slow(z: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        torch.cuda._sleep(200_000_000)  # clock cycles: about a tenth of a second
+        return decode(z, state)
+
+    state = twin = None
+    for chunk in range(2):
+        _, twin = decode(latents(chunk).cuda(), twin)
+    expected = {key: past.cpu() for key, past in twin.fork().tensors.items()}
+    after = decode(latents(2).cuda(), twin)[1].to("cpu").tensors
+    chunks = [latents(chunk).cuda() for chunk in range(3)]
+    decoder.decode = slow
+    with Handoff(
+        decoder, lambda images: None, device="cuda", depth=8, first_alone=False
+    ) as handoff:
+        for chunk in chunks[:2]:
+            state = handoff.submit(chunk, state)
+        forks = [state.fork(), state.fork()]
+        handoff.submit(chunks[2], state)
+        with torch.cuda.stream(reading):
+            found = forks[0].to("cpu").tensors
+            on = decode(chunks[2], forks[1])[1].to("cpu").tensors
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(torch.equal(on[key], after[key]) for key in after)
+
+
+@CUDA
+@torch.no_grad()
+def test_on_cuda_a_fork_s_memory_is_not_given_away_while_another_stream_reads_it() -> None:
+    decoder, reading = wan_decoder("cuda"), torch.cuda.Stream()
+    with Handoff(decoder, lambda images: None, device="cuda", first_alone=False) as handoff:
+        state = handoff.submit(latents(0).cuda(), None)
+        handoff.flush()
+        expected = state.to("cpu").tensors
+        with torch.cuda.stream(reading):
+            pasts = list(state.tensors.values())
+            torch.cuda._sleep(200_000_000)
+            found = [past.clone() for past in pasts]
+        del pasts, state
+        with torch.cuda.stream(handoff._lane._stream):  # takes what is free there, and overwrites
+            for past in expected.values():
+                for _ in range(4):
+                    torch.full_like(past, 9e9, device="cuda")
+        reading.synchronize()
+    assert all(map(torch.equal, (past.cpu() for past in found), expected.values()))
+
+
 @CUDA
 @torch.no_grad()
 def test_on_cuda_a_stream_s_first_image_is_delivered_alone() -> None:
@@ -292,7 +525,6 @@ def test_on_cuda_the_images_are_those_of_the_default_stream(
             state = handoff.submit(latents(chunk).cuda(), state)
             images, twin = decoder.decode(latents(chunk).cuda(), twin)
             expected.append(form(images).cpu())
-        handoff.flush()
         kept = {key: tensor.clone() for key, tensor in state.tensors.items()}
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(done, expected, strict=True))
     assert all(torch.equal(kept[key], twin.tensors[key]) for key in twin.tensors)

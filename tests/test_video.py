@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import weakref
@@ -25,6 +27,7 @@ from rf_core.video import (
     remux,
     to_uint8,
 )
+from rf_core.writing import WriteError
 
 SIZE = 64
 CHUNK = 12
@@ -524,3 +527,19 @@ def test_to_uint8_undoes_reading(tmp_path: Path) -> None:
     image = make_images(1)[0]
     save_picture(tmp_path / "a.png", image)
     assert torch.equal(to_uint8(read(tmp_path / "a.png"))[0], image)
+
+
+def test_a_disk_that_fails_a_sync_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with VideoWriter(tmp_path / "a.mp4", FORMAT) as writer:
+        writer.sync()  # of nothing yet
+        writer.write(make_images(CHUNK))
+        writer.sync()
+
+        def fails(number: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", fails)
+        with pytest.raises(WriteError, match=r"a\.mp4 could not be brought to the disk \(Input"):
+            writer.sync()

@@ -149,3 +149,19 @@ def test_every_writer_leaves_permissions_to_the_umask(
     }
     assert len(modes) >= 8
     assert set(modes.values()) == {oct(mode)}, modes
+
+
+def test_where_folders_cannot_be_synced_files_are_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system_open = os.open
+
+    def windows(path: Path, *how: int) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return system_open(path, *how)
+
+    with monkeypatch.context() as system:
+        system.setattr(os, "open", windows)
+        write_text(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"

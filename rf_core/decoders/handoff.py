@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import TracebackType
@@ -82,7 +82,7 @@ class Handoff:
         """Decode the stream's next latents [B, C, F, h, w]; the state after them.
 
         Waits while `depth` deliveries are on their way. On CUDA the state is still being made when
-        this returns: pass it to `submit` again, or call `flush` before anything else reads it. The
+        this returns; whoever reads it waits for it, but for `submit`, which queues behind. The
         state given is taken (`VAEState`).
 
         Raises:
@@ -108,9 +108,8 @@ class Handoff:
         return state
 
     def flush(self) -> None:
-        """Wait until all is delivered; after it the last state may be read, saved and forked."""
+        """Wait until all is delivered."""
         self._pending.join()
-        self._lane.join()
         self._raise_failure()
 
     def close(self) -> None:
@@ -207,6 +206,21 @@ class _HostLane:
         pass
 
 
+class _OnStream:
+    """What is queued on a CUDA stream by now, for those who read its results on others."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream, self._done = stream, stream.record_event()
+
+    def wait(self, tensors: Collection[Tensor]) -> None:
+        """See `Pending.wait`. On the stream itself there is nothing to wait for."""
+        reader = torch.cuda.current_stream(self._stream.device)
+        if reader != self._stream:
+            reader.wait_event(self._done)
+            for tensor in tensors:
+                tensor.record_stream(reader)
+
+
 class _CudaLane:
     """Decodes on a second stream and copies to pinned memory. Unmeasured."""
 
@@ -216,11 +230,12 @@ class _CudaLane:
     def decode(
         self, images_of: _Images, latents: Tensor, state: DecoderState | None, slot: _Slot
     ) -> DecoderState:
-        # The caller's stream made the latents and may have read the state (a snapshot).
+        # The caller's stream made the latents, and a state that comes from a snapshot.
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        self._claim(latents, state)
         with torch.cuda.stream(self._stream):
+            self._claim(latents, state)
             images, have_nan, state = images_of(latents, state)
+            state.pending = _OnStream(self._stream)
             self._copy(images, have_nan, slot)
         return state
 

@@ -1309,7 +1309,8 @@ def test_what_decoding_is_said_to_take_is_what_its_tensors_take(
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 1e12)
     decoders = importlib.import_module(f"{PACK}.nodes.decoders")
     with ghosts("cuda") as place:
-        codec = WanVAE(dim=96, z_dim=16) if "Wan" in name else TAEHV(latent_channels=16)
+        wan = {"dim": 96, "z_dim": 16, "temperal_downsample": [False, True, True]}
+        codec = WanVAE(**wan) if "Wan" in name else TAEHV(latent_channels=16)
         codec = codec.to(place, torch.bfloat16).requires_grad_(False)
         vae = SimpleNamespace(
             first_stage_model=codec,
