@@ -19,7 +19,7 @@ from torch import Tensor
 from ..rf_core.config import CacheConfig, SamplerConfig
 from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.pace import Pace
-from ..rf_core.prompts import ChunkClock, ResolvedEntry
+from ..rf_core.prompts import ChunkClock, ResolvedEntry, clip_notes
 from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Chunk, Stream
 from ..rf_core.video import RUN, VideoFormat, VideoWriter, remux, to_uint8
@@ -64,6 +64,12 @@ class Request:
     node_id: str | None = None
     """The node that shows the images as they are made."""
 
+    @property
+    def clip_chunks(self) -> int:
+        """Chunks that `start_latents` give."""
+        frames = 0 if self.start_latents is None else self.start_latents.shape[2]
+        return int(frames // self.cache.chunk_frames)
+
 
 @dataclass
 class Made:
@@ -93,8 +99,8 @@ class Made:
 def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
     """The prompts with their chunks, counted from where the run begins, and its chunks.
 
-    Prompts past its end are left out, so that a long timeline can be tried in a short run; `late`
-    names them. ValueError for a timeline, or a state, that does not fit.
+    Prompts past its end are left out, so that a long timeline can be tried in a short run;
+    `prompt_notes` names them. ValueError for a timeline, or a state, that does not fit.
     """
     if request.snapshot is not None:
         facts = request.snapshot.facts
@@ -115,14 +121,15 @@ def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
     return tuple(entry for entry in _resolved(request, total) if entry.chunk < total), total
 
 
-def late(request: Request) -> list[str]:
-    """The prompts that a run ends before, a line for each."""
-    _, total = plan(request)
-    return [
-        f"ignored: {shorten(entry.text, 40, placeholder='...')!r}, at {entry.requested_seconds:g} "
+def prompt_notes(request: Request) -> list[str]:
+    """The prompts that are not seen, or begin later than was asked for, a line for each."""
+    prompts, total = plan(request)
+    late = [entry for entry in _resolved(request, total) if entry.chunk >= total]
+    return clip_notes(prompts) + [
+        f"ignored: {shorten(each.text, 40, placeholder='...')!r}, at {each.requested_seconds:g} "
         "s: the video ends before; make it longer to see it"
-        for entry in _resolved(request, total)
-        if entry.chunk >= total
+        for entry in late
+        for each in (*entry.instead_of, entry)
     ]
 
 
@@ -138,7 +145,11 @@ def _resolved(request: Request, total: int) -> tuple[ResolvedEntry, ...]:
 
 def clock_of(request: Request) -> ChunkClock:
     """Where the chunks of a run lie, cuts aside."""
-    return ChunkClock(chunk_frames=request.cache.chunk_frames, fresh=request.snapshot is None)
+    return ChunkClock(
+        chunk_frames=request.cache.chunk_frames,
+        fresh=request.snapshot is None,
+        clip_chunks=request.clip_chunks,
+    )
 
 
 def open_stream(request: Request, first: ResolvedEntry) -> Stream:
@@ -176,7 +187,7 @@ def chunks(
     """The chunks of a run, prompts changed on the way; images only of those it begins with."""
     if request.start_latents is not None and not numbers.start:
         yield from stream.start_from(request.start_latents)
-    given = stream.state.num_chunks if request.snapshot is None and not numbers.start else 0
+    given = 0 if numbers.start else request.clip_chunks
     progress.given(given)
     switches = {entry.chunk: entry for entry in prompts[1:]}
     for number in range(numbers.start + given, numbers.stop):

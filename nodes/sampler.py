@@ -27,7 +27,7 @@ from .ignored import doubtful, ignored
 from .join import VIDEO, ended, head_of
 from .loaders import CATEGORY
 from .prompt import timeline_of
-from .run import Made, Request, clock_of, images_of, late, latents_of, plan, run
+from .run import Made, Request, clock_of, images_of, latents_of, plan, prompt_notes, run
 from .types import UNITS, RFSink, RFState, RFTimeline, State
 
 STATES = ["compact", "exact", "none"]
@@ -267,7 +267,7 @@ class StreamingSampler(io.ComfyNode):
         peak = host.peak_memory(model.load_device)
         outputs = _outputs(request, made, snapshot, format)
         lines = [_told(request, made, peak), *_alone(request, join)]
-        lines += [*doubtful(model, vae), *late(request)]
+        lines += [*doubtful(model, vae), *prompt_notes(request)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
         return io.NodeOutput(*outputs, ui=_shown(request, text))
 

@@ -43,7 +43,14 @@ from .memory.plan import fit, format_plan
 from .options import SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA, Files, Options, Plan, plan
 from .pace import Progress
 from .prompt_files import read_prompt_file, text_lines
-from .prompts import PromptTimeline, Switch, TimelineError, format_table, parse_timeline
+from .prompts import (
+    PromptTimeline,
+    Switch,
+    TimelineError,
+    clip_notes,
+    format_table,
+    parse_timeline,
+)
 from .ranges import MANY, check_numbers, check_writable
 from .stream import Stream
 from .weights.checkpoint import convert, describe, read_checkpoint
@@ -99,6 +106,8 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Process) -> int:
     print(format_table(settled.prompts, width=shutil.get_terminal_size().columns))
+    for note in clip_notes(settled.prompts):
+        print(note)
     length = "without end, Ctrl-C stops"
     if settled.total is not None:
         length = f"{settled.total} chunks, {settled.clock.seconds(settled.total):.2f} s"

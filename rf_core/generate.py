@@ -23,7 +23,7 @@ from .fast.parallel import Process, Split, SpreadModel, SpreadStream
 from .fast.quantise import quantise_linears
 from .memory.offload import stream_layers
 from .model import Network, WanModel
-from .options import Options, Plan
+from .options import Options, Plan, most_start_images
 from .pace import Pace, Progress
 from .stream import Chunk, Stream
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
@@ -172,7 +172,8 @@ def generate(
                 for chunk in _chunks(settled, stream, embeds, pace, on_pass):
                     images = _hand_on(chunk, stream, writer, handoff)
                     done, written = chunk.index + 1, written + images
-                    if options.saves_after(done):
+                    given = stream.state.num_chunks > done  # of a start clip, all is there at once
+                    if options.saves_after(done) and not given:
                         handoff.flush()
                         saver.save(stream)
                     report(pace.chunk_done(done, images, written))
@@ -270,8 +271,7 @@ def _metadata(settled: Plan) -> dict[str, str]:
 
 
 def _start_images(settled: Plan) -> Tensor:
-    # What the window cannot hold would be forgotten at once.
-    most = settled.clock.images_before(settled.cache.window_frames // settled.cache.chunk_frames)
+    most = most_start_images(settled.cache)
     size = {"width": settled.width, "height": settled.height}
     assert settled.options.start is not None
     return read_images(settled.options.start, num_images=most, last=True, **size)

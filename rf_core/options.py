@@ -24,7 +24,7 @@ from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
 from .ranges import LARGEST_SIDE, MANY, check_numbers, check_writable
 from .state import Snapshot
 from .stream import latent_size
-from .video import RUN, VideoFormat, check_images, read_metadata
+from .video import RUN, VideoFormat, check_images, count_images, read_metadata
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 
@@ -157,6 +157,8 @@ class Plan:
     """Which network of the model's file is taken; None where there is but one."""
     fit: Fit | None = None
     """What was chosen to suit the memory; None where all was given."""
+    clip_chunks: int = 0
+    """Chunks that `start` gives."""
 
     @property
     def grid(self) -> Grid:
@@ -168,7 +170,9 @@ class Plan:
     def clock(self) -> ChunkClock:
         """Chunks to images and seconds, this run's cuts counted."""
         cuts = [p.chunk for p in self.prompts if p.chunk and p.switch.mode == "cut"]
-        return ChunkClock(chunk_frames=self.cache.chunk_frames, cuts=tuple(cuts))
+        return ChunkClock(
+            chunk_frames=self.cache.chunk_frames, cuts=tuple(cuts), clip_chunks=self.clip_chunks
+        )
 
     def record(self) -> dict[str, Any]:
         """What made the video, as JSON: kept in its metadata and in snapshots."""
@@ -207,7 +211,9 @@ def plan(options: Options) -> Plan:
     width = native[1] if options.width is None else options.width
     latent_size(height, width, checkpoint.config.patch_size)
     VideoFormat(width=width, height=height, crf=options.crf)
-    clock, total = ChunkClock(chunk_frames=cache.chunk_frames), options.chunks
+    clip_chunks = 0 if options.start is None else _clip_chunks(options.start, cache)
+    clock = ChunkClock(chunk_frames=cache.chunk_frames, clip_chunks=clip_chunks)
+    total = None if options.chunks is None else clock.num_chunks(options.chunks, "c")
     if options.seconds is not None:
         total = options.timeline.num_chunks(options.seconds, "s", clock)
     if options.compile and cache.storage == "int8":
@@ -228,9 +234,23 @@ def plan(options: Options) -> Plan:
         snapshot=snapshot,
         choice=checkpoint.choice,
         run=uuid4().hex if snapshot is None else snapshot.facts.get(RUN),
+        clip_chunks=clip_chunks,
     )
     _check_resume(settled, made)
     return _placed(settled)
+
+
+def most_start_images(cache: CacheConfig) -> int:
+    """How many images of a clip a run begins with: what the window cannot hold would be forgotten
+    at once."""
+    clock = ChunkClock(chunk_frames=cache.chunk_frames)
+    return clock.images_before(cache.window_frames // cache.chunk_frames)
+
+
+def _clip_chunks(start: Path, cache: CacheConfig) -> int:
+    # As `stream.start_clip` takes them: whole chunks, or one of a single picture.
+    images = count_images(start, most_start_images(cache))
+    return max(1, ChunkClock(chunk_frames=cache.chunk_frames).chunk_at_image(images))
 
 
 def _sizes_of(settled: Plan) -> Sizes:

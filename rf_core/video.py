@@ -268,6 +268,12 @@ def check_images(path: str | Path) -> None:
         _log.warning("%s is transparent in parts, which become white", path)
 
 
+def count_images(path: str | Path, most: int) -> int:
+    """How many images a picture or clip holds; it is read up to so many. ValueError as above."""
+    with closing(_frames(Path(path))) as frames:
+        return sum(1 for _ in islice(frames, most))
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The names and texts a video was written with.
 

@@ -162,6 +162,82 @@ def test_a_picture_and_a_clip_stand_at_the_head_of_the_video(weights, tmp_path):
     assert len(images_of(third)) == 9 + 12
 
 
+@pytest.fixture(scope="module")
+def clip(weights, tmp_path_factory) -> Path:
+    """A clip of three chunks, which the window holds."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    assert main(arguments(weights, path, "--prompt", "x", "--chunks", "3", "--seed", "5")) == 0
+    return path
+
+
+def started(weights, clip, output, change, *more) -> int:
+    """A video of six chunks that starts with the clip, with changes of prompt."""
+    timeline = output.with_suffix(".txt")
+    timeline.write_text(f"0s: a cat\n{change}\n", encoding="utf-8")
+    given = ("--timeline", str(timeline), "--start", str(clip), "--chunks", "6")
+    return main(arguments(weights, output, *given, *more))
+
+
+@pytest.mark.parametrize("mode", ["soft", "recache", "blend 2", "cut"])
+def test_a_change_within_the_start_clip_acts_after_it_and_is_told(
+    mode, weights, clip, tmp_path, capsys
+):
+    def video(name, change):
+        assert started(weights, clip, tmp_path / name, change) == 0
+        return images_of(tmp_path / name)
+
+    plain = video("plain.mp4", "")
+    assert len(plain) == 9 + 12 * 5
+    capsys.readouterr()
+    for change in (
+        f"c1 [{mode}]: a dog",
+        f"c2 [{mode}]: a dog",
+        f"c1 [cut]: b\nc2 [{mode}]: a dog",
+    ):
+        shown = video("within.mp4", change)
+        assert "note: 'a dog', asked for at " in (told := capsys.readouterr().out)
+        assert "ignored: 'b'" in told or "cut]: b" not in change
+        assert np.array_equal(shown, video("after.mp4", f"c3 [{mode}]: a dog"))
+        assert "the start clip" not in capsys.readouterr().out
+        assert np.array_equal(shown[:33], plain[:33])  # all of the clip
+        assert len(shown) == len(plain) - 3 * (mode == "cut")
+        assert not np.array_equal(shown[33:42], plain[33:42])
+        (tmp_path / "within.mp4").unlink(), (tmp_path / "after.mp4").unlink()
+
+
+@pytest.mark.parametrize(
+    ("at", "mode"),
+    [(1, "soft"), (2, "recache"), (1, "blend 2"), (2, "cut"), (3, "cut"), (4, "blend 2")],
+)
+def test_a_run_from_a_clip_that_ends_after_any_chunk_resumes_to_the_very_same_images(
+    at, mode, weights, clip, tmp_path, monkeypatch
+):
+    output, change = tmp_path / "a.mp4", f"c{at} [{mode}]: a dog"
+    assert started(weights, clip, output, change) == 0
+    expected, hand_on = images_of(output), generate_module._hand_on
+    for last in range(6):
+
+        def ends(chunk, *given, last=last):
+            images = hand_on(chunk, *given)
+            if chunk.index == last:
+                raise OSError("the end")
+            return images
+
+        monkeypatch.setattr(generate_module, "_hand_on", ends)
+        often = ("--snapshot-every", "1")
+        assert started(weights, clip, output, change, *often, "--overwrite") == 1
+        monkeypatch.undo()
+        assert started(weights, clip, output, change, *often, "--resume") == 0
+        assert np.array_equal(images_of(output), expected), last
+
+
+def test_a_video_shorter_than_its_start_clip_is_refused(weights, clip, tmp_path, capsys):
+    for length in (("--chunks", "2"), ("--seconds", "1")):
+        more = ("--prompt", "x", "--start", str(clip), *length)
+        assert main(arguments(weights, tmp_path / "a.mp4", *more)) == 1
+        assert "the start clip alone lasts 3 chunks" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="names that Windows does not allow")
 def test_a_colon_in_a_relative_name_is_part_of_it(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

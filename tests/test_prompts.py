@@ -21,6 +21,7 @@ from rf_core.prompts import (
     ResolvedEntry,
     Switch,
     TimelineError,
+    clip_notes,
     format_table,
     parse_timeline,
 )
@@ -594,6 +595,59 @@ def test_many_cuts_shift_the_chunk_a_time_falls_on() -> None:
     cuts = "0s: a" + "".join(f"\nc{n} [cut]: b" for n in range(1, 9))
     assert chunks(f"{cuts}\n9s: end")[-1] == 14
     assert chunks("0s: a\n9s: end")[-1] == 12
+
+
+CLIP = ChunkClock(clip_chunks=3)
+MODES = ["soft", "recache", "blend 2", "cut"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_last_change_within_a_start_clip_acts_after_it_in_its_own_mode(mode: str) -> None:
+    text = f"0s: a\nc1 [cut]: b\nc2 [{mode}]: c\nc5: d"
+    resolved = parse_timeline(text).resolve(CLIP)
+    assert [(e.chunk, e.text, str(e.switch)) for e in resolved[1:]] == [
+        (3, "c", mode),
+        (5, "d", "recache"),
+    ]
+    assert [(e.text, e.chunk) for e in resolved[1].instead_of] == [("b", 3)]
+    assert clip_notes(resolved) == [
+        "ignored: 'b', asked for at 0.5625 s: 'c' begins at 2.0625 s, after the start clip",
+        "note: 'c', asked for at 1.3125 s, begins at 2.0625 s, after the start clip",
+    ]
+
+
+def test_a_change_where_the_start_clip_ends_goes_before_those_within_it() -> None:
+    resolved = parse_timeline("0s: a\nc2 [cut]: b\nc3 [soft]: c").resolve(CLIP)
+    assert [(e.chunk, e.text) for e in resolved] == [(0, "a"), (3, "c")]
+    (note,) = clip_notes(resolved)
+    assert note.startswith("ignored: 'b', asked for at 1.3125 s: 'c' begins at 2.0625 s")
+
+
+def test_only_a_cut_that_acts_after_a_start_clip_moves_what_follows() -> None:
+    def ends(text: str) -> tuple[float, int]:
+        timeline = parse_timeline(f"0s: a\n{text}\nc10: z")
+        return timeline.resolve(CLIP)[-1].seconds, timeline.num_chunks(10, "s", CLIP)
+
+    for acting in ("c1 [cut]: b", "c2 [cut]: b", "c3 [cut]: b", "c1 [cut]: b\nc2 [cut]: c"):
+        assert ends(acting) == ends("c4 [cut]: b")
+    for without in ("c1: b", "c1 [cut]: b\nc2: c", "c2 [cut]: b\nc3 [soft]: c"):
+        assert ends(without) == ends("c4: b")
+
+
+def test_times_within_a_start_clip_are_those_of_the_timeline_for_what_counts_from_them() -> None:
+    assert chunks("0s: a\nc1: b\n+c4: c\n+2s: d", clock=CLIP) == [0, 3, 5, 8]
+    assert chunks("a | b | c", total=6, clock=CLIP) == [0, 3, 4]
+
+
+def test_a_video_that_ends_within_its_start_clip_is_refused() -> None:
+    assert CLIP.num_chunks(3, "c") == 3
+    for length, unit in ((2, "c"), (1.2, "s"), (20, "f")):
+        with pytest.raises(ValueError, match=rf" is {length}, .*lasts 3 chunks, 2.0625 s; ask for"):
+            parse_timeline("a").num_chunks(length, unit, CLIP)
+    with pytest.raises(TimelineError, match="c1 acts after the start clip, at chunk 3, but"):
+        parse_timeline("0s: a\nc1: b").resolve(CLIP, 3)
+    with pytest.raises(ValueError, match="from 3 on"):
+        CLIP.with_cuts(2)
 
 
 def test_cuts_the_clock_already_has_count_too() -> None:

@@ -25,7 +25,8 @@ The same timeline as others write it is read where it can mean one thing alone, 
 form meant where it cannot; `reading` says by which rule, `times` and `pairs` say in which forms.
 
 Prompts change at chunk boundaries. `ChunkClock` knows where these lie; `PromptTimeline.resolve`
-moves every time to the nearest one, the later of two equally near.
+moves every time to the nearest one, the later of two equally near, and out of a start clip, which
+is shown as it is.
 """
 
 from .reading import MAX_CHARACTERS, parse_timeline
@@ -37,6 +38,7 @@ from .timeline import (
     ResolvedEntry,
     Switch,
     TimelineError,
+    clip_notes,
     format_table,
     table_rows,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "ResolvedEntry",
     "Switch",
     "TimelineError",
+    "clip_notes",
     "format_table",
     "parse_timeline",
     "table_rows",

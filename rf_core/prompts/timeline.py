@@ -19,6 +19,7 @@ Interpolation = Literal["lerp", "slerp"]
 Unit = Literal["s", "f", "c", "part"]
 
 _LATEST = 10**9  # in any unit: years of video, and numbers that stay cheap to compute with
+_NAMED = 40  # columns of a prompt that a sentence names
 # How a time is written, for messages.
 EXAMPLES = "seconds as 8s or 0:08, video frames as 96f, chunks as c40"
 
@@ -67,12 +68,17 @@ class ChunkClock:
     """Chunks that start afresh, rising, from 1 on."""
     fresh: bool = True
     """Whether chunk 0 starts afresh; it does not where a run goes on from another's state."""
+    clip_chunks: int = 0
+    """Chunks of the start clip, which is shown as it is: a prompt changes after it."""
 
     def __post_init__(self) -> None:
         if self.chunk_frames < 1:
             raise ValueError(f"chunk_frames is {self.chunk_frames}; a chunk has at least 1 frame")
-        if list(self.cuts) != sorted(set(self.cuts)) or (self.cuts and self.cuts[0] < 1):
-            raise ValueError(f"cuts are {self.cuts}; give chunks from 1 on, each once, rising")
+        first = max(1, self.clip_chunks)
+        if list(self.cuts) != sorted(set(self.cuts)) or (self.cuts and self.cuts[0] < first):
+            raise ValueError(
+                f"cuts are {self.cuts}; give chunks from {first} on, each once, rising"
+            )
 
     def images_before(self, chunk: int) -> int:
         """The first image of `chunk`: how many images the chunks before it hold."""
@@ -100,15 +106,21 @@ class ChunkClock:
     def num_chunks(self, length: float, unit: Literal["s", "f", "c"]) -> int:
         """The fewest chunks that make at least `length` `unit`s of video.
 
-        ValueError unless the length is positive.
+        ValueError unless the length is positive, and holds the start clip.
         """
+        name = {"s": "seconds", "f": "frames", "c": "chunks"}[unit]
         if not (isfinite(length) and length > 0):
-            name = {"s": "seconds", "f": "frames", "c": "chunks"}[unit]
             raise ValueError(f"{name} is {length}; a length of video is a positive number")
-        if unit == "c":
-            return ceil(length)
-        images = ceil(Fraction(length) * (FPS if unit == "s" else 1))
-        return self.chunk_at_image(images - 1) + 1
+        chunks = ceil(length)
+        if unit != "c":
+            images = ceil(Fraction(length) * (FPS if unit == "s" else 1))
+            chunks = self.chunk_at_image(images - 1) + 1
+        if chunks < self.clip_chunks:
+            raise ValueError(
+                f"{name} is {length:g}, and the start clip alone lasts {self.clip_chunks} chunks, "
+                f"{self.seconds(self.clip_chunks):g} s; ask for more, or start with less of it"
+            )
+        return chunks
 
     def with_cuts(self, *chunks: int) -> ChunkClock:
         """The clock with `chunks` cut to as well."""
@@ -220,6 +232,10 @@ class ResolvedEntry:
     """How the stream goes over to it; without meaning for the first entry."""
     text: str
     """The prompt with the global prefix in front."""
+    delayed: bool = False
+    """Whether it was asked for within the start clip, and begins after it."""
+    instead_of: tuple[ResolvedEntry, ...] = ()
+    """Changes within the start clip that are never seen, as this one came after them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,31 +279,42 @@ class PromptTimeline:
     ) -> tuple[ResolvedEntry, ...]:
         """Each entry with its chunk, every cut moving what follows.
 
-        `clock` may hold cuts of its own, made outside the timeline. TimelineError where two entries
-        meet in one chunk, fall back in time, or lie outside a run of `total_chunks`, which
-        equal parts must know; ValueError for an empty timeline or run.
+        `clock` may hold cuts of its own, made outside the timeline, and a start clip. A clip is
+        there already, so of the changes that fall within it the last one acts, in its own mode, at
+        the chunk after it (`clip_notes` says so). TimelineError where two entries meet in one
+        chunk, fall back in time, or lie outside a run of `total_chunks`, which equal parts must
+        know; ValueError for an empty timeline or run.
         """
         if not self.entries:
             raise ValueError("the timeline is empty; give it a prompt at 0s")
         if total_chunks is not None and total_chunks < 1:
             raise ValueError(f"total_chunks is {total_chunks}; a run has at least 1 chunk")
         chunk, images, resolved = 0, Fraction(0), list[ResolvedEntry]()
+        uncut = clock  # without what the entry before does
         for number, entry in enumerate(self.entries):
             previous = chunk
             chunk, images = self._locate(entry, clock, chunk, images, total_chunks)
             if number and chunk <= previous:
                 raise _collision(entry, self.entries[number - 1], previous, clock)
-            if total_chunks is not None and chunk >= total_chunks:
-                raise _past_end(entry, chunk, total_chunks, clock)
+            acts = max(chunk, clock.clip_chunks) if number else 0
+            if total_chunks is not None and acts >= total_chunks:
+                raise _past_end(entry, acts, total_chunks, clock)
+            instead_of: tuple[ResolvedEntry, ...] = ()
+            if resolved and acts == resolved[-1].chunk:
+                unseen, clock = resolved.pop(), uncut
+                instead_of = (*unseen.instead_of, replace(unseen, instead_of=()))
+            uncut = clock
             if number and entry.switch.mode == "cut":
-                clock = clock.with_cuts(chunk)
+                clock = clock.with_cuts(acts)
             resolved.append(
                 ResolvedEntry(
-                    chunk=chunk,
-                    seconds=clock.seconds(chunk),
+                    chunk=acts,
+                    seconds=clock.seconds(acts),
                     requested_seconds=float(images / FPS),
                     switch=entry.switch,
                     text=", ".join(filter(None, (self.global_prefix, entry.text))),
+                    delayed=acts > chunk,
+                    instead_of=instead_of,
                 )
             )
         return tuple(resolved)
@@ -332,6 +359,24 @@ class PromptTimeline:
             return start, Fraction(clock.images_before(start))
         time = value * (FPS if entry.unit == "s" else 1) + (images if entry.relative else 0)
         return clock.nearest_chunk(time), time
+
+
+def clip_notes(resolved: Sequence[ResolvedEntry]) -> list[str]:
+    """What became of the prompts that were asked for within the start clip, a line for each."""
+    lines = []
+    for entry in resolved:
+        begins = f"{entry.seconds:g} s, after the start clip"
+        lines += [
+            f"ignored: {_asked(unseen)}: {shorten(entry.text, _NAMED)!r} begins at {begins}"
+            for unseen in entry.instead_of
+        ]
+        if entry.delayed:
+            lines.append(f"note: {_asked(entry)}, begins at {begins}")
+    return lines
+
+
+def _asked(entry: ResolvedEntry) -> str:
+    return f"{shorten(entry.text, _NAMED)!r}, asked for at {entry.requested_seconds:g} s"
 
 
 def table_rows(resolved: Sequence[ResolvedEntry]) -> list[tuple[str, str, str, str, str]]:
@@ -392,8 +437,9 @@ def _collision(entry: Entry, before: Entry, chunk: int, clock: ChunkClock) -> Ti
 
 
 def _past_end(entry: Entry, chunk: int, total_chunks: int, clock: ChunkClock) -> TimelineError:
+    where = "is" if chunk > clock.clip_chunks else "acts after the start clip, at"
     return entry.error(
-        f"{entry.time} is chunk {chunk}, but the run ends after {total_chunks} chunks "
+        f"{entry.time} {where} chunk {chunk}, but the run ends after {total_chunks} chunks "
         f"({clock.seconds(total_chunks):g} s); move the entry up or make the run longer"
     )
 

@@ -590,10 +590,10 @@ def test_a_prompt_past_the_end_is_named_and_the_rest_is_made(
     run = importlib.import_module(f"{PACK}.nodes.run")
     text = f"0s: {PROMPT}\nc1 [recache]: a blue square moves up\nc3 [cut]: snow\nc9: rain"
     short = request_of(pack, demo.load_model(), text, length=3)
-    (snow, rain) = run.late(short)
+    (snow, rain) = run.prompt_notes(short)
     assert "'snow'" in snow and "'rain'" in rain and "video ends before" in rain
     whole = request_of(pack, demo.load_model(), text, length=10)
-    assert run.late(whole) == []
+    assert run.prompt_notes(whole) == []
     made = [run.latents_of(sampled(pack, each), -1) for each in (short, whole)]
     assert made[0].shape[2] == 9
     torch.testing.assert_close(made[0], made[1][:, :, :9])
@@ -607,7 +607,9 @@ def test_parts_still_share_the_whole_run(pack: Any, demo: Any, length: int) -> N
         with pytest.raises(ValueError, match="parts"):
             run.plan(request)
     else:
-        assert [entry.chunk for entry in run.plan(request)[0]] == [0, 1] and not run.late(request)
+        assert [entry.chunk for entry in run.plan(request)[0]] == [0, 1] and not run.prompt_notes(
+            request
+        )
 
 
 @pytest.fixture
@@ -935,6 +937,61 @@ def stopped_run(pack: Any, host: Any, request: Any, place: int | str) -> Any:
         with pytest.raises(host.Interrupted):
             run.run(request, made)
     return made
+
+
+@pytest.fixture
+def clip(pack: Any, demo: Any) -> Tensor:
+    """Latents of three chunks, which the window holds."""
+    made = sampled(pack, request_of(pack, demo.load_model(), "a green circle moves up", length=3))
+    return torch.cat(list(made.latents), dim=2)
+
+
+@pytest.mark.parametrize("mode", ["soft", "recache", "blend 2", "cut"])
+def test_a_change_within_a_start_clip_acts_after_it_and_runs_are_gone_on_from_alike(
+    pack: Any, host: Any, video: Callable[..., Any], clip: Tensor, mode: str
+) -> None:
+    reuse, run = (importlib.import_module(f"{PACK}.nodes.{name}") for name in ("reuse", "run"))
+    names = iter(range(100))
+
+    def request(change: str, length: int = 6) -> Any:
+        text = f"0s: {PROMPT}\n{change}"
+        return video(text, f"{next(names)}.mp4", length=length, start_latents=clip)
+
+    plain = sampled(pack, whole := request(""))
+    expected = sampled(pack, after := request(f"c3 [{mode}]: a blue square moves up"))
+    assert (plain.num_images, run.prompt_notes(after)) == (69, [])
+    assert expected.num_images == len(images_of(after.path)) == (66 if mode == "cut" else 69)
+    assert np.array_equal(images_of(after.path)[:33], images_of(whole.path)[:33])
+    within = [f"c1 [{mode}]: a blue square moves up", f"c2 [{mode}]: a blue square moves up"]
+    within.append(f"c1 [cut]: snow\n{within[1]}")
+    for change in within:
+        reuse._kept.clear()
+        (*_, note) = run.prompt_notes(request(change))
+        assert note.startswith("note: 'a blue square moves up', asked for at ")
+        assert again(request(change, length=4)).reused == 0
+        second = again(longer := request(change))
+        assert second.reused == 4
+        assert same(expected, second, after, longer)
+        reuse._kept.clear()
+        assert stopped_run(pack, host, request(change), 2).chunks == 3
+        second = again(rest := request(change))
+        assert second.reused == 3
+        assert same(expected, second, after, rest)
+    poisoned = again(other := request("c1 [cut]: snow"))
+    assert same(sampled(pack, afresh := request("c1 [cut]: snow")), poisoned, afresh, other)
+
+
+def test_a_video_shorter_than_its_start_clip_is_refused(
+    video: Callable[..., Any], pack: Any, clip: Tensor
+) -> None:
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    with pytest.raises(ValueError, match="the start clip alone lasts 3 chunks"):
+        run.plan(video(PROMPT, "a.mp4", length=2, start_latents=clip))
+    all_of_it = video(f"0s: {PROMPT}\nc1: snow\nc2: rain", "a.mp4", length=3, start_latents=clip)
+    assert [line[:14] for line in run.prompt_notes(all_of_it)] == [
+        "ignored: 'snow",
+        "ignored: 'rain",
+    ]
 
 
 @pytest.mark.parametrize("mode", ["soft", "recache", "blend 2", "cut"])
