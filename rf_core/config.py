@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .ranges import MANY, check_numbers
+from .ranges import LARGEST_WINDOW, MANY, check_numbers
 
 Accumulator = Literal["reference", "float32"]
 Storage = Literal["exact", "int8"]
@@ -89,7 +89,7 @@ class CacheConfig:
     """`int8` keeps all but the sink in 8 bits: an approximation, in half the memory."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, window_frames=(1, MANY))
+        check_numbers(self, window_frames=(1, LARGEST_WINDOW))
         if self.chunk_frames < 1:
             raise ValueError(f"chunk_frames is {self.chunk_frames}; a chunk has at least 1 frame")
         if self.sink_frames < 0:

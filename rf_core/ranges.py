@@ -9,6 +9,8 @@ MANY = 10**9
 """More of anything than a run comes to: what is above it is a slip, or overflows."""
 LARGEST_SIDE = 16384
 """Pixels of a picture's side: the most that libx264 encodes."""
+LARGEST_WINDOW = 1024
+"""Latent frames attention sees: as many positions in time as Wan 2.1's rotary table has."""
 
 
 def check_numbers(asked: object, **ranges: tuple[float, float]) -> None:

@@ -13,7 +13,7 @@ import training.world.__main__ as world
 from rf_core import attention, commands
 from rf_core.__main__ import main
 from rf_core.attention import check_device
-from rf_core.config import SamplerConfig
+from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.measure.bench import BenchOptions
 from rf_core.memory.footprint import Sizes
 from rf_core.ranges import check_folder_writable, check_numbers, check_writable
@@ -40,6 +40,8 @@ def test_both_ends_of_a_range_and_what_is_not_asked_for_pass(value):
     ("make", "named"),
     [
         (lambda: SamplerConfig(shift=NAN), "shift is nan"),
+        (lambda: CacheConfig(window_frames=1025), "window_frames is 1025; give .* from 1 to 1024"),
+        (lambda: build(CacheConfig, {"window_frames": 10**9}), "window_frames is 1000000000"),
         (lambda: Sizes(model=commands.ModelConfig(), height=0, width=64), "height is 0"),
         (lambda: Sizes(model=commands.ModelConfig(), height=64, width=64, batch=0), "batch is 0"),
         (lambda: BenchOptions(width=0), "width is 0"),
