@@ -395,14 +395,18 @@ class KVCache:
         """What it remembers besides."""
         return [self.num_frames, self.slot_frames, self.num_evictions, self.made_room]
 
+    def counts_put_back(self) -> list[int]:
+        """The same, had no frame left for a chunk that is not made."""
+        evictions = self.num_evictions - (self.made_room > 0)
+        return [self.num_frames + self.made_room, self.slot_frames, evictions, 0]
+
     def saved(self) -> dict[str, Tensor]:
         """`tensors()`, and the sink from before an eviction that may still be undone."""
         held = self.before.clone().tensors if self.made_room and self.before else {}
         return self.tensors() | {f"{_BEFORE}{name}": tensor for name, tensor in held.items()}
 
-    def check(self, tensors: Mapping[str, Tensor], counts: Sequence[int]) -> None:
+    def check(self, tensors: Mapping[str, Tensor], made_room: int) -> None:
         """ValueError unless `load` can take over what another cache of these sizes remembers."""
-        num_frames, slot, evictions, made_room = counts
         odd = (self.tensors().keys() ^ _without(tensors, _BEFORE).keys()) - {_EXACT}
         if odd:
             raise ValueError(
@@ -416,9 +420,6 @@ class KVCache:
             raise ValueError(f"{', '.join(sorted(missing))} of the cache is missing")
         for name in mine.keys() & tensors.keys():
             require_like(name, tensors[name], mine[name])
-        frames_fit = 0 <= slot <= num_frames <= self.config.window_frames - made_room
-        if not frames_fit or evictions < 0 or not 0 <= made_room <= self.config.chunk_frames:
-            raise ValueError(f"a window of {self.config.window_frames} frames cannot hold {counts}")
 
     def load(self, tensors: Mapping[str, Tensor], counts: Sequence[int]) -> None:
         """Take over what `check` has found to fit, named as `saved()` names it."""

@@ -119,7 +119,7 @@ class Snapshot:
     @property
     def compact(self) -> bool:
         """Whether the window has to be made again from latents."""
-        return "cache.k" not in self.tensors
+        return not any(name.startswith(_CACHE) for name in self.tensors)
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file; a file already there is replaced only when all is written."""
@@ -180,7 +180,7 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "recache_due": state.recache_due,
         "chunk_open": state.chunk_open and not compact,
         "cache": asdict(cache.config),
-        "frames": cache.counts(),
+        "frames": cache.counts_put_back() if compact else cache.counts(),
         "blend": None if blend is None else [blend.num_chunks, blend.done, blend.interpolation],
         "decoder_frames": None if decoder is None else decoder.num_frames,
     }
@@ -267,10 +267,13 @@ def check(
             ("last_latents", config.window_frames - config.sink_frames),
         )
     ]
+    num_frames, slot, evictions, made_room = counts = _counts(facts)
+    fits = 0 <= slot <= num_frames and evictions >= 0 and 0 <= made_room <= config.chunk_frames
+    fits = fits and num_frames + made_room <= config.window_frames
+    _require(fits, f"a window of {config.window_frames} frames cannot hold {counts}")
+    _require(num_frames + made_room <= sum(held), "its latents are not of its window")
     if not snapshot.compact:
-        cache.check(under(tensors, _CACHE), _counts(facts))
-        num_frames, _, _, made_room = _counts(facts)
-        _require(num_frames + made_room <= sum(held), "its latents are not of its window")
+        cache.check(under(tensors, _CACHE), made_room)
     if facts["decoder_frames"] is not None:
         frames = facts["decoder_frames"]
         _require(type(frames) is int and frames >= 0, f"its decoder has seen {frames} frames")

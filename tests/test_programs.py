@@ -44,7 +44,7 @@ class Stop(BaseException):
     pass
 
 
-class Failure(Exception):
+class Failure(Exception):  # noqa: N818  # of a test
     pass
 
 
