@@ -15,6 +15,9 @@ import io
 import logging
 import os
 import re
+import types
+import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -198,6 +201,7 @@ def load_student(
     `latent_format` stands for a VAE with statistics of its own; the default is Wan 2.1's.
     """
     checkpoint = _read_student(path, submodel)
+    fingerprint = fingerprint_of(checkpoint.tensors["blocks.0.modulation"])
     options = _dtype_options(weight_dtype)
     manage = comfy.model_management
     device = manage.get_torch_device()
@@ -244,7 +248,7 @@ def load_student(
         sampler=checkpoint.sampler or SamplerConfig(),
         size=checkpoint.size,
         name=path.name,
-        fingerprint=fingerprint_of(checkpoint.tensors["blocks.0.modulation"]),
+        fingerprint=fingerprint,
         causal=_says_causal(checkpoint),
     )
     return patcher
@@ -712,17 +716,50 @@ def output_named(name: str) -> Path | None:
     return None if odd or not path.is_file() else path
 
 
-def temp_folder(name: str) -> Path:
-    """A folder that ComfyUI empties when it starts."""
-    folder = Path(folder_paths.get_temp_directory()) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+class Same:
+    """Equal to another one of the very same object alone, and to none once that is gone."""
+
+    def __init__(self, thing: Any) -> None:
+        self._hash = id(thing)
+        try:
+            self._thing = weakref.ref(thing)
+        except TypeError:  # what cannot be watched is held: its number may not be given away
+            self._thing = lambda: thing
+
+    def __eq__(self, other: object) -> bool:
+        thing = self._thing()
+        return isinstance(other, Same) and thing is not None and thing is other._thing()
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
-def identity(model: Any) -> list[Any]:
-    """Names a MODEL's weights, patches and options as long as the process lives."""
-    options = model.model_options.get("transformer_options", {})
-    return [id(model.model), str(model.patches_uuid), sorted(map(str, options))]
+def identity(model: Any) -> Any:
+    """Equal for a MODEL of the same weights, patches, wrappers and options, as far as is certain.
+
+    What a node makes anew each time it runs, such as a function, is another one then.
+    """
+    parts = ("patches_uuid", "object_patches", "wrappers", "callbacks", "injections", "attachments")
+    parts += ("hook_patches", "forced_hooks", "current_hooks", "additional_models")
+    named = {name: getattr(model, name, None) for name in parts}
+    return Same(model.model), _plain({**named, "options": model.model_options})
+
+
+def _plain(value: Any) -> Any:
+    """A value that compares by what it says, where it is data, and else as the `Same` object."""
+    if isinstance(value, dict):
+        return tuple(
+            (str(k), _plain(v)) for k, v in sorted(value.items(), key=lambda kv: str(kv[0]))
+        )
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, *map(_plain, value)
+    if value is None or isinstance(value, (bool, int, float, str, bytes, uuid.UUID, torch.dtype)):
+        return type(value).__name__, value
+    if isinstance(value, (Settings, torch.device)):
+        return value
+    if isinstance(value, types.MethodType):  # made anew whenever it is asked for
+        return _plain(value.__self__), _plain(value.__func__)
+    return Same(value)
 
 
 def state_folder() -> Path:

@@ -1,184 +1,134 @@
 """What earlier runs have made that a new one may begin with.
 
-A run leaves an exact snapshot where each prompt ends, at its own end, and where it is stopped. A
-later run whose chunks up to there would be the same (model, seed, size, prompts, everything) goes
-on from it: changing the end of a timeline, or its length, or Cancel, does not make the beginning
-again. Snapshots lie in ComfyUI's temporary folder, the newest few of them. All of it is a favour:
-what fails here costs no run.
+A run keeps the latents of its chunks, also of one that was stopped. A later run that differs from
+some chunk on, by a prompt or by its length, is given those before it: one pass in place of all
+(`Stream.replay`), to the same bits. Their images are in the earlier run's file, if that is still
+there. The latents lie in RAM, as much as the node allows; keeping them costs a run nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..rf_core.prompts import ResolvedEntry
 from ..rf_core.state import Snapshot
-from ..rf_core.stream import Stream
-from ..rf_core.video import VideoFormat, VideoWriter
 from . import host
-from .join import VIDEO, made_by
+from .join import VIDEO
 
-MOST_BYTES = 8 << 30
-"""Disk that kept snapshots may take; the newest is always kept."""
+_LARGE, _SAMPLE = 1 << 26, 1 << 20  # bytes: of tensors above, so many at both ends are their mark
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """The state of a run after some of its chunks."""
+    """The chunks of a run, from its beginning on."""
 
-    key: str
-    """Of everything those chunks hang on."""
-    chunks: int
-    """Chunks made, counted from where the run began."""
-    begun: bool
-    """Whether the run had begun the next chunk: the key then holds that one's prompt, too."""
-    path: Path
-    """The exact snapshot."""
+    key: tuple[Any, ...]
+    """Everything they hang on but the prompts."""
+    prompts: tuple[tuple[int, str, str], ...]
+    """Each prompt's chunk, how it is gone over to, and its mark."""
+    latents: tuple[Tensor, ...]
+    """Clean latents [1, C, F, h, w] of each chunk, on the CPU."""
     video: Path | None
     """A file that begins with their images."""
     run: str
     """Which run made that file; another may take its place under the same name."""
-    num_images: int
-    latents: tuple[Tensor, ...]
-    images: tuple[Tensor, ...]
-    keep: tuple[int, int]
-    """How many images and latent frames the run kept; -1 is all."""
+
+    def shared(self, key: tuple[Any, ...], prompts: tuple[tuple[int, str, str], ...]) -> int:
+        """How many of the chunks another run would make just so."""
+        if self.key != key:
+            return 0
+        pairs = zip((*self.prompts, None), (*prompts, None), strict=False)
+        parted = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
+        chunks = [prompt[0] for prompt in parted if prompt is not None]
+        return min([*chunks, len(self.latents)])
 
 
 _kept: deque[Kept] = deque()  # newest first; shared by all runs of the process
 
 
-def key_of(request: Any, prompts: tuple[ResolvedEntry, ...], chunks: int, begun: bool) -> str:
-    """Names everything the first `chunks` of a run hang on, and with `begun` the next one."""
-    digest = hashlib.blake2b(digest_size=16)
-    seen = [prompt for prompt in prompts if prompt.chunk < chunks + begun]
-    facts = {
-        "chunks": chunks,
-        "model": host.identity(request.model),
-        "decoder": request.decoder and host.identity(request.decoder.vae.patcher),
-        "seed": request.seed,
-        "size": (request.width, request.height),
-        "sampler": asdict(request.sampler),
-        "cache": asdict(request.cache),
-        "prompts": [(prompt.chunk, str(prompt.switch)) for prompt in seen],
-        "from": request.snapshot and {**request.snapshot.facts, VIDEO: None},
-        "head": request.head and (request.head.run, request.head.num_images),
-    }
-    digest.update(json.dumps(facts, default=str).encode())
-    tensors: list[Tensor | None] = [request.prompts.embeds[prompt.text] for prompt in seen]
-    tensors.append(request.start_latents)
-    if request.snapshot is not None:
-        tensors.append(request.snapshot.tensors.get("last_latents"))
-    for tensor in tensors:
-        if tensor is not None:
-            digest.update(tensor.detach().cpu().float().numpy().tobytes())
+def key_of(request: Any) -> tuple[Any, ...]:
+    """Everything that the chunks of a run hang on, but the prompts."""
+    return (
+        host.identity(request.model),
+        request.decoder and host.identity(request.decoder.vae.patcher),
+        request.seed,
+        (request.width, request.height),
+        request.sampler,
+        request.cache,
+        None if request.snapshot is None else _mark_of_state(request.snapshot),
+        None if request.start_latents is None else _mark(request.start_latents),
+        request.head and (request.head.run, request.head.num_images),
+    )
+
+
+def find(request: Any, prompts: tuple[ResolvedEntry, ...]) -> tuple[Kept | None, int]:
+    """What has most chunks that this run would make again, and how many these are."""
+    if not request.reuse_bytes:
+        return None, 0
+    key, marks = key_of(request), _marks(request, prompts)
+    shared = [(each.shared(key, marks), each) for each in _kept]
+    count, best = max(shared, key=lambda pair: pair[0], default=(0, None))
+    return (best, count) if count else (None, 0)
+
+
+def keep(request: Any, prompts: tuple[ResolvedEntry, ...], made: Any) -> bool:
+    """Keep what a run has made; whether a later run can go on from all of it."""
+    if not made.history:
+        return False
+    key, marks = key_of(request), _marks(request, prompts)
+    if any(each.shared(key, marks) >= len(made.history) for each in _kept):
+        return len(made.history) == made.chunks
+    new = Kept(
+        key=key,
+        prompts=marks,
+        latents=tuple(made.history),
+        video=request.path,
+        run=made.run,
+    )
+    for old in [each for each in _kept if new.shared(each.key, each.prompts) == len(each.latents)]:
+        _kept.remove(old)
+    _kept.appendleft(new)
+    while num_bytes() > request.reuse_bytes and len(_kept) > 1:
+        _kept.pop()
+    return len(made.history) == made.chunks
+
+
+def num_bytes() -> int:
+    """RAM that all of it takes; chunks that several runs share count once."""
+    return sum({id(each): each.nbytes for kept in _kept for each in kept.latents}.values())
+
+
+def forget() -> None:
+    """Let go of everything."""
+    _kept.clear()
+
+
+def _marks(request: Any, prompts: tuple[ResolvedEntry, ...]) -> tuple[tuple[int, str, str], ...]:
+    embeds = request.prompts.embeds
+    return tuple((each.chunk, str(each.switch), _mark(embeds[each.text])) for each in prompts)
+
+
+def _mark_of_state(snapshot: Snapshot) -> str:
+    facts = {name: fact for name, fact in snapshot.facts.items() if name != VIDEO}
+    digest = hashlib.blake2b(json.dumps(facts, default=str, sort_keys=True).encode())
+    for name, tensor in sorted(snapshot.tensors.items()):
+        digest.update(f"{name} {_mark(tensor)}".encode())
     return digest.hexdigest()
 
 
-def find(request: Any, prompts: tuple[ResolvedEntry, ...], total: int) -> Kept | None:
-    """The longest part of an earlier run that this one would make again."""
-    found: Kept | None = None
-    for each in _kept:
-        longer = each.chunks < total and (found is None or each.chunks > found.chunks)
-        if longer and each.key == key_of(request, prompts, each.chunks, each.begun):
-            found = each if _serves(each, request) else found
-    return found
-
-
-def _serves(kept: Kept, request: Any) -> bool:
-    enough = all(
-        have < 0 or 0 <= want <= have for have, want in zip(kept.keep, _keeps(request), strict=True)
-    )
-    return enough and kept.path.exists() and (kept.video is None or made_by(kept.run, kept.video))
-
-
-def keep(
-    request: Any, prompts: tuple[ResolvedEntry, ...], stream: Stream, made: Any, begun: bool = False
-) -> bool:
-    """Keep where a run stands, all its images handed on; whether a later run can go on from there.
-
-    `begun` says that the next chunk was begun, and stopped.
-    """
-    if not made.chunks or stream.state.num_chunks != made.before + made.chunks:
-        return False  # the stream is further than the file
-    keys = [key_of(request, prompts, made.chunks, each) for each in (False, begun)]
-    if any(each.key in keys and _serves(each, request) for each in _kept):
-        return True
-    try:
-        with host.held_interrupt():
-            _keep(request, keys[-1], begun, stream, made)
-    except Exception as error:  # a full disk, or memory that ran out
-        host.log(f"what was made is not kept for a later run to go on from: {error}")
-        return False
-    return True
-
-
-def _keep(request: Any, key: str, begun: bool, stream: Stream, made: Any) -> None:
-    path = host.temp_folder("reward_forcing") / f"{key}.safetensors"
-    forget(key)
-    stream.snapshot().save(path)
-    _kept.appendleft(
-        Kept(
-            key=key,
-            chunks=made.chunks,
-            begun=begun,
-            path=path,
-            video=request.path,
-            run=made.run,
-            num_images=made.num_images,
-            latents=tuple(made.latents),
-            images=tuple(made.images),
-            keep=_keeps(request),
-        )
-    )
-    _forget_oldest()
-
-
-def resume(
-    request: Any, kept: Kept, stream: Stream, made: Any, metadata: dict[str, str]
-) -> VideoWriter | None:
-    """Set a run to where an earlier one stood; returns the writer of its file."""
-    stream.restore(Snapshot.load(kept.path))
-    writer = None
-    if kept.video is not None:
-        writer = continued(request, kept.video, kept.num_images, metadata)
-    made.latents.extend(kept.latents)
-    made.images.extend(kept.images)
-    made.num_images = kept.num_images
-    made.chunks = made.reused = kept.chunks
-    return writer
-
-
-def continued(request: Any, video: Path, num_images: int, metadata: dict[str, str]) -> VideoWriter:
-    """The writer of a run's file, which begins with the first images of another."""
-    shutil.copyfile(video, request.path)
-    format = VideoFormat(width=request.width, height=request.height)
-    return VideoWriter.resume(request.path, num_images, format, metadata)
-
-
-def forget(key: str) -> None:
-    """Let go of what is kept under a key."""
-    for each in [each for each in _kept if each.key == key]:
-        _kept.remove(each)
-        each.path.unlink(missing_ok=True)
-
-
-def _keeps(request: Any) -> tuple[int, int]:
-    return request.keep_images, request.keep_latents
-
-
-def _forget_oldest() -> None:
-    total = 0
-    for number, each in enumerate(list(_kept)):
-        size = each.path.stat().st_size if each.path.exists() else 0
-        total += size
-        if not size or (number and total > MOST_BYTES):
-            forget(each.key)
+def _mark(tensor: Tensor) -> str:
+    """Names what is in a tensor; of a large one its ends alone, which differ where it does."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    parts = [flat] if len(flat) <= _LARGE else [flat[:_SAMPLE], flat[-_SAMPLE:]]
+    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
+    for part in parts:
+        digest.update(part.numpy().data)
+    return digest.hexdigest()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -21,11 +23,11 @@ from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.pace import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry, clip_notes
 from ..rf_core.state import Snapshot, cache_config_of
-from ..rf_core.stream import Chunk, Stream
+from ..rf_core.stream import Stream
 from ..rf_core.video import RUN, VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
 from .decoders import StockTAEHVDecoder, StockWanDecoder
-from .join import Head
+from .join import Head, made_by
 from .report import Report
 from .types import UNITS, Timeline
 
@@ -61,6 +63,8 @@ class Request:
     """Last latent frames for the LATENT socket; -1 for all."""
     head: Head | None = None
     """The video that the file begins with."""
+    reuse_bytes: int = 0
+    """RAM that chunks of earlier runs may take, and this one's; 0 takes over and keeps nothing."""
     node_id: str | None = None
     """The node that shows the images as they are made."""
 
@@ -77,16 +81,16 @@ class Made:
 
     latents: deque[Tensor] = field(default_factory=deque)
     images: deque[Tensor] = field(default_factory=deque)
+    history: list[Tensor] = field(default_factory=list)
+    """The first chunks' latents, as many as may be kept for a later run."""
     num_images: int = 0
     """Images in the file, those that it begins with included."""
     num_frames: int = 0
     """Latent frames, those of an earlier run included."""
-    before: int = 0
-    """Chunks of the stream when the run began."""
     chunks: int = 0
     """Chunks handed on, counted from there."""
     reused: int = 0
-    """Those of them that were taken over from an earlier run."""
+    """Chunks that are taken over from an earlier run."""
     goes_on: bool = False
     """Stopped, and a later run of the same request can go on."""
     run: str = field(default_factory=lambda: uuid4().hex)
@@ -176,29 +180,55 @@ def open_stream(request: Request, first: ResolvedEntry) -> Stream:
     return stream
 
 
-def chunks(
-    request: Request,
-    stream: Stream,
-    prompts: tuple[ResolvedEntry, ...],
-    numbers: range,
-    progress: Any,
-    pace: Pace,
-) -> Iterator[Chunk]:
-    """The chunks of a run, prompts changed on the way; images only of those it begins with."""
-    if request.start_latents is not None and not numbers.start:
-        yield from stream.start_from(request.start_latents)
-    given = 0 if numbers.start else request.clip_chunks
-    progress.given(given)
-    switches = {entry.chunk: entry for entry in prompts[1:]}
-    for number in range(numbers.start + given, numbers.stop):
-        if number in switches:
-            entry = switches[number]
-            stream.switch(request.prompts.embeds[entry.text], entry.switch)
-        index = stream.state.num_chunks
-        pace.network_begins()
-        latents = stream.generate(progress.on_pass, progress.on_guess)
-        pace.network_ends()
-        yield Chunk(index=index, latents=latents, images=None)
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What is done with each chunk of a run; all are numbers of chunks from its beginning."""
+
+    prompts: tuple[ResolvedEntry, ...]
+    clock: ChunkClock
+    """Cuts included."""
+    total: int
+    given: tuple[Tensor, ...] = ()
+    """Latents of the first chunks, which are not generated: an earlier run's, or a start clip's."""
+    reused: int = 0
+    """Those of them that an earlier run made."""
+    decoded: int = 0
+    """The first that is decoded."""
+    wanted: int = 0
+    """The first whose images go to the IMAGE socket."""
+    written: int = 0
+    """The first whose images are not in the file already."""
+
+    def after(self, kept: reuse.Kept, count: int) -> Course:
+        """The same where the first chunks are an earlier run's."""
+        return replace(self, given=kept.latents[:count], reused=count)
+
+    def beginning_with(self, file: int, request: Request) -> Course:
+        """The same where the file holds the images of the first `file` chunks.
+
+        Of them as many are decoded again as the decoder remembers, and as the IMAGE socket wants.
+        """
+        assert request.decoder is not None
+        images, keep = self.clock.images_before(self.total), request.keep_images
+        first = 0 if keep < 0 else images - keep
+        ends = (self.clock.images_before(number + 1) for number in range(self.total))
+        wanted = next((number for number, end in enumerate(ends) if end > first), self.total)
+        new = min(file, wanted)
+        back = -(-request.decoder.memory_frames // request.cache.chunk_frames)
+        cuts = [each.chunk for each in self.prompts[1:] if each.switch.mode == "cut"]
+        scene = max((cut for cut in cuts if cut <= new), default=0)
+        return replace(self, written=file, wanted=wanted, decoded=max(scene, new - back, 0))
+
+
+def _course(request: Request) -> Course:
+    """A run that begins with nothing but its start clip."""
+    prompts, total = plan(request)
+    clip: tuple[Tensor, ...] = ()
+    if request.start_latents is not None:
+        clip = request.start_latents.split(request.cache.chunk_frames, dim=2)
+    cuts = [entry.chunk for entry in prompts[1:] if entry.switch.mode == "cut"]
+    clock = clock_of(request).with_cuts(*cuts)
+    return Course(prompts=prompts, clock=clock, total=total, given=clip)
 
 
 def run(request: Request, made: Made) -> None:
@@ -206,99 +236,114 @@ def run(request: Request, made: Made) -> None:
 
     What is made until a stop is kept for a later run to go on from.
     """
-    prompts, total = plan(request)
-    stream, writer = _begin(request, prompts, total, made)
-    made.stream = stream
-    take = partial(_take, request, writer, made)
+    course = _course(request)
+    kept, shared = reuse.find(request, course.prompts)
+    if kept is not None:
+        course = course.after(kept, min(shared, course.total))
+    made.stream = stream = open_stream(request, course.prompts[0])
+    made.reused = course.reused
+    writer = _continued(request, course, kept, made)
+    if writer is not None:
+        course = course.beginning_with(course.reused, request)
+    else:
+        writer = _writer(request, made)
+    take = partial(_take, request, writer, made, _numbers(course))
     try:
         with writer or nullcontext(), _handoff(request, take) or nullcontext() as handoff:
-            _make(request, prompts, range(made.chunks, total), take, handoff, made)
+            _make(request, course, stream, handoff, made)
     finally:
         _tidy(request, made)
     made.report.end()
 
 
-def _begin(
-    request: Request, prompts: tuple[ResolvedEntry, ...], total: int, made: Made
-) -> tuple[Stream, VideoWriter | None]:
-    """The stream and the file, at their start or where an earlier run stood."""
-    kept = reuse.find(request, prompts, total)
-    if kept is not None:
-        stream = open_stream(request, prompts[0])
-        made.before = stream.state.num_chunks
-        try:
-            with host.held_interrupt():
-                metadata = _metadata(request, made)
-                return stream, reuse.resume(request, kept, stream, made, metadata)
-        except Exception as error:
-            host.log(f"the run begins anew, as an earlier one cannot be gone on from: {error}")
-        reuse.forget(kept.key)
-        del stream  # before there is another
-        if request.path is not None:
-            request.path.unlink(missing_ok=True)
-    stream = open_stream(request, prompts[0])
-    made.before = stream.state.num_chunks
-    return stream, _writer(request, made)
+def _continued(
+    request: Request, course: Course, kept: reuse.Kept | None, made: Made
+) -> VideoWriter | None:
+    """The writer of a file that begins with an earlier run's images; None where they are gone."""
+    if kept is None or kept.video is None or not made_by(kept.run, kept.video):
+        return None
+    before = 0 if request.head is None else request.head.num_images
+    images = before + course.clock.images_before(course.reused)
+    try:
+        writer = _begun_with(request, kept.video, images, made)
+    except (ValueError, OSError) as error:
+        host.log(f"{kept.video.name} cannot be gone on from, and its images are made anew: {error}")
+        assert request.path is not None
+        request.path.unlink(missing_ok=True)
+        return None
+    made.num_images = images
+    return writer
 
 
 def _make(
-    request: Request,
-    prompts: tuple[ResolvedEntry, ...],
-    numbers: range,
-    take: Callable[[Tensor], None],
-    handoff: Handoff | None,
-    made: Made,
+    request: Request, course: Course, stream: Stream, handoff: Handoff | None, made: Made
 ) -> None:
     """Hand on chunk after chunk; what is made until the end, or a stop, is kept for a later run."""
-    stream, total = made.stream, numbers.stop
-    assert stream is not None
     steps, previews = len(request.sampler.steps), request.decoder is None
-    progress = host.Progress(request.model, len(numbers), steps, previews=previews)
-    pace = Pace(total, made.chunks, request.model.load_device)
-    cuts = [entry.chunk for entry in prompts[1:] if entry.switch.mode == "cut"]
-    clock = clock_of(request).with_cuts(*cuts)
-    made.num_frames = made.chunks * clock.chunk_frames
-    ends = {entry.chunk for entry in prompts[1:]} | {total}
+    progress = host.Progress(request.model, course.total, steps, previews=previews)
+    progress.given(len(course.given))
     try:
-        for chunk in chunks(request, stream, prompts, numbers, progress, pace):
-            _hand_on(chunk, request, take, handoff, made)
-            if made.chunks in ends:
-                _flush(handoff)
-                reuse.keep(request, prompts, stream, made)
-            number = made.chunks - 1
-            done = pace.chunk_done(
-                made.chunks, clock.images_of(number), clock.images_before(number + 1)
-            )
-            made.report.chunk(done)
+        for latents in _chunks(request, course, stream, progress, made):
+            _hand_on(latents, course, request, handoff, made)
+        _flush(handoff)
+        reuse.keep(request, course.prompts, made)
     except (Exception, host.Interrupted):
         with suppress(Exception):  # it is what stopped the run that is told
             _flush(handoff)
-            made.goes_on = reuse.keep(request, prompts, stream, made, begun=True)
+            made.goes_on = reuse.keep(request, course.prompts, made)
         raise
 
 
+def _chunks(
+    request: Request, course: Course, stream: Stream, progress: Any, made: Made
+) -> Iterator[Tensor]:
+    """The latents of each chunk, given or generated, prompts changed on the way."""
+    switches = {entry.chunk: entry for entry in course.prompts[1:]}
+    given, pace = len(course.given), None
+    for number in range(course.total):
+        if number in switches:
+            entry = switches[number]
+            stream.switch(request.prompts.embeds[entry.text], entry.switch)
+        if number < given:
+            yield stream.replay(course.given[number], progress.on_pass, decode=False).latents
+            continue
+        pace = pace or Pace(course.total, given, request.model.load_device)
+        pace.network_begins()
+        latents = stream.generate(progress.on_pass, progress.on_guess)
+        pace.network_ends()
+        yield latents
+        images, until = course.clock.images_of(number), course.clock.images_before(number + 1)
+        made.report.chunk(pace.chunk_done(made.chunks, images, until))
+
+
 def _hand_on(
-    chunk: Chunk,
-    request: Request,
-    take: Callable[[Tensor], None],
-    handoff: Handoff | None,
-    made: Made,
+    latents: Tensor, course: Course, request: Request, handoff: Handoff | None, made: Made
 ) -> None:
-    made.num_frames += chunk.latents.shape[2]
-    _keep(made.latents, chunk.latents.cpu(), request.keep_latents, dim=2)
-    if chunk.images is not None:
-        take(chunk.images[0].float().cpu())
-    elif handoff is not None:
+    number = made.chunks
+    known = course.given[number] if number < course.reused else latents.cpu()
+    _keep(made.latents, known, request.keep_latents, dim=2)
+    if len(made.history) == number and known.nbytes * (number + 1) <= request.reuse_bytes:
+        made.history.append(known)
+    if handoff is not None and number >= course.decoded:
         assert made.stream is not None
         state = made.stream.state
+        if number == course.decoded and number:
+            state.decoder = None  # it has not seen what lies between
         with host.held_interrupt():  # half a decode would leave a stream that cannot go on
-            state.decoder = handoff.submit(chunk.latents, state.decoder)
+            state.decoder = handoff.submit(latents, state.decoder)
+    made.num_frames += latents.shape[2]
     made.chunks += 1
 
 
 def _flush(handoff: Handoff | None) -> None:
     if handoff is not None:
         handoff.flush()
+
+
+def _numbers(course: Course) -> Iterator[tuple[bool, bool]]:
+    """Of one delivery after another, whether it is written, and whether it is wanted."""
+    for number in count(course.decoded):
+        yield number >= course.written, number >= course.wanted
 
 
 def _tidy(request: Request, made: Made) -> None:
@@ -334,14 +379,21 @@ def _handoff(request: Request, take: Callable[[Tensor], None]) -> Handoff | None
     )
 
 
-def _take(request: Request, writer: VideoWriter | None, made: Made, images: Tensor) -> None:
+def _take(
+    request: Request,
+    writer: VideoWriter | None,
+    made: Made,
+    numbers: Iterator[tuple[bool, bool]],
+    images: Tensor,
+) -> None:
     """A chunk's images [T, 3, H, W] go to the file and the IMAGE socket."""
-    if writer is not None:
+    written, wanted = next(numbers)
+    if writer is not None and written:
         writer.write(shown := to_uint8(images))
         host.show_images(request.node_id, shown)
-    if request.keep_images:
+        made.num_images += len(images)
+    if request.keep_images and wanted:
         _keep(made.images, images.clone(), request.keep_images, dim=0)
-    made.num_images += len(images)
 
 
 def _writer(request: Request, made: Made) -> VideoWriter | None:
@@ -350,7 +402,7 @@ def _writer(request: Request, made: Made) -> VideoWriter | None:
     if (head := request.head) is not None:
         made.num_images = head.num_images
         try:
-            return reuse.continued(request, head.path, head.num_images, _metadata(request, made))
+            return _begun_with(request, head.path, head.num_images, made)
         except ValueError as error:
             request.path.unlink(missing_ok=True)
             raise ValueError(
@@ -359,6 +411,13 @@ def _writer(request: Request, made: Made) -> VideoWriter | None:
             ) from error
     format = VideoFormat(width=request.width, height=request.height)
     return VideoWriter(request.path, format, _metadata(request, made))
+
+
+def _begun_with(request: Request, video: Path, num_images: int, made: Made) -> VideoWriter:
+    """The writer of a run's file, which begins with the first images of another."""
+    shutil.copyfile(video, request.path)  # type: ignore[arg-type]  # there is a video to write
+    format = VideoFormat(width=request.width, height=request.height)
+    return VideoWriter.resume(request.path, num_images, format, _metadata(request, made))  # type: ignore[arg-type]
 
 
 def _keep(kept: deque[Tensor], new: Tensor, most: int, dim: int) -> None:

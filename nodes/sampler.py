@@ -20,7 +20,7 @@ from ..rf_core.config import (
 )
 from ..rf_core.state import cache_config_of
 from ..rf_core.stream import latent_size, start_clip
-from . import host
+from . import host, reuse
 from .border import spoken
 from .decoders import decoder_of
 from .ignored import doubtful, ignored
@@ -182,6 +182,17 @@ class StreamingSampler(io.ComfyNode):
                     "goes on from, so that one file holds all of it. IMAGE and LATENT are of the "
                     "new part.",
                 ),
+                io.Int.Input(
+                    "reuse_memory",
+                    default=1024,
+                    min=0,
+                    max=65536,
+                    optional=True,
+                    advanced=True,
+                    tooltip="RAM in MB that runs may keep, so that another end, another length or "
+                    "Cancel does not make the beginning again. A minute at 832x480 takes 96. 0 "
+                    "keeps nothing, and makes all of it anew.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="LATENT"),
@@ -223,6 +234,7 @@ class StreamingSampler(io.ComfyNode):
         keep_state: str = "compact",
         filename_prefix: str = "video/reward_forcing",
         join: bool = False,
+        reuse_memory: int = 1024,
     ) -> io.NodeOutput:
         _one_start(start_image, start_latent, state)
         base, settings = host.student_of(model), host.settings_of(model)
@@ -248,6 +260,7 @@ class StreamingSampler(io.ComfyNode):
             start_latents=_latents(start_latent, format, cache),
             snapshot=state.snapshot if state else None,
             head=head_of(state.snapshot) if join and state and decoder else None,
+            reuse_bytes=reuse_memory << 20,
             node_id=host.number_of(cls),
             keep_images=keep_images if decoder else 0,
             keep_latents=keep_latents,
@@ -365,6 +378,8 @@ def _told(request: Request, made: Made, peak: int | None) -> str:
         parts.append(
             f"the first {made.reused} chunks ({until:.2f} s) are re-used from an earlier run"
         )
+    if request.reuse_bytes:
+        parts.append(f"{reuse.num_bytes() / 2**20:.1f} MB kept for later runs")
     text = "; ".join(parts)
     host.log(text)
     return text

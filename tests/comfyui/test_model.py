@@ -76,13 +76,14 @@ def request_of(pack: Any, model: Any, text: str, **changes: Any) -> Any:
         "snapshot": None,
         "keep_images": 0,
         "keep_latents": -1,
+        "reuse_bytes": 1 << 30,
     }
     return run.Request(**values | changes)
 
 
 def sampled(pack: Any, request: Any) -> Any:
     """The run, made anew."""
-    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    importlib.import_module(f"{PACK}.nodes.reuse").forget()
     return again(request)
 
 
@@ -915,7 +916,7 @@ def test_a_run_stopped_anywhere_is_gone_on_from_as_if_it_had_not_been(
 ) -> None:
     whole, part, rest = (video(text, f"{name}.mp4") for name in ("whole", "part", "rest"))
     expected = sampled(pack, whole)
-    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    importlib.import_module(f"{PACK}.nodes.reuse").forget()
     stopped = stopped_run(pack, host, part, place)
     assert (stopped.chunks, stopped.goes_on) == (chunks, chunks > 0)
     if chunks:
@@ -965,14 +966,14 @@ def test_a_change_within_a_start_clip_acts_after_it_and_runs_are_gone_on_from_al
     within = [f"c1 [{mode}]: a blue square moves up", f"c2 [{mode}]: a blue square moves up"]
     within.append(f"c1 [cut]: snow\n{within[1]}")
     for change in within:
-        reuse._kept.clear()
+        reuse.forget()
         (*_, note) = run.prompt_notes(request(change))
         assert note.startswith("note: 'a blue square moves up', asked for at ")
         assert again(request(change, length=4)).reused == 0
         second = again(longer := request(change))
         assert second.reused == 4
         assert same(expected, second, after, longer)
-        reuse._kept.clear()
+        reuse.forget()
         assert stopped_run(pack, host, request(change), 2).chunks == 3
         second = again(rest := request(change))
         assert second.reused == 3
@@ -995,20 +996,18 @@ def test_a_video_shorter_than_its_start_clip_is_refused(
 
 
 @pytest.mark.parametrize("mode", ["soft", "recache", "blend 2", "cut"])
-def test_where_a_stopped_chunk_would_now_be_another_its_run_is_left_alone(
+def test_the_chunk_that_was_stopped_may_be_given_another_prompt(
     pack: Any, host: Any, video: Callable[..., Any], mode: str
 ) -> None:
-    whole, rest = (
-        video(f"0s: {PROMPT}\nc3 [{mode}]: snow", name) for name in ("whole.mp4", "rest.mp4")
-    )
-    expected = sampled(pack, whole)
-    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
-    assert stopped_run(pack, host, video(PROMPT, "part.mp4"), 15).chunks == 3
-    second = again(rest)  # its fourth chunk, which was begun, sees another prompt
-    assert second.reused == 0
-    assert same(expected, second, whole, rest)
-    later = video(f"0s: {PROMPT}\nc4 [{mode}]: snow", "later.mp4")
-    assert again(later).reused == 3
+    for change, reused in ((3, 3), (4, 3), (2, 2), (0, 0)):
+        text = f"0s: {PROMPT}\nc{change} [{mode}]: snow" if change else "snow"
+        whole, rest = (video(text, f"{name}-{change}.mp4") for name in ("whole", "rest"))
+        expected = sampled(pack, whole)
+        importlib.import_module(f"{PACK}.nodes.reuse").forget()
+        assert stopped_run(pack, host, video(PROMPT, "part.mp4"), 15).chunks == 3
+        second = again(rest)
+        assert second.reused == reused
+        assert same(expected, second, whole, rest)
 
 
 def test_a_run_that_was_stopped_twice_is_gone_on_from_where_it_came_last(
@@ -1016,35 +1015,37 @@ def test_a_run_that_was_stopped_twice_is_gone_on_from_where_it_came_last(
 ) -> None:
     whole, *parts = (video(PROMPT, f"{name}.mp4") for name in ("whole", "a", "b", "c", "d"))
     expected = sampled(pack, whole)
-    importlib.import_module(f"{PACK}.nodes.reuse")._kept.clear()
+    importlib.import_module(f"{PACK}.nodes.reuse").forget()
     stopped_run(pack, host, parts[0], 7)
     second = stopped_run(pack, host, parts[1], 12)  # from its own first pass
     assert (second.reused, second.chunks) == (1, 3)
     third = stopped_run(pack, host, parts[2], 0)  # at once
-    assert (third.reused, third.chunks, third.goes_on) == (3, 3, True)
+    assert (third.reused, third.chunks, third.goes_on) == (3, 1, True)
     last = again(parts[3])
     assert last.reused == 3 and same(expected, last, whole, parts[3])
 
 
-def test_a_full_disk_costs_no_run_what_it_made(
-    pack: Any, host: Any, video: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_what_runs_keep_is_bounded_and_counted(
+    pack: Any, host: Any, video: Callable[..., Any]
 ) -> None:
-    state = importlib.import_module(f"{PACK}.rf_core.state")
-    reuse = importlib.import_module(f"{PACK}.nodes.reuse")
-    said: list[str] = []
-
-    def full(tensors: Any, path: Path, **_: Any) -> None:
-        path.write_bytes(b"some of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(host, "log", said.append)
-    monkeypatch.setattr(state, "save_file", full)
-    request = video(PROMPT, "whole.mp4", length=2)
-    assert sampled(pack, request).num_images == len(images_of(request.path)) == 21
-    stopped = stopped_run(pack, host, video(PROMPT, "part.mp4"), 12)
+    reuse, sampler = (importlib.import_module(f"{PACK}.nodes.{n}") for n in ("reuse", "sampler"))
+    first = sampled(pack, video(PROMPT, "first.mp4"))
+    chunk = first.history[0].nbytes
+    assert reuse.num_bytes() == CHUNKS * chunk
+    longer = again(video(PROMPT, "longer.mp4", length=CHUNKS + 1))
+    assert longer.reused == CHUNKS and reuse.num_bytes() == (CHUNKS + 1) * chunk
+    branch = again(video(f"0s: {PROMPT}\nc3: snow", "branch.mp4"))
+    assert branch.reused == 3
+    assert reuse.num_bytes() == (CHUNKS + 1 + CHUNKS - 3) * chunk  # of which three are shared
+    again(small := video(PROMPT, "small.mp4", seed=4, reuse_bytes=2 * chunk))
+    assert reuse.num_bytes() == 2 * chunk  # the beginning of this one, and no older run
+    assert "MB kept for later runs" in sampler._told(small, first, None)
+    assert again(video(PROMPT, "more.mp4", seed=4)).reused == 2
+    held = reuse.num_bytes()
+    none = again(video(PROMPT, "none.mp4", seed=4, reuse_bytes=0))
+    assert (none.reused, none.history, reuse.num_bytes()) == (0, [], held)
+    stopped = stopped_run(pack, host, video(PROMPT, "a.mp4", seed=5, reuse_bytes=chunk), 12)
     assert stopped.chunks == 2 and not stopped.goes_on
-    assert sum("not kept" in line and "No space" in line for line in said) == 2
-    assert not reuse._kept and not list(host.temp_folder("reward_forcing").glob("*.part"))
 
 
 def test_memory_that_runs_out_leaves_what_can_be_gone_on_from(
@@ -1068,7 +1069,7 @@ def test_memory_that_runs_out_leaves_what_can_be_gone_on_from(
 
 
 @pytest.mark.parametrize("failing", ["absorb", "move_up", "rotate_context"])
-def test_memory_that_runs_out_while_the_window_moves_leaves_no_torn_one(
+def test_memory_that_runs_out_while_the_window_moves_costs_what_was_not_made(
     pack: Any, host: Any, video: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     cache = importlib.import_module(f"{PACK}.rf_core.kv_cache")
@@ -1088,7 +1089,7 @@ def test_memory_that_runs_out_while_the_window_moves_leaves_no_torn_one(
         with pytest.raises(RuntimeError, match="memory ran out"):
             sampled(pack, part)
     second = again(rest)
-    assert second.reused == (4 if failing == "rotate_context" else 0)
+    assert second.reused == 4
     assert same(expected, second, whole, rest)
 
 
@@ -1101,34 +1102,62 @@ def test_a_file_that_now_holds_another_video_is_not_gone_on_from(
     first.path.unlink()
     again(video(PROMPT, "video.mp4", length=2, seed=4))  # under the same name
     rest = video(PROMPT, "rest.mp4")
-    assert again(rest).reused == 0
+    assert again(rest).reused == 2  # whose images are decoded again
     longer = again(video(PROMPT, "longer.mp4", length=6))
-    assert longer.reused == CHUNKS  # what took its place is kept in turn
+    assert longer.reused == CHUNKS
     assert np.array_equal(images_of(whole.path), images_of(rest.path))
     assert len(expected.images) == CHUNKS
 
 
-@pytest.mark.parametrize("broken", ["snapshot", "video"])
-def test_what_cannot_be_taken_over_is_made_anew(
-    pack: Any, host: Any, video: Callable[..., Any], broken: str
+def test_a_file_that_is_shorter_than_it_was_is_made_anew(
+    pack: Any, host: Any, video: Callable[..., Any]
 ) -> None:
     from rf_core.video import remux
 
     join, reuse = (importlib.import_module(f"{PACK}.nodes.{name}") for name in ("join", "reuse"))
     whole, first, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "first", "rest"))
     expected = sampled(pack, whole)
+    reuse.forget()
     stopped = stopped_run(pack, host, first, 12)
-    reuse._kept.clear()
-    stopped = stopped_run(pack, host, first, 12)
-    if broken == "snapshot":
-        reuse._kept[0].path.write_bytes(b"cut short")
-    else:  # shorter than it was, under the same id
-        short = video(PROMPT, "short.mp4", length=1)
-        again(short)
-        remux(short.path, {join.RUN: stopped.run})
-        short.path.replace(first.path)
+    short = video(PROMPT, "short.mp4", length=1)
+    again(short)
+    remux(short.path, {join.RUN: stopped.run})
+    short.path.replace(first.path)
     second = again(rest)
-    assert second.reused == 0 and same(expected, second, whole, rest)
+    assert second.reused == 2 and same(expected, second, whole, rest)
+
+
+@pytest.mark.parametrize("keep_images", [0, 1, 13, 40, 300, -1])
+@pytest.mark.parametrize("cut", [None, 3, 16])
+def test_as_few_images_are_decoded_again_as_the_rest_of_a_long_video_needs(
+    pack: Any, host: Any, video: Callable[..., Any], cut: int | None, keep_images: int
+) -> None:
+    text = PROMPT if cut is None else f"0s: {PROMPT}\nc{cut} [cut]: snow"
+    few = {"keep_images": keep_images, "keep_latents": 0}
+    whole, part, rest = (
+        video(text, f"{name}.mp4", length=length, **few)
+        for name, length in (("whole", 20), ("part", 18), ("rest", 20))
+    )
+    expected = sampled(pack, whole)
+    sampled(pack, part)
+    decoded, plain = [], type(rest.decoder).decode
+
+    def counting(decoder: Any, latents: Tensor, state: Any) -> Any:
+        decoded.append(latents.shape[2] // 3)
+        return plain(decoder, latents, state)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(rest.decoder), "decode", counting)
+        second = again(rest)
+    assert second.reused == 18 and second.num_images == expected.num_images
+    assert np.array_equal(images_of(whole.path), images_of(rest.path))
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    found, wanted = (run.images_of(made, keep_images) for made in (second, expected))
+    assert (found is None and wanted is None) or torch.equal(found, wanted)
+    back = -(-rest.decoder.memory_frames // 3)
+    if keep_images == 0:
+        first = max(18 - back, 0 if cut is None else cut)
+        assert len(decoded) == 20 - first
 
 
 @pytest.mark.parametrize(
