@@ -69,11 +69,15 @@ class GraphedModel:
     ) -> None:
         self._model, self._given, self._must, self._failed = model, capture, must, False
         self._lock = threading.Lock()
-        self.config, self.patch_embedding = model.config, model.patch_embedding
-        self.get_parameter = model.get_parameter
+        self.config, self.get_parameter = model.config, model.get_parameter
         self.counted_prompt, self.time_context = model.counted_prompt, model.time_context
         self._forget(size=None)
         self._look_at_network()
+
+    @property
+    def patch_embedding(self) -> nn.Conv3d:
+        """The network's, as it is now."""
+        return self._model.patch_embedding
 
     def __call__(
         self,
