@@ -108,6 +108,19 @@ def test_the_published_decoders_memory_is_38_and_8_latent_frames() -> None:
         assert TAEHVDecoder(TAEHV(TAEHVConfig())).memory_frames == 8
 
 
+@pytest.mark.parametrize(("kind", "said"), [(WanDecoder, 1.9e9), (TAEHVDecoder, 67e6)])
+@torch.no_grad()
+def test_a_fork_at_832x480_holds_the_bytes_it_is_said_to(kind: Adapter, said: float) -> None:
+    with torch.device("meta"):
+        codec = WanVAE(VAEConfig()) if kind is WanDecoder else TAEHV(TAEHVConfig())
+        decoder = kind(codec.bfloat16())
+        parts = torch.empty(1, 16, 6, 480 // 8, 832 // 8).split(3, dim=2)
+    state = None
+    for part in parts:
+        _, state = decoder.codec.decode_chunk(part.bfloat16(), state)
+    assert state.nbytes == pytest.approx(said, rel=0.01)
+
+
 def test_decoders_name_what_made_a_state() -> None:
     assert (WanDecoder.kind, TAEHVDecoder.kind) == ("wan", "taehv")
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rf_core.fast.graphs import CudaCapture, GraphedModel, TraceCapture, _Inputs
+from rf_core.fast.quantise import quantise_linears
 from rf_core.kernels import availability, onednn
 from rf_core.memory.offload import stream_layers
 from rf_core.model import WanModel
@@ -112,6 +115,8 @@ def test_streams_that_live_at_once_have_caches_of_their_own(graphed):
     model, _ = graphed
     streams = [stream_of(model, 0), stream_of(model, 1)]
     made = [[stream.step().latents for stream in streams] for _ in range(5)]
+    places = [inputs.x.data_ptr() for inputs in model._inputs.values()]
+    assert len(set(places)) == len(streams)  # what one is given, the other's pass cannot read
     for number, chunks in enumerate(zip(*made, strict=True)):
         alone = latents_of(stream_of(tiny.model(), number), 5)
         assert torch.equal(torch.cat(chunks, dim=2), alone)
@@ -236,7 +241,7 @@ class Card:
         self.notes: list[tuple] = []
         self.current, self.pools, self.fails = "main", iter("abc"), False
         patch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=self.waits))
-        patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=self.waits))
+        patch.setattr(torch.cuda, "current_stream", self.current_stream)
         patch.setattr(torch.cuda, "current_device", lambda: 1)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(self.pools))
         patch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda graph: None}))
@@ -248,6 +253,9 @@ class Card:
 
     def note(self, *what) -> None:
         self.notes.append(what)
+
+    def current_stream(self):
+        return SimpleNamespace(name=self.current, wait_stream=self.waits)
 
     def waits(self, stream) -> None:
         self.notes.append(("wait",))
@@ -267,7 +275,6 @@ def test_a_card_s_captures_share_a_stream_and_a_pool_until_all_are_gone(monkeypa
     card, result = Card(monkeypatch), torch.ones(2)
     capture = CudaCapture(torch.device("cuda:1"))
     replays = [capture(lambda: (result,)) for _ in range(2)]
-    assert replays[0]() is result
     captures = [note for note in card.notes if len(note) == 3]
     assert card.notes == [("wait",), ("wait",), captures[0]] * 2 and captures[0] == captures[1]
     assert captures[0][0] == "a" and captures[0][2] == "thread_local"
@@ -275,6 +282,19 @@ def test_a_card_s_captures_share_a_stream_and_a_pool_until_all_are_gone(monkeypa
     gc.collect()
     capture(lambda: (result,))
     assert card.notes[-1] == ("b", *captures[0][1:])
+
+
+def test_a_card_s_replays_follow_one_another_and_leave_results_of_their_own(monkeypatch):
+    card, result = Card(monkeypatch), torch.ones(2)
+    replays = [CudaCapture(torch.device("cuda:1"))(lambda: (result,))] * 2
+    card.notes.clear()
+    made = [replay() for replay in replays]
+    assert not card.notes  # on one stream they do
+    result.fill_(9)  # as by the next graph, in the memory they share
+    assert torch.equal(torch.stack(made), torch.ones(2, 2))
+    card.current = "another thread's"
+    replays[0]()
+    assert card.notes == [("wait",)]
 
 
 def test_a_card_s_failed_capture_leaves_streams_and_allocator_as_they_were(monkeypatch):
@@ -352,3 +372,123 @@ def test_a_trace_holds_no_arithmetic_with_sizes():
         replay = traced(run)
     assert torch.equal(replay(), run()[0])
     assert "aten::size" not in str(calls[0].inlined_graph)
+
+
+def assigned(model: WanModel) -> None:
+    model.load_state_dict(tiny.model(seed=1).state_dict(), assign=True)
+
+
+def given_new_data(model: WanModel) -> None:
+    for parameter, other in zip(model.parameters(), tiny.model(seed=1).parameters(), strict=True):
+        parameter.data = other.data
+
+
+def given_another_layer(model: WanModel) -> None:
+    model.blocks[1].ffn = tiny.model(seed=1).blocks[1].ffn
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def given_other_code(model: WanModel) -> None:
+    old = model.blocks[1].cross_attn.o
+    model.blocks[1].cross_attn.o = new = Doubled(old.in_features, old.out_features, device="meta")
+    new.weight, new.bias = old.weight, old.bias
+
+
+CHANGES = [
+    *(assigned, given_new_data, given_another_layer, given_other_code),
+    *(quantise_linears, WanModel.bfloat16),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_weights_that_lie_elsewhere_are_recorded_anew(change):
+    network, recorder = tiny.model(), TraceRecorder()
+    graphed = GraphedModel(network, recorder)
+    latents_of(stream_of(graphed))
+    gc.collect()
+    change(network)
+    change(expected := tiny.model())
+    captured, replayed = recorder.captured, recorder.replayed
+    made = latents_of(stream_of(graphed))
+    assert torch.equal(made, latents_of(stream_of(expected)))
+    assert recorder.captured == 2 * captured and recorder.replayed == 2 * replayed
+    gc.collect()
+    assert torch.equal(latents_of(stream_of(graphed)), made)
+    assert recorder.captured == 2 * captured
+
+
+def test_weights_changed_where_they_lie_are_followed_without_recording_anew():
+    network, recorder = tiny.model(), TraceRecorder()
+    graphed = GraphedModel(network, recorder)
+    before, captured = latents_of(stream_of(graphed)), recorder.captured
+    gc.collect()
+    with torch.no_grad():  # as an adapter merged in place
+        network.blocks[0].self_attn.q.weight.add_(0.1)
+    expected = latents_of(stream_of(network))
+    assert torch.equal(latents_of(stream_of(graphed)), expected)
+    assert not torch.equal(before, expected) and recorder.captured == captured
+
+
+def test_weights_exchanged_within_a_stream_count_from_the_next_pass():
+    network = tiny.model()
+    streams = [stream_of(GraphedModel(network, TraceRecorder())), stream_of(plain := tiny.model())]
+    for _ in range(4):
+        a, b = (stream.step().latents for stream in streams)
+        assert torch.equal(a, b)
+    assigned(network)
+    assigned(plain)
+    for _ in range(2):
+        a, b = (stream.step().latents for stream in streams)
+        assert torch.equal(a, b)
+
+
+def test_a_hook_that_comes_later_is_refused_as_one_that_was_there():
+    network = tiny.model()
+    stream = stream_of(GraphedModel(network, TraceRecorder()))
+    stream.step()
+    hook = network.blocks[0].ffn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"the hooks of blocks\.0\.ffn would not run"):
+        stream.step()
+    hook.remove()
+    stream.step()
+
+
+class Slow(Recorder):
+    """Gives other threads time to come between, where they may."""
+
+    busy = False
+
+    def __call__(self, run):
+        replay = self.alone(partial(super().__call__, run))
+        return partial(self.alone, replay)
+
+    def alone(self, run):
+        assert not self.busy
+        self.busy = True
+        sleep(0.005)
+        result = run()
+        sleep(0.005)
+        self.busy = False
+        return result
+
+
+@pytest.mark.parametrize("kind", [Slow, TraceRecorder])
+def test_streams_in_threads_of_their_own_make_what_each_makes_alone(kind):
+    model, made = GraphedModel(tiny.model(), kind()), {}
+    streams = [stream_of(model, number, seed=number) for number in range(3)]
+
+    def make(number: int) -> None:
+        made[number] = latents_of(streams[number], 8, switch_at=3)
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(3):
+        alone = latents_of(stream_of(tiny.model(), number, seed=number), 8, switch_at=3)
+        assert torch.equal(made[number], alone)

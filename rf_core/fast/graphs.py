@@ -7,11 +7,16 @@ copied to places of their own, caches are lent and come back, and there is a gra
 a pass: while the window grows, when it is full, denoising or clean. What was captured for one
 stream serves the next one of its size; one size is held at a time. A fork's cache is its own, and
 its passes run as they would without graphs.
+
+Weights may change: where they lie, as an adapter merged in place does, and the passes follow; or
+by others in their place (assigned, moved, quantised), and all is recorded anew. Streams may be
+stepped in threads of their own; their passes take turns.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -21,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -30,15 +35,16 @@ from ..config import CacheConfig
 from ..kv_cache import KVCache
 from ..memory.offload import StreamedLayers
 from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
+from ..operations import is_watched
 from ..rope import Rope
 
 logger = logging.getLogger(__name__)
 
 Replay = Callable[[], Tensor]
-"""Runs a captured pass again; its first result, which the next replay overwrites."""
+"""Runs a captured pass again; its result, which the next replay of that pass may overwrite."""
 
 Run = Callable[[], tuple[Tensor, ...]]
-"""A pass: its result, where it has one, and the memory it has written to."""
+"""A pass: its result, empty where it has none, and the memory it has written to."""
 
 
 class Capture(Protocol):
@@ -55,19 +61,23 @@ class GraphedModel:
 
     `capture` is the one of the model's device but for tests. Unless it `must`, a pass that fails
     to be recorded, as for want of memory, is warned of once, and all go on without. ValueError
-    where the network cannot be captured.
+    where the network cannot be captured, or can no longer.
     """
 
     def __init__(
         self, model: WanModel, capture: Capture | None = None, *, must: bool = True
     ) -> None:
-        if capture is None:
-            capture = _capture_for(model)
-        self._model, self._capture, self._must, self._failed = model, capture, must, False
-        self.config, self.patch_embedding = model.config, model.patch_embedding
-        self.fingerprint = model.fingerprint
+        self._model, self._given, self._must, self._failed = model, capture, must, False
+        self._lock = threading.Lock()
+        self.config, self.fingerprint = model.config, model.fingerprint
         self.counted_prompt, self.time_context = model.counted_prompt, model.time_context
         self._forget(size=None)
+        self._look_at_network()
+
+    @property
+    def patch_embedding(self) -> nn.Conv3d:
+        """The network's, as it is now."""
+        return self._model.patch_embedding
 
     def __call__(
         self,
@@ -77,7 +87,7 @@ class GraphedModel:
         cache: KVCache,
         attention: Attention = sdpa,
     ) -> Tensor:
-        """See `WanModel.forward`. The flow is overwritten by the next pass."""
+        """See `WanModel.forward`. The flow is overwritten by the same stream's next pass."""
         return self._run(self._model.forward, x, time, prompt, cache, attention)
 
     def remember(
@@ -96,20 +106,24 @@ class GraphedModel:
         if isinstance(self._capture, TraceCapture) and config.storage != "exact":
             return self._model.new_cache(config, **sizes)  # a trace loses sight of its rows
         size = (config, *sizes.items())
-        if size != self._size:
-            self._forget(size)
-        if not self._free:
-            self._free.append(self._model.new_cache(config, **sizes))
-        memory = self._free.pop()
-        cache = memory.as_it_stands()
-        self._lent.add(memory.k_NBWHD.data_ptr())
-        weakref.finalize(cache, self._free.append, memory)
-        return cache
+        with self._lock:
+            if size != self._size:
+                self._forget(size)
+            if not self._free:
+                self._free.append(self._model.new_cache(config, **sizes))
+            memory = self._free.pop()
+            cache = memory.as_it_stands()
+            self._lent.add(memory.k_NBWHD.data_ptr())
+            weakref.finalize(cache, self._free.append, memory)
+            return cache
 
     def _forget(self, size: Any) -> None:
         self._size = size
         self._free: list[KVCache] = []
         self._lent: set[int] = set()
+        self._forget_passes()
+
+    def _forget_passes(self) -> None:
         self._inputs: dict[Any, _Inputs] = {}
         self._passes: dict[Any, _Pass] = {}
         self._uses: Counter[Any] = Counter()
@@ -123,25 +137,49 @@ class GraphedModel:
         cache: KVCache,
         attention: Attention,
     ) -> Any:
+        if cache.k_NBWHD.data_ptr() in self._lent and not self._failed:
+            with self._lock:
+                replay = self._recorded(run, x, time, prompt, cache, attention)
+                if replay is not None:
+                    return replay()
+        return run(x, time, prompt, cache, attention)
+
+    def _recorded(
+        self,
+        run: Callable[..., Any],
+        x: Tensor,
+        time: TimeContext,
+        prompt: PromptContext | CountedPrompt,
+        cache: KVCache,
+        attention: Attention,
+    ) -> Replay | None:
+        """The pass as it was recorded, its inputs in place; None where it is to run as it is."""
+        if _fixed_by_recording(self._model) != self._fixed:
+            self._look_at_network()
+            self._forget_passes()
         memory = cache.k_NBWHD.data_ptr()
-        if memory not in self._lent or self._failed:
-            return run(x, time, prompt, cache, attention)
         form = (run, x.shape, memory, cache.context_frames, cache.slot_frames, attention)
         self._uses[form] += 1
         if self._uses[form] <= self._capture.patience:
-            return run(x, time, prompt, cache, attention)
-        if x.shape not in self._inputs:
-            self._inputs[x.shape] = _Inputs.like(x, time, prompt)
-        inputs = self._inputs[x.shape]
+            return None
+        # Places of each stream's own: another's next pass, in its thread, leaves them alone.
+        inputs = self._inputs.get((x.shape, memory))
+        if inputs is None:
+            inputs = self._inputs[x.shape, memory] = _Inputs.like(x, time, prompt)
         inputs.set(x, time, prompt)
         if form not in self._passes:
             fixed = cache.as_it_stands()  # and not the stream's own, which is to be let go of
             seen = (inputs.x, inputs.time, inputs.prompt, fixed, attention)
             replay = self._captured(lambda: _with_memory(run(*seen), fixed))
             if replay is None:
-                return run(x, time, prompt, cache, attention)
+                return None
             self._passes[form] = _Pass(replay, (self._model.rope(x, cache), fixed))
-        return self._passes[form].replay()
+        return self._passes[form].replay
+
+    def _look_at_network(self) -> None:
+        _require_recordable(self._model)
+        self._capture = self._given or _capture_for(self._model)
+        self._fixed = _fixed_by_recording(self._model)
 
     def _captured(self, run: Run) -> Replay | None:
         try:
@@ -197,7 +235,11 @@ class _Pass:
 
 
 class CudaCapture:
-    """Captures on a CUDA device; graphs that live at once share one pool of memory."""
+    """Captures on a CUDA device; graphs that live at once share one pool of memory.
+
+    So each graph's replay follows the last one's, whatever stream that was on, and its result is
+    copied before the next may write over it.
+    """
 
     patience = 0
 
@@ -206,6 +248,7 @@ class CudaCapture:
         # Always the same one: libraries keep a workspace for each stream they have seen, and what
         # they first take during a capture would lie in its pool.
         self._stream = torch.cuda.Stream(device)
+        self._last: torch.cuda.Stream | None = None
 
     def __call__(self, run: Run) -> Replay:
         if not self._graphs:  # a pool whose graphs are gone cannot be captured into
@@ -217,10 +260,17 @@ class CudaCapture:
         self._graphs.add(graph)
 
         def replay() -> Tensor:
+            self._follow()
             graph.replay()
-            return result
+            return result.clone()
 
         return replay
+
+    def _follow(self) -> None:
+        current = torch.cuda.current_stream()
+        if self._last is not None and current != self._last:
+            current.wait_stream(self._last)
+        self._last = current
 
     def _first(self, run: Run) -> None:
         """In a first run libraries set themselves up."""
@@ -284,11 +334,40 @@ class _PlainSizes(TorchFunctionMode):
 
 
 def _with_memory(result: Tensor | None, cache: KVCache) -> tuple[Tensor, ...]:
-    memory = (*cache.tensors().values(), cache.turned_NBWHD)
-    return memory if result is None else (result, *memory)
+    empty = cache.k_NBWHD.new_empty(0)
+    return (empty if result is None else result, *cache.tensors().values(), cache.turned_NBWHD)
+
+
+def _fixed_by_recording(module: nn.Module) -> list[Any]:
+    """What a recorded pass goes on with, whatever the network has by then: its modules' code, and
+    where their tensors lie.
+
+    Looked at before every pass, and so without what `nn.Module.modules` does besides. Nothing is
+    held: weights that are exchanged must be let go of.
+    """
+    found: list[Any] = []
+
+    def look(module: nn.Module) -> None:
+        own = module.__dict__
+        found.append(type(module))
+        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+            found.append(None if tensor is None else tensor.data_ptr())
+        if is_watched(module):
+            found.append("watched")
+        for child in own["_modules"].values():
+            look(child)
+
+    look(module)
+    return found
 
 
 def _capture_for(model: WanModel) -> Capture:
+    parameter = next(model.parameters())
+    return CudaCapture(parameter.device) if parameter.is_cuda else TraceCapture()
+
+
+def _require_recordable(model: WanModel) -> None:
+    """ValueError where a recording would leave out what the network does."""
     if isinstance(model.blocks, StreamedLayers):
         raise ValueError("recorded passes need all weights in place; leave out --offload stream")
     devices = {p.device.type for p in model.parameters()}
@@ -298,11 +377,8 @@ def _capture_for(model: WanModel) -> Capture:
             f"{', '.join(sorted(devices))}; switch graphs off"
         )
     for name, part in model.named_modules():
-        if part._forward_hooks or part._forward_pre_hooks:
+        if is_watched(part):
             raise ValueError(
                 f"recorded passes run no Python, so the hooks of {name} would not run; switch "
                 "graphs off, or take the hooks away"
             )
-    if devices == {"cuda"}:
-        return CudaCapture(next(model.parameters()).device)
-    return TraceCapture()

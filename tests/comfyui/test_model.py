@@ -1154,7 +1154,7 @@ def test_as_few_images_are_decoded_again_as_the_rest_of_a_long_video_needs(
     run = importlib.import_module(f"{PACK}.nodes.run")
     found, wanted = (run.images_of(made, keep_images) for made in (second, expected))
     assert (found is None and wanted is None) or torch.equal(found, wanted)
-    back = -(-rest.decoder.memory_frames // 3)
+    back = 1 - (-rest.decoder.memory_frames // 3)
     if keep_images == 0:
         first = max(18 - back, 0 if cut is None else cut)
         assert len(decoded) == 20 - first
