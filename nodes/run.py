@@ -214,7 +214,7 @@ class Course:
         ends = (self.clock.images_before(number + 1) for number in range(self.total))
         wanted = next((number for number, end in enumerate(ends) if end > first), self.total)
         new = min(file, wanted)
-        # One more, as the first that is decoded from nothing may be cut in two, and round otherwise.
+        # One more: the first that is decoded from nothing may be cut in two, and round otherwise.
         back = 1 - (-request.decoder.memory_frames // request.cache.chunk_frames)
         cuts = [each.chunk for each in self.prompts[1:] if each.switch.mode == "cut"]
         scene = max((cut for cut in cuts if cut <= new), default=0)

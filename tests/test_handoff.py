@@ -115,6 +115,8 @@ class Behind:
 class Adding(Counter):
     """A decoder whose state is all it has seen."""
 
+    kind = "adding"
+
     def decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
         before = 0 if state is None else state.take("sum")
         done = 0 if state is None else state.num_frames
