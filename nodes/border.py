@@ -1,4 +1,5 @@
-"""Where the engine's errors become a node's: in names that the node shows, without paths or flags.
+"""The border of a node: what comes in is what its schema says, and the engine's errors become its
+own, in names that the node shows, without paths or flags.
 
 ComfyUI prints an error's class in front of its text, with the file it comes from unless it is
 Python's own.
@@ -7,13 +8,17 @@ Python's own.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
 
+from comfy_api.latest import io
+
 from ..rf_core.prompts import TimelineError
 from ..rf_core.prompts.timeline import shorten
 from . import host
+from .inputs import checked
 
 _FLAGS = (
     (
@@ -29,14 +34,16 @@ _SHOWN = 100  # columns of a line that is wrong
 
 
 def spoken(execute: Callable[..., Any]) -> Callable[..., Any]:
-    """A node's `execute` whose ValueErrors are in the words of nodes."""
+    """A node's `execute` whose inputs are checked, and whose ValueErrors are in words of nodes."""
+    signature = inspect.signature(execute)
 
     @functools.wraps(execute)
-    def executed(*given: Any, **inputs: Any) -> Any:
+    def executed(node: type[io.ComfyNode], *given: Any, **named: Any) -> Any:
+        _, *inputs = signature.bind(node, *given, **named).arguments.items()
         try:
-            return execute(*given, **inputs)
+            return execute(node, **checked(node, dict(inputs)))
         except ValueError as error:
-            raise ValueError(words(error, str(inputs.get("text", "")))) from error
+            raise ValueError(words(error, str(dict(inputs).get("text", "")))) from error
 
     return executed
 

@@ -20,7 +20,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import comfy.cli_args
@@ -58,6 +58,7 @@ from ..rf_core.text import byte_ids, clean_prompt
 from ..rf_core.weights.checkpoint import Checkpoint, read_checkpoint, require_finite
 from ..rf_core.weights.lora import fit_file, read_lora
 from ..rf_core.weights.lora_merge import Adapter, change
+from . import names
 
 StockWanVAE = comfy.ldm.wan.vae.WanVAE
 StockTAEHV = comfy.taesd.taehv.TAEHV
@@ -261,7 +262,7 @@ def lora_files() -> list[str]:
 
 def lora_path(name: str) -> Path:
     """Where a file of models/loras lies."""
-    return Path(folder_paths.get_full_path_or_raise("loras", name))
+    return _listed("loras", name, "lora_name")
 
 
 def changed(path: Path) -> int:
@@ -681,7 +682,18 @@ def animated(frames: list[Image.Image], max_size: int | None) -> Image.Image:
 
 def model_path(name: str) -> Path:
     """Where a file of models/diffusion_models lies."""
-    return Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+    return _listed("diffusion_models", name, "model_name")
+
+
+def _listed(kind: str, name: str, asked: str) -> Path:
+    # ComfyUI's own list holds the files of its folders and what their owner has linked there.
+    known = name in folder_paths.get_filename_list(kind)
+    path = folder_paths.get_full_path(kind, name) if known else None
+    if path is None:
+        raise ValueError(
+            f"{asked} {names.shown(name)} is no file of models/{kind}; press R to read it again"
+        )
+    return Path(path)
 
 
 def folders() -> list[str]:
@@ -697,10 +709,19 @@ def folders() -> list[str]:
 
 def output_file(prefix: str, width: int, height: int, suffix: str) -> Path:
     """A free name in the output folder for a prefix such as `video/rf`."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory(), width, height
-    )
-    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+    asked, root = "filename_prefix", Path(folder_paths.get_output_directory())
+    names.inside(root, names.place(prefix, asked, names.ROOM), asked)
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(
+            prefix, str(root), width, height
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{asked} {names.shown(prefix)} cannot be a place in the output folder "
+            f"({error.strerror}); give another"
+        ) from None
+    path = Path(folder) / f"{name}_{counter:05}_{suffix}"  # in which %year% and others are filled
+    return names.inside(root, within_output(path).as_posix(), asked)
 
 
 def within_output(path: Path) -> Path:
@@ -710,10 +731,12 @@ def within_output(path: Path) -> Path:
 
 def output_named(name: str) -> Path | None:
     """A file by its name in the output folder; None where it is not in there."""
-    place = PurePosixPath(name)
-    odd = ".." in place.parts or place.is_absolute() or set(name) & set("\\:\0")
-    path = Path(folder_paths.get_output_directory()) / place
-    return None if odd or not path.is_file() else path
+    root = Path(folder_paths.get_output_directory())
+    try:
+        path = names.inside(root, names.place(name, "file"), "file")
+    except ValueError:
+        return None
+    return path if path.is_file() else None
 
 
 class Same:
@@ -765,6 +788,13 @@ def _plain(value: Any) -> Any:
 def state_folder() -> Path:
     """Where stream states are saved."""
     return Path(folder_paths.get_output_directory()) / "stream_states"
+
+
+def state_path(name: str) -> Path:
+    """Where a stream state of that name lies, or would."""
+    root = Path(folder_paths.get_output_directory())
+    file = state_folder().relative_to(root) / names.plain(name, "name")
+    return names.inside(root, file.as_posix(), "name")
 
 
 def resize(images: Tensor, width: int, height: int) -> Tensor:

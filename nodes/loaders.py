@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..rf_core.config import CacheConfig
 from . import demo, host
 from .border import spoken
+from .inputs import checked, set_on_node
 from .types import RFSink
 
 CATEGORY = "Reward Forcing"
@@ -169,11 +170,12 @@ class SinkConfig(io.ComfyNode):
         decay: float | None = None,
         accumulator: str | None = None,
     ) -> bool | str:
-        given = (preset, window_frames, sink_frames, decay, accumulator)
-        if any(value is None for value in given):  # linked, and known when the node runs
-            return True
+        values = (preset, window_frames, sink_frames, decay, accumulator)
+        given = set_on_node(**dict(zip(("preset", *PRESET_VALUES), values, strict=True)))
         try:
-            _sink(*given)  # type: ignore[arg-type]  # none of them is None
+            checked(cls, given)
+            if len(given) == len(values):
+                _sink(**given)
         except ValueError as error:
             return str(error)
         return True

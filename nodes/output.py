@@ -13,13 +13,10 @@ from ..rf_core.weights.checkpoint import describe, read_checkpoint
 from . import host
 from .border import spoken
 from .loaders import CATEGORY
+from .names import ROOM, plain
 from .types import RFState, State
 
 SUFFIX = ".safetensors"
-MOST_NAME_BYTES = 200
-"""Leaves room for a number and the ending in the 255 bytes that file systems allow."""
-NOT_IN_NAMES = frozenset('/\\<>:"|?*')
-"""What one system or another does not allow in a file's name."""
 
 
 class SaveState(io.ComfyNode):
@@ -44,16 +41,17 @@ class SaveState(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
-        return True if name is None or _is_file_name(name) else _no_file_name(name)
+        try:
+            if name is not None:
+                plain(name, "name", ROOM)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     @spoken
     def execute(cls, state: State, name: str) -> io.NodeOutput:
-        if not _is_file_name(name):  # a linked name is known only now
-            raise ValueError(_no_file_name(name))
-        folder = host.state_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = _free(folder, name)
+        path = _free(plain(name, "name", ROOM))
         state.snapshot.save(path)
         text = f"{path.name}: {_told(state.snapshot)}"
         return io.NodeOutput(state, ui=ui.PreviewText(text))
@@ -85,13 +83,13 @@ class LoadState(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, name: str) -> Any:
-        return (host.state_folder() / name).stat().st_mtime_ns
+    def fingerprint_inputs(cls, name: str | None = None) -> Any:
+        return host.changed(host.state_path(name)) if name else None
 
     @classmethod
     @spoken
     def execute(cls, name: str) -> io.NodeOutput:
-        snapshot = Snapshot.load(host.state_folder() / name)
+        snapshot = Snapshot.load(host.state_path(name))
         state = State(snapshot=snapshot, source={"file": name})
         return io.NodeOutput(state, ui=ui.PreviewText(_told(snapshot)))
 
@@ -126,27 +124,15 @@ class ModelInfo(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
-def _is_file_name(name: str) -> bool:
-    fits = bool(name.strip(". ")) and len(name.encode()) <= MOST_NAME_BYTES
-    return fits and not set(name) & NOT_IN_NAMES and name.isprintable()
-
-
-def _no_file_name(name: str) -> str:
-    shown = name if len(name) <= 40 else f"{name[:40]}…"
-    return (
-        f"name {shown!r} is no file name; give a short one without folders or any of "
-        f"{' '.join(sorted(NOT_IN_NAMES))}, such as 'beach'"
-    )
-
-
 def _saved() -> list[str]:
     return sorted(path.name for path in host.state_folder().glob(f"*{SUFFIX}"))
 
 
-def _free(folder: Path, name: str) -> Path:
-    path, number = folder / f"{name}{SUFFIX}", 2
+def _free(name: str) -> Path:
+    path, number = host.state_path(f"{name}{SUFFIX}"), 2
+    path.parent.mkdir(parents=True, exist_ok=True)
     while path.exists():
-        path, number = folder / f"{name}_{number}{SUFFIX}", number + 1
+        path, number = host.state_path(f"{name}_{number}{SUFFIX}"), number + 1
     return path
 
 

@@ -24,8 +24,10 @@ from . import host, reuse
 from .border import spoken
 from .decoders import decoder_of
 from .ignored import doubtful, ignored
+from .inputs import checked, set_on_node
 from .join import VIDEO, ended, head_of
 from .loaders import CATEGORY
+from .names import ROOM, place
 from .prompt import timeline_of
 from .run import Made, Request, clock_of, images_of, latents_of, plan, prompt_notes, run
 from .types import UNITS, RFSink, RFState, RFTimeline, State
@@ -205,9 +207,18 @@ class StreamingSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
-        try:  # a linked side is None here: it is known when the run begins
+    def validate_inputs(
+        cls,
+        width: int | None = None,
+        height: int | None = None,
+        filename_prefix: str | None = None,
+    ) -> bool | str:
+        given = set_on_node(width=width, height=height, filename_prefix=filename_prefix)
+        try:
             latent_size(height or UNIT, width or UNIT, ModelConfig.patch_size)
+            checked(cls, given)
+            if filename_prefix is not None:
+                place(filename_prefix, "filename_prefix", ROOM)
         except ValueError as error:
             return str(error)
         return True
@@ -433,8 +444,9 @@ def _latents(start: Any, format: Any, cache: CacheConfig) -> Any:
     if start is None:
         return None
     samples = start["samples"]
-    frames = samples.shape[2] // cache.chunk_frames * cache.chunk_frames
-    if samples.ndim != 5 or not frames:
+    frames = samples.shape[2] if samples.ndim == 5 else 0
+    frames -= frames % cache.chunk_frames
+    if not frames:
         raise ValueError(
             f"start_latent has shape {list(samples.shape)}; a video's latents are [1, 16, frames, "
             f"height/8, width/8] with at least {cache.chunk_frames} frames"

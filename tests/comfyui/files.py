@@ -63,3 +63,28 @@ def write_plain_wan(path: Path) -> None:
     """A bidirectional Wan of one narrow layer, as ComfyUI's own loader takes it."""
     sizes = ModelConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=1)
     write_checkpoint(path, WanModel(sizes).state_dict(), sizes, None, None)
+
+
+GIVEN = """
+import json
+
+
+class Given:
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "give", ("*",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"json": ("STRING", {})}}
+
+    def give(self, **given):
+        return (json.loads(given["json"]),)
+
+
+NODE_CLASS_MAPPINGS = {"TestGiven": Given}
+"""
+
+
+def write_nodes(custom_nodes: Path) -> None:
+    """A node of the tests' own that gives any value to any input."""
+    custom_nodes.mkdir(parents=True)
+    (custom_nodes / "given.py").write_text(GIVEN, encoding="utf-8")
