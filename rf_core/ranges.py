@@ -11,6 +11,10 @@ LARGEST_SIDE = 16384
 """Pixels of a picture's side: the most that libx264 encodes."""
 LARGEST_WINDOW = 1024
 """Latent frames attention sees: as many positions in time as Wan 2.1's rotary table has."""
+LONGEST_TIMELINE = 300_000
+"""Characters of a timeline's text: some 370 prompts of 800, which no model reads to the end."""
+MOST_LINES = 3000
+"""Lines, or entries, of a timeline, each of which takes some 30 us to read; a server waits."""
 
 
 def check_numbers(asked: object, **ranges: tuple[float, float]) -> None:

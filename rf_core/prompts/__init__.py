@@ -28,7 +28,7 @@ Prompts change at chunk boundaries. `ChunkClock` knows where these lie; `PromptT
 moves every time to the nearest one, the later of two equally near.
 """
 
-from .reading import MAX_CHARACTERS, parse_timeline
+from .reading import parse_timeline
 from .timeline import (
     ChunkClock,
     Entry,
@@ -42,7 +42,6 @@ from .timeline import (
 )
 
 __all__ = [
-    "MAX_CHARACTERS",
     "ChunkClock",
     "Entry",
     "Interpolation",
