@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+from rf_core import video
 from rf_core.config import CacheConfig, ModelConfig, SamplerConfig
 from rf_core.decoders.decoder import load_decoder
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
@@ -26,6 +28,7 @@ from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.decoders.vae_files import vae_metadata
 from rf_core.model import WanModel
 from rf_core.state import Snapshot
+from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
 from rf_core.weights.checkpoint import load_student, write_checkpoint
 from rf_core.weights.files import CheckpointError, read_weights
 from rf_core.weights.lora import Lora, apply_loras
@@ -445,3 +448,109 @@ def test_damaged_text_encoders_end_in_a_sentence(tmp_path):
     files = {"a.safetensors": (tmp_path / "a.safetensors").read_bytes()}
     cpu = {"device": "cpu", "dtype": torch.float32}
     damage.fuzz("encoders", files, lambda path: load_text_encoder(path, **cpu), tmp_path)
+
+
+# Pictures to start from
+
+
+def write_png(path: Path, width: int, height: int) -> Path:
+    """A picture of that size in some hundred bytes: all rows but the first few are missing."""
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    rows = part(b"IDAT", zlib.compress(bytes(60_000)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + rows + part(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "said"),
+    [
+        (100_000, 100_000, "cannot be decoded"),  # FFmpeg's own bound
+        (12_000, 12_000, "is 12000x12000; a picture to start from has at most 67,108,864 pixels"),
+        (16_000, 1, "too narrow to cover 832x480"),
+    ],
+)
+def test_a_picture_that_promises_more_than_it_is_worth_is_refused(tmp_path, width, height, said):
+    path = write_png(tmp_path / "a.png", width, height)
+    assert path.stat().st_size < 1000
+    with pytest.raises(ValueError, match=said) as caught:
+        read_images(path, width=832, height=480)
+    assert "\n" not in str(caught.value)
+
+
+def test_large_images_of_a_clip_are_scaled_as_they_come(tmp_path, monkeypatch):
+    pictures = torch.rand(1, 5, 3, 32, 48)
+    with VideoWriter(tmp_path / "a.mp4", VideoFormat(width=48, height=32)) as writer:
+        writer.write(to_uint8(pictures)[0])
+    size = {"width": 24, "height": 16, "num_images": 2}
+    first, last = (read_images(tmp_path / "a.mp4", **size, last=last) for last in (False, True))
+    monkeypatch.setattr(video, "LARGEST_PICTURE", 4 * 32 * 48 - 1)
+    assert torch.equal(read_images(tmp_path / "a.mp4", **size), first)
+    assert torch.equal(read_images(tmp_path / "a.mp4", **size, last=True), last)
+    assert not torch.equal(first, last)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        *((ModelConfig, each, 10**9) for each in ("dim", "ffn_dim", "num_layers", "text_len")),
+        *((ModelConfig, each, value) for each in ("num_heads", "in_dim") for value in (-1, "4")),
+        (ModelConfig, "eps", float("nan")),
+        (CacheConfig, "window_frames", 10**9),
+        (CacheConfig, "window_frames", 9.5),
+        (CacheConfig, "sink_frames", True),
+        (SamplerConfig, "steps", tuple(1000 - i / 10 for i in range(2000))),
+        (SamplerConfig, "shift", 1e30),
+    ],
+)
+def test_sizes_of_no_network_are_refused_by_name(config, field, value):
+    with pytest.raises(ValueError, match=r"give|steps"):
+        config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cache": {"window_frames": 10**9}}, "window_frames is 1000000000; give a number from 1"),
+        ({"model": {"text_len": 10**9, "num_heads": 2}}, "text_len is 1000000000"),
+        ({"sampler": {"steps": [1000], "shift": 10**9}}, "shift is 1000000000"),
+        ({"size": [10**9, 64]}, "unusable size"),
+    ],
+)
+def test_a_checkpoint_of_absurd_settings_is_refused_in_a_sentence(tmp_path, settings, said):
+    metadata = {"reward_forcing": json.dumps({"model": {"num_heads": 2}} | settings)}
+    save_file(weights_of(), tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=said):
+        load_student(tmp_path / "a.safetensors", device="cpu", dtype=torch.float32)
+
+
+# Memory that is promised
+
+
+def test_a_compressed_torch_file_is_refused_unread(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10**8))
+    assert (tmp_path / "a.pt").stat().st_size < 200_000
+    assert "is compressed" in error_of(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("trap", "said"),
+    [
+        (lambda: _Named(bytearray, 10**11), "holds a Python object \\(bytearray\\)"),
+        (lambda: _Named(torch.FloatTensor, 10**6, 1000), "where the file has|not a torch"),
+    ],
+)
+def test_memory_that_no_byte_of_a_torch_file_fills_is_refused(tmp_path, trap, said, zipped):
+    torch.save({"a": trap()}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    assert (tmp_path / "a.pt").stat().st_size < 2000
+    assert re.search(said, error_of(tmp_path / "a.pt"))

@@ -29,6 +29,7 @@ from ..config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
 from ..joint import lay_together
 from ..layers import SelfAttention
 from ..model import WanModel
+from ..ranges import LARGEST_SIDE
 from ..writing import whole_file
 from . import layouts
 from .files import CheckpointError as CheckpointError
@@ -555,7 +556,7 @@ def _parse_size(path: Path, values: object) -> tuple[int, int] | None:
     match values:
         case None:
             return None
-        case [int(height), int(width)] if height > 0 and width > 0:
+        case [int(height), int(width)] if min(height, width) > 0 and max(values) <= LARGEST_SIDE:
             return height, width
     raise CheckpointError(f"{path}: has an unusable size {values!r}; it is [height, width]")
 
