@@ -28,8 +28,9 @@ from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.decoders.vae_files import vae_metadata
 from rf_core.model import WanModel
 from rf_core.state import Snapshot
+from rf_core.text import UMT5Encoder, byte_ids, load_text_encoder, save_text_encoder
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
-from rf_core.weights.checkpoint import load_student, write_checkpoint
+from rf_core.weights.checkpoint import describe, load_student, write_checkpoint
 from rf_core.weights.files import CheckpointError, read_weights
 from rf_core.weights.lora import Lora, apply_loras
 
@@ -151,8 +152,6 @@ def test_first_bytes_decide_what_a_file_is(tmp_path, suffix, kind):
 )
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 def test_every_reader_names_what_is_no_checkpoint(tmp_path, content, said, name):
-    from rf_core.text import load_text_encoder
-
     path = tmp_path / name
     path.write_bytes(content)
     cpu = {"device": "cpu", "dtype": torch.float32}
@@ -373,7 +372,8 @@ def test_damaged_students_end_in_a_sentence(tmp_path):
 
     def read(path: Path) -> object:
         heads = None if path.name.startswith("own") else 2
-        return load_student(path, device="cpu", dtype=torch.float32, num_heads=heads)
+        student, found = load_student(path, device="cpu", dtype=torch.float32, num_heads=heads)
+        return student, describe(found)
 
     damage.fuzz("students", files, read, tmp_path)
 
@@ -435,16 +435,18 @@ def test_damaged_snapshots_end_in_a_sentence(tmp_path, compact):
     damage.fuzz(name, files, lambda path: stream.fork().restore(Snapshot.load(path)), tmp_path)
 
 
-def test_damaged_text_encoders_end_in_a_sentence(tmp_path):
+def save_encoder(path: Path) -> None:
     from transformers import UMT5Config, UMT5EncoderModel
-
-    from rf_core.text import UMT5Encoder, byte_ids, load_text_encoder, save_text_encoder
 
     config = UMT5Config(
         vocab_size=258, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, dropout_rate=0.0
     )
     encoder = UMT5Encoder(UMT5EncoderModel(config), byte_ids, text_len=8)
-    save_text_encoder(tmp_path / "a.safetensors", encoder)
+    save_text_encoder(path, encoder)
+
+
+def test_damaged_text_encoders_end_in_a_sentence(tmp_path):
+    save_encoder(tmp_path / "a.safetensors")
     files = {"a.safetensors": (tmp_path / "a.safetensors").read_bytes()}
     cpu = {"device": "cpu", "dtype": torch.float32}
     damage.fuzz("encoders", files, lambda path: load_text_encoder(path, **cpu), tmp_path)
@@ -530,6 +532,35 @@ def test_a_checkpoint_of_absurd_settings_is_refused_in_a_sentence(tmp_path, sett
     save_file(weights_of(), tmp_path / "a.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=said):
         load_student(tmp_path / "a.safetensors", device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"text_len": 10**9}, "text_len is 1000000000; give a number from 1 to 4096"),
+        ({"umt5": {"num_layers": 10**9}}, "1000000000 layers of"),
+    ],
+)
+def test_a_text_encoder_of_absurd_sizes_is_refused_before_it_is_made(tmp_path, about, said):
+    path = tmp_path / "a.safetensors"
+    save_encoder(path)
+    file = read_weights(path)
+    recorded = json.loads(file.metadata["rf_text"])
+    recorded |= about | {"umt5": recorded["umt5"] | about.get("umt5", {})}
+    save_file(file.tensors, tmp_path / "b.safetensors", metadata={"rf_text": json.dumps(recorded)})
+    with pytest.raises(ValueError, match=said):
+        load_text_encoder(tmp_path / "b.safetensors", device="cpu", dtype=torch.float32)
+
+
+def test_a_block_of_an_absurd_number_is_no_reason_to_make_as_many(tmp_path):
+    save_encoder(tmp_path / "a.safetensors")
+    tensors = read_weights(tmp_path / "a.safetensors").tensors
+    tensors["encoder.block.999999999.layer.0.layer_norm.weight"] = torch.ones(8)
+    tensors["encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"] = torch.ones(2)
+    save_file(tensors, tmp_path / "b.safetensors")
+    cpu = {"device": "cpu", "dtype": torch.float32, "tokenizer": tmp_path}
+    with pytest.raises(ValueError):  # in a moment
+        load_text_encoder(tmp_path / "b.safetensors", **cpu)
 
 
 # Memory that is promised

@@ -135,7 +135,7 @@ def read_checkpoint(
         cache=_parse(file.path, CacheConfig, settings.get("cache")),
         sampler=_parse(file.path, SamplerConfig, settings.get("sampler")),
         size=_parse_size(file.path, settings.get("size")),
-        provenance=settings.get("provenance") or {},
+        provenance=_parse_provenance(file.path, settings.get("provenance") or {}),
         metadata=file.metadata,
         container=file.container,
         names=names,
@@ -550,6 +550,12 @@ def _parse(path: Path, config: type[_Config], values: Mapping[str, Any] | None) 
         return config(**arguments)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: has an unusable {config.__name__}: {error}") from error
+
+
+def _parse_provenance(path: Path, values: object) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: has an unusable provenance; it is an object")
+    return values
 
 
 def _parse_size(path: Path, values: object) -> tuple[int, int] | None:
