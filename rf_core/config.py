@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .ranges import LARGEST_WINDOW, MANY, check_numbers
+from .ranges import (
+    LARGEST_WIDTH,
+    LARGEST_WINDOW,
+    LONGEST_TEXT,
+    MOST_LAYERS,
+    MOST_STEPS,
+    check_counts,
+    check_numbers,
+)
 
 Accumulator = Literal["reference", "float32"]
 Storage = Literal["exact", "int8"]
@@ -50,7 +58,14 @@ class ModelConfig:
     """Added to variances by every norm."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, num_heads=(1, MANY))
+        widths = ("dim", "ffn_dim", "freq_dim", "text_dim", "in_dim", "out_dim", "num_heads")
+        check_counts(
+            self,
+            **dict.fromkeys(widths, (1, LARGEST_WIDTH)),
+            text_len=(1, LONGEST_TEXT),
+            num_layers=(1, MOST_LAYERS),
+        )
+        check_numbers(self, eps=(0, 1))
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 2:
@@ -89,11 +104,8 @@ class CacheConfig:
     """`int8` keeps all but the sink in 8 bits: an approximation, in half the memory."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, window_frames=(1, LARGEST_WINDOW))
-        if self.chunk_frames < 1:
-            raise ValueError(f"chunk_frames is {self.chunk_frames}; a chunk has at least 1 frame")
-        if self.sink_frames < 0:
-            raise ValueError(f"sink_frames is {self.sink_frames}; use 0 for no sink")
+        frames = {"window_frames": 1, "chunk_frames": 1, "sink_frames": 0}
+        check_counts(self, **{name: (least, LARGEST_WINDOW) for name, least in frames.items()})
         if self.window_frames < self.sink_frames + self.chunk_frames:
             raise ValueError(
                 f"window_frames {self.window_frames} cannot hold {self.sink_frames} sink frames "
@@ -119,6 +131,8 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError("steps is empty; give at least one timestep, such as 1000")
+        if len(self.steps) > MOST_STEPS:
+            raise ValueError(f"{len(self.steps)} steps; give at most {MOST_STEPS}")
         if any(not 0 < step <= NUM_TRAIN_TIMESTEPS for step in self.steps):
             raise ValueError(f"steps {self.steps} leave (0, {NUM_TRAIN_TIMESTEPS}]")
         if list(self.steps) != sorted(set(self.steps), reverse=True):

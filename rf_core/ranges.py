@@ -9,8 +9,17 @@ MANY = 10**9
 """More of anything than a run comes to: what is above it is a slip, or overflows."""
 LARGEST_SIDE = 16384
 """Pixels of a picture's side: the most that libx264 encodes."""
+LARGEST_PICTURE = 2**26
+"""Pixels of a picture to start from: 8192 squared, where some bytes may promise any number."""
 LARGEST_WINDOW = 1024
 """Latent frames attention sees: as many positions in time as Wan 2.1's rotary table has."""
+LARGEST_WIDTH, MOST_LAYERS, LONGEST_TEXT, MOST_STEPS = 2**17, 1000, 4096, 1000
+"""Channels, blocks, a prompt's tokens and a schedule's steps: far above any network's; what is
+above that in a file is damage, and would be allocated."""
+LONGEST_TIMELINE = 300_000
+"""Characters of a timeline's text: some 370 prompts of 800, which no model reads to the end."""
+MOST_LINES = 3000
+"""Lines, or entries, of a timeline, each of which takes some 30 us to read; a server waits."""
 
 
 def check_numbers(asked: object, **ranges: tuple[float, float]) -> None:
@@ -22,6 +31,14 @@ def check_numbers(asked: object, **ranges: tuple[float, float]) -> None:
         value = getattr(asked, name)
         if isinstance(value, (int, float)) and not least <= value <= most:
             raise ValueError(f"{name} is {value}; give a number from {least} to {most}")
+
+
+def check_counts(asked: object, **ranges: tuple[int, int]) -> None:
+    """The same of attributes that are whole numbers, whatever a file has in their place."""
+    for name in ranges:
+        if type(value := getattr(asked, name)) is not int:
+            raise ValueError(f"{name} is {value!r}; give a whole number")
+    check_numbers(asked, **ranges)
 
 
 def check_writable(path: Path) -> None:

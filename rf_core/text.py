@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .config import WAN_1_3B
 from .devices import empty_caches
+from .ranges import LONGEST_TEXT
 from .weights.files import parse_json, read_weights
 from .writing import whole_file
 
@@ -103,8 +104,8 @@ class UMT5Encoder:
     """
 
     def __init__(self, model: Any, tokenize: Tokenize, *, text_len: int) -> None:
-        if text_len < 1:
-            raise ValueError(f"text_len is {text_len}; a prompt has at least 1 token")
+        if not 1 <= text_len <= LONGEST_TEXT:
+            raise ValueError(f"text_len is {text_len}; give a number from 1 to {LONGEST_TEXT}")
         ids = tokenize("a panda")
         if ids[-1] != _EOS or max(ids) >= model.config.vocab_size:
             raise ValueError(
@@ -378,7 +379,7 @@ def _config_of(path: Path, weights: Mapping[str, Tensor]) -> Any:
         d_model=d_model,
         d_kv=inner // num_heads,
         d_ff=d_ff,
-        num_layers=max(blocks) + 1,
+        num_layers=len(blocks),
         num_heads=num_heads,
         relative_attention_num_buckets=num_buckets,
         **_ATTENTION,

@@ -17,7 +17,8 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from .config import FPS
 from .orientation import exif_turn, upright
+from .ranges import LARGEST_PICTURE
 from .writing import WriteError, whole_file
 
 _log = logging.getLogger(__name__)
@@ -247,11 +249,18 @@ def read_images(
     Raises:
         ValueError: no such file, or no images in it.
     """
-    frames = _decode(Path(path))
-    kept = deque(frames, maxlen=num_images) if last else list(islice(frames, num_images))
-    if not kept:
+    covered = partial(_cover, width=width, height=height)
+    if last:  # not all are scaled, unless they are too large to wait for it
+        few = (covered(f) if _is_large(f) else f for f in _decode(Path(path)))
+        images = [
+            image if image.is_floating_point() else covered(image)
+            for image in deque(few, maxlen=num_images)
+        ]
+    else:
+        images = list(map(covered, islice(_decode(Path(path)), num_images)))
+    if not images:
         raise ValueError(f"{path} holds no images; give a picture or a clip")
-    return torch.stack([_cover(frame, width, height) for frame in kept]).unsqueeze(0)
+    return torch.stack(images).unsqueeze(0)
 
 
 def check_images(path: str | Path) -> None:
@@ -481,17 +490,28 @@ def _frames(path: Path) -> Generator[Any, None, None]:
 
     with _open(path) as container:
         decoder = container.streams.video[0].codec_context
+        _require_size(path, decoder)
         if decoder.name == "mjpeg":
             decoder.options = {"err_detect": "explode"}  # or what is cut off becomes grey
         try:
-            for packet in _whole_packets(container):
-                yield from decoder.decode(packet)
-            yield from decoder.decode(None)
+            for packet in chain(_whole_packets(container), [None]):
+                for frame in decoder.decode(packet):
+                    _require_size(path, frame)
+                    yield frame
         except av.FFmpegError as error:
             raise ValueError(
                 f"{path} cannot be decoded: it is damaged, or of a kind that FFmpeg does not read, "
                 "such as an animated WebP; save it as PNG or MP4"
             ) from error
+
+
+def _require_size(path: Path, picture: Any) -> None:
+    """Of a frame, or of a decoder before its first, which may not know its size."""
+    if (picture.width or 0) * (picture.height or 0) > LARGEST_PICTURE:
+        raise ValueError(
+            f"{path} is {picture.width}x{picture.height}; a picture to start from has at most "
+            f"{LARGEST_PICTURE:,} pixels: make it smaller"
+        )
 
 
 def _pixels(frame: Any) -> Tensor:
@@ -502,6 +522,10 @@ def _pixels(frame: Any) -> Tensor:
         return image
     shown = _rgb(frame, "rgba")[..., :3].float() * alpha + _PAPER * (255 - alpha)
     return (shown / 255).round().to(torch.uint8)
+
+
+def _is_large(image: Tensor) -> bool:
+    return image.shape[0] * image.shape[1] > LARGEST_PICTURE // 4
 
 
 def _alpha(frame: Any) -> Tensor:
@@ -522,6 +546,11 @@ def _cover(image: Tensor, width: int, height: int) -> Tensor:
     pixels = rearrange(image, "h w c -> 1 c h w").float() / 255
     scale = max(Fraction(height, image.shape[0]), Fraction(width, image.shape[1]))
     size = (round(image.shape[0] * scale), round(image.shape[1] * scale))
+    if size[0] * size[1] > LARGEST_PICTURE:
+        raise ValueError(
+            f"a picture of {image.shape[1]}x{image.shape[0]} is too narrow to cover "
+            f"{width}x{height}; crop it first"
+        )
     if size != tuple(image.shape[:2]):
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2

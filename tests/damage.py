@@ -1,15 +1,26 @@
-"""Damaged files, made at random from a good one: bytes, headers, pickles and JSON."""
+"""Damaged files, made at random from a good one: bytes, headers, pickles and JSON.
+
+RF_FUZZ=N tries N damaged files of each kind, RF_FUZZ_SEED another seed.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import pickletools
 import random
 import struct
 import zipfile
+from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
+from rf_core.weights.files import CheckpointError
+
+TRIES = int(os.environ.get("RF_FUZZ", "60"))
+SEED = int(os.environ.get("RF_FUZZ_SEED", "0")) or random.SystemRandom().randrange(10**6)
 ODD = (
     None,
     True,
@@ -31,6 +42,33 @@ ODD = (
     [[]],
 )
 """Values in place of others."""
+
+
+def fuzz(name: str, files: dict[str, bytes], read: Callable[[Path], object], folder: Path) -> None:
+    """Damaged copies of `files` through a reader, of which the project's own errors may come."""
+    seed, ends = f"{name} {SEED}", Counter()
+    test = os.environ["PYTEST_CURRENT_TEST"].partition(" ")[0]
+    print(f"\nRF_FUZZ={TRIES} RF_FUZZ_SEED={SEED} pytest {test} -s")
+    random_ = random.Random(seed)
+    names = sorted(files)
+    for number in range(TRIES * len(names)):
+        file = names[number % len(names)]
+        path = folder / file
+        path.write_bytes(damaged(files[file], random_))
+        try:
+            read(path)
+            ends["read"] += 1
+        except ValueError as error:
+            message = str(error)
+            assert type(error) in (CheckpointError, ValueError), repr(error)
+            assert "\n" not in message and len(message) < 2000, message
+            ends["refused"] += 1
+        except Exception as error:
+            kept = folder / f"failed-{file}"
+            kept.write_bytes(path.read_bytes())
+            raise AssertionError(f"{kept} (try {number}, seed {SEED}): {error!r}") from error
+        path.write_bytes(files[file])
+    print(f"{name}: {dict(ends)} of {sum(ends.values())}")
 
 
 def damaged(data: bytes, random_: random.Random) -> bytes:
@@ -116,7 +154,8 @@ def _changed_pickle(data: bytes, random_: random.Random) -> bytes:
         name = next(name for name in files if name.endswith("data.pkl"))
         files[name] = _other_operations(files[name], random_)
     except Exception:
-        return _flipped_early(data, random_)
+        bare = data.startswith(b"\x80\x04")  # the index of a checkpoint
+        return _other_operations(data, random_) if bare else _flipped_early(data, random_)
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
         for each, content in files.items():
@@ -125,7 +164,10 @@ def _changed_pickle(data: bytes, random_: random.Random) -> bytes:
 
 
 def _other_operations(pickled: bytes, random_: random.Random) -> bytes:
-    places = [at for _, _, at in pickletools.genops(pickled)] + [len(pickled)]
+    try:
+        places = [at for _, _, at in pickletools.genops(pickled)] + [len(pickled)]
+    except ValueError:  # there is other damage already
+        return _flipped_early(pickled, random_)
     pieces = [pickled[a:b] for a, b in pairwise(places)]
     at, other = (random_.randrange(len(pieces)) for _ in range(2))
     what = random_.randrange(5)

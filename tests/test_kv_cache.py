@@ -220,8 +220,8 @@ def test_a_clone_is_independent_and_equal():
     ("wrong", "message"),
     [
         ({"window_frames": 5}, "cannot hold 3 sink frames"),
-        ({"sink_frames": -1}, "use 0 for no sink"),
-        ({"chunk_frames": 0}, "at least 1 frame"),
+        ({"sink_frames": -1}, "give a number from 0 to 1024"),
+        ({"chunk_frames": 0}, "give a number from 1 to 1024"),
         ({"decay": 1.5}, "between 0 and 1"),
         ({"decay": float("nan")}, "between 0 and 1"),
         ({"accumulator": "float64"}, "'reference' or 'float32'"),

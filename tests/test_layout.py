@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +41,11 @@ def test_nothing_is_registered_outside_comfyui() -> None:
     pack = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
     assert pack.__package__ and not {"comfy_entrypoint", "NODE_CLASS_MAPPINGS"} & set(vars(pack))
+
+
+def test_what_is_promised_of_other_people_s_files_is_held_by_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "safety.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) == text.count("`tests/") > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"

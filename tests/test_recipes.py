@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_index import through_dataclass
 
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import load_student, read_checkpoint
@@ -279,21 +280,28 @@ def test_sinks_are_three_caches():
     assert caches["none"].sink_frames == 0 and caches["none"].window_frames == 9
 
 
-def test_a_checkpoint_s_index_may_name_nothing_but_an_index(tmp_path):
-    import pickle
-
-    from training.run.checkpointing import load, read_part
-
-    list(distil(small("run.updates=1", "reward.kind=none"), tmp_path / "run", CPU))
-    folder = tmp_path / "run" / "update_000001"
-    assert read_part(folder, "average").keys() == weights_of(DEMO / "student.safetensors").keys()
+def test_a_checkpoint_with_code_in_its_index_is_neither_exported_nor_gone_on_from(tmp_path, capsys):
+    run = tmp_path / "run"
+    list(distil(small("run.updates=1", "reward.kind=none"), run, CPU))
+    folder = run / "update_000001"
+    assert (
+        checkpointing.read_part(folder, "average").keys()
+        == weights_of(DEMO / "student.safetensors").keys()
+    )
     with pytest.raises(ValueError, match="holds no nonsense"):
-        read_part(folder, "nonsense")
-    evil = tmp_path / "evil"
-    shutil.copytree(folder, evil)
-    (evil / ".metadata").write_bytes(pickle.dumps(print))
-    with pytest.raises(ValueError, match=r"index names builtins\.print, which is refused"):
-        load({}, evil)
+        checkpointing.read_part(folder, "nonsense")
+    (folder / ".metadata").write_bytes(through_dataclass(tmp_path / "sprung"))
+    settings = (*SETTINGS, "run.updates=1", "reward.kind=none")
+    on = [part for setting in settings for part in ("--set", setting)]
+    for command in (
+        ["export", str(run), str(tmp_path / "a.safetensors")],
+        ["re_dmd", "--out", str(run), "--resume", *on],
+    ):
+        capsys.readouterr()
+        assert main(command) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {folder}") and "field, which is refused" in error
+    assert not (tmp_path / "sprung").exists()
 
 
 def command(*arguments: str, processes: int | None = None) -> list[str]:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from rf_core.config import SamplerConfig
 from training.data import MemoryEmbeds
 from training.redmd import Networks, ReDMDConfig
+from training.run.checkpointing import read_part
 from training.run.distributed import shard
 from training.run.draws import noising_draws, prompt_numbers, rollout_draws
 from training.run.optimise import OptimiserConfig
@@ -154,6 +155,8 @@ def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
 
     alone = trainer(replace(CONFIG, micro_batch=1))
     alone.load(tmp_path / "at2")
+    average = read_part(tmp_path / "at2", "average")  # of chunks of two processes
+    assert all(torch.equal(average[name], t) for name, t in alone.average.tensors.items())
     alone.step(), alone.step()
     mp.spawn(run_rank, (4, tmp_path, True), nprocs=4)
     _, four = torch.load(tmp_path / "resultTrue.pt", weights_only=False)

@@ -8,8 +8,11 @@ import pytest
 
 from rf_core.config import CacheConfig
 from training.config import build, changed, from_json, to_json
+from training.recipes import DistilConfig
 from training.redmd import ReDMDConfig
 from training.rewards.weights import WeightConfig
+from training.run.folder import CONFIG, read_config
+from training.run.journal import read_journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,3 +84,21 @@ def test_impossible_values_are_refused_where_they_stand():
         changed(ReDMDConfig(), ["beta"])
     with pytest.raises(ValueError, match="not JSON"):
         from_json(ReDMDConfig, "{")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "1" * 5000, "{", "[]", "null", '{"run": []}', "\xff"]
+)
+def test_a_config_from_somebody_else_is_refused_in_a_sentence_that_names_it(tmp_path, text):
+    (tmp_path / CONFIG).write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError) as caught:
+        read_config(DistilConfig, tmp_path)
+    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / CONFIG}: ")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000, "[]", "{}", '{"update": []}', "\xff"])
+def test_a_journal_s_line_that_is_none_is_left_out(tmp_path, line):
+    lines = ['{"update": 0, "loss": 1.0}', line, '{"update": 1, "loss": 0.5}']
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode("latin1"))
+    assert [each["update"] for each in read_journal(tmp_path / "log.jsonl")] == [0, 1]

@@ -22,7 +22,7 @@ from rf_core.ranges import MANY, check_folder_writable, check_numbers, check_wri
 from rf_core.writing import write_text
 
 from . import ode, ode_init
-from .config import from_json, to_json
+from .config import to_json
 from .distil import check_files, distil, origin_of, provenance, sizes_of
 from .estimate import Sizes, estimate, format_estimate, matmul_speed
 from .evaluation import cli as evaluation
@@ -30,7 +30,7 @@ from .export import export
 from .recipes import PRESETS, DistilConfig, with_sink
 from .rewards.videoalign import convert
 from .run.distributed import processes, rank, world_size
-from .run.folder import CONFIG, checkpoints, made
+from .run.folder import checkpoints, made, read_config
 from .run.journal import numbers_of
 from .run.options import add_config_arguments, config_of
 from .trainer import Report
@@ -104,7 +104,7 @@ def _estimated(config: DistilConfig, sizes: Sizes, processes: int, device: torch
 def run_export(args: argparse.Namespace) -> int:
     """Write a checkpoint of a run as a student's file."""
     check_writable(args.out)
-    config = from_json(DistilConfig, (args.run / CONFIG).read_text(encoding="utf-8"))
+    config = read_config(DistilConfig, args.run)
     found = dict(checkpoints(args.run))
     if not found:
         raise ValueError(f"{args.run} holds no checkpoint")

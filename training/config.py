@@ -29,7 +29,7 @@ def from_json(kind: type[T], text: str) -> T:
     """A config of `kind` from JSON; ValueError that names the field for whatever does not fit."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the config is not JSON: {error}") from None
     return build(kind, data)
 
@@ -91,7 +91,7 @@ def _flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
 def _read(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text.strip()
 
 

@@ -29,7 +29,7 @@ moves every time to the nearest one, the later of two equally near, and out of a
 is shown as it is.
 """
 
-from .reading import MAX_CHARACTERS, parse_timeline
+from .reading import parse_timeline
 from .timeline import (
     ChunkClock,
     Entry,
@@ -44,7 +44,6 @@ from .timeline import (
 )
 
 __all__ = [
-    "MAX_CHARACTERS",
     "ChunkClock",
     "Entry",
     "Interpolation",

@@ -18,6 +18,7 @@ import json
 import re
 from decimal import Decimal
 
+from ..ranges import MOST_LINES
 from .timeline import EXAMPLES, Entry, Places, TimelineError, Unit, shorten
 from .times import Moment, fold, scan
 
@@ -115,6 +116,7 @@ class _Reader:
         self.folded = folded
         self.end = len(folded.rstrip())
         self.places = Places(folded)
+        self.entries = 0
 
     def error(self, at: int, problem: str) -> TimelineError:
         return TimelineError(problem, *self.places.of(at))
@@ -244,6 +246,9 @@ class _Reader:
     def _at(
         self, value: Decimal, unit: Unit, prompt: str, start: int, *, relative: bool = False
     ) -> Entry:
+        self.entries += 1
+        if self.entries > MOST_LINES:
+            raise self.error(start, f"a timeline has at most {MOST_LINES} entries")
         line, column = self.places.of(start)
         return Entry(
             value=value, unit=unit, text=prompt, relative=relative, line=line, column=column

@@ -31,12 +31,10 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
+from ..ranges import LONGEST_TIMELINE, MOST_LINES
 from .pairs import looks_like_pairs, read_pairs
 from .timeline import EXAMPLES, Entry, Places, PromptTimeline, Switch, TimelineError, Unit
 from .times import Header, Moment, fold, scan, second_time, time_inside
-
-MAX_CHARACTERS = 1_000_000
-"""Of a timeline's text, far above the longest anyone writes; what is longer is another file."""
 
 _GLOBAL = re.compile(r"[\s*_]*global[\s*_]*:(?:\*\*|__)?", re.IGNORECASE)
 _COMMENT = re.compile(r"\s*(?:#|(?:```|~~~)\w*\s*$)")  # or the fence around code
@@ -63,10 +61,8 @@ class _Line(NamedTuple):
 
 def parse_timeline(text: str) -> PromptTimeline:
     """Read a timeline, in any of the forms above; TimelineError says where it is wrong."""
-    if len(text) > MAX_CHARACTERS:
-        raise TimelineError(
-            f"this text has {len(text)} characters; a timeline has at most {MAX_CHARACTERS}", 1, 1
-        )
+    if len(text) > LONGEST_TIMELINE:
+        raise _too_many(len(text), "characters", LONGEST_TIMELINE)
     prefix, lines = _take_global(_lines(text.removeprefix("\ufeff")))
     headings = [line for line in lines if _HEADING.match(line.folded)]
     lines = [_cleared(line) if _COMMENT.match(line.folded) else line for line in lines]
@@ -86,8 +82,14 @@ def parse_timeline(text: str) -> PromptTimeline:
     return PromptTimeline(entries=tuple(entries), global_prefix=prefix)
 
 
+def _too_many(count: int, of: str, most: int) -> TimelineError:
+    return TimelineError(f"this text has {count} {of}; a timeline has at most {most}", 1, 1)
+
+
 def _lines(text: str) -> list[_Line]:
     rows = text.splitlines() or [""]
+    if len(rows) > MOST_LINES:
+        raise _too_many(len(rows), "lines", MOST_LINES)
     folded = map(fold, rows)
     return [
         _Line(number, row, plain, scan(plain))
@@ -346,6 +348,8 @@ def _read_untimed(body: str, folded: str) -> list[Entry]:
     if not body.strip():
         raise TimelineError("there is no prompt; write one, such as '0s: a panda walks'", 1, 1)
     parts = folded.split("|")
+    if len(parts) > MOST_LINES:
+        raise _too_many(len(parts), "parts", MOST_LINES)
     unit: Unit = "part" if len(parts) > 1 else "s"
     places, offset, entries = Places(folded), 0, list[Entry]()
     for number, part in enumerate(parts):

@@ -126,7 +126,7 @@ def fold(text: str) -> str:
     return text if text.isascii() else "".join(map(_fold_character, text))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)
 def _fold_character(character: str) -> str:
     if character in _ALIKE:
         return _ALIKE[character]

@@ -29,6 +29,7 @@ from ..config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
 from ..joint import lay_together
 from ..layers import SelfAttention
 from ..model import WanModel
+from ..ranges import LARGEST_SIDE
 from ..writing import whole_file
 from . import layouts
 from .files import CheckpointError as CheckpointError
@@ -134,7 +135,7 @@ def read_checkpoint(
         cache=_parse(file.path, CacheConfig, settings.get("cache")),
         sampler=_parse(file.path, SamplerConfig, settings.get("sampler")),
         size=_parse_size(file.path, settings.get("size")),
-        provenance=settings.get("provenance") or {},
+        provenance=_parse_provenance(file.path, settings.get("provenance") or {}),
         metadata=file.metadata,
         container=file.container,
         names=names,
@@ -551,11 +552,17 @@ def _parse(path: Path, config: type[_Config], values: Mapping[str, Any] | None) 
         raise CheckpointError(f"{path}: has an unusable {config.__name__}: {error}") from error
 
 
+def _parse_provenance(path: Path, values: object) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: has an unusable provenance; it is an object")
+    return values
+
+
 def _parse_size(path: Path, values: object) -> tuple[int, int] | None:
     match values:
         case None:
             return None
-        case [int(height), int(width)] if height > 0 and width > 0:
+        case [int(height), int(width)] if min(height, width) > 0 and max(values) <= LARGEST_SIDE:
             return height, width
     raise CheckpointError(f"{path}: has an unusable size {values!r}; it is [height, width]")
 

@@ -9,18 +9,20 @@ it.
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import mmap
 import pickle
 import re
 import struct
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -96,6 +98,8 @@ _NUMPY: list[Any] = [
     ),
 ]
 """Numbers, arrays and types of numpy's, as losses and counters beside weights are."""
+_COUNTS = re.compile(rb"\nbytearray\n")
+"""The one thing that PyTorch makes, and fills, of a count alone: a line may ask for all memory."""
 _allowing = threading.Lock()  # what is allowed is allowed in the whole process
 
 
@@ -218,8 +222,8 @@ def _fault_of(entry: object) -> str | None:
 
 
 def _read_torch(path: Path, zipped: bool) -> object:
-    if zipped:
-        _require_torchs(path)
+    with path.open("rb") as file:
+        _require_honest(path, file, zipped)
     try:
         with _allowing, torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols and sparse tensors
@@ -230,35 +234,91 @@ def _read_torch(path: Path, zipped: bool) -> object:
     except OSError:
         raise
     except Exception as error:  # damage takes PyTorch's reader anywhere
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if not isinstance(error, pickle.UnpicklingError) or found is None:
-            raise CheckpointError(
-                f"{path}: is truncated or not a torch checkpoint ({_line(error)}); {AGAIN}"
-            ) from error
-        raise CheckpointError(
-            f"{path}: holds a Python object ({shown(found[1])}) beside tensors, which may run code "
-            "and is not unpickled; have it saved as safetensors"
-        ) from error
+        raise _unread(path, error) from error
 
 
-def _require_torchs(path: Path) -> None:
+def read_tensor(path: Path, begin: int, length: int) -> Tensor:
+    """The one tensor in a part of a file that is a torch file by itself."""
+    with path.open("rb") as file:
+        file.seek(begin)
+        part = io.BytesIO(file.read(length))
+    _require_honest(path, part, zipped=True)
+    part.seek(0)
     try:
-        if not zipfile.is_zipfile(path):  # the directory stands at a zip file's end
+        tensor = torch.load(part, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _unread(path, error) from error
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"{path}: holds a {type(tensor).__name__} where a tensor is needed")
+    if fault := _fault_of_tensor(tensor) or _fault_of_sizes([tensor], length):
+        raise CheckpointError(f"{path}: holds a tensor {fault}")
+    return tensor.detach()
+
+
+def _unread(path: Path, error: Exception) -> CheckpointError:
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if not isinstance(error, pickle.UnpicklingError) or found is None:
+        return CheckpointError(
+            f"{path}: is truncated or not a torch checkpoint ({_line(error)}); {AGAIN}"
+        )
+    return _python_object(path, found[1])
+
+
+def _python_object(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: holds a Python object ({shown(name)}) beside tensors, which may run code "
+        "and is not unpickled; have it saved as safetensors"
+    )
+
+
+def _require_honest(path: Path, file: IO[bytes], zipped: bool) -> None:
+    """That a torch file is one, and promises no more than it has."""
+    if zipped:
+        program = _program(path, file)
+        counts = _COUNTS.search(program)
+    else:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            counts = _COUNTS.search(whole)
+    if counts:
+        raise _python_object(path, "bytearray")
+
+
+def _program(path: Path, file: IO[bytes]) -> bytes:
+    """The pickle of a zipped torch file."""
+    try:
+        if not zipfile.is_zipfile(file):  # the directory stands at a zip file's end
             raise CheckpointError(f"{path}: is a truncated torch file; {AGAIN}")
-        with zipfile.ZipFile(path) as archive:
-            inside = {name.rpartition("/")[2] for name in archive.namelist()}
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            _require_records(path, records, file.seek(0, io.SEEK_END))
+            programs = [archive.read(record) for record in records if _last(record) == "data.pkl"]
     except CheckpointError:
         raise
     except Exception as error:  # zipfile's own, and those of names that cannot be decoded
         raise CheckpointError(
             f"{path}: is a damaged torch file ({_line(error)}); {AGAIN}"
         ) from error
+    return b"\n".join(programs)
+
+
+def _require_records(path: Path, records: Sequence[zipfile.ZipInfo], size: int) -> None:
+    inside = {_last(record) for record in records}
     if "data.pkl" not in inside:
         raise CheckpointError(f"{path}: is a zip archive and no torch file; unpack it")
     if "constants.pkl" in inside:
         raise CheckpointError(
             f"{path}: is a TorchScript program, which may run code; give its weights alone"
         )
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError(f"{path}: is compressed, which no torch file is; have it saved again")
+    if (promised := sum(record.file_size for record in records)) > size:
+        raise CheckpointError(
+            f"{path}: is damaged: it has {size:,} bytes and promises {promised:,} within; {AGAIN}"
+        )
+
+
+def _last(record: zipfile.ZipInfo) -> str:
+    return record.filename.rpartition("/")[2]
 
 
 def _named(path: Path, tree: object) -> dict[str, Tensor]:
@@ -274,6 +334,8 @@ def _named(path: Path, tree: object) -> dict[str, Tensor]:
         if fault := _fault_of_tensor(tensor):
             raise CheckpointError(f"{path}: holds {shown(key)} {fault}")
         found[key] = tensor.detach()
+    if fault := _fault_of_sizes(found.values(), path.stat().st_size):
+        raise CheckpointError(f"{path}: holds tensors {fault}")
     return found
 
 
@@ -308,6 +370,14 @@ def _fault_of_tensor(tensor: Tensor) -> str | None:
         return f"as a {type(tensor).__name__}; have it saved as a plain tensor"
     if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
         return f"of shape {list(tensor.shape)} with fewer numbers than that; have it saved again"
+    return None
+
+
+def _fault_of_sizes(tensors: Iterable[Tensor], size: int) -> str | None:
+    """That memory was asked for which no number of the file fills."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    if (held := sum(storages.values())) > size:
+        return f"of {held:,} bytes where the file has {size:,}; {AGAIN}"
     return None
 
 

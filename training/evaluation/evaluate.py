@@ -301,7 +301,7 @@ def _record(candidate: Candidate, number: int, seed: int) -> dict[str, Any] | No
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no record of a video ({error}); delete it") from None
     return record
 

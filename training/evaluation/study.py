@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from rf_core.video import remux
+from rf_core.weights.files import read_json
 from rf_core.writing import write_text
 
 QUESTIONS = {
@@ -101,13 +102,15 @@ def clips_of(folder: Path) -> Clips:
         named = _NAME.fullmatch(path.name)
         if named is None:  # a copy, or another's file
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
+        prompt = read_json(path).get("prompt")
+        if not isinstance(prompt, str):
+            raise ValueError(f"{path} is no record of a video; delete it")
         key = (int(named[1]), int(named[2]))
         clips[key] = Clip(
             path=path.with_suffix(".mp4"),
             prompt_number=key[0],
             seed=key[1],
-            prompt=record["prompt"],
+            prompt=prompt,
         )
     return clips
 
@@ -284,7 +287,7 @@ def _read_key(key: Path) -> dict[str, Any]:
         about: dict[str, Any] = json.loads(key.read_text(encoding="utf-8"))
         if not {"study", "models", "pairs"} <= set(about):
             raise ValueError("it lacks study, models or pairs")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{key} is not the key of a study ({error}); give the .key.json beside its page"
         ) from None

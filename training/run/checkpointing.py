@@ -1,19 +1,19 @@
 """Checkpoints to go on from: torch's distributed checkpoints, of tensors alone.
 
-Written by any number of processes and read by any other. Their index is a pickle, which PyTorch
-reads without a guard; here it may name the few classes of an index and nothing else, and a
-checkpoint holds no other object: opening one runs no code of its author's.
+Written by any number of processes and read by any other. PyTorch would unpickle the index, and
+what else a checkpoint holds beside tensors, without a guard; here `index` reads the one, and there
+is nothing else: opening a checkpoint runs no code of its author's.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,23 +22,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import metadata as index_classes
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
 from rf_core.writing import WriteError
 
 from .distributed import barrier, rank
+from .index import INDEX, cut, read_chunk, read_index
 
 _log = logging.getLogger(__name__)
-_INDEX = ".metadata"
-_ALLOWED = {
-    "torch.distributed.checkpoint.metadata": set(dir(index_classes)),
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath"},
-}
 
 
 def save(state: Mapping[str, Any], folder: Path) -> None:
@@ -63,12 +57,12 @@ def save(state: Mapping[str, Any], folder: Path) -> None:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder is a checkpoint, and all of it is there: its index is written last."""
-    return not folder.is_symlink() and (folder / _INDEX).is_file()
+    return not folder.is_symlink() and (folder / INDEX).is_file()
 
 
 def delete(folder: Path) -> None:
     """Delete a checkpoint; a kill in here leaves nothing that passes for one."""
-    (folder / _INDEX).unlink()
+    (folder / INDEX).unlink()
     _forget(folder)
 
 
@@ -103,31 +97,44 @@ def _move_aside(path: Path) -> None:
 
 
 def load(state: dict[str, Any], folder: Path) -> None:
-    """Fill the tensors of `state` from a checkpoint; ValueError where it is none."""
-    _index(folder)
-    with _quiet():
-        dcp.load(state, storage_reader=_Reader(folder), no_dist=not dist.is_initialized())
+    """Fill the tensors of `state` from a checkpoint; ValueError where it is none, or another's."""
+    reader = _Reader(folder, _index(folder))
+    try:
+        with _quiet():
+            dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:  # every process' failure, and no Exception
+        failures = [failure for failure, _ in error.failures.values()]
+        if not all(isinstance(each, ValueError | RuntimeError) for each in failures):
+            raise
+        raise ValueError(f"{folder} cannot be gone on from: {failures[0]}") from error
 
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:
     """The tensors under `part`, such as `average`, whole and by name, without a process group."""
-    every = _index(folder).state_dict_metadata
+    index = _index(folder)
     found = {
-        name.removeprefix(f"{part}."): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in every.items()
+        name.removeprefix(f"{part}."): _read_whole(folder, index, name)
+        for name in index.state_dict_metadata
         if name.startswith(f"{part}.")
     }
     if not found:
         raise ValueError(f"{folder} holds no {part}")
-    with _quiet():
-        dcp.load({part: found}, storage_reader=_Reader(folder), no_dist=True)
     return found
 
 
-def _index(folder: Path) -> index_classes.Metadata:
+def _index(folder: Path) -> Metadata:
     if not is_whole(folder):
         raise ValueError(f"{folder} is no checkpoint of a run")
-    return _Reader(folder).read_metadata()
+    return read_index(folder)
+
+
+def _read_whole(folder: Path, index: Metadata, name: str) -> Tensor:
+    entry = index.state_dict_metadata[name]
+    whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for chunk in entry.chunks:
+        part = read_chunk(folder, index, name, chunk.offsets)
+        cut(whole, chunk.offsets, chunk.sizes).copy_(part)
+    return whole
 
 
 @contextmanager
@@ -137,20 +144,23 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
-            is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-            if not is_dtype:
-                raise ValueError(f"a checkpoint's index names {module}.{name}, which is refused")
-        return super().find_class(module, name)
-
-
 class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> index_classes.Metadata:
-        with (Path(self.path) / _INDEX).open("rb") as file:
-            found: index_classes.Metadata = _IndexUnpickler(file).load()
-        if found.storage_meta is None:
-            found.storage_meta = index_classes.StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
+    """PyTorch's reader, without its own ways of opening what a file holds."""
+
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = replace(index, storage_meta=StorageMeta(load_id=self.load_id))
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._index
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            name, offset = item.storage_index.fqn, item.storage_index.offset
+            chunk = read_chunk(Path(self.path), self._index, name, offset)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(cut(chunk, item.storage_offsets, item.lengths))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rf_core.numbered import numbered
 from rf_core.writing import write_text
@@ -14,6 +14,7 @@ from ..config import difference, from_json, to_json
 from .checkpointing import delete, is_whole
 from .distributed import barrier, of_the_first, rank
 
+T = TypeVar("T")
 CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"
 
 
@@ -47,7 +48,7 @@ def to_go_on_from(config: Any, out: Path, resume: bool) -> Path | None:
         return None
     if not resume:
         raise ValueError(f"{out} holds a run at update {saved[-1][0]}; --resume it, or choose anew")
-    before = from_json(type(config), (out / CONFIG).read_text(encoding="utf-8"))
+    before = read_config(type(config), out)
     apart = difference(before, config)
     if apart is not None:
         raise ValueError(
@@ -55,6 +56,15 @@ def to_go_on_from(config: Any, out: Path, resume: bool) -> Path | None:
             f"--resume it with --config {out / CONFIG}"
         )
     return saved[-1][1]
+
+
+def read_config(kind: type[T], out: Path) -> T:
+    """The config a run was begun with; ValueError that names its file."""
+    path = out / CONFIG
+    try:
+        return from_json(kind, path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def begin(config: Any, out: Path) -> None:

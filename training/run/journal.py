@@ -74,10 +74,14 @@ def read_journal(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict) and isinstance(found.get("update"), int):
+            lines.append(found)
+        else:
             _log.warning("%s: a line was cut short and is left out", path)
     return lines
 

@@ -6,7 +6,6 @@ same seed, prompt and noise in both arms.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from rf_core.numbered import numbered
 from rf_core.video import to_uint8
 from rf_core.weights.checkpoint import load_student
+from rf_core.weights.files import read_json
 
 from ..run.folder import STUDENT
 from .claims import (
@@ -42,7 +42,7 @@ def read_results(out: Path) -> dict[str, list[Result]]:
     """Finished results by arm, one a seed; ValueError where there is none."""
     found: dict[str, list[Result]] = {}
     for arm in (*REFERENCES, *ARMS):
-        if results := [json.loads(path.read_text(encoding="utf-8")) for path in _paths(out, arm)]:
+        if results := [read_json(path) for path in _paths(out, arm)]:
             found[arm] = results
     if not found:
         raise ValueError(f"{out} holds no results of claims")
