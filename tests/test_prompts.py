@@ -642,7 +642,9 @@ def test_times_within_a_start_clip_are_those_of_the_timeline_for_what_counts_fro
 def test_a_video_that_ends_within_its_start_clip_is_refused() -> None:
     assert CLIP.num_chunks(3, "c") == 3
     for length, unit in ((2, "c"), (1.2, "s"), (20, "f")):
-        with pytest.raises(ValueError, match=rf" is {length}, .*lasts 3 chunks, 2.0625 s; ask for"):
+        with pytest.raises(
+            ValueError, match=rf"length of {length} .*lasts 3 chunks, 2.0625 s; ask for"
+        ):
             parse_timeline("a").num_chunks(length, unit, CLIP)
     with pytest.raises(TimelineError, match="c1 acts after the start clip, at chunk 3, but"):
         parse_timeline("0s: a\nc1: b").resolve(CLIP, 3)

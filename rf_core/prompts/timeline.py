@@ -117,8 +117,8 @@ class ChunkClock:
             chunks = self.chunk_at_image(images - 1) + 1
         if chunks < self.clip_chunks:
             raise ValueError(
-                f"{name} is {length:g}, and the start clip alone lasts {self.clip_chunks} chunks, "
-                f"{self.seconds(self.clip_chunks):g} s; ask for more, or start with less of it"
+                f"a length of {length:g} {name}, and the start clip alone lasts {self.clip_chunks} "
+                f"chunks, {self.seconds(self.clip_chunks):g} s; ask for more, or start with less"
             )
         return chunks
 

@@ -414,6 +414,21 @@ def test_a_second_run_says_what_it_took_over(server: Server) -> None:
     assert {each["max"] for each in progress if each["node"] == "stream"} == {2 * 4}
 
 
+def test_a_prompt_within_a_start_clip_begins_after_it_and_the_node_says_so(server: Server) -> None:
+    prompt = demo_prompt(length=3, seed=41, keep_images=-1)
+    text = "0s: a red circle moves left\nc1 [cut]: a blue square moves up"
+    prompt["next"] = demo_prompt(prompt=["script", 0], length=5, start_image=["stream", 2])[
+        "stream"
+    ]
+    prompt = with_node(prompt, "script", "RFPromptSchedule", clip=["demo", 1], text=text)
+    shown = server.run(prompt).output("next")
+    said = "note: 'a blue square moves up', asked for at 0.5625 s, begins at 2.0625 s, after the"
+    assert said in shown["text"][0]
+    assert len(images_of(video_of(server, shown))) == 9 + 12 + 12 + 9 + 12
+    prompt["next"]["inputs"]["length"] = 2
+    assert "length of 2 chunks, and the start clip alone lasts 3" in error_of(server, prompt)
+
+
 def error_of(server: Server, prompt: Prompt) -> str:
     """What a run that must fail says."""
     error = server.run(prompt).error
