@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -1127,8 +1128,9 @@ def test_a_file_that_is_shorter_than_it_was_is_made_anew(
     assert second.reused == 2 and same(expected, second, whole, rest)
 
 
-@pytest.mark.parametrize("keep_images", [0, 1, 13, 40, 300, -1])
-@pytest.mark.parametrize("cut", [None, 3, 16])
+@pytest.mark.parametrize(
+    ("cut", "keep_images"), [(None, 0), (None, 40), (None, -1), (3, 13), (14, 0)]
+)
 def test_as_few_images_are_decoded_again_as_the_rest_of_a_long_video_needs(
     pack: Any, host: Any, video: Callable[..., Any], cut: int | None, keep_images: int
 ) -> None:
@@ -1136,7 +1138,7 @@ def test_as_few_images_are_decoded_again_as_the_rest_of_a_long_video_needs(
     few = {"keep_images": keep_images, "keep_latents": 0}
     whole, part, rest = (
         video(text, f"{name}.mp4", length=length, **few)
-        for name, length in (("whole", 20), ("part", 18), ("rest", 20))
+        for name, length in (("whole", 18), ("part", 17), ("rest", 18))
     )
     expected = sampled(pack, whole)
     sampled(pack, part)
@@ -1149,15 +1151,79 @@ def test_as_few_images_are_decoded_again_as_the_rest_of_a_long_video_needs(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(type(rest.decoder), "decode", counting)
         second = again(rest)
-    assert second.reused == 18 and second.num_images == expected.num_images
+    assert second.reused == 17 and second.num_images == expected.num_images
     assert np.array_equal(images_of(whole.path), images_of(rest.path))
     run = importlib.import_module(f"{PACK}.nodes.run")
     found, wanted = (run.images_of(made, keep_images) for made in (second, expected))
     assert (found is None and wanted is None) or torch.equal(found, wanted)
     back = 1 - (-rest.decoder.memory_frames // 3)
     if keep_images == 0:
-        first = max(18 - back, 0 if cut is None else cut)
-        assert len(decoded) == 20 - first
+        first = max(17 - back, 0 if cut is None else cut)
+        assert len(decoded) == 18 - first
+
+
+def test_what_is_kept_is_of_the_very_same_patches_wrappers_and_options(
+    demo: Any, host: Any, video: Callable[..., Any], pack: Any
+) -> None:
+    reuse = importlib.import_module(f"{PACK}.nodes.reuse")
+    first = sampled(pack, plain := video(PROMPT, "plain.mp4", length=1))
+    assert again(video(PROMPT, "b.mp4", length=1)).reused == len(first.history) == 1
+
+    def keys(model: Any) -> Any:
+        return reuse.key_of(replace(plain, model=model))
+
+    def changed(change: Callable[[Any], None]) -> Any:
+        model = plain.model.clone()
+        change(model)
+        return keys(model)
+
+    def wrapper(run: Any, *given: Any, **named: Any) -> Any:
+        return run(*given, **named)
+
+    def option(value: Any) -> Callable[[Any], None]:
+        return lambda model: model.model_options["transformer_options"].update(strength=value)
+
+    weight = next(iter(plain.model.model.state_dict()))
+    found = [
+        keys(plain.model),
+        changed(option(1.0)),
+        changed(option(0.5)),
+        changed(option([0.5])),
+        changed(lambda model: model.model_options.update(sampler_cfg_function=wrapper)),
+        changed(lambda model: model.add_object_patch("model_sampling", object())),
+        changed(lambda model: model.add_wrapper_with_key("diffusion_model", "a", wrapper)),
+        changed(lambda model: model.add_wrapper_with_key("diffusion_model", "a", lambda r: r)),
+        changed(lambda model: model.set_model_patch(wrapper, "attn1_patch")),
+        changed(lambda model: model.add_patches({weight: (torch.ones(1),)}, 0.5)),
+        keys(demo.load_model()),
+        reuse.key_of(replace(plain, keep_images=1, seed=plain.seed + 1)),
+        reuse.key_of(replace(plain, start_latents=torch.zeros(1, 16, 3, 8, 8))),
+        reuse.key_of(replace(plain, start_latents=torch.ones(1, 16, 3, 8, 8))),
+    ]
+    for number, key in enumerate(found):
+        assert [key == other for other in found] == [number == n for n in range(len(found))]
+    assert keys(plain.model.clone()) == found[0]
+    assert changed(option(0.5)) == found[2]
+    assert changed(lambda m: m.set_model_patch(wrapper, "attn1_patch")) == found[8]
+
+
+def test_a_run_from_an_exact_state_is_not_taken_for_one_from_its_compact_form(
+    video: Callable[..., Any], pack: Any
+) -> None:
+    sampler = importlib.import_module(f"{PACK}.nodes.sampler")
+    run = importlib.import_module(f"{PACK}.nodes.run")
+    states = [
+        sampler._run(video(PROMPT, f"{kind}.mp4"), kind, run.Made())
+        for kind in ("exact", "compact")
+    ]
+    for state in states:
+        whole = video(PROMPT, "whole.mp4", snapshot=state, length=2)
+        assert again(whole).reused == 0
+        assert again(video(PROMPT, "again.mp4", snapshot=state, length=3)).reused == 2
+    through_a_file = replace(
+        states[0], tensors={k: t.clone() for k, t in states[0].tensors.items()}
+    )
+    assert again(video(PROMPT, "d.mp4", snapshot=through_a_file, length=4)).reused == 3
 
 
 @pytest.mark.parametrize(
