@@ -290,7 +290,7 @@ class StreamingSampler(io.ComfyNode):
             raise
         peak = host.peak_memory(model.load_device)
         outputs = _outputs(request, made, snapshot, format)
-        lines = [_told(request, made, peak), *_alone(request, join)]
+        lines = [_told(request, made, peak), *_alone(request, join), *_other_decoder(request)]
         lines += [*doubtful(model, vae), *prompt_notes(request)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
         return io.NodeOutput(*outputs, ui=_shown(request, text))
@@ -403,6 +403,18 @@ def _alone(request: Request, join: bool) -> list[str]:
     told = "the file holds the new part alone"
     said = request.snapshot.facts.get(VIDEO)
     return [] if join else [f"{told}; turn on join to have all in one file" if said else told]
+
+
+def _other_decoder(request: Request) -> list[str]:
+    """What is to be known where another decoder goes on than the one before an exact state."""
+    snapshot, decoder = request.snapshot, request.decoder
+    if snapshot is None or decoder is None or snapshot.compact:
+        return []
+    if snapshot.facts["decoder_frames"] is None or snapshot.facts.get("decoder") == decoder.kind:
+        return []
+    return [
+        "note: the state's images were decoded by another VAE; this one begins at its last ones"
+    ]
 
 
 def _stopped(request: Request, made: Made) -> str:

@@ -419,33 +419,31 @@ class Stream:
 
     def _take_over_decoder(self, snapshot: Snapshot) -> None:
         """The decoder's past: the snapshot's where it is this decoder's, or made of the latents."""
-        state, facts = self.state, snapshot.facts
-        had = facts["decoder_frames"] is not None
-        if self.decoder is None or not had:
-            state.decoder = None
-            return
-        ours, theirs = self.decoder.kind, facts.get("decoder")
-        if not snapshot.compact and theirs == ours:
-            return
-        if not snapshot.compact:
-            _log.warning(
-                "the snapshot's images were decoded by %s, and go on by %s from its last latents",
-                theirs or "another decoder",
-                ours,
-            )
-        state.decoder = None
-        if state.last_latents is not None:
-            self._redecode(state.last_latents)
+        facts, used = snapshot.facts, snapshot.facts["decoder_frames"] is not None
+        if self.decoder is None:
+            self.state.decoder = None
+        elif facts.get("decoder", "another decoder") != self.decoder.kind:
+            if used and not snapshot.compact:
+                _log.warning(
+                    "the snapshot's images were decoded by %s; %s goes on from its last latents",
+                    facts.get("decoder", "another decoder"),
+                    self.decoder.kind,
+                )
+            self._redecode()
+        elif snapshot.compact and used:
+            self._redecode()
 
-    def _redecode(self, latents: Tensor) -> None:
+    def _redecode(self) -> None:
         """Give the decoder a past: whole chunks, of which the first may be longer."""
+        self.state.decoder = None
+        first, last = self.state.first_latents, self.state.last_latents
         frames = self.cache_config.chunk_frames
-        if latents.shape[2] < frames:  # of a stream's first chunk, whose others the sink has
-            assert self.state.first_latents is not None
-            latents = torch.cat([self.state.first_latents, latents], dim=2)
-        head = frames + latents.shape[2] % frames
-        for part in (latents[:, :, :head], *_chunks(latents[:, :, head:], frames)):
-            self.decode(part)
+        if last is None or last.shape[2] < frames:  # of chunks that the sink has, or a part of
+            last = first if last is None or first is None else torch.cat([first, last], dim=2)
+        if last is not None:
+            head = frames + last.shape[2] % frames
+            for part in (last[:, :, :head], *_chunks(last[:, :, head:], frames)):
+                self.decode(part)
 
     def _rerun(self, parts: Iterable[Tensor], prompt_embeds: Tensor, on_pass: OnPass) -> None:
         for number, part in enumerate(parts):

@@ -427,12 +427,26 @@ def test_a_decoder_of_another_kind_does_not_take_over_the_past(caplog: Any) -> N
     assert torch.equal(same.step().images, stream.fork().step().images)
     assert not caplog.records
     other = Stream.from_snapshot(stream.model, snapshot, decoder=taehv())
-    assert "decoded by wan, and go on by taehv" in caplog.text
+    assert "decoded by wan; taehv goes on from its last" in caplog.text
     chunk = other.step()
     assert chunk.images.shape[1] == 12
     assert torch.equal(chunk.latents, stream.step().latents)
     blind = Stream.from_snapshot(stream.model, snapshot)
     assert blind.step().images is None
+    sees = Stream.from_snapshot(stream.model, blind.snapshot(), decoder=wan())
+    assert sees.step().images.shape[1] == 12  # it is not the stream's first
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(("chunks", "sink"), [(0, 3), (1, 3), (1, 5), (2, 5), (1, 2)])
+def test_a_decoder_that_joins_a_stream_later_gives_as_many_images_as_its_place_has(
+    chunks: int, sink: int, compact: bool
+) -> None:
+    stream = with_decoder(None, cache=tiny.window(12, sink))
+    for _ in range(chunks):
+        stream.step()
+    again = Stream.from_snapshot(stream.model, stream.snapshot(compact=compact), decoder=taehv())
+    assert [again.step().images.shape[1] for _ in range(2)] == [12 if chunks else 9, 12]
 
 
 def test_a_snapshot_goes_on_in_another_precision() -> None:
