@@ -44,7 +44,7 @@ _NAMES = {
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},  # as Python 3.13 calls them
 }
-"""All that an index of tensors names beside their dtypes, from torch 2.9 to 2.13."""
+"""All that an index of tensors names beside their dtypes, seen of torch 2.11 and 2.13."""
 _LARGEST, _MOST_AXES = 2**62, 8
 
 
