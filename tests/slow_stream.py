@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 from rf_core.attention import sdpa
 from rf_core.config import CacheConfig, Grid, SamplerConfig
 from rf_core.decoders.decoder import Decoder
-from rf_core.model import WanModel
+from rf_core.model import TimeContext, WanModel
 from rf_core.prompts import Switch
 from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
@@ -69,6 +70,9 @@ class SlowStream:
         self.size = height // 8, width // 8
         self.grid = Grid.of_latents(*self.size, model.config.patch_size)
         self.state = SlowState(cache, self._batched(prompt_embeds))
+        # The same at every call: kept, as the network keeps it, so that programs are quicker.
+        self._prompt_context = lru_cache(8)(model.counted_prompt)
+        self._time_context = lru_cache(8)(self._new_time_context)
 
     def step(self) -> Tensor:
         """The next chunk's latents, from noise."""
@@ -212,9 +216,8 @@ class SlowStream:
     ) -> tuple[Tensor, list[Layers]]:
         """The flow of x [B, C, F, h, w] after these frames, and keys and values of its frames."""
         window = _Window(self, frames)
-        time_BF = torch.full((self.batch, x.shape[2]), time)
-        at, seen = self.model.time_context(time_BF, self.dtype), self.model.counted_prompt(prompt)
-        flow = self.model(x.to(self.dtype), at, seen, window, sdpa)
+        seen = self._time_context(time, x.shape[2]), self._prompt_context(prompt), window, sdpa
+        flow = self.model(x.to(self.dtype), *seen)
         tokens = self.grid.frame_tokens
         split = [zip(k.split(tokens, 1), v.split(tokens, 1), strict=True) for k, v in window.made]
         return flow, list(zip(*split, strict=True))
@@ -229,6 +232,9 @@ class SlowStream:
         )
         table = rope_table(self.state.cache.window_frames, self.grid, config.head_dim)
         return apply_rope(keys, table.tokens(0, len(frames) * tokens)), values
+
+    def _new_time_context(self, time: float, frames: int) -> TimeContext:
+        return self.model.time_context(torch.full((self.batch, frames), time), self.dtype)
 
     def _padded(self, prompt: Tensor) -> Tensor:
         return F.pad(prompt, (0, 0, 0, self.model.config.text_len - prompt.shape[1]))

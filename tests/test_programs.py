@@ -32,7 +32,7 @@ from rf_core.model import WanModel
 from rf_core.state import Snapshot
 from rf_core.stream import Chunk, OnPass, Stream
 
-TRIES = int(os.environ.get("RF_FUZZ", "12"))
+TRIES = int(os.environ.get("RF_FUZZ", "10"))
 SEED = int(os.environ.get("RF_FUZZ_SEED", "0")) or random.SystemRandom().randrange(10**6)
 MOST_STREAMS = 3
 SHRINKING_RUNS = 300
@@ -187,13 +187,14 @@ class Trial:
             assert found.num_chunks == expected.num_chunks, "the number of chunks is wrong"
 
     def finish(self) -> None:
-        """What every stream does next is as it should be."""
+        """What every stream does next, and what it then remembers."""
         for pair in self.pairs:
             self.do_step(pair)
             self.do_step(pair)
+            self.check_window(pair)
             if self.kind.decoder is not None:
                 whole, parts = pair.slow.whole_images()
-                torch.testing.assert_close(whole, parts, atol=0.05, rtol=0)  # of random weights
+                assert (whole - parts).abs().mean() < 1e-3, "a whole clip decodes differently"
 
     def needs(self, pair: Pair, verb: str, given: list[str]) -> Iterator[str]:
         """What the engine must be able to do for this line."""
@@ -342,21 +343,20 @@ class Trial:
             pair.fast.restore(snapshot)
             pair.take(pair.fast, kept)
 
-    def do_load(self, pair: Pair, number: str) -> None:
-        """The same in a stream of its own."""
-        if self.saved:
-            snapshot, kept = self.saved[int(number) % len(self.saved)]
-            pair.take(self.loaded(snapshot), kept)
+    def do_reload(self, pair: Pair) -> None:
+        """It goes on from where it is, as a stream of its own."""
+        pair.fast = self.loaded(through_json(pair.fast.snapshot()))
 
     def check(self, pair: Pair, chunk: Chunk | None) -> None:
-        """The images, and the window once it is settled; the first of which may be unknown."""
+        """A chunk's images, where they are known."""
         pair.stopped, pair.changes = False, 0
         if self.kind.decoder is not None and chunk is not None and pair.same_images:
             assert chunk.images is not None
             same("images", chunk.images, pair.slow.images())
-        twin = pair.fast.fork()
-        twin.settle()
-        cache = twin.state.cache
+
+    def check_window(self, pair: Pair) -> None:
+        pair.fast.settle()
+        cache = pair.fast.state.cache
         cache.truncate(cache.num_frames)
         found = cache.snapshot()
         keys, values = pair.slow.window()
@@ -423,16 +423,16 @@ def same(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def lines_of(draw: random.Random, length: int) -> list[str]:
-    """A program."""
+    """A program of half the verbs: what is rare among all of them is then often together."""
     verbs: dict[str, tuple[int, Callable[[], str]]] = {
-        "step": (12, lambda: ""),
+        "step": (8, lambda: ""),
         "switch": (8, lambda: switch_of(draw)),
         "stop": (4, lambda: f"{draw.randrange(6)}"),
         "fork": (2, lambda: ""),
         "snapshot": (2, lambda: ""),
         "restore": (2, lambda: f"{draw.randrange(5)}"),
         "replay": (2, lambda: f"{draw.randrange(5)}"),
-        "load": (1, lambda: f"{draw.randrange(5)}"),
+        "reload": (4, lambda: ""),
         "compact": (1, lambda: ""),
         "settle": (1, lambda: ""),
         "spoil": (1, lambda: ""),
@@ -440,15 +440,19 @@ def lines_of(draw: random.Random, length: int) -> list[str]:
         "interfere": (1, lambda: switch_of(draw)),
         "refuse": (2, lambda: refusal_of(draw)),
     }
-    weights = [weight for weight, _ in verbs.values()]
-    made = [f"0 start {draw.randrange(9)}"] if draw.random() < 0.2 else []
-    for verb in draw.choices(list(verbs), weights, k=length):
-        made.append(f"{draw.randrange(MOST_STREAMS)} {verb} {verbs[verb][1]()}".strip())
+    taken = ["step", *draw.sample(list(verbs), len(verbs) // 2)]
+    streams = draw.randrange(1, MOST_STREAMS + 1)
+    made = ["0 step"] * draw.randrange(5)
+    if draw.random() < 0.15:
+        made = [f"0 switch {switch_of(draw)}", f"0 stop {draw.randrange(3)}"][draw.randrange(3) :]
+        made.append(f"0 start {draw.randrange(9)}")
+    for verb in draw.choices(taken, [verbs[verb][0] for verb in taken], k=length):
+        made.append(f"{draw.randrange(streams)} {verb} {verbs[verb][1]()}".strip())
     return made
 
 
 def switch_of(draw: random.Random) -> str:
-    blend = f"blend {draw.randrange(1, 4)} {draw.choice(['lerp', 'slerp'])}"
+    blend = f"blend {draw.randrange(1, 5)} {draw.choice(['lerp', 'slerp'])}"
     how = draw.choice(["soft", "recache", "recache", "cut", blend, blend])
     return f"{draw.randrange(10)} {how}"
 
@@ -505,7 +509,7 @@ def hold(name: str, kind_of: Callable[[random.Random], Kind], tries: int) -> Non
     for number in range(tries):
         draw = random.Random(f"{name} {SEED} {number}")
         kind = kind_of(draw)
-        lines = lines_of(draw, draw.randrange(3, 25))
+        lines = lines_of(draw, draw.randrange(1, 20))
         if fault_of(kind, lines) is not None:
             lines = shortest(kind, lines)
             program = "".join(f"    {line}\n" for line in lines)
