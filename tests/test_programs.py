@@ -37,9 +37,6 @@ SEED = int(os.environ.get("RF_FUZZ_SEED", "0")) or random.SystemRandom().randran
 MOST_STREAMS = 3
 SHRINKING_RUNS = 300
 
-AWAITING: set[str] = set()
-"""What programs leave out until the engine can do it; `Trial.needs` says what a line needs."""
-
 
 class Stop(BaseException):
     pass
@@ -153,10 +150,6 @@ class Pair:
 
     fast: Stream
     slow: SlowStream
-    stopped: bool = False
-    """Whether a step was stopped since the last chunk."""
-    changes: int = 0
-    """Of the prompt since then."""
     same_images: bool = True
     """Whether the decoder's past is known; of a compact snapshot it is not."""
 
@@ -180,11 +173,10 @@ class Trial:
         """One line: the number of a stream, a verb, and what the verb takes."""
         number, verb, *given = line.split()
         pair = self.pairs[int(number) % len(self.pairs)]
-        if AWAITING.isdisjoint(self.needs(pair, verb, given)):
-            getattr(self, f"do_{verb}")(pair, *given)
-            found, expected = pair.fast.state, pair.slow.state
-            same("prompts", padded(found.prompt_embeds), padded(expected.prompt))
-            assert found.num_chunks == expected.num_chunks, "the number of chunks is wrong"
+        getattr(self, f"do_{verb}")(pair, *given)
+        found, expected = pair.fast.state, pair.slow.state
+        same("prompts", padded(found.prompt_embeds), padded(expected.prompt))
+        assert found.num_chunks == expected.num_chunks, "the number of chunks is wrong"
 
     def finish(self) -> None:
         """What every stream does next, and what it then remembers."""
@@ -195,24 +187,6 @@ class Trial:
             if self.kind.decoder is not None:
                 whole, parts = pair.slow.whole_images()
                 assert (whole - parts).abs().mean() < 1e-3, "a whole clip decodes differently"
-
-    def needs(self, pair: Pair, verb: str, given: list[str]) -> Iterator[str]:
-        """What the engine must be able to do for this line."""
-        state = pair.slow.state
-        if verb == "switch":
-            if pair.stopped:
-                yield "a change after a stop"
-            if pair.changes:
-                yield "two changes between steps"
-            tokens = prompt_of(int(given[0]), 1).shape[1]
-            if given[1] == "blend" and tokens != state.prompt.shape[1]:
-                yield "blends between lengths"
-        yield {
-            "spoil": "tensors changed by others",
-            "fail": "failures",
-            "refuse": f"refused {given[0]}" if given else "",
-            "interfere": "interference",
-        }.get(verb, verb)
 
     def do_step(self, pair: Pair, *, on_pass: OnPass | None = None) -> None:
         chunk = pair.fast.step(on_pass)
@@ -254,9 +228,7 @@ class Trial:
         embeds = prompt_of(int(number), self.kind.batch)
         pair.slow.switch(embeds, " ".join(how))
         pair.fast.switch(embeds, " ".join(how))
-        if "tensors changed by others" not in AWAITING:
-            embeds.zero_()
-        pair.changes += 1
+        embeds.zero_()
         pair.same_images |= how[0] == "cut"
 
     def do_stop(self, pair: Pair, at: str) -> None:
@@ -275,7 +247,6 @@ class Trial:
         with raising(Stop):
             pair.fast.step(on_pass, on_guess)
         pair.slow.abort(in_recache=seen[-1] != ("clean", 0))
-        pair.stopped = True
 
     def do_fail(self, pair: Pair, calls: str) -> None:
         """A step that fails within a pass, when attention was called so often."""
@@ -286,8 +257,7 @@ class Trial:
             self.do_step(pair)
         except Failure:
             pair.slow.abort(in_recache=True)
-            pair.stopped = True
-        finally:
+            finally:
             self.calls_left = None
 
     def do_interfere(self, pair: Pair, number: str, *how: str) -> None:
@@ -349,7 +319,6 @@ class Trial:
 
     def check(self, pair: Pair, chunk: Chunk | None) -> None:
         """A chunk's images, where they are known."""
-        pair.stopped, pair.changes = False, 0
         if self.kind.decoder is not None and chunk is not None and pair.same_images:
             assert chunk.images is not None
             same("images", chunk.images, pair.slow.images())
