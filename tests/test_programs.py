@@ -257,7 +257,7 @@ class Trial:
             self.do_step(pair)
         except Failure:
             pair.slow.abort(in_recache=True)
-            finally:
+        finally:
             self.calls_left = None
 
     def do_interfere(self, pair: Pair, number: str, *how: str) -> None:
