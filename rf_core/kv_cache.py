@@ -168,7 +168,7 @@ class Held:
         """Copy back."""
         self.wait()
         for name, tensor in tensors.items():
-            tensor.copy_(self.tensors[name])
+            _copy_blocks(self.tensors[name], tensor)
 
     def clone(self) -> Held:
         """An independent copy."""
@@ -178,7 +178,13 @@ class Held:
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self.tensors[name].copy_(tensor, non_blocking=True)
+            _copy_blocks(tensor, self.tensors[name])
+
+
+def _copy_blocks(source: Tensor, target: Tensor) -> None:
+    """Copy [..., S, H, D] block by block, each in one piece: a card needs no memory for it then."""
+    for mine, new in zip(target.flatten(0, -4), source.flatten(0, -4), strict=True):
+        mine.copy_(new, non_blocking=True)
 
 
 def _host_memory(x: Tensor) -> Tensor:
@@ -298,7 +304,9 @@ class KVCache:
     def hold(self) -> None:
         """Keep what the next chunk's eviction will overwrite, so that it can be `put_back`.
 
-        Before `advance`, or earlier where nothing writes to the sink in between.
+        Before `advance`, or earlier where nothing writes to the sink in between. It takes as much
+        of the host's memory as the sink of the device's (0.86 GB at 832x480 in bfloat16) and, on
+        a card, no time of its passes: the copy is made beside them. Unmeasured there.
         """
         evicts = self.num_frames + self.config.chunk_frames > self.config.window_frames
         if not evicts or (self.before and self.before.evictions == self.num_evictions):
@@ -432,7 +440,8 @@ class KVCache:
             _copy_sinks(self.before.tensors, under(tensors, _BEFORE), self.num_evictions - 1)
 
     def _held(self) -> Held | None:
-        return None if self.before is None else self.before.clone()
+        """What a copy of the cache needs of it: else it is held again before it is needed."""
+        return self.before.clone() if self.before and self.made_room else None
 
     def _rope(self, start: int, stop: int) -> Rope:
         frames, head_dim = self.config.window_frames, self.k_NBWHD.shape[-1]

@@ -243,8 +243,8 @@ class Stream:
 
     def snapshot(self, *, compact: bool = False) -> Snapshot:
         """The state between two chunks, to save or to `restore`; see `rf_core.state`."""
-        self.settle()
-        with self._alone():
+        with self._alone(), torch.no_grad():
+            self._settle(_nobody)
             facts = {
                 "model": asdict(self.model.config),
                 "fingerprint": self.model.fingerprint(),

@@ -151,6 +151,21 @@ def test_a_stopped_chunk_may_be_followed_by_a_recache(name: str, keep: str, tmp_
     assert torch.equal(run(True), run(False))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_on_a_card_the_sink_is_held_by_the_host_and_put_back() -> None:
+    def run(stops: bool) -> Tensor:
+        stream = tiny.stream(model=tiny.model().to("cuda"), cache=tiny.window(9, 3), batch=2)
+        latents_of(stream, 5)
+        if stops:
+            stopped(stream, 2)
+            held = stream.state.cache.before
+            assert held is not None and all(t.is_pinned() for t in held.tensors.values())
+        stream.switch(tiny.prompt(1), "recache")
+        return latents_of(stream, 3)
+
+    assert torch.equal(run(True), run(False))
+
+
 def test_a_blend_starts_where_the_last_chunk_that_was_made_stood() -> None:
     def run(stops: bool) -> Tensor:
         stream = tiny.stream()

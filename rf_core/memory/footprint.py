@@ -174,6 +174,10 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
             stream.model(x.to(stream.dtype), *stream._seen(x, _TIMESTEP, embeds))
 
         state.cache.num_frames = sizes.cache.window_frames  # so that frames leave
+        state.cache.hold()
+        held = (
+            sum(t.nbytes for t in state.cache.before.tensors.values()) if state.cache.before else 0
+        )
         chunks = peak_bytes(two_chunks, place)
         x = next(stream._noise())
         context_bytes = sum(t.nbytes for layer in context for t in layer)
@@ -185,7 +189,9 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
             "read": context_bytes + whole.nbytes + x.nbytes,
             "switch": peak_bytes(lambda: stream._prompt_context(embeds), place),
             "weights": _weight_bytes(stream.model, sizes.linear_bytes),
-            "cache": state.cache.nbytes,
+            # A card's sink is held by the host.
+            "cache": state.cache.nbytes
+            + (0 if torch.device(sizes.device).type == "cuda" else held),
             "prompt": state.prompt_embeds.nbytes + context_bytes,
         }
 
