@@ -143,8 +143,10 @@ class SlowStream:
     @property
     def untouched(self) -> bool:
         """Whether the window is what one run over its latents under the prompt would make."""
-        now = self._padded(self.state.prompt)
-        same = all(torch.equal(self._padded(f.prompt), now) for f in self.state.frames)
+        prompts = [frame.prompt for frame in self.state.frames]
+        tokens = self.model.config.text_len
+        now = padded(self.state.prompt, tokens)
+        same = all(torch.equal(padded(prompt, tokens), now) for prompt in prompts)
         return same and not self.state.num_evictions
 
     @torch.no_grad()
@@ -164,7 +166,8 @@ class SlowStream:
         if state.blend is not None:
             switch, start, target, done = state.blend
             weight = (done + 1) / switch.blend_chunks
-            start, target = (self._padded(embeds) for embeds in (start, target))
+            tokens = max(start.shape[1], target.shape[1])
+            start, target = (padded(embeds, tokens) for embeds in (start, target))
             mix = slerp if switch.interpolation == "slerp" else torch.lerp
             prompt = target if weight >= 1 else mix(start, target, weight)
         leaving = len(state.frames) + state.cache.chunk_frames - state.cache.window_frames
@@ -236,9 +239,6 @@ class SlowStream:
     def _new_time_context(self, time: float, frames: int) -> TimeContext:
         return self.model.time_context(torch.full((self.batch, frames), time), self.dtype)
 
-    def _padded(self, prompt: Tensor) -> Tensor:
-        return F.pad(prompt, (0, 0, 0, self.model.config.text_len - prompt.shape[1]))
-
     def _batched(self, prompt_embeds: Tensor) -> Tensor:
         return prompt_embeds.clone().expand(self.batch, -1, -1).to(self.dtype)
 
@@ -293,6 +293,11 @@ def absorb(sink: Tensor, gone: list[Tensor], cache: CacheConfig, *, keys: bool) 
         longer = (cache.decay * was + (1 - cache.decay) * came) / now.clamp_min(1e-6)
         mixed = mixed * longer.to(mixed.dtype)[..., None, None]
     return mixed
+
+
+def padded(prompt: Tensor, tokens: int) -> Tensor:
+    """A prompt [B, S, D] with zeros behind it, as the network sees it."""
+    return F.pad(prompt, (0, 0, 0, tokens - prompt.shape[1]))
 
 
 def in_8_bits(x: Tensor) -> Tensor:

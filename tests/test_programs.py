@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
-from slow_stream import SlowStream
+from slow_stream import SlowStream, padded
 from torch import Tensor
 
 from rf_core.attention import Attention, sdpa
@@ -32,7 +31,7 @@ from rf_core.model import WanModel
 from rf_core.state import Snapshot
 from rf_core.stream import Chunk, OnPass, Stream
 
-TRIES = int(os.environ.get("RF_FUZZ", "10"))
+TRIES = int(os.environ.get("RF_FUZZ", "8"))
 SEED = int(os.environ.get("RF_FUZZ_SEED", "0")) or random.SystemRandom().randrange(10**6)
 MOST_STREAMS = 3
 SHRINKING_RUNS = 300
@@ -175,7 +174,8 @@ class Trial:
         pair = self.pairs[int(number) % len(self.pairs)]
         getattr(self, f"do_{verb}")(pair, *given)
         found, expected = pair.fast.state, pair.slow.state
-        same("prompts", padded(found.prompt_embeds), padded(expected.prompt))
+        prompts = found.prompt_embeds, expected.prompt
+        same("prompts", *(padded(embeds, tiny.CONFIG.text_len) for embeds in prompts))
         assert found.num_chunks == expected.num_chunks, "the number of chunks is wrong"
 
     def finish(self) -> None:
@@ -186,30 +186,23 @@ class Trial:
             self.check_window(pair)
             if self.kind.decoder is not None:
                 whole, parts = pair.slow.whole_images()
+                # Some pixels of a random VAE stand on a knife's edge; a lost past shows in all.
                 assert (whole - parts).abs().mean() < 1e-3, "a whole clip decodes differently"
 
     def do_step(self, pair: Pair, *, on_pass: OnPass | None = None) -> None:
         chunk = pair.fast.step(on_pass)
-        assert chunk.index == pair.slow.state.num_chunks, "the chunk's index is wrong"
         same("latents", chunk.latents, pair.slow.step())
         self.check(pair, chunk)
-
-    def do_spoil(self, pair: Pair) -> None:
-        """A step, of which what is handed out is then written to."""
-        chunk = pair.fast.step()
-        pair.slow.step()
-        chunk.latents.zero_()
-        self.check(pair, None)
 
     def do_replay(self, pair: Pair, number: str) -> None:
         """A chunk that is given: any, or for number 0 what the step would make."""
         latents = self.latents(pair, int(number))
         if number == "0":
             latents = pair.slow.fork().step()
+        pair.slow.replay(latents.clone())
         chunk = pair.fast.replay(latents)
-        assert chunk.index == pair.slow.state.num_chunks, "the chunk's index is wrong"
-        pair.slow.replay(latents)
-        self.check(pair, chunk)
+        same("replayed latents", chunk.latents, latents)
+        self.check(pair, chunk, latents)
 
     def do_start(self, pair: Pair, number: str) -> None:
         chunks = 1 + int(number) % 3
@@ -218,17 +211,18 @@ class Trial:
             with raising(ValueError):
                 pair.fast.start_from(torch.cat(parts, dim=2))
             return
-        made = pair.fast.start_from(torch.cat(parts, dim=2))
+        given = torch.cat(parts, dim=2)
+        made = pair.fast.start_from(given)
         for chunk, part in zip(made, parts, strict=True):
             same("start latents", chunk.latents, part)
             pair.slow.replay(part)
-        self.check(pair, made[-1])
+        self.check(pair, made[-1], given)
 
     def do_switch(self, pair: Pair, number: str, *how: str) -> None:
         embeds = prompt_of(int(number), self.kind.batch)
         pair.slow.switch(embeds, " ".join(how))
         pair.fast.switch(embeds, " ".join(how))
-        embeds.zero_()
+        write_to(embeds)
         pair.same_images |= how[0] == "cut"
 
     def do_stop(self, pair: Pair, at: str) -> None:
@@ -297,12 +291,12 @@ class Trial:
         self.saved.append((through_json(pair.fast.snapshot()), kept))
 
     def do_compact(self, pair: Pair) -> None:
-        """One of a window that can be made again is as good as an exact one but for the decoder."""
+        """A compact snapshot goes on in one way, and as an exact one where nothing is lost."""
         snapshot = through_json(pair.fast.snapshot(compact=True))
-        twins = [self.loaded(snapshot) for _ in range(2)]
-        for _ in range(2):
-            same("latents after a compact snapshot", *(twin.step().latents for twin in twins))
+        made = [self.loaded(snapshot).step().latents for _ in range(2)]
+        same("latents after a compact snapshot", *made)
         if pair.slow.untouched:
+            same("latents after a compact snapshot", made[0], pair.slow.fork().step())
             kept = replace(pair, slow=pair.slow.fork(), same_images=False)
             self.saved.append((snapshot, kept))
 
@@ -313,15 +307,25 @@ class Trial:
             pair.fast.restore(snapshot)
             pair.take(pair.fast, kept)
 
-    def do_reload(self, pair: Pair) -> None:
-        """It goes on from where it is, as a stream of its own."""
-        pair.fast = self.loaded(through_json(pair.fast.snapshot()))
+    def do_reload(self, pair: Pair, where: str) -> None:
+        """It goes on in a stream of its own, or in one that had another window."""
+        snapshot = through_json(pair.fast.snapshot())
+        if where == "new":
+            pair.fast = self.loaded(snapshot)
+        else:
+            pair.fast = replace(self.kind, cache=tiny.window(4, 1)).fast(self.attention)
+            pair.fast.step()
+            pair.fast.restore(snapshot)
 
-    def check(self, pair: Pair, chunk: Chunk | None) -> None:
-        """A chunk's images, where they are known."""
-        if self.kind.decoder is not None and chunk is not None and pair.same_images:
-            assert chunk.images is not None
-            same("images", chunk.images, pair.slow.images())
+    def check(self, pair: Pair, chunk: Chunk, *given: Tensor) -> None:
+        """The number and the images of a chunk; all that others hold is then written to."""
+        assert chunk.index == pair.slow.state.num_chunks - 1, "the chunk's index is wrong"
+        if self.kind.decoder is not None:
+            assert chunk.images is not None, "there are no images"
+            if pair.same_images:
+                same("images", chunk.images, pair.slow.images())
+            given += (chunk.images,)
+        write_to(chunk.latents, *given)
 
     def check_window(self, pair: Pair) -> None:
         pair.fast.settle()
@@ -336,6 +340,7 @@ class Trial:
         if self.calls_left is not None:
             self.calls_left -= 1
             if self.calls_left < 0:
+                self.calls_left = None
                 raise Failure
         return sdpa(q, k, v)
 
@@ -366,6 +371,12 @@ class Trial:
         return Snapshot(tensors=tensors, facts=facts)
 
 
+def write_to(*tensors: Tensor) -> None:
+    """As their owners may."""
+    for tensor in tensors:
+        tensor.zero_()
+
+
 @contextmanager
 def raising(error: type[BaseException]) -> Iterator[None]:
     """As `pytest.raises`, whose own failure is no AssertionError."""
@@ -378,10 +389,6 @@ def raising(error: type[BaseException]) -> Iterator[None]:
 
 def through_json(snapshot: Snapshot) -> Snapshot:
     return Snapshot(tensors=snapshot.tensors, facts=json.loads(json.dumps(snapshot.facts)))
-
-
-def padded(embeds: Tensor) -> Tensor:
-    return F.pad(embeds, (0, 0, 0, tiny.CONFIG.text_len - embeds.shape[1]))
 
 
 def same(what: str, found: Tensor, expected: Tensor) -> None:
@@ -401,10 +408,9 @@ def lines_of(draw: random.Random, length: int) -> list[str]:
         "snapshot": (2, lambda: ""),
         "restore": (2, lambda: f"{draw.randrange(5)}"),
         "replay": (2, lambda: f"{draw.randrange(5)}"),
-        "reload": (4, lambda: ""),
-        "compact": (1, lambda: ""),
+        "reload": (4, lambda: draw.choice(["new", "other"])),
+        "compact": (2, lambda: ""),
         "settle": (1, lambda: ""),
-        "spoil": (1, lambda: ""),
         "fail": (1, lambda: f"{draw.randrange(8)}"),
         "interfere": (1, lambda: switch_of(draw)),
         "refuse": (2, lambda: refusal_of(draw)),
@@ -416,13 +422,16 @@ def lines_of(draw: random.Random, length: int) -> list[str]:
         made = [f"0 switch {switch_of(draw)}", f"0 stop {draw.randrange(3)}"][draw.randrange(3) :]
         made.append(f"0 start {draw.randrange(9)}")
     for verb in draw.choices(taken, [verbs[verb][0] for verb in taken], k=length):
-        made.append(f"{draw.randrange(streams)} {verb} {verbs[verb][1]()}".strip())
+        stream = draw.randrange(streams)
+        made.append(f"{stream} {verb} {verbs[verb][1]()}".strip())
+        if verb in ("switch", "stop") and draw.random() < 0.4:
+            made.append(f"{stream} switch {switch_of(draw)}")
     return made
 
 
 def switch_of(draw: random.Random) -> str:
     blend = f"blend {draw.randrange(1, 5)} {draw.choice(['lerp', 'slerp'])}"
-    how = draw.choice(["soft", "recache", "recache", "cut", blend, blend])
+    how = draw.choice(["soft", "soft", "recache", "recache", "cut", blend, blend])
     return f"{draw.randrange(10)} {how}"
 
 
@@ -473,6 +482,48 @@ def shortest(kind: Kind, lines: list[str]) -> list[str]:
     return lines
 
 
+SHORT = {
+    "a recache given up": "0 step / 0 step / 0 switch 4 recache / 0 switch 3 soft",
+    "the same, saved in between": (
+        "0 step / 0 step / 0 switch 4 recache / 0 reload new / 0 switch 3 soft"
+    ),
+    "a recache stopped half way and given up": (
+        "0 step / 0 step / 0 step / 0 switch 4 recache / 0 stop 1 / 0 switch 3 soft"
+    ),
+    "the same, saved in between and begun anew": (
+        "0 step / 0 step / 0 step / 0 switch 4 recache / 0 stop 1 / 0 reload new"
+        " / 0 switch 3 recache"
+    ),
+    "a recache that failed within a pass and is given up": (
+        "0 step / 0 step / 0 step / 0 switch 4 recache / 0 fail 0 / 0 switch 3 soft"
+    ),
+    "a recache before a blend": "0 step / 0 step / 0 switch 4 recache / 0 switch 3 blend 2",
+    "a recache after a stopped step that let frames leave": (
+        "0 step / 0 step / 0 step / 0 step / 0 stop 9 / 0 switch 4 recache / 0 step"
+    ),
+    "a stop within a blend, then another": (
+        "0 step / 0 switch 4 blend 3 / 0 step / 0 stop 1 / 0 switch 3 blend 2 slerp / 0 reload new"
+    ),
+    "a blend to a shorter prompt": (
+        "0 step / 0 switch 5 blend 2 / 0 step / 0 switch 1 blend 3 slerp / 0 step"
+    ),
+    "a cut within a blend": "0 step / 0 switch 4 blend 3 / 0 step / 0 switch 3 cut / 0 step",
+    "a blend from a cut": "0 step / 0 step / 0 switch 4 cut / 0 switch 3 blend 2 / 0 reload new",
+    "a start after a stop": "0 stop 1 / 0 start 2 / 0 step",
+    "a start within a blend": "0 switch 4 blend 3 / 0 start 1 / 0 step",
+    "compact snapshots of a young window": "0 compact / 0 step / 0 compact / 0 step / 0 compact",
+    "refused prompts": (
+        "0 step / 0 refuse prompts width cut / 0 refuse prompts length recache"
+        " / 0 refuse prompts width blend 2 / 0 refuse prompts count soft"
+    ),
+    "refused snapshots": (
+        "0 step / 0 step / 0 refuse snapshots missing / 0 refuse snapshots short"
+        " / 0 refuse snapshots prompt / 0 refuse snapshots facts / 0 refuse snapshots foreign"
+    ),
+    "its own chunks replayed": "0 replay 0 / 0 replay 0 / 0 switch 4 recache / 0 replay 0 / 0 step",
+}
+
+
 def hold(name: str, kind_of: Callable[[random.Random], Kind], tries: int) -> None:
     """Try programs; the first that fails is shown."""
     for number in range(tries):
@@ -486,10 +537,18 @@ def hold(name: str, kind_of: Callable[[random.Random], Kind], tries: int) -> Non
             pytest.fail(f"{where}\n{kind}\n{program}{fault_of(kind, lines)}", pytrace=False)
 
 
+@pytest.mark.parametrize("program", SHORT)
+@pytest.mark.parametrize(
+    "name", ["published", "sink smaller than a chunk", "int8 with a float32 sink", "a batch of two"]
+)
+def test_a_stream_is_what_the_slow_one_says_after_hard_programs(name: str, program: str) -> None:
+    run(KINDS[name], SHORT[program].split(" / "))
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_stream_is_what_the_slow_one_says_after_any_program(name: str) -> None:
     hold(name, lambda draw: KINDS[name], TRIES)
 
 
-def test_so_is_one_of_any_other_kind() -> None:
+def test_so_is_a_stream_of_any_other_kind() -> None:
     hold("any kind", any_kind, 4 * TRIES)
