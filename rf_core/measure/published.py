@@ -293,7 +293,7 @@ def _generator(
         with torch.device("meta"):
             network: nn.Module = network_class(**sizes)
         # No buffer, so it does not come with the weights.
-        network.freqs = network_class(**{**sizes, "num_layers": 0}).freqs
+        network.freqs = network_class(**{**sizes, "num_layers": 1}).freqs
         network.load_state_dict(model.state_dict(), assign=True)
         return network.requires_grad_(False)
 
