@@ -3,7 +3,7 @@
 A run keeps the latents of its chunks, also of one that was stopped. A later run that differs from
 some chunk on, by a prompt or by its length, is given those before it: one pass in place of all
 (`Stream.replay`), to the same bits. Their images are in the earlier run's file, if that is still
-there. The latents lie in RAM, as much as the node allows; keeping them costs a run nothing else.
+there. All of it lies in RAM, as much as the node allows; keeping it costs a run nothing else.
 """
 
 from __future__ import annotations
@@ -18,12 +18,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rf_core.decoders.decoder import DecoderState
 from ..rf_core.prompts import ResolvedEntry
 from ..rf_core.state import Snapshot
 from . import host
 from .join import VIDEO
 
 _LARGE, _SAMPLE = 1 << 26, 1 << 20  # bytes: of tensors above, so many at both ends are their mark
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """What spares a run that goes on after all of another's chunks to decode some again."""
+
+    decoder: DecoderState
+    """On the CPU."""
+    images: tuple[Tensor, ...]
+    """The last ones [T, 3, H, W], by chunk."""
+    keep_images: int
+    """As many as were asked for; -1 is all."""
+
+    @property
+    def nbytes(self) -> int:
+        """RAM that it takes."""
+        return self.decoder.nbytes + sum(each.nbytes for each in self.images)
+
+    def serves(self, keep_images: int) -> bool:
+        """Whether there are images enough for another run."""
+        return self.keep_images < 0 or 0 <= keep_images <= self.keep_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +62,8 @@ class Kept:
     """A file that begins with their images."""
     run: str
     """Which run made that file; another may take its place under the same name."""
+    tail: Tail | None
+    """None where there was no room for it."""
 
     def shared(self, key: tuple[Any, ...], prompts: tuple[tuple[int, str, str], ...]) -> int:
         """How many of the chunks another run would make just so."""
@@ -92,6 +116,7 @@ def keep(request: Any, prompts: tuple[ResolvedEntry, ...], made: Any) -> bool:
         latents=tuple(made.history),
         video=request.path,
         run=made.run,
+        tail=_tail(request, made),
     )
     for old in [each for each in _kept if new.shared(each.key, each.prompts) == len(each.latents)]:
         _kept.remove(old)
@@ -103,7 +128,19 @@ def keep(request: Any, prompts: tuple[ResolvedEntry, ...], made: Any) -> bool:
 
 def num_bytes() -> int:
     """RAM that all of it takes; chunks that several runs share count once."""
-    return sum({id(each): each.nbytes for kept in _kept for each in kept.latents}.values())
+    latents = {id(each): each.nbytes for kept in _kept for each in kept.latents}
+    return sum(latents.values()) + sum(kept.tail.nbytes for kept in _kept if kept.tail)
+
+
+def _tail(request: Any, made: Any) -> Tail | None:
+    decoder, history = made.decoder, sum(each.nbytes for each in made.history)
+    if decoder is None or decoder.spent or len(made.history) < made.chunks:
+        return None
+    size = decoder.nbytes + sum(each.nbytes for each in made.images)
+    if history + size > request.reuse_bytes:
+        return None
+    copy = decoder.to("cpu")
+    return Tail(decoder=copy, images=tuple(made.images), keep_images=request.keep_images)
 
 
 def forget() -> None:

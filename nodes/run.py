@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..rf_core.config import CacheConfig, SamplerConfig
+from ..rf_core.decoders.decoder import DecoderState
 from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.pace import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry, clip_notes
@@ -96,6 +97,8 @@ class Made:
     run: str = field(default_factory=lambda: uuid4().hex)
     """Names the run in its file."""
     report: Report = field(default_factory=Report)
+    decoder: DecoderState | None = None
+    """What the decoder remembers after those chunks; None where that is not all."""
     stream: Stream | None = None
     """At its end."""
 
@@ -198,17 +201,22 @@ class Course:
     """The first whose images go to the IMAGE socket."""
     written: int = 0
     """The first whose images are not in the file already."""
+    tail: reuse.Tail | None = None
+    """What is known of the decoder and the images after the reused ones."""
 
     def after(self, kept: reuse.Kept, count: int) -> Course:
         """The same where the first chunks are an earlier run's."""
         return replace(self, given=kept.latents[:count], reused=count)
 
-    def beginning_with(self, file: int, request: Request) -> Course:
+    def beginning_with(self, file: int, request: Request, tail: reuse.Tail | None) -> Course:
         """The same where the file holds the images of the first `file` chunks.
 
-        Of them as many are decoded again as the decoder remembers, and as the IMAGE socket wants.
+        Of them as many are decoded again as the decoder remembers, and as the IMAGE socket wants;
+        none where what they leave is known.
         """
         assert request.decoder is not None
+        if tail is not None and tail.serves(request.keep_images):
+            return replace(self, written=file, wanted=file, decoded=file, tail=tail)
         images, keep = self.clock.images_before(self.total), request.keep_images
         first = 0 if keep < 0 else images - keep
         ends = (self.clock.images_before(number + 1) for number in range(self.total))
@@ -245,7 +253,9 @@ def run(request: Request, made: Made) -> None:
     made.reused = course.reused
     writer = _continued(request, course, kept, made)
     if writer is not None:
-        course = course.beginning_with(course.reused, request)
+        tail = kept.tail if kept and course.reused == len(kept.latents) else None
+        course = course.beginning_with(course.reused, request, tail)
+        made.images.extend(course.tail.images if course.tail else ())
     else:
         writer = _writer(request, made)
     take = partial(_take, request, writer, made, _numbers(course))
@@ -328,10 +338,11 @@ def _hand_on(
     if handoff is not None and number >= course.decoded:
         assert made.stream is not None
         state = made.stream.state
-        if number == course.decoded and number:
-            state.decoder = None  # it has not seen what lies between
+        if number == course.decoded and number:  # it has not seen what lies between
+            state.decoder = course.tail.decoder.to(request.decoder.device) if course.tail else None
         with host.held_interrupt():  # half a decode would leave a stream that cannot go on
             state.decoder = handoff.submit(latents, state.decoder)
+        made.decoder = state.decoder if number + 1 >= min(course.written, course.wanted) else None
     made.num_frames += latents.shape[2]
     made.chunks += 1
 

@@ -1030,23 +1030,35 @@ def test_what_runs_keep_is_bounded_and_counted(
     pack: Any, host: Any, video: Callable[..., Any]
 ) -> None:
     reuse, sampler = (importlib.import_module(f"{PACK}.nodes.{n}") for n in ("reuse", "sampler"))
-    first = sampled(pack, video(PROMPT, "first.mp4"))
+    whole = video
+
+    def latents(text: str, name: str, **changes: Any) -> Any:
+        return whole(text, name, **{"decoder": None, "path": None, "keep_images": 0} | changes)
+
+    first = sampled(pack, latents(PROMPT, "first.mp4"))
     chunk = first.history[0].nbytes
     assert reuse.num_bytes() == CHUNKS * chunk
-    longer = again(video(PROMPT, "longer.mp4", length=CHUNKS + 1))
+    longer = again(latents(PROMPT, "longer.mp4", length=CHUNKS + 1))
     assert longer.reused == CHUNKS and reuse.num_bytes() == (CHUNKS + 1) * chunk
-    branch = again(video(f"0s: {PROMPT}\nc3: snow", "branch.mp4"))
+    branch = again(latents(f"0s: {PROMPT}\nc3: snow", "branch.mp4"))
     assert branch.reused == 3
     assert reuse.num_bytes() == (CHUNKS + 1 + CHUNKS - 3) * chunk  # of which three are shared
-    again(small := video(PROMPT, "small.mp4", seed=4, reuse_bytes=2 * chunk))
+    again(small := latents(PROMPT, "small.mp4", seed=4, reuse_bytes=2 * chunk))
     assert reuse.num_bytes() == 2 * chunk  # the beginning of this one, and no older run
     assert "MB kept for later runs" in sampler._told(small, first, None)
-    assert again(video(PROMPT, "more.mp4", seed=4)).reused == 2
+    assert again(latents(PROMPT, "more.mp4", seed=4)).reused == 2
     held = reuse.num_bytes()
-    none = again(video(PROMPT, "none.mp4", seed=4, reuse_bytes=0))
+    none = again(latents(PROMPT, "none.mp4", seed=4, reuse_bytes=0))
     assert (none.reused, none.history, reuse.num_bytes()) == (0, [], held)
-    stopped = stopped_run(pack, host, video(PROMPT, "a.mp4", seed=5, reuse_bytes=chunk), 12)
+    stopped = stopped_run(pack, host, whole(PROMPT, "a.mp4", seed=5, reuse_bytes=chunk), 12)
     assert stopped.chunks == 2 and not stopped.goes_on
+    for keep_images in (0, 21):
+        sampled(pack, whole(PROMPT, "b.mp4", length=2, keep_images=keep_images))
+        tail = reuse._kept[0].tail
+        assert reuse.num_bytes() == 2 * chunk + tail.nbytes
+        assert tail.nbytes == tail.decoder.nbytes + keep_images * 3 * 64 * 64 * 4
+        sampled(pack, whole(PROMPT, "c.mp4", length=2, reuse_bytes=2 * chunk + tail.nbytes - 1))
+        assert reuse._kept[0].tail is None and reuse.num_bytes() == 2 * chunk
 
 
 def test_memory_that_runs_out_leaves_what_can_be_gone_on_from(
@@ -1129,13 +1141,20 @@ def test_a_file_that_is_shorter_than_it_was_is_made_anew(
 
 
 @pytest.mark.parametrize(
-    ("cut", "keep_images"), [(None, 0), (None, 40), (None, -1), (3, 13), (14, 0)]
+    ("room", "cut", "keep_images"),
+    [
+        *(
+            (250_000, cut, keep)
+            for cut, keep in ((None, 0), (None, 40), (None, -1), (3, 13), (14, 0))
+        ),
+        *((1 << 30, cut, keep) for cut, keep in ((None, 0), (14, 40), (None, -1))),
+    ],
 )
 def test_as_few_images_are_decoded_again_as_the_rest_of_a_long_video_needs(
-    pack: Any, host: Any, video: Callable[..., Any], cut: int | None, keep_images: int
+    pack: Any, host: Any, video: Callable[..., Any], room: int, cut: int | None, keep_images: int
 ) -> None:
     text = PROMPT if cut is None else f"0s: {PROMPT}\nc{cut} [cut]: snow"
-    few = {"keep_images": keep_images, "keep_latents": 0}
+    few = {"keep_images": keep_images, "keep_latents": 0, "reuse_bytes": room}
     whole, part, rest = (
         video(text, f"{name}.mp4", length=length, **few)
         for name, length in (("whole", 18), ("part", 17), ("rest", 18))
@@ -1157,7 +1176,9 @@ def test_as_few_images_are_decoded_again_as_the_rest_of_a_long_video_needs(
     found, wanted = (run.images_of(made, keep_images) for made in (second, expected))
     assert (found is None and wanted is None) or torch.equal(found, wanted)
     back = 1 - (-rest.decoder.memory_frames // 3)
-    if keep_images == 0:
+    if room == 1 << 30:
+        assert len(decoded) == 1
+    elif keep_images == 0:
         first = max(17 - back, 0 if cut is None else cut)
         assert len(decoded) == 18 - first
 
