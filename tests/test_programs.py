@@ -424,8 +424,9 @@ def lines_of(draw: random.Random, length: int) -> list[str]:
     for verb in draw.choices(taken, [verbs[verb][0] for verb in taken], k=length):
         stream = draw.randrange(streams)
         made.append(f"{stream} {verb} {verbs[verb][1]()}".strip())
-        if verb in ("switch", "stop") and draw.random() < 0.4:
-            made.append(f"{stream} switch {switch_of(draw)}")
+        while verb in ("switch", "stop") and draw.random() < 0.4:  # what is one after the other
+            verb = draw.choice(["switch", "stop"])
+            made.append(f"{stream} {verb} {verbs[verb][1]()}")
     return made
 
 
@@ -497,6 +498,11 @@ SHORT = {
     "a recache that failed within a pass and is given up": (
         "0 step / 0 step / 0 step / 0 switch 4 recache / 0 fail 0 / 0 switch 3 soft"
     ),
+    "a recache stopped half way, another, and both given up": (
+        "0 step / 0 step / 0 step / 0 switch 4 recache / 0 stop 1 / 0 switch 2 recache"
+        " / 0 switch 3 soft"
+    ),
+    "a blend saved half way": "0 step / 0 switch 4 blend 3 / 0 step / 0 reload new / 0 step",
     "a recache before a blend": "0 step / 0 step / 0 switch 4 recache / 0 switch 3 blend 2",
     "a recache after a stopped step that let frames leave": (
         "0 step / 0 step / 0 step / 0 step / 0 stop 9 / 0 switch 4 recache / 0 step"
