@@ -95,18 +95,24 @@ def key_of(request: Any) -> tuple[Any, ...]:
 
 def find(request: Any, prompts: tuple[ResolvedEntry, ...]) -> tuple[Kept | None, int]:
     """What has most chunks that this run would make again, and how many these are."""
-    if not request.reuse_bytes:
+    if not request.reuse_bytes or not _kept:
         return None, 0
     key, marks = key_of(request), _marks(request, prompts)
     shared = [(each.shared(key, marks), each) for each in _kept]
-    count, best = max(shared, key=lambda pair: pair[0], default=(0, None))
+    count, best = max(shared, key=lambda pair: pair[0])
     return (best, count) if count else (None, 0)
 
 
 def keep(request: Any, prompts: tuple[ResolvedEntry, ...], made: Any) -> bool:
     """Keep what a run has made; whether a later run can go on from all of it."""
-    if not made.history:
+    try:
+        return bool(made.history) and _keep(request, prompts, made)
+    except Exception as error:  # memory that ran out, or the like
+        host.log(f"what was made is not kept for a later run to go on from: {error}")
         return False
+
+
+def _keep(request: Any, prompts: tuple[ResolvedEntry, ...], made: Any) -> bool:
     key, marks = key_of(request), _marks(request, prompts)
     if any(each.shared(key, marks) >= len(made.history) for each in _kept):
         return len(made.history) == made.chunks

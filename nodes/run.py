@@ -335,11 +335,13 @@ def _hand_on(
     _keep(made.latents, known, request.keep_latents, dim=2)
     if len(made.history) == number and known.nbytes * (number + 1) <= request.reuse_bytes:
         made.history.append(known)
-    if handoff is not None and number >= course.decoded:
-        assert made.stream is not None
-        state = made.stream.state
-        if number == course.decoded and number:  # it has not seen what lies between
-            state.decoder = course.tail.decoder.to(request.decoder.device) if course.tail else None
+    assert made.stream is not None
+    state = made.stream.state
+    if course.tail is not None and number + 1 == course.reused:
+        made.decoder = state.decoder = course.tail.decoder.to(request.decoder.device)
+    elif handoff is not None and number >= course.decoded:
+        if number == course.decoded > 0 and course.tail is None:
+            state.decoder = None  # it has not seen what lies between
         with host.held_interrupt():  # half a decode would leave a stream that cannot go on
             state.decoder = handoff.submit(latents, state.decoder)
         made.decoder = state.decoder if number + 1 >= min(course.written, course.wanted) else None

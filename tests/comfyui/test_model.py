@@ -1183,6 +1183,35 @@ def test_as_few_images_are_decoded_again_as_the_rest_of_a_long_video_needs(
         assert len(decoded) == 18 - first
 
 
+@pytest.mark.parametrize("room", [250_000, 1 << 30])
+def test_a_cut_right_after_what_is_taken_over_begins_a_clip_of_its_own(
+    pack: Any, video: Callable[..., Any], room: int
+) -> None:
+    cut = f"0s: {PROMPT}\nc3 [cut]: snow"
+    whole, rest = (video(cut, f"{name}.mp4", reuse_bytes=room) for name in ("whole", "rest"))
+    expected = sampled(pack, whole)
+    sampled(pack, video(PROMPT, "part.mp4", length=3, reuse_bytes=room))
+    second = again(rest)
+    assert second.reused == 3 and same(expected, second, whole, rest)
+
+
+@pytest.mark.parametrize("room", [250_000, 1 << 30])
+def test_a_run_that_is_taken_over_whole_leaves_the_same_state(
+    pack: Any, video: Callable[..., Any], room: int
+) -> None:
+    run, sampler = (importlib.import_module(f"{PACK}.nodes.{n}") for n in ("run", "sampler"))
+    importlib.import_module(f"{PACK}.nodes.reuse").forget()
+    states, files = [], [video(PROMPT, f"{name}.mp4", reuse_bytes=room) for name in "ab"]
+    for request in files:
+        made = run.Made()
+        states.append(sampler._run(request, "exact", made))
+    assert made.reused == CHUNKS
+    assert np.array_equal(*(images_of(request.path) for request in files))
+    first, second = (state.tensors for state in states)
+    assert first.keys() == second.keys() and states[0].facts == states[1].facts
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_what_is_kept_is_of_the_very_same_patches_wrappers_and_options(
     demo: Any, host: Any, video: Callable[..., Any], pack: Any
 ) -> None:
