@@ -56,7 +56,7 @@ def prompts() -> dict[str, tuple[Prompt, str]]:
         for kind, (socket, inputs) in nodes.items()
     }
     every = {"keep_images": 8, "keep_latents": -1, "keep_state": "exact", "join": False}
-    every |= {"filename_prefix": "video/linked"}
+    every |= {"filename_prefix": "video/linked", "reuse_memory": 64}
     found["RFStreamingSampler"] = demo_prompt(**every), "stream"
     saved = with_node(sampled, "it", "RFSaveState", state=["stream", 3], name=STATE)
     found["RFSaveState"] = saved, "it"
@@ -83,6 +83,7 @@ WIDGETS = [
     *(("RFStreamingSampler", name) for name in ("width", "height", "length", "unit", "seed")),
     *(("RFStreamingSampler", name) for name in ("steps", "keep_images", "keep_latents")),
     *(("RFStreamingSampler", name) for name in ("keep_state", "filename_prefix", "join")),
+    ("RFStreamingSampler", "reuse_memory"),
     ("RFSaveState", "name"),
     ("RFLoadState", "name"),
     ("RFModelInfo", "model_name"),
