@@ -248,7 +248,8 @@ def test_a_run_tells_its_file_length_and_pace_on_the_node_and_in_the_log(
     with caplog.at_level("INFO"):
         made = sampled(length=2.0, seed=5)
     (text,) = made.ui["text"]
-    assert re.fullmatch(rf"reward_forcing_\d+_\.mp4: 21 images, 1\.31 s; {pace}", text)
+    told = rf"reward_forcing_\d+_\.mp4: 21 images, 1\.31 s; {pace}; [\d.]+ MB kept for later runs"
+    assert re.fullmatch(told, text)
     assert text in caplog.text and "chunk 1/2" not in caplog.text  # over in a moment
     rates = [float(each) for each in re.findall(r"([\d.]+) fps", text)]
     assert rates[2] <= min(rates[:2])  # as rounded

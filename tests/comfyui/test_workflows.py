@@ -118,14 +118,15 @@ def loader(pack: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     }
     for name in empty:
         (tmp_path / name).mkdir()
-    plain = folder_paths.get_full_path_or_raise
+    plain = folder_paths.get_full_path
 
     def opened(*asked: str) -> None:
         raise OpenedError(plain(*asked))
 
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", empty)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", opened)
+    for name in ("get_full_path", "get_full_path_or_raise"):
+        monkeypatch.setattr(folder_paths, name, opened)
     ours = {
         each.GET_SCHEMA().node_id: each for each in importlib.import_module(f"{PACK}.nodes").NODES
     }
