@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,7 @@ def run(record: Record, setting: Setting) -> None:
     parts: dict[str, Callable[[], None]] = {
         "recorded passes": lambda: _recorded(record, work),
         "handed-on images": lambda: _handed_on(record, work),
+        "a chunk that is stopped": lambda: _stopped(record, work),
         "passes against float32": lambda: _passes(record, work),
         "recorded outputs of the published code": lambda: _golden(record, options.device),
     }
@@ -76,6 +78,31 @@ def _handed_on(record: Record, work: Workload) -> None:
         found.append(torch.cat(images, dim=1))
     differing = float((found[0] != found[1]).sum())
     record.check("handed-on images: differing bytes", differing, 0)
+
+
+class _Stop(Exception):  # noqa: N818  # not an error
+    pass
+
+
+def _stopped(record: Record, work: Workload) -> None:
+    """A chunk given up once frames have left for it, and then a recache, against none given up."""
+    streams = [replace(work, decoders={}).stream() for _ in range(2)]
+
+    def on_pass(kind: str, number: int) -> None:
+        if (kind, number) == ("denoise", 1):
+            raise _Stop
+
+    latents = []
+    for stream, stops in zip(streams, (True, False), strict=True):
+        for _ in range(_CHUNKS):
+            stream.generate()
+        if stops:
+            with suppress(_Stop):
+                stream.generate(on_pass)
+        stream.switch(work.prompts[1], "recache")
+        latents.append(stream.generate())
+    differing = float((latents[0] != latents[1]).sum())
+    record.check("a stopped chunk, then a recache: differing latents", differing, 0)
 
 
 def _keep(images: list[Tensor], made: Tensor) -> None:

@@ -21,6 +21,7 @@ FILES = (
     "test_kernels",
     "test_model",
     "test_offload",
+    "test_order",
     "test_plan",
     "test_quantise",
     "test_split_attention",
