@@ -710,10 +710,10 @@ def folders() -> list[str]:
 def output_file(prefix: str, width: int, height: int, suffix: str) -> Path:
     """A free name in the output folder for a prefix such as `video/rf`.
 
-    A folder of it may be its owner's link to another disk, as for ComfyUI's own nodes.
+    No link may lead out of it: ComfyUI's own nodes follow none either, as of core 0.33.
     """
     asked, root = "filename_prefix", Path(folder_paths.get_output_directory())
-    names.place(prefix, asked, names.ROOM)
+    names.inside(root, names.place(prefix, asked, names.ROOM), asked)
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
             prefix, str(root), width, height
@@ -723,7 +723,8 @@ def output_file(prefix: str, width: int, height: int, suffix: str) -> Path:
             f"{asked} {names.shown(prefix)} cannot be a place in the output folder "
             f"({error.strerror}); give another"
         ) from None
-    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+    path = Path(folder) / f"{name}_{counter:05}_{suffix}"  # in which %year% and others are filled
+    return names.inside(root, within_output(path).as_posix(), asked)
 
 
 def within_output(path: Path) -> Path:

@@ -258,34 +258,34 @@ def test_names_are_refused_before_a_run_where_they_are_not_linked(server: Server
         assert name in server.refusal(prompt)
 
 
-def test_a_state_that_is_a_link_to_another_place_is_not_followed(
+def test_a_link_that_leads_out_of_the_output_folder_is_not_followed(
     server: Server, saved: str, tmp_path: Path
 ) -> None:
     states, elsewhere = server.output / "stream_states", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (states / saved).rename(elsewhere / saved)
+    (server.output / "led").symlink_to(elsewhere)
     (states / saved).symlink_to(elsewhere / saved)
     try:
         load, place = prompts()["RFLoadState"]
-        error = server.run(linked(load, place, "name", saved)).error
-        assert error is not None and error["exception_type"] == "ValueError"
-        message = error["exception_message"]
-        assert message.startswith("name") and str(tmp_path) not in message
+        asked = {
+            "name": linked(load, place, "name", saved),
+            "filename_prefix": linked(demo_prompt(), "stream", "filename_prefix", "led/a"),
+        }
+        for name, prompt in asked.items():
+            error = server.run(prompt).error
+            assert error is not None and error["exception_type"] == "ValueError"
+            message = error["exception_message"]
+            assert message.startswith(name) and str(tmp_path) not in message
+        assert {path.name for path in elsewhere.iterdir()} == {saved}
+        # A link within the folder is as good as what it leads to.
+        (server.output / "led").unlink()
+        (server.output / "led").symlink_to(server.output / "video")
+        assert server.run(asked["filename_prefix"]).error is None
     finally:
         (states / saved).unlink()
+        (server.output / "led").unlink()
         (elsewhere / saved).rename(states / saved)
-
-
-def test_a_folder_of_the_output_may_be_its_owner_s_link_to_another_disk(
-    server: Server, tmp_path: Path
-) -> None:
-    (server.output / "disk").symlink_to(tmp_path)
-    try:
-        run = server.run(linked(demo_prompt(), "stream", "filename_prefix", "disk/a"))
-        assert run.error is None
-        assert [path.name for path in tmp_path.glob("*.mp4")] == ["a_00001_.mp4"]
-    finally:
-        (server.output / "disk").unlink()
 
 
 @pytest.mark.parametrize(("node", "name"), NAMED)
