@@ -497,6 +497,34 @@ def test_memory_is_flat_over_two_thousand_chunks_that_nobody_reads(tmp_path: Pat
 # The past.
 
 
+INK = Lora(name="ink", strength=1)
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+@pytest.mark.parametrize(
+    "script",
+    [
+        {2: [Prompt(text="p1")], 4: [Rewind(chunk=2)], 6: [Rewind(chunk=3)]},
+        {2: [Prompt(text="p1")], 4: [Rewind(chunk=2), Cut()], 6: [Rewind(chunk=4), Cut()]},
+        {2: [INK], 4: [Rewind(chunk=2)], 5: [INK], 6: [Rewind(chunk=4)]},
+        {2: [Prompt(text="p1"), Pause(), Rewind(chunk=2), Resume()], 5: [Rewind(chunk=4)]},
+    ],
+    ids=["a prompt", "a cut to the prompt in force", "a strength", "within a pause"],
+)  # fmt: skip
+def test_going_back_leaves_nothing_of_the_branch_that_is_left(
+    script: Script, every: int, tmp_path: Path
+) -> None:
+    trial = Trial(script, limits=Limits(every=every), log=tmp_path / "log.jsonl")
+    events = trial.run(8)
+    expected = driven(stream_of(), line_of(events), events[-1].chunk)
+    last = latents_by_branch(tmp_path / "log.jsonl", stream_of())[
+        of_kind(events, Branched)[-1].name
+    ]
+    assert not of_kind(events, Refused) and len(last) >= 2
+    for latents, chunk in zip(reversed(last), reversed(expected), strict=False):
+        assert torch.equal(latents, chunk.latents), chunk.index
+
+
 def test_how_far_back_it_reaches_is_said_and_refused_beyond(tmp_path: Path) -> None:
     limits = Limits(every=2, snapshots=2, max_bytes=stream_of().snapshot().nbytes * 23 // 20)
     trial = Trial({11: [Rewind(chunk=0), Rewind(chunk=10)]}, limits=limits)
@@ -531,7 +559,7 @@ def test_the_beginning_costs_no_snapshot_of_an_empty_window() -> None:
 
 
 def test_a_rewind_that_is_stopped_leaves_a_stream_between_two_chunks_of_its_past() -> None:
-    trial = Trial({12: [Rewind(chunk=11)]}, limits=Limits(every=100))
+    trial = Trial({11: [Cut(text="p1")], 12: [Rewind(chunk=11)]}, limits=Limits(every=100))
     stream, calls = trial.stream, iter(range(100))
 
     def on_pass(kind: str, number: int) -> None:
@@ -544,6 +572,7 @@ def test_a_rewind_that_is_stopped_leaves_a_stream_between_two_chunks_of_its_past
         trial.session.run(on_pass)
     chunk = stream.state.num_chunks
     assert 0 < chunk < 11 and trial.reader.read()[-1].chunk == chunk
+    assert trial.outbox.status.prompt == "p0"
     expected = stream_of()
     for _ in range(chunk):
         expected.step()

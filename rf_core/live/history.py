@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Force:
-    """What a chunk is made under, besides the stream's own state."""
+    """What chunks are made under, besides the stream's own state."""
 
     text: str
     """The prompt, or what a blend moves to."""
@@ -51,7 +51,6 @@ class Kept:
     """Clean latents [B, C, F, h, w], float32 on the CPU."""
     images: int
     """How many it decodes to."""
-    force: Force
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +78,6 @@ class Way:
     def images(self) -> int:
         """Images of the session before the chunk it leads to."""
         return self.mark.images + sum(each.images for each in self.chunks)
-
-    @property
-    def force(self) -> Force:
-        """What the chunk before was made under."""
-        return self.chunks[-1].force if self.chunks else self.mark.force
 
 
 class History:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ranges import MANY
 from ..stream import Stream
-from .commands import Command, Cut, Decay, Lora, Prompt, Rewind, read_command
+from .commands import Command, Decay, Lora, Prompt, Rewind, read_command
 from .history import Limits
 from .transition import MAIN, Action
 
@@ -235,7 +235,7 @@ def _entry(facts: Any) -> Entry:
     _require(keys == {"number", "chunk", "done"}, "its fields are others")
     command: Command = read_command(facts["done"])
     _require(isinstance(command, (Prompt, Lora, Decay)), f"{command.do} is not done to a stream")
-    assert isinstance(command, (Prompt, Lora, Decay, Cut))
+    assert isinstance(command, (Prompt, Lora, Decay))
     return Done(number=_count(facts["number"]), chunk=_count(facts["chunk"]), action=command)
 
 

@@ -141,7 +141,7 @@ class Maker:
             images = stream.decoder.images_of(latents.shape[2], first)
             self._presenter.expect(take)
             stream.state.decoder = self._handoff.submit(latents, stream.state.decoder)
-        kept = Kept(latents=latents.cpu(), images=images, force=self.force)
+        kept = Kept(latents=latents.cpu(), images=images)
         self.history.add(kept)
         self._images += images
         return kept.latents
@@ -166,11 +166,9 @@ class Maker:
             for at, action in way.acts:
                 if at == number:
                     self._do(action)
-            if number == decoded > way.mark.chunk:
-                self.stream.state.decoder = None
             self.stream.replay(kept.latents, on_pass, decode=number >= decoded)
         self.history.go_back(chunk)
-        self._images, self.force = way.images, way.force
+        self._images = way.images
 
     def _restore(self, mark: Mark) -> None:
         for name, strength in mark.force.loras:
@@ -180,7 +178,7 @@ class Maker:
         self.stream.restore(mark.snapshot)
 
     def _decoded_from(self, way: Way, chunk: int) -> int:
-        """The first chunk of the way that the decoder has to see."""
+        """The first chunk of the way that the decoder has to see, whatever it saw before."""
         decoder = self.stream.decoder
         if decoder is None:
             return chunk
