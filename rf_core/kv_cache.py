@@ -308,13 +308,18 @@ class KVCache:
         of the host's memory as the sink of the device's (0.86 GB at 832x480 in bfloat16) and, on
         a card, no time of its passes: the copy is made beside them. Unmeasured there.
         """
-        evicts = self.num_frames + self.config.chunk_frames > self.config.window_frames
-        if not evicts or (self.before and self.before.evictions == self.num_evictions):
+        if self.num_frames + self.config.chunk_frames <= self.config.window_frames:
             return
         tensors = self.sink_tensors()
-        if self.before is None:
+        if self.before is None or self.before.tensors.keys() != tensors.keys():
             self.before = Held.room_for(tensors)
-        self.before.take(tensors, self.num_evictions)
+        if self.before.evictions != self.num_evictions:
+            self.before.take(tensors, self.num_evictions)
+
+    def set_decay(self, decay: float) -> None:
+        """What the sink keeps at the next eviction; `hold` comes after it, and before that."""
+        assert not self.made_room, "that eviction may still be undone, with the decay it had"
+        self.config = replace(self.config, decay=decay)
 
     def finish(self) -> None:
         """The chunk in the slot is made."""
@@ -468,6 +473,9 @@ class KVCache:
         if self.before is not None:
             self.before.wait()
         self.torn = True
+        if self.exact_sink is not None and self.num_evictions == 0:
+            for exact, tensor in zip(self.exact_sink, (self.k_NBWHD, self.v_NBWHD), strict=True):
+                exact.copy_(tensor[:, :, :sink])
         if sink and self.config.decay < 1:
             self._absorb(sink, leaving)
         self._close_gap(sink, stop, leaving)
@@ -486,9 +494,6 @@ class KVCache:
         both, c = (self.k_NBWHD, self.v_NBWHD), self.config
         sinks = both[0][:, :, :sink], both[1][:, :, :sink]
         evicted = both[0][:, :, sink:][:, :, :leaving], both[1][:, :, sink:][:, :, :leaving]
-        if self.exact_sink is not None and self.num_evictions == 0:
-            for exact, tensor in zip(self.exact_sink, sinks, strict=True):
-                exact.copy_(tensor)
         if sink == leaving and not c.keep_key_norms:
             kernels.absorb(sinks, evicted, c.decay, self.exact_sink)
             return

@@ -74,6 +74,8 @@ class StreamState:
     num_chunks: int = 0
     """Chunks finished since the stream began."""
     blend: Blend | None = None
+    decay_due: float | None = None
+    """The sink's decay from the next eviction on, where that is another than the cache's."""
     recache_due: bool = False
     """The window is to be rewritten under the prompt before the next chunk."""
     half_recached: Tensor | None = None
@@ -177,6 +179,7 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "format": FORMAT,
         "seed": state.seed,
         "num_chunks": state.num_chunks,
+        "decay_due": state.decay_due,
         "recache_due": state.recache_due,
         "chunk_open": state.chunk_open and not compact,
         "cache": asdict(cache.config),
@@ -219,6 +222,7 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
         prompt_embeds=tensors["prompt_embeds"],
         num_chunks=facts["num_chunks"],
         blend=blend,
+        decay_due=facts.get("decay_due"),
         recache_due=facts["recache_due"],
         chunk_open=facts["chunk_open"],
         first_latents=tensors.get("first_latents"),
@@ -226,6 +230,7 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
         decoder=decoder,
     )
     cache.reset()
+    cache.set_decay(cache_config_of(snapshot).decay)
     if not snapshot.compact:
         cache.load(under(snapshot.tensors, _CACHE), _counts(facts))
     return state
@@ -246,6 +251,9 @@ def check(
     _require(facts["num_chunks"] >= 0, f"it has {facts['num_chunks']} chunks")
     for name in ("recache_due", "chunk_open"):
         _require(type(facts[name]) is bool, f"{name} is {facts[name]!r}")
+    due = facts.get("decay_due")  # which older snapshots have not
+    fraction = due is None or (type(due) in (int, float) and 0 <= due <= 1)
+    _require(fraction, f"its decay is to be {due!r}")
     names, optional = {"prompt_embeds"}, {"first_latents", "last_latents"}
     if blend is not None:
         num_chunks, done, interpolation = blend

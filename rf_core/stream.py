@@ -171,6 +171,17 @@ class Stream:
         with self._alone():
             self._settle(on_pass or _nobody)
 
+    def forget_weights(self) -> None:
+        """Before the model's weights are changed, by a LoRA's strength or the like.
+
+        The last chunk is settled under the old ones, and what was computed of them, of the prompt
+        and of the timesteps, is let go of.
+        """
+        with self._alone(), torch.no_grad():
+            self._settle(_nobody)
+            self._context = self._context[0].new_empty(0), ()
+            self._times.clear()
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor | None:
         """Images [B, T, 3, H, W] of the chunk just generated; None without a decoder.
@@ -240,6 +251,15 @@ class Stream:
                 return
             state.prompt_embeds, state.blend = embeds, None
             state.recache_due = switch.mode == "recache"
+
+    def set_decay(self, decay: float) -> None:
+        """Change what the sink keeps when a chunk leaves the window; see `CacheConfig.decay`.
+
+        From the next eviction on: one that a stopped chunk has begun is still of the old decay.
+        ValueError for no fraction between 0 and 1.
+        """
+        with self._alone():
+            self.state.decay_due = replace(self.cache_config, decay=decay).decay
 
     def snapshot(self, *, compact: bool = False) -> Snapshot:
         """The state between two chunks, to save or to `restore`; see `rf_core.state`."""
@@ -315,10 +335,11 @@ class Stream:
         for fact in ("height", "width", "batch"):
             self._require(fact, facts[fact], getattr(self, fact))
         cache, config = self.state.cache, cache_config_of(snapshot)
-        if cache.config != config:
+        if replace(cache.config, decay=config.decay) != config:
             cache = self._new_cache(config)
         text = self.model.config.text_len, self.model.config.text_dim
-        check(snapshot, cache, (self.batch, *text), self._frame_shape(1))
+        as_saved = replace(cache, config=config, before=None)
+        check(snapshot, as_saved, (self.batch, *text), self._frame_shape(1))
         return cache
 
     @contextmanager
@@ -342,6 +363,9 @@ class Stream:
             self._recache(state.prompt_embeds, on_pass)
             state.recache_due = False
         self._settle(on_pass)
+        if state.decay_due is not None and not state.cache.made_room:
+            state.cache.set_decay(state.decay_due)
+            state.decay_due = None
         state.cache.hold()
         state.cache.advance()
         return state.prompt_embeds if state.blend is None else state.blend.embeds()

@@ -47,6 +47,8 @@ class SlowState:
     blend: tuple[Switch, Tensor, Tensor, int] | None = None  # how, from, to, chunks made
     recache_due: bool = False
     num_evictions: int = 0
+    decay: float | None = None  # asked for, from the next eviction on
+    began: bool = False  # frames have left for a chunk that was stopped
 
 
 class SlowStream:
@@ -106,17 +108,24 @@ class SlowStream:
             self.state = replace(state, blend=(switch, state.prompt, prompt, 0))
             return
         if switch.mode == "cut":
-            state = SlowState(state.cache, prompt, state.num_chunks)
+            state = SlowState(state.cache, prompt, state.num_chunks, decay=state.decay)
         due = switch.mode == "recache"
         self.state = replace(state, prompt=prompt, blend=None, recache_due=due)
 
-    def abort(self, *, in_recache: bool) -> None:
+    def set_decay(self, decay: float) -> None:
+        """What is said in `Stream.set_decay`."""
+        self.state = replace(self.state, decay=decay)
+
+    def abort(self, *, in_recache: bool, began: bool) -> None:
         """A step was stopped; `in_recache` says whether it had run a pass of a recache that is due.
 
-        Nobody can tell, but that such a recache is done.
+        Nobody can tell, but that such a recache is done; and where it `began` to denoise, the
+        frames that left did so with the decay of that time.
         """
         if self.state.recache_due and in_recache:
             self.state = self._recached(self.state)
+        if began and not self.state.began:
+            self.state = replace(self._decayed(self.state), began=self._leaving > 0)
 
     def fork(self) -> SlowStream:
         """A second stream."""
@@ -142,12 +151,16 @@ class SlowStream:
 
     @property
     def untouched(self) -> bool:
-        """Whether the window is what one run over its latents under the prompt would make."""
+        """Whether the window is what one run over its latents under the prompt would make.
+
+        Where frames have left for a stopped chunk, they leave again then, with a newer decay.
+        """
         prompts = [frame.prompt for frame in self.state.frames]
         tokens = self.model.config.text_len
         now = padded(self.state.prompt, tokens)
         same = all(torch.equal(padded(prompt, tokens), now) for prompt in prompts)
-        return same and not self.state.num_evictions
+        odd = self.state.began and self.state.decay is not None
+        return same and not odd and not self.state.num_evictions
 
     @torch.no_grad()
     def _decoded(self, clip: Sequence[Tensor]) -> list[Tensor]:
@@ -162,6 +175,8 @@ class SlowStream:
         """The prompt of the next chunk, and the frames before it."""
         if self.state.recache_due:
             self.state = self._recached(self.state)
+        if not self.state.began:
+            self.state = self._decayed(self.state)
         state, prompt = self.state, self.state.prompt
         if state.blend is not None:
             switch, start, target, done = state.blend
@@ -170,8 +185,19 @@ class SlowStream:
             start, target = (padded(embeds, tokens) for embeds in (start, target))
             mix = slerp if switch.interpolation == "slerp" else torch.lerp
             prompt = target if weight >= 1 else mix(start, target, weight)
-        leaving = len(state.frames) + state.cache.chunk_frames - state.cache.window_frames
+        leaving = self._leaving
         return prompt, evict(state.frames, leaving, state.cache) if leaving > 0 else state.frames
+
+    @property
+    def _leaving(self) -> int:
+        cache = self.state.cache
+        return len(self.state.frames) + cache.chunk_frames - cache.window_frames
+
+    def _decayed(self, state: SlowState) -> SlowState:
+        """The decay that was asked for is in force."""
+        if state.decay is None:
+            return state
+        return replace(state, cache=replace(state.cache, decay=state.decay), decay=None)
 
     def _finish(self, prompt: Tensor, frames: tuple[Frame, ...], x0: Tensor) -> None:
         state, blend, due = self.state, self.state.blend, False
@@ -189,6 +215,7 @@ class SlowStream:
             blend=blend,
             recache_due=due,
             num_evictions=state.num_evictions + evicted,
+            began=False,
         )
 
     def _recached(self, state: SlowState) -> SlowState:
@@ -199,7 +226,7 @@ class SlowStream:
             count = len(old) % size or size
             latents = torch.cat([frame.latents for frame in old[:count]], dim=2)
             frames, old = self._with_clean(frames, latents, state.prompt), old[count:]
-        return replace(state, frames=frames, recache_due=False)
+        return replace(state, frames=frames, recache_due=False, began=False)
 
     def _with_clean(
         self, frames: tuple[Frame, ...], latents: Tensor, prompt: Tensor

@@ -126,6 +126,59 @@ def test_a_recache_stopped_before_its_first_pass_is_given_up_for_a_soft_change()
     assert torch.equal(latents_of(once, 3), latents_of(never, 3))
 
 
+# Changes of the sink's decay.
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_decay_set_before_anything_leaves_the_window_is_that_of_a_stream_made_with_it(
+    name: str,
+) -> None:
+    later, always = tiny.stream(cache=CACHES[name]), replace(CACHES[name], decay=0.5)
+    later.step()
+    later.set_decay(0.5)
+    expected = latents_of(tiny.stream(cache=always), 6)
+    assert torch.equal(latents_of(later, 5), expected[:, :, 3:])
+
+
+@pytest.mark.parametrize("before, after", [(1.0, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize("keep", ["the stream", "a snapshot"])
+def test_a_decay_after_a_stopped_chunk_leaves_its_eviction_to_be_undone(
+    before: float, after: float, keep: str
+) -> None:
+    def run(stops: bool) -> Tensor:
+        stream = tiny.stream(cache=tiny.window(9, 3, decay=before))
+        latents_of(stream, 5)
+        if stops:
+            stopped(stream, 2)
+        stream.set_decay(after)
+        if keep == "a snapshot":
+            stream = Stream.from_snapshot(stream.model, stream.snapshot())
+        stream.switch(tiny.prompt(1), "recache")
+        return latents_of(stream, 3)
+
+    assert torch.equal(run(True), run(False))
+
+
+def test_a_restored_decay_takes_no_other_memory() -> None:
+    stream = tiny.stream(cache=tiny.window(9, 3))
+    latents_of(stream, 5)
+    snapshot, cache = stream.snapshot(), stream.state.cache
+    expected = latents_of(stream, 3)
+    stream.set_decay(0.5)
+    latents_of(stream, 2)
+    stream.restore(snapshot)
+    assert stream.state.cache is cache
+    assert torch.equal(latents_of(stream, 3), expected)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+def test_a_decay_that_is_no_fraction_changes_nothing(decay: float) -> None:
+    stream = tiny.stream()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        stream.set_decay(decay)
+    assert stream.state.decay_due is None
+
+
 # A chunk that is not made.
 
 
@@ -313,6 +366,8 @@ def broken(snapshot: Snapshot) -> dict[str, Snapshot]:
         "cache of a word": fact(cache="large"),
         "cache of 10^9 frames": fact(cache={**facts["cache"], "window_frames": 10**9}),
         "unknown blend": fact(blend=[3, 0, "cubic"]),
+        "decay of a word": fact(decay_due="slow"),
+        "decay above 1": fact(decay_due=1.5),
         "blend without prompts": fact(blend=[3, 0, "lerp"]),
         "blend past its end": fact(blend=[3, 4, "lerp"]),
         "decoder that saw nothing": fact(decoder_frames=-1),
@@ -332,7 +387,7 @@ def broken(snapshot: Snapshot) -> dict[str, Snapshot]:
             "values of one axis": tensor("cache.v", lambda t: t.flatten()),
             "cache of 1000 frames": fact(cache={**facts["cache"], "window_frames": 1000}),
         }
-    for name in facts.keys() - {"decoder", "format"}:
+    for name in facts.keys() - {"decoder", "decay_due", "format"}:
         found[f"without {name}"] = replace(
             snapshot, facts={key: value for key, value in facts.items() if key != name}
         )

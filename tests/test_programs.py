@@ -225,6 +225,10 @@ class Trial:
         write_to(embeds)
         pair.same_images |= how[0] == "cut"
 
+    def do_decay(self, pair: Pair, decay: str) -> None:
+        pair.slow.set_decay(float(decay))
+        pair.fast.set_decay(float(decay))
+
     def do_stop(self, pair: Pair, at: str) -> None:
         """Stop the step before its pass of this number, or else as the last guess is shown."""
         seen: list[tuple[str, int]] = []
@@ -240,17 +244,19 @@ class Trial:
 
         with raising(Stop):
             pair.fast.step(on_pass, on_guess)
-        pair.slow.abort(in_recache=seen[-1] != ("clean", 0))
+        began = any(kind == "denoise" for kind, _ in seen)
+        pair.slow.abort(in_recache=seen[-1] != ("clean", 0), began=began)
 
     def do_fail(self, pair: Pair, calls: str) -> None:
         """A step that fails within a pass, when attention was called so often."""
         if pair.slow.state.recache_due:
             pair.fast.settle()  # so that any pass is one of the recache
         self.calls_left = int(calls)
+        seen: list[str] = []
         try:
-            self.do_step(pair)
+            self.do_step(pair, on_pass=lambda kind, number: seen.append(kind))
         except Failure:
-            pair.slow.abort(in_recache=True)
+            pair.slow.abort(in_recache=True, began="denoise" in seen)
         finally:
             self.calls_left = None
 
@@ -308,14 +314,17 @@ class Trial:
             pair.take(pair.fast, kept)
 
     def do_reload(self, pair: Pair, where: str) -> None:
-        """It goes on in a stream of its own, or in one that had another window."""
+        """It goes on in a stream of its own, or in one that had another window, or decay."""
         snapshot = through_json(pair.fast.snapshot())
         if where == "new":
             pair.fast = self.loaded(snapshot)
-        else:
-            pair.fast = replace(self.kind, cache=tiny.window(4, 1)).fast(self.attention)
+            return
+        other = tiny.window(4, 1) if where == "other" else self.kind.cache
+        pair.fast = replace(self.kind, cache=other).fast(self.attention)
+        pair.fast.set_decay(0.25)
+        for _ in range(4):
             pair.fast.step()
-            pair.fast.restore(snapshot)
+        pair.fast.restore(snapshot)
 
     def check(self, pair: Pair, chunk: Chunk, *given: Tensor) -> None:
         """The number and the images of a chunk; all that others hold is then written to."""
@@ -403,12 +412,13 @@ def lines_of(draw: random.Random, length: int) -> list[str]:
     verbs: dict[str, tuple[int, Callable[[], str]]] = {
         "step": (8, lambda: ""),
         "switch": (8, lambda: switch_of(draw)),
+        "decay": (3, lambda: draw.choice(["0", "0.5", "0.9", "1"])),
         "stop": (4, lambda: f"{draw.randrange(6)}"),
         "fork": (2, lambda: ""),
         "snapshot": (2, lambda: ""),
         "restore": (2, lambda: f"{draw.randrange(5)}"),
         "replay": (2, lambda: f"{draw.randrange(5)}"),
-        "reload": (4, lambda: draw.choice(["new", "other"])),
+        "reload": (4, lambda: draw.choice(["new", "other", "decay"])),
         "compact": (2, lambda: ""),
         "settle": (1, lambda: ""),
         "fail": (1, lambda: f"{draw.randrange(8)}"),
@@ -503,6 +513,17 @@ SHORT = {
         " / 0 switch 3 soft"
     ),
     "a blend saved half way": "0 step / 0 switch 4 blend 3 / 0 step / 0 reload new / 0 step",
+    "a decay after a stopped step that let frames leave": (
+        "0 step / 0 step / 0 step / 0 step / 0 stop 9 / 0 decay 1 / 0 step / 0 step"
+    ),
+    "the same, and a recache that takes the eviction back": (
+        "0 step / 0 step / 0 step / 0 step / 0 stop 9 / 0 decay 1 / 0 reload new"
+        " / 0 switch 4 recache / 0 step / 0 step"
+    ),
+    "a static sink that is fed again": (
+        "0 decay 1 / 0 step / 0 step / 0 step / 0 step / 0 step / 0 reload other / 0 decay 0.5"
+        " / 0 step / 0 step"
+    ),
     "a recache before a blend": "0 step / 0 step / 0 switch 4 recache / 0 switch 3 blend 2",
     "a recache after a stopped step that let frames leave": (
         "0 step / 0 step / 0 step / 0 step / 0 stop 9 / 0 switch 4 recache / 0 step"

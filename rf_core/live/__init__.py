@@ -1,0 +1,74 @@
+"""A stream that is steered while it runs: commands in, events out, a log that makes it again.
+
+`Session` is the way in. It knows neither ComfyUI nor a server: a node, a terminal and HTTP are
+hands on it, which put commands in its inbox and read its outbox.
+"""
+
+from .buffers import (
+    Applied,
+    Behind,
+    Branched,
+    Ended,
+    Happened,
+    Inbox,
+    Outbox,
+    Picture,
+    Reader,
+    Received,
+    Refused,
+)
+from .commands import (
+    Command,
+    Cut,
+    Decay,
+    Drop,
+    Lora,
+    Move,
+    Pause,
+    Prompt,
+    Resume,
+    Rewind,
+    Schedule,
+    Stop,
+    read_command,
+)
+from .history import Limits
+from .log import Log, read_log
+from .record import Recorder, VideoRecorder
+from .replay import replay_log
+from .session import Session, Status
+
+__all__ = [
+    "Applied",
+    "Behind",
+    "Branched",
+    "Command",
+    "Cut",
+    "Decay",
+    "Drop",
+    "Ended",
+    "Happened",
+    "Inbox",
+    "Limits",
+    "Log",
+    "Lora",
+    "Move",
+    "Outbox",
+    "Pause",
+    "Picture",
+    "Prompt",
+    "Reader",
+    "Received",
+    "Recorder",
+    "Refused",
+    "Resume",
+    "Rewind",
+    "Schedule",
+    "Session",
+    "Status",
+    "Stop",
+    "VideoRecorder",
+    "read_command",
+    "read_log",
+    "replay_log",
+]

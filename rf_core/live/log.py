@@ -1,0 +1,260 @@
+"""The log of a live session: JSON lines, one for each thing that its chunks hang on.
+
+The first line says what the stream was, the others what took hold before which chunk, where it went
+back, and each chunk with its mark. Every line is on its way to the disk before it is acted on
+further, so a log that was cut off is good up to there. `replay` makes the same chunks of it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from ..ranges import MANY
+from ..stream import Stream
+from .commands import Command, Decay, Lora, Prompt, Rewind, read_command
+from .history import Limits
+from .transition import MAIN, Action
+
+FORMAT = "reward-forcing-live-1"
+_LONGEST_LINE = 200_000  # characters; a prompt of the longest, escaped, is a third of that
+_MOST_LORAS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a session begins with."""
+
+    stream: dict[str, Any]
+    """Facts of the stream: seed, size, cache, sampler, chunks it has already, mark of weights."""
+    prompt: str
+    loras: tuple[tuple[str, float], ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """Something took hold."""
+
+    number: int
+    """Of its command."""
+    chunk: int
+    """The next one."""
+    action: Action
+
+
+@dataclass(frozen=True, kw_only=True)
+class WentBack:
+    """The stream went back and goes on in a branch."""
+
+    number: int
+    chunk: int
+    """The next one."""
+    branch: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A chunk was made."""
+
+    chunk: int
+    mark: str
+    """Of its latents; see `mark_of`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """The session ended in order."""
+
+    chunk: int
+    """The first that is not made."""
+
+
+Entry = Done | WentBack | Made | End
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """A session, as its log tells it."""
+
+    start: Start
+    entries: tuple[Entry, ...]
+
+
+def facts_of(stream: Stream) -> dict[str, Any]:
+    """What a stream's chunks hang on besides what is done to it."""
+    facts = {
+        "seed": stream.state.seed,
+        "width": stream.width,
+        "height": stream.height,
+        "chunk": stream.state.num_chunks,
+        "cache": asdict(stream.cache_config),
+        "sampler": asdict(stream.sampler),
+        "dtype": str(stream.dtype),
+        "decoder": None if stream.decoder is None else stream.decoder.kind,
+        "fingerprint": stream.model.fingerprint(),
+    }
+    return json.loads(json.dumps(facts))
+
+
+def mark_of(latents: Tensor) -> str:
+    """Names what is in latents on the CPU."""
+    data = latents.contiguous().numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+class LogWriter:
+    """Writes a log, over a file of the same name; OSError where it cannot."""
+
+    def __init__(self, path: Path | str, start: Start) -> None:
+        self._file = Path(path).open("w", encoding="ascii", newline="\n")  # noqa: SIM115  # kept
+        facts = {"prompt": start.prompt, "loras": dict(start.loras), "limits": asdict(start.limits)}
+        self._line({"format": FORMAT, "stream": start.stream, **facts})
+
+    def write(self, entry: Entry) -> None:
+        """Append a line; it is with the system when this returns."""
+        self._line(_plain(entry))
+
+    def close(self) -> None:
+        """Close the file; more than once does no harm."""
+        self._file.close()
+
+    def __enter__(self) -> LogWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _line(self, facts: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(facts) + "\n")
+        self._file.flush()
+
+
+def read_log(path: Path | str) -> Log:
+    """The log in a file; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: no such file, or a line that no session wrote.
+    """
+    path = Path(path)
+    lines = _lines(path)
+    try:
+        number, first = next(lines)
+    except StopIteration:
+        raise ValueError(f"{path} holds no whole line of a live session; take another") from None
+    start = _checked(path, number, first, _start)
+    entries: list[Entry] = []
+    chunk, names = start.stream["chunk"], {MAIN}
+    for number, facts in lines:
+        entry = _checked(path, number, facts, _entry)
+        chunk = _checked(path, number, entry, partial(_follows, chunk, names))
+        entries.append(entry)
+    return Log(start=start, entries=tuple(entries))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number and the JSON of each whole line."""
+    if not path.is_file():
+        raise ValueError(f"there is no log at {path}; check the path")
+    with path.open("rb") as file:
+        for number in range(1, MANY):
+            line = file.readline(_LONGEST_LINE + 1)
+            if not line.endswith(b"\n"):
+                if len(line) > _LONGEST_LINE:
+                    raise _damaged(path, number, f"it has more than {_LONGEST_LINE} characters")
+                return  # the end, or what was written when the session was killed
+            yield number, _checked(path, number, line, json.loads)
+
+
+def _checked(path: Path, number: int, given: Any, read: Any) -> Any:
+    try:
+        return read(given)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _damaged(
+            path, number, str(error).splitlines()[0][:200] if str(error) else ""
+        ) from error
+
+
+def _damaged(path: Path, number: int, what: str) -> ValueError:
+    return ValueError(
+        f"line {number} of {path} is none that a live session writes ({what}); take a whole "
+        "log, or remove it and those after it"
+    )
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    if isinstance(entry, Done):
+        return {"number": entry.number, "chunk": entry.chunk, "done": entry.action.as_dict()}
+    if isinstance(entry, WentBack):
+        return {"number": entry.number, "back": entry.chunk, "branch": entry.branch}
+    if isinstance(entry, Made):
+        return {"made": entry.chunk, "mark": entry.mark}
+    return {"end": entry.chunk}
+
+
+def _start(facts: Any) -> Start:
+    _require(isinstance(facts, dict), "it is no object")
+    _require(facts.get("format") == FORMAT, f"its format is not {FORMAT}")
+    stream, loras, limits = facts["stream"], facts["loras"], facts["limits"]
+    _require(all(isinstance(each, dict) for each in (stream, loras, limits)), "a part is no object")
+    _count(stream["chunk"])
+    prompt = Prompt(text=facts["prompt"]).text
+    _require(len(loras) <= _MOST_LORAS, f"it has {len(loras)} LoRAs")
+    for name, strength in loras.items():
+        Lora(name=name, strength=strength)
+    _require(limits.keys() == {each.name for each in fields(Limits)}, "its limits are others")
+    return Start(stream=stream, prompt=prompt, loras=tuple(loras.items()), limits=Limits(**limits))
+
+
+def _entry(facts: Any) -> Entry:
+    _require(isinstance(facts, dict), "it is no object")
+    keys = facts.keys()
+    if keys == {"made", "mark"}:
+        _require(isinstance(facts["mark"], str), "its mark is no text")
+        return Made(chunk=_count(facts["made"]), mark=facts["mark"])
+    if keys == {"end"}:
+        return End(chunk=_count(facts["end"]))
+    if keys == {"number", "back", "branch"}:
+        asked = Rewind(chunk=facts["back"], branch=facts["branch"])
+        _require(asked.branch is not None, "its branch has no name")
+        number = _count(facts["number"])
+        return WentBack(number=number, chunk=asked.chunk, branch=str(asked.branch))
+    _require(keys == {"number", "chunk", "done"}, "its fields are others")
+    command: Command = read_command(facts["done"])
+    _require(isinstance(command, (Prompt, Lora, Decay)), f"{command.do} is not done to a stream")
+    assert isinstance(command, (Prompt, Lora, Decay))
+    return Done(number=_count(facts["number"]), chunk=_count(facts["chunk"]), action=command)
+
+
+def _follows(chunk: int, names: set[str], entry: Entry) -> int:
+    """The next chunk after an entry, where `chunk` is the next before it."""
+    if isinstance(entry, WentBack):
+        _require(entry.chunk <= chunk, f"chunk {entry.chunk} is not made")
+        _require(entry.branch.lower() not in names, f"a branch {entry.branch} is there already")
+        names.add(entry.branch.lower())
+        return entry.chunk
+    _require(entry.chunk == chunk, f"chunk {entry.chunk} comes where {chunk} is next")
+    return chunk + isinstance(entry, Made)
+
+
+def _count(value: Any) -> int:
+    _require(type(value) is int and 0 <= value <= MANY, "a number is none that counts")
+    return int(value)
+
+
+def _require(sound: bool, what: str) -> None:
+    if not sound:
+        raise ValueError(what)

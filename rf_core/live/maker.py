@@ -1,0 +1,219 @@
+"""The hands of a live session: what is decided between two chunks is done to the stream here.
+
+One `Maker` serves a session and the replay of its log, so that the two cannot part.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import TracebackType
+
+from torch import Tensor
+
+from ..decoders.handoff import Handoff
+from ..prompts import Switch
+from ..stream import OnPass, Stream
+from .commands import Cut, Decay, Lora, Prompt, Rewind
+from .history import Force, History, Kept, Limits, Mark, Way, back_chunks
+from .record import Presenter, Take
+from .transition import Action, Branch
+
+Encode = Callable[[str], Tensor]
+"""A prompt's embeddings [1, S, D] of its text, the same bits each time; ValueError, in a sentence,
+where it cannot be encoded."""
+
+SetLora = Callable[[str, float], None]
+"""Gives a LoRA another strength, exactly as if the stream had been loaded with it; ValueError, in
+a sentence, where it cannot."""
+
+_ENCODED = 16  # prompts kept, 8 MB each: as many as an artist has at hand
+
+
+class Maker:
+    """Makes chunks, changes what they are made under, and goes back; used by one thread.
+
+    Use it as a context manager: it ends the thread that delivers images.
+
+    Args:
+        stream: between two chunks, at its beginning or later; nobody else uses it meanwhile.
+        encode: see `Encode`.
+        prompt: the text that the stream follows now.
+        set_lora: see `SetLora`; None where there are no LoRAs.
+        loras: every LoRA that can be set, with its strength now.
+        limits: how much of the past is kept.
+        presenter: takes the images, in a thread of its own.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        encode: Encode,
+        *,
+        prompt: str,
+        presenter: Presenter,
+        set_lora: SetLora | None = None,
+        loras: Mapping[str, float] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        if stream.batch != 1:
+            raise ValueError(f"the stream's batch is {stream.batch}; a live one makes 1 video")
+        if loras and set_lora is None:
+            raise ValueError(f"LoRAs {', '.join(loras)} are given and no way to set them")
+        self.stream, self.history = stream, History(limits or Limits())
+        self.force = Force(text=prompt, loras=tuple((loras or {}).items()))
+        self._encode, self._set_lora, self._presenter = encode, set_lora, presenter
+        self._encoded: OrderedDict[str, Tensor] = OrderedDict()
+        self._images = 0
+        self._handoff: Handoff | None = None
+
+    @property
+    def chunk(self) -> int:
+        """The next one."""
+        return self.stream.state.num_chunks
+
+    @property
+    def decay(self) -> float:
+        """The sink's, from the next eviction on."""
+        due = self.stream.state.decay_due
+        return self.stream.cache_config.decay if due is None else due
+
+    def __enter__(self) -> Maker:
+        if self.stream.decoder is not None:
+            self._handoff = Handoff(
+                self.stream.decoder,
+                self._presenter.deliver,
+                device=self.stream.device,
+                threaded=True,
+                first_alone=False,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._handoff is not None:
+            self._handoff.__exit__(kind, error, trace)
+
+    def mark(self) -> None:
+        """Keep a snapshot where one is due; before anything takes hold with the next chunk."""
+        if not self.history.wants_mark(self.chunk):
+            return
+        empty = not self.stream.state.cache.num_frames  # then a few numbers are all there is
+        self.history.mark(
+            Mark(
+                chunk=self.chunk,
+                snapshot=self.stream.snapshot(compact=empty and not self.stream.state.decoder),
+                images=self._images,
+                force=self.force,
+            )
+        )
+
+    def prepare(self, text: str) -> None:
+        """Encode a prompt that is to come; ValueError where it cannot be."""
+        self._embeds(text)
+
+    def apply(self, action: Action) -> Action:
+        """Let something take hold with the next chunk; what it came to, all said.
+
+        ValueError, in a sentence, where it cannot, and nothing has changed.
+        """
+        assert not isinstance(action, Rewind), "rewind() goes back"
+        if isinstance(action, Cut):
+            text = self.force.text if action.text is None else action.text
+            action = Prompt(text=text, mode=Switch(mode="cut"))
+        self._do(action)
+        self.history.act(self.chunk, action)
+        return action
+
+    def make(self, branch: Branch, on_pass: OnPass | None = None) -> Tensor:
+        """The next chunk's clean latents [1, C, F, h, w], float32 on the CPU; it is handed on."""
+        stream, take = self.stream, Take(branch=branch, chunk=self.chunk, images=self._images)
+        latents, images = stream.generate(on_pass), 0
+        if stream.decoder is None or self._handoff is None:
+            self._presenter.show(take, None)
+        else:
+            first = stream.state.decoder is None
+            images = stream.decoder.images_of(latents.shape[2], first)
+            self._presenter.expect(take)
+            stream.state.decoder = self._handoff.submit(latents, stream.state.decoder)
+        kept = Kept(latents=latents.cpu(), images=images)
+        self.history.add(kept)
+        self._images += images
+        return kept.latents
+
+    def way_to(self, chunk: int) -> Way:
+        """How to get back; every prompt on it is encoded. ValueError where one cannot be."""
+        way = self.history.way_to(chunk)
+        for _, action in way.acts:
+            if isinstance(action, Prompt):
+                self._embeds(action.text)
+        return way
+
+    def go(self, way: Way, on_pass: OnPass | None = None) -> None:
+        """Go back: the stream is then, to the bit, as if it had never gone further.
+
+        What `on_pass` raises leaves it at a chunk before that.
+        """
+        self._restore(way.mark)
+        chunk = way.mark.chunk + len(way.chunks)
+        decoded = self._decoded_from(way, chunk)
+        for number, kept in enumerate(way.chunks, start=way.mark.chunk):
+            for at, action in way.acts:
+                if at == number:
+                    self._do(action)
+            self.stream.replay(kept.latents, on_pass, decode=number >= decoded)
+        self.history.go_back(chunk)
+        self._images = way.images
+
+    def _restore(self, mark: Mark) -> None:
+        for name, strength in mark.force.loras:
+            if (name, strength) not in self.force.loras:
+                self._give_strength(name, strength)
+        self.force = mark.force
+        self.stream.restore(mark.snapshot)
+
+    def _decoded_from(self, way: Way, chunk: int) -> int:
+        """The first chunk of the way that the decoder has to see, whatever it saw before."""
+        decoder = self.stream.decoder
+        if decoder is None:
+            return chunk
+        frames = self.stream.cache_config.chunk_frames
+        cuts = [at for at, each in way.acts if isinstance(each, Prompt) and each.mode.mode == "cut"]
+        return max(way.mark.chunk, chunk - back_chunks(decoder.memory_frames, frames), *cuts)
+
+    def _do(self, action: Action) -> None:
+        if isinstance(action, Prompt):
+            self.stream.switch(self._embeds(action.text), action.mode)
+            self.force = replace(self.force, text=action.text)
+        elif isinstance(action, Lora):
+            self._do_lora(action)
+        else:
+            assert isinstance(action, Decay)
+            self.stream.set_decay(action.decay)
+
+    def _do_lora(self, action: Lora) -> None:
+        loras = dict(self.force.loras)
+        if action.name not in loras:
+            there = ", ".join(loras) or "none"
+            raise ValueError(f"there is no LoRA {action.name!r} to set; there is {there}")
+        self._give_strength(action.name, action.strength)
+        loras[action.name] = action.strength
+        self.force = replace(self.force, loras=tuple(loras.items()))
+
+    def _give_strength(self, name: str, strength: float) -> None:
+        assert self._set_lora is not None, "there are LoRAs, and nothing sets them"
+        self.stream.forget_weights()
+        self._set_lora(name, strength)
+
+    def _embeds(self, text: str) -> Tensor:
+        if text not in self._encoded:
+            self._encoded[text] = self._encode(text)
+            while len(self._encoded) > _ENCODED:
+                self._encoded.popitem(last=False)
+        self._encoded.move_to_end(text)
+        return self._encoded[text]

@@ -1,0 +1,92 @@
+"""A live session made again from its log, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..stream import OnPass, Stream
+from .log import Done, Log, Made, WentBack, facts_of, mark_of
+from .maker import Encode, Maker, SetLora
+from .record import Presenter, Recorder
+from .transition import Branch, Course, branch_of
+
+
+def replay_log(
+    log: Log,
+    stream: Stream,
+    encode: Encode,
+    *,
+    set_lora: SetLora | None = None,
+    recorder: Recorder | None = None,
+    on_chunk: Callable[[Branch, int, Tensor], None] = lambda branch, chunk, latents: None,
+    on_pass: OnPass | None = None,
+    exact: bool = True,
+) -> None:
+    """Do to a stream what a session did, branches included.
+
+    The stream is as the session's was when it began, its LoRAs' strengths, too. `on_chunk` gets
+    each chunk's branch, number and latents [1, C, F, h, w], float32 on the CPU; `recorder` the
+    images, as in the session. With `exact`, every chunk is held against the log; without, a log
+    whose commands were edited makes another video.
+
+    Raises:
+        ValueError: the stream is another one's, or a chunk is not what it was.
+    """
+    _require_same(log, stream)
+    start, presenter = log.start, Presenter(recorder=recorder)
+    maker = Maker(
+        stream,
+        encode,
+        prompt=start.prompt,
+        presenter=presenter,
+        set_lora=set_lora,
+        loras=dict(start.loras),
+        limits=start.limits,
+    )
+    branch = Course.beginning(maker.chunk).branch
+    try:
+        with maker:
+            maker.mark()
+            for entry in log.entries:
+                if isinstance(entry, Done):
+                    maker.apply(entry.action)
+                elif isinstance(entry, WentBack):
+                    branch = branch_of(branch, maker.chunk, entry.branch, entry.chunk)
+                    _go_back(maker, entry, on_pass)
+                elif isinstance(entry, Made):
+                    latents = maker.make(branch, on_pass)
+                    if exact and mark_of(latents) != entry.mark:
+                        raise _differs(entry)
+                    on_chunk(branch, entry.chunk, latents)
+                    maker.mark()
+    finally:
+        presenter.close()
+
+
+def _go_back(maker: Maker, entry: WentBack, on_pass: OnPass | None) -> None:
+    oldest = maker.history.oldest
+    if oldest is None or entry.chunk < oldest:
+        raise ValueError(
+            f"the log goes back to chunk {entry.chunk}, further than its limits let it; raise "
+            "max_bytes in its first line"
+        )
+    maker.go(maker.way_to(entry.chunk), on_pass)
+
+
+def _require_same(log: Log, stream: Stream) -> None:
+    facts = facts_of(stream)
+    for name, wanted in log.start.stream.items():
+        if facts.get(name) != wanted:
+            raise ValueError(
+                f"the log's stream has {name} {wanted}, this one has {facts.get(name)}; replay it "
+                "with what it was made with"
+            )
+
+
+def _differs(entry: Made) -> ValueError:
+    return ValueError(
+        f"chunk {entry.chunk} is not what it was: the weights, the prompts' embeddings or the "
+        "machine are others, or the log was edited"
+    )

@@ -1,0 +1,272 @@
+"""A live session: a stream that is steered while it runs.
+
+`run` makes chunks in the caller's thread; a second one delivers their images (`Presenter`).
+Commands come in through `inbox` from any thread, events and pictures go out through `outbox`, and
+nothing else is shared. Between two chunks, in this order: a snapshot where one is due, the coming
+change whose time has come, then every command that waits, in the order they came in.
+
+Every command is acknowledged twice: `Received` with its number, then `Applied` with the chunk it
+takes hold at, or `Refused` with the reason. What cannot be done leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..stream import OnPass, Stream
+from .buffers import (
+    MOST_COMMANDS,
+    Applied,
+    Branched,
+    Ended,
+    Happened,
+    Inbox,
+    Numbered,
+    Outbox,
+    Refused,
+)
+from .commands import Command, Rewind, Stop
+from .history import Limits
+from .log import Done, End, Entry, LogWriter, Made, Start, WentBack, facts_of, mark_of
+from .maker import Encode, Maker, SetLora
+from .record import Presenter, Recorder
+from .transition import Action, Branch, Coming, Course, transition
+
+
+class _Stopped(Exception):  # noqa: N818  # not an error
+    """Raised within a pass to end the session there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Where a session stands, and what the next chunk will do."""
+
+    chunk: int
+    """The next one."""
+    branch: Branch
+    paused: bool
+    prompt: str
+    loras: dict[str, float]
+    decay: float
+    coming: tuple[Coming, ...]
+    oldest: int | None
+    """The first chunk that can be gone back to."""
+    history_bytes: int
+    """RAM that the past takes, of `Limits.max_bytes`."""
+    answered: int
+    """The last command that was acknowledged as applied or refused; all before it were, too."""
+
+
+class Session:
+    """A stream that is steered while it runs; used once.
+
+    Args:
+        stream: between two chunks; the session's alone while it runs.
+        encode: a prompt's embeddings, called by `run`'s thread; see `maker.Encode`.
+        prompt: the text that the stream follows now.
+        set_lora: see `maker.SetLora`.
+        loras: every LoRA that can be set, with its strength now.
+        recorder: keeps every branch; called by the thread that delivers images.
+        log: the file to write what is done to, over one of the same name.
+        limits: how much of the past is kept.
+        most_commands: how many commands may wait for a chunk boundary.
+        outbox: where events and pictures go, where another size than usual is wanted.
+
+    Raises:
+        ValueError: the stream makes a batch, or LoRAs come without a way to set them.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        encode: Encode,
+        *,
+        prompt: str,
+        set_lora: SetLora | None = None,
+        loras: Mapping[str, float] | None = None,
+        recorder: Recorder | None = None,
+        log: Path | str | None = None,
+        limits: Limits | None = None,
+        most_commands: int = MOST_COMMANDS,
+        outbox: Outbox | None = None,
+    ) -> None:
+        self.outbox = outbox or Outbox()
+        self.inbox = Inbox(most_commands, received=self.outbox.say)
+        self._presenter = Presenter(self.outbox, recorder)
+        self._maker = Maker(
+            stream,
+            encode,
+            prompt=prompt,
+            presenter=self._presenter,
+            set_lora=set_lora,
+            loras=loras,
+            limits=limits,
+        )
+        self._course = Course.beginning(self._maker.chunk)
+        self._pending: deque[Numbered] = deque()
+        self._answered = 0
+        force = self._maker.force
+        self._start = Start(
+            stream=facts_of(stream),
+            prompt=prompt,
+            loras=force.loras,
+            limits=self._maker.history.limits,
+        )
+        self._log_path = log
+        self._log: LogWriter | None = None
+        self._tell_status()
+
+    def submit(self, command: Command) -> int:
+        """Ask for something, from any thread; its number. ValueError where there is no room."""
+        return self.inbox.put(command)
+
+    def run(
+        self,
+        on_pass: OnPass | None = None,
+        on_idle: Callable[[], None] | None = None,
+        until: int | None = None,
+    ) -> None:
+        """Make chunks until a `Stop`, or until there are so many.
+
+        `on_pass` is called before every pass of the network, and `on_idle` some times a second
+        while it is paused; what they raise ends the session. However it ends: what was made is
+        delivered, the recording is whole, the stream stands between two chunks (it may be one of
+        those before, where it was stopped on its way back to one), every command is answered, and
+        `Ended` is the last event.
+        """
+        why: str | None = None
+        try:
+            with ExitStack() as ends:
+                ends.callback(self._end_log)
+                ends.callback(self._presenter.close)
+                ends.enter_context(self._maker)
+                self._run(self._watched(on_pass), on_idle, until)
+        except BaseException as error:
+            why = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._say_goodbye(why)
+
+    def _run(self, on_pass: OnPass, on_idle: Callable[[], None] | None, until: int | None) -> None:
+        if self._log_path is not None:
+            self._log = LogWriter(self._log_path, self._start)
+        try:
+            while self._boundary(on_pass, on_idle) and (
+                until is None or self._course.chunk < until
+            ):
+                self._make(on_pass)
+        except _Stopped:
+            pass
+
+    def _watched(self, on_pass: OnPass | None) -> OnPass:
+        def watched(kind: str, number: int) -> None:
+            if self.inbox.stop_wanted:
+                raise _Stopped
+            if on_pass is not None:
+                on_pass(kind, number)  # type: ignore[arg-type]
+
+        return watched
+
+    def _make(self, on_pass: OnPass) -> None:
+        latents = self._maker.make(self._course.branch, on_pass)
+        self._write(Made(chunk=self._course.chunk, mark=mark_of(latents)))
+        self._course = self._course.made()
+
+    def _boundary(self, on_pass: OnPass, on_idle: Callable[[], None] | None) -> bool:
+        """What happens between two chunks; whether there is to be another."""
+        self._maker.mark()
+        self._let_come()
+        self._obey(on_pass)
+        while self._course.paused and not self._course.stopped:
+            self.inbox.wait(on_idle)
+            self._obey(on_pass)
+        return not self._course.stopped
+
+    def _let_come(self) -> None:
+        coming = self._course.due()
+        if coming is None:
+            return
+        self._course = self._course.without(coming.number)
+        try:
+            self._carry_out(coming.number, coming.prompt)
+        except ValueError as error:
+            self.outbox.say(Refused(number=coming.number, why=str(error)))
+            return
+        self.outbox.say(Happened(number=coming.number, chunk=coming.chunk))
+
+    def _obey(self, on_pass: OnPass) -> None:
+        self._pending.extend(self.inbox.take())
+        while self._pending and not self._course.stopped:
+            given = self._pending[0]
+            answer = self._answer(given, on_pass)
+            self._pending.popleft()
+            self._answered = given.number
+            self.outbox.say(answer)
+        self._tell_status()
+
+    def _answer(self, given: Numbered, on_pass: OnPass) -> Applied | Refused:
+        number, command, maker = given.number, given.command, self._maker
+        try:
+            step = transition(self._course, number, command, maker.history.oldest)
+            for coming in step.course.coming:
+                if coming.number == number:
+                    maker.prepare(coming.prompt.text)
+            if isinstance(step.action, Rewind):
+                way = maker.way_to(step.chunk)
+            elif step.action is not None:
+                self._carry_out(number, step.action)
+        except ValueError as error:
+            return Refused(number=number, why=str(error))
+        if isinstance(step.action, Rewind):
+            maker.go(way, on_pass)
+            branch = step.course.branch
+            self._write(WentBack(number=number, chunk=step.chunk, branch=branch.name))
+            self.outbox.say(Branched(name=branch.name, parent=branch.parent, chunk=step.chunk))
+        self._course = step.course
+        return Applied(number=number, chunk=step.chunk)
+
+    def _carry_out(self, number: int, action: Action) -> None:
+        done = self._maker.apply(action)
+        self._write(Done(number=number, chunk=self._course.chunk, action=done))
+
+    def _write(self, entry: Entry) -> None:
+        if self._log is not None:
+            self._log.write(entry)
+
+    def _end_log(self) -> None:
+        if self._log is not None:
+            with self._log:
+                self._log.write(End(chunk=self._course.chunk))
+
+    def _tell_status(self) -> None:
+        maker, course = self._maker, self._course
+        self.outbox.status = Status(
+            chunk=course.chunk,
+            branch=course.branch,
+            paused=course.paused,
+            prompt=maker.force.text,
+            loras=dict(maker.force.loras),
+            decay=maker.decay,
+            coming=course.coming,
+            oldest=maker.history.oldest,
+            history_bytes=maker.history.nbytes,
+            answered=self._answered,
+        )
+
+    def _say_goodbye(self, why: str | None) -> None:
+        """Answer what was not: a stop is applied, the rest comes too late."""
+        for given in (*self._pending, *self.inbox.close()):
+            stops = isinstance(given.command, Stop) and why is None
+            number, chunk = given.number, self._maker.chunk
+            late = "the session has ended before it could take hold"
+            self._answered = number
+            self.outbox.say(
+                Applied(number=number, chunk=chunk) if stops else Refused(number=number, why=late)
+            )
+        self._tell_status()
+        self.outbox.say(Ended(chunk=self._maker.chunk, why=why))
+        self.outbox.close()
