@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..rf_core.config import CacheConfig, SamplerConfig
-from ..rf_core.decoders.decoder import DecoderState
+from ..rf_core.decoders.decoder import DecoderState, back_chunks
 from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.pace import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry, clip_notes
@@ -222,8 +222,7 @@ class Course:
         ends = (self.clock.images_before(number + 1) for number in range(self.total))
         wanted = next((number for number, end in enumerate(ends) if end > first), self.total)
         new = min(file, wanted)
-        # One more: the first that is decoded from nothing may be cut in two, and round otherwise.
-        back = 1 - (-request.decoder.memory_frames // request.cache.chunk_frames)
+        back = back_chunks(request.decoder.memory_frames, request.cache.chunk_frames)
         cuts = [each.chunk for each in self.prompts[1:] if each.switch.mode == "cut"]
         scene = max((cut for cut in cuts if cut <= new), default=0)
         return replace(self, written=file, wanted=wanted, decoded=max(scene, new - back, 0))

@@ -454,6 +454,10 @@ def test_commands_of_three_clients_are_each_answered_once_in_order() -> None:
         each.start()
     for each in clients:
         each.join()
+    last = session.submit(Prompt(text="p0", mode=Switch(mode="soft")))
+    while session.outbox.status.answered < last:  # a stop would come before those that wait
+        assert thread.is_alive()
+        time.sleep(0.01)
     session.submit(Stop())
     thread.join(timeout=30)
     while found := reader.read():

@@ -167,6 +167,15 @@ class TAEHVDecoder(_Adapter):
         return self._encode(video, first_images=self.temporal_factor)
 
 
+def back_chunks(memory_frames: int, chunk_frames: int) -> int:
+    """Chunks to decode again before one, to decode it as if all before had been.
+
+    One more than the decoder remembers: the first that is decoded from nothing may be cut in two,
+    and round otherwise.
+    """
+    return 1 - (-memory_frames // chunk_frames)
+
+
 def load_decoder(
     path: str | Path,
     device: torch.device | str = "cpu",

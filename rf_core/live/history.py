@@ -170,12 +170,3 @@ class History:
             return (after - before) / (now - mark)
 
         return min(range(1, len(self._marks) - 1), key=missed)
-
-
-def back_chunks(memory_frames: int, chunk_frames: int) -> int:
-    """Chunks to decode again before one, to decode it as if all before had been.
-
-    One more than the decoder remembers: the first that is decoded from nothing may be cut in two,
-    and round otherwise.
-    """
-    return 1 - (-memory_frames // chunk_frames)

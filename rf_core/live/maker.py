@@ -12,11 +12,12 @@ from types import TracebackType
 
 from torch import Tensor
 
+from ..decoders.decoder import back_chunks
 from ..decoders.handoff import Handoff
 from ..prompts import Switch
 from ..stream import OnPass, Stream
 from .commands import Cut, Decay, Lora, Prompt, Rewind
-from .history import Force, History, Kept, Limits, Mark, Way, back_chunks
+from .history import Force, History, Kept, Limits, Mark, Way
 from .record import Presenter, Take
 from .transition import Action, Branch
 
