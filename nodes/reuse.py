@@ -49,13 +49,20 @@ class Tail:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the chunks of a run hang on; looked at once, as a state may be large."""
+
+    key: tuple[Any, ...]
+    """All of it but the prompts."""
+    prompts: tuple[tuple[int, str, str], ...]
+    """Each prompt's chunk, how it is gone over to, and its mark."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kept:
     """The chunks of a run, from its beginning on."""
 
-    key: tuple[Any, ...]
-    """Everything they hang on but the prompts."""
-    prompts: tuple[tuple[int, str, str], ...]
-    """Each prompt's chunk, how it is gone over to, and its mark."""
+    asked: Asked
     latents: tuple[Tensor, ...]
     """Clean latents [1, C, F, h, w] of each chunk, on the CPU."""
     video: Path | None
@@ -65,17 +72,29 @@ class Kept:
     tail: Tail | None
     """None where there was no room for it."""
 
-    def shared(self, key: tuple[Any, ...], prompts: tuple[tuple[int, str, str], ...]) -> int:
+    def shared(self, asked: Asked) -> int:
         """How many of the chunks another run would make just so."""
-        if self.key != key:
+        mine = self.asked
+        if mine.key != asked.key:
             return 0
-        pairs = zip((*self.prompts, None), (*prompts, None), strict=False)
+        pairs = zip((*mine.prompts, None), (*asked.prompts, None), strict=False)
         parted = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
         chunks = [prompt[0] for prompt in parted if prompt is not None]
         return min([*chunks, len(self.latents)])
 
 
 _kept: deque[Kept] = deque()  # newest first; shared by all runs of the process
+
+
+def asked_for(request: Any, prompts: tuple[ResolvedEntry, ...]) -> Asked | None:
+    """What a run's chunks hang on; None where nothing is to be kept or taken."""
+    if not request.reuse_bytes:
+        return None
+    try:
+        return Asked(key=key_of(request), prompts=_marks(request, prompts))
+    except Exception as error:
+        host.log(f"no earlier run is gone on from, and this one is not kept: {error}")
+        return None
 
 
 def key_of(request: Any) -> tuple[Any, ...]:
@@ -93,43 +112,42 @@ def key_of(request: Any) -> tuple[Any, ...]:
     )
 
 
-def find(request: Any, prompts: tuple[ResolvedEntry, ...]) -> tuple[Kept | None, int]:
-    """What has most chunks that this run would make again, and how many these are."""
-    if not request.reuse_bytes or not _kept:
+def find(asked: Asked | None) -> tuple[Kept | None, int]:
+    """What has most chunks that a run would make again, and how many these are."""
+    if asked is None:
         return None, 0
-    key, marks = key_of(request), _marks(request, prompts)
-    shared = [(each.shared(key, marks), each) for each in _kept]
-    count, best = max(shared, key=lambda pair: pair[0])
+    shared = [(each.shared(asked), each) for each in _kept]
+    count, best = max(shared, key=lambda pair: pair[0], default=(0, None))
     return (best, count) if count else (None, 0)
 
 
-def keep(request: Any, prompts: tuple[ResolvedEntry, ...], made: Any) -> bool:
+def keep(asked: Asked | None, request: Any, made: Any) -> bool:
     """Keep what a run has made; whether a later run can go on from all of it."""
+    if asked is None or not made.history:
+        return False
     try:
-        return bool(made.history) and _keep(request, prompts, made)
+        _keep(asked, request, made)
     except Exception as error:  # memory that ran out, or the like
         host.log(f"what was made is not kept for a later run to go on from: {error}")
         return False
+    return len(made.history) == made.chunks
 
 
-def _keep(request: Any, prompts: tuple[ResolvedEntry, ...], made: Any) -> bool:
-    key, marks = key_of(request), _marks(request, prompts)
-    if any(each.shared(key, marks) >= len(made.history) for each in _kept):
-        return len(made.history) == made.chunks
+def _keep(asked: Asked, request: Any, made: Any) -> None:
+    if any(each.shared(asked) >= len(made.history) for each in _kept):
+        return
     new = Kept(
-        key=key,
-        prompts=marks,
+        asked=asked,
         latents=tuple(made.history),
         video=request.path,
         run=made.run,
         tail=_tail(request, made),
     )
-    for old in [each for each in _kept if new.shared(each.key, each.prompts) == len(each.latents)]:
+    for old in [each for each in _kept if new.shared(each.asked) == len(each.latents)]:
         _kept.remove(old)
     _kept.appendleft(new)
     while num_bytes() > request.reuse_bytes and len(_kept) > 1:
         _kept.pop()
-    return len(made.history) == made.chunks
 
 
 def num_bytes() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -208,24 +207,24 @@ class Course:
         """The same where the first chunks are an earlier run's."""
         return replace(self, given=kept.latents[:count], reused=count)
 
-    def beginning_with(self, file: int, request: Request, tail: reuse.Tail | None) -> Course:
-        """The same where the file holds the images of the first `file` chunks.
+    def in_file(self, request: Request, tail: reuse.Tail | None) -> Course:
+        """The same where the file holds the images of the reused chunks.
 
         Of them as many are decoded again as the decoder remembers, and as the IMAGE socket wants;
         none where what they leave is known.
         """
         assert request.decoder is not None
         if tail is not None and tail.serves(request.keep_images):
-            return replace(self, written=file, wanted=file, decoded=file, tail=tail)
+            known = self.reused
+            return replace(self, written=known, wanted=known, decoded=known, tail=tail)
         images, keep = self.clock.images_before(self.total), request.keep_images
         first = 0 if keep < 0 else images - keep
         ends = (self.clock.images_before(number + 1) for number in range(self.total))
         wanted = next((number for number, end in enumerate(ends) if end > first), self.total)
-        new = min(file, wanted)
+        new = min(self.reused, wanted)
         back = back_chunks(request.decoder.memory_frames, request.cache.chunk_frames)
-        cuts = [each.chunk for each in self.prompts[1:] if each.switch.mode == "cut"]
-        scene = max((cut for cut in cuts if cut <= new), default=0)
-        return replace(self, written=file, wanted=wanted, decoded=max(scene, new - back, 0))
+        scene = max((cut for cut in self.clock.cuts if cut <= new), default=0)
+        return replace(self, written=self.reused, wanted=wanted, decoded=max(scene, new - back, 0))
 
 
 def _course(request: Request) -> Course:
@@ -245,22 +244,23 @@ def run(request: Request, made: Made) -> None:
     What is made until a stop is kept for a later run to go on from.
     """
     course = _course(request)
-    kept, shared = reuse.find(request, course.prompts)
+    asked = reuse.asked_for(request, course.prompts)
+    kept, shared = reuse.find(asked)
     if kept is not None:
         course = course.after(kept, min(shared, course.total))
-    made.stream = stream = open_stream(request, course.prompts[0])
+    made.stream = open_stream(request, course.prompts[0])
     made.reused = course.reused
     writer = _continued(request, course, kept, made)
     if writer is not None:
         tail = kept.tail if kept and course.reused == len(kept.latents) else None
-        course = course.beginning_with(course.reused, request, tail)
+        course = course.in_file(request, tail)
         made.images.extend(course.tail.images if course.tail else ())
     else:
         writer = _writer(request, made)
     take = partial(_take, request, writer, made, _numbers(course))
     try:
         with writer or nullcontext(), _handoff(request, take) or nullcontext() as handoff:
-            _make(request, course, stream, handoff, made)
+            _make(request, course, asked, handoff, made)
     finally:
         _tidy(request, made)
     made.report.end()
@@ -286,28 +286,32 @@ def _continued(
 
 
 def _make(
-    request: Request, course: Course, stream: Stream, handoff: Handoff | None, made: Made
+    request: Request,
+    course: Course,
+    asked: reuse.Asked | None,
+    handoff: Handoff | None,
+    made: Made,
 ) -> None:
     """Hand on chunk after chunk; what is made until the end, or a stop, is kept for a later run."""
     steps, previews = len(request.sampler.steps), request.decoder is None
     progress = host.Progress(request.model, course.total, steps, previews=previews)
     progress.given(len(course.given))
     try:
-        for latents in _chunks(request, course, stream, progress, made):
+        for latents in _chunks(request, course, progress, made):
             _hand_on(latents, course, request, handoff, made)
         _flush(handoff)
-        reuse.keep(request, course.prompts, made)
+        reuse.keep(asked, request, made)
     except (Exception, host.Interrupted):
         with suppress(Exception):  # it is what stopped the run that is told
             _flush(handoff)
-            made.goes_on = reuse.keep(request, course.prompts, made)
+            made.goes_on = reuse.keep(asked, request, made)
         raise
 
 
-def _chunks(
-    request: Request, course: Course, stream: Stream, progress: Any, made: Made
-) -> Iterator[Tensor]:
+def _chunks(request: Request, course: Course, progress: Any, made: Made) -> Iterator[Tensor]:
     """The latents of each chunk, given or generated, prompts changed on the way."""
+    stream = made.stream
+    assert stream is not None
     switches = {entry.chunk: entry for entry in course.prompts[1:]}
     given, pace = len(course.given), None
     for number in range(course.total):
@@ -428,9 +432,10 @@ def _writer(request: Request, made: Made) -> VideoWriter | None:
 
 def _begun_with(request: Request, video: Path, num_images: int, made: Made) -> VideoWriter:
     """The writer of a run's file, which begins with the first images of another."""
-    shutil.copyfile(video, request.path)  # type: ignore[arg-type]  # there is a video to write
+    assert request.path is not None, "there is a video to write"
     format = VideoFormat(width=request.width, height=request.height)
-    return VideoWriter.resume(request.path, num_images, format, _metadata(request, made))  # type: ignore[arg-type]
+    metadata = _metadata(request, made)
+    return VideoWriter.continuing(video, request.path, num_images, format, metadata)
 
 
 def _keep(kept: deque[Tensor], new: Tensor, most: int, dim: int) -> None:

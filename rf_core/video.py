@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import struct
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -131,6 +132,24 @@ class VideoWriter:
         writer._num_images = num_images
         writer._file = writer._path.open("ab", buffering=0)
         return writer
+
+    @classmethod
+    def continuing(
+        cls,
+        source: str | Path,
+        path: str | Path,
+        num_images: int,
+        format: VideoFormat,
+        metadata: Mapping[str, str] | None = None,
+    ) -> VideoWriter:
+        """A writer of a new file, which begins with the first images of another, not encoded again.
+
+        Raises:
+            ValueError: as `resume` does; a copy of `source` is left.
+            OSError: it cannot be copied.
+        """
+        shutil.copyfile(source, path)
+        return cls.resume(path, num_images, format, metadata)
 
     @property
     def num_images(self) -> int:

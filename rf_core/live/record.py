@@ -6,7 +6,6 @@ an encoder.
 
 from __future__ import annotations
 
-import shutil
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,8 +105,9 @@ class VideoRecorder:
         if parent is None or not images:
             self._writer = VideoWriter(path, self._format, self._metadata)
         else:
-            shutil.copyfile(self.paths[parent], path)
-            self._writer = VideoWriter.resume(path, images, self._format, self._metadata)
+            self._writer = VideoWriter.continuing(
+                self.paths[parent], path, images, self._format, self._metadata
+            )
         self.paths[branch] = path
 
     def write(self, images: Tensor) -> None:
