@@ -16,8 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .measure.card.runner import main as card
 
         return card(given[1:])
-    from .commands import main as others
-
+    try:
+        from .commands import main as others
+    except KeyboardInterrupt:  # torch takes seconds to open
+        print("stopped", file=sys.stderr)
+        return 130
     return others(given)
 
 

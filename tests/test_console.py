@@ -97,3 +97,17 @@ def test_no_command_ends_by_what_it_prints(main, arguments, monkeypatch, tmp_pat
     assert main(arguments) == 1
     sys.stderr.flush()
     assert b"\\u5706" in sys.stderr.buffer.getvalue()
+
+
+def test_a_stop_while_torch_is_opened_is_one_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopping:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "rf_core.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "rf_core.commands", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Stopping(), *sys.meta_path])
+    assert engine.main(["generate"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
