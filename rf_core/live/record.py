@@ -96,6 +96,9 @@ class VideoRecorder:
         self._writer: VideoWriter | None = None
         self.paths: dict[str, Path] = {}
         """Each branch's file."""
+        self.num_images: dict[str, int] = {}
+        """Images of each branch that has ended."""
+        self._branch = ""
 
     def begin(self, branch: str, parent: str | None, images: int) -> None:
         """See `Recorder.begin`; ValueError, or OSError, where it cannot be written."""
@@ -108,7 +111,7 @@ class VideoRecorder:
             self._writer = VideoWriter.continuing(
                 self.paths[parent], path, images, self._format, self._metadata
             )
-        self.paths[branch] = path
+        self.paths[branch], self._branch = path, branch
 
     def write(self, images: Tensor) -> None:
         """See `Recorder.write`."""
@@ -119,3 +122,4 @@ class VideoRecorder:
         """See `Recorder.end`."""
         if self._writer is not None:
             self._writer.close()
+            self.num_images[self._branch] = self._writer.num_images
