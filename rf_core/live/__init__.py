@@ -32,6 +32,7 @@ from .commands import (
     Stop,
     read_command,
 )
+from .fragments import Reel, codec_of
 from .history import Limits
 from .log import Log, read_log
 from .record import Recorder, VideoRecorder
@@ -60,6 +61,7 @@ __all__ = [
     "Reader",
     "Received",
     "Recorder",
+    "Reel",
     "Refused",
     "Resume",
     "Rewind",
@@ -68,6 +70,7 @@ __all__ = [
     "Status",
     "Stop",
     "VideoRecorder",
+    "codec_of",
     "read_command",
     "read_log",
     "replay_log",

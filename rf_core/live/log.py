@@ -89,8 +89,8 @@ class Log:
     entries: tuple[Entry, ...]
 
 
-def facts_of(stream: Stream) -> dict[str, Any]:
-    """What a stream's chunks hang on besides what is done to it."""
+def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
+    """What a stream's chunks hang on besides what is done to it; `clip` is what it begins with."""
     facts = {
         "seed": stream.state.seed,
         "width": stream.width,
@@ -99,6 +99,7 @@ def facts_of(stream: Stream) -> dict[str, Any]:
         "cache": asdict(stream.cache_config),
         "sampler": asdict(stream.sampler),
         "dtype": str(stream.dtype),
+        "clip": None if clip is None else mark_of(clip.cpu()),
         "decoder": None if stream.decoder is None else stream.decoder.kind,
         "fingerprint": stream.model.fingerprint(),
     }
