@@ -102,7 +102,7 @@ class OscServer:
     def _obey(self, message: Any) -> None:
         name, *path = message.address.strip("/").split("/")
         given = list(message.params)
-        if name.lower() in _BARE and len(given) == 1 and not isinstance(given[0], str):
+        if name.lower() in _BARE and [type(each) is str for each in given] == [False]:
             if not given.pop():
                 return
         words = [*path, *map(_word, given)]

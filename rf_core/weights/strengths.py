@@ -57,9 +57,10 @@ class Strengths:
             place = self._places[key]
             weight = self._merged(key).to(place.dtype)
             if not weight.isfinite().all():
+                kind = str(place.dtype).removeprefix("torch.")
                 raise ValueError(
-                    f"a strength of {self._strengths[name]:g} is too much for {name}: {key} is no "
-                    f"longer finite in {str(place.dtype).removeprefix('torch.')}; take a smaller one"
+                    f"a strength of {self._strengths[name]:g} is too much for {name}: {key} "
+                    f"overflows {kind}; take a smaller one"
                 )
             place.copy_(weight)
 
