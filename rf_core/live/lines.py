@@ -30,6 +30,7 @@ from .commands import (
     Rewind,
     Schedule,
     Stop,
+    switch_of,
 )
 
 _CHUNK = re.compile(r"([+-]?)([0-9]{1,12})")
@@ -149,11 +150,11 @@ def _usage(name: str, verb: _Verb) -> str:
 
 
 def _prompt(words: Sequence[str], now: Now) -> Asked:
-    return Prompt(text=words[0], mode=Switch.parse(words[1]) if len(words) > 1 else now.mode)
+    return Prompt(text=words[0], mode=switch_of(words[1]) if len(words) > 1 else now.mode)
 
 
 def _mode(words: Sequence[str], now: Now) -> Asked:
-    return Switch.parse(words[0]) if words else Question.MODE
+    return switch_of(words[0]) if words else Question.MODE
 
 
 def _lora(words: Sequence[str], now: Now) -> Asked:
@@ -166,7 +167,7 @@ def _rewind(words: Sequence[str], now: Now) -> Asked:
 
 
 def _schedule(words: Sequence[str], now: Now) -> Asked:
-    mode = Switch.parse(words[2]) if len(words) > 2 else now.mode
+    mode = switch_of(words[2]) if len(words) > 2 else now.mode
     return Schedule(chunk=_chunk(words[0], now), text=words[1], mode=mode)
 
 
