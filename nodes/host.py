@@ -557,14 +557,21 @@ class Hosted:
 
 
 @contextlib.contextmanager
-def loaded(model: Any, others: list[Any], memory: float) -> Iterator[None]:
-    """The models in memory with `memory` bytes to spare, as a sampler has them."""
+def loaded(model: Any, others: list[Any], memory: float) -> Iterator[Callable[[Any], None]]:
+    """The models in memory with `memory` bytes to spare, as a sampler has them.
+
+    Gives what loads them again, after another model was, or a clone of the first in its place.
+    """
     extra = model.get_nested_additional_models()
-    comfy.model_management.load_models_gpu([model, *others, *extra], memory_required=memory)
+
+    def load(model: Any) -> None:
+        comfy.model_management.load_models_gpu([model, *others, *extra], memory_required=memory)
+
+    load(model)
     model.pre_run()
     try:
         with on_card(model.load_device):
-            yield
+            yield load
     finally:
         model.cleanup()
 

@@ -100,6 +100,8 @@ class Made:
     """What the decoder remembers after those chunks; None where that is not all."""
     stream: Stream | None = None
     """At its end."""
+    path: Path | None = None
+    """The file."""
 
 
 def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
@@ -158,8 +160,9 @@ def clock_of(request: Request) -> ChunkClock:
     )
 
 
-def open_stream(request: Request, first: ResolvedEntry) -> Stream:
-    """The stream at its start, or at the state it goes on from."""
+def open_stream(request: Request, first: ResolvedEntry) -> tuple[Stream, bool]:
+    """The stream at its start, or at the state it goes on from, and whether that has another prompt
+    than the first."""
     embeds = request.prompts.embeds[first.text]
     stream = Stream(
         host.Hosted(request.model),
@@ -173,13 +176,12 @@ def open_stream(request: Request, first: ResolvedEntry) -> Stream:
         device=request.model.load_device,
         dtype=host.student_of(request.model).get_dtype_inference(),
     )
-    if request.snapshot is not None:
-        new = stream.state.prompt_embeds
-        stream.restore(request.snapshot)
-        stream.state.seed = request.seed
-        if not torch.equal(stream.state.prompt_embeds, new):
-            stream.switch(embeds, first.switch)
-    return stream
+    if request.snapshot is None:
+        return stream, False
+    new = stream.state.prompt_embeds
+    stream.restore(request.snapshot)
+    stream.state.seed = request.seed
+    return stream, not torch.equal(stream.state.prompt_embeds, new)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +250,10 @@ def run(request: Request, made: Made) -> None:
     kept, shared = reuse.find(asked)
     if kept is not None:
         course = course.after(kept, min(shared, course.total))
-    made.stream = open_stream(request, course.prompts[0])
+    first = course.prompts[0]
+    made.stream, differs = open_stream(request, first)
+    if differs:
+        made.stream.switch(request.prompts.embeds[first.text], first.switch)
     made.reused = course.reused
     writer = _continued(request, course, kept, made)
     if writer is not None:

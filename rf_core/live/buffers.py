@@ -151,9 +151,7 @@ class Inbox:
         with self._changed:
             return list(self._waiting)
 
-    def wait(
-        self, on_idle: Callable[[], None] | None = None, seconds: float | None = None
-    ) -> None:
+    def wait(self, on_idle: Callable[[], None] | None = None, seconds: float | None = None) -> None:
         """Sleep until a command waits, so long at most; `on_idle` is called some times a second."""
         end = None if seconds is None else time.monotonic() + seconds
         while True:
