@@ -110,6 +110,15 @@ def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
     Prompts past its end are left out, so that a long timeline can be tried in a short run;
     `prompt_notes` names them. ValueError for a timeline, or a state, that does not fit.
     """
+    check_state(request)
+    clock = clock_of(request)
+    timeline = request.prompts.timeline
+    total = timeline.num_chunks(request.length, UNITS[request.unit], clock)
+    return tuple(entry for entry in _resolved(request, total) if entry.chunk < total), total
+
+
+def check_state(request: Request) -> None:
+    """ValueError where the state is of another video than is asked for."""
     if request.snapshot is not None:
         facts = request.snapshot.facts
         size = f"{facts['width']}x{facts['height']}"
@@ -123,10 +132,6 @@ def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
                 "the state was made with another window, sink or decay than EMA-Sink Config asks "
                 "for; disconnect it and the state's own are used"
             )
-    clock = clock_of(request)
-    timeline = request.prompts.timeline
-    total = timeline.num_chunks(request.length, UNITS[request.unit], clock)
-    return tuple(entry for entry in _resolved(request, total) if entry.chunk < total), total
 
 
 def prompt_notes(request: Request) -> list[str]:

@@ -38,8 +38,10 @@ from .log import Log, read_log
 from .record import Recorder, VideoRecorder
 from .replay import replay_log
 from .session import Session, Status
+from .transition import MOST_COMING
 
 __all__ = [
+    "MOST_COMING",
     "Applied",
     "Behind",
     "Branched",

@@ -238,10 +238,14 @@ class Outbox:
             self._changed.notify_all()
             self._ring()
 
-    def reader(self, from_start: bool = False) -> Reader:
-        """Somebody who reads what comes from now on, or from the session's beginning."""
+    def reader(self, from_start: bool = False, latest: bool = False) -> Reader:
+        """Somebody who reads what comes from now on, or from the session's beginning.
+
+        With `latest` the newest picture is read first.
+        """
         with self._changed:
-            return Reader(self, 0 if from_start else self._count)
+            begin = self._pictures[-1][0] if latest and self._pictures else self._count
+            return Reader(self, 0 if from_start else begin)
 
     @contextmanager
     def bell(self, ring: Callable[[], None]) -> Iterator[None]:
