@@ -88,6 +88,18 @@ class Log:
     start: Start
     entries: tuple[Entry, ...]
 
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt, once."""
+        actions = [entry.action for entry in self.entries if isinstance(entry, Done)]
+        later = [action.text for action in actions if isinstance(action, Prompt)]
+        return list(dict.fromkeys([self.start.prompt, *later]))
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that were made, on every branch."""
+        return sum(isinstance(entry, Made) for entry in self.entries)
+
 
 def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
     """What a stream's chunks hang on besides what is done to it; `clip` is what it begins with."""

@@ -104,6 +104,8 @@ class VideoRecorder:
         self._writer: VideoWriter | None = None
         self.paths: dict[str, Path] = {}
         """Each branch's file."""
+        self.num_images: dict[str, int] = {}
+        """Images of each branch that has ended."""
 
     def begin(self, branch: str, parent: str | None, images: int) -> None:
         """See `Recorder.begin`; ValueError, or OSError, where it cannot be written."""
@@ -128,7 +130,8 @@ class VideoRecorder:
         if self._writer is None:
             return
         self._writer.close()
-        *_, path = self.paths.values()
+        *_, (branch, path) = self.paths.items()
+        self.num_images[branch] = self._writer.num_images
         try:
             remux(path)
         except (ValueError, OSError) as error:  # it plays as well
