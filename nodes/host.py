@@ -41,8 +41,8 @@ import comfy.text_encoders.t5
 import comfy.utils
 import comfy.weight_adapter
 import folder_paths
-import psutil
 import latent_preview
+import psutil
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -705,6 +705,11 @@ def device_memory(device: torch.device) -> int | None:
 def progress_bar(total: int) -> Any:
     """ComfyUI's progress bar; `update(1)` says that one more is done."""
     return comfy.utils.ProgressBar(total)
+
+
+def preview_of(image: Tensor) -> Any:
+    """An image [H, W, 3], uint8, as ComfyUI's progress bar takes it."""
+    return "JPEG", Image.fromarray(image.numpy()), None
 
 
 def check_interrupt() -> None:

@@ -15,11 +15,13 @@ from comfy_api.latest import io
 from einops import rearrange
 from torch import Tensor
 
-from ..rf_core.config import FPS, CacheConfig, SamplerConfig
+from ..rf_core.config import FPS, CacheConfig
 from ..rf_core.live import (
     MOST_COMING,
+    Behind,
     Limits,
     Log,
+    Picture,
     Prompt,
     Schedule,
     Session,
@@ -50,6 +52,7 @@ from .types import RFState, RFTimeline, State, Timeline
 
 PACES: dict[str, float | None] = {"real time": FPS, "as fast as possible": None}
 """How fast a live stream is made, in images a second."""
+_GRACE = 4  # chunks within which a page takes up the player
 _FIRST = "a blue square moves up quickly"
 
 
@@ -273,9 +276,7 @@ def _single(clip: Any, text: str) -> Timeline:
     return Timeline(timeline=timeline, embeds={text: encode(clip, text)})
 
 
-def _course(
-    request: Request, log: Log | None
-) -> tuple[ResolvedEntry, tuple[ResolvedEntry, ...]]:
+def _course(request: Request, log: Log | None) -> tuple[ResolvedEntry, tuple[ResolvedEntry, ...]]:
     """The prompt that a session begins with, and those that come by themselves."""
     total = clock_of(request).num_chunks(request.length, "s") if request.length else None
     timeline = request.prompts.timeline
@@ -302,14 +303,14 @@ def _log_named(name: str) -> Log:
 
 def _as_logged(request: Request, clip: Any, log: Log) -> Request:
     """The request with the size, the seed and the rules that a log tells."""
-    facts = log.start.stream
+    facts, (cache, sampler) = log.start.stream, log.rules
     return replace(
         request,
         width=facts["width"],
         height=facts["height"],
         seed=facts["seed"],
-        cache=CacheConfig(**facts["cache"]),
-        sampler=SamplerConfig(**facts["sampler"] | {"steps": tuple(facts["sampler"]["steps"])}),
+        cache=cache,
+        sampler=sampler,
         prompts=_single(clip, log.start.prompt),
     )
 
@@ -393,7 +394,6 @@ class Live:
         until = None
         if self.max_seconds:
             until = begin + clock_of(request).num_chunks(self.max_seconds, "s")
-        manners = _Manners(session, self.give_way, self.max_seconds)
         room = live_http.Room(
             inbox=session.inbox,
             outbox=session.outbox,
@@ -402,9 +402,16 @@ class Live:
             ),
             facts=partial(_facts, recording.paths, until, self.limits, request.model.load_device),
         )
+        manners = _Manners(session, self.give_way, self.max_seconds)
+        preview = _Preview(room, until)
+
+        def on_pass(kind: str, number: int) -> None:
+            manners.on_pass(kind, number)
+            preview.show()
+
         try:
             with live_http.opened(room, request.node_id):
-                session.run(manners.on_pass, manners.on_idle, until)
+                session.run(on_pass, manners.on_idle, until)
         finally:
             self._sum_up(session.outbox.status.chunk - begin, session.recent_latents)
 
@@ -516,6 +523,28 @@ class _Manners:
     def _stop(self) -> None:
         if not self._session.inbox.stop_wanted:
             self._session.submit(Stop())
+
+
+class _Preview:
+    """ComfyUI's own picture of a node that runs, for pages that the player is absent from."""
+
+    def __init__(self, room: live_http.Room, until: int | None) -> None:
+        self._room, self._until = room, until
+        self._pictures = room.outbox.reader()
+        self._bar = host.progress_bar(until or 1)
+
+    def show(self) -> None:
+        """The newest chunk's last image, where nobody watches; how far it is, to everybody."""
+        try:
+            chunks = [each for each in self._pictures.read(0) if isinstance(each, Picture)]
+        except Behind:
+            self._pictures, chunks = self._room.outbox.reader(), []
+        if not chunks:
+            return
+        images, done = chunks[-1].images, chunks[-1].chunk + 1
+        alone = not self._room.watchers and done > _GRACE and images is not None
+        picture = host.preview_of(images[-1]) if alone else None
+        self._bar.update_absolute(done, max(self._until or 0, done), picture)
 
 
 def _beside(request: Request) -> bool:

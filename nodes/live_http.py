@@ -1,4 +1,4 @@
-"""Live streams on ComfyUI's own server: commands in, events and video out, to whoever has the token.
+"""Live streams on ComfyUI's own server: commands in, events and video out, for a token.
 
 A `Room` is what a running session shows to the outside. Its token goes to the client that queued
 the run and to nobody else; without it nothing is taken and nothing is given. The handlers run in
@@ -31,7 +31,6 @@ from ..rf_core.live import (
     Outbox,
     Picture,
     Reel,
-    Refused,
     codec_of,
     read_command,
 )
@@ -120,7 +119,7 @@ _rooms: dict[str, Room] = {}
 
 @contextmanager
 def opened(room: Room, node_id: str | None) -> Iterator[None]:
-    """The room is open, and the client that queued the run has its token; it stays a while after."""
+    """The room is open, the client that queued the run has its token; it stays a while after."""
     _forget_old()
     _rooms[room.id] = room
     told = host.tell_client("rf.live", {"node": node_id, "session": room.id, "token": room.token})

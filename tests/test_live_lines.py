@@ -119,7 +119,9 @@ def test_any_line_is_read_or_refused_in_a_sentence() -> None:
 def test_the_help_names_every_verb_and_fits_a_terminal() -> None:
     lines = help_lines()
     assert all(len(line) <= 100 for line in lines)
-    assert {"/prompt", "/mode", "/lora", "/rewind", "/stop"} <= {w for x in lines for w in x.split()}
+    assert {"/prompt", "/mode", "/lora", "/rewind", "/stop"} <= {
+        w for x in lines for w in x.split()
+    }
 
 
 def test_nothing_that_is_told_can_move_a_terminals_cursor() -> None:
