@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..rf_core.live import (
     Behind,
     Limits,
     Log,
+    OscServer,
     Picture,
     Prompt,
     Schedule,
@@ -37,7 +39,7 @@ from .border import spoken
 from .ignored import doubtful, ignored
 from .loaders import CATEGORY
 from .prompt import encode
-from .run import Made, Request, check_state, clock_of, open_stream
+from .run import Made, Request, check_state, clock_of, keep_last, open_stream
 from .streaming import (
     other_decoder,
     outputs,
@@ -168,6 +170,16 @@ class LiveStream(io.ComfyNode):
                     tooltip="End, with all that is made, as soon as another prompt waits in the "
                     "queue. Connect the state to go on later.",
                 ),
+                io.Int.Input(
+                    "osc_port",
+                    default=0,
+                    min=0,
+                    max=65535,
+                    optional=True,
+                    advanced=True,
+                    tooltip="UDP port of this machine that takes OSC: /prompt, /mode, /lora/NAME, "
+                    "/pause, /rewind and others. 0: none. Needs the package python-osc.",
+                ),
                 io.String.Input(
                     "replay",
                     default="",
@@ -222,6 +234,7 @@ class LiveStream(io.ComfyNode):
         filename_prefix: str = "video/reward_forcing_live",
         rewind_memory: int = 4096,
         give_way: bool = False,
+        osc_port: int = 0,
         replay: str = "",
     ) -> io.NodeOutput:
         log = _log_named(replay) if replay.strip() else None
@@ -260,6 +273,7 @@ class LiveStream(io.ComfyNode):
             rate=PACES[pace],
             max_seconds=max_seconds,
             give_way=give_way,
+            osc_port=osc_port,
         )
         make = live.run if log is None else partial(live.replay, log)
         snapshot = produce(request, keep_state, made, make)
@@ -340,16 +354,14 @@ class Recording(VideoRecorder):
         """See `Recorder.write`."""
         fragment = super().write(images)
         self._made.num_images += len(images)
-        self._kept.append(images.clone())
-        while sum(map(len, self._kept)) - len(self._kept[0]) >= self._keep:
-            self._kept.popleft()
+        keep_last(self._kept, images.clone(), self._keep, dim=0)
         return fragment
 
     def end(self) -> None:
         """See `Recorder.end`."""
         super().end()
         kept = (rearrange(images, "t h w c -> t c h w").float() / 255 for images in self._kept)
-        self._made.images = deque(kept if self._keep else ())
+        self._made.images = deque(kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +378,7 @@ class Live:
     rate: float | None
     max_seconds: float
     give_way: bool
+    osc_port: int
 
     def run(self, load: Callable[[Any], None]) -> None:
         """Stream until it is stopped; however it ends, `made` says what there is."""
@@ -410,7 +423,7 @@ class Live:
             preview.show()
 
         try:
-            with live_http.opened(room, request.node_id):
+            with self._osc(session), live_http.opened(room, request.node_id):
                 session.run(on_pass, manners.on_idle, until)
         finally:
             self._sum_up(session.outbox.status.chunk - begin, session.recent_latents)
@@ -446,6 +459,11 @@ class Live:
             on_pass=lambda kind, number: host.check_interrupt(),
         )
         self._sum_up(self.made.chunks, recent)
+
+    def _osc(self, session: Session) -> AbstractContextManager[Any]:
+        if not self.osc_port:
+            return nullcontext()
+        return OscServer(session.submit, self.osc_port, chunk=lambda: session.outbox.status.chunk)
 
     @property
     def log_path(self) -> Path:

@@ -345,7 +345,7 @@ def _hand_on(
 ) -> None:
     number = made.chunks
     known = course.given[number] if number < course.reused else latents.cpu()
-    _keep(made.latents, known, request.keep_latents, dim=2)
+    keep_last(made.latents, known, request.keep_latents, dim=2)
     if len(made.history) == number and known.nbytes * (number + 1) <= request.reuse_bytes:
         made.history.append(known)
     assert made.stream is not None
@@ -420,7 +420,7 @@ def _take(
         host.show_images(request.node_id, shown)
         made.num_images += len(images)
     if request.keep_images and wanted:
-        _keep(made.images, images.clone(), request.keep_images, dim=0)
+        keep_last(made.images, images.clone(), request.keep_images, dim=0)
 
 
 def _writer(request: Request, made: Made) -> VideoWriter | None:
@@ -448,7 +448,7 @@ def _begun_with(request: Request, video: Path, num_images: int, made: Made) -> V
     return VideoWriter.continuing(video, request.path, num_images, format, metadata)
 
 
-def _keep(kept: deque[Tensor], new: Tensor, most: int, dim: int) -> None:
+def keep_last(kept: deque[Tensor], new: Tensor, most: int, dim: int) -> None:
     """Append, and let go of what the last `most` frames do not need."""
     if most == 0:
         return
