@@ -35,11 +35,14 @@ from .commands import (
 from .fragments import Reel, codec_of
 from .history import Limits
 from .log import Log, read_log
+from .osc import OscServer
 from .record import Recorder, VideoRecorder
 from .replay import replay_log
 from .session import Session, Status
+from .transition import MOST_COMING
 
 __all__ = [
+    "MOST_COMING",
     "Applied",
     "Behind",
     "Branched",
@@ -54,6 +57,7 @@ __all__ = [
     "Log",
     "Lora",
     "Move",
+    "OscServer",
     "Outbox",
     "Pause",
     "Picture",

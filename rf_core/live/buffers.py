@@ -151,9 +151,7 @@ class Inbox:
         with self._changed:
             return list(self._waiting)
 
-    def wait(
-        self, on_idle: Callable[[], None] | None = None, seconds: float | None = None
-    ) -> None:
+    def wait(self, on_idle: Callable[[], None] | None = None, seconds: float | None = None) -> None:
         """Sleep until a command waits, so long at most; `on_idle` is called some times a second."""
         end = None if seconds is None else time.monotonic() + seconds
         while True:
@@ -240,10 +238,14 @@ class Outbox:
             self._changed.notify_all()
             self._ring()
 
-    def reader(self, from_start: bool = False) -> Reader:
-        """Somebody who reads what comes from now on, or from the session's beginning."""
+    def reader(self, from_start: bool = False, latest: bool = False) -> Reader:
+        """Somebody who reads what comes from now on, or from the session's beginning.
+
+        With `latest` the newest picture is read first.
+        """
         with self._changed:
-            return Reader(self, 0 if from_start else self._count)
+            begin = self._pictures[-1][0] if latest and self._pictures else self._count
+            return Reader(self, 0 if from_start else begin)
 
     @contextmanager
     def bell(self, ring: Callable[[], None]) -> Iterator[None]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import CacheConfig, SamplerConfig
 from ..ranges import MANY
 from ..stream import Stream
 from .commands import Command, Decay, Lora, Prompt, Rewind, read_command
@@ -94,6 +95,20 @@ class Log:
         actions = [entry.action for entry in self.entries if isinstance(entry, Done)]
         later = [action.text for action in actions if isinstance(action, Prompt)]
         return list(dict.fromkeys([self.start.prompt, *later]))
+
+    @property
+    def rules(self) -> tuple[CacheConfig, SamplerConfig]:
+        """What the stream was; ValueError where it says nothing that can be."""
+        facts = self.start.stream
+        try:
+            cache, sampler = dict(facts["cache"]), dict(facts["sampler"])
+            sampler["steps"] = tuple(sampler["steps"])
+            numbers = [facts[name] for name in ("width", "height", "seed")]
+            if not all(type(number) is int for number in numbers):
+                raise TypeError("its size and seed are no whole numbers")
+            return CacheConfig(**cache), SamplerConfig(**sampler)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the log does not say what its stream was ({error})") from error
 
     @property
     def num_chunks(self) -> int:

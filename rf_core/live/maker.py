@@ -31,6 +31,7 @@ SetLora = Callable[[str, float], None]
 """Gives a LoRA another strength, exactly as if the stream had been loaded with it; ValueError, in
 a sentence, where it cannot."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """Images a second over the last chunks; None where that is not known."""

@@ -19,7 +19,6 @@ from ..video import VideoFormat, VideoWriter, remux
 from .buffers import Outbox, Picture
 from .transition import Branch
 
-
 _log = logging.getLogger(__name__)
 
 

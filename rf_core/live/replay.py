@@ -30,7 +30,7 @@ def replay_log(
     on_chunk: Callable[[Branch, int, Tensor], None] = lambda branch, chunk, latents: None,
     on_pass: OnPass | None = None,
     exact: bool = True,
-) -> None:
+) -> list[Tensor]:
     """Do to a stream what a session did, branches included.
 
     The stream is as the session's was when it began, its LoRAs' strengths and its clip, too.
@@ -38,6 +38,9 @@ def replay_log(
     each chunk's branch, number and latents [1, C, F, h, w], float32 on the CPU; `recorder` the
     images, as in the session. With `exact`, every chunk is held against the log; without, a log
     whose commands were edited makes another video.
+
+    Returns:
+        list: clean latents [1, C, F, h, w] of the last line's chunks, as far as they are kept.
 
     Raises:
         ValueError: the stream is another one's.
@@ -74,6 +77,7 @@ def replay_log(
                     maker.mark()
     finally:
         presenter.close()
+    return maker.history.latents()
 
 
 def _go_back(maker: Maker, entry: WentBack, on_pass: OnPass | None) -> None:
