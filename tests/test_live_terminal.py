@@ -89,23 +89,24 @@ class Running:
         assert self.process.poll() is None, f"it has ended:\n{self.told}"
         os.write(place, text.encode())
 
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        def found() -> re.Match[str] | None:
-            return re.search(pattern, self.told, re.MULTILINE)
+    def wait_for(self, pattern: str, times: int = 1) -> re.Match[str]:
+        """The match, once something was told so often."""
+
+        def found() -> list[re.Match[str]]:
+            return list(re.finditer(pattern, self.told, re.MULTILINE))[times - 1 :]
 
         with self._news:
-            match = self._news.wait_for(found, timeout=60)
-        assert match, f"{pattern} was not told:\n{self.told}"
-        return match
+            matches = self._news.wait_for(found, timeout=60)
+        assert matches, f"{pattern} was not told:\n{self.told}"
+        return matches[0]
 
     def reach(self, chunk: int) -> None:
         """Wait until so many chunks are made."""
-        at = -1
+        pattern, at = r"^chunk (\d+) is next", -1
         while at < chunk:
-            told = len(re.findall(" is next, ", self.told))
+            told = len(re.findall(pattern, self.told, re.MULTILINE))
             self.type("/status\n")
-            self.wait_for(rf"(?s)\A(.*? is next, ){{{told + 1}}}")
-            at = int(re.findall(r"^chunk (\d+) is next", self.told, re.MULTILINE)[-1])
+            at = int(self.wait_for(pattern, told + 1)[1])
             time.sleep(0.1)
 
     def ask(self, line: str, number: int) -> int:
@@ -474,7 +475,7 @@ def test_a_log_that_is_damaged_or_of_another_kind_is_a_sentence(
         ("width", 10**9, "width is 1000000000"),
         ("cache", {"window": 9}, "does not say what its stream was"),
         ("sampler", {}, "does not say what its stream was"),
-        ("dtype", "torch.save_", "does not say what its stream was"),
+        ("dtype", "torch.save", "has dtype torch.save, this one has torch.float32"),
         ("chunk", 3, "begins within a video"),
         ("fingerprint", "0", "replay it with what it was made with"),
         ("decoder", "taehv", "replay it with what it was made with"),
