@@ -34,6 +34,7 @@ from rf_core.memory.footprint import footprint
 from rf_core.memory.plan import Placement, phases
 from rf_core.options import Files, Options, _sizes_of, plan
 from rf_core.prompts import PromptTimeline, Switch
+from rf_core.stream import Stream
 from rf_core.weights.checkpoint import load_student, read_checkpoint
 from rf_core.weights.lora import Lora
 from rf_core.weights.strengths import Strengths, names_of
@@ -140,6 +141,19 @@ def replayed(output: Path, *more: str) -> Path:
     return folder
 
 
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets lines wait in a pipe for a session in this process."""
+
+    def pipe(text: str) -> None:
+        reader, writer = os.pipe()
+        os.write(writer, text.encode())
+        os.close(writer)
+        monkeypatch.setattr(sys, "stdin", os.fdopen(reader, encoding="utf-8"))
+
+    return pipe
+
+
 def test_prompts_and_a_branch_through_a_pipe_are_what_a_timeline_makes_and_replay_to_the_byte(
     tmp_path: Path,
 ) -> None:
@@ -202,14 +216,39 @@ def test_on_a_terminal_a_typed_line_takes_hold_ctrl_d_ends_nothing_and_ctrl_c_ke
 
 
 @posix
-def test_a_second_ctrl_c_ends_it_in_a_pause_that_is_stopped_and_the_first_one_does_too(
-    tmp_path: Path,
-) -> None:
+def test_ctrl_c_ends_a_pause(tmp_path: Path) -> None:
     with live(tmp_path / "take.mp4") as running:
         running.ask("/pause", 1)
         running.process.send_signal(signal.SIGINT)
         assert running.end() == 130
         running.wait_for(r"^\[2\] applied at chunk")
+
+
+@posix
+def test_a_second_ctrl_c_ends_the_pass_and_what_is_made_is_whole_and_replays(
+    piped: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make = Stream.generate
+
+    def impatient(stream: Stream, *given: Any) -> Any:
+        if stream.state.num_chunks == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the second one did not end the pass")
+        return make(stream, *given)
+
+    output = tmp_path / "take.mp4"
+    piped("a blue square\n")
+    monkeypatch.setattr(Stream, "generate", impatient)
+    assert main(arguments(output, "--live", "--pace", "max")) == 130
+    monkeypatch.undo()
+    captured = capsys.readouterr()
+    assert captured.err == "stopped\n" and "ended at chunk 2: KeyboardInterrupt" in captured.out
+    assert len(images_of(output)) == 21
+    assert (replayed(output) / "take.mp4").read_bytes() == output.read_bytes()
 
 
 @posix
@@ -268,18 +307,7 @@ def test_osc_steers_it_and_random_datagrams_do_nothing(tmp_path: Path) -> None:
     assert len(images_of(output)) > 0
 
 
-# In this process: lines that wait in a pipe when the session begins.
-
-
-@pytest.fixture
-def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    def pipe(text: str) -> None:
-        reader, writer = os.pipe()
-        os.write(writer, text.encode())
-        os.close(writer)
-        monkeypatch.setattr(sys, "stdin", os.fdopen(reader, encoding="utf-8"))
-
-    return pipe
+# Lines that wait in a pipe when the session begins.
 
 
 def test_a_pause_that_nothing_can_end_any_more_is_ended_and_the_length_is_reached(
