@@ -32,7 +32,7 @@ from .live.log import Log
 from .live.maker import Encode, SetLora
 from .live.osc import OscServer
 from .live.record import VideoRecorder
-from .live.replay import replay_log
+from .live.replay import Differs, replay_log
 from .live.session import Session, Status
 from .live.transition import MOST_COMING
 from .memory.placement import free_bytes
@@ -411,6 +411,8 @@ def replay(
         )
     except _Ended:
         return False
+    except Differs as error:
+        raise ValueError(f"{error}; --edited makes the video that it asks for now") from error
     finally:
         _tell_files(recorder, tell)
     return True

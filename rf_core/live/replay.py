@@ -14,6 +14,10 @@ from .record import Presenter, Recorder
 from .transition import Branch, Course, branch_of
 
 
+class Differs(ValueError):  # noqa: N818  # what it is to the reader of a log
+    """A chunk is not what it was."""
+
+
 def replay_log(
     log: Log,
     stream: Stream,
@@ -39,7 +43,8 @@ def replay_log(
         list: clean latents [1, C, F, h, w] of the last line's chunks, as far as they are kept.
 
     Raises:
-        ValueError: the stream is another one's, or a chunk is not what it was.
+        ValueError: the stream is another one's.
+        Differs: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
     start, presenter = log.start, Presenter(recorder=recorder)
@@ -94,8 +99,8 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
             )
 
 
-def _differs(entry: Made) -> ValueError:
-    return ValueError(
+def _differs(entry: Made) -> Differs:
+    return Differs(
         f"chunk {entry.chunk} is not what it was: the weights, the prompts' embeddings or the "
         "machine are others, or the log was edited"
     )
