@@ -77,8 +77,6 @@ class LiveStream(io.ComfyNode):
                 "real-time video",
                 "interactive video",
                 "streaming",
-                "endless",
-                "infinite video",
                 "vj",
                 "steer",
             ],
