@@ -341,7 +341,7 @@ class Recording(VideoRecorder):
         fragment = super().write(images)
         self._made.num_images += len(images)
         self._kept.append(images.clone())
-        while sum(map(len, self._kept)) - len(self._kept[0]) >= self._keep:
+        while self._kept and sum(map(len, self._kept)) - len(self._kept[0]) >= self._keep:
             self._kept.popleft()
         return fragment
 
