@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .server import RUN_SECONDS, Server
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 TEXT = "a blue square moves up quickly"
 Event = tuple[str, dict[str, Any]]
+_seeds = count(1000)  # ComfyUI does not run a prompt again that it has run
 
 
 def live_prompt(**inputs: Any) -> Prompt:
@@ -31,7 +33,7 @@ def live_prompt(**inputs: Any) -> Prompt:
         "text": TEXT,
         "width": 64,
         "height": 64,
-        "seed": 3,
+        "seed": next(_seeds),
         "steps": 4,
         "max_seconds": 120.0,
         "pace": "real time",
@@ -117,19 +119,23 @@ class Live:
         return next(event for event in self.heard if event["type"] in ENDS)
 
     @property
-    def shown(self) -> dict[str, Any]:
-        """What the node shows at its end."""
-        return next(
-            event["data"]["output"]
-            for event in self.heard
-            if event["type"] == "executed" and event["data"]["node"] == "live"
-        )
-
-    @property
     def video(self) -> Path:
         """The file that the node shows."""
-        (image,) = self.shown["images"]
-        return self.server.output / image["subfolder"] / image["filename"]
+        return video_of(self.server, self.heard)
+
+
+def video_of(server: Server, heard: list[dict[str, Any]]) -> Path:
+    """The file that the node shows, of what ComfyUI has told."""
+    outputs = [event["data"] for event in heard if event["type"] == "executed"]
+    (image,) = next(each["output"]["images"] for each in outputs if each["node"] == "live")
+    return server.output / image["subfolder"] / image["filename"]
+
+
+async def queued(http: aiohttp.ClientSession, server: Server, prompt: Prompt, client: str) -> None:
+    """Queue a prompt."""
+    body = {"prompt": prompt, "client_id": client}
+    async with http.post(f"{server.address}/prompt", json=body) as answer:
+        assert answer.status == 200, await answer.text()
 
 
 async def read_events(answer: aiohttp.ClientResponse) -> AsyncIterator[Event]:
@@ -149,18 +155,39 @@ async def read_events(answer: aiohttp.ClientResponse) -> AsyncIterator[Event]:
 
 
 @asynccontextmanager
-async def begun(server: Server, prompt: Prompt, client: str | None = None) -> AsyncIterator[Live]:
-    """The live stream of a prompt that is queued; cancelled where it goes on at the end."""
-    client = client or uuid.uuid4().hex
+async def client_of(
+    server: Server, name: str | None = None
+) -> AsyncIterator[tuple[aiohttp.ClientSession, aiohttp.ClientWebSocketResponse, str]]:
+    """A client, its websocket and its name."""
+    name = name or uuid.uuid4().hex
     timeout = aiohttp.ClientTimeout(total=None)
     connector = aiohttp.TCPConnector(limit=0)
     async with (
         aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 22) as http,
-        http.ws_connect(f"{server.address}/ws?clientId={client}", max_msg_size=0) as socket,
+        http.ws_connect(f"{server.address}/ws?clientId={name}", max_msg_size=0) as socket,
     ):
-        queued = {"prompt": prompt, "client_id": client}
-        async with http.post(f"{server.address}/prompt", json=queued) as answer:
-            assert answer.status == 200, await answer.text()
+        yield http, socket, name
+
+
+async def finished(server: Server, prompt: Prompt) -> list[dict[str, Any]]:
+    """Queue a prompt and wait for it, however long; what ComfyUI has told."""
+    async with client_of(server) as (http, socket, name):
+        await queued(http, server, prompt, name)
+        heard: list[dict[str, Any]] = []
+        async for message in socket:
+            if message.type == aiohttp.WSMsgType.TEXT:
+                heard.append(json.loads(message.data))
+                if heard[-1]["type"] in ENDS:
+                    break
+        assert heard[-1]["type"] == "execution_success", heard[-1]
+        return heard
+
+
+@asynccontextmanager
+async def begun(server: Server, prompt: Prompt, client: str | None = None) -> AsyncIterator[Live]:
+    """The live stream of a prompt that is queued; cancelled where it goes on at the end."""
+    async with client_of(server, client) as (http, socket, name):
+        await queued(http, server, prompt, name)
         heard: list[dict[str, Any]] = []
         async with asyncio.timeout(RUN_SECONDS):
             async for message in socket:

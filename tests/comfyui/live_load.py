@@ -28,7 +28,7 @@ import av
 import psutil
 
 from .files import write_models, write_nodes
-from .live import Live, begun, live_prompt
+from .live import Live, begun, finished, live_prompt, video_of
 from .server import Server
 
 COLOURS = ("red", "green", "blue", "cyan", "yellow", "magenta")
@@ -40,10 +40,15 @@ EVERY = (2.0, 5.0)
 """Seconds between two commands of a client."""
 SAMPLED = 10.0
 """Seconds between two looks at the server's memory."""
-WARM_UP = 60.0
-"""Seconds after which memory is to be flat: until then buffers fill."""
-STEEPEST = 1.0
-"""MB a minute that it may grow; an hour's history of the demo takes 6 MB."""
+WARM_UP = 240.0
+"""Seconds after which memory is to be flat: until then, buffers and the past fill."""
+STEEPEST = 0.5
+"""MB a minute that it may grow then."""
+PAST = 48
+"""MB of the past that is kept: full within the warm-up, so that what else grows is seen."""
+
+
+INPUTS = {"max_seconds": 0.0, "keep_images": 0, "rewind_memory": PAST}
 
 
 @dataclass
@@ -60,6 +65,8 @@ class Load:
     pictures: int = 0
     memory: list[tuple[float, float]] = field(default_factory=list)
     """Seconds, and MB of the server."""
+    history: int = 0
+    """Bytes of the past, lately."""
     paused: bool = False
 
 
@@ -149,12 +156,13 @@ async def measure(load: Load) -> None:
     process, began = psutil.Process(load.live.server.process.pid), time.monotonic()
     while True:
         load.memory.append((time.monotonic() - began, process.memory_info().rss / 2**20))
+        load.history = (await load.live.status())["history_bytes"]
         await asyncio.sleep(SAMPLED)
 
 
 async def run(server: Server, minutes: float, seed: int, received: Path) -> Load:
     """The stream and its three clients."""
-    async with begun(server, live_prompt(max_seconds=0.0, keep_images=0, seed=seed)) as live:
+    async with begun(server, live_prompt(**INPUTS, seed=seed)) as live:
         load = Load(live=live)
         readers = [asyncio.create_task(each) for each in (listen(load), watch(load, received))]
         readers.append(asyncio.create_task(look(load)))
@@ -190,20 +198,32 @@ def hashes(path: Path) -> tuple[str, str, int]:
     return packets.hexdigest(), images.hexdigest(), count
 
 
-def latencies(load: Load, log: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Seconds from sending to its answer, of each command; and of each prompt that took hold at
-    once to its first image: the fragment after as many as chunks were made before it.
+def answers(load: Load) -> dict[str, list[float]]:
+    """Seconds from sending a command to its answer; those apart that a rewind kept waiting: it
+    makes chunks anew, and all that come meanwhile stand behind it.
     """
     answered = {d["number"]: at for at, kind, d in load.events if kind in ("applied", "refused")}
-    applied = [answered[number] - began for number, (_, began) in load.sent.items()]
+    rewinds = [
+        (began, answered[number]) for number, (do, began) in load.sent.items() if do == "rewind"
+    ]
+    found: dict[str, list[float]] = {"plain": [], "rewinding": []}
+    for number, (_, began) in load.sent.items():
+        held = any(begin <= began <= end for begin, end in rewinds)
+        found["rewinding" if held else "plain"].append(answered[number] - began)
+    return found
+
+
+def first_images(load: Load, log: list[dict[str, Any]]) -> list[float]:
+    """Seconds from sending a prompt, a cut or a strength, to the first fragment made under it:
+    the one after as many as chunks were made before.
+    """
     seen, made = [], 0
     for line in log:
         made += "made" in line
-        number = line.get("number")
-        if "done" in line and load.sent.get(number, ("",))[0] in ("prompt", "cut", "lora"):
-            if made < len(load.fragments):
-                seen.append(load.fragments[made] - load.sent[number][1])
-    return applied, seen
+        do, began = load.sent.get(line.get("number"), ("", 0.0))
+        if "done" in line and do in ("prompt", "cut", "lora") and made < len(load.fragments):
+            seen.append(load.fragments[made] - began)
+    return seen
 
 
 def slope(memory: list[tuple[float, float]]) -> float:
@@ -241,10 +261,8 @@ def faults(load: Load, log: list[dict[str, Any]]) -> Iterator[str]:
 async def replayed(server: Server, log: Path, seed: int) -> Path:
     """The first file of the log's replay."""
     name = log.relative_to(server.output).as_posix()
-    prompt = live_prompt(max_seconds=0.0, keep_images=0, seed=seed, replay=name)
-    run = await server._run(prompt, None, {})
-    (image,) = run.output("live")["images"]
-    return server.output / image["subfolder"] / image["filename"]
+    prompt = live_prompt(**INPUTS, seed=seed, replay=name)
+    return video_of(server, await finished(server, prompt))
 
 
 def summary(minutes: float, seed: int) -> dict[str, Any]:
@@ -277,7 +295,7 @@ def _summary(server: Server, minutes: float, seed: int, received: Path) -> dict[
         images += first[2]
         if first != second:
             wrong.append(f"branch {branch or 'main'} is another when it is replayed")
-    applied, seen = latencies(load, log)
+    applied = answers(load)
     kinds = [kind for _, kind, _ in load.events]
     return {
         "minutes": minutes,
@@ -290,10 +308,12 @@ def _summary(server: Server, minutes: float, seed: int, received: Path) -> dict[
         "images in their files": images,
         "images watched as MP4": watched,
         "images watched as JPEG": load.pictures,
-        "seconds to applied": _spread(applied),
-        "seconds to the first image": _spread(seen),
+        "seconds to applied": _spread(applied["plain"]),
+        "seconds to applied, with a rewind before or in it": _spread(applied["rewinding"]),
+        "seconds to the first image": _spread(first_images(load, log)),
         "memory MB": [round(mb) for _, mb in load.memory][:: max(1, len(load.memory) // 20)],
         "memory slope MB a minute": round(slope(load.memory), 3),
+        "past MB": round(load.history / 2**20, 1),
         "replay seconds": round(replay_seconds, 1),
         "replay identical": not any("replayed" in each for each in wrong),
         "faults": wrong,
