@@ -16,6 +16,7 @@ const MOST = 8; // sessions that are kept
 const WIDTH = 420; // a panel that can be read
 const IDLE = 30; // pixels
 const MARGIN = 8; // around it
+const NEW = /^[0-]*$/; // the id of a graph that has never been loaded
 const WORDS = "Run it to go live: the picture and its controls open here.";
 
 const stages = new Map(); // by node
@@ -74,13 +75,17 @@ class Stage {
 }
 
 function show(live) {
-  const node = live.graph === graphId() ? nodeOf(live.node) : null;
-  stages.get(node)?.begin(live);
+  if (live.graph !== graphId() && !NEW.test(live.graph)) return; // of another workflow
+  const stage = stages.get(nodeOf(live.node));
+  if (!stage) return;
+  forget(live.session);
+  keep([...kept(), { ...live, graph: graphId() }]);
+  stage.begin(live);
 }
 
 function begin({ detail: { node, session, token } }) {
   const live = { node, session, token, graph: graphId() };
-  keep([...kept().filter((each) => each.session !== session), live]);
+  keep([...kept(), live]);
   show(live);
 }
 
