@@ -79,7 +79,7 @@ $(TRAINER_FLOOR_VENV)/.ready: pyproject.toml constraints-floor-training.txt
 $(COMFY_READY): $(COMFYUI_PATH)/requirements.txt constraints-comfy.txt
 	$(PYTHON) -m venv $(COMFY_VENV)
 	$(COMFY_VENV)/bin/python -m pip install --quiet --constraint constraints-comfy.txt \
-		--requirement "$(COMFYUI_PATH)/requirements.txt" pytest playwright comfy-cli
+		--requirement "$(COMFYUI_PATH)/requirements.txt" pytest playwright comfy-cli python-osc
 	touch $(COMFY_READY)
 
 clean:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .live import LiveStream
+from .live_http import register
 from .loaders import LoadDemo, LoadModel, SinkConfig
 from .lora import LoadLoRA
 from .output import LoadState, ModelInfo, SaveState
@@ -18,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     PromptSwitch,
     PromptSchedule,
     StreamingSampler,
+    LiveStream,
     SaveState,
     LoadState,
     ModelInfo,
@@ -26,6 +29,10 @@ NODES: list[type[io.ComfyNode]] = [
 
 class RewardForcing(ComfyExtension):
     """What ComfyUI asks the pack for."""
+
+    async def on_load(self) -> None:
+        """Once, before the server answers anybody."""
+        register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The node classes."""

@@ -12,13 +12,14 @@ import base64
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import os
 import re
 import types
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ import comfy.utils
 import comfy.weight_adapter
 import folder_paths
 import latent_preview
+import psutil
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -275,13 +277,14 @@ class LoraPatch(comfy.weight_adapter.WeightAdapterBase):
 
     name = "reward_forcing"
 
-    def __init__(self, loaded_keys: set[str], weights: Any) -> None:
-        self.loaded_keys, self.weights = loaded_keys, weights
+    def __init__(self, loaded_keys: set[str], weights: Any, lora: str = "") -> None:
+        self.loaded_keys, self.weights, self.lora = loaded_keys, weights, lora
 
     @classmethod
-    def of(cls, adapter: Adapter) -> LoraPatch:
-        """The patch of an adapter; ComfyUI finds the tensors among the weights."""
-        return cls(set(), (tuple(adapter.parts), tuple(adapter.parts.values()), adapter.alpha))
+    def of(cls, adapter: Adapter, lora: str) -> LoraPatch:
+        """The patch of an adapter of that LoRA; ComfyUI finds the tensors among the weights."""
+        parts = tuple(adapter.parts), tuple(adapter.parts.values()), adapter.alpha
+        return cls(set(), parts, lora)
 
     def calculate_weight(
         self,
@@ -308,15 +311,42 @@ def _read_lora(path: Path, changed: int) -> dict[str, Tensor]:
 
 
 def with_lora(model: Any, path: Path, strength: float) -> tuple[Any, str]:
-    """A clone of a MODEL with a LoRA file's patches, and how much of the file that is."""
-    if strength == 0:
-        return model, "strength 0: the model is as it was"
+    """A clone of a MODEL with a LoRA file's patches, and how much of the file that is.
+
+    It has them at a strength of 0, too: a live stream may raise it.
+    """
     weights = student_of(model).diffusion_model.state_dict()
     fit = fit_file(weights, _read_lora(path, changed(path)), path)
+    name = _free_name(path.stem, strengths(model))
+    adapters = fit.adapters.items()
+    patches = {f"diffusion_model.{key}": LoraPatch.of(each, name) for key, each in adapters}
     patched = model.clone()
-    patches = {f"diffusion_model.{key}": LoraPatch.of(each) for key, each in fit.adapters.items()}
     patched.add_patches(patches, strength)
-    return patched, str(fit)
+    return patched, str(fit) if strength else "strength 0: the model is as it was"
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    names = (f"{name} {number}" if number > 1 else name for number in itertools.count(1))
+    return next(each for each in names if each not in taken)
+
+
+def strengths(model: Any) -> dict[str, float]:
+    """Name and strength of each LoRA that Load RF LoRA gave a MODEL."""
+    patches = (patch for patches in model.patches.values() for patch in patches)
+    return {each[1].lora: each[0] for each in patches if isinstance(each[1], LoraPatch)}
+
+
+def with_strengths(model: Any, wanted: Mapping[str, float]) -> Any:
+    """A clone of a MODEL whose LoRAs have these strengths, as if they had been loaded with them."""
+
+    def changed(patch: Any) -> Any:
+        known = isinstance(patch[1], LoraPatch)
+        return (wanted.get(patch[1].lora, patch[0]), *patch[1:]) if known else patch
+
+    clone = model.clone()
+    clone.patches = {key: list(map(changed, each)) for key, each in model.patches.items()}
+    clone.patches_uuid = uuid.uuid4()
+    return clone
 
 
 def _patch_modulations(model: Any, device: Any, *_: Any) -> None:
@@ -557,14 +587,21 @@ class Hosted:
 
 
 @contextlib.contextmanager
-def loaded(model: Any, others: list[Any], memory: float) -> Iterator[None]:
-    """The models in memory with `memory` bytes to spare, as a sampler has them."""
+def loaded(model: Any, others: list[Any], memory: float) -> Iterator[Callable[[Any], None]]:
+    """The models in memory with `memory` bytes to spare, as a sampler has them.
+
+    Gives what loads them again, after another model was, or a clone of the first in its place.
+    """
     extra = model.get_nested_additional_models()
-    comfy.model_management.load_models_gpu([model, *others, *extra], memory_required=memory)
+
+    def load(model: Any) -> None:
+        comfy.model_management.load_models_gpu([model, *others, *extra], memory_required=memory)
+
+    load(model)
     model.pre_run()
     try:
         with on_card(model.load_device):
-            yield
+            yield load
     finally:
         model.cleanup()
 
@@ -606,7 +643,7 @@ class Progress:
 
     def on_pass(self, kind: str, number: int) -> None:
         """Act on an interrupt before every pass."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        check_interrupt()
 
     def on_guess(self, number: int, x0: Tensor) -> None:
         """Count a step; show all latent frames of the chunk as it stands, in a loop."""
@@ -628,6 +665,56 @@ def _server() -> Any:
 def number_of(node: Any) -> str | None:
     """A node's number in the graph that runs; None where it is called by hand."""
     return getattr(node.hidden, "unique_id", None)
+
+
+def tell_client(kind: str, told: dict[str, Any]) -> bool:
+    """Send an event to the client that queued the prompt which runs, and to nobody else.
+
+    False where no client did that could be told.
+    """
+    server, context = _server(), get_executing_context()
+    if server is None or server.client_id is None or server.client_id not in server.sockets:
+        return False
+    told = told | {"prompt_id": getattr(context, "prompt_id", None)}
+    server.send_sync(kind, told, server.client_id)
+    return True
+
+
+def others_wait() -> bool:
+    """Whether another prompt waits in the queue."""
+    server = _server()
+    return server is not None and server.prompt_queue.get_tasks_remaining() > 1
+
+
+def routes() -> Any:
+    """Where ComfyUI's server is told what it answers to; None without one."""
+    server = _server()
+    return None if server is None else server.routes
+
+
+def process_memory() -> int:
+    """Bytes of RAM that this process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of tensors on a CUDA device; None on others, where nobody counts."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def progress_bar(total: int) -> Any:
+    """ComfyUI's progress bar; `update(1)` says that one more is done."""
+    return comfy.utils.ProgressBar(total)
+
+
+def preview_of(image: Tensor) -> Any:
+    """An image [H, W, 3], uint8, as ComfyUI's progress bar takes it."""
+    return "JPEG", Image.fromarray(image.numpy()), None
+
+
+def check_interrupt() -> None:
+    """Act on Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def show(node_id: str | None, shown: dict[str, Any]) -> None:

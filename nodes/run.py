@@ -100,6 +100,8 @@ class Made:
     """What the decoder remembers after those chunks; None where that is not all."""
     stream: Stream | None = None
     """At its end."""
+    path: Path | None = None
+    """The file."""
 
 
 def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
@@ -108,6 +110,15 @@ def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
     Prompts past its end are left out, so that a long timeline can be tried in a short run;
     `prompt_notes` names them. ValueError for a timeline, or a state, that does not fit.
     """
+    check_state(request)
+    clock = clock_of(request)
+    timeline = request.prompts.timeline
+    total = timeline.num_chunks(request.length, UNITS[request.unit], clock)
+    return tuple(entry for entry in _resolved(request, total) if entry.chunk < total), total
+
+
+def check_state(request: Request) -> None:
+    """ValueError where the state is of another video than is asked for."""
     if request.snapshot is not None:
         facts = request.snapshot.facts
         size = f"{facts['width']}x{facts['height']}"
@@ -121,10 +132,6 @@ def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:
                 "the state was made with another window, sink or decay than EMA-Sink Config asks "
                 "for; disconnect it and the state's own are used"
             )
-    clock = clock_of(request)
-    timeline = request.prompts.timeline
-    total = timeline.num_chunks(request.length, UNITS[request.unit], clock)
-    return tuple(entry for entry in _resolved(request, total) if entry.chunk < total), total
 
 
 def prompt_notes(request: Request) -> list[str]:
@@ -158,8 +165,9 @@ def clock_of(request: Request) -> ChunkClock:
     )
 
 
-def open_stream(request: Request, first: ResolvedEntry) -> Stream:
-    """The stream at its start, or at the state it goes on from."""
+def open_stream(request: Request, first: ResolvedEntry) -> tuple[Stream, bool]:
+    """The stream at its start, or at the state it goes on from, and whether that has another prompt
+    than the first."""
     embeds = request.prompts.embeds[first.text]
     stream = Stream(
         host.Hosted(request.model),
@@ -173,13 +181,12 @@ def open_stream(request: Request, first: ResolvedEntry) -> Stream:
         device=request.model.load_device,
         dtype=host.student_of(request.model).get_dtype_inference(),
     )
-    if request.snapshot is not None:
-        new = stream.state.prompt_embeds
-        stream.restore(request.snapshot)
-        stream.state.seed = request.seed
-        if not torch.equal(stream.state.prompt_embeds, new):
-            stream.switch(embeds, first.switch)
-    return stream
+    if request.snapshot is None:
+        return stream, False
+    new = stream.state.prompt_embeds
+    stream.restore(request.snapshot)
+    stream.state.seed = request.seed
+    return stream, not torch.equal(stream.state.prompt_embeds, new)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +255,10 @@ def run(request: Request, made: Made) -> None:
     kept, shared = reuse.find(asked)
     if kept is not None:
         course = course.after(kept, min(shared, course.total))
-    made.stream = open_stream(request, course.prompts[0])
+    first = course.prompts[0]
+    made.stream, differs = open_stream(request, first)
+    if differs:
+        made.stream.switch(request.prompts.embeds[first.text], first.switch)
     made.reused = course.reused
     writer = _continued(request, course, kept, made)
     if writer is not None:
@@ -335,7 +345,7 @@ def _hand_on(
 ) -> None:
     number = made.chunks
     known = course.given[number] if number < course.reused else latents.cpu()
-    _keep(made.latents, known, request.keep_latents, dim=2)
+    keep_last(made.latents, known, request.keep_latents, dim=2)
     if len(made.history) == number and known.nbytes * (number + 1) <= request.reuse_bytes:
         made.history.append(known)
     assert made.stream is not None
@@ -410,7 +420,7 @@ def _take(
         host.show_images(request.node_id, shown)
         made.num_images += len(images)
     if request.keep_images and wanted:
-        _keep(made.images, images.clone(), request.keep_images, dim=0)
+        keep_last(made.images, images.clone(), request.keep_images, dim=0)
 
 
 def _writer(request: Request, made: Made) -> VideoWriter | None:
@@ -438,7 +448,7 @@ def _begun_with(request: Request, video: Path, num_images: int, made: Made) -> V
     return VideoWriter.continuing(video, request.path, num_images, format, metadata)
 
 
-def _keep(kept: deque[Tensor], new: Tensor, most: int, dim: int) -> None:
+def keep_last(kept: deque[Tensor], new: Tensor, most: int, dim: int) -> None:
     """Append, and let go of what the last `most` frames do not need."""
     if most == 0:
         return

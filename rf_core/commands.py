@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from io import RawIOBase
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -32,6 +33,8 @@ from .decoders.vae import VAEConfig
 from .devices import make_current, preferred_dtype
 from .fast.parallel import Process, agreed, joined
 from .generate import attention_of, follow, generate, load, load_spread, split_of
+from .live.log import read_log
+from .live.osc import parse_address
 from .measure.baseline import BaselineOptions, compare, format_comparison
 from .measure.bench import BenchOptions, bench, format_bench
 from .measure.profile import ProfileOptions, format_profile, profile
@@ -52,6 +55,7 @@ from .prompts import (
     parse_timeline,
 )
 from .ranges import MANY, check_numbers, check_writable
+from .steer import check_live, check_replay, open_live, open_replay, options_of, replay, run_live
 from .stream import Stream
 from .weights.checkpoint import convert, describe, read_checkpoint
 from .weights.lora import parse_lora_argument
@@ -62,6 +66,8 @@ GRAPHS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": 
 _DEFAULT_DTYPE = (
     "bfloat16 on a card, and for large networks on a CPU that multiplies it, else float32"
 )
+# What a live session's log holds, beside its prompts, its length and its seed.
+_HELD = ("width", "height", "window", "sink", "decay", "cache", "accumulator", "steps", "shift")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -92,6 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_generate(args: argparse.Namespace) -> int:
     process = Process.of(os.environ)
     args.device = process.own_device(args.device)
+    if args.live or args.replay is not None:
+        return _run_live(args, process) if args.live else _run_replay(args, process)
+    _leave_out(args, "for --live", osc=None, pace=None)
+    _leave_out(args, "for --replay", edited=False)
     if args.prompts is not None:
         return _run_batch(args, process)
     if args.parallel is not None:
@@ -104,20 +114,84 @@ def run_generate(args: argparse.Namespace) -> int:
     return _run_stream(args, plan(_options(args)), load, process)
 
 
+def _run_live(args: argparse.Namespace, process: Process) -> int:
+    kept = {"resume": False, "snapshot_every": None}
+    _leave_out(args, "not for --live, whose log makes it again with --replay", **kept)
+    _leave_out(args, "for --replay", edited=False)
+    _leave_out(args, "not for --live, which makes one video", prompts=None, seeds=1, replay=None)
+    _require_one(args, process)
+    settled = plan(replace(_options(args), keeps_text=True))
+    check_live(settled)
+    _tell_plan(args, settled)
+    opened = open_live(settled)
+    _say("type a prompt and press Enter, or /help; Ctrl-C or /stop ends it and keeps what is made")
+    with _stop_on_signal(process) as stopped:
+        run_live(
+            settled,
+            opened,
+            tell=_say,
+            typed=_typed(),
+            stopped=stopped,
+            rate=None if args.pace == "max" else FPS,
+            osc=args.osc,
+        )
+        return 130 if stopped() else 0
+
+
+def _run_replay(args: argparse.Namespace, process: Process) -> int:
+    held = dict.fromkeys((*_HELD, "chunks", "seconds", "prompt", "timeline", "prompts"))
+    _leave_out(args, "not for --replay: the log holds it", seed=0, seeds=1, **held)
+    _leave_out(args, "for --live", osc=None, pace=None)
+    _leave_out(args, "not for --replay", resume=False, snapshot_every=None)
+    _require_one(args, process)
+    log = read_log(args.replay)
+    timeline = PromptTimeline().append(0, "s", Switch(), log.start.prompt)
+    output = args.output or _free_name(Path("outputs"))
+    settled = plan(options_of(log, _run_options(args, timeline, output)))
+    check_replay(settled)
+    print(
+        f"{args.replay}: {log.num_chunks} chunks, {settled.width}x{settled.height}, seed "
+        f"{settled.options.seed}"
+    )
+    opened = open_replay(settled, log)
+    with _stop_on_signal(process) as stopped:
+        whole = replay(
+            settled,
+            opened,
+            log,
+            tell=_say,
+            report=_CountLine(),
+            stopped=stopped,
+            exact=not args.edited,
+        )
+    return 0 if whole else 130
+
+
+def _require_one(args: argparse.Namespace, process: Process) -> None:
+    if process.count > 1 or args.parallel is not None:
+        raise ValueError("a live session, or its replay, is of one process; leave out --parallel")
+
+
+def _leave_out(args: argparse.Namespace, why: str, **usual: object) -> None:
+    """ValueError where an option was given that says nothing here."""
+    for name, value in usual.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"--{name.replace('_', '-')} is {why}; leave it out")
+
+
+def _say(text: str) -> None:
+    """Print a line as one, from any thread."""
+    print(f"{text}\n", end="", flush=True)
+
+
+def _typed() -> RawIOBase | None:
+    """Where lines are typed, or piped; None where there is no such place."""
+    raw = getattr(getattr(sys.stdin, "buffer", None), "raw", None)
+    return raw if isinstance(raw, RawIOBase) else None
+
+
 def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Process) -> int:
-    print(format_table(settled.prompts, width=shutil.get_terminal_size().columns))
-    for note in clip_notes(settled.prompts):
-        print(note)
-    length = "without end, Ctrl-C stops"
-    if settled.total is not None:
-        length = f"{settled.total} chunks, {settled.clock.seconds(settled.total):.2f} s"
-    print(f"{settled.width}x{settled.height} at {FPS} images/s, seed {args.seed}, {length}")
-    if settled.choice is not None:
-        print(f"model: {settled.choice}")
-    if settled.fit is not None:
-        print(settled.fit)
-    if told := _told_dtype(args, settled.options):
-        print(told)
+    _tell_plan(args, settled)
     stream, embeds = load(settled)
     if (choice := attention_of(settled, stream.model.config)).is_measured:
         print(choice)
@@ -132,6 +206,22 @@ def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Pr
         return 0
     print(f"stopped; {_told_resume(made, kept)}")
     return 130
+
+
+def _tell_plan(args: argparse.Namespace, settled: Plan) -> None:
+    print(format_table(settled.prompts, width=shutil.get_terminal_size().columns))
+    for note in clip_notes(settled.prompts):
+        print(note)
+    length = "without end, Ctrl-C stops"
+    if settled.total is not None:
+        length = f"{settled.total} chunks, {settled.clock.seconds(settled.total):.2f} s"
+    print(f"{settled.width}x{settled.height} at {FPS} images/s, seed {args.seed}, {length}")
+    if settled.choice is not None:
+        print(f"model: {settled.choice}")
+    if settled.fit is not None:
+        print(settled.fit)
+    if told := _told_dtype(args, settled.options):
+        print(told)
 
 
 def _told_resume(made: int, kept: int) -> str:
@@ -386,6 +476,17 @@ class _ProgressLine:
         print(f"\r{line}", end="\n" if last else "", flush=True)
 
 
+class _CountLine:
+    """How many chunks are made again: a line that is rewritten on a terminal, else one each."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        start, end = ("\r", "\n" * (done == total)) if self._terminal else ("", "\n")
+        print(f"{start}chunk {done}/{total}", end=end, flush=True)
+
+
 def _bar(progress: Progress, width: int = 20) -> str:
     if progress.total is None:
         return "[endless]"
@@ -541,6 +642,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="PIXELS", help="default: the model's own")
     add("--height", type=int, metavar="PIXELS", help="default: the model's own")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same video")
+    _add_live(parser.add_argument_group("live", _LIVE))
     weights = parser.add_argument_group("weights")
     add = weights.add_argument
     add("--model", default="demo", metavar="FILE", help="student (default: the bundled demo)")
@@ -572,6 +674,25 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--snapshot-every", type=int, metavar="N", help=every)
     add("--resume", action="store_true", help="go on with an output that was stopped")
     add("--overwrite", action="store_true", help="replace an output that is there")
+
+
+_LIVE = """With --live, a line that is typed, or comes through a pipe, is a prompt from the next
+chunk on; /help lists what else can be asked for. A length counts the chunks of the line that is
+followed; that the input ends does not end it. The text encoder stays in memory for prompts to come:
+11 GB for Wan's own, on a card or, where they do not fit, in the host's, at about half a second a
+prompt. Branches lie beside the output as NAME-BRANCH.mp4, the log as NAME.jsonl. --replay makes all
+videos again, to the bit; give it the same weights, --lora, --start and --crf."""
+
+
+def _add_live(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--live", action="store_true", help="steer it while it is made, from this terminal")
+    pace = "real: no faster than it plays, max: as fast as it can (default: real)"
+    add("--pace", choices=("real", "max"), help=pace)
+    osc = "take OSC messages there as well; of this machine alone unless a host is given"
+    add("--osc", type=argument(parse_address), metavar="[HOST:]PORT", help=osc)
+    add("--replay", type=Path, metavar="LOG", help="make a live session's videos again")
+    add("--edited", action="store_true", help="of a log that was changed by hand: another video")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

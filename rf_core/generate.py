@@ -245,7 +245,7 @@ def _chunks(
 ) -> Iterator[Chunk]:
     state = stream.state
     if settled.options.start is not None and not state.num_chunks:
-        yield from stream.start_from_images(_start_images(settled))
+        yield from stream.start_from_images(start_images(settled))
     switches = {prompt.chunk: prompt for prompt in settled.prompts if prompt.chunk}
     while settled.total is None or state.num_chunks < settled.total:
         index = state.num_chunks
@@ -270,7 +270,8 @@ def _metadata(settled: Plan) -> dict[str, str]:
     return settled.metadata | ({} if settled.run is None else {RUN: settled.run})
 
 
-def _start_images(settled: Plan) -> Tensor:
+def start_images(settled: Plan) -> Tensor:
+    """What a run begins with, images [1, T, 3, H, W]."""
     most = most_start_images(settled.cache)
     size = {"width": settled.width, "height": settled.height}
     assert settled.options.start is not None

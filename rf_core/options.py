@@ -100,6 +100,8 @@ class Options:
     """`stream` where the student's layers stay in host memory and are copied ahead of use."""
     text_offload: OffloadMode = "none"
     """The same for the text encoder's; settled with `auto`."""
+    keeps_text: bool = False
+    """Whether the text encoder stays while the stream runs, for prompts to come."""
     keep_turned: bool = True
     """Whether the cache keeps turned keys, a third of its size; settled with `auto`."""
     crf: int = 18
@@ -268,6 +270,7 @@ def _sizes_of(settled: Plan) -> Sizes:
         decoder=decoder_config(options.files.vae),
         device=torch.device(options.device).type,
         text=text_sizes(options.files.text_encoder),
+        keeps_text=options.keeps_text,
         graphs=options.records_passes,
     )
 

@@ -61,6 +61,7 @@ class Pace:
 
     def network_begins(self) -> None:
         """The chunk's latents are asked for."""
+        self._marked = time.perf_counter()
         if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record(torch.cuda.current_stream(self._device))

@@ -156,8 +156,11 @@ class VideoWriter:
         """Images in the file so far."""
         return self._num_images
 
-    def write(self, images: Tensor) -> None:
+    def write(self, images: Tensor) -> bytes:
         """Append one chunk, uint8 [T, H, W, 3]; when this returns, the file plays to its end.
+
+        Returns:
+            bytes: the chunk as it is appended, an MP4 fragment without the file's header.
 
         Raises:
             ValueError: the images have another size or type than the video.
@@ -172,11 +175,13 @@ class VideoWriter:
         if not len(images):
             raise ValueError("images holds no image; a chunk has at least 1")
         data = _fragment(images, self._num_images, self._format, self._metadata)
+        fragment = data[_header_length(data) :]
         if self._file is None:
             self._begin(data)
         else:
-            self._append(data[_header_length(data) :])
+            self._append(fragment)
         self._num_images += len(images)
+        return fragment
 
     def _begin(self, data: bytes) -> None:
         with whole_file(self._path) as part:
@@ -316,6 +321,12 @@ def to_uint8(images: Tensor) -> Tensor:
     """Images [..., 3, H, W] in [0, 1], clipped to it, as the nearest bytes [..., H, W, 3]."""
     rounded = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return rearrange(rounded, "... c h w -> ... h w c").contiguous()
+
+
+def header_of(format: VideoFormat) -> bytes:
+    """What stands before the fragments of a video in this format, without metadata."""
+    data = _black_fragment(format)
+    return data[: _header_length(data)]
 
 
 def _check_codec(name: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..video import to_uint8
 from .decoder import Decoder, DecoderState, check_images
 
-Deliver = Callable[[Tensor], None]
+Deliver = Callable[[Tensor], object]
 """Takes a chunk's images on the CPU, or a part of them, in the form that was asked for; they are
 overwritten once it returns. It runs in the handoff's thread where there is one."""
 

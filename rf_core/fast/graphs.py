@@ -75,6 +75,11 @@ class GraphedModel:
         self._look_at_network()
 
     @property
+    def network(self) -> WanModel:
+        """The network, whose weights may be changed where they lie."""
+        return self._model
+
+    @property
     def patch_embedding(self) -> nn.Conv3d:
         """The network's, as it is now."""
         return self._model.patch_embedding

@@ -32,13 +32,17 @@ from .commands import (
     Stop,
     read_command,
 )
+from .fragments import Reel, codec_of
 from .history import Limits
 from .log import Log, read_log
+from .osc import OscServer
 from .record import Recorder, VideoRecorder
 from .replay import replay_log
 from .session import Session, Status
+from .transition import MOST_COMING
 
 __all__ = [
+    "MOST_COMING",
     "Applied",
     "Behind",
     "Branched",
@@ -53,6 +57,7 @@ __all__ = [
     "Log",
     "Lora",
     "Move",
+    "OscServer",
     "Outbox",
     "Pause",
     "Picture",
@@ -60,6 +65,7 @@ __all__ = [
     "Reader",
     "Received",
     "Recorder",
+    "Reel",
     "Refused",
     "Resume",
     "Rewind",
@@ -68,6 +74,7 @@ __all__ = [
     "Status",
     "Stop",
     "VideoRecorder",
+    "codec_of",
     "read_command",
     "read_log",
     "replay_log",

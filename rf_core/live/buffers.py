@@ -8,8 +8,10 @@ reader so far behind that one is gone is told, and begins anew with the status.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from operator import itemgetter
@@ -100,6 +102,8 @@ class Picture:
     chunk: int
     images: Tensor | None
     """uint8 [T, H, W, 3] on the CPU; None of a stream without a decoder."""
+    fragment: bytes | None = None
+    """The same as it stands in the recording, for `fragments.Stream`; None without one."""
 
 
 class Inbox:
@@ -142,11 +146,21 @@ class Inbox:
             taken, self._waiting = list(self._waiting), deque()
             return taken
 
-    def wait(self, on_idle: Callable[[], None] | None = None) -> None:
-        """Sleep until a command waits; `on_idle` is called some times a second."""
+    def waiting(self) -> list[Numbered]:
+        """What waits, left where it is."""
+        with self._changed:
+            return list(self._waiting)
+
+    def wait(self, on_idle: Callable[[], None] | None = None, seconds: float | None = None) -> None:
+        """Sleep until a command waits, so long at most; `on_idle` is called some times a second."""
+        end = None if seconds is None else time.monotonic() + seconds
         while True:
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            looks = [each for each in (left, on_idle and 1 / _LOOKS) if each is not None]
             with self._changed:
-                timeout = None if on_idle is None else 1 / _LOOKS
+                timeout = min(looks, default=None)
                 if self._changed.wait_for(lambda: self._waiting or self._closed, timeout):
                     return
             if on_idle is not None:
@@ -175,6 +189,7 @@ class Outbox:
         self._gone = 0  # where events are kept from
         self._closed = False
         self._status: Any = None
+        self._bells: list[Callable[[], None]] = []
 
     @property
     def status(self) -> Any:
@@ -186,6 +201,7 @@ class Outbox:
     def status(self, status: Any) -> None:
         with self._changed:
             self._status = status
+            self._ring()
 
     def say(self, event: Event) -> None:
         """Hand an event to the readers."""
@@ -203,17 +219,47 @@ class Outbox:
         line.append((self._count, item))
         self._count += 1
         self._changed.notify_all()
+        self._ring()
+
+    def _ring(self) -> None:
+        for bell in self._bells:
+            bell()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing comes any more."""
+        with self._changed:
+            return self._closed
 
     def close(self) -> None:
         """Nothing comes any more; readers read what is there."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self._ring()
 
-    def reader(self, from_start: bool = False) -> Reader:
-        """Somebody who reads what comes from now on, or from the session's beginning."""
+    def reader(self, from_start: bool = False, latest: bool = False) -> Reader:
+        """Somebody who reads what comes from now on, or from the session's beginning.
+
+        With `latest` the newest picture is read first.
+        """
         with self._changed:
-            return Reader(self, 0 if from_start else self._count)
+            begin = self._pictures[-1][0] if latest and self._pictures else self._count
+            return Reader(self, 0 if from_start else begin)
+
+    @contextmanager
+    def bell(self, ring: Callable[[], None]) -> Iterator[None]:
+        """Let `ring` be called whenever there may be news, for readers that cannot wait.
+
+        It is called by the thread that brings them, and must return at once.
+        """
+        with self._changed:
+            self._bells.append(ring)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._bells.remove(ring)
 
     def _read(self, cursor: int, timeout: float | None) -> tuple[list[Event | Picture], int]:
         with self._changed:

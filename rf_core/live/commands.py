@@ -190,11 +190,12 @@ def read_command(given: object) -> Command:
             raise ValueError(f"{do} has no {name}; give it one")
     values = {name: given[name] for name in known if name in given}
     if "mode" in values:
-        values["mode"] = _switch_of(values["mode"])
+        values["mode"] = switch_of(values["mode"])
     return kind(**values)
 
 
-def _switch_of(mode: object) -> Switch:
+def switch_of(mode: object) -> Switch:
+    """The mode that somebody wrote; ValueError, in a sentence, where it is none."""
     if not isinstance(mode, str) or len(mode) > _LONGEST_MODE:
         raise ValueError(f"mode is {_shown(mode)}; give a word, such as soft or blend 3")
     return Switch.parse(mode)

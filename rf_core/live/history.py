@@ -89,6 +89,7 @@ class History:
         self._kept: deque[Kept] = deque()  # from the first mark on
         self._latent_bytes = 0
         self._acts: deque[tuple[int, Action]] = deque()
+        self._largest = 0
 
     @property
     def oldest(self) -> int | None:
@@ -105,11 +106,21 @@ class History:
         return sum(mark.snapshot.nbytes for mark in self._marks)
 
     def wants_mark(self, chunk: int) -> bool:
-        """Whether a snapshot is to be taken before this chunk."""
-        return not self._marks or chunk - self._marks[-1].chunk >= self.limits.every
+        """Whether a snapshot is to be taken before this chunk, and would not push out all else."""
+        if not self._marks:
+            return self._largest <= self.limits.max_bytes
+        fits = self._largest + self._latent_bytes <= self.limits.max_bytes
+        return fits and chunk - self._marks[-1].chunk >= self.limits.every
+
+    def latents(self) -> list[Tensor]:
+        """The clean latents of the last chunks, as far as they are kept, oldest first."""
+        return [kept.latents for kept in self._kept]
 
     def mark(self, mark: Mark) -> None:
-        """Keep a snapshot."""
+        """Keep a snapshot, where it fits."""
+        self._largest = max(self._largest, mark.snapshot.nbytes)
+        if self._marks and self._largest + self._latent_bytes > self.limits.max_bytes:
+            return
         self._marks.append(mark)
         while len(self._marks) > self.limits.snapshots:
             del self._marks[self._least_missed()]

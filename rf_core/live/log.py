@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import CacheConfig, SamplerConfig
 from ..ranges import MANY
 from ..stream import Stream
 from .commands import Command, Decay, Lora, Prompt, Rewind, read_command
@@ -88,9 +89,35 @@ class Log:
     start: Start
     entries: tuple[Entry, ...]
 
+    @property
+    def texts(self) -> list[str]:
+        """Every prompt, once."""
+        actions = [entry.action for entry in self.entries if isinstance(entry, Done)]
+        later = [action.text for action in actions if isinstance(action, Prompt)]
+        return list(dict.fromkeys([self.start.prompt, *later]))
 
-def facts_of(stream: Stream) -> dict[str, Any]:
-    """What a stream's chunks hang on besides what is done to it."""
+    @property
+    def rules(self) -> tuple[CacheConfig, SamplerConfig]:
+        """What the stream was; ValueError where it says nothing that can be."""
+        facts = self.start.stream
+        try:
+            cache, sampler = dict(facts["cache"]), dict(facts["sampler"])
+            sampler["steps"] = tuple(sampler["steps"])
+            numbers = [facts[name] for name in ("width", "height", "seed")]
+            if not all(type(number) is int for number in numbers):
+                raise TypeError("its size and seed are no whole numbers")
+            return CacheConfig(**cache), SamplerConfig(**sampler)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the log does not say what its stream was ({error})") from error
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that were made, on every branch."""
+        return sum(isinstance(entry, Made) for entry in self.entries)
+
+
+def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
+    """What a stream's chunks hang on besides what is done to it; `clip` is what it begins with."""
     facts = {
         "seed": stream.state.seed,
         "width": stream.width,
@@ -99,6 +126,7 @@ def facts_of(stream: Stream) -> dict[str, Any]:
         "cache": asdict(stream.cache_config),
         "sampler": asdict(stream.sampler),
         "dtype": str(stream.dtype),
+        "clip": None if clip is None else mark_of(clip.cpu()),
         "decoder": None if stream.decoder is None else stream.decoder.kind,
         "fingerprint": stream.model.fingerprint(),
     }

@@ -5,15 +5,17 @@ One `Maker` serves a session and the replay of its log, so that the two cannot p
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from torch import Tensor
 
+from ..config import TEMPORAL_FACTOR
 from ..decoders.decoder import back_chunks
 from ..decoders.handoff import Handoff
+from ..pace import Pace, Progress
 from ..prompts import Switch
 from ..stream import OnPass, Stream
 from .commands import Cut, Decay, Lora, Prompt, Rewind
@@ -29,6 +31,18 @@ SetLora = Callable[[str, float], None]
 """Gives a LoRA another strength, exactly as if the stream had been loaded with it; ValueError, in
 a sentence, where it cannot."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Images a second over the last chunks; None where that is not known."""
+
+    network: float | None = None
+    decode: float | None = None
+    total: float | None = None
+    """Of both together, as one after the other; a pause and a wait for the rate count nothing."""
+
+
+_RECENT = 8  # chunks that the speed is told of
 _ENCODED = 16  # prompts kept, 8 MB each: as many as an artist has at hand
 
 
@@ -44,6 +58,8 @@ class Maker:
         set_lora: see `SetLora`; None where there are no LoRAs.
         loras: every LoRA that can be set, with its strength now.
         limits: how much of the past is kept.
+        clip: see `Session`.
+        beside: see `Handoff`.
         presenter: takes the images, in a thread of its own.
     """
 
@@ -57,16 +73,25 @@ class Maker:
         set_lora: SetLora | None = None,
         loras: Mapping[str, float] | None = None,
         limits: Limits | None = None,
+        clip: Tensor | None = None,
+        beside: bool | None = None,
     ) -> None:
         if stream.batch != 1:
             raise ValueError(f"the stream's batch is {stream.batch}; a live one makes 1 video")
         if loras and set_lora is None:
             raise ValueError(f"LoRAs {', '.join(loras)} are given and no way to set them")
+        if clip is not None and stream.state.num_chunks:
+            raise ValueError("a clip is given, and the stream has begun; give one of both")
         self.stream, self.history = stream, History(limits or Limits())
+        self._clip = () if clip is None else clip.split(stream.cache_config.chunk_frames, dim=2)
+        self._pace = Pace(None, stream.state.num_chunks, stream.device)
+        self._recent: deque[Progress] = deque(maxlen=_RECENT)
+        self._beside = beside
         self.force = Force(text=prompt, loras=tuple((loras or {}).items()))
         self._encode, self._set_lora, self._presenter = encode, set_lora, presenter
         self._encoded: OrderedDict[str, Tensor] = OrderedDict()
-        self._images = 0
+        self.images = self.last_images = 0
+        """Made on this line, and with the last chunk."""
         self._handoff: Handoff | None = None
 
     @property
@@ -86,6 +111,7 @@ class Maker:
                 self.stream.decoder,
                 self._presenter.deliver,
                 device=self.stream.device,
+                beside=self._beside,
                 threaded=True,
                 first_alone=False,
             )
@@ -109,7 +135,7 @@ class Maker:
             Mark(
                 chunk=self.chunk,
                 snapshot=self.stream.snapshot(compact=empty and not self.stream.state.decoder),
-                images=self._images,
+                images=self.images,
                 force=self.force,
             )
         )
@@ -133,8 +159,15 @@ class Maker:
 
     def make(self, branch: Branch, on_pass: OnPass | None = None) -> Tensor:
         """The next chunk's clean latents [1, C, F, h, w], float32 on the CPU; it is handed on."""
-        stream, take = self.stream, Take(branch=branch, chunk=self.chunk, images=self._images)
-        latents, images = stream.generate(on_pass), 0
+        stream, take = self.stream, Take(branch=branch, chunk=self.chunk, images=self.images)
+        self._pace.network_begins()
+        given = self.chunk < len(self._clip)
+        if given:
+            latents = stream.replay(self._clip[self.chunk], on_pass, decode=False).latents
+        else:
+            latents = stream.generate(on_pass)
+        self._pace.network_ends()
+        images = 0
         if stream.decoder is None or self._handoff is None:
             self._presenter.show(take, None)
         else:
@@ -144,8 +177,32 @@ class Maker:
             stream.state.decoder = self._handoff.submit(latents, stream.state.decoder)
         kept = Kept(latents=latents.cpu(), images=images)
         self.history.add(kept)
-        self._images += images
+        self.images += images
+        self.last_images = images
+        progress = self._pace.chunk_done(self.chunk, images, self.images)
+        if not given:
+            self._recent.append(progress)
         return kept.latents
+
+    @property
+    def chunk_images(self) -> int:
+        """Of a chunk that follows another."""
+        frames, decoder = self.stream.cache_config.chunk_frames, self.stream.decoder
+        return TEMPORAL_FACTOR * frames if decoder is None else decoder.images_of(frames, False)
+
+    @property
+    def speed(self) -> Speed:
+        """Of the last chunks."""
+        images = sum(each.chunk_images for each in self._recent)
+        network = sum(each.network_seconds for each in self._recent)
+        decode = sum(each.decode_seconds for each in self._recent)
+        if not (images and network):
+            return Speed()
+        return Speed(
+            network=images / network,
+            decode=images / decode if decode else None,
+            total=images / (network + decode),
+        )
 
     def way_to(self, chunk: int) -> Way:
         """How to get back; every prompt on it is encoded. ValueError where one cannot be."""
@@ -169,7 +226,7 @@ class Maker:
                     self._do(action)
             self.stream.replay(kept.latents, on_pass, decode=number >= decoded)
         self.history.go_back(chunk)
-        self._images = way.images
+        self.images = way.images
 
     def _restore(self, mark: Mark) -> None:
         for name, strength in mark.force.loras:

@@ -6,6 +6,7 @@ an encoder.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..video import VideoFormat, VideoWriter
+from ..video import VideoFormat, VideoWriter, remux
 from .buffers import Outbox, Picture
 from .transition import Branch
+
+_log = logging.getLogger(__name__)
 
 
 class Recorder(Protocol):
@@ -25,8 +28,11 @@ class Recorder(Protocol):
     def begin(self, branch: str, parent: str | None, images: int) -> None:
         """A branch, which begins with so many images of its parent's; the one before has ended."""
 
-    def write(self, images: Tensor) -> None:
-        """Its next chunk, uint8 [T, H, W, 3] on the CPU; it is overwritten afterwards."""
+    def write(self, images: Tensor) -> bytes | None:
+        """Its next chunk, uint8 [T, H, W, 3] on the CPU, which is overwritten afterwards.
+
+        What it is in the recording, for those who watch; None where that is no fragment of a video.
+        """
 
     def end(self) -> None:
         """The branch is done, or something else is begun."""
@@ -56,34 +62,36 @@ class Presenter:
 
     def deliver(self, images: Tensor) -> None:
         """Take the images of a chunk, uint8 [1, T, H, W, 3]; they are overwritten afterwards."""
-        take = self._expected.popleft()
+        take, fragment = self._expected.popleft(), None
         if self._recorder is not None:
-            self._record(self._recorder, take, images[0])
-        self.show(take, images[0])
+            fragment = self._record(self._recorder, take, images[0])
+        self.show(take, images[0], fragment)
 
-    def show(self, take: Take, images: Tensor | None) -> None:
+    def show(self, take: Take, images: Tensor | None, fragment: bytes | None = None) -> None:
         """Hand a chunk to those who watch."""
         if self._outbox is not None:
             copy = None if images is None else images.clone()
-            self._outbox.show(Picture(branch=take.branch.name, chunk=take.chunk, images=copy))
+            name, chunk = take.branch.name, take.chunk
+            self._outbox.show(Picture(branch=name, chunk=chunk, images=copy, fragment=fragment))
 
     def close(self) -> None:
         """End the branch that is recorded; after the last delivery."""
         if self._recorder is not None and self._branch is not None:
             self._recorder.end()
 
-    def _record(self, recorder: Recorder, take: Take, images: Tensor) -> None:
+    def _record(self, recorder: Recorder, take: Take, images: Tensor) -> bytes | None:
         branch = take.branch
         if branch.name != self._branch:
             if self._branch is not None:
                 recorder.end()
             recorder.begin(branch.name, branch.parent, take.images)
             self._branch = branch.name
-        recorder.write(images)
+        return recorder.write(images)
 
 
 class VideoRecorder:
-    """A `Recorder` of MP4 files; each plays to its end at every moment.
+    """A `Recorder` of MP4 files; each plays to its end at every moment, and has its index in front
+    once it is done.
 
     The first branch goes to `path`, which is made over; the others beside it, as `take-NAME.mp4`
     beside `take.mp4`. What a branch has of its parent is copied, and not encoded again.
@@ -96,6 +104,8 @@ class VideoRecorder:
         self._writer: VideoWriter | None = None
         self.paths: dict[str, Path] = {}
         """Each branch's file."""
+        self.num_images: dict[str, int] = {}
+        """Images of each branch that has ended."""
 
     def begin(self, branch: str, parent: str | None, images: int) -> None:
         """See `Recorder.begin`; ValueError, or OSError, where it cannot be written."""
@@ -110,12 +120,19 @@ class VideoRecorder:
             )
         self.paths[branch] = path
 
-    def write(self, images: Tensor) -> None:
+    def write(self, images: Tensor) -> bytes:
         """See `Recorder.write`."""
         assert self._writer is not None, "begin() comes first"
-        self._writer.write(images)
+        return self._writer.write(images)
 
     def end(self) -> None:
         """See `Recorder.end`."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._writer is None:
+            return
+        self._writer.close()
+        *_, (branch, path) = self.paths.items()
+        self.num_images[branch] = self._writer.num_images
+        try:
+            remux(path)
+        except (ValueError, OSError) as error:  # it plays as well
+            _log.warning("%s keeps its index in parts: %s", path, error)

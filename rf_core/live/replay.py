@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -13,28 +14,39 @@ from .record import Presenter, Recorder
 from .transition import Branch, Course, branch_of
 
 
+class Differs(ValueError):  # noqa: N818  # what it is to the reader of a log
+    """A chunk is not what it was."""
+
+
 def replay_log(
     log: Log,
     stream: Stream,
     encode: Encode,
     *,
     set_lora: SetLora | None = None,
+    clip: Tensor | None = None,
+    beside: bool | None = None,
     recorder: Recorder | None = None,
     on_chunk: Callable[[Branch, int, Tensor], None] = lambda branch, chunk, latents: None,
     on_pass: OnPass | None = None,
     exact: bool = True,
-) -> None:
+) -> list[Tensor]:
     """Do to a stream what a session did, branches included.
 
-    The stream is as the session's was when it began, its LoRAs' strengths, too. `on_chunk` gets
+    The stream is as the session's was when it began, its LoRAs' strengths and its clip, too.
+    `on_chunk` gets
     each chunk's branch, number and latents [1, C, F, h, w], float32 on the CPU; `recorder` the
     images, as in the session. With `exact`, every chunk is held against the log; without, a log
     whose commands were edited makes another video.
 
+    Returns:
+        list: clean latents [1, C, F, h, w] of the last line's chunks, as far as they are kept.
+
     Raises:
-        ValueError: the stream is another one's, or a chunk is not what it was.
+        ValueError: the stream is another one's.
+        Differs: a chunk is not what it was.
     """
-    _require_same(log, stream)
+    _require_same(log, facts_of(stream, clip))
     start, presenter = log.start, Presenter(recorder=recorder)
     maker = Maker(
         stream,
@@ -44,6 +56,8 @@ def replay_log(
         set_lora=set_lora,
         loras=dict(start.loras),
         limits=start.limits,
+        clip=clip,
+        beside=beside,
     )
     branch = Course.beginning(maker.chunk).branch
     try:
@@ -63,6 +77,7 @@ def replay_log(
                     maker.mark()
     finally:
         presenter.close()
+    return maker.history.latents()
 
 
 def _go_back(maker: Maker, entry: WentBack, on_pass: OnPass | None) -> None:
@@ -75,8 +90,7 @@ def _go_back(maker: Maker, entry: WentBack, on_pass: OnPass | None) -> None:
     maker.go(maker.way_to(entry.chunk), on_pass)
 
 
-def _require_same(log: Log, stream: Stream) -> None:
-    facts = facts_of(stream)
+def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
     for name, wanted in log.start.stream.items():
         if facts.get(name) != wanted:
             raise ValueError(
@@ -85,8 +99,8 @@ def _require_same(log: Log, stream: Stream) -> None:
             )
 
 
-def _differs(entry: Made) -> ValueError:
-    return ValueError(
+def _differs(entry: Made) -> Differs:
+    return Differs(
         f"chunk {entry.chunk} is not what it was: the weights, the prompts' embeddings or the "
         "machine are others, or the log was edited"
     )

@@ -11,11 +11,14 @@ takes hold at, or `Refused` with the reason. What cannot be done leaves everythi
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from ..stream import OnPass, Stream
 from .buffers import (
@@ -29,12 +32,35 @@ from .buffers import (
     Outbox,
     Refused,
 )
-from .commands import Command, Rewind, Stop
+from .commands import Command, Prompt, Rewind, Stop
 from .history import Limits
 from .log import Done, End, Entry, LogWriter, Made, Start, WentBack, facts_of, mark_of
-from .maker import Encode, Maker, SetLora
+from .maker import Encode, Maker, SetLora, Speed
 from .record import Presenter, Recorder
 from .transition import Action, Branch, Coming, Course, transition
+
+
+class Beat:
+    """When the next chunk may begin, where a stream is to be no faster than it is shown."""
+
+    def __init__(self, rate: float | None) -> None:
+        if rate is not None and not rate > 0:
+            raise ValueError(f"rate is {rate}; give images a second above 0")
+        self._rate = rate
+        self._due = self._began = 0.0
+
+    def left(self) -> float:
+        """Seconds until then; 0 where it may."""
+        return max(0.0, self._due - time.monotonic())
+
+    def begins(self) -> None:
+        """A chunk is begun."""
+        self._began = time.monotonic()
+
+    def made(self, images: int) -> None:
+        """It has so many images. What was late is not caught up with."""
+        if self._rate is not None:
+            self._due = max(self._due, self._began) + images / self._rate
 
 
 class _Stopped(Exception):  # noqa: N818  # not an error
@@ -52,13 +78,33 @@ class Status:
     prompt: str
     loras: dict[str, float]
     decay: float
+    branches: tuple[Branch, ...]
+    """The last of them, in the order they were begun."""
+    past: tuple[Took, ...]
+    """What took hold on the line that is followed, the last of it."""
     coming: tuple[Coming, ...]
+    images: int
+    """Made on this line."""
+    chunk_images: int
+    """Of a chunk that follows another."""
+    fps: Speed
     oldest: int | None
     """The first chunk that can be gone back to."""
     history_bytes: int
     """RAM that the past takes, of `Limits.max_bytes`."""
     answered: int
     """The last command that was acknowledged as applied or refused; all before it were, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Took:
+    """Something took hold."""
+
+    chunk: int
+    action: Action
+
+
+_TOLD = 256  # of what took hold, and of branches: as many as somebody looks at
 
 
 class Session:
@@ -73,6 +119,9 @@ class Session:
         recorder: keeps every branch; called by the thread that delivers images.
         log: the file to write what is done to, over one of the same name.
         limits: how much of the past is kept.
+        clip: clean latents [1, C, F, h, w] that the first chunks are, of a stream at its beginning.
+        rate: images a second that are made at most; None for as many as can be.
+        beside: whether the decoder has a stream of its own, see `Handoff`.
         most_commands: how many commands may wait for a chunk boundary.
         outbox: where events and pictures go, where another size than usual is wanted.
 
@@ -91,6 +140,9 @@ class Session:
         recorder: Recorder | None = None,
         log: Path | str | None = None,
         limits: Limits | None = None,
+        clip: Tensor | None = None,
+        rate: float | None = None,
+        beside: bool | None = None,
         most_commands: int = MOST_COMMANDS,
         outbox: Outbox | None = None,
     ) -> None:
@@ -105,13 +157,18 @@ class Session:
             set_lora=set_lora,
             loras=loras,
             limits=limits,
+            clip=clip,
+            beside=beside,
         )
+        self._beat = Beat(rate)
         self._course = Course.beginning(self._maker.chunk)
+        self._branches = [self._course.branch]
+        self._past = [Took(chunk=self._maker.chunk, action=Prompt(text=prompt))]
         self._pending: deque[Numbered] = deque()
         self._answered = 0
         force = self._maker.force
         self._start = Start(
-            stream=facts_of(stream),
+            stream=facts_of(stream, clip),
             prompt=prompt,
             loras=force.loras,
             limits=self._maker.history.limits,
@@ -119,6 +176,11 @@ class Session:
         self._log_path = log
         self._log: LogWriter | None = None
         self._tell_status()
+
+    @property
+    def recent_latents(self) -> list[Tensor]:
+        """Clean latents of the line's last chunks, as far as they are kept; after `run`."""
+        return self._maker.history.latents()
 
     def submit(self, command: Command) -> int:
         """Ask for something, from any thread; its number. ValueError where there is no room."""
@@ -172,7 +234,9 @@ class Session:
         return watched
 
     def _make(self, on_pass: OnPass) -> None:
+        self._beat.begins()
         latents = self._maker.make(self._course.branch, on_pass)
+        self._beat.made(self._maker.last_images)
         self._write(Made(chunk=self._course.chunk, mark=mark_of(latents)))
         self._course = self._course.made()
 
@@ -181,8 +245,8 @@ class Session:
         self._maker.mark()
         self._let_come()
         self._obey(on_pass)
-        while self._course.paused and not self._course.stopped:
-            self.inbox.wait(on_idle)
+        while not self._course.stopped and (self._course.paused or self._beat.left()):
+            self.inbox.wait(on_idle, None if self._course.paused else self._beat.left())
             self._obey(on_pass)
         return not self._course.stopped
 
@@ -224,6 +288,8 @@ class Session:
         if isinstance(step.action, Rewind):
             maker.go(way, on_pass)
             branch = step.course.branch
+            self._branches.append(branch)
+            self._past = [each for each in self._past if each.chunk < step.chunk]
             self._write(WentBack(number=number, chunk=step.chunk, branch=branch.name))
             self.outbox.say(Branched(name=branch.name, parent=branch.parent, chunk=step.chunk))
         self._course = step.course
@@ -231,6 +297,7 @@ class Session:
 
     def _carry_out(self, number: int, action: Action) -> None:
         done = self._maker.apply(action)
+        self._past.append(Took(chunk=self._course.chunk, action=done))
         self._write(Done(number=number, chunk=self._course.chunk, action=done))
 
     def _write(self, entry: Entry) -> None:
@@ -244,6 +311,7 @@ class Session:
 
     def _tell_status(self) -> None:
         maker, course = self._maker, self._course
+        del self._past[:-_TOLD]
         self.outbox.status = Status(
             chunk=course.chunk,
             branch=course.branch,
@@ -251,7 +319,12 @@ class Session:
             prompt=maker.force.text,
             loras=dict(maker.force.loras),
             decay=maker.decay,
+            branches=tuple(self._branches[-_TOLD:]),
+            past=tuple(self._past),
             coming=course.coming,
+            images=maker.images,
+            chunk_images=maker.chunk_images,
+            fps=maker.speed,
             oldest=maker.history.oldest,
             history_bytes=maker.history.nbytes,
             answered=self._answered,

@@ -69,6 +69,8 @@ class Sizes:
     """Bytes of a weight in the student's linear layers, if not those of `dtype`."""
     text: TextSizes | None = None
     """The text encoder; None where prompts are encoded elsewhere."""
+    keeps_text: bool = False
+    """Whether the text encoder stays while the stream runs, for prompts to come."""
     graphs: bool = False
     """Whether passes are recorded (`fast.graphs`)."""
 
@@ -113,7 +115,7 @@ class Footprint:
 
     student: Layered
     text: Layered
-    """The text encoder, which is gone when the stream begins."""
+    """The text encoder."""
     cache: int
     """Keys and values."""
     prompt: int
@@ -126,6 +128,8 @@ class Footprint:
     make on the way."""
     overlapped: bool = False
     """Whether a chunk is decoded while the network makes the next one (`Handoff`)."""
+    keeps_text: bool = False
+    """Whether the text encoder is there while the stream runs; else it is gone before."""
 
 
 def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
@@ -135,7 +139,7 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
     sizes do not fit each other.
     """
     on_card = torch.device(sizes.device).type == "cuda"
-    network = replace(sizes, decoder=None, text=None, graphs=False)
+    network = replace(sizes, decoder=None, text=None, keeps_text=False, graphs=False)
     few, more = (_count_network(network, _FEW_LAYERS + extra) for extra in (0, 1))
     layers = sizes.model.num_layers
     each = {name: more[name] - few[name] for name in few}
@@ -156,6 +160,7 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
         decoder=decoder,
         recorded=counted["read"] + on_card * counted["pass"] if sizes.graphs else 0,
         overlapped=on_card,
+        keeps_text=sizes.keeps_text,
     )
 
 

@@ -91,6 +91,8 @@ def phases(parts: Footprint, placement: Placement) -> dict[str, dict[str, int]]:
         "decoder state": parts.decoder.state,
         "images": parts.decoder.images,
     }
+    if parts.keeps_text:
+        held["text encoder"] = text
     if parts.recorded and not placement.unrecorded:
         held["recorded passes"] = parts.recorded
     named = {
@@ -155,7 +157,7 @@ def _placements(
     if offload == "none" or _on_cpu(sizes):  # a CPU's weights are in host memory already
         both = ["none"]
     unrecorded = [False, True] if sizes.graphs and not must_record else [False]
-    # The encoder runs once, so it is streamed first; the student runs five times a chunk.
+    # The encoder runs once a prompt, so it is streamed first; the student runs five times a chunk.
     students = both if offload is None else [offload]
     turned = [True, False] if sizes.keep_turned else [False]
     grouped = groups if sizes.decoder else [chunk]

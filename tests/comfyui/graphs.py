@@ -134,6 +134,12 @@ def sampler(column: int = 2, row: int = 0, title: str | None = None, **widgets: 
     )
 
 
+def live(**widgets: Any) -> Node:
+    """A Live Stream, by default at the demo's size; each run is another."""
+    small = {"width": 64, "height": 64, "seed": 1, "control_after_generate": "randomize"}
+    return Node(type="RFLiveStream", at=(1, 0), widgets=small | widgets, size=(440, 0))
+
+
 def fed(name: str, prompt: str, source: str = "demo") -> tuple[tuple[str, str], ...]:
     """A sampler's model, prompt and VAE."""
     sources = {"demo": ("demo.MODEL", "demo.VAE"), "official": ("model.MODEL", "vae.VAE")}
@@ -147,6 +153,7 @@ SINKS = ("Published", "Long", "Static sink", "No sink")
 
 MODEL, MODELS, STREAM = "Model · 模型", "Models · 模型", "Stream · 视频流"
 PROMPT, PROMPTS, SCRIPT = "Prompt · 提示词", "Prompts · 提示词", "Prompt schedule · 提示词调度"
+LIVE = "Live · 实时"
 FIRST, SECOND = "First part · 第一段", "Second part · 第二段"
 
 GRAPHS: dict[str, Graph] = {
@@ -428,11 +435,49 @@ GRAPHS: dict[str, Graph] = {
         links=(("clip.CLIP", "script.clip"), *fed("stream", "script.timeline", "official")),
         groups={MODELS: (0, 0), SCRIPT: (1, 1), STREAM: (2, 2)},
     ),
+    "live_demo": Graph(
+        title="12 Live demo, no downloads",
+        note="## Steer the video while it plays\n\nQueue it, then type another prompt on the node "
+        "and press **Ctrl-Enter**: it takes hold with the next chunk, less than a second later. "
+        "Pause, cut, or click into the strip of time to go back and try another way; every way is "
+        "a file of its own. **Stop** ends it and keeps all.\n\nPrompts are of the form **a red "
+        "circle moves left slowly**.",
+        chinese="边播放边操控视频：点击运行后，在节点上输入新的提示词并按 **Ctrl-Enter**，"
+        "不到一秒后从下一个块开始生效。可以暂停、硬切，或点击时间条回到过去另走一条分支，"
+        "每条分支都有自己的文件。**Stop** 结束并保留全部内容。"
+        "提示词的格式为 **a red circle moves left slowly**。",
+        nodes=demo() | {"stream": live()},
+        links=(
+            ("demo.CLIP", "stream.clip"),
+            ("demo.MODEL", "stream.model"),
+            ("demo.VAE", "stream.vae"),
+        ),
+        groups={MODEL: (0, 0), LIVE: (1, 1)},
+        app=(("RFLiveStream", "text"), ("RFLiveStream", "max_seconds")),
+    ),
+    "live": Graph(
+        title="13 Live",
+        note="## Live with the published weights\n\nAs the live demo, at 832x480. TAEHV decodes "
+        "many times faster than the Wan VAE and is what live wants. Prompts are encoded while it "
+        "streams; the text encoder shares the card with the student where both fit.",
+        chinese="使用官方权重的实时视频流，832x480，操作与实时演示相同。TAEHV 的解码速度比 "
+        "Wan VAE 快得多，适合实时使用。提示词在播放时编码；"
+        "显存足够时文本编码器与学生模型同时驻留。",
+        nodes=official(vae=TAEHV) | {"stream": live(text=PANDA, width=832, height=480)},
+        links=(
+            ("model.MODEL", "stream.model"),
+            ("clip.CLIP", "stream.clip"),
+            ("vae.VAE", "stream.vae"),
+        ),
+        groups={MODELS: (0, 0), LIVE: (1, 1)},
+    ),
 }
 
 
 STANDS_FOR = {PANDA: DEMO_PROMPT, PANDA_SITS: DEMO_NEXT}
 """Prompts that the demo knows in place of those it does not."""
+SAMPLERS = {"RFStreamingSampler": "length", "RFLiveStream": "max_seconds"}
+"""Nodes that make videos, and how long."""
 LONGEST = 16.0
 """Seconds of video made for a test or a thumbnail."""
 
@@ -458,8 +503,9 @@ def runnable(prompt: dict[str, Any], lora: str) -> dict[str, Any]:
             if name == "text" and isinstance(value, str):
                 for text, ours in STANDS_FOR.items():
                     inputs[name] = inputs[name].replace(text, ours)
-        if each["class_type"] == "RFStreamingSampler":
-            inputs |= {"width": 64, "height": 64, "length": min(inputs["length"], LONGEST)}
+        if each["class_type"] in SAMPLERS:
+            length = SAMPLERS[each["class_type"]]
+            inputs |= {"width": 64, "height": 64, length: min(inputs[length], LONGEST)}
         result[node] = each | {"inputs": inputs}
     if swapped:
         result["demo"] = {"class_type": "RFLoadDemo", "inputs": {}}

@@ -31,7 +31,7 @@ BEND = 0.25
 SAMPLES = 48
 MOST_MOVES = 500
 
-RESULTS = {"RFStreamingSampler": 520, "RFPromptSchedule": 140}
+RESULTS = {"RFStreamingSampler": 520, "RFLiveStream": 900, "RFPromptSchedule": 140}
 """Pixels by which a run makes a node taller at most: a square video as wide as the node, the
 longest text."""
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from .browser import OPEN, drawn, open_page, use_renderer
 from .files import LORA, write_models
-from .graphs import GRAPHS, Graph, runnable
+from .graphs import GRAPHS, SAMPLERS, Graph, runnable
 from .layout import BORDER, GROUP_TITLE, TITLE, Drawn, Placed, arrange, box_around
 from .locales import english
 from .make_blueprints import make_blueprints
@@ -160,7 +160,7 @@ def app_of(saved: dict[str, Any], inputs: tuple[tuple[str, str], ...]) -> dict[s
     number = {node["type"]: node["id"] for node in saved["nodes"]}
     return {
         "inputs": [[number[node], widget] for node, widget in inputs],
-        "outputs": [number["RFStreamingSampler"]],
+        "outputs": [number[kind] for kind in SAMPLERS if kind in number],
     }
 
 
@@ -168,7 +168,7 @@ def videos(server: Server, saved: dict[str, Any]) -> list[np.ndarray]:
     """What the demo makes of a workflow, one [T, H, W, 3] uint8 for each sampler."""
     prompt = runnable(convert_ui_to_api(saved, server.get("/object_info")), LORA)
     run = server.run(prompt)
-    samplers = [n for n, each in prompt.items() if each["class_type"] == "RFStreamingSampler"]
+    samplers = [n for n, each in prompt.items() if each["class_type"] in SAMPLERS]
     files = [file for node in sorted(samplers, key=int) for file in run.output(node)["images"]]
     return [images_of(server.output / each["subfolder"] / each["filename"]) for each in files]
 

@@ -58,6 +58,9 @@ def prompts() -> dict[str, tuple[Prompt, str]]:
     every = {"keep_images": 8, "keep_latents": -1, "keep_state": "exact", "join": False}
     every |= {"filename_prefix": "video/linked", "reuse_memory": 64}
     found["RFStreamingSampler"] = demo_prompt(**every), "stream"
+    live = {"text": "a red circle moves left", "width": 64, "height": 64, "seed": 0, "steps": 1}
+    live |= {"max_seconds": 0.1, "pace": "real time", "model": ["demo", 0], "clip": ["demo", 1]}
+    found["RFLiveStream"] = with_node(sampled, "it", "RFLiveStream", vae=["demo", 2], **live), "it"
     saved = with_node(sampled, "it", "RFSaveState", state=["stream", 3], name=STATE)
     found["RFSaveState"] = saved, "it"
     found["RFModelInfo"] = with_node({}, "it", "RFModelInfo", model_name=name), "it"
@@ -84,6 +87,10 @@ WIDGETS = [
     *(("RFStreamingSampler", name) for name in ("steps", "keep_images", "keep_latents")),
     *(("RFStreamingSampler", name) for name in ("keep_state", "filename_prefix", "join")),
     ("RFStreamingSampler", "reuse_memory"),
+    *(("RFLiveStream", name) for name in ("text", "width", "height", "seed", "steps")),
+    *(("RFLiveStream", name) for name in ("max_seconds", "pace", "keep_images", "keep_latents")),
+    *(("RFLiveStream", name) for name in ("keep_state", "filename_prefix", "rewind_memory")),
+    *(("RFLiveStream", name) for name in ("give_way", "osc_port", "replay")),
     ("RFSaveState", "name"),
     ("RFLoadState", "name"),
     ("RFModelInfo", "model_name"),

@@ -88,10 +88,17 @@ def sampled(pack: Any, request: Any) -> Any:
     return again(request)
 
 
+def produced(request: Any, keep_state: str, made: Any) -> Any:
+    """What Streaming Sampler does with a request; the state it leaves."""
+    run = importlib.import_module(f"{PACK}.nodes.run").run
+    produce = importlib.import_module(f"{PACK}.nodes.streaming").produce
+    return produce(request, keep_state, made, lambda load: run(request, made))
+
+
 def again(request: Any) -> Any:
     """The run, which may go on from an earlier one."""
     made = importlib.import_module(f"{PACK}.nodes.run").Made()
-    importlib.import_module(f"{PACK}.nodes.sampler")._run(request, "none", made)
+    produced(request, "none", made)
     return made
 
 
@@ -460,11 +467,12 @@ def asked(pack: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     class AskedError(Exception):
         pass
 
-    def stop(request: Any, keep_state: str, made: Any) -> None:
+    def stop(request: Any, keep_state: str, made: Any, make: Any) -> None:
         raise AskedError(request)
 
-    monkeypatch.setattr(sampler, "_run", stop)
-    monkeypatch.setattr(sampler, "_metadata", lambda hidden: {})
+    streaming = importlib.import_module(f"{PACK}.nodes.streaming")
+    monkeypatch.setattr(sampler, "produce", stop)
+    monkeypatch.setattr(streaming, "_metadata", lambda hidden: {})
 
     def execute(model: Any, prompt: Any, steps: int = 4) -> Any:
         with pytest.raises(AskedError) as found:
@@ -1029,7 +1037,9 @@ def test_a_run_that_was_stopped_twice_is_gone_on_from_where_it_came_last(
 def test_what_runs_keep_is_bounded_and_counted(
     pack: Any, host: Any, video: Callable[..., Any]
 ) -> None:
-    reuse, sampler = (importlib.import_module(f"{PACK}.nodes.{n}") for n in ("reuse", "sampler"))
+    reuse, streaming = (
+        importlib.import_module(f"{PACK}.nodes.{n}") for n in ("reuse", "streaming")
+    )
     whole = video
 
     def latents(text: str, name: str, **changes: Any) -> Any:
@@ -1045,7 +1055,7 @@ def test_what_runs_keep_is_bounded_and_counted(
     assert reuse.num_bytes() == (CHUNKS + 1 + CHUNKS - 3) * chunk  # of which three are shared
     again(small := latents(PROMPT, "small.mp4", seed=4, reuse_bytes=2 * chunk))
     assert reuse.num_bytes() == 2 * chunk  # the beginning of this one, and no older run
-    assert "MB kept for later runs" in sampler._told(small, first, None)
+    assert "MB kept for later runs" in streaming.told(small, first)
     assert again(latents(PROMPT, "more.mp4", seed=4)).reused == 2
     held = reuse.num_bytes()
     none = again(latents(PROMPT, "none.mp4", seed=4, reuse_bytes=0))
@@ -1196,12 +1206,12 @@ def test_a_cut_right_after_what_is_taken_over_begins_a_clip_of_its_own(
 def test_a_run_that_is_taken_over_whole_leaves_the_same_state(
     pack: Any, video: Callable[..., Any], room: int
 ) -> None:
-    run, sampler = (importlib.import_module(f"{PACK}.nodes.{n}") for n in ("run", "sampler"))
+    run = importlib.import_module(f"{PACK}.nodes.run")
     importlib.import_module(f"{PACK}.nodes.reuse").forget()
     states, files = [], [video(PROMPT, f"{name}.mp4", reuse_bytes=room) for name in "ab"]
     for request in files:
         made = run.Made()
-        states.append(sampler._run(request, "exact", made))
+        states.append(produced(request, "exact", made))
     assert made.reused == CHUNKS
     assert np.array_equal(*(images_of(request.path) for request in files))
     first, second = (state.tensors for state in states)
@@ -1257,11 +1267,9 @@ def test_what_is_kept_is_of_the_very_same_patches_wrappers_and_options(
 def test_a_run_from_an_exact_state_is_not_taken_for_one_from_its_compact_form(
     video: Callable[..., Any], pack: Any
 ) -> None:
-    sampler = importlib.import_module(f"{PACK}.nodes.sampler")
     run = importlib.import_module(f"{PACK}.nodes.run")
     states = [
-        sampler._run(video(PROMPT, f"{kind}.mp4"), kind, run.Made())
-        for kind in ("exact", "compact")
+        produced(video(PROMPT, f"{kind}.mp4"), kind, run.Made()) for kind in ("exact", "compact")
     ]
     for state in states:
         whole = video(PROMPT, "whole.mp4", snapshot=state, length=2)

@@ -20,7 +20,7 @@ from training.world.tracker import score
 
 from .conftest import PACK
 from .files import LORA
-from .graphs import GRAPHS, OWN_LORA, runnable
+from .graphs import GRAPHS, OWN_LORA, SAMPLERS, runnable
 from .server import ROOT, Server
 from .test_server import video_of
 from .video import images_of
@@ -45,7 +45,7 @@ def test_it_converts_validates_and_runs_to_a_video_of_its_prompt(
     prompt = runnable(convert_ui_to_api(workflow, server.get("/object_info")), LORA)
     run = server.run(prompt)
     assert run.error is None, run.error and run.error["exception_message"]
-    samplers = [n for n, each in prompt.items() if each["class_type"] == "RFStreamingSampler"]
+    samplers = [n for n, each in prompt.items() if each["class_type"] in SAMPLERS]
     assert samplers
     for node in samplers:
         images = images_of(video_of(server, run.output(node)))

@@ -1,0 +1,457 @@
+"""A live session with hands on it, and one made again from its log: `generate --live`, `--replay`.
+
+What is typed is read in a thread of its own and submitted as it comes; another one tells what
+happens. The session runs in the caller's. The recording lies at the output, its branches and its
+log beside it.
+"""
+
+from __future__ import annotations
+
+import glob
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import FPS, CacheConfig, SamplerConfig
+from .fast.graphs import GraphedModel
+from .generate import open_networks, open_stream, open_text_encoder, start_images
+from .live.buffers import Behind, Picture
+from .live.commands import Command, Schedule, Stop
+from .live.commands import Resume as GoOn
+from .live.history import Limits
+from .live.lines import Asked, Now, Question, help_lines, read_line, shorten, shown, told
+from .live.log import Log
+from .live.maker import Encode, SetLora
+from .live.osc import OscServer
+from .live.record import VideoRecorder
+from .live.replay import Differs, replay_log
+from .live.session import Session, Status
+from .live.transition import MOST_COMING
+from .memory.placement import free_bytes
+from .model import Network, WanModel
+from .options import Files, Options, Plan
+from .prompts import Switch
+from .stream import Stream, start_clip
+from .text import encode_prompts
+from .video import VideoFormat
+from .weights.checkpoint import read_checkpoint
+from .weights.lora import Lora
+from .weights.strengths import Strengths, names_of
+
+Tell = Callable[[str], None]
+"""Shows a line to whoever runs this."""
+
+_LONGEST_LINE = 65_536  # bytes; the longest prompt takes two thirds
+_MOST_ENDS = 20  # times that a terminal may end its input; one that is gone does nothing else
+_SHARE = 0.5  # of the RAM that is free, at most, for the past
+
+
+class _Ended(Exception):  # noqa: N818  # not an error
+    """Raised within a pass to end a replay there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What a session, or its replay, is made with."""
+
+    stream: Stream
+    encode: Encode
+    clip: Tensor | None
+    """See `Session`."""
+    loras: Mapping[str, float]
+    """See `Session`."""
+    set_lora: SetLora | None
+
+    def named(self) -> dict[str, Any]:
+        """What both take by name."""
+        return {"set_lora": self.set_lora, "clip": self.clip}
+
+
+def log_path(output: Path) -> Path:
+    """Where a session's log lies."""
+    return output.with_suffix(".jsonl")
+
+
+def check_live(settled: Plan) -> None:
+    """ValueError where what is planned is no live session, or would write over another's files."""
+    options = settled.options
+    if len(settled.prompts) - 1 > MOST_COMING:
+        raise ValueError(
+            f"the timeline has {len(settled.prompts)} prompts; a live session is given at most "
+            f"{MOST_COMING + 1} beforehand"
+        )
+    _check_beside(options, [log_path(options.output)])
+
+
+def check_replay(settled: Plan) -> None:
+    """ValueError where a replay would write over another's files."""
+    _check_beside(settled.options, [])
+
+
+def _check_beside(options: Options, others: list[Path]) -> None:
+    output = options.output
+    pattern = f"{glob.escape(output.stem)}-*{glob.escape(output.suffix)}"
+    there = [*(path for path in others if path.exists()), *sorted(output.parent.glob(pattern))]
+    if there and not options.overwrite:
+        raise ValueError(
+            f"{there[0]} exists, where a branch or the log of {output.name} may come to lie; "
+            "choose another name, or --overwrite it"
+        )
+
+
+def open_live(settled: Plan) -> Opened:
+    """All that a session needs; the text encoder stays."""
+    encoder = open_text_encoder(settled.options)
+    first = settled.prompts[0].text
+    return _open(settled, first, lambda text: encoder.encode([text]).cpu())
+
+
+def open_replay(settled: Plan, log: Log) -> Opened:
+    """All that a log asks for; the text encoder is gone when this returns."""
+    embeds = encode_prompts(log.texts, partial(open_text_encoder, settled.options))
+    return _open(settled, log.start.prompt, embeds.__getitem__)
+
+
+def _open(settled: Plan, first: str, encode: Encode) -> Opened:
+    embeds = {first: encode(first)}
+    model, decoder = open_networks(settled)
+    embeds[settled.prompts[0].text] = embeds[first]  # of a log, with white space of its own
+    stream = open_stream(settled, model, decoder, embeds)
+    loras = names_of(settled.options.files.loras)
+    return Opened(
+        stream=stream,
+        encode=encode,
+        clip=None if settled.options.start is None else _clip(settled, stream),
+        loras={name: lora.strength for name, lora in loras.items()},
+        set_lora=_set_lora(settled.options, model, loras) if loras else None,
+    )
+
+
+def _clip(settled: Plan, stream: Stream) -> Tensor:
+    assert stream.decoder is not None
+    images = start_images(settled)
+    frames = stream.cache_config.chunk_frames
+    return stream.decoder.encode(start_clip(images, stream.decoder, frames))
+
+
+def _set_lora(options: Options, model: Network, loras: Mapping[str, Lora]) -> SetLora:
+    held = {"fp8": options.weights == "fp8", "streamed": options.offload == "stream"}
+    why = [name for name, so in held.items() if so]
+    if why:
+        return partial(_refuse_strength, why[0])
+    files = options.files
+    checkpoint = read_checkpoint(files.model, submodel=files.submodel, num_heads=files.num_heads)
+    network = model.network if isinstance(model, GraphedModel) else model
+    assert isinstance(network, WanModel), "a live session is of one process"
+    return Strengths(network, checkpoint.tensors, loras)
+
+
+def _refuse_strength(why: str, name: str, strength: float) -> None:
+    remedy = {"fp8": "leave out --weights fp8", "streamed": "give --offload none"}[why]
+    raise ValueError(
+        f"the strength of {name} is merged into {why} weights and stays what it is; {remedy} to "
+        "change it live"
+    )
+
+
+def run_live(
+    settled: Plan,
+    opened: Opened,
+    *,
+    tell: Tell,
+    typed: RawIOBase | None,
+    stopped: Callable[[], bool] = lambda: False,
+    rate: float | None = FPS,
+    osc: tuple[str, int] | None = None,
+) -> None:
+    """Run a session until its end, or until `stopped`.
+
+    `typed` is where lines are read from, and `osc` the host and port to listen on for messages;
+    None for neither. OSError and ValueError where the recording or OSC cannot be.
+    """
+    output, recorder = settled.options.output, _recorder(settled)
+    session = Session(
+        opened.stream,
+        opened.encode,
+        prompt=settled.prompts[0].text,
+        loras=opened.loras,
+        recorder=recorder,
+        log=log_path(output),
+        limits=_limits(),
+        rate=rate,
+        **opened.named(),
+    )
+    for later in settled.prompts[1:]:
+        session.submit(Schedule(chunk=later.chunk, text=later.text, mode=later.switch))
+    hand = _Hand(session, tell, typed, stopped, alone=osc is None)
+    try:
+        with _listening(session, osc) as server, hand:
+            if server is not None:
+                tell(f"OSC on {server.host}:{server.port}")
+            session.run(hand.on_pass, hand.on_idle, settled.total)
+    finally:
+        _tell_files(recorder, tell)
+        if log_path(output).exists() and recorder.paths:
+            tell(f"{log_path(output)}: its log, of which --replay makes it again")
+
+
+def _listening(
+    session: Session, osc: tuple[str, int] | None
+) -> AbstractContextManager[OscServer | None]:
+    if osc is None:
+        return nullcontext()
+    host, port = osc
+    return OscServer(session.submit, port, host, lambda: session.outbox.status.chunk)
+
+
+def _recorder(settled: Plan) -> VideoRecorder:
+    format = VideoFormat(width=settled.width, height=settled.height, crf=settled.options.crf)
+    begun = replace(settled, prompts=settled.prompts[:1])  # of what follows, the log tells
+    return VideoRecorder(settled.options.output, format, begun.metadata)
+
+
+def _tell_files(recorder: VideoRecorder, tell: Tell) -> None:
+    for branch, path in recorder.paths.items():
+        tell(f"{path}: {recorder.num_images.get(branch, 0) / FPS:.2f} s of video")
+
+
+def _limits() -> Limits:
+    try:
+        most = int(free_bytes("cpu") * _SHARE)
+    except ValueError:  # this system does not tell
+        return Limits()
+    return Limits(max_bytes=min(most, Limits.max_bytes))
+
+
+class _Hand:
+    """Reads what is typed, and tells what happens, while it is entered."""
+
+    def __init__(
+        self,
+        session: Session,
+        tell: Tell,
+        typed: RawIOBase | None,
+        stopped: Callable[[], bool],
+        *,
+        alone: bool,
+    ) -> None:
+        self._session, self._tell, self._typed, self._stopped = session, tell, typed, stopped
+        self._alone, self._silent = alone, typed is None
+        self._mode = Switch()
+        self._teller = threading.Thread(target=self._tell_events, name="teller", daemon=True)
+
+    def __enter__(self) -> None:
+        self._teller.start()
+        if self._typed is not None:  # which may wait for a line for ever: nobody waits for it
+            threading.Thread(target=self._read, name="typed", daemon=True).start()
+
+    def __exit__(self, *failure: object) -> None:
+        self._session.outbox.close()
+        self._teller.join()
+
+    def on_pass(self, kind: str, number: int) -> None:
+        """See `Session.run`."""
+        if self._stopped() and not self._session.inbox.stop_wanted:
+            with suppress(ValueError):  # somebody else was first
+                self._session.submit(Stop())
+
+    def on_idle(self) -> None:
+        """See `Session.run`."""
+        self.on_pass("idle", 0)
+        if self._silent and self._alone and self._session.outbox.status.paused:
+            self._tell("the input has ended and nothing else can resume it, so it goes on")
+            self._session.submit(GoOn())
+
+    def _read(self) -> None:
+        assert self._typed is not None
+        for line in read_lines(self._typed, self._tell):
+            self._take(line)
+        self._silent = True
+
+    def _take(self, line: str) -> None:
+        now = Now(mode=self._mode, chunk=self._status.chunk)
+        try:
+            asked = read_line(line, now)
+            if asked is not None:
+                self._do(asked)
+        except ValueError as error:
+            self._tell(f"not taken: {shown(str(error))}")
+
+    def _do(self, asked: Asked) -> None:
+        if isinstance(asked, Command):
+            self._session.submit(asked)
+        elif isinstance(asked, Switch):
+            self._mode = asked
+            self._tell(f"the prompts that follow come in mode {asked}")
+        else:
+            for line in self._answer(asked):
+                self._tell(line)
+
+    def _answer(self, question: Question) -> list[str]:
+        if question is Question.HELP:
+            return help_lines()
+        if question is Question.MODE:
+            return [f"the prompts that follow come in mode {self._mode}"]
+        return status_lines(self._status, self._mode)
+
+    @property
+    def _status(self) -> Status:
+        return self._session.outbox.status
+
+    def _tell_events(self) -> None:
+        reader = self._session.outbox.reader(from_start=True)
+        while True:
+            try:
+                news = reader.read()
+            except Behind:
+                reader = self._session.outbox.reader()
+                self._tell("more has happened than could be told; /status says where it stands")
+                continue
+            if not news:
+                return
+            for event in news:
+                if not isinstance(event, Picture):
+                    self._tell(told(event))
+
+
+def status_lines(status: Status, mode: Switch) -> list[str]:
+    """Where a session stands, in lines."""
+    loras = [f"{shown(name)} {strength:g}" for name, strength in status.loras.items()]
+    fps = {"network": status.fps.network, "decode": status.fps.decode, "both": status.fps.total}
+    speeds = [f"{name} {speed:.1f} images/s" for name, speed in fps.items() if speed]
+    past = "nowhere" if status.oldest is None else f"to chunk {status.oldest}"
+    return [
+        f"chunk {status.chunk} is next, {status.images / FPS:.2f} s, branch {status.branch.name}"
+        + (", paused" if status.paused else ""),
+        f"prompt: {shorten(status.prompt)}",
+        f"mode of the prompts that follow: {mode}; decay {status.decay:g}",
+        *([f"LoRAs: {', '.join(loras)}"] if loras else []),
+        *(
+            f"to come: [{each.number}] at chunk {each.chunk} [{each.prompt.mode}] "
+            f"{shorten(each.prompt.text)}"
+            for each in status.coming
+        ),
+        f"can go back {past}; the past takes {status.history_bytes / 1e6:.1f} MB",
+        *([", ".join(speeds)] if speeds else []),
+    ]
+
+
+def read_lines(typed: RawIOBase, tell: Tell) -> Iterator[str]:
+    """Lines as they are typed, or come through a pipe, until its end.
+
+    Read without a buffer of Python's, which could not be closed while a thread waits in it. A
+    terminal's end of input (Ctrl-D) ends nothing, for more can be typed.
+    """
+    held, ends, dropping = b"", 0, False
+    while ends < _MOST_ENDS:
+        try:
+            data = typed.read(4096)
+        except (OSError, ValueError):
+            return
+        if data:
+            ends = 0
+            *lines, held = (held + data).split(b"\n")
+            if dropping and lines:
+                lines, dropping = lines[1:], False
+            yield from (line.decode("utf-8", "replace") for line in lines)
+            if len(held) > _LONGEST_LINE or dropping:
+                held, dropping = b"", True
+        elif typed.isatty():
+            ends += 1
+            tell("this ends nothing; /stop, or Ctrl-C, ends the session")
+        else:
+            break
+    if held:
+        yield held.decode("utf-8", "replace")
+
+
+def replay(
+    settled: Plan,
+    opened: Opened,
+    log: Log,
+    *,
+    tell: Tell,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    stopped: Callable[[], bool] = lambda: False,
+    exact: bool = True,
+) -> bool:
+    """Make a session's videos again; whether to its end. `report` is told chunks made and to make.
+
+    ValueError as `replay_log`.
+    """
+    recorder, total, done = _recorder(settled), log.num_chunks, 0
+
+    def on_pass(kind: str, number: int) -> None:
+        if stopped():
+            raise _Ended
+
+    def on_chunk(*made: object) -> None:
+        nonlocal done
+        done += 1
+        report(done, total)
+
+    try:
+        replay_log(
+            log,
+            opened.stream,
+            opened.encode,
+            recorder=recorder,
+            on_chunk=on_chunk,
+            on_pass=on_pass,
+            exact=exact,
+            **opened.named(),
+        )
+    except _Ended:
+        return False
+    except Differs as error:
+        raise ValueError(f"{error}; --edited makes the video that it asks for now") from error
+    finally:
+        _tell_files(recorder, tell)
+    return True
+
+
+def options_of(log: Log, options: Options) -> Options:
+    """A run's options with all that a log holds; ValueError where a stream cannot be made so."""
+    facts = log.start.stream
+    if facts.get("chunk") != 0:
+        raise ValueError(
+            "the log begins within a video, which the command line cannot replay; take one of "
+            "generate --live"
+        )
+    try:
+        cache, sampler = dict(facts["cache"]), dict(facts["sampler"])
+        sampler["steps"] = tuple(sampler["steps"])
+        CacheConfig(**cache), SamplerConfig(**sampler)
+        held: dict[str, Any] = {name: facts[name] for name in ("width", "height", "seed")}
+        if not all(type(number) is int for number in held.values()):
+            raise TypeError("its size and seed are no whole numbers")
+        if options.dtype == "auto":
+            held["dtype"] = getattr(torch, str(facts["dtype"]).removeprefix("torch."))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the log does not say what its stream was ({error})") from error
+    return replace(
+        options,
+        **held,
+        cache=cache,
+        sampler=sampler,
+        files=_with_strengths(options.files, log.start.loras),
+    )
+
+
+def _with_strengths(files: Files, loras: tuple[tuple[str, float], ...]) -> Files:
+    given = names_of(files.loras)
+    if given.keys() != dict(loras).keys():
+        wanted, there = (", ".join(each) or "none" for each in (dict(loras), given))
+        raise ValueError(
+            f"the log's LoRAs are {shown(wanted)}, given are {there}; give the same files with "
+            "--lora FILE, the log holds their strengths"
+        )
+    return replace(files, loras=tuple(replace(given[n], strength=s) for n, s in loras))

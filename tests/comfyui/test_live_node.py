@@ -1,0 +1,426 @@
+"""Live Stream in this process: what it makes, keeps and gives, steered by commands as they come."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from .conftest import PACK
+from .files import DEMO, write_lora
+from .video import images_of
+
+BLUE = "a blue square moves up quickly"
+RED = "a red circle moves left slowly"
+PAUSE, RESUME, STOP = ({"do": name} for name in ("pause", "resume", "stop"))
+
+
+def prompt(text: str) -> dict[str, Any]:
+    return {"do": "prompt", "text": text}
+
+
+def rewind(chunk: int, **given: Any) -> dict[str, Any]:
+    return {"do": "rewind", "chunk": chunk, **given}
+
+
+class Playing:
+    """A run of the node in a thread of its own, with a hand on it."""
+
+    def __init__(self, node: Any, http: Any, given: dict[str, Any]) -> None:
+        self.given, self.error, self.done = given, None, None
+        self._node, self._http = node, http
+        self._before = set(http._rooms)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    @torch.inference_mode()  # as ComfyUI runs
+    def _run(self) -> None:
+        try:
+            self.done = self._node.execute(**self.given)
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def room(self) -> Any:
+        """Once it is open."""
+        while not (new := set(self._http._rooms) - self._before):
+            assert self._thread.is_alive(), self.error
+            time.sleep(0.01)
+        return self._http._rooms[new.pop()]
+
+    def at(self, chunk: int) -> None:
+        """Wait until so many chunks are made."""
+        room = self.room
+        while room.outbox.status.chunk < chunk:
+            assert self._thread.is_alive(), self.error
+            time.sleep(0.005)
+
+    def ask(self, *commands: dict[str, Any]) -> None:
+        """Give commands, and wait until they are answered."""
+        room = self.room
+        last = [room.inbox.put(self._http.read_command(each)) for each in commands][-1]
+        while room.outbox.status.answered < last:
+            time.sleep(0.005)
+
+    def end(self, *commands: dict[str, Any]) -> Any:
+        """Wait for its end; what it gives."""
+        if commands:
+            self.ask(*commands)
+        self._thread.join(timeout=120)
+        assert not self._thread.is_alive()
+        if self.error is not None:
+            raise self.error
+        return self.done
+
+
+@pytest.fixture
+def live(
+    pack: Any, demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Playing]:
+    """Begins a run of Live Stream with the demo; 30 seconds at most, as fast as possible."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "out"))
+    node = importlib.import_module(f"{PACK}.nodes.live").LiveStream
+    http = importlib.import_module(f"{PACK}.nodes.live_http")
+    streaming = importlib.import_module(f"{PACK}.nodes.streaming")
+    monkeypatch.setattr(streaming, "_metadata", lambda hidden: {})
+
+    def begin(**given: Any) -> Playing:
+        values = {
+            "model": demo.load_model(),
+            "clip": demo.load_clip(),
+            "vae": demo.load_vae(),
+            "text": BLUE,
+            "width": 64,
+            "height": 64,
+            "seed": 5,
+            "steps": 4,
+            "max_seconds": 30.0,
+            "pace": "as fast as possible",
+        }
+        return Playing(node, http, values | given)
+
+    return begin
+
+
+def parts(done: Any) -> tuple[Any, Path, Tensor, Any, str]:
+    """LATENT, the file, IMAGE, state and the text of a run."""
+    latent, video, images, state = done.args
+    return latent, Path(video.get_stream_source()), images, state, done.ui["text"][0]
+
+
+def test_it_runs_until_it_is_stopped_and_gives_what_streaming_sampler_gives(
+    live: Callable[..., Playing], pack: Any, demo: Any
+) -> None:
+    run = live()
+    run.at(3)
+    latent, path, images, state, text = parts(run.end(STOP))
+    chunks = latent["samples"].shape[2] // 3
+    assert path.name == "reward_forcing_live_00001_.mp4" and chunks >= 3
+    assert text.startswith(f"{path.name}: {12 * chunks - 3} images, ")
+    assert len(images) == min(81, 12 * chunks - 3)
+    shown = images_of(path)[-len(images) :]
+    assert np.abs(shown.astype(float) - 255 * images.numpy()).mean() < 3  # H.264's loss
+    sampler = importlib.import_module(f"{PACK}.nodes.sampler").StreamingSampler
+    clip, encode = demo.load_clip(), importlib.import_module(f"{PACK}.nodes.prompt").encode
+    conditioning = [[encode(clip, BLUE), {}]]
+    with torch.inference_mode():
+        other = sampler.execute(
+            demo.load_model(), conditioning, 64, 64, chunks, "chunks", 5, 4, demo.load_vae()
+        )
+    expected, *_, known = other.args
+    assert torch.equal(latent["samples"], expected["samples"][:, :, -latent["samples"].shape[2] :])
+    assert np.array_equal(images_of(path), images_of(Path(other.args[1].get_stream_source())))
+    assert state.snapshot.facts["num_chunks"] == known.snapshot.facts["num_chunks"] == chunks
+
+
+def test_it_ends_by_itself_after_so_many_seconds(live: Callable[..., Playing]) -> None:
+    _, path, *_ = parts(live(max_seconds=2.0).end())
+    assert len(images_of(path)) == 33  # the fewest chunks that make 2 seconds
+
+
+def test_without_an_end_it_is_stopped_by_a_command_alone(live: Callable[..., Playing]) -> None:
+    run = live(max_seconds=0.0)
+    run.at(50)
+    assert len(images_of(parts(run.end(STOP))[1])) >= 12 * 50 - 3
+
+
+def test_a_session_steered_back_and_forth_is_made_again_from_its_log(
+    live: Callable[..., Playing], tmp_path: Path
+) -> None:
+    run = live(max_seconds=0.0)
+    run.at(2)
+    run.ask(prompt(RED))
+    run.at(4)
+    run.ask(rewind(1, branch="night"), prompt("a green triangle moves down"))
+    run.at(5)
+    run.ask({"do": "decay", "decay": 0.5}, {"do": "cut"})
+    run.at(8)
+    latent, path, images, *_ = parts(run.end(STOP))
+    folder = path.parent
+    assert path.name == "reward_forcing_live_00001_-night.mp4"
+    assert json.loads((folder / "reward_forcing_live_00001_.jsonl").read_text().splitlines()[0])
+    again = live(
+        width=832, height=480, seed=0, max_seconds=1.0, text="x",
+        replay="video/reward_forcing_live_00001_.jsonl",
+    )  # fmt: skip
+    other, there, shown, state, _ = parts(again.end())
+    assert there.name == "reward_forcing_live_00002_-night.mp4"
+    for name in ("", "-night"):
+        files = [folder / f"reward_forcing_live_0000{n}_{name}.mp4" for n in (1, 2)]
+        assert np.array_equal(*map(images_of, files)), name
+    assert torch.equal(other["samples"], latent["samples"]) and torch.equal(shown, images)
+    assert state is not None
+
+
+def test_a_log_that_is_none_and_a_place_outside_are_refused(
+    live: Callable[..., Playing], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "no.jsonl").write_text("{}\n")
+    (tmp_path / "secret.jsonl").write_text("{}\n")
+    for name in ("nothing.jsonl", "../secret.jsonl", str(tmp_path / "secret.jsonl")):
+        with pytest.raises(ValueError, match="is no log in the output folder"):
+            live(replay=name).end()
+    with pytest.raises(ValueError, match=r"line 1 of .*no\.jsonl is none that a live session"):
+        live(replay="no.jsonl").end()
+
+
+def test_a_strength_set_live_is_as_if_it_had_been_loaded(
+    live: Callable[..., Playing], demo: Any, host: Any, tmp_path: Path
+) -> None:
+    write_lora(DEMO / "student.safetensors", tmp_path / "ink.safetensors")
+    bare = demo.load_model()
+
+    def with_lora(strength: float) -> Any:
+        return host.with_lora(bare, tmp_path / "ink.safetensors", strength)[0]
+
+    steered = live(model=with_lora(0.0))
+    assert steered.room.outbox.status.loras == {"ink": 0.0}
+    ink = {"do": "lora", "name": "ink", "strength": 0.75}
+    steered.ask(PAUSE, ink, rewind(0), ink)
+    steered.ask(RESUME)
+    steered.at(4)
+    latent = parts(steered.end(STOP))[0]["samples"]
+    loaded = live(model=with_lora(0.75))
+    loaded.at(4)
+    expected = parts(loaded.end(STOP))[0]["samples"]
+    frames = min(latent.shape[2], expected.shape[2])
+    assert torch.equal(latent[:, :, :frames], expected[:, :, :frames])
+    plain = live(model=with_lora(0.0))
+    plain.at(4)
+    before = parts(plain.end(STOP))[0]["samples"]
+    assert (before[:, :, :9] - expected[:, :, :9]).abs().max() > 0.05
+
+
+def test_the_same_lora_twice_has_two_names(demo: Any, host: Any, tmp_path: Path) -> None:
+    write_lora(DEMO / "student.safetensors", tmp_path / "ink.safetensors")
+    model = demo.load_model()
+    for strength in (1.0, 0.0, 0.25):
+        model = host.with_lora(model, tmp_path / "ink.safetensors", strength)[0]
+    assert host.strengths(model) == {"ink": 1.0, "ink 2": 0.0, "ink 3": 0.25}
+    changed = host.with_strengths(model, {"ink 2": 0.5})
+    assert host.strengths(changed) == {"ink": 1.0, "ink 2": 0.5, "ink 3": 0.25}
+    assert host.strengths(model)["ink 2"] == 0.0
+
+
+def test_a_timeline_comes_by_itself_and_its_prompts_can_be_moved(
+    live: Callable[..., Playing], pack: Any, demo: Any
+) -> None:
+    node = importlib.import_module(f"{PACK}.nodes.prompt").PromptSchedule
+    with torch.inference_mode():
+        timeline = node.execute(demo.load_clip(), f"c0: {BLUE}\nc3 [cut]: {RED}\nc90: x").args[0]
+    run = live(timeline=timeline, text="not seen")
+    run.at(1)
+    coming = run.room.outbox.status.coming
+    run.at(5)
+    run.ask({"do": "move", "change": 2, "chunk": 40})
+    done = run.end(STOP)
+    assert [each.chunk for each in coming][-1] == 90
+    status = run.room.outbox.status
+    assert [(each.chunk, each.action.text) for each in status.past] == [(0, BLUE), (3, RED)]
+    assert [(each.number, each.chunk) for each in status.coming] == [(2, 40)]
+    assert "ignored: text, as a timeline is connected" in parts(done)[4]
+
+
+def test_equal_parts_need_an_end(live: Callable[..., Playing], pack: Any, demo: Any) -> None:
+    node = importlib.import_module(f"{PACK}.nodes.prompt").PromptSchedule
+    with torch.inference_mode():
+        timeline = node.execute(demo.load_clip(), f"{BLUE} | {RED}").args[0]
+    with pytest.raises(ValueError, match="set max_seconds"):
+        live(timeline=timeline, max_seconds=0.0).end()
+    run = live(timeline=timeline, max_seconds=6.0)
+    run.end()
+    assert [each.chunk for each in run.room.outbox.status.past] == [0, 5]
+
+
+def test_it_goes_on_from_a_state_with_another_prompt_and_is_replayed_from_there(
+    live: Callable[..., Playing],
+) -> None:
+    *_, state, _ = parts(live(max_seconds=2.0, keep_state="exact").end())
+    run = live(state=state, text=RED)
+    run.at(7)
+    latent, path, *_ = parts(run.end(STOP))
+    assert [each.chunk for each in run.room.outbox.status.past] == [3, 3]
+    assert len(images_of(path)) == latent["samples"].shape[2] * 4
+    replayed = live(state=state, replay=f"video/{path.stem}.jsonl").end()
+    assert torch.equal(parts(replayed)[0]["samples"], latent["samples"])
+
+
+def test_a_start_image_begins_it_and_its_replay(live: Callable[..., Playing]) -> None:
+    picture = parts(live(max_seconds=1.0, text=RED).end())[2][:1]
+    run = live(start_image=picture)
+    run.at(4)
+    latent, path, *_ = parts(run.end(STOP))
+    first = images_of(path)[0].astype(float) / 255
+    assert np.abs(first - picture[0].numpy()).mean() < 0.02
+    again = parts(live(start_image=picture, replay=f"video/{path.stem}.jsonl").end())
+    assert torch.equal(again[0]["samples"], latent["samples"])
+    with pytest.raises(ValueError, match="the log's stream has clip"):
+        live(replay=f"video/{path.stem}.jsonl").end()
+
+
+def test_the_image_socket_has_the_last_images_of_the_line_that_is_followed(
+    live: Callable[..., Playing],
+) -> None:
+    run = live(max_seconds=3.0, keep_images=40)
+    run.ask(PAUSE)
+    run.ask(rewind(run.room.outbox.status.chunk), RESUME)
+    _, path, images, *_ = parts(run.end())
+    expected = images_of(path)[-40:]
+    assert len(images) == len(expected) == 40
+    assert np.abs(expected.astype(float) - 255 * images.numpy()).mean() < 3
+    none = live(max_seconds=1.0, keep_images=0, keep_latents=0, keep_state="none").end()
+    said = [each.message for each in (none.args[0], none.args[2], none.args[3])]
+    assert said == [
+        "keep_latents of Live Stream is 0: raise it to get LATENT",
+        "keep_images of Live Stream is 0: raise it to get IMAGE",
+        "keep_state of Live Stream is none: choose compact or exact to get a state",
+    ]
+
+
+def test_cancel_leaves_whole_files_and_a_log_that_makes_them_again(
+    live: Callable[..., Playing], host: Any
+) -> None:
+    import comfy.model_management
+
+    run = live(max_seconds=0.0)
+    run.at(3)
+    run.ask(PAUSE)
+    comfy.model_management.interrupt_current_processing(True)  # seen in a pause, too
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run.end()
+    path = next(Path(run.room.facts()["files"]["main"]) for _ in range(1))
+    files = sorted(each.name for each in (run_folder(path)).iterdir())
+    assert files == ["reward_forcing_live_00001_.jsonl", "reward_forcing_live_00001_.mp4"]
+    whole = images_of(run_folder(path) / files[1])
+    again = parts(live(replay=f"video/{files[0]}").end())[1]
+    assert np.array_equal(images_of(again), whole)
+
+
+def run_folder(_: Path) -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_output_directory()) / "video"
+
+
+def test_with_give_way_it_ends_when_another_prompt_waits(
+    live: Callable[..., Playing], host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = live(give_way=True, max_seconds=0.0)
+    run.at(2)
+    monkeypatch.setattr(host, "others_wait", lambda: True)
+    assert len(images_of(parts(run.end())[1])) >= 21
+    monkeypatch.setattr(host, "others_wait", lambda: False)
+    paused = live(give_way=True, max_seconds=0.0)
+    paused.ask(PAUSE)
+    monkeypatch.setattr(host, "others_wait", lambda: True)
+    paused.end()
+
+
+def test_a_pause_that_nobody_ends_ends_it_after_max_seconds(live: Callable[..., Playing]) -> None:
+    run = live(max_seconds=3.0)
+    run.ask(PAUSE)
+    begun = time.monotonic()
+    run.end()
+    assert time.monotonic() - begun >= 2.9 and run.room.outbox.status.paused
+
+
+def test_osc_steers_it(live: Callable[..., Playing]) -> None:
+    pytest.importorskip("pythonosc", reason="python-osc is not there")
+    from pythonosc.udp_client import SimpleUDPClient
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = live(osc_port=port, max_seconds=0.0)
+    run.at(1)
+    desk = SimpleUDPClient("127.0.0.1", port)
+    desk.send_message("/prompt", [RED])
+    while run.room.outbox.status.answered < 1:
+        time.sleep(0.01)
+    desk.send_message("/stop", [])
+    run.end()
+    assert run.room.outbox.status.prompt == RED
+
+
+def test_osc_without_its_package_says_what_to_install(
+    live: Callable[..., Playing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pythonosc", None)
+    monkeypatch.setitem(sys.modules, "pythonosc.osc_message", None)
+    with pytest.raises(ValueError, match="pip install python-osc"):
+        live(osc_port=9000).end()
+
+
+def test_a_prompt_that_cannot_be_is_refused_and_the_stream_goes_on(
+    live: Callable[..., Playing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"{PACK}.nodes.live")
+    run = live(max_seconds=0.0)
+    run.at(1)
+    encode = module.encode
+
+    def refusing(clip: Any, text: str) -> Any:
+        if text == "no":
+            raise ValueError("a prompt is empty")
+        return encode(clip, text)
+
+    monkeypatch.setattr(module, "encode", refusing)
+    run.ask(prompt("no"))
+    run.at(4)
+    assert run.room.outbox.status.prompt == BLUE
+    run.end(STOP)
+
+
+def test_the_text_encoder_beside_it_does_not_cost_the_student_its_place(
+    live: Callable[..., Playing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as manage
+
+    seen: list[list[str]] = []
+    load = manage.load_models_gpu
+
+    def loading(models: Any, *given: Any, **named: Any) -> Any:
+        seen.append([type(each.model).__name__ for each in models])
+        return load(models, *given, **named)
+
+    run = live(max_seconds=0.0)
+    run.at(1)
+    monkeypatch.setattr(manage, "load_models_gpu", loading)
+    run.ask(prompt(RED), prompt(BLUE), prompt(RED))
+    run.end(STOP)
+    assert len([each for each in seen if "StreamingModel" in each]) == 1  # encoded once
