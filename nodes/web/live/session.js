@@ -35,6 +35,7 @@ export class Session extends EventTarget {
   status = null;
   commands = []; // {number, command, own, state, chunk, why}, the oldest first
   connected = false;
+  trouble = null; // why it is not connected, where the server says so
   over = null; // {chunk, why} once it has ended, or cannot be reached with this token
 
   constructor(address, id, token) {
@@ -119,7 +120,8 @@ export class Session extends EventTarget {
     try {
       const response = await this.fetch("events", { signal: this.connection.signal });
       if (REFUSED.has(response.status)) return this.end({ why: await sentenceOf(response) });
-      if (!response.ok) return;
+      this.trouble = response.ok ? null : await sentenceOf(response);
+      if (this.trouble) return;
       for await (const [kind, data] of eventsOf(response.body, alive)) {
         if (!this.connected) onConnected();
         this.take(kind, data);

@@ -66,7 +66,7 @@ export class Strip {
     this.ghost.hidden = false;
     this.ghost.style.left = this.at(chunk);
     this.ghost.classList.toggle("rf-left", (chunk - this.left) / this.span > 0.6);
-    this.ghost.dataset.at = chunk < this.status.chunk ? `↶ ${place(chunk, this.status)}` : `+ ${place(chunk, this.status)}`;
+    this.ghost.dataset.at = chunk < this.status.chunk ? `← ${place(chunk, this.status)}` : `+ ${place(chunk, this.status)}`;
   }
 
   click(event) {

@@ -151,18 +151,23 @@ export class View {
     return title(Number(field.value));
   }
 
+  state(paused, branch) {
+    const { status, over, connected, trouble } = this.session;
+    if (over) return ["over", over.why ?? "Ended"];
+    if (!connected) return ["lost", trouble ?? (status ? "Connecting again…" : "Connecting…")];
+    const on = paused ? "Paused" : "Live";
+    return [paused ? "paused" : "on", branch.parent ? `${on} · ${branch.name}` : on];
+  }
+
   render() {
-    const { status, over, connected } = this.session;
+    const { status, over } = this.session;
     const { paused, chunk, branch, width, height } = status ?? {};
-    const [kind, text] = over
-      ? ["over", over.why ? `${over.chunk == null ? "" : "Ended: "}${over.why}` : "Ended"]
-      : !connected ? ["lost", status ? "Connecting again…" : "Connecting…"]
-      : paused ? ["paused", "Paused"] : ["on", "Live"];
+    const [kind, text] = this.state(paused, branch);
     write(this.badge, text);
     this.badge.dataset.kind = kind;
     if (status) {
       this.player.element.style.aspectRatio = `${width} / ${height}`;
-      write(this.where, `${place(chunk, status)}${branch.parent ? ` · ${branch.name}` : ""}`);
+      write(this.where, place(chunk, status));
       write(this.pause, paused ? "Resume" : "Pause");
     }
     for (const each of this.controls) each.disabled = Boolean(over);

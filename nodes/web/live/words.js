@@ -5,7 +5,10 @@ export const seconds = (value) => {
   return minutes ? `${minutes}:${rest.toFixed(1).padStart(4, "0")}` : `${rest.toFixed(1)} s`;
 };
 
-export const place = (chunk, status) => `chunk ${chunk} · ${seconds(chunk * status.chunk_seconds)}`;
+// A chunk that begins a video, or follows a cut, has fewer images: exact where the stream stands, and
+// near enough elsewhere.
+export const place = (chunk, { chunk: now, seconds: passed, chunk_seconds }) =>
+  `chunk ${chunk} · ${seconds(Math.max(0, passed + (chunk - now) * chunk_seconds))}`;
 
 export const bytes = (value) => {
   const megabytes = value / 2 ** 20;
