@@ -1,10 +1,10 @@
 // The pictures of a stream as they are made, moving, on the node that makes them. They come as JPEGs
 // with each chunk and are shown at the pace they are made for; the finished video takes their place.
-// What a node shows makes it taller only while it shows it: a workflow keeps its height without.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { after } from "./after.js";
+import { keepHeight } from "./height.js";
+import { nodeOf } from "./nodes.js";
 
 const MOST = 64; // pictures that wait to be shown: some chunks; then the oldest go
 const WIDTH = 270; // a title beside the badge of the pack
@@ -46,13 +46,6 @@ class Player {
   }
 }
 
-function nodeOf(id) {
-  let graph = app.rootGraph ?? app.graph;
-  const path = String(id).split(":");
-  for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph;
-  return graph?.getNodeById(path.at(-1));
-}
-
 function show({ detail: { node: id, pictures, rate } }) {
   const node = nodeOf(id);
   if (!node) return;
@@ -63,17 +56,6 @@ function show({ detail: { node: id, pictures, rate } }) {
 function end(id) {
   players.get(id)?.end();
   players.delete(id);
-}
-
-function keepHeight(node) {
-  const own = node.widgets.length; // more: it shows something
-  let height = node.size[1];
-  after(node, "onConfigure", (saved) => (height = saved.size[1]));
-  after(node, "onSerialize", (saved) => {
-    if (node.widgets.length > own) saved.size = [saved.size[0], height];
-    else height = saved.size[1];
-  });
-  after(node, "onResize", () => node.setDirtyCanvas(true, true)); // the video comes after the drawing
 }
 
 app.registerExtension({

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,26 +116,40 @@ def wait_for_graph(page: Any) -> None:
 
 
 @contextmanager
-def open_page(address: str) -> Iterator[tuple[Any, list[str]]]:
-    """A page with the graph loaded, and the list of its errors, which grows."""
+def open_browsers(number: int) -> Iterator[list[Any]]:
+    """Browsers that share nothing."""
     from playwright.sync_api import sync_playwright
 
+    with sync_playwright() as playwright, ExitStack() as ends:
+        browsers = []
+        for _ in range(number):
+            profile = ends.enter_context(tempfile.TemporaryDirectory())
+            browser = playwright.chromium.launch_persistent_context(
+                Path(profile),
+                executable_path=chromium(),
+                headless=True,
+                args=list(FLAGS),
+                viewport={"width": 1920, "height": 1080},
+            )
+            ends.callback(browser.close)
+            browsers.append(browser)
+        yield browsers
+
+
+def open_frontend(browser: Any, address: str) -> tuple[Any, list[str]]:
+    """A page with the graph loaded, and the list of its errors, which grows."""
     errors: list[str] = []
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
-        browser = playwright.chromium.launch_persistent_context(
-            Path(profile),
-            executable_path=chromium(),
-            headless=True,
-            args=list(FLAGS),
-            viewport={"width": 1920, "height": 1080},
-        )
-        page = browser.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(address)
-        wait_for_graph(page)
-        page.wait_for_timeout(1000)
-        page.keyboard.press("Escape")  # the template browser greets a new user
-        try:
-            yield page, errors
-        finally:
-            browser.close()
+    page = browser.new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    wait_for_graph(page)
+    page.wait_for_timeout(1000)
+    page.keyboard.press("Escape")  # the template browser greets a new user
+    return page, errors
+
+
+@contextmanager
+def open_page(address: str) -> Iterator[tuple[Any, list[str]]]:
+    """The same in a browser of its own."""
+    with open_browsers(1) as (browser,):
+        yield open_frontend(browser, address)

@@ -1,0 +1,160 @@
+// What is asked of a live stream: a prompt and how it goes over, nine slots on the keys 1 to 9,
+// sliders, and what became of it.
+
+import { button, element, write } from "./element.js";
+import { answered, said } from "./words.js";
+
+const MODES = ["recache", "soft", "blend", "cut"];
+const MODE_HELP =
+  "recache: the picture follows at once, motion goes on. soft: it drifts over. " +
+  "blend: over some chunks. cut: everything starts afresh.";
+const SLOTS = "rf.live.slots";
+const SHOWN = 3; // commands
+const LORA = { min: -1, max: 2, step: 0.05 };
+const DECAY = { min: 0, max: 1, step: 0.001 };
+
+const open = ({ state }) => state === "sent" || state === "received";
+
+function readSlots() {
+  try {
+    const kept = JSON.parse(localStorage.getItem(SLOTS) ?? "[]");
+    return Array.from({ length: 9 }, (_, i) => String(kept[i] ?? ""));
+  } catch {
+    return Array(9).fill("");
+  }
+}
+
+// A value that follows the stream, except where a hand is on it or its last change is on its way.
+class Slider {
+  constructor(panel, label, bounds, command) {
+    Object.assign(this, { panel, command });
+    this.output = element("output");
+    this.told = element("span", { className: "rf-told" });
+    this.input = element("input", { type: "range", ...bounds, "aria-label": label });
+    this.input.oninput = () => {
+      this.held = true;
+      this.write(Number(this.input.value));
+    };
+    this.input.onchange = () => {
+      this.held = false;
+      this.last = panel.send(command(Number(this.input.value)));
+    };
+    const name = element("label", { textContent: label, title: label });
+    this.element = element("div", { className: "rf-slider" }, name, this.input, this.output, this.told);
+  }
+
+  write(value) {
+    write(this.output, value.toFixed(this.input.step < 0.01 ? 3 : 2));
+  }
+
+  render(value, command) {
+    if (this.held || (command && open(command))) return write(this.told, command ? "waits" : "");
+    if (value < this.input.min) this.input.min = value;
+    if (value > this.input.max) this.input.max = value;
+    this.input.value = value;
+    this.write(value);
+    write(this.told, command ? answered(command) : "");
+    this.told.title = this.told.textContent;
+  }
+}
+
+export class Panel {
+  constructor(session) {
+    this.session = session;
+    this.sliders = new Map();
+    this.slots = readSlots();
+    this.text = element("textarea", {
+      className: "rf-text",
+      rows: 2,
+      placeholder: "Another prompt; Ctrl-Enter applies it at the next chunk",
+      "aria-label": "prompt",
+    });
+    this.text.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+      event.preventDefault();
+      this.apply();
+    });
+    this.mode = element("select", { title: MODE_HELP, "aria-label": "mode" });
+    this.mode.append(...MODES.map((name) => new Option(name)));
+    this.length = element("input", { type: "number", min: 1, max: 99, value: 3, title: "chunks that the blend takes" });
+    this.length.setAttribute("aria-label", "blend length in chunks");
+    this.mode.onchange = () => (this.length.disabled = this.mode.value !== "blend");
+    this.mode.onchange();
+    this.later = button("Later…", () => this.onLater(), { title: "schedule it for a later chunk" });
+    const applies = { className: "rf-main", title: "Ctrl-Enter" };
+    this.buttons = [button("Apply", () => this.apply(), applies), this.later];
+    const how = element("div", { className: "rf-row" }, this.mode, this.length, element("span", { className: "rf-unit", textContent: "chunks" }), element("span", { className: "rf-gap" }), this.later, this.buttons[0]);
+    this.keys = this.slots.map((_, i) =>
+      element("button", { type: "button", className: "rf-slot", onclick: (event) => this.slot(i, event.shiftKey) }),
+    );
+    const slots = element("div", { className: "rf-slots", role: "group", "aria-label": "prompt slots" }, ...this.keys);
+    this.values = element("div", { className: "rf-sliders" });
+    this.log = element("ol", { className: "rf-log", "aria-live": "polite", "aria-label": "commands" });
+    this.log.append(...Array.from({ length: SHOWN }, () => element("li", {}, element("span"), element("span"))));
+    this.element = element("div", { className: "rf-panel" }, this.text, how, slots, this.values, this.log);
+    this.renderSlots();
+  }
+
+  get switch() {
+    return this.mode.value === "blend" ? `blend ${Math.max(1, Math.round(this.length.value) || 1)}` : this.mode.value;
+  }
+
+  send(command) {
+    return this.session.send(command);
+  }
+
+  apply(text = this.text.value) {
+    if (text.trim()) this.send({ do: "prompt", text, mode: this.switch });
+  }
+
+  // Plays a slot; keeps the prompt box in it where shift is held, or it is empty.
+  slot(index, keeps) {
+    if (!keeps && this.slots[index]) return this.apply(this.slots[index]);
+    this.slots[index] = this.text.value.trim();
+    localStorage.setItem(SLOTS, JSON.stringify(this.slots));
+    this.renderSlots();
+  }
+
+  renderSlots() {
+    this.keys.forEach((key, i) => {
+      const text = this.slots[i];
+      key.replaceChildren(element("kbd", { textContent: i + 1 }), element("span", { textContent: text || "empty" }));
+      key.classList.toggle("rf-empty", !text);
+      key.title = text ? `${text}\n(Shift: keep the prompt box here)` : "keeps what stands in the prompt box";
+    });
+  }
+
+  slider(key, label, bounds, command) {
+    if (!this.sliders.has(key)) {
+      const made = new Slider(this, label, bounds, command);
+      this.sliders.set(key, made);
+      this.values.append(made.element);
+    }
+    return this.sliders.get(key);
+  }
+
+  render() {
+    const { status, commands, over } = this.session;
+    if (status) {
+      const last = (test) => commands.findLast((each) => test(each.command));
+      for (const [name, strength] of Object.entries(status.loras)) {
+        const command = (value) => ({ do: "lora", name, strength: value });
+        const label = name.replace(/\.safetensors$/, "");
+        this.slider(`lora ${name}`, label, LORA, command).render(strength, last((each) => each.do === "lora" && each.name === name));
+      }
+      const command = (value) => ({ do: "decay", decay: value });
+      this.slider("decay", "sink decay", DECAY, command).render(status.decay, last((each) => each.do === "decay"));
+    }
+    const shown = commands.slice(-SHOWN);
+    [...this.log.children].forEach((row, i) => {
+      const entry = shown[i];
+      const number = entry?.number ? `#${entry.number} ` : "";
+      write(row.children[0], entry ? number + said(entry.command) : "");
+      write(row.children[1], entry ? answered(entry) : "");
+      row.className = entry ? `rf-${entry.state}` : "";
+      row.title = entry ? `${said(entry.command)}\n${answered(entry)}` : "";
+    });
+    for (const each of this.element.querySelectorAll("button, input, select, textarea"))
+      if (each !== this.length) each.disabled = Boolean(over);
+  }
+}

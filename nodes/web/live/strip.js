@@ -1,0 +1,214 @@
+// The strip of time: prompts that were, as coloured spans, branches where they leave, where the stream
+// stands, and what is to come. A click on the past asks to go back there, one on the future for a
+// prompt there; a coming change is dragged, or dropped.
+
+import { button, element, write } from "./element.js";
+import { place, seconds } from "./words.js";
+
+const LEAST = 32; // chunks that are shown at once
+const MOST = 8192;
+const PAST = 0.66; // of the strip
+const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600]; // seconds between marks of time
+const MARKS = 7; // at most
+
+function hue(text) {
+  let sum = 7;
+  for (const letter of text) sum = (sum * 31 + letter.codePointAt(0)) % 360;
+  return sum;
+}
+
+const colour = (text) => `hsl(${hue(text)} 38% 34%)`;
+
+export class Strip {
+  constructor(session, asks) {
+    Object.assign(this, { session, asks, span: LEAST, pills: new Map() });
+    this.times = element("div", { className: "rf-times" });
+    this.spans = element("div", { className: "rf-spans" });
+    this.over = element("div", { className: "rf-pills" });
+    this.ghost = element("div", { className: "rf-ghost", hidden: true });
+    this.now = element("div", { className: "rf-now" });
+    this.track = element("div", { className: "rf-track" }, this.spans, this.over, this.now, this.ghost);
+    this.branches = element("div", { className: "rf-branches" });
+    this.later = button("", () => this.zoom(2), { className: "rf-later", hidden: true });
+    const zoom = (label, factor, title) => button(label, () => this.zoom(factor), { title, "aria-label": title });
+    const zooms = element("div", { className: "rf-zoom" }, zoom("−", 2, "show more time"), zoom("+", 1 / 2, "show less time"));
+    this.element = element("div", { className: "rf-strip", role: "group", "aria-label": "strip of time" }, this.times, this.track, this.branches, zooms, this.later);
+    this.track.addEventListener("pointermove", (event) => this.point(event));
+    this.track.addEventListener("pointerleave", () => (this.ghost.hidden = true));
+    this.track.addEventListener("click", (event) => this.click(event));
+  }
+
+  get status() {
+    return this.session.status;
+  }
+
+  get left() {
+    return Math.max(0, Math.ceil(this.status.chunk - PAST * this.span));
+  }
+
+  at(chunk) {
+    return `${(100 * (chunk - this.left)) / this.span}%`;
+  }
+
+  chunkAt({ clientX }) {
+    const { left, width } = this.track.getBoundingClientRect();
+    return Math.floor(this.left + ((clientX - left) / width) * this.span);
+  }
+
+  zoom(factor) {
+    this.span = Math.min(MOST, Math.max(LEAST, this.span * factor));
+    this.render();
+  }
+
+  point(event) {
+    if (!this.status || this.dragged) return;
+    const chunk = this.chunkAt(event);
+    this.ghost.hidden = false;
+    this.ghost.style.left = this.at(chunk);
+    this.ghost.classList.toggle("rf-left", (chunk - this.left) / this.span > 0.6);
+    this.ghost.dataset.at = chunk < this.status.chunk ? `← ${place(chunk, this.status)}` : `+ ${place(chunk, this.status)}`;
+  }
+
+  click(event) {
+    if (!this.status || event.target.closest(".rf-pill")) return;
+    const chunk = this.chunkAt(event);
+    if (chunk < this.status.chunk) this.asks.rewind(chunk);
+    else this.asks.schedule(Math.max(chunk, this.status.chunk + 1));
+  }
+
+  render() {
+    if (!this.status || this.dragged) return;
+    this.renderTimes();
+    this.renderSpans();
+    this.renderBranches();
+    this.renderComing();
+    this.now.style.left = this.at(this.status.chunk);
+  }
+
+  renderTimes() {
+    const { chunk_seconds } = this.status;
+    const [first, length] = [this.left * chunk_seconds, this.span * chunk_seconds];
+    const step = STEPS.find((each) => length / each <= MARKS) ?? STEPS.at(-1);
+    const marks = [];
+    for (let time = Math.ceil(first / step) * step; time < first + length; time += step) {
+      const mark = element("span", { textContent: time < 60 ? `${time} s` : seconds(time).replace(/\.0$/, "") });
+      mark.style.left = this.at(time / chunk_seconds);
+      marks.push(mark);
+    }
+    this.times.replaceChildren(...marks);
+  }
+
+  box(from, to, about) {
+    const right = this.left + this.span;
+    const [start, end] = [Math.max(from, this.left), Math.min(to, right)];
+    if (end <= start) return [];
+    const made = element("span", about);
+    made.style.left = this.at(start);
+    made.style.width = `${(100 * (end - start)) / this.span}%`;
+    return [made];
+  }
+
+  renderSpans() {
+    const { past, chunk, coming, oldest, until } = this.status;
+    const prompts = past.filter((each) => each.text != null);
+    const spans = prompts.flatMap(({ chunk: from, text, mode }, i) => {
+      const to = prompts[i + 1]?.chunk ?? chunk;
+      const about = { className: "rf-span", textContent: text, title: `${place(from, this.status)}${mode ? ` · ${mode}` : ""}\n${text}` };
+      return this.box(from, to, about).map((made) => Object.assign(made, { style: `${made.style.cssText} background: ${colour(text)}` }));
+    });
+    const changes = past.filter((each) => each.do === "lora" || each.do === "decay" || each.do === "cut");
+    const ticks = changes.flatMap((each) => {
+      const value = each.do === "lora" ? `${each.name} ${each.strength}` : each.do === "decay" ? `sink decay ${each.decay}` : "cut";
+      return this.box(each.chunk, each.chunk + 1, { className: "rf-tick", title: `${place(each.chunk, this.status)}\n${value}` });
+    });
+    const now = { text: this.status.prompt, chunk };
+    const ends = until ?? Infinity;
+    const ahead = [now, ...coming].flatMap((each, i) =>
+      this.box(each.chunk, Math.min(ends, coming[i]?.chunk ?? Infinity), { className: "rf-ahead", style: `--rf-span: ${colour(each.text)}` }),
+    );
+    const gone = this.box(0, oldest ?? chunk, { className: "rf-gone", title: "too long ago to go back to" });
+    const end = until == null ? [] : this.box(until, Infinity, { className: "rf-after", title: `ends at ${place(until, this.status)}` });
+    this.spans.replaceChildren(...ahead, ...spans, ...gone, ...ticks, ...end);
+  }
+
+  renderBranches() {
+    const { branches, branch } = this.status;
+    const shown = branches.filter(({ begins, parent }) => parent && begins >= this.left && begins < this.left + this.span);
+    const flags = shown.slice(-12).map(({ name, parent, begins, file }) => {
+      const title = `${name} leaves ${parent} at ${place(begins, this.status)}${file ? `\n${file}` : ""}`;
+      const flag = element("span", { className: "rf-flag", textContent: name, title });
+      flag.classList.toggle("rf-here", name === branch.name);
+      flag.classList.toggle("rf-left", (begins - this.left) / this.span > 0.6);
+      flag.style.left = this.at(begins);
+      return flag;
+    });
+    this.branches.replaceChildren(...flags);
+  }
+
+  renderComing() {
+    const { coming } = this.status;
+    const numbers = new Set(coming.map((each) => each.number));
+    for (const [number, pill] of this.pills)
+      if (!numbers.has(number)) {
+        pill.remove();
+        this.pills.delete(number);
+      }
+    for (const change of coming) {
+      const pill = this.pills.get(change.number) ?? this.pill(change.number);
+      Object.assign(pill, { change, hidden: change.chunk >= this.left + this.span });
+      pill.style.left = this.at(change.chunk);
+      pill.title = `${place(change.chunk, this.status)} · ${change.mode}\n${change.text}\n(drag or arrow keys: another time; double-click or Delete: drop)`;
+      pill.setAttribute("aria-label", `${change.text}, coming at ${place(change.chunk, this.status)}`);
+      write(pill.firstChild, change.text);
+    }
+    const hidden = coming.filter((each) => each.chunk >= this.left + this.span).length;
+    this.later.hidden = !hidden;
+    write(this.later, `${hidden} later ›`);
+  }
+
+  pill(number) {
+    const cross = button("×", () => this.drop(number), { className: "rf-drop", title: "drop it", tabIndex: -1 });
+    const pill = element("div", { className: "rf-pill", tabIndex: 0, role: "button" }, element("span"), cross);
+    pill.addEventListener("pointerdown", (event) => event.target !== cross && this.grab(pill, event));
+    pill.addEventListener("dblclick", () => this.drop(number));
+    pill.addEventListener("keydown", ({ key }) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[key];
+      if (step) this.move(pill.change, pill.change.chunk + step);
+      if (key === "Delete" || key === "Backspace") this.drop(number);
+    });
+    this.pills.set(number, pill);
+    this.over.append(pill);
+    return pill;
+  }
+
+  grab(pill, event) {
+    if (event.button !== 0) return;
+    const { number, chunk } = pill.change;
+    const begun = this.chunkAt(event);
+    let to = chunk;
+    this.dragged = number;
+    this.ghost.hidden = true;
+    pill.setPointerCapture(event.pointerId);
+    const follow = (moved) => {
+      to = Math.max(this.status.chunk + 1, chunk + this.chunkAt(moved) - begun);
+      pill.style.left = this.at(to);
+      pill.dataset.at = to === chunk ? "" : place(to, this.status);
+    };
+    const release = () => {
+      pill.removeEventListener("pointermove", follow);
+      pill.dataset.at = "";
+      this.dragged = null;
+      if (to !== chunk) this.move(pill.change, to);
+    };
+    pill.addEventListener("pointermove", follow);
+    pill.addEventListener("lostpointercapture", release, { once: true });
+  }
+
+  move({ number }, chunk) {
+    if (chunk > this.status.chunk) this.session.send({ do: "move", change: number, chunk });
+  }
+
+  drop(number) {
+    this.session.send({ do: "drop", change: number });
+  }
+}

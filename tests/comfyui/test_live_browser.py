@@ -1,0 +1,410 @@
+"""Live Stream in ComfyUI's own frontend: what an artist does while it runs, in both renderers."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .browser import FIT, chromium, open_browsers, open_frontend, use_renderer, wait_for_graph
+from .server import Server
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
+
+RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "vue"])
+WAIT = 30_000
+SPAN = 32
+"""Chunks on the strip."""
+
+BUILD = """
+(values) => {
+  const {app} = window.comfyAPI.app;
+  app.graph.clear();
+  const [demo, live] = ["RFLoadDemo", "RFLiveStream"].map((type) => {
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    return node;
+  });
+  live.pos = [330, 0];
+  for (const [from, to] of [["MODEL", "model"], ["CLIP", "clip"], ["VAE", "vae"]]) {
+    const slot = (all, name) => all.findIndex((each) => each.name === name);
+    demo.connect(slot(demo.outputs, from), live, slot(live.inputs, to));
+  }
+  for (const [name, value] of Object.entries(values))
+    live.widgets.find((each) => each.name === name).value = value;
+}
+"""
+QUEUE = "() => window.comfyAPI.app.app.queuePrompt(0)"
+HEIGHT = """
+() => window.comfyAPI.app.app.graph.nodes.find((n) => n.type === "RFLiveStream").size[1]
+"""
+SAVED = """
+() => window.comfyAPI.app.app.graph.serialize().nodes
+  .find((node) => node.type === "RFLiveStream")
+"""
+CANVAS = """
+() => {
+  const {app} = window.comfyAPI.app, {scale, offset} = app.canvas.ds;
+  return [scale, ...offset, ...app.graph.nodes.flatMap((node) => [...node.pos])].map(Math.fround);
+}
+"""
+"""Where the canvas and its nodes stand."""
+KEPT = "() => JSON.parse(localStorage.getItem('rf.live') ?? '[]')"
+PLAYED = "(video) => video.getVideoPlaybackQuality().totalVideoFrames"
+COUNT = """
+() => {
+  const {api} = window.comfyAPI.api, {queuePrompt} = api;
+  window.queued = 0;
+  api.queuePrompt = function (...given) {
+    window.queued += 1;
+    return queuePrompt.apply(this, given);
+  };
+}
+"""
+
+
+def wait_until(is_so: Callable[[], Any], seconds: float = 30) -> Any:
+    """What it says once it says something true."""
+    end = time.monotonic() + seconds
+    while not (said := is_so()):
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.1)
+    return said
+
+
+@dataclass
+class Live:
+    """A session on a page."""
+
+    server: Server
+    page: Any
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What the browser remembers of it."""
+        return self.page.evaluate(KEPT)[-1]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """Where it stands."""
+        kept = self.kept
+        return self.server.get(f"/rf/live/{kept['session']}?token={kept['token']}")
+
+    @property
+    def view(self) -> Any:
+        """Player, panel and the rest."""
+        return self.page.locator(".rf-live")
+
+    @property
+    def last(self) -> str:
+        """The last command and what became of it."""
+        rows = [row for row in self.view.locator(".rf-log li").all_inner_texts() if row.strip()]
+        return rows[-1] if rows else ""
+
+    def click(self, name: str) -> None:
+        """Press a button of the view."""
+        self.view.get_by_role("button", name=name, exact=True).click()
+
+    def type(self, text: str) -> None:
+        """Write into the prompt box."""
+        self.view.locator(".rf-text").fill(text)
+
+    def told(self, said: str) -> int:
+        """The chunk from which the last command holds, once it does."""
+        last = wait_until(lambda: said in self.last and re.search(r"from chunk (\d+)", self.last))
+        return int(last[1])
+
+    def wait_for_chunk(self, chunk: int) -> None:
+        """Until it stands there or later."""
+        wait_until(lambda: self.status["chunk"] >= chunk)
+
+    def plays(self) -> bool:
+        """Whether pictures move within two seconds."""
+        video = self.view.locator("video")
+        before = video.evaluate(PLAYED)
+        self.page.wait_for_timeout(2000)
+        return bool(video.evaluate(PLAYED) > before)
+
+    def place_of(self, chunk: int) -> tuple[float, float]:
+        """Where a chunk of the first ones lies on the strip."""
+        box = self.view.locator(".rf-track").bounding_box()
+        return box["x"] + box["width"] * (chunk + 0.5) / SPAN, box["y"] + box["height"] / 2
+
+    def look(self, name: str, path: Path) -> None:
+        """A picture of the page, for whoever asks for one."""
+        folder = Path(os.environ.get("RF_SCREENSHOTS", path))
+        self.page.screenshot(path=folder / f"{name}.png")
+
+
+@contextmanager
+def live(server: Server, vue_nodes: bool, browser: Any = None) -> Iterator[Live]:
+    """A stream that runs on a page, ended and without errors at the end."""
+    with open_browsers(0 if browser else 1) as own:
+        page, errors = open_frontend(browser or own[0], server.address)
+        use_renderer(page, vue_nodes)
+        page.evaluate(BUILD, {"text": "a red square moves right", "width": 64, "height": 64})
+        page.evaluate(FIT)
+        page.wait_for_timeout(1000)
+        page.evaluate(COUNT)
+        try:
+            page.evaluate(QUEUE)
+            session = Live(server, page)
+            page.wait_for_selector(".rf-live", timeout=WAIT)
+            session.wait_for_chunk(3)
+            page.evaluate(FIT)
+            page.wait_for_timeout(1000)
+            yield session
+        finally:
+            server.post("/interrupt")
+            wait_until(lambda: not server.get("/queue")["queue_running"])
+        assert errors == []
+
+
+@RENDERERS
+def test_a_prompt_is_typed_and_applied_and_its_chunk_is_told(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    with live(server, vue_nodes) as session:
+        page, box = session.page, session.view.locator(".rf-text")
+        assert session.plays()
+        box.click()
+        page.keyboard.type("a yellow circle 1 moves upp")
+        page.keyboard.press("Backspace")
+        assert session.status["prompt"] == "a red square moves right"  # a 1 in a text is no key
+        page.keyboard.press("Control+Enter")
+        chunk = session.told("a yellow circle 1 moves up")
+        assert session.status["prompt"] == "a yellow circle 1 moves up"
+        past = session.status["past"][-1]
+        assert (past["chunk"], past["text"]) == (chunk, "a yellow circle 1 moves up")
+        session.look(f"prompt-{'vue' if vue_nodes else 'canvas'}", tmp_path)
+
+        page.keyboard.press("Escape")
+        session.click("Cut")
+        session.told("cut")
+        page.keyboard.press("Delete")  # the focus is on a button of the view
+        page.keyboard.press("Backspace")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_timeout(500)
+        assert page.evaluate("window.comfyAPI.app.app.graph.nodes.length") == 2
+        assert page.evaluate("window.queued") == 1
+
+
+@RENDERERS
+def test_slots_keep_prompts_and_play_them_on_the_keys_1_to_9(
+    server: Server, vue_nodes: bool
+) -> None:
+    with live(server, vue_nodes) as session:
+        page = session.page
+        for key, text in (("1", "a blue triangle <b>moves</b> down"), ("2", "a cyan circle")):
+            session.type(text)
+            session.view.locator(".rf-where").click()  # the focus leaves the box for the view
+            page.keyboard.press(f"Shift+Digit{key}")
+        session.type("")
+        session.view.locator("select").select_option("blend")
+        session.view.locator(".rf-where").click()
+        page.keyboard.press("Digit1")
+        session.told("a blue triangle <b>moves</b> down")
+        assert session.status["past"][-1]["mode"] == "blend 3"
+        session.view.get_by_role("button", name="2 a cyan circle").click()
+        session.told("a cyan circle")
+        assert session.status["prompt"] == "a cyan circle"
+        assert session.view.locator("b").count() == 0  # text stays text
+
+
+@RENDERERS
+def test_pause_stops_the_picture_and_what_happens_on_it_stays_off_the_canvas(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    with live(server, vue_nodes) as session:
+        page = session.page
+        session.click("Pause")
+        wait_until(lambda: session.status["paused"])
+        page.wait_for_timeout(2500)  # what is ready is played
+        session.look(f"paused-{'vue' if vue_nodes else 'canvas'}", tmp_path)
+        chunk, where = session.status["chunk"], page.evaluate(CANVAS)
+        assert not session.plays()
+        slider = session.view.get_by_label("sink decay")
+        before = float(slider.input_value())
+        box = slider.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.mouse.wheel(0, 300)
+        page.mouse.wheel(0, -500)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 5, box["y"] + 3, steps=4)
+        page.mouse.up()
+        picture = session.view.locator(".rf-where").bounding_box()
+        page.mouse.move(picture["x"] + 4, picture["y"] + 4)
+        page.mouse.down()
+        page.mouse.move(picture["x"] + 90, picture["y"] + 90, steps=4)
+        page.mouse.up()
+        page.wait_for_timeout(500)
+        assert page.evaluate(CANVAS) == where
+        session.told("sink decay")
+        assert session.status["decay"] < before and session.status["chunk"] == chunk
+        session.click("Resume")
+        session.wait_for_chunk(chunk + 1)
+        assert session.plays()
+
+
+@RENDERERS
+def test_a_click_on_the_past_goes_back_there_into_a_branch(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    with live(server, vue_nodes) as session:
+        session.wait_for_chunk(8)
+        session.page.mouse.click(*session.place_of(3))
+        form = session.view.locator(".rf-popover")
+        assert "Rewind to chunk 3 · 2.1 s" in form.inner_text()
+        form.get_by_label("new branch").fill("take-two")
+        session.look(f"rewind-{'vue' if vue_nodes else 'canvas'}", tmp_path)
+        form.get_by_role("button", name="Rewind").click()
+        assert session.told("rewind to chunk 3 as take-two") == 3
+        branch = {"name": "take-two", "parent": "main", "begins": 3}
+        assert session.status["branch"] == branch
+        assert session.view.locator(".rf-flag").inner_text() == "take-two"
+        assert session.plays()
+
+
+@RENDERERS
+def test_a_coming_change_is_scheduled_moved_and_dropped_on_the_strip(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    with live(server, vue_nodes) as session:
+        page, name = session.page, "vue" if vue_nodes else "canvas"
+        session.click("Pause")
+        wait_until(lambda: session.status["paused"])
+        page.wait_for_timeout(500)
+        now = session.status["chunk"]
+        for ahead, text in ((4, "a green square moves left"), (14, "a purple circle")):
+            page.mouse.click(*session.place_of(now + ahead))
+            form = session.view.locator(".rf-popover")
+            form.locator("textarea").fill(text)
+            form.locator("textarea").press("Control+Enter")
+            session.told(text)
+        coming = [(each["chunk"], each["text"]) for each in session.status["coming"]]
+        assert coming == [(now + 4, "a green square moves left"), (now + 14, "a purple circle")]
+        page.mouse.move(*session.place_of(now + 4))
+        page.mouse.down()
+        page.mouse.move(*session.place_of(now + 2), steps=5)
+        session.look(f"moving-{name}", tmp_path)
+        page.mouse.up()
+        session.told(f"to chunk {now + 2}")
+        pill = session.view.get_by_role("button", name=re.compile("a purple circle, coming"))
+        pill.get_by_title("drop it").click()
+        session.told("drop #")
+        coming = [(each["chunk"], each["text"]) for each in session.status["coming"]]
+        assert coming == [(now + 2, "a green square moves left")]
+        session.click("Resume")
+        wait_until(lambda: session.status["prompt"] == "a green square moves left")
+        past = session.status["past"][-1]
+        assert (past["chunk"], past["text"]) == (now + 2, "a green square moves left")
+
+
+@RENDERERS
+def test_a_page_that_is_loaded_again_finds_its_stream_and_plays_on(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    with live(server, vue_nodes) as session:
+        kept, page = session.kept, session.page
+        session.type("a yellow circle moves up")
+        session.click("Apply")
+        session.told("a yellow circle moves up")
+        page.wait_for_timeout(2000)  # the frontend saves its draft
+        page.reload()
+        wait_for_graph(page)
+        page.wait_for_selector(".rf-live", timeout=WAIT)
+        page.wait_for_timeout(3000)
+        page.evaluate(FIT)
+        assert session.kept["session"] == kept["session"] and session.plays()
+        session.look(f"reloaded-{'vue' if vue_nodes else 'canvas'}", tmp_path)
+        session.type("a blue triangle moves down")
+        session.click("Apply")
+        session.told("a blue triangle moves down")
+
+
+@RENDERERS
+def test_stop_leaves_text_and_video_on_a_node_of_its_usual_height(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    name = "vue" if vue_nodes else "canvas"
+    with live(server, vue_nodes) as session:
+        page, alive = session.page, session.page.evaluate(HEIGHT)
+        saved = page.evaluate(SAVED)
+        session.click("Stop")
+        page.wait_for_timeout(200)
+        assert not session.status["ended"]  # it asks first
+        session.click("Stop?")
+        page.wait_for_selector(".rf-live", state="detached", timeout=WAIT)
+        page.wait_for_selector("video", timeout=WAIT)
+        page.wait_for_timeout(3000)
+        session.look(f"stopped-{name}", tmp_path)
+        after = page.evaluate(SAVED)
+        assert after["size"] == saved["size"] and saved["size"][1] < alive
+        assert after["widgets_values"] == saved["widgets_values"]
+        assert page.get_by_text(re.compile("reward_forcing_live.* images, ")).count() == 1
+        ((address, width),) = page.locator("video").evaluate_all(
+            "(all) => all.map((video) => [video.src, video.videoWidth])"
+        )
+        assert "type=output" in address and width == 64
+        assert page.evaluate(KEPT) == []
+        page.reload()
+        wait_for_graph(page)
+        page.wait_for_timeout(2000)
+        assert page.locator(".rf-live").count() == 0
+
+
+def test_two_browsers_play_one_stream_and_both_steer_it(server: Server, tmp_path: Path) -> None:
+    with open_browsers(2) as (one, two), live(server, False, one) as session:
+        session.page.evaluate("() => (navigator.clipboard.writeText = () => Promise.reject())")
+        kept = session.kept
+        session.click("Link")
+        link = session.view.locator(".rf-popover input").input_value()
+        assert link.endswith(f"live.html#session={kept['session']}&token={kept['token']}")
+        session.click("Done")
+        errors: list[str] = []
+        other = two.new_page()
+        other.on("pageerror", lambda error: errors.append(str(error)))
+        other.goto(link)
+        other.wait_for_selector(".rf-badge[data-kind=on]", timeout=WAIT)
+        second = Live(server, other)
+        other.wait_for_timeout(3000)
+        assert session.plays() and second.plays()
+        second.type("a yellow circle moves up")
+        second.view.locator(".rf-text").press("Control+Enter")
+        chunk = second.told("a yellow circle moves up")
+        assert session.told("a yellow circle moves up") == chunk  # both are told of both
+        session.type("a blue triangle moves down")
+        session.click("Apply")
+        chunk = session.told("a blue triangle moves down")
+        assert second.told("a blue triangle moves down") == chunk
+        second.look("watch-page", tmp_path)
+        other.set_viewport_size({"width": 390, "height": 844})
+        other.wait_for_timeout(500)
+        second.look("watch-phone", tmp_path)
+        other.goto(f"{link}&view=video")
+        other.reload()
+        other.wait_for_timeout(3000)
+        assert second.plays() and not other.locator(".rf-panel").is_visible()
+        second.look("watch-video", tmp_path)
+        assert errors == []
+
+
+def test_a_wrong_token_shows_a_sentence(server: Server, tmp_path: Path) -> None:
+    with live(server, False) as session:
+        page, link = session.page, f"{server.address}/extensions/ComfyUI-RewardForcing/live.html"
+        other = page.context.new_page()
+        other.goto(f"{link}#session={session.kept['session']}&token=wrong")
+        other.wait_for_selector(".rf-badge[data-kind=over]", timeout=WAIT)
+        assert "token" in other.locator(".rf-badge").inner_text()
+        assert other.get_by_role("button", name="Pause").is_disabled()
+        Live(server, other).look("wrong", tmp_path)
+        other.goto(link)
+        other.reload()
+        assert "names no session" in other.locator(".rf-sentence").inner_text()
