@@ -73,6 +73,8 @@ class Graph:
     """From `node.OUTPUT` to `node.input`."""
     groups: dict[str, tuple[int, int]]
     """Title to the first and last column it spans."""
+    note_beside: bool = False
+    """Whether the note stands left of the nodes, where a tall one wants all of the height."""
     compared: bool = False
     """Whether its videos are shown side by side, and not one after the other."""
     app: tuple[tuple[str, str], ...] = ()
@@ -453,6 +455,7 @@ GRAPHS: dict[str, Graph] = {
             ("demo.VAE", "stream.vae"),
         ),
         groups={MODEL: (0, 0), LIVE: (1, 1)},
+        note_beside=True,
         app=(("RFLiveStream", "text"), ("RFLiveStream", "max_seconds")),
     ),
     "live": Graph(
@@ -470,6 +473,7 @@ GRAPHS: dict[str, Graph] = {
             ("vae.VAE", "stream.vae"),
         ),
         groups={MODELS: (0, 0), LIVE: (1, 1)},
+        note_beside=True,
     ),
 }
 

@@ -33,6 +33,10 @@ from .video import images_of
 NOTE_WIDTH = 640
 SIDE = 288
 """Pixels of a thumbnail's side: four demo videos side by side, enlarged alike."""
+SIGHT_AT, SIGHT = (100, 90), (1700, 900)
+"""Pixels that ComfyUI's own bars leave of a page of 1920x1080: where they begin, and how many."""
+SMALLEST = 0.6
+"""Scale below which the classic canvas leaves out texts, and all that a node shows."""
 MOST_PICTURES = 40
 PICTURE_SECONDS = 0.1
 
@@ -153,6 +157,21 @@ class Drawing:
             size = (right - left + 2 * BORDER, bottom + BORDER - top)
             self.groups.append({"title": title, "pos": (left - BORDER, top), "size": size})
         self.note_at = (-BORDER, top - 2 * BORDER - self.note_height)
+        if self.graph.note_beside:
+            self.note_at = (-3 * BORDER - NOTE_WIDTH, 0)
+
+
+def view_of(saved: dict[str, Any]) -> dict[str, Any]:
+    """Where a workflow opens: all of it in sight, or its beginning where that would be too small."""
+    boxes = [(*each["pos"], *each["size"]) for each in saved["nodes"]]
+    boxes += [tuple(each["bounding"]) for each in saved["groups"]]
+    left, top = (min(box[i] for box in boxes) for i in (0, 1))
+    right, bottom = (max(box[i] + box[i + 2] for box in boxes) for i in (0, 1))
+    top -= TITLE
+    fitting = min(SIGHT[0] / (right - left), SIGHT[1] / (bottom - top))
+    scale = min(max(fitting, SMALLEST), 1.0)
+    x, y = (place / scale for place in SIGHT_AT)
+    return {"scale": scale, "offset": [x - left, y - top]}
 
 
 def app_of(saved: dict[str, Any], inputs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
@@ -237,6 +256,7 @@ def draw_all(server: Server, project: dict[str, Any]) -> None:
             each.arrange()
         workflows = [each.draw(page)[0] for each in drawings]
         for graph, saved in zip(graphs.values(), workflows, strict=True):
+            saved["extra"]["ds"] = view_of(saved)
             if graph.app:
                 saved["extra"]["linearData"] = app_of(saved, graph.app)
             graph.path.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")

@@ -68,6 +68,18 @@ def test_comfyui_lists_every_workflow_as_a_template_the_demo_first_by_name(serve
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_template_opens_where_it_begins_and_large_enough_to_be_read(path: Path) -> None:
+    workflow = json.loads(path.read_text())
+    scale, (x, y) = (workflow["extra"]["ds"][name] for name in ("scale", "offset"))
+    assert 0.6 <= scale <= 1  # below, the classic canvas leaves out texts and pictures
+    corners = [
+        ((node["pos"][0] + x) * scale, (node["pos"][1] + y) * scale) for node in workflow["nodes"]
+    ]
+    for axis, (least, most) in enumerate([(60, 200), (60, 200)]):
+        assert least <= min(corner[axis] for corner in corners) <= most
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_template_is_shown_as_a_small_moving_picture(path: Path) -> None:
     file = path.with_suffix(".jpg")
     assert file.stat().st_size < 150_000
