@@ -152,11 +152,11 @@ def opened(room: Room, node_id: str | None) -> Iterator[None]:
 
 
 def _forget_old() -> None:
-    ended = [room for room in list(_rooms.values()) if room.ended_at is not None]
-    ended.sort(key=lambda room: room.ended_at or 0.0)
-    for room in ended:
-        if room in ended[:-_MOST_ENDED] or time.monotonic() - (room.ended_at or 0.0) >= _KEPT:
-            _rooms.pop(room.id, None)
+    ended = [(each.ended_at, each.id) for each in list(_rooms.values()) if each.ended_at]
+    ended.sort()
+    old = [name for at, name in ended if time.monotonic() - at >= _KEPT]
+    for name in {*old, *(name for _, name in ended[:-_MOST_ENDED])}:
+        _rooms.pop(name, None)
 
 
 Handler = Callable[[web.Request, Room], Awaitable[web.StreamResponse]]
@@ -309,16 +309,16 @@ class _Watcher:
                     yield None
 
     async def _rings(self, news: asyncio.Event) -> bool:
-        """Whether there is news before a silence is long; nobody writes in one, so it is here
-        that a client is missed.
+        """Whether there is news before a silence is long. Nobody writes in one, so it is here that
+        a client is missed.
         """
         end = time.monotonic() + _ALIVE
         while time.monotonic() < end:
+            if self.request.transport is None or self.request.transport.is_closing():
+                raise ConnectionResetError("the reader has left")
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(news.wait(), _LOOK)
                 return True
-            if self.request.transport is None or self.request.transport.is_closing():
-                raise ConnectionResetError("the reader has left")
         return False
 
 
@@ -348,20 +348,17 @@ async def _events(watcher: _Watcher) -> None:
     reader = room.outbox.reader(after=after)  # before the status, so that nothing is between
     await watcher.begin("text/event-stream")
     told = await _tell_status(watcher, None)
-    if after is None and room.end is not None:
-        await watcher.write(_event("ended", _plain(room.end)))
     async with aclosing(watcher.news(reader)) as news:
         async for items in news:
             if items is None:
                 await watcher.write(b": alive\n\n")
             for place, item in items or ():
-                if isinstance(item, Picture):
-                    continue
-                if isinstance(item, Ended):  # has the last word
-                    told = await _tell_status(watcher, told)
-                kind = type(item).__name__.lower()
-                await watcher.write(_event(kind, _plain(item), place))
+                if not isinstance(item, (Picture, Ended)):
+                    kind = type(item).__name__.lower()
+                    await watcher.write(_event(kind, _plain(item), place))
             told = await _tell_status(watcher, told)
+    if room.end is not None:  # said last, also to who comes later or has missed it
+        await watcher.write(_event("ended", _plain(room.end)))
 
 
 async def _tell_status(watcher: _Watcher, told: Status | None) -> Status:

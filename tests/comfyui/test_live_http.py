@@ -25,6 +25,8 @@ import aiohttp
 import av
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from rf_core.live import Inbox, Outbox, read_command
 from rf_core.live.buffers import Ended
@@ -218,6 +220,15 @@ def test_an_intruder_is_told_no_and_sees_nothing(server: Server) -> None:
             for method in ("PUT", "DELETE", "PATCH", "HEAD"):
                 assert await code("/video.mp4", bearer, method) == 405
             assert await code("/commands", None, "OPTIONS") == 200  # says nothing, allows nothing
+
+            line = f"GET {live.path}?token={'x' * 100_000} HTTP/1.1\r\nHost: x\r\n\r\n"
+            assert b" 400 " in (await raw(live, line.encode()))[:20]
+            head = f"GET {live.path} HTTP/1.1\r\nHost: x\r\nX-A: {'x' * 100_000}\r\n\r\n"
+            assert b" 400 " in (await raw(live, head.encode()))[:20]
+            silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(200)]
+            await live.until_chunk((await live.status())["chunk"] + 1)
+            for _, writer in silent:
+                writer.close()
 
             large = b'{"do": "prompt", "text": "' + b"x" * LARGEST + b'"}'
             bomb = gzip.compress(b" " * (64 << 20))
@@ -508,6 +519,67 @@ def test_the_server_ends_at_once_with_streams_open_and_what_was_made_plays(
 
     assert len(images_of(asyncio.run(drive()))) >= 9 + 12
     assert "Traceback" not in own.log
+
+
+def test_where_comfyui_is_told_to_let_every_page_in_the_live_stream_does_not(
+    server: Server, tmp_path: Path
+) -> None:
+    from .files import write_models
+
+    write_models(tmp_path / "models")
+    own = Server(tmp_path, "--enable-cors-header", "*", "--listen", "127.0.0.1")
+
+    async def drive() -> None:
+        async with begun(own, live_prompt()) as live:
+            for foreign in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+                headers = live.headers | foreign
+                async with live.http.get(f"{own.address}/queue", headers=headers) as answer:
+                    assert answer.status == 200  # or nothing is tried here
+                async with live.http.get(live.address, headers=headers) as answer:
+                    assert answer.status == 403
+                url = f"{live.address}/commands"
+                async with live.http.post(url, data='{"do": "stop"}', headers=headers) as answer:
+                    assert answer.status == 403
+            assert (await live.end())["type"] == "execution_success"
+
+    try:
+        asyncio.run(drive())
+    finally:
+        own.stop()
+
+
+def test_who_missed_events_is_told_the_end_all_the_same(
+    pack: Any, host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live_http = importlib.import_module(f"{PACK}.nodes.live_http")
+    live = importlib.import_module(f"{PACK}.rf_core.live.buffers")
+    commands = importlib.import_module(f"{PACK}.rf_core.live.commands")
+    monkeypatch.setattr(live_http.Room, "status", lambda room: {})
+    outbox = live.Outbox(most_events=2)
+    outbox.status = object()
+    inbox = live.Inbox(received=outbox.say)
+    screen = live_http.Screen(width=64, height=64, header=b"")
+    room = live_http.Room(inbox=inbox, outbox=outbox, screen=screen, facts=dict)
+    app, url = web.Application(), f"/rf/live/{room.id}/events?token={room.token}"
+    routes = web.RouteTableDef()
+    monkeypatch.setattr(host, "routes", lambda: routes)
+    live_http.register()
+    app.add_routes(routes)
+
+    async def drive() -> None:
+        async with TestClient(TestServer(app)) as client:
+            with live_http.opened(room, None):
+                for _ in range(5):
+                    inbox.put(commands.read_command({"do": "pause"}))
+                outbox.say(live.Ended(chunk=1, why=None))
+                outbox.close()
+            for last, told in (("0", "status ended"), ("3", "status received ended")):
+                async with client.get(url, headers={"Last-Event-ID": last}) as answer:
+                    lines = (await answer.text()).splitlines()
+                kinds = [line.split()[1] for line in lines if line.startswith("event:")]
+                assert " ".join(kinds) == told
+
+    asyncio.run(drive())
 
 
 def test_an_ended_session_answers_for_a_while_and_then_nothing_is_left_of_it(
