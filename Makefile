@@ -66,14 +66,14 @@ $(FLOOR_VENV)/.ready: pyproject.toml constraints-floor.txt
 	$(OLDEST_PYTHON) -m venv $(FLOOR_VENV)
 	$(FLOOR_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(FLOOR_VENV)/bin/python -m pip install --quiet --constraint constraints-floor.txt \
-		--editable ".[video]" pytest pytest-xdist
+		--editable ".[osc,video]" pytest pytest-xdist
 	touch $@
 
 $(TRAINER_FLOOR_VENV)/.ready: pyproject.toml constraints-floor-training.txt
 	$(OLDEST_PYTHON) -m venv $(TRAINER_FLOOR_VENV)
 	$(TRAINER_FLOOR_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(TRAINER_FLOOR_VENV)/bin/python -m pip install --quiet \
-		--constraint constraints-floor-training.txt --editable ".[training]" pytest pytest-xdist
+		--constraint constraints-floor-training.txt --editable ".[osc,training]" pytest pytest-xdist
 	touch $@
 
 $(COMFY_READY): $(COMFYUI_PATH)/requirements.txt constraints-comfy.txt

@@ -692,6 +692,13 @@ def routes() -> Any:
     return None if server is None else server.routes
 
 
+def later(seconds: float, do: Callable[[], object]) -> None:
+    """Do something in the server's own thread, so much later; not at all without a server."""
+    server = _server()
+    if server is not None:
+        server.loop.call_soon_threadsafe(server.loop.call_later, seconds, do)
+
+
 def process_memory() -> int:
     """Bytes of RAM that this process holds."""
     return int(psutil.Process().memory_info().rss)

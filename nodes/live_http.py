@@ -11,10 +11,11 @@ import asyncio
 import hmac
 import io
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,18 +31,24 @@ from ..rf_core.live import (
     Inbox,
     Outbox,
     Picture,
+    Reader,
     Reel,
+    Status,
     codec_of,
     read_command,
 )
 from . import host
 
 LARGEST_COMMAND = 1 << 16
-"""Bytes of a command: the longest prompt, each of its characters escaped."""
+"""Bytes of a command: the longest prompt in any script, each letter escaped."""
 MOST_WATCHERS = 16
 """Streams of events and of video that one session serves at a time."""
 _KEPT = 60.0  # seconds that a session answers after its end
+_MOST_ENDED = 4  # sessions that do so at a time, as each keeps its last pictures
 _ALIVE = 15.0  # seconds after which a silent stream of events says that it is alive
+_LOOK = 1.0  # seconds after which a silent stream sees whether its reader is still there
+_SLOWEST = 20.0  # seconds that a reader, or a body, may keep this side waiting
+_LATE = 0.25  # seconds that a stream of pictures makes up for, where one came late
 _QUALITY = 80  # of a JPEG
 _BOUNDARY = "picture"
 
@@ -68,8 +75,20 @@ class Room:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     ended_at: float | None = None
-    end: Ended | None = None
     watchers: int = 0
+    _encoded: tuple[Picture, asyncio.Future[list[bytes]]] | None = field(default=None, init=False)
+
+    @property
+    def end(self) -> Ended | None:
+        """How it ended; None while it runs."""
+        return self.outbox.end
+
+    async def jpegs(self, picture: Picture) -> list[bytes]:
+        """A picture's images, encoded once for all who watch."""
+        if self._encoded is None or self._encoded[0] is not picture:
+            work = asyncio.to_thread(_jpegs, picture.images)
+            self._encoded = picture, asyncio.ensure_future(work)
+        return await asyncio.shield(self._encoded[1])
 
     def status(self) -> dict[str, Any]:
         """What the page shows; see docs/live.md."""
@@ -120,21 +139,23 @@ _rooms: dict[str, Room] = {}
 @contextmanager
 def opened(room: Room, node_id: str | None) -> Iterator[None]:
     """The room is open, the client that queued the run has its token; it stays a while after."""
-    _forget_old()
     _rooms[room.id] = room
-    told = host.tell_client("rf.live", {"node": node_id, "session": room.id, "token": room.token})
-    if not told:
-        host.log("the live stream has no client that could steer it; Cancel ends it")
+    hello = {"node": node_id, "session": room.id, "token": room.token}
     try:
+        if not host.tell_client("rf.live", hello):
+            host.log("the live stream has no client that could steer it; Cancel ends it")
         yield
     finally:
         room.ended_at = time.monotonic()
+        host.later(_KEPT, _forget_old)
+        _forget_old()
 
 
 def _forget_old() -> None:
-    now = time.monotonic()
-    for room in list(_rooms.values()):
-        if room.ended_at is not None and now - room.ended_at > _KEPT:
+    ended = [room for room in list(_rooms.values()) if room.ended_at is not None]
+    ended.sort(key=lambda room: room.ended_at or 0.0)
+    for room in ended:
+        if room in ended[:-_MOST_ENDED] or time.monotonic() - (room.ended_at or 0.0) >= _KEPT:
             _rooms.pop(room.id, None)
 
 
@@ -174,11 +195,8 @@ def _guarded(handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamRe
 
 
 def _room_of(request: web.Request) -> Room:
-    origin = request.headers.get("Origin")
-    site = request.headers.get("Sec-Fetch-Site", "none")
-    if site == "cross-site" or (origin and not _same_host(origin, request.host)):
+    if not _of_this_server(request):
         raise _RefusedError(403, "this comes from another site's page; open ComfyUI's own")
-    _forget_old()
     room = _rooms.get(request.match_info["session"])
     if room is None:
         raise _RefusedError(404, "there is no such live stream, or it has ended")
@@ -190,9 +208,18 @@ def _room_of(request: web.Request) -> Room:
     return room
 
 
-def _same_host(origin: str, host_header: str) -> bool:
+def _of_this_server(request: web.Request) -> bool:
+    """Whether a page of this server asks, or what is no page.
+
+    A browser says so itself where the connection is one that it trusts, also behind a proxy that
+    changes the host; on others it names the origin.
+    """
+    site = request.headers.get("Sec-Fetch-Site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = request.headers.get("Origin")
     with suppress(ValueError):
-        return urlsplit(origin).netloc.lower() == host_header.lower()
+        return origin is None or urlsplit(origin).netloc.lower() == request.host.lower()
     return False
 
 
@@ -201,7 +228,10 @@ async def _status(request: web.Request, room: Room) -> web.StreamResponse:
 
 
 async def _command(request: web.Request, room: Room) -> web.StreamResponse:
-    command = _read(await _body(request))
+    try:
+        command = _read(await asyncio.wait_for(_body(request), _SLOWEST))
+    except asyncio.TimeoutError:
+        raise _RefusedError(408, f"the command did not come within {_SLOWEST:g} s") from None
     try:
         return web.json_response({"number": room.inbox.put(command)}, status=202)
     except ValueError as error:
@@ -231,71 +261,121 @@ def _read(data: bytes) -> Command:
         raise _RefusedError(400, str(error)) from error
 
 
-def _watched(handler: Handler) -> Handler:
-    """The handler, for so many at a time."""
+class _Watcher:
+    """A stream of bytes to one client; ConnectionError once that has left, or reads too slowly."""
+
+    def __init__(self, request: web.Request, room: Room) -> None:
+        self.request, self.room = request, room
+        self.response = web.StreamResponse()
+
+    async def begin(self, kind: str, **headers: str) -> None:
+        """Say what comes."""
+        headers |= {"Content-Type": kind, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        self.response.headers.update(headers)
+        await self.response.prepare(self.request)
+
+    async def write(self, data: bytes) -> None:
+        """Send something; little more than it waits here for who does not read."""
+        try:
+            await asyncio.wait_for(self.response.write(data), _SLOWEST)
+        except asyncio.TimeoutError:
+            if self.request.transport is not None:
+                self.request.transport.abort()
+            raise ConnectionResetError("the reader is too slow") from None
+
+    async def news(self, reader: Reader) -> AsyncIterator[list[tuple[int, Any]] | None]:
+        """What a reader is given, in turn, with its place; None for a silence.
+
+        [] where only the status may be new. A reader that was too slow goes on with what is there.
+        """
+        loop, news, outbox = asyncio.get_running_loop(), asyncio.Event(), self.room.outbox
+
+        def ring() -> None:
+            with suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(news.set)
+
+        with outbox.bell(ring):
+            while True:
+                news.clear()
+                closed = outbox.closed
+                try:
+                    yield reader.read_placed(0)
+                except Behind:
+                    reader = outbox.reader()
+                    yield []
+                if closed:
+                    return
+                while not await self._rings(news):
+                    yield None
+
+    async def _rings(self, news: asyncio.Event) -> bool:
+        """Whether there is news before a silence is long; nobody writes in one, so it is here
+        that a client is missed.
+        """
+        end = time.monotonic() + _ALIVE
+        while time.monotonic() < end:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(news.wait(), _LOOK)
+                return True
+            if self.request.transport is None or self.request.transport.is_closing():
+                raise ConnectionResetError("the reader has left")
+        return False
+
+
+def _watched(watch: Callable[[_Watcher], Awaitable[None]]) -> Handler:
+    """A handler that streams, for so many at a time."""
 
     async def watched(request: web.Request, room: Room) -> web.StreamResponse:
+        if request.method != "GET":  # aiohttp lets HEAD in, which would stay
+            raise _RefusedError(405, "a stream is watched by GET")
         if room.watchers >= MOST_WATCHERS:
             raise _RefusedError(429, f"{MOST_WATCHERS} watch this live stream; close one first")
+        watcher = _Watcher(request, room)
         room.watchers += 1
         try:
             with suppress(ConnectionError):  # whoever watched has left
-                return await handler(request, room)
-            return web.Response()
+                await watch(watcher)
+            return watcher.response
         finally:
             room.watchers -= 1
 
     return watched
 
 
-async def _news(room: Room, latest: bool = False) -> AsyncIterator[list[Any] | None]:
-    """What comes from now on, in turn; [] where only the status may be new, None for a silence.
-
-    `latest` begins with the newest chunk. A reader that was too slow goes on with what is there.
-    """
-    loop, news = asyncio.get_running_loop(), asyncio.Event()
-
-    def ring() -> None:
-        with suppress(RuntimeError):  # the server has ended
-            loop.call_soon_threadsafe(news.set)
-
-    reader = room.outbox.reader(latest=latest)
-    with room.outbox.bell(ring):
-        while True:
-            news.clear()
-            closed = room.outbox.closed
-            try:
-                yield reader.read(0)
-            except Behind:
-                reader = room.outbox.reader()
-                yield []
-            if closed:
-                return
-            try:
-                await asyncio.wait_for(news.wait(), _ALIVE)
-            except TimeoutError:
-                yield None
+async def _events(watcher: _Watcher) -> None:
+    room, last = watcher.room, watcher.request.headers.get("Last-Event-ID", "")
+    after = int(last) if re.fullmatch(r"[0-9]{1,15}", last) else None
+    reader = room.outbox.reader(after=after)  # before the status, so that nothing is between
+    await watcher.begin("text/event-stream")
+    told = await _tell_status(watcher, None)
+    if after is None and room.end is not None:
+        await watcher.write(_event("ended", _plain(room.end)))
+    async with aclosing(watcher.news(reader)) as news:
+        async for items in news:
+            if items is None:
+                await watcher.write(b": alive\n\n")
+            for place, item in items or ():
+                if isinstance(item, Picture):
+                    continue
+                if isinstance(item, Ended):  # has the last word
+                    told = await _tell_status(watcher, told)
+                kind = type(item).__name__.lower()
+                await watcher.write(_event(kind, _plain(item), place))
+            told = await _tell_status(watcher, told)
 
 
-async def _events(request: web.Request, room: Room) -> web.StreamResponse:
-    response = await _begin(request, "text/event-stream")
-    await response.write(_event("status", room.status()))
-    seen = room.outbox.status
-    async for items in _news(room):
-        if items is None:
-            await response.write(b": alive\n\n")
-            continue
-        for item in items:
-            if not isinstance(item, Picture):
-                await response.write(_event(type(item).__name__.lower(), _plain(item)))
-        if room.outbox.status is not seen:
-            seen = room.outbox.status
-            await response.write(_event("status", room.status()))
-    return response
+async def _tell_status(watcher: _Watcher, told: Status | None) -> Status:
+    """Send the status where it is another than was told."""
+    now: Status = watcher.room.outbox.status
+    if now is not told:
+        await watcher.write(_event("status", watcher.room.status()))
+    return now
 
 
-def _event(kind: str, data: dict[str, Any]) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+def _event(kind: str, data: dict[str, Any], place: int | None = None) -> bytes:
+    """With its place, a client that comes again goes on after it."""
+    head = "" if place is None else f"id: {place}\n"
+    return f"{head}event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
 
 
 def _plain(event: Any) -> dict[str, Any]:
@@ -303,31 +383,39 @@ def _plain(event: Any) -> dict[str, Any]:
     return {k: v.as_dict() if isinstance(v, Command) else v for k, v in values.items()}
 
 
-async def _mp4(request: web.Request, room: Room) -> web.StreamResponse:
-    codec = codec_of(room.screen.header)
-    response = await _begin(request, "video/mp4", **({"X-RF-Codec": codec} if codec else {}))
-    await response.write(room.screen.header)
-    reel = Reel()
-    async for items in _news(room, latest=True):
-        for item in items or ():
-            if isinstance(item, Picture) and item.fragment is not None:
-                await response.write(reel.add(item.fragment))
-    return response
+async def _pictures(watcher: _Watcher) -> AsyncIterator[Picture]:
+    """From the newest on; where the reader is slow, some are left out."""
+    reader = watcher.room.outbox.reader(latest=True)
+    async with aclosing(watcher.news(reader)) as news:
+        async for items in news:
+            for _, item in items or ():
+                if isinstance(item, Picture):
+                    yield item
 
 
-async def _mjpeg(request: web.Request, room: Room) -> web.StreamResponse:
-    response = await _begin(request, f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
-    due = 0.0
-    async for items in _news(room, latest=True):
-        for item in items or ():
-            if not isinstance(item, Picture) or item.images is None:
+async def _mp4(watcher: _Watcher) -> None:
+    header = watcher.room.screen.header
+    codec, reel = codec_of(header), Reel()
+    await watcher.begin("video/mp4", **({"X-RF-Codec": codec} if codec else {}))
+    await watcher.write(header)
+    async with aclosing(_pictures(watcher)) as pictures:
+        async for picture in pictures:
+            if picture.fragment is not None:
+                await watcher.write(reel.add(picture.fragment))
+
+
+async def _mjpeg(watcher: _Watcher) -> None:
+    await watcher.begin(f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
+    due = time.monotonic()
+    async with aclosing(_pictures(watcher)) as pictures:
+        async for picture in pictures:
+            if picture.images is None:
                 continue
-            for part in await asyncio.to_thread(_jpegs, item.images):
-                due = max(due, time.monotonic())
-                await response.write(part)
+            for part in await watcher.room.jpegs(picture):
+                due = max(due, time.monotonic() - _LATE)
+                await watcher.write(part)
                 due += 1 / FPS
                 await asyncio.sleep(due - time.monotonic())
-    return response
 
 
 def _jpegs(images: Any) -> list[bytes]:
@@ -339,10 +427,3 @@ def _jpegs(images: Any) -> list[bytes]:
         head = f"--{_BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
         parts.append(head.encode() + data + b"\r\n")
     return parts
-
-
-async def _begin(request: web.Request, kind: str, **headers: str) -> web.StreamResponse:
-    headers |= {"Content-Type": kind, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    response = web.StreamResponse(headers=headers)
-    await response.prepare(request)
-    return response

@@ -67,7 +67,18 @@ _DEFAULT_DTYPE = (
     "bfloat16 on a card, and for large networks on a CPU that multiplies it, else float32"
 )
 # What a live session's log holds, beside its prompts, its length and its seed.
-_HELD = ("width", "height", "window", "sink", "decay", "cache", "accumulator", "steps", "shift")
+_HELD = (
+    "width",
+    "height",
+    "dtype",
+    "window",
+    "sink",
+    "decay",
+    "cache",
+    "accumulator",
+    "steps",
+    "shift",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import FPS, CacheConfig, SamplerConfig
+from .config import FPS
 from .fast.graphs import GraphedModel
 from .generate import open_networks, open_stream, open_text_encoder, start_images
 from .live.buffers import Behind, Picture
@@ -420,28 +420,19 @@ def replay(
 
 def options_of(log: Log, options: Options) -> Options:
     """A run's options with all that a log holds; ValueError where a stream cannot be made so."""
-    facts = log.start.stream
+    facts, (cache, sampler) = log.start.stream, log.rules
     if facts.get("chunk") != 0:
         raise ValueError(
             "the log begins within a video, which the command line cannot replay; take one of "
             "generate --live"
         )
-    try:
-        cache, sampler = dict(facts["cache"]), dict(facts["sampler"])
-        sampler["steps"] = tuple(sampler["steps"])
-        CacheConfig(**cache), SamplerConfig(**sampler)
-        held: dict[str, Any] = {name: facts[name] for name in ("width", "height", "seed")}
-        if not all(type(number) is int for number in held.values()):
-            raise TypeError("its size and seed are no whole numbers")
-        if options.dtype == "auto":
-            held["dtype"] = getattr(torch, str(facts["dtype"]).removeprefix("torch."))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"the log does not say what its stream was ({error})") from error
+    dtype = getattr(torch, str(facts.get("dtype")).removeprefix("torch."), None)
     return replace(
         options,
-        **held,
-        cache=cache,
-        sampler=sampler,
+        **{name: facts[name] for name in ("width", "height", "seed")},
+        cache=vars(cache),
+        sampler=vars(sampler),
+        dtype=dtype if isinstance(dtype, torch.dtype) else options.dtype,
         files=_with_strengths(options.files, log.start.loras),
     )
 

@@ -34,6 +34,7 @@ from rf_core.memory.footprint import footprint
 from rf_core.memory.plan import Placement, phases
 from rf_core.options import Files, Options, _sizes_of, plan
 from rf_core.prompts import PromptTimeline, Switch
+from rf_core.stream import Stream
 from rf_core.weights.checkpoint import load_student, read_checkpoint
 from rf_core.weights.lora import Lora
 from rf_core.weights.strengths import Strengths, names_of
@@ -89,23 +90,24 @@ class Running:
         assert self.process.poll() is None, f"it has ended:\n{self.told}"
         os.write(place, text.encode())
 
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        def found() -> re.Match[str] | None:
-            return re.search(pattern, self.told, re.MULTILINE)
+    def wait_for(self, pattern: str, times: int = 1) -> re.Match[str]:
+        """The match, once something was told so often."""
+
+        def found() -> list[re.Match[str]]:
+            return list(re.finditer(pattern, self.told, re.MULTILINE))[times - 1 :]
 
         with self._news:
-            match = self._news.wait_for(found, timeout=60)
-        assert match, f"{pattern} was not told:\n{self.told}"
-        return match
+            matches = self._news.wait_for(found, timeout=60)
+        assert matches, f"{pattern} was not told:\n{self.told}"
+        return matches[0]
 
     def reach(self, chunk: int) -> None:
         """Wait until so many chunks are made."""
-        at = -1
+        pattern, at = r"^chunk (\d+) is next", -1
         while at < chunk:
-            told = len(re.findall(" is next, ", self.told))
+            told = len(re.findall(pattern, self.told, re.MULTILINE))
             self.type("/status\n")
-            self.wait_for(rf"(?s)\A(.*? is next, ){{{told + 1}}}")
-            at = int(re.findall(r"^chunk (\d+) is next", self.told, re.MULTILINE)[-1])
+            at = int(self.wait_for(pattern, told + 1)[1])
             time.sleep(0.1)
 
     def ask(self, line: str, number: int) -> int:
@@ -137,6 +139,19 @@ def replayed(output: Path, *more: str) -> Path:
     given = ("--replay", str(output.with_suffix(".jsonl")), *more)
     assert main(arguments(folder / output.name, *given, prompt="")) == 0
     return folder
+
+
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets lines wait in a pipe for a session in this process."""
+
+    def pipe(text: str) -> None:
+        reader, writer = os.pipe()
+        os.write(writer, text.encode())
+        os.close(writer)
+        monkeypatch.setattr(sys, "stdin", os.fdopen(reader, encoding="utf-8"))
+
+    return pipe
 
 
 def test_prompts_and_a_branch_through_a_pipe_are_what_a_timeline_makes_and_replay_to_the_byte(
@@ -201,14 +216,39 @@ def test_on_a_terminal_a_typed_line_takes_hold_ctrl_d_ends_nothing_and_ctrl_c_ke
 
 
 @posix
-def test_a_second_ctrl_c_ends_it_in_a_pause_that_is_stopped_and_the_first_one_does_too(
-    tmp_path: Path,
-) -> None:
+def test_ctrl_c_ends_a_pause(tmp_path: Path) -> None:
     with live(tmp_path / "take.mp4") as running:
         running.ask("/pause", 1)
         running.process.send_signal(signal.SIGINT)
         assert running.end() == 130
         running.wait_for(r"^\[2\] applied at chunk")
+
+
+@posix
+def test_a_second_ctrl_c_ends_the_pass_and_what_is_made_is_whole_and_replays(
+    piped: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make = Stream.generate
+
+    def impatient(stream: Stream, *given: Any) -> Any:
+        if stream.state.num_chunks == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the second one did not end the pass")
+        return make(stream, *given)
+
+    output = tmp_path / "take.mp4"
+    piped("a blue square\n")
+    monkeypatch.setattr(Stream, "generate", impatient)
+    assert main(arguments(output, "--live", "--pace", "max")) == 130
+    monkeypatch.undo()
+    captured = capsys.readouterr()
+    assert captured.err == "stopped\n" and "ended at chunk 2: KeyboardInterrupt" in captured.out
+    assert len(images_of(output)) == 21
+    assert (replayed(output) / "take.mp4").read_bytes() == output.read_bytes()
 
 
 @posix
@@ -267,18 +307,7 @@ def test_osc_steers_it_and_random_datagrams_do_nothing(tmp_path: Path) -> None:
     assert len(images_of(output)) > 0
 
 
-# In this process: lines that wait in a pipe when the session begins.
-
-
-@pytest.fixture
-def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    def pipe(text: str) -> None:
-        reader, writer = os.pipe()
-        os.write(writer, text.encode())
-        os.close(writer)
-        monkeypatch.setattr(sys, "stdin", os.fdopen(reader, encoding="utf-8"))
-
-    return pipe
+# Lines that wait in a pipe when the session begins.
 
 
 def test_a_pause_that_nothing_can_end_any_more_is_ended_and_the_length_is_reached(
@@ -474,7 +503,7 @@ def test_a_log_that_is_damaged_or_of_another_kind_is_a_sentence(
         ("width", 10**9, "width is 1000000000"),
         ("cache", {"window": 9}, "does not say what its stream was"),
         ("sampler", {}, "does not say what its stream was"),
-        ("dtype", "torch.save_", "does not say what its stream was"),
+        ("dtype", "torch.save", "has dtype torch.save, this one has torch.float32"),
         ("chunk", 3, "begins within a video"),
         ("fingerprint", "0", "replay it with what it was made with"),
         ("decoder", "taehv", "replay it with what it was made with"),

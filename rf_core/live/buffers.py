@@ -231,6 +231,13 @@ class Outbox:
         with self._changed:
             return self._closed
 
+    @property
+    def end(self) -> Ended | None:
+        """The last event, once it has come."""
+        with self._changed:
+            last = self._events[-1][1] if self._events else None
+            return last if isinstance(last, Ended) else None
+
     def close(self) -> None:
         """Nothing comes any more; readers read what is there."""
         with self._changed:
@@ -238,13 +245,18 @@ class Outbox:
             self._changed.notify_all()
             self._ring()
 
-    def reader(self, from_start: bool = False, latest: bool = False) -> Reader:
+    def reader(
+        self, from_start: bool = False, latest: bool = False, after: int | None = None
+    ) -> Reader:
         """Somebody who reads what comes from now on, or from the session's beginning.
 
-        With `latest` the newest picture is read first.
+        With `latest` the newest picture is read first; with `after`, a place that another reader
+        came to, what follows it.
         """
         with self._changed:
             begin = self._pictures[-1][0] if latest and self._pictures else self._count
+            if after is not None:
+                begin = min(max(after + 1, 0), self._count)
             return Reader(self, 0 if from_start else begin)
 
     @contextmanager
@@ -261,13 +273,13 @@ class Outbox:
             with self._changed:
                 self._bells.remove(ring)
 
-    def _read(self, cursor: int, timeout: float | None) -> tuple[list[Event | Picture], int]:
+    def _read(self, cursor: int, timeout: float | None) -> tuple[list[tuple[int, Any]], int]:
         with self._changed:
             self._changed.wait_for(lambda: self._count > cursor or self._closed, timeout)
             if cursor < self._gone:
                 raise Behind("events have passed that are no longer kept; begin anew")
             new = chain(_since(self._events, cursor), _since(self._pictures, cursor))
-            return [item for _, item in sorted(new, key=itemgetter(0))], self._count
+            return sorted(new, key=itemgetter(0)), self._count
 
 
 class Reader:
@@ -281,6 +293,10 @@ class Reader:
 
         Empty where nothing came, or where nothing will. Raises `Behind`.
         """
+        return [item for _, item in self.read_placed(timeout)]
+
+    def read_placed(self, timeout: float | None = None) -> list[tuple[int, Event | Picture]]:
+        """The same, each with its place: see `Outbox.reader`."""
         found, self._cursor = self._outbox._read(self._cursor, timeout)
         return found
 

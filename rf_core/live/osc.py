@@ -102,9 +102,9 @@ class OscServer:
     def _obey(self, message: Any) -> None:
         name, *path = message.address.strip("/").split("/")
         given = list(message.params)
-        if name.lower() in _BARE and [type(each) is str for each in given] == [False]:
-            if not given.pop():
-                return
+        pressed = name.lower() in _BARE and [type(each) is str for each in given] == [False]
+        if pressed and not given.pop():
+            return
         words = [*path, *map(_word, given)]
         asked = read_words(name, words, Now(mode=self._mode, chunk=self._chunk()))
         if isinstance(asked, Switch):
