@@ -41,7 +41,8 @@ class Stage {
     this.idle = element("div", { className: "rf-idle", textContent: WORDS });
     this.element = element("div", {}, this.idle);
     const getMinHeight = () => (this.view ? this.view.body.offsetHeight : IDLE) + 2 * MARGIN;
-    this.widget = node.addDOMWidget("live", "live", this.element, { serialize: false, margin: MARGIN, getMinHeight });
+    const options = { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight };
+    this.widget = node.addDOMWidget("live", "live", this.element, options);
     this.widget.serialize = false;
     keepHeight(node, () => this.view);
   }

@@ -6,8 +6,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not inst
 
 RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "vue"])
 WAIT = 30_000
+TEXT = "a red square moves right"
+SEEDS = count(1)  # what was made already is not made again
 SPAN = 32
 """Chunks on the strip."""
 
@@ -146,10 +149,10 @@ class Live:
 @contextmanager
 def live(server: Server, vue_nodes: bool, browser: Any = None) -> Iterator[Live]:
     """A stream that runs on a page, ended and without errors at the end."""
-    with open_browsers(0 if browser else 1) as own:
-        page, errors = open_frontend(browser or own[0], server.address)
+    with nullcontext([browser]) if browser else open_browsers(1) as (first,):
+        page, errors = open_frontend(first, server.address)
         use_renderer(page, vue_nodes)
-        page.evaluate(BUILD, {"text": "a red square moves right", "width": 64, "height": 64})
+        page.evaluate(BUILD, {"text": TEXT, "width": 64, "height": 64, "seed": next(SEEDS)})
         page.evaluate(FIT)
         page.wait_for_timeout(1000)
         page.evaluate(COUNT)
@@ -177,7 +180,7 @@ def test_a_prompt_is_typed_and_applied_and_its_chunk_is_told(
         box.click()
         page.keyboard.type("a yellow circle 1 moves upp")
         page.keyboard.press("Backspace")
-        assert session.status["prompt"] == "a red square moves right"  # a 1 in a text is no key
+        assert session.status["prompt"] == TEXT  # a 1 in a text is no key
         page.keyboard.press("Control+Enter")
         chunk = session.told("a yellow circle 1 moves up")
         assert session.status["prompt"] == "a yellow circle 1 moves up"

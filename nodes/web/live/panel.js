@@ -26,8 +26,8 @@ function readSlots() {
 
 // A value that follows the stream, except where a hand is on it or its last change is on its way.
 class Slider {
-  constructor(panel, label, bounds, command) {
-    Object.assign(this, { panel, command });
+  constructor(label, bounds, send, valueOf) {
+    this.valueOf = valueOf;
     this.output = element("output");
     this.told = element("span", { className: "rf-told" });
     this.input = element("input", { type: "range", ...bounds, "aria-label": label });
@@ -37,7 +37,7 @@ class Slider {
     };
     this.input.onchange = () => {
       this.held = false;
-      this.last = panel.send(command(Number(this.input.value)));
+      send(Number(this.input.value));
     };
     const name = element("label", { textContent: label, title: label });
     this.element = element("div", { className: "rf-slider" }, name, this.input, this.output, this.told);
@@ -53,7 +53,8 @@ class Slider {
     if (value > this.input.max) this.input.max = value;
     this.input.value = value;
     this.write(value);
-    write(this.told, command ? answered(command) : "");
+    const holds = command?.state !== "applied" || this.valueOf(command.command) === value; // no rewind since
+    write(this.told, command && holds ? answered(command) : "");
     this.told.title = this.told.textContent;
   }
 }
@@ -124,27 +125,23 @@ export class Panel {
     });
   }
 
-  slider(key, label, bounds, command) {
+  follow(key, label, value, bounds, like, name) {
     if (!this.sliders.has(key)) {
-      const made = new Slider(this, label, bounds, command);
+      const made = new Slider(label, bounds, (to) => this.send({ ...like, [name]: to }), (given) => given[name]);
       this.sliders.set(key, made);
       this.values.append(made.element);
     }
-    return this.sliders.get(key);
+    const same = ({ command }) => command.do === like.do && command.name === like.name;
+    this.sliders.get(key).render(value, this.session.commands.findLast(same));
   }
 
   render() {
     const { status, commands, over } = this.session;
-    if (status) {
-      const last = (test) => commands.findLast((each) => test(each.command));
-      for (const [name, strength] of Object.entries(status.loras)) {
-        const command = (value) => ({ do: "lora", name, strength: value });
-        const label = name.replace(/\.safetensors$/, "");
-        this.slider(`lora ${name}`, label, LORA, command).render(strength, last((each) => each.do === "lora" && each.name === name));
-      }
-      const command = (value) => ({ do: "decay", decay: value });
-      this.slider("decay", "sink decay", DECAY, command).render(status.decay, last((each) => each.do === "decay"));
+    for (const [name, strength] of Object.entries(status?.loras ?? {})) {
+      const label = name.replace(/\.safetensors$/, "");
+      this.follow(`lora ${name}`, label, strength, LORA, { do: "lora", name }, "strength");
     }
+    if (status) this.follow("decay", "sink decay", status.decay, DECAY, { do: "decay" }, "decay");
     const shown = commands.slice(-SHOWN);
     [...this.log.children].forEach((row, i) => {
       const entry = shown[i];

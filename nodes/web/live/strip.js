@@ -11,13 +11,13 @@ const PAST = 0.66; // of the strip
 const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600]; // seconds between marks of time
 const MARKS = 7; // at most
 
-function hue(text) {
-  let sum = 7;
-  for (const letter of text) sum = (sum * 31 + letter.codePointAt(0)) % 360;
-  return sum;
-}
+const GOLDEN = 137.5; // degrees: prompts that follow one another differ most
+const seen = new Map();
 
-const colour = (text) => `hsl(${hue(text)} 38% 34%)`;
+function colour(text) {
+  if (!seen.has(text)) seen.set(text, seen.size);
+  return `hsl(${Math.round(205 + GOLDEN * seen.get(text)) % 360} 38% 34%)`;
+}
 
 export class Strip {
   constructor(session, asks) {

@@ -47,6 +47,8 @@ export class View {
   build() {
     this.badge = element("span", { className: "rf-badge", role: "status" });
     this.player.element.append(this.badge, this.popover.element);
+    this.player.element.addEventListener("dblclick", () => this.fill());
+    this.player.element.title = "double-click: full screen";
     this.where = element("span", { className: "rf-where" });
     this.pause = button("Pause", () => this.send({ do: this.session.status?.paused ? "resume" : "pause" }));
     this.stop = button("Stop", () => this.askStop(), { className: "rf-stop", title: "end the stream and keep what is made" });
@@ -66,6 +68,11 @@ export class View {
     for (const name of OWN) this.element.addEventListener(name, (event) => event.stopPropagation());
     for (const name of DRAGS) this.element.addEventListener(name, (event) => event.button === 1 || event.stopPropagation());
     this.element.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  fill() {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else if (this.popover.element.hidden) this.player.element.requestFullscreen?.();
   }
 
   close() {
