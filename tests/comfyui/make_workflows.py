@@ -162,7 +162,7 @@ class Drawing:
 
 
 def view_of(saved: dict[str, Any]) -> dict[str, Any]:
-    """Where a workflow opens: all of it in sight, or its beginning where that would be too small."""
+    """Where a workflow opens: all of it in sight, or its beginning where all would be too small."""
     boxes = [(*each["pos"], *each["size"]) for each in saved["nodes"]]
     boxes += [tuple(each["bounding"]) for each in saved["groups"]]
     left, top = (min(box[i] for box in boxes) for i in (0, 1))
