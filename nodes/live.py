@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..rf_core.config import FPS, CacheConfig
 from ..rf_core.live import (
     MOST_COMING,
     Behind,
+    Branch,
     Limits,
     Log,
     OscServer,
@@ -29,6 +30,7 @@ from ..rf_core.live import (
     Session,
     Stop,
     VideoRecorder,
+    mark_of,
     read_log,
     replay_log,
 )
@@ -275,7 +277,7 @@ class LiveStream(io.ComfyNode):
         )
         make = live.run if log is None else partial(live.replay, log)
         snapshot = produce(request, keep_state, made, make)
-        lines = [live.told(), *other_decoder(request), *doubtful(model, vae)]
+        lines = [live.told(log is not None), *other_decoder(request), *doubtful(model, vae)]
         if timeline is not None and log is None and text.strip() not in ("", _FIRST):
             lines.append("ignored: text, as a timeline is connected")
         said = "\n".join([*lines, *ignored(model, request.prompts)])
@@ -377,6 +379,8 @@ class Live:
     max_seconds: float
     give_way: bool
     osc_port: int
+    differs: list[str] = field(default_factory=list)
+    """From where on a replay is not what the log says."""
 
     def run(self, load: Callable[[Any], None]) -> None:
         """Stream until it is stopped; however it ends, `made` says what there is."""
@@ -425,6 +429,7 @@ class Live:
                 session.run(on_pass, manners.on_idle, until)
         finally:
             self._sum_up(session.outbox.status.chunk - begin, session.recent_latents)
+            hands.put_back()
 
     def replay(self, log: Log, load: Callable[[Any], None]) -> None:
         """Do once more what a log says."""
@@ -440,23 +445,30 @@ class Live:
             if loras[name] != strength:
                 hands.set_lora(name, strength)
         bar = host.progress_bar(log.num_chunks)
+        marks = iter(log.marks)
 
-        def on_chunk(branch: Any, chunk: int, latents: Tensor) -> None:
+        def on_chunk(branch: Branch, chunk: int, latents: Tensor) -> None:
             bar.update(1)
             self.made.chunks = chunk + 1 - begin
+            if next(marks) != mark_of(latents) and not self.differs:
+                self.differs.append(f"chunk {chunk} of {branch.name}")
 
-        recent = replay_log(
-            log,
-            stream,
-            hands.encode,
-            set_lora=hands.set_lora,
-            clip=request.start_latents,
-            beside=_beside(request),
-            recorder=recording,
-            on_chunk=on_chunk,
-            on_pass=lambda kind, number: host.check_interrupt(),
-        )
-        self._sum_up(self.made.chunks, recent)
+        try:
+            recent = replay_log(
+                log,
+                stream,
+                hands.encode,
+                set_lora=hands.set_lora,
+                clip=request.start_latents,
+                beside=_beside(request),
+                recorder=recording,
+                on_chunk=on_chunk,
+                on_pass=lambda kind, number: host.check_interrupt(),
+                exact=False,
+            )
+            self._sum_up(self.made.chunks, recent)
+        finally:
+            hands.put_back()
 
     def _osc(self, session: Session) -> AbstractContextManager[Any]:
         if not self.osc_port:
@@ -469,13 +481,20 @@ class Live:
         assert self.request.path is not None
         return self.request.path.with_suffix(".jsonl")
 
-    def told(self) -> str:
+    def told(self, replayed: bool) -> str:
         """What was made, in a line."""
         assert self.made.path is not None
         seconds = self.made.num_images / FPS
         text = f"{self.made.path.name}: {self.made.num_images} images, {seconds:.2f} s"
-        if self.log_path.exists():
+        if not replayed:
             text += f"; {self.log_path.name} says what was done, and makes it again by replay"
+        elif self.differs:
+            text += (
+                f"; replayed, and other images than the session's from {self.differs[0]} on: the "
+                "log was edited, or the models are others"
+            )
+        else:
+            text += "; replayed, the same latents to the bit"
         host.log(text)
         return text
 
@@ -491,7 +510,8 @@ class _Hands:
 
     def __init__(self, request: Request, clip: Any, load: Callable[[Any], None]) -> None:
         self._clip, self._load = clip, load
-        self._embeds, self._model = request.prompts.embeds, request.model
+        self._embeds, self._original = request.prompts.embeds, request.model
+        self._model = self._original
         self._strengths = host.strengths(request.model)
 
     def encode(self, text: str) -> Tensor:
@@ -507,6 +527,11 @@ class _Hands:
         self._strengths[name] = strength
         self._model = host.with_strengths(self._model, self._strengths)
         self._load(self._model)
+
+    def put_back(self) -> None:
+        """Let the MODEL be loaded as it was."""
+        if self._model is not self._original:
+            self._load(self._original)
 
 
 class _Manners:

@@ -34,17 +34,18 @@ from .commands import (
 )
 from .fragments import Reel, codec_of
 from .history import Limits
-from .log import Log, read_log
+from .log import Log, mark_of, read_log
 from .osc import OscServer
 from .record import Recorder, VideoRecorder
 from .replay import replay_log
 from .session import Session, Status
-from .transition import MOST_COMING
+from .transition import MOST_COMING, Branch
 
 __all__ = [
     "MOST_COMING",
     "Applied",
     "Behind",
+    "Branch",
     "Branched",
     "Command",
     "Cut",
@@ -75,6 +76,7 @@ __all__ = [
     "Stop",
     "VideoRecorder",
     "codec_of",
+    "mark_of",
     "read_command",
     "read_log",
     "replay_log",

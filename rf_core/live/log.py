@@ -111,9 +111,14 @@ class Log:
             raise ValueError(f"the log does not say what its stream was ({error})") from error
 
     @property
+    def marks(self) -> list[str]:
+        """What `mark_of` said of each chunk, on every branch, in order."""
+        return [entry.mark for entry in self.entries if isinstance(entry, Made)]
+
+    @property
     def num_chunks(self) -> int:
         """Chunks that were made, on every branch."""
-        return sum(isinstance(entry, Made) for entry in self.entries)
+        return len(self.marks)
 
 
 def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:

@@ -175,13 +175,28 @@ def test_a_session_steered_back_and_forth_is_made_again_from_its_log(
         width=832, height=480, seed=0, max_seconds=1.0, text="x",
         replay="video/reward_forcing_live_00001_.jsonl",
     )  # fmt: skip
-    other, there, shown, state, _ = parts(again.end())
+    other, there, shown, state, said = parts(again.end())
     assert there.name == "reward_forcing_live_00002_-night.mp4"
     for name in ("", "-night"):
         files = [folder / f"reward_forcing_live_0000{n}_{name}.mp4" for n in (1, 2)]
         assert np.array_equal(*map(images_of, files)), name
     assert torch.equal(other["samples"], latent["samples"]) and torch.equal(shown, images)
-    assert state is not None
+    assert state is not None and said.endswith("; replayed, the same latents to the bit")
+
+
+def test_a_log_that_was_edited_makes_another_video_from_there_and_says_so(
+    live: Callable[..., Playing], tmp_path: Path
+) -> None:
+    run = live(max_seconds=0.0)
+    run.at(2)
+    run.ask(prompt(RED))
+    run.at(5)
+    path = parts(run.end(STOP))[1]
+    log = path.with_suffix(".jsonl")
+    (asked,) = [json.loads(line) for line in log.read_text().splitlines() if RED in line]
+    log.write_text(log.read_text().replace(RED, "a green triangle moves down"))
+    *_, said = parts(live(replay=f"video/{log.name}").end())
+    assert f"other images than the session's from chunk {asked['chunk']} of main on" in said
 
 
 def test_a_log_that_is_none_and_a_place_outside_are_refused(
@@ -221,6 +236,8 @@ def test_a_strength_set_live_is_as_if_it_had_been_loaded(
     plain = live(model=with_lora(0.0))
     plain.at(4)
     before = parts(plain.end(STOP))[0]["samples"]
+    untouched = live(model=bare, max_seconds=3.0)
+    assert torch.equal(before[:, :, :9], parts(untouched.end())[0]["samples"][:, :, :9])
     assert (before[:, :, :9] - expected[:, :, :9]).abs().max() > 0.05
 
 
