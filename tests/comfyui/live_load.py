@@ -44,7 +44,7 @@ WARM_UP = 240.0
 """Seconds after which memory is to be flat: until then, buffers and the past fill."""
 STEEPEST = 0.5
 """MB a minute that it may grow then."""
-PAST = 48
+PAST = 12
 """MB of the past that is kept: full within the warm-up, so that what else grows is seen."""
 
 
