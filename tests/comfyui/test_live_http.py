@@ -605,7 +605,7 @@ def test_an_ended_session_answers_for_a_while_and_then_nothing_is_left_of_it(
         one = room()
         name, outbox = one.id, weakref.ref(one.outbox)
         with live_http.opened(one, None):
-            assert name in live_http._rooms
+            assert name in live_http._rooms and one.token not in repr(live_http._rooms)
         assert name in live_http._rooms
         del one
         await asyncio.sleep(0.5)
