@@ -134,7 +134,7 @@ async def main() -> None:
     given = parser.parse_args()
     workflow = json.loads(given.workflow.read_text(encoding="utf-8"))
     timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout, read_bufsize=1 << 22) as http:
+    async with aiohttp.ClientSession(timeout=timeout, read_bufsize=1 << 24) as http:
         live, token = await start(http, given.server.rstrip("/"), workflow)
         if given.start:
             print(f"LIVE={shlex.quote(live)} TOKEN={shlex.quote(token)}")

@@ -73,7 +73,7 @@ class Room:
     facts: Callable[[], dict[str, Any]]
     """What the node adds to the status: files, limits, memory."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
-    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
     ended_at: float | None = None
     watchers: int = 0
     _encoded: tuple[Picture, asyncio.Future[list[bytes]]] | None = field(default=None, init=False)

@@ -44,7 +44,7 @@ WARM_UP = 240.0
 """Seconds after which memory is to be flat: until then, buffers and the past fill."""
 STEEPEST = 0.5
 """MB a minute that it may grow then."""
-PAST = 48
+PAST = 12
 """MB of the past that is kept: full within the warm-up, so that what else grows is seen."""
 
 
@@ -226,12 +226,12 @@ def first_images(load: Load, log: list[dict[str, Any]]) -> list[float]:
     return seen
 
 
-def slope(memory: list[tuple[float, float]]) -> float:
-    """MB a minute, of the samples after the warm-up."""
+def slope(memory: list[tuple[float, float]]) -> float | None:
+    """MB a minute, of the samples after the warm-up; None where there are too few."""
     late = [(at / 60, mb) for at, mb in memory if at >= WARM_UP]
     if len(late) < 3:
-        return 0.0
-    return statistics.linear_regression(*zip(*late, strict=True)).slope
+        return None
+    return round(statistics.linear_regression(*zip(*late, strict=True)).slope, 3)
 
 
 def faults(load: Load, log: list[dict[str, Any]]) -> Iterator[str]:
@@ -248,8 +248,8 @@ def faults(load: Load, log: list[dict[str, Any]]) -> Iterator[str]:
     made = sum("made" in line for line in log)
     if made != len(load.fragments):
         yield f"{made} chunks were made, {len(load.fragments)} came to the watcher"
-    if slope(load.memory) > STEEPEST:
-        yield f"memory grows by {slope(load.memory):.2f} MB a minute"
+    if (slope(load.memory) or 0.0) > STEEPEST:
+        yield f"memory grows by {slope(load.memory)} MB a minute"
     if load.refused_at_once:
         yield f"not taken: {load.refused_at_once[0]}"
     if "Traceback" in load.live.server.log:
@@ -312,7 +312,7 @@ def _summary(server: Server, minutes: float, seed: int, received: Path) -> dict[
         "seconds to applied, with a rewind before or in it": _spread(applied["rewinding"]),
         "seconds to the first image": _spread(first_images(load, log)),
         "memory MB": [round(mb) for _, mb in load.memory][:: max(1, len(load.memory) // 20)],
-        "memory slope MB a minute": round(slope(load.memory), 3),
+        "memory slope MB a minute": slope(load.memory),
         "past MB": round(load.history / 2**20, 1),
         "replay seconds": round(replay_seconds, 1),
         "replay identical": not any("replayed" in each for each in wrong),
