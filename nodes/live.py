@@ -572,12 +572,10 @@ class _Preview:
     def __init__(self, room: live_http.Room, until: int | None) -> None:
         self._room, self._until = room, until
         self._pictures = room.outbox.reader()
-        self._watched = False  # once is enough: a page that is loaded again comes back
         self._bar = host.progress_bar(until or 1)
 
     def show(self) -> None:
         """The newest chunk's last image, where nobody watched; how far it is, to everybody."""
-        self._watched |= self._room.watchers > 0
         try:
             chunks = [each for each in self._pictures.read(0) if isinstance(each, Picture)]
         except Behind:
@@ -585,7 +583,7 @@ class _Preview:
         if not chunks:
             return
         images, done = chunks[-1].images, chunks[-1].chunk + 1
-        alone = not self._watched and done > _GRACE and images is not None
+        alone = not self._room.seen and done > _GRACE and images is not None
         picture = host.preview_of(images[-1]) if alone else None
         self._bar.update_absolute(done, max(self._until or 0, done), picture)
 

@@ -76,6 +76,8 @@ class Room:
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
     ended_at: float | None = None
     watchers: int = 0
+    seen: bool = False
+    """Whether anybody ever watched the video."""
     _encoded: tuple[Picture, asyncio.Future[list[bytes]]] | None = field(default=None, init=False)
 
     @property
@@ -391,6 +393,7 @@ async def _pictures(watcher: _Watcher) -> AsyncIterator[Picture]:
 
 
 async def _mp4(watcher: _Watcher) -> None:
+    watcher.room.seen = True
     header = watcher.room.screen.header
     codec, reel = codec_of(header), Reel()
     await watcher.begin("video/mp4", **({"X-RF-Codec": codec} if codec else {}))
@@ -402,6 +405,7 @@ async def _mp4(watcher: _Watcher) -> None:
 
 
 async def _mjpeg(watcher: _Watcher) -> None:
+    watcher.room.seen = True
     await watcher.begin(f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
     due = time.monotonic()
     async with aclosing(_pictures(watcher)) as pictures:

@@ -32,6 +32,7 @@ from rf_core.live import (
     Stop,
     VideoRecorder,
     codec_of,
+    history,
 )
 from rf_core.live.session import Beat
 from rf_core.stream import OnPass
@@ -171,6 +172,20 @@ def test_where_no_snapshot_fits_the_beginning_stays_in_reach() -> None:
     events = session.outbox.reader(from_start=True).read(0)
     assert of_kind(events, Branched) and not of_kind(events, Refused)
     assert session.outbox.status.history_bytes <= room
+
+
+def test_snapshots_are_the_rarer_the_more_there_is_to_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(history, "_COPIED", stream_of().snapshot().nbytes)
+    gaps = []
+    for factor in (1, 3):
+        monkeypatch.setattr(history, "_COPIED", history._COPIED // factor)
+        session = session_of(limits=Limits(every=2))
+        session.run(until=26)
+        marks = [mark.chunk for mark in session._maker.history._marks]
+        gaps.append(marks[-1] - marks[-2])
+    assert gaps[0] < gaps[1] and gaps[1] >= 6
 
 
 # Those who watch.

@@ -16,6 +16,8 @@ from ..ranges import MANY, check_counts
 from ..state import Snapshot
 from .transition import Action
 
+_COPIED = 2**28  # bytes of a snapshot that `Limits.every` is for
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -23,9 +25,10 @@ class Limits:
 
     max_bytes: int = 16 * 2**30
     """RAM of latents and snapshots together, in bytes; one snapshot more while it is taken."""
-    every: int = 32
-    """Chunks from one snapshot to the next; going back makes as many again, by a pass each."""
-    snapshots: int = 4
+    every: int = 8
+    """Chunks from one snapshot to the next, for each 256 MiB that one takes: it has to be copied.
+    Going back makes up to as many again, by a pass each."""
+    snapshots: int = 32
     """The most that are kept; where there are more, one goes that leaves a small gap for its age,
     so that they lie the denser the nearer they are."""
 
@@ -110,7 +113,8 @@ class History:
         if not self._marks:
             return self._largest <= self.limits.max_bytes
         fits = self._largest + self._latent_bytes <= self.limits.max_bytes
-        return fits and chunk - self._marks[-1].chunk >= self.limits.every
+        every = self.limits.every * max(1, -(-self._largest // _COPIED))
+        return fits and chunk - self._marks[-1].chunk >= every
 
     def latents(self) -> list[Tensor]:
         """The clean latents of the last chunks, as far as they are kept, oldest first."""

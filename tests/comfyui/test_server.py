@@ -26,6 +26,7 @@ NODES = {
     "RFPromptSwitch",
     "RFPromptSchedule",
     "RFStreamingSampler",
+    "RFLiveStream",
     "RFSaveState",
     "RFLoadState",
     "RFModelInfo",
