@@ -453,7 +453,11 @@ GRAPHS: dict[str, Graph] = {
             ("demo.VAE", "stream.vae"),
         ),
         groups={MODEL: (0, 0), LIVE: (1, 1)},
-        app=(("RFLiveStream", "text"), ("RFLiveStream", "max_seconds")),
+        app=(
+            ("RFLiveStream", "live"),
+            ("RFLiveStream", "text"),
+            ("RFLiveStream", "max_seconds"),
+        ),
     ),
     "live": Graph(
         title="13 Live",
