@@ -456,7 +456,11 @@ GRAPHS: dict[str, Graph] = {
         ),
         groups={MODEL: (0, 0), LIVE: (1, 1)},
         note_beside=True,
-        app=(("RFLiveStream", "text"), ("RFLiveStream", "max_seconds")),
+        app=(
+            ("RFLiveStream", "live"),
+            ("RFLiveStream", "text"),
+            ("RFLiveStream", "max_seconds"),
+        ),
     ),
     "live": Graph(
         title="13 Live",

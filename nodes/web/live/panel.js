@@ -53,8 +53,8 @@ class Slider {
     if (value > this.input.max) this.input.max = value;
     this.input.value = value;
     this.write(value);
-    const holds = command?.state !== "applied" || this.valueOf(command.command) === value; // no rewind since
-    write(this.told, command && holds ? answered(command) : "");
+    const gone = command?.state === "applied" && this.valueOf(command.command) !== value; // by a rewind
+    write(this.told, command && !gone ? answered(command) : "");
     this.told.title = this.told.textContent;
   }
 }
@@ -77,27 +77,45 @@ export class Panel {
     });
     this.mode = element("select", { title: MODE_HELP, "aria-label": "mode" });
     this.mode.append(...MODES.map((name) => new Option(name)));
-    this.length = element("input", { type: "number", min: 1, max: 99, value: 3, title: "chunks that the blend takes" });
-    this.length.setAttribute("aria-label", "blend length in chunks");
+    this.length = element("input", {
+      type: "number",
+      min: 1,
+      max: 99,
+      value: 3,
+      title: "chunks that the blend takes",
+      "aria-label": "blend length in chunks",
+    });
     this.mode.onchange = () => (this.length.disabled = this.mode.value !== "blend");
     this.mode.onchange();
-    this.later = button("Later…", () => this.onLater(), { title: "schedule it for a later chunk" });
-    const applies = { className: "rf-main", title: "Ctrl-Enter" };
-    this.buttons = [button("Apply", () => this.apply(), applies), this.later];
-    const how = element("div", { className: "rf-row" }, this.mode, this.length, element("span", { className: "rf-unit", textContent: "chunks" }), element("span", { className: "rf-gap" }), this.later, this.buttons[0]);
-    this.keys = this.slots.map((_, i) =>
-      element("button", { type: "button", className: "rf-slot", onclick: (event) => this.slot(i, event.shiftKey) }),
+    const how = element(
+      "div",
+      { className: "rf-row" },
+      this.mode,
+      this.length,
+      element("span", { className: "rf-unit", textContent: "chunks" }),
+      element("span", { className: "rf-gap" }),
+      button("Later…", () => this.onLater(), { title: "schedule it for a later chunk" }),
+      button("Apply", () => this.apply(), { className: "rf-main", title: "Ctrl-Enter" }),
     );
-    const slots = element("div", { className: "rf-slots", role: "group", "aria-label": "prompt slots" }, ...this.keys);
+    this.keys = this.slots.map((_, i) =>
+      button("", (event) => this.slot(i, event.shiftKey), { className: "rf-slot" }),
+    );
+    const group = { className: "rf-slots", role: "group", "aria-label": "prompt slots" };
+    const slots = element("div", group, ...this.keys);
     this.values = element("div", { className: "rf-sliders" });
-    this.log = element("ol", { className: "rf-log", "aria-live": "polite", "aria-label": "commands" });
-    this.log.append(...Array.from({ length: SHOWN }, () => element("li", {}, element("span"), element("span"))));
-    this.element = element("div", { className: "rf-panel" }, this.text, how, slots, this.values, this.log);
+    const rows = Array.from({ length: SHOWN }, () =>
+      element("li", {}, element("span"), element("span")),
+    );
+    const list = { className: "rf-log", "aria-live": "polite", "aria-label": "commands" };
+    this.log = element("ol", list, ...rows);
+    const parts = [this.text, how, slots, this.values, this.log];
+    this.element = element("div", { className: "rf-panel" }, ...parts);
     this.renderSlots();
   }
 
   get switch() {
-    return this.mode.value === "blend" ? `blend ${Math.max(1, Math.round(this.length.value) || 1)}` : this.mode.value;
+    if (this.mode.value !== "blend") return this.mode.value;
+    return `blend ${Math.max(1, Math.round(this.length.value) || 1)}`;
   }
 
   send(command) {
@@ -119,15 +137,18 @@ export class Panel {
   renderSlots() {
     this.keys.forEach((key, i) => {
       const text = this.slots[i];
-      key.replaceChildren(element("kbd", { textContent: i + 1 }), element("span", { textContent: text || "empty" }));
+      const number = element("kbd", { textContent: i + 1 });
+      key.replaceChildren(number, element("span", { textContent: text || "empty" }));
       key.classList.toggle("rf-empty", !text);
-      key.title = text ? `${text}\n(Shift: keep the prompt box here)` : "keeps what stands in the prompt box";
+      const help = "keeps what stands in the prompt box";
+      key.title = text ? `${text}\n(with Shift: ${help})` : help;
     });
   }
 
   follow(key, label, value, bounds, like, name) {
     if (!this.sliders.has(key)) {
-      const made = new Slider(label, bounds, (to) => this.send({ ...like, [name]: to }), (given) => given[name]);
+      const send = (value) => this.send({ ...like, [name]: value });
+      const made = new Slider(label, bounds, send, (command) => command[name]);
       this.sliders.set(key, made);
       this.values.append(made.element);
     }

@@ -25,7 +25,8 @@ export class Popover {
     this.onSubmit = onSubmit;
     const rows = Object.entries(fields).map(([name, [label, field]]) => {
       Object.assign(field, { name, id: `rf-field-${++count}` });
-      return element("div", { className: "rf-row" }, element("label", { htmlFor: field.id, textContent: label }), field);
+      const words = element("label", { htmlFor: field.id, textContent: label });
+      return element("div", { className: "rf-row" }, words, field);
     });
     const submit = element("button", { type: "submit", className: "rf-main", textContent: action });
     const row = element("div", { className: "rf-row rf-end" }, button("Cancel", () => this.hide()), submit);

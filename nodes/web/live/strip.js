@@ -3,7 +3,7 @@
 // prompt there; a coming change is dragged, or dropped.
 
 import { button, element, write } from "./element.js";
-import { place, seconds } from "./words.js";
+import { place, said, seconds } from "./words.js";
 
 const LEAST = 32; // chunks that are shown at once
 const MOST = 8192;
@@ -11,6 +11,7 @@ const PAST = 0.66; // of the strip
 const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600]; // seconds between marks of time
 const MARKS = 7; // at most
 
+const HELP = "(drag or arrow keys: another time; double-click or Delete: drop)";
 const GOLDEN = 137.5; // degrees: prompts that follow one another differ most
 const seen = new Map();
 
@@ -27,12 +28,17 @@ export class Strip {
     this.over = element("div", { className: "rf-pills" });
     this.ghost = element("div", { className: "rf-ghost", hidden: true });
     this.now = element("div", { className: "rf-now" });
-    this.track = element("div", { className: "rf-track" }, this.spans, this.over, this.now, this.ghost);
+    const onTrack = [this.spans, this.over, this.now, this.ghost];
+    this.track = element("div", { className: "rf-track" }, ...onTrack);
     this.branches = element("div", { className: "rf-branches" });
     this.later = button("", () => this.zoom(2), { className: "rf-later", hidden: true });
-    const zoom = (label, factor, title) => button(label, () => this.zoom(factor), { title, "aria-label": title });
-    const zooms = element("div", { className: "rf-zoom" }, zoom("−", 2, "show more time"), zoom("+", 1 / 2, "show less time"));
-    this.element = element("div", { className: "rf-strip", role: "group", "aria-label": "strip of time" }, this.times, this.track, this.branches, zooms, this.later);
+    const zoom = (label, factor, title) =>
+      button(label, () => this.zoom(factor), { title, "aria-label": title });
+    const both = [zoom("−", 2, "show more time"), zoom("+", 1 / 2, "show less time")];
+    const zooms = element("div", { className: "rf-zoom" }, ...both);
+    const parts = [this.times, this.track, this.branches, zooms, this.later];
+    const group = { className: "rf-strip", role: "group", "aria-label": "strip of time" };
+    this.element = element("div", group, ...parts);
     this.track.addEventListener("pointermove", (event) => this.point(event));
     this.track.addEventListener("pointerleave", () => (this.ghost.hidden = true));
     this.track.addEventListener("click", (event) => this.click(event));
@@ -66,7 +72,8 @@ export class Strip {
     this.ghost.hidden = false;
     this.ghost.style.left = this.at(chunk);
     this.ghost.classList.toggle("rf-left", (chunk - this.left) / this.span > 0.6);
-    this.ghost.dataset.at = chunk < this.status.chunk ? `← ${place(chunk, this.status)}` : `+ ${place(chunk, this.status)}`;
+    const sign = chunk < this.status.chunk ? "←" : "+";
+    this.ghost.dataset.at = `${sign} ${place(chunk, this.status)}`;
   }
 
   click(event) {
@@ -91,7 +98,8 @@ export class Strip {
     const step = STEPS.find((each) => length / each <= MARKS) ?? STEPS.at(-1);
     const marks = [];
     for (let time = Math.ceil(first / step) * step; time < first + length; time += step) {
-      const mark = element("span", { textContent: time < 60 ? `${time} s` : seconds(time).replace(/\.0$/, "") });
+      const textContent = time < 60 ? `${time} s` : seconds(time).replace(/\.0$/, "");
+      const mark = element("span", { textContent });
       mark.style.left = this.at(time / chunk_seconds);
       marks.push(mark);
     }
@@ -109,33 +117,53 @@ export class Strip {
   }
 
   renderSpans() {
-    const { past, chunk, coming, oldest, until } = this.status;
-    const prompts = past.filter((each) => each.text != null);
-    const spans = prompts.flatMap(({ chunk: from, text, mode }, i) => {
-      const to = prompts[i + 1]?.chunk ?? chunk;
-      const about = { className: "rf-span", textContent: text, title: `${place(from, this.status)}${mode ? ` · ${mode}` : ""}\n${text}` };
-      return this.box(from, to, about).map((made) => Object.assign(made, { style: `${made.style.cssText} background: ${colour(text)}` }));
-    });
-    const changes = past.filter((each) => each.do === "lora" || each.do === "decay" || each.do === "cut");
-    const ticks = changes.flatMap((each) => {
-      const value = each.do === "lora" ? `${each.name} ${each.strength}` : each.do === "decay" ? `sink decay ${each.decay}` : "cut";
-      return this.box(each.chunk, each.chunk + 1, { className: "rf-tick", title: `${place(each.chunk, this.status)}\n${value}` });
-    });
-    const now = { text: this.status.prompt, chunk };
-    const ends = until ?? Infinity;
-    const ahead = [now, ...coming].flatMap((each, i) =>
-      this.box(each.chunk, Math.min(ends, coming[i]?.chunk ?? Infinity), { className: "rf-ahead", style: `--rf-span: ${colour(each.text)}` }),
+    const { coming, oldest, until, chunk } = this.status;
+    const gone = { className: "rf-gone", title: "too long ago to go back to" };
+    const after = { className: "rf-after", title: until && `ends at ${place(until, this.status)}` };
+    this.spans.replaceChildren(
+      ...this.ahead(coming, until ?? Infinity),
+      ...this.behind(),
+      ...this.box(0, oldest ?? chunk, gone),
+      ...this.ticks(),
+      ...this.box(until ?? Infinity, Infinity, after),
     );
-    const gone = this.box(0, oldest ?? chunk, { className: "rf-gone", title: "too long ago to go back to" });
-    const end = until == null ? [] : this.box(until, Infinity, { className: "rf-after", title: `ends at ${place(until, this.status)}` });
-    this.spans.replaceChildren(...ahead, ...spans, ...gone, ...ticks, ...end);
+  }
+
+  behind() {
+    const prompts = this.status.past.filter((each) => each.text != null);
+    return prompts.flatMap(({ chunk, text, mode }, i) => {
+      const to = prompts[i + 1]?.chunk ?? this.status.chunk;
+      const title = `${place(chunk, this.status)}${mode ? ` · ${mode}` : ""}\n${text}`;
+      const boxes = this.box(chunk, to, { className: "rf-span", textContent: text, title });
+      for (const each of boxes) each.style.background = colour(text);
+      return boxes;
+    });
+  }
+
+  ahead(coming, end) {
+    const now = { text: this.status.prompt, chunk: this.status.chunk };
+    return [now, ...coming].flatMap(({ text, chunk }, i) => {
+      const boxes = this.box(chunk, Math.min(end, coming[i]?.chunk ?? Infinity), { className: "rf-ahead" });
+      for (const each of boxes) each.style.setProperty("--rf-span", colour(text));
+      return boxes;
+    });
+  }
+
+  ticks() {
+    const changes = this.status.past.filter((each) => each.do !== "prompt");
+    return changes.flatMap((each) => {
+      const title = `${place(each.chunk, this.status)}\n${said(each)}`;
+      return this.box(each.chunk, each.chunk + 1, { className: "rf-tick", title });
+    });
   }
 
   renderBranches() {
     const { branches, branch } = this.status;
-    const shown = branches.filter(({ begins, parent }) => parent && begins >= this.left && begins < this.left + this.span);
+    const right = this.left + this.span;
+    const left = branches.filter((each) => each.parent); // a line that it left
+    const shown = left.filter(({ begins }) => begins >= this.left && begins < right);
     const flags = shown.slice(-12).map(({ name, parent, begins, file }) => {
-      const title = `${name} leaves ${parent} at ${place(begins, this.status)}${file ? `\n${file}` : ""}`;
+      const title = `${name} leaves ${parent} at ${place(begins, this.status)}\n${file ?? ""}`;
       const flag = element("span", { className: "rf-flag", textContent: name, title });
       flag.classList.toggle("rf-here", name === branch.name);
       flag.classList.toggle("rf-left", (begins - this.left) / this.span > 0.6);
@@ -157,8 +185,9 @@ export class Strip {
       const pill = this.pills.get(change.number) ?? this.pill(change.number);
       Object.assign(pill, { change, hidden: change.chunk >= this.left + this.span });
       pill.style.left = this.at(change.chunk);
-      pill.title = `${place(change.chunk, this.status)} · ${change.mode}\n${change.text}\n(drag or arrow keys: another time; double-click or Delete: drop)`;
-      pill.setAttribute("aria-label", `${change.text}, coming at ${place(change.chunk, this.status)}`);
+      const at = place(change.chunk, this.status);
+      pill.title = `${at} · ${change.mode}\n${change.text}\n${HELP}`;
+      pill.setAttribute("aria-label", `${change.text}, coming at ${at}`);
       write(pill.firstChild, change.text);
     }
     const hidden = coming.filter((each) => each.chunk >= this.left + this.span).length;
@@ -167,8 +196,9 @@ export class Strip {
   }
 
   pill(number) {
-    const cross = button("×", () => this.drop(number), { className: "rf-drop", title: "drop it", tabIndex: -1 });
-    const pill = element("div", { className: "rf-pill", tabIndex: 0, role: "button" }, element("span"), cross);
+    const cross = button("×", () => this.drop(number), { className: "rf-drop", title: "drop it" });
+    const about = { className: "rf-pill", tabIndex: 0, role: "group" };
+    const pill = element("div", about, element("span"), cross);
     pill.addEventListener("pointerdown", (event) => event.target !== cross && this.grab(pill, event));
     pill.addEventListener("dblclick", () => this.drop(number));
     pill.addEventListener("keydown", ({ key }) => {

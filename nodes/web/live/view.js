@@ -13,6 +13,11 @@ const STYLE = new URL("./live.css", import.meta.url).href;
 const BUFFER = 500; // milliseconds between two looks at it
 const SURE = 3000; // milliseconds that "stop" waits for its second click
 const BACK = 4; // chunks that Rewind proposes
+const BRANCH = {
+  placeholder: "a name, if you like",
+  pattern: "[A-Za-z0-9][A-Za-z0-9_\\-]{0,39}",
+  title: "1 to 40 letters, digits, - and _",
+};
 
 // What happens within the view is meant for it alone: not for the canvas below, nor its keys.
 const OWN = ["keydown", "keyup", "keypress", "copy", "cut", "paste", "wheel", "dblclick"];
@@ -50,23 +55,26 @@ export class View {
     this.player.element.addEventListener("dblclick", () => this.fill());
     this.player.element.title = "double-click: full screen";
     this.where = element("span", { className: "rf-where" });
-    this.pause = button("Pause", () => this.send({ do: this.session.status?.paused ? "resume" : "pause" }));
-    this.stop = button("Stop", () => this.askStop(), { className: "rf-stop", title: "end the stream and keep what is made" });
-    this.link = button("Link", () => this.copyLink(), { title: "copy a link to watch and steer it in another browser" });
+    const control = (label, onclick, title, className = "") => button(label, onclick, { title, className });
+    const pause = () => this.send({ do: this.session.status?.paused ? "resume" : "pause" });
+    const cut = () => this.send({ do: "cut" });
     this.controls = [
-      this.pause,
-      button("Cut", () => this.send({ do: "cut" }), { title: "everything starts afresh with the next chunk" }),
-      button("Rewind…", () => this.rewind(), { title: "go back and take another way from there" }),
-      this.link,
-      this.stop,
+      (this.pause = control("Pause", pause, "nothing is made until it goes on")),
+      control("Cut", cut, "everything starts afresh with the next chunk"),
+      control("Rewind…", () => this.rewind(), "go back and take another way from there"),
+      (this.link = control("Link", () => this.copyLink(), "copy a link to watch and steer it elsewhere")),
+      (this.stop = control("Stop", () => this.askStop(), "end it and keep what is made", "rf-stop")),
     ];
-    const bar = element("div", { className: "rf-bar" }, this.where, element("span", { className: "rf-gap" }), ...this.controls);
+    const gap = element("span", { className: "rf-gap" });
+    const bar = element("div", { className: "rf-bar" }, this.where, gap, ...this.controls);
     const watched = element("div", { className: "rf-watch" }, this.player.element, bar, this.strip.element);
     const steered = element("div", { className: "rf-steer" }, this.panel.element, this.display.element);
     this.body = element("div", { className: "rf-body" }, watched, steered);
     this.element = element("div", { className: "rf-live", tabIndex: -1 }, this.body);
-    for (const name of OWN) this.element.addEventListener(name, (event) => event.stopPropagation());
-    for (const name of DRAGS) this.element.addEventListener(name, (event) => event.button === 1 || event.stopPropagation());
+    const stop = (event) => event.stopPropagation();
+    for (const name of OWN) this.element.addEventListener(name, stop);
+    for (const name of DRAGS)
+      this.element.addEventListener(name, (event) => event.button === 1 || stop(event)); // that pans
     this.element.addEventListener("keydown", (event) => this.key(event));
   }
 
@@ -110,7 +118,8 @@ export class View {
   }
 
   async copyLink() {
-    const said = await navigator.clipboard?.writeText(this.watch).then(() => "Copied", () => null);
+    const copied = navigator.clipboard?.writeText(this.watch);
+    const said = await copied?.then(() => "Copied").catch(() => null);
     if (!said) return this.showLink(); // a page without https may not write to the clipboard
     write(this.link, said);
     setTimeout(() => write(this.link, "Link"), SURE);
@@ -130,10 +139,10 @@ export class View {
     const value = Math.min(max, Math.max(min, chunk ?? max - BACK));
     const fields = {
       chunk: ["to chunk", element("input", { type: "number", min, max, value, required: true })],
-      branch: ["new branch", element("input", { placeholder: "a name, if you like", pattern: "[A-Za-z0-9][A-Za-z0-9_-]{0,39}", title: "1 to 40 letters, digits, - and _" })],
+      branch: ["new branch", element("input", BRANCH)],
     };
-    const text = this.retitle(fields.chunk[1], (at) => `Rewind to ${place(at, status)}`);
-    this.popover.show(text, fields, "Rewind", ({ chunk: to, branch }) =>
+    const title = this.retitle(fields.chunk[1], (at) => `Rewind to ${place(at, status)}`);
+    this.popover.show(title, fields, "Rewind", ({ chunk: to, branch }) =>
       this.send({ do: "rewind", chunk: Number(to), ...(branch && { branch }) }),
     );
   }
@@ -143,12 +152,13 @@ export class View {
     if (!status) return;
     const min = status.chunk + 1;
     const value = Math.max(min, chunk ?? min + BACK);
+    const text = this.panel.text.value || status.prompt;
     const fields = {
       chunk: ["at chunk", element("input", { type: "number", min, value, required: true })],
-      text: ["prompt", element("textarea", { rows: 2, value: this.panel.text.value || status.prompt, required: true })],
+      text: ["prompt", element("textarea", { rows: 2, value: text, required: true })],
     };
-    const text = this.retitle(fields.chunk[1], (at) => `${this.panel.switch} at ${place(at, status)}`);
-    this.popover.show(text, fields, "Schedule", ({ chunk: at, text: prompt }) =>
+    const title = this.retitle(fields.chunk[1], (at) => `${this.panel.switch} at ${place(at, status)}`);
+    this.popover.show(title, fields, "Schedule", ({ chunk: at, text: prompt }) =>
       this.send({ do: "schedule", chunk: Number(at), text: prompt, mode: this.panel.switch }),
     );
   }
@@ -179,6 +189,7 @@ export class View {
     }
     for (const each of this.controls) each.disabled = Boolean(over);
     if (over) this.popover.element.hidden = true;
+    this.element.classList.toggle("rf-none", !status);
     this.panel.render();
     this.display.render();
     this.strip.render();
