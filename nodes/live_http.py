@@ -49,6 +49,7 @@ _ALIVE = 15.0  # seconds after which a silent stream of events says that it is a
 _LOOK = 1.0  # seconds after which a silent stream sees whether its reader is still there
 _SLOWEST = 20.0  # seconds that a reader, or a body, may keep this side waiting
 _LATE = 0.25  # seconds that a stream of pictures makes up for, where one came late
+_BRIEF = 300  # characters of a prompt that is past, or to come
 _QUALITY = 80  # of a JPEG
 _BOUNDARY = "picture"
 
@@ -107,10 +108,10 @@ class Room:
             "prompt": now.prompt,
             "loras": now.loras,
             "decay": now.decay,
-            "past": [{"chunk": each.chunk} | each.action.as_dict() for each in now.past],
+            "past": [{"chunk": each.chunk} | _brief(each.action.as_dict()) for each in now.past],
             "coming": [
                 {"number": each.number, "chunk": each.chunk}
-                | {"text": each.prompt.text, "mode": str(each.prompt.mode)}
+                | _brief({"text": each.prompt.text, "mode": str(each.prompt.mode)})
                 for each in now.coming
             ],
             "waiting": waiting,
@@ -133,6 +134,11 @@ class Room:
     def _waiting(self) -> list[Any]:
         answered = self.outbox.status.answered
         return [each for each in self.inbox.waiting() if each.number > answered]
+
+
+def _brief(told: dict[str, Any]) -> dict[str, Any]:
+    """As much of a prompt as a strip of time shows, as it is told with each chunk."""
+    return told | ({"text": told["text"][:_BRIEF]} if "text" in told else {})
 
 
 _rooms: dict[str, Room] = {}
