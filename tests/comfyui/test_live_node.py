@@ -406,7 +406,7 @@ def test_osc_without_its_package_says_what_to_install(
 def test_a_prompt_that_cannot_be_is_refused_and_the_stream_goes_on(
     live: Callable[..., Playing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module(f"{PACK}.nodes.live")
+    module = importlib.import_module(f"{PACK}.nodes.live_run")
     run = live(max_seconds=0.0)
     run.at(1)
     encode = module.encode

@@ -1,0 +1,317 @@
+"""A session of Live Stream on ComfyUI's models: its hands, its files, its manners."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..rf_core.config import FPS
+from ..rf_core.live import (
+    Behind,
+    Branch,
+    Limits,
+    Log,
+    OscServer,
+    Picture,
+    Prompt,
+    Schedule,
+    Session,
+    Stop,
+    VideoRecorder,
+    mark_of,
+    replay_log,
+)
+from ..rf_core.prompts import ResolvedEntry
+from ..rf_core.video import RUN, VideoFormat, header_of
+from . import host, live_http
+from .prompt import encode
+from .run import Made, Request, clock_of, keep_last, open_stream
+
+_GRACE = 4  # chunks within which a page takes up the player
+
+
+class Recording(VideoRecorder):
+    """A session's files, and the last images for the IMAGE socket."""
+
+    def __init__(self, request: Request, made: Made) -> None:
+        format = VideoFormat(width=request.width, height=request.height)
+        assert request.path is not None, "a live stream has a VAE"
+        super().__init__(request.path, format, request.metadata | {RUN: made.run})
+        self._kept: deque[Tensor] = deque()  # uint8 [T, H, W, 3], a chunk each
+        self._keep, self._made = request.keep_images, made
+        self.header = header_of(format)
+
+    def begin(self, branch: str, parent: str | None, images: int) -> None:
+        """See `VideoRecorder.begin`; what the IMAGE socket has goes back, too."""
+        super().begin(branch, parent, images)
+        for _ in range(self._made.num_images - images):
+            if self._kept:
+                self._kept[-1] = self._kept[-1][:-1]
+                if not len(self._kept[-1]):
+                    self._kept.pop()
+        self._made.num_images, self._made.path = images, self.paths[branch]
+
+    def write(self, images: Tensor) -> bytes:
+        """See `Recorder.write`."""
+        fragment = super().write(images)
+        self._made.num_images += len(images)
+        keep_last(self._kept, images.clone(), self._keep, dim=0)
+        return fragment
+
+    def end(self) -> None:
+        """See `Recorder.end`."""
+        super().end()
+        kept = (rearrange(images, "t h w c -> t c h w").float() / 255 for images in self._kept)
+        self._made.images = deque(kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """A session on a node."""
+
+    request: Request
+    made: Made
+    clip: Any
+    first: ResolvedEntry
+    later: tuple[ResolvedEntry, ...]
+    """Prompts that come by themselves."""
+    limits: Limits
+    rate: float | None
+    max_seconds: float
+    give_way: bool
+    osc_port: int
+    differs: list[str] = field(default_factory=list)
+    """From where on a replay is not what the log says."""
+
+    def run(self, load: Callable[[Any], None]) -> None:
+        """Stream until it is stopped; however it ends, `made` says what there is."""
+        request, recording = self.request, Recording(self.request, self.made)
+        stream, differs = open_stream(request, self.first)
+        self.made.stream = stream
+        begin = stream.state.num_chunks
+        hands = _Hands(request, self.clip, load)
+        session = Session(
+            stream,
+            hands.encode,
+            prompt=self.first.text,
+            set_lora=hands.set_lora,
+            loras=host.strengths(request.model),
+            recorder=recording,
+            log=self.log_path,
+            limits=self.limits,
+            clip=request.start_latents,
+            rate=self.rate,
+            beside=_beside(request),
+        )
+        if differs:
+            session.submit(Prompt(text=self.first.text, mode=self.first.switch))
+        for each in self.later:
+            session.submit(Schedule(chunk=begin + each.chunk, text=each.text, mode=each.switch))
+        until = None
+        if self.max_seconds:
+            until = begin + clock_of(request).num_chunks(self.max_seconds, "s")
+        room = live_http.Room(
+            inbox=session.inbox,
+            outbox=session.outbox,
+            screen=live_http.Screen(
+                width=request.width, height=request.height, header=recording.header
+            ),
+            facts=partial(_facts, recording.paths, until, self.limits, request.model.load_device),
+        )
+        manners = _Manners(session, self.give_way, self.max_seconds)
+        preview = _Preview(room, until)
+
+        def on_pass(kind: str, number: int) -> None:
+            manners.on_pass(kind, number)
+            preview.show()
+
+        try:
+            with self._osc(session), live_http.opened(room, request.node_id):
+                session.run(on_pass, manners.on_idle, until)
+        finally:
+            self._sum_up(session.outbox.status.chunk - begin, session.recent_latents)
+            hands.put_back()
+
+    def replay(self, log: Log, load: Callable[[Any], None]) -> None:
+        """Do once more what a log says."""
+        request, recording = self.request, Recording(self.request, self.made)
+        stream, _ = open_stream(request, self.first)
+        self.made.stream = stream
+        begin = stream.state.num_chunks
+        hands = _Hands(request, self.clip, load)
+        loras = host.strengths(request.model)
+        for name, strength in log.start.loras:
+            if name not in loras:
+                raise ValueError(f"the log has a LoRA {name!r}; load it with Load RF LoRA")
+            if loras[name] != strength:
+                hands.set_lora(name, strength)
+        bar = host.progress_bar(log.num_chunks)
+        marks = iter(log.marks)
+
+        def on_chunk(branch: Branch, chunk: int, latents: Tensor) -> None:
+            bar.update(1)
+            self.made.chunks = chunk + 1 - begin
+            if next(marks) != mark_of(latents) and not self.differs:
+                self.differs.append(f"chunk {chunk} of {branch.name}")
+
+        try:
+            recent = replay_log(
+                log,
+                stream,
+                hands.encode,
+                set_lora=hands.set_lora,
+                clip=request.start_latents,
+                beside=_beside(request),
+                recorder=recording,
+                on_chunk=on_chunk,
+                on_pass=lambda kind, number: host.check_interrupt(),
+                exact=False,
+            )
+            self._sum_up(self.made.chunks, recent)
+        finally:
+            hands.put_back()
+
+    def _osc(self, session: Session) -> AbstractContextManager[Any]:
+        if not self.osc_port:
+            return nullcontext()
+        return OscServer(session.submit, self.osc_port, chunk=lambda: session.outbox.status.chunk)
+
+    @property
+    def log_path(self) -> Path:
+        """Where what is done to it is written."""
+        assert self.request.path is not None
+        return self.request.path.with_suffix(".jsonl")
+
+    def told(self, replayed: bool) -> str:
+        """What was made, in a line."""
+        assert self.made.path is not None
+        seconds = self.made.num_images / FPS
+        text = f"{self.made.path.name}: {self.made.num_images} images, {seconds:.2f} s"
+        if not replayed:
+            text += f"; {self.log_path.name} says what was done, and makes it again by replay"
+        elif self.differs:
+            text += (
+                f"; replayed, and other images than the session's from {self.differs[0]} on: the "
+                "log was edited, or the models are others"
+            )
+        else:
+            text += "; replayed, the same latents to the bit"
+        host.log(text)
+        return text
+
+    def _sum_up(self, chunks: int, latents: list[Tensor]) -> None:
+        self.made.chunks, self.made.latents = chunks, deque()
+        self.made.num_frames = chunks * self.request.cache.chunk_frames
+        if self.request.keep_latents:
+            self.made.latents.extend(latents)
+
+
+class _Hands:
+    """Prompts and strengths for a session, with ComfyUI's models."""
+
+    def __init__(self, request: Request, clip: Any, load: Callable[[Any], None]) -> None:
+        self._clip, self._load = clip, load
+        self._embeds, self._original = request.prompts.embeds, request.model
+        self._model = self._original
+        self._strengths = host.strengths(request.model)
+
+    def encode(self, text: str) -> Tensor:
+        """See `Encode`."""
+        if text not in self._embeds:
+            embeds = encode(self._clip, text)
+            self._load(self._model)  # as the text encoder may have taken its place
+            return embeds
+        return self._embeds[text]
+
+    def set_lora(self, name: str, strength: float) -> None:
+        """See `SetLora`."""
+        self._strengths[name] = strength
+        self._model = host.with_strengths(self._model, self._strengths)
+        self._load(self._model)
+
+    def put_back(self) -> None:
+        """Let the MODEL be loaded as it was."""
+        if self._model is not self._original:
+            self._load(self._original)
+
+
+class _Manners:
+    """Ends a session where ComfyUI, or its own length, asks for it."""
+
+    def __init__(self, session: Session, give_way: bool, max_seconds: float) -> None:
+        self._session, self._give_way = session, give_way
+        self._longest = max_seconds or float("inf")
+        self._paused_at: float | None = None
+
+    def on_pass(self, kind: str, number: int) -> None:
+        """Before every pass."""
+        host.check_interrupt()
+        self._paused_at = None
+        if self._give_way and host.others_wait():
+            self._stop()
+
+    def on_idle(self) -> None:
+        """Some times a second in a pause, and between two chunks."""
+        self.on_pass("idle", 0) if not self._session.outbox.status.paused else self._in_pause()
+
+    def _in_pause(self) -> None:
+        host.check_interrupt()
+        now = time.monotonic()
+        self._paused_at = self._paused_at or now
+        late = now - self._paused_at > self._longest
+        if late or (self._give_way and host.others_wait()):
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self._session.inbox.stop_wanted:
+            self._session.submit(Stop())
+
+
+class _Preview:
+    """ComfyUI's own picture of a node that runs, for pages that the player is absent from."""
+
+    def __init__(self, room: live_http.Room, until: int | None) -> None:
+        self._room, self._until = room, until
+        self._pictures = room.outbox.reader()
+        self._bar = host.progress_bar(until or 1)
+
+    def show(self) -> None:
+        """The newest chunk's last image, where nobody watched; how far it is, to everybody."""
+        try:
+            chunks = [each for each in self._pictures.read(0) if isinstance(each, Picture)]
+        except Behind:
+            self._pictures, chunks = self._room.outbox.reader(), []
+        if not chunks:
+            return
+        images, done = chunks[-1].images, chunks[-1].chunk + 1
+        alone = not self._room.seen and done > _GRACE and images is not None
+        picture = host.preview_of(images[-1]) if alone else None
+        self._bar.update_absolute(done, max(self._until or 0, done), picture)
+
+
+def _beside(request: Request) -> bool:
+    assert request.decoder is not None
+    same = request.decoder.device == request.model.load_device
+    return same and host.stays_on_cuda(request.decoder.vae.patcher)
+
+
+def _facts(
+    paths: dict[str, Path], until: int | None, limits: Limits, device: torch.device
+) -> dict[str, Any]:
+    """What a node knows of its session, see `live_http.Room.facts`."""
+    return {
+        "files": {branch: path.name for branch, path in dict(paths).items()},
+        "until": until,
+        "history_limit": limits.max_bytes,
+        "memory": {"ram": host.process_memory(), "device": host.device_memory(device)},
+    }
