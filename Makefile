@@ -29,7 +29,7 @@ coverage: $(READY)
 
 # Against the ComfyUI at COMFYUI_PATH, which is only read; its packages go to a venv of their own.
 test-comfy: $(COMFY_READY)
-	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_VENV)/bin/python -m pytest tests/comfyui
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_VENV)/bin/python -m pytest --numprocesses auto --dist loadfile tests/comfyui
 
 # The oldest releases that pyproject.toml allows: of the engine, and of the trainer, which needs newer.
 test-floor: $(FLOOR_VENV)/.ready $(TRAINER_FLOOR_VENV)/.ready
@@ -79,7 +79,7 @@ $(TRAINER_FLOOR_VENV)/.ready: pyproject.toml constraints-floor-training.txt
 $(COMFY_READY): $(COMFYUI_PATH)/requirements.txt constraints-comfy.txt
 	$(PYTHON) -m venv $(COMFY_VENV)
 	$(COMFY_VENV)/bin/python -m pip install --quiet --constraint constraints-comfy.txt \
-		--requirement "$(COMFYUI_PATH)/requirements.txt" pytest playwright comfy-cli python-osc
+		--requirement "$(COMFYUI_PATH)/requirements.txt" pytest pytest-xdist playwright comfy-cli python-osc
 	touch $(COMFY_READY)
 
 clean:
