@@ -140,6 +140,11 @@ class Live:
         box = self.view.locator(".rf-track").bounding_box()
         return box["x"] + box["width"] * (chunk + 0.5) / SPAN, box["y"] + box["height"] / 2
 
+    def start_of(self, chunk: int) -> float:
+        """Where it begins there."""
+        box = self.view.locator(".rf-track").bounding_box()
+        return float(box["x"] + box["width"] * chunk / SPAN)
+
     def look(self, name: str, path: Path) -> None:
         """A picture of the page, for whoever asks for one."""
         folder = Path(os.environ.get("RF_SCREENSHOTS", path))
@@ -269,9 +274,15 @@ def test_a_click_on_the_past_goes_back_there_into_a_branch(
         session.look(f"rewind-{'vue' if vue_nodes else 'canvas'}", tmp_path)
         form.get_by_role("button", name="Rewind").click()
         assert session.told("rewind to chunk 3 as take-two") == 3
-        branch = {"name": "take-two", "parent": "main", "begins": 3}
+        branch = {"name": "take-two", "parent": "main", "begins": 3, "ended": None}
         assert session.status["branch"] == branch
         assert session.view.locator(".rf-flag").inner_text() == "take-two"
+        main = session.status["branches"][0]
+        assert main["ended"] >= 8
+        line = session.view.locator(".rf-line")  # the way that was left
+        assert f"main, to chunk {main['ended']} · " in line.get_attribute("title")
+        box = line.bounding_box()
+        assert box["x"] + box["width"] == pytest.approx(session.start_of(main["ended"]), abs=1)
         assert session.plays()
 
 

@@ -10,6 +10,8 @@ const MOST = 8192;
 const PAST = 0.66; // of the strip
 const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600]; // seconds between marks of time
 const MARKS = 7; // at most
+const SHOWN = 12; // branches
+const [ROWS, ROW] = [3, 4]; // of lines under the track; pixels of each
 
 const HELP = "(drag or arrow keys: another time; double-click or Delete: drop)";
 const GOLDEN = 137.5; // degrees: prompts that follow one another differ most
@@ -30,13 +32,14 @@ export class Strip {
     this.now = element("div", { className: "rf-now" });
     const onTrack = [this.spans, this.over, this.now, this.ghost];
     this.track = element("div", { className: "rf-track" }, ...onTrack);
+    this.lines = element("div", { className: "rf-lines" });
     this.branches = element("div", { className: "rf-branches" });
     this.later = button("", () => this.zoom(2), { className: "rf-later", hidden: true });
     const zoom = (label, factor, title) =>
       button(label, () => this.zoom(factor), { title, "aria-label": title });
     const both = [zoom("−", 2, "show more time"), zoom("+", 1 / 2, "show less time")];
     const zooms = element("div", { className: "rf-zoom" }, ...both);
-    const parts = [this.times, this.track, this.branches, zooms, this.later];
+    const parts = [this.times, this.track, this.lines, this.branches, zooms, this.later];
     const group = { className: "rf-strip", role: "group", "aria-label": "strip of time" };
     this.element = element("div", group, ...parts);
     this.track.addEventListener("pointermove", (event) => this.point(event));
@@ -87,6 +90,7 @@ export class Strip {
     if (!this.status || this.dragged) return;
     this.renderTimes();
     this.renderSpans();
+    this.renderLines();
     this.renderBranches();
     this.renderComing();
     this.now.style.left = this.at(this.status.chunk);
@@ -157,12 +161,25 @@ export class Strip {
     });
   }
 
+  // The ways that were left, in some rows: each from where it began to where it was left.
+  renderLines() {
+    const left = this.status.branches.filter(({ ended }) => ended != null);
+    const lines = left.slice(-SHOWN).flatMap(({ name, begins, ended, file }, i) => {
+      const title = `${name}, to ${place(ended, this.status)}${file ? `\n${file}` : ""}`;
+      const boxes = this.box(begins, ended, { className: "rf-line", title });
+      for (const each of boxes) each.style.top = `${ROW * (i % ROWS)}px`;
+      return boxes;
+    });
+    this.lines.style.height = `${ROW * Math.min(ROWS, left.length)}px`;
+    this.lines.replaceChildren(...lines);
+  }
+
   renderBranches() {
     const { branches, branch } = this.status;
     const right = this.left + this.span;
     const left = branches.filter((each) => each.parent); // a line that it left
     const shown = left.filter(({ begins }) => begins >= this.left && begins < right);
-    const flags = shown.slice(-12).map(({ name, parent, begins, file }) => {
+    const flags = shown.slice(-SHOWN).map(({ name, parent, begins, file }) => {
       const title = `${name} leaves ${parent} at ${place(begins, this.status)}\n${file ?? ""}`;
       const flag = element("span", { className: "rf-flag", textContent: name, title });
       flag.classList.toggle("rf-here", name === branch.name);
