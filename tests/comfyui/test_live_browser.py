@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from .browser import FIT, chromium, open_browsers, open_frontend, use_renderer, wait_for_graph
+from .files import LORA
 from .server import Server
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
@@ -27,23 +28,33 @@ SPAN = 32
 """Chunks on the strip."""
 
 BUILD = """
-(values) => {
+([values, lora]) => {
   const {app} = window.comfyAPI.app;
   app.graph.clear();
-  const [demo, live] = ["RFLoadDemo", "RFLiveStream"].map((type) => {
+  const types = ["RFLoadDemo", "RFLiveStream", ...(lora ? ["RFLoadLoRA"] : [])];
+  const [demo, live, styled] = types.map((type) => {
     const node = LiteGraph.createNode(type);
     app.graph.add(node);
     return node;
   });
+  const slot = (all, name) => all.findIndex((each) => each.name === name);
+  const connect = (a, from, b, to) => a.connect(slot(a.outputs, from), b, slot(b.inputs, to));
+  const set = (node, name, value) =>
+    (node.widgets.find((each) => each.name === name).value = value);
   live.pos = [330, 0];
-  for (const [from, to] of [["MODEL", "model"], ["CLIP", "clip"], ["VAE", "vae"]]) {
-    const slot = (all, name) => all.findIndex((each) => each.name === name);
-    demo.connect(slot(demo.outputs, from), live, slot(live.inputs, to));
+  if (lora) {
+    styled.pos = [0, 330];
+    connect(demo, "MODEL", styled, "model");
+    set(styled, "lora_name", lora);
+    set(styled, "strength_model", 0);
   }
-  for (const [name, value] of Object.entries(values))
-    live.widgets.find((each) => each.name === name).value = value;
+  connect(styled ?? demo, "MODEL", live, "model");
+  connect(demo, "CLIP", live, "clip");
+  connect(demo, "VAE", live, "vae");
+  for (const [name, value] of Object.entries(values)) set(live, name, value);
 }
 """
+"""Live Stream of the demo with these values, behind a LoRA where one is named."""
 QUEUE = "() => window.comfyAPI.app.app.queuePrompt(0)"
 HEIGHT = """
 () => window.comfyAPI.app.app.graph.nodes.find((n) => n.type === "RFLiveStream").size[1]
@@ -61,6 +72,23 @@ CANVAS = """
 """Where the canvas and its nodes stand."""
 KEPT = "() => JSON.parse(localStorage.getItem('rf.live') ?? '[]')"
 PLAYED = "(video) => video.getVideoPlaybackQuality().totalVideoFrames"
+WORDS = """
+(view) => [...view.querySelectorAll("*")].filter((each) => each.checkVisibility()).flatMap((each) =>
+  [
+    each.title, each.placeholder, each.getAttribute("aria-label"),
+    ...[...each.childNodes].filter(({nodeType}) => nodeType === 3).map(({data}) => data),
+  ].filter(Boolean))
+"""
+"""All that a view says to its reader."""
+SAME = re.compile(rf"{TEXT}|recache|soft|blend|cut|main|Ctrl-Enter|fps|MB|GB|reward_forcing\S*")
+"""What is called the same in each language."""
+PIXELS = """
+(image) => {
+  const canvas = new OffscreenCanvas(64, 64), context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  return context.getImageData(0, 0, 64, 64).data.join();
+}
+"""
 COUNT = """
 () => {
   const {api} = window.comfyAPI.api, {queuePrompt} = api;
@@ -152,12 +180,15 @@ class Live:
 
 
 @contextmanager
-def live(server: Server, vue_nodes: bool, browser: Any = None) -> Iterator[Live]:
+def live(
+    server: Server, vue_nodes: bool, browser: Any = None, lora: str | None = None
+) -> Iterator[Live]:
     """A stream that runs on a page, ended and without errors at the end."""
     with nullcontext([browser]) if browser else open_browsers(1) as (first,):
         page, errors = open_frontend(first, server.address)
         use_renderer(page, vue_nodes)
-        page.evaluate(BUILD, {"text": TEXT, "width": 64, "height": 64, "seed": next(SEEDS)})
+        values = {"text": TEXT, "width": 64, "height": 64, "seed": next(SEEDS)}
+        page.evaluate(BUILD, [values, lora])
         page.evaluate(FIT)
         page.wait_for_timeout(1000)
         page.evaluate(COUNT)
@@ -259,6 +290,41 @@ def test_pause_stops_the_picture_and_what_happens_on_it_stays_off_the_canvas(
         session.click("Resume")
         session.wait_for_chunk(chunk + 1)
         assert session.plays()
+
+
+def test_a_slider_sets_the_strength_of_its_lora(server: Server, tmp_path: Path) -> None:
+    name = LORA.removesuffix(".safetensors")
+    with live(server, False, lora=LORA) as session:
+        assert session.status["loras"] == {name: 0}
+        slider = session.view.get_by_label(name)
+        assert slider.input_value() == "0"
+        box = slider.bounding_box()
+        session.page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + box["height"] / 2)
+        strength = float(slider.input_value())
+        assert strength > 0.5
+        chunk = session.told(f"{name} {strength:.2f}")
+        row = slider.locator("..")
+        assert row.locator("output").inner_text() == f"{strength:.2f}"
+        assert row.locator(".rf-told").inner_text() == f"from chunk {chunk}"
+        assert session.status["loras"] == {name: strength}
+        took = {"chunk": chunk, "do": "lora", "name": name, "strength": strength}
+        assert session.status["past"][-1] == took
+        session.look("lora", tmp_path)
+
+
+def test_a_browser_without_media_source_shows_moving_pictures(
+    server: Server, tmp_path: Path
+) -> None:
+    with open_browsers(1) as (browser,):
+        browser.add_init_script("delete window.MediaSource; delete window.ManagedMediaSource")
+        with live(server, False, browser) as session:
+            image = session.view.locator(".rf-screen img")
+            image.wait_for(timeout=WAIT)
+            assert session.view.locator("video").count() == 0
+            wait_until(lambda: image.evaluate("(image) => image.naturalWidth") == 64)
+            before = image.evaluate(PIXELS)
+            wait_until(lambda: image.evaluate(PIXELS) != before)
+            session.look("mjpeg", tmp_path)
 
 
 @RENDERERS
@@ -420,3 +486,35 @@ def test_a_wrong_token_shows_a_sentence(server: Server, tmp_path: Path) -> None:
         Live(server, other).look("wrong", tmp_path)
         other.goto(link)
         assert "names no session" in other.locator(".rf-sentence").inner_text()
+
+
+def not_chinese(view: Any) -> list[str]:
+    """What a view says in English."""
+    words = {SAME.sub("", each) for each in view.evaluate(WORDS)}
+    return sorted(w for w in words if re.search("[a-z]{2}", w) and not re.search("[一-鿿]", w))
+
+
+def test_the_view_speaks_chinese_where_the_frontend_does(server: Server, tmp_path: Path) -> None:
+    server.post("/settings/Comfy.Locale", "zh")
+    try:
+        with live(server, False) as session:
+            kept, page = session.kept, session.page
+            assert not_chinese(session.view) == []
+            session.click("重新开始")
+            wait_until(lambda: re.search(r"重新开始\s+从块 \d+ 起", session.last))
+            page.mouse.click(*session.place_of(2))
+            form = session.view.locator(".rf-popover")
+            assert "回退到块 2 · 1.3 s" in form.inner_text()
+            assert not_chinese(session.view) == []
+            session.look("zh", tmp_path)
+
+            other = page.context.new_page()  # the page by itself goes by the browser's language
+            other.add_init_script("Object.defineProperty(navigator, 'language', {value: 'zh-CN'})")
+            link = f"{server.address}/extensions/ComfyUI-RewardForcing/live.html"
+            other.goto(f"{link}#session={kept['session']}&token={kept['token']}")
+            other.wait_for_selector(".rf-badge[data-kind=on]", timeout=WAIT)
+            second = Live(server, other)
+            assert other.title() == "实时视频流" and not_chinese(second.view) == []
+            second.look("zh-page", tmp_path)
+    finally:
+        server.post("/settings/Comfy.Locale", "en")
