@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -24,8 +25,8 @@ RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "
 WAIT = 30_000
 TEXT = "a red square moves right"
 SEEDS = count(1)  # what was made already is not made again
-SPAN = 32
-"""Chunks on the strip."""
+SPAN, PAST = 32, 0.66
+"""Chunks on the strip, and how much of it lies before now."""
 
 BUILD = """
 ([values, lora]) => {
@@ -156,22 +157,48 @@ class Live:
         """Until it stands there or later."""
         wait_until(lambda: self.status["chunk"] >= chunk)
 
-    def plays(self) -> bool:
-        """Whether pictures move within two seconds."""
-        video = self.view.locator("video")
-        before = video.evaluate(PLAYED)
-        self.page.wait_for_timeout(2000)
-        return bool(video.evaluate(PLAYED) > before)
+    @property
+    def played(self) -> int:
+        """Pictures that were shown so far."""
+        return int(self.view.locator("video").evaluate(PLAYED))
+
+    def wait_for_pictures(self) -> None:
+        """Until they move."""
+        before = self.played
+        wait_until(lambda: self.played > before)
+
+    def wait_for_still(self) -> None:
+        """Until they stand: what is ready is played first."""
+
+        def stands() -> bool:
+            before = self.played
+            self.page.wait_for_timeout(2000)
+            return self.played == before
+
+        wait_until(stands)
+
+    def stop(self) -> None:
+        """Press Stop, which asks for some seconds whether that was meant."""
+        for _ in range(10):
+            self.click("Stop")
+            assert not self.status["ended"]
+            sure = self.view.get_by_role("button", name="Stop?", exact=True)
+            if sure.evaluate_all("(all) => all.map((each) => each.click()).length"):
+                return
+        raise AssertionError("it is not stopped")
+
+    @property
+    def track(self) -> tuple[float, float, float]:
+        """Of the strip: where chunk 0 begins, the pixels of a chunk, and how far down it is."""
+        box = self.view.locator(".rf-track").bounding_box()
+        first = max(0, math.ceil(self.status["chunk"] - PAST * SPAN))
+        step = box["width"] / SPAN
+        return box["x"] - first * step, step, box["y"] + box["height"] / 2
 
     def place_of(self, chunk: int) -> tuple[float, float]:
-        """Where a chunk of the first ones lies on the strip."""
-        box = self.view.locator(".rf-track").bounding_box()
-        return box["x"] + box["width"] * (chunk + 0.5) / SPAN, box["y"] + box["height"] / 2
-
-    def start_of(self, chunk: int) -> float:
-        """Where it begins there."""
-        box = self.view.locator(".rf-track").bounding_box()
-        return float(box["x"] + box["width"] * chunk / SPAN)
+        """The middle of a chunk on the strip."""
+        x, step, y = self.track
+        return x + step * (chunk + 0.5), y
 
     def look(self, name: str, path: Path) -> None:
         """A picture of the page, for whoever asks for one."""
@@ -212,7 +239,7 @@ def test_a_prompt_is_typed_and_applied_and_its_chunk_is_told(
 ) -> None:
     with live(server, vue_nodes) as session:
         page, box = session.page, session.view.locator(".rf-text")
-        assert session.plays()
+        session.wait_for_pictures()
         box.click()
         page.keyboard.type("a yellow circle 1 moves upp")
         page.keyboard.press("Backspace")
@@ -265,10 +292,9 @@ def test_pause_stops_the_picture_and_what_happens_on_it_stays_off_the_canvas(
         page = session.page
         session.click("Pause")
         wait_until(lambda: session.status["paused"])
-        page.wait_for_timeout(2500)  # what is ready is played
+        session.wait_for_still()
         session.look(f"paused-{'vue' if vue_nodes else 'canvas'}", tmp_path)
         chunk, where = session.status["chunk"], page.evaluate(CANVAS)
-        assert not session.plays()
         slider = session.view.get_by_label("sink decay")
         before = float(slider.input_value())
         box = slider.bounding_box()
@@ -289,7 +315,7 @@ def test_pause_stops_the_picture_and_what_happens_on_it_stays_off_the_canvas(
         assert session.status["decay"] < before and session.status["chunk"] == chunk
         session.click("Resume")
         session.wait_for_chunk(chunk + 1)
-        assert session.plays()
+        session.wait_for_pictures()
 
 
 def test_a_slider_sets_the_strength_of_its_lora(server: Server, tmp_path: Path) -> None:
@@ -348,8 +374,10 @@ def test_a_click_on_the_past_goes_back_there_into_a_branch(
         line = session.view.locator(".rf-line")  # the way that was left
         assert f"main, to chunk {main['ended']} · " in line.get_attribute("title")
         box = line.bounding_box()
-        assert box["x"] + box["width"] == pytest.approx(session.start_of(main["ended"]), abs=1)
-        assert session.plays()
+        x, step, _ = session.track
+        assert box["x"] + box["width"] == pytest.approx(x + step * main["ended"], abs=1)
+        session.look(f"left-{'vue' if vue_nodes else 'canvas'}", tmp_path)
+        session.wait_for_pictures()
 
 
 @RENDERERS
@@ -402,7 +430,8 @@ def test_a_page_that_is_loaded_again_finds_its_stream_and_plays_on(
         page.wait_for_selector(".rf-live", timeout=WAIT)
         page.wait_for_timeout(3000)
         page.evaluate(FIT)
-        assert session.kept["session"] == kept["session"] and session.plays()
+        assert session.kept["session"] == kept["session"]
+        session.wait_for_pictures()
         session.look(f"reloaded-{'vue' if vue_nodes else 'canvas'}", tmp_path)
         session.type("a blue triangle moves down")
         session.click("Apply")
@@ -417,10 +446,7 @@ def test_stop_leaves_text_and_video_on_a_node_of_its_usual_height(
     with live(server, vue_nodes) as session:
         page, alive = session.page, session.page.evaluate(HEIGHT)
         saved = page.evaluate(SAVED)
-        session.click("Stop")
-        page.wait_for_timeout(200)
-        assert not session.status["ended"]  # it asks first
-        session.click("Stop?")
+        session.stop()
         page.wait_for_selector(".rf-live", state="detached", timeout=WAIT)
         page.wait_for_selector("video", timeout=WAIT)
         page.wait_for_timeout(3000)
@@ -455,7 +481,8 @@ def test_two_browsers_play_one_stream_and_both_steer_it(server: Server, tmp_path
         other.wait_for_selector(".rf-badge[data-kind=on]", timeout=WAIT)
         second = Live(server, other)
         other.wait_for_timeout(3000)
-        assert session.plays() and second.plays()
+        session.wait_for_pictures()
+        second.wait_for_pictures()
         second.type("a yellow circle moves up")
         second.view.locator(".rf-text").press("Control+Enter")
         chunk = second.told("a yellow circle moves up")
@@ -470,7 +497,8 @@ def test_two_browsers_play_one_stream_and_both_steer_it(server: Server, tmp_path
         second.look("watch-phone", tmp_path)
         other.goto(f"{link}&view=video")
         other.wait_for_timeout(3000)
-        assert second.plays() and not other.locator(".rf-panel").is_visible()
+        second.wait_for_pictures()
+        assert not other.locator(".rf-panel").is_visible()
         second.look("watch-video", tmp_path)
         assert errors == []
 
