@@ -65,8 +65,13 @@ class Stage {
   }
 
   over({ chunk, why }) {
-    forget(this.session);
-    this.end(why ?? (chunk == null ? idleWords() : t("Ended at chunk {chunk}.", { chunk })));
+    this.done(why ?? (chunk == null ? idleWords() : t("Ended at chunk {chunk}.", { chunk })));
+  }
+
+  // Its run is, which may be heard of before the stream says so.
+  done(words) {
+    if (this.session) forget(this.session);
+    this.end(words);
   }
 
   end(words = idleWords()) {
@@ -110,6 +115,6 @@ app.registerExtension({
   afterConfigureGraph: () => kept().forEach(show),
   setup() {
     api.addEventListener("rf.live", begin);
-    api.addEventListener("executed", ({ detail }) => stages.get(nodeOf(detail.node))?.end());
+    api.addEventListener("executed", ({ detail }) => stages.get(nodeOf(detail.node))?.done());
   },
 });

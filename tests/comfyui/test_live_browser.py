@@ -466,6 +466,15 @@ def test_stop_leaves_text_and_video_on_a_node_of_its_usual_height(
         assert page.locator(".rf-live").count() == 0
 
 
+def test_a_run_that_is_done_before_its_stream_says_so_is_forgotten(server: Server) -> None:
+    with live(server, False) as session:
+        done = {"node": session.kept["node"], "output": {}}
+        say = "(done) => window.comfyAPI.api.api.dispatchCustomEvent('executed', done)"
+        session.page.evaluate(say, done)
+        session.page.wait_for_selector(".rf-live", state="detached", timeout=WAIT)
+        assert session.page.evaluate(KEPT) == []
+
+
 def test_two_browsers_play_one_stream_and_both_steer_it(server: Server, tmp_path: Path) -> None:
     with open_browsers(2) as (one, two), live(server, False, one) as session:
         session.page.evaluate("() => (navigator.clipboard.writeText = () => Promise.reject())")

@@ -30,7 +30,8 @@ export class Popover {
       return element("div", { className: "rf-row" }, words, field);
     });
     const submit = element("button", { type: "submit", className: "rf-main", textContent: action });
-    const row = element("div", { className: "rf-row rf-end" }, button(t("Cancel"), () => this.hide()), submit);
+    const cancel = button(t("Cancel"), () => this.hide());
+    const row = element("div", { className: "rf-row rf-end" }, cancel, submit);
     this.element.setAttribute("aria-label", title);
     this.element.replaceChildren(element("strong", { textContent: title }), ...rows, row);
     this.element.hidden = false;

@@ -30,7 +30,8 @@ async function* eventsOf(body, alive) {
 
 async function sentenceOf(response) {
   const answer = await response.json().catch(() => ({}));
-  return answer.error ?? t("the server answered {status}", { status: `${response.status} ${response.statusText}` });
+  const status = `${response.status} ${response.statusText}`;
+  return answer.error ?? t("the server answered {status}", { status });
 }
 
 export class Session extends EventTarget {

@@ -123,7 +123,8 @@ export class Strip {
   renderSpans() {
     const { coming, oldest, until, chunk } = this.status;
     const gone = { className: "rf-gone", title: t("too long ago to go back to") };
-    const after = { className: "rf-after", title: until && t("ends at {place}", { place: place(until, this.status) }) };
+    const ends = until && t("ends at {place}", { place: place(until, this.status) });
+    const after = { className: "rf-after", title: ends };
     this.spans.replaceChildren(
       ...this.ahead(coming, until ?? Infinity),
       ...this.behind(),
@@ -205,7 +206,8 @@ export class Strip {
       Object.assign(pill, { change, hidden: change.chunk >= this.left + this.span });
       pill.style.left = this.at(change.chunk);
       const at = place(change.chunk, this.status);
-      pill.title = `${at} · ${change.mode}\n${change.text}\n(${t("drag or arrow keys: another time; double-click or Delete: drop")})`;
+      const help = t("drag or arrow keys: another time; double-click or Delete: drop");
+      pill.title = `${at} · ${change.mode}\n${change.text}\n(${help})`;
       pill.setAttribute("aria-label", t("{text}, coming at {place}", { text: change.text, place: at }));
       write(pill.firstChild, change.text);
     }

@@ -131,7 +131,8 @@ export class View {
   rewind(chunk) {
     const { status } = this.session;
     if (!status) return;
-    if (status.oldest == null) return this.popover.show(t("Nothing is kept to go back to."), {}, t("OK"), () => {});
+    if (status.oldest == null)
+      return this.popover.show(t("Nothing is kept to go back to."), {}, t("OK"), () => {});
     const [min, max] = [status.oldest, status.chunk];
     const value = Math.min(max, Math.max(min, chunk ?? max - BACK));
     const about = {
@@ -159,7 +160,9 @@ export class View {
       chunk: [t("at chunk"), element("input", { type: "number", min, value, required: true })],
       text: [t("prompt"), element("textarea", { rows: 2, value: text, required: true })],
     };
-    const title = this.retitle(fields.chunk[1], (at) => t("{mode} at {place}", { mode: this.panel.switch, place: place(at, status) }));
+    const title = this.retitle(fields.chunk[1], (at) =>
+      t("{mode} at {place}", { mode: this.panel.switch, place: place(at, status) }),
+    );
     this.popover.show(title, fields, t("Schedule"), ({ chunk: at, text: prompt }) =>
       this.send({ do: "schedule", chunk: Number(at), text: prompt, mode: this.panel.switch }),
     );

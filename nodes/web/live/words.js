@@ -25,7 +25,9 @@ const SAID = {
   decay: ({ decay }) => t("sink decay {decay}", { decay }),
   cut: ({ text }) => (text ? t("cut to {text}", { text: quoted(text) }) : t("cut")),
   rewind: (command) =>
-    command.branch ? t("rewind to chunk {chunk} as {branch}", command) : t("rewind to chunk {chunk}", command),
+    command.branch
+      ? t("rewind to chunk {chunk} as {branch}", command)
+      : t("rewind to chunk {chunk}", command),
   schedule: ({ chunk, text, mode }) =>
     t("{change} at chunk {chunk}", { change: `${quoted(text)} · ${mode}`, chunk }),
   move: (command) => t("move #{change} to chunk {chunk}", command),
