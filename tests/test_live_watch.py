@@ -262,8 +262,17 @@ def test_the_status_tells_what_took_hold_on_the_line_that_is_followed() -> None:
     session.run(in_chunk(session, script), until=3)
     status = session.outbox.status
     assert [(each.chunk, each.action.text) for each in status.past] == [(0, "p0"), (1, "p2")]
-    assert [each.name for each in status.branches] == ["main", "b"]
     assert (status.chunk, status.chunk_images) == (3, 12)
+
+
+def test_the_status_tells_where_each_branch_that_was_left_ended() -> None:
+    session = session_of()
+    script = {4: [Rewind(chunk=1, branch="b")], 6: [Rewind(chunk=1, branch="c")]}
+    session.run(in_chunk(session, script), until=5)
+    status = session.outbox.status
+    spans = [(each.name, each.begins, each.ended) for each in status.branches]
+    assert spans == [("main", 0, 4), ("b", 1, 3), ("c", 1, None)]
+    assert status.branch == status.branches[-1]
 
 
 def test_speeds_leave_out_the_wait_for_the_rate() -> None:

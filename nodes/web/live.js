@@ -6,6 +6,7 @@ import { app } from "../../scripts/app.js";
 import { after } from "./after.js";
 import { keepHeight } from "./height.js";
 import { element } from "./live/element.js";
+import { speak, t } from "./live/language.js";
 import { linkTo } from "./live/page.js";
 import { View, loadStyle } from "./live/view.js";
 import { nodeOf } from "./nodes.js";
@@ -17,8 +18,8 @@ const WIDTH = 420; // a panel that can be read
 const IDLE = 30; // pixels
 const MARGIN = 8; // around it
 const NEW = /^[0-]*$/; // the id of a graph that has never been loaded
-const WORDS = "Run it to go live: the picture and its controls open here.";
 
+const idleWords = () => t("Run it to go live: the picture and its controls open here.");
 const stages = new Map(); // by node
 
 const graphId = () => String((app.rootGraph ?? app.graph)?.id ?? "");
@@ -34,11 +35,14 @@ function kept() {
 const keep = (sessions) => localStorage.setItem(KEPT, JSON.stringify(sessions.slice(-MOST)));
 const forget = (session) => keep(kept().filter((each) => each.session !== session));
 
+const localeNow = () => app.extensionManager?.setting?.get("Comfy.Locale") ?? navigator.language;
+
 // Where a node's session is shown.
 class Stage {
   constructor(node) {
     this.node = node;
-    this.idle = element("div", { className: "rf-idle", textContent: WORDS });
+    speak(localeNow());
+    this.idle = element("div", { className: "rf-idle", textContent: idleWords() });
     this.element = element("div", {}, this.idle);
     const getMinHeight = () => (this.view ? this.view.body.offsetHeight : IDLE) + 2 * MARGIN;
     const options = { serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight };
@@ -50,6 +54,7 @@ class Stage {
   begin({ session, token }) {
     if (this.session === session) return;
     this.end();
+    speak(localeNow());
     Object.assign(this, { session, size: [...this.node.size] });
     const watch = linkTo(session, token);
     const onOver = (over) => this.over(over);
@@ -60,11 +65,16 @@ class Stage {
   }
 
   over({ chunk, why }) {
-    forget(this.session);
-    this.end(why ?? (chunk == null ? WORDS : `Ended at chunk ${chunk}.`));
+    this.done(why ?? (chunk == null ? idleWords() : t("Ended at chunk {chunk}.", { chunk })));
   }
 
-  end(words = WORDS) {
+  // Its run is, which may be heard of before the stream says so.
+  done(words) {
+    if (this.session) forget(this.session);
+    this.end(words);
+  }
+
+  end(words = idleWords()) {
     if (!this.view) return;
     this.sizes.disconnect();
     this.view.close();
@@ -105,6 +115,6 @@ app.registerExtension({
   afterConfigureGraph: () => kept().forEach(show),
   setup() {
     api.addEventListener("rf.live", begin);
-    api.addEventListener("executed", ({ detail }) => stages.get(nodeOf(detail.node))?.end());
+    api.addEventListener("executed", ({ detail }) => stages.get(nodeOf(detail.node))?.done());
   },
 });

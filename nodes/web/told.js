@@ -6,10 +6,12 @@ import { after } from "./after.js";
 
 const LEAST = 58; // pixels
 const MOST = 200; // then it scrolls
+const PADDING = 4;
+const MARGIN = 8; // around it, which the classic renderer takes off its height
 
 const STYLE = `
   overflow: auto; width: 100%; height: 100%; max-height: ${MOST}px; box-sizing: border-box;
-  padding: 4px 10px; font-size: 12px; color: var(--input-text); user-select: text;
+  padding: ${PADDING}px 10px; font-size: 12px; color: var(--input-text); user-select: text;
   white-space: pre-wrap; overflow-wrap: anywhere; font-variant-numeric: tabular-nums;
 `;
 
@@ -33,18 +35,24 @@ function textOf(lines) {
   return text;
 }
 
+function widgetOf(node) {
+  const content = document.createElement("div");
+  const element = document.createElement("div");
+  element.style.cssText = STYLE;
+  element.append(content);
+  const height = () => Math.max(LEAST, Math.min(MOST, content.offsetHeight + 2 * PADDING));
+  const getMinHeight = () => height() + 2 * MARGIN;
+  const options = { serialize: false, margin: MARGIN, getMinHeight };
+  const widget = node.addDOMWidget("told", "told", element, options);
+  widget.serialize = false;
+  new ResizeObserver(() => node.setDirtyCanvas(true, true)).observe(content); // it has a width later
+  return widget;
+}
+
 function tell(node, { text, rows }) {
   if (!text) return;
-  let widget = node.widgets?.find((each) => each.name === "told");
-  if (!widget) {
-    const element = document.createElement("div");
-    element.style.cssText = STYLE;
-    const height = () => 8 + (element.firstChild?.offsetHeight ?? 0);
-    const getMinHeight = () => Math.max(LEAST, Math.min(MOST, height()));
-    widget = node.addDOMWidget("told", "told", element, { serialize: false, getMinHeight });
-    widget.serialize = false;
-  }
-  widget.element.replaceChildren(rows ? tableOf(rows) : textOf(text));
+  const widget = node.widgets?.find((each) => each.name === "told") ?? widgetOf(node);
+  widget.element.firstChild.replaceChildren(rows ? tableOf(rows) : textOf(text));
 }
 
 app.registerExtension({

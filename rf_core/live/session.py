@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -287,8 +287,9 @@ class Session:
             return Refused(number=number, why=str(error))
         if isinstance(step.action, Rewind):
             maker.go(way, on_pass)
+            left = replace(self._course.branch, ended=self._course.chunk)
             branch = step.course.branch
-            self._branches.append(branch)
+            self._branches[-1:] = [left, branch]
             self._past = [each for each in self._past if each.chunk < step.chunk]
             self._write(WentBack(number=number, chunk=step.chunk, branch=branch.name))
             self.outbox.say(Branched(name=branch.name, parent=branch.parent, chunk=step.chunk))

@@ -42,6 +42,8 @@ class Branch:
     parent: str | None = None
     begins: int
     """Its first chunk of its own."""
+    ended: int | None = None
+    """Chunks of its line when it was left; None of the one that is followed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,3 +192,20 @@ def test_no_text_holds_what_the_frontend_takes_for_its_own_syntax(language: str)
     for name, texts in json.loads(path.read_text(encoding="utf-8")).items():
         for key in ("display_name", "description"):  # messages: "|" is for plurals, "{" for values
             assert not set("|{}@") & set(texts[key]), name
+
+
+def test_every_word_of_the_live_view_has_a_chinese_one_and_none_is_left_over() -> None:
+    web = ROOT / "nodes" / "web"
+    scripts = [web / "live.js", *sorted((web / "live").glob("*.js"))]
+    string = r'"(?:[^"\\]|\\.)*"'
+    said = [
+        json.loads(word)
+        for path in scripts
+        for word in re.findall(rf"\bt\(\s*({string})", path.read_text(encoding="utf-8"))
+    ]
+    table = (web / "live" / "words_zh.js").read_text(encoding="utf-8")
+    rows = re.findall(rf"(?m)^  ({string}):\s+({string}),$", table)
+    chinese = {json.loads(word): json.loads(other) for word, other in rows}
+    assert len(rows) == len(chinese) and set(said) == set(chinese)
+    for word, other in chinese.items():
+        assert sorted(re.findall(r"\{\w+\}", word)) == sorted(re.findall(r"\{\w+\}", other))

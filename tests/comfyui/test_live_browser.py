@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from .browser import FIT, chromium, open_browsers, open_frontend, use_renderer, wait_for_graph
+from .files import LORA
 from .server import Server
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
@@ -23,27 +25,37 @@ RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "
 WAIT = 30_000
 TEXT = "a red square moves right"
 SEEDS = count(1)  # what was made already is not made again
-SPAN = 32
-"""Chunks on the strip."""
+SPAN, PAST = 32, 0.66
+"""Chunks on the strip, and how much of it lies before now."""
 
 BUILD = """
-(values) => {
+([values, lora]) => {
   const {app} = window.comfyAPI.app;
   app.graph.clear();
-  const [demo, live] = ["RFLoadDemo", "RFLiveStream"].map((type) => {
+  const types = ["RFLoadDemo", "RFLiveStream", ...(lora ? ["RFLoadLoRA"] : [])];
+  const [demo, live, styled] = types.map((type) => {
     const node = LiteGraph.createNode(type);
     app.graph.add(node);
     return node;
   });
+  const slot = (all, name) => all.findIndex((each) => each.name === name);
+  const connect = (a, from, b, to) => a.connect(slot(a.outputs, from), b, slot(b.inputs, to));
+  const set = (node, name, value) =>
+    (node.widgets.find((each) => each.name === name).value = value);
   live.pos = [330, 0];
-  for (const [from, to] of [["MODEL", "model"], ["CLIP", "clip"], ["VAE", "vae"]]) {
-    const slot = (all, name) => all.findIndex((each) => each.name === name);
-    demo.connect(slot(demo.outputs, from), live, slot(live.inputs, to));
+  if (lora) {
+    styled.pos = [0, 330];
+    connect(demo, "MODEL", styled, "model");
+    set(styled, "lora_name", lora);
+    set(styled, "strength_model", 0);
   }
-  for (const [name, value] of Object.entries(values))
-    live.widgets.find((each) => each.name === name).value = value;
+  connect(styled ?? demo, "MODEL", live, "model");
+  connect(demo, "CLIP", live, "clip");
+  connect(demo, "VAE", live, "vae");
+  for (const [name, value] of Object.entries(values)) set(live, name, value);
 }
 """
+"""Live Stream of the demo with these values, behind a LoRA where one is named."""
 QUEUE = "() => window.comfyAPI.app.app.queuePrompt(0)"
 HEIGHT = """
 () => window.comfyAPI.app.app.graph.nodes.find((n) => n.type === "RFLiveStream").size[1]
@@ -61,6 +73,23 @@ CANVAS = """
 """Where the canvas and its nodes stand."""
 KEPT = "() => JSON.parse(localStorage.getItem('rf.live') ?? '[]')"
 PLAYED = "(video) => video.getVideoPlaybackQuality().totalVideoFrames"
+WORDS = """
+(view) => [...view.querySelectorAll("*")].filter((each) => each.checkVisibility()).flatMap((each) =>
+  [
+    each.title, each.placeholder, each.getAttribute("aria-label"),
+    ...[...each.childNodes].filter(({nodeType}) => nodeType === 3).map(({data}) => data),
+  ].filter(Boolean))
+"""
+"""All that a view says to its reader."""
+SAME = re.compile(rf"{TEXT}|recache|soft|blend|cut|main|Ctrl-Enter|fps|MB|GB|reward_forcing\S*")
+"""What is called the same in each language."""
+PIXELS = """
+(image) => {
+  const canvas = new OffscreenCanvas(64, 64), context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  return context.getImageData(0, 0, 64, 64).data.join();
+}
+"""
 COUNT = """
 () => {
   const {api} = window.comfyAPI.api, {queuePrompt} = api;
@@ -128,17 +157,48 @@ class Live:
         """Until it stands there or later."""
         wait_until(lambda: self.status["chunk"] >= chunk)
 
-    def plays(self) -> bool:
-        """Whether pictures move within two seconds."""
-        video = self.view.locator("video")
-        before = video.evaluate(PLAYED)
-        self.page.wait_for_timeout(2000)
-        return bool(video.evaluate(PLAYED) > before)
+    @property
+    def played(self) -> int:
+        """Pictures that were shown so far."""
+        return int(self.view.locator("video").evaluate(PLAYED))
+
+    def wait_for_pictures(self) -> None:
+        """Until they move."""
+        before = self.played
+        wait_until(lambda: self.played > before)
+
+    def wait_for_still(self) -> None:
+        """Until they stand: what is ready is played first."""
+
+        def stands() -> bool:
+            before = self.played
+            self.page.wait_for_timeout(2000)
+            return self.played == before
+
+        wait_until(stands)
+
+    def stop(self) -> None:
+        """Press Stop, which asks for some seconds whether that was meant."""
+        for _ in range(10):
+            self.click("Stop")
+            assert not self.status["ended"]
+            sure = self.view.get_by_role("button", name="Stop?", exact=True)
+            if sure.evaluate_all("(all) => all.map((each) => each.click()).length"):
+                return
+        raise AssertionError("it is not stopped")
+
+    @property
+    def track(self) -> tuple[float, float, float]:
+        """Of the strip: where chunk 0 begins, the pixels of a chunk, and how far down it is."""
+        box = self.view.locator(".rf-track").bounding_box()
+        first = max(0, math.ceil(self.status["chunk"] - PAST * SPAN))
+        step = box["width"] / SPAN
+        return box["x"] - first * step, step, box["y"] + box["height"] / 2
 
     def place_of(self, chunk: int) -> tuple[float, float]:
-        """Where a chunk of the first ones lies on the strip."""
-        box = self.view.locator(".rf-track").bounding_box()
-        return box["x"] + box["width"] * (chunk + 0.5) / SPAN, box["y"] + box["height"] / 2
+        """The middle of a chunk on the strip."""
+        x, step, y = self.track
+        return x + step * (chunk + 0.5), y
 
     def look(self, name: str, path: Path) -> None:
         """A picture of the page, for whoever asks for one."""
@@ -147,12 +207,15 @@ class Live:
 
 
 @contextmanager
-def live(server: Server, vue_nodes: bool, browser: Any = None) -> Iterator[Live]:
+def live(
+    server: Server, vue_nodes: bool, browser: Any = None, lora: str | None = None
+) -> Iterator[Live]:
     """A stream that runs on a page, ended and without errors at the end."""
     with nullcontext([browser]) if browser else open_browsers(1) as (first,):
         page, errors = open_frontend(first, server.address)
         use_renderer(page, vue_nodes)
-        page.evaluate(BUILD, {"text": TEXT, "width": 64, "height": 64, "seed": next(SEEDS)})
+        values = {"text": TEXT, "width": 64, "height": 64, "seed": next(SEEDS)}
+        page.evaluate(BUILD, [values, lora])
         page.evaluate(FIT)
         page.wait_for_timeout(1000)
         page.evaluate(COUNT)
@@ -176,7 +239,7 @@ def test_a_prompt_is_typed_and_applied_and_its_chunk_is_told(
 ) -> None:
     with live(server, vue_nodes) as session:
         page, box = session.page, session.view.locator(".rf-text")
-        assert session.plays()
+        session.wait_for_pictures()
         box.click()
         page.keyboard.type("a yellow circle 1 moves upp")
         page.keyboard.press("Backspace")
@@ -229,10 +292,9 @@ def test_pause_stops_the_picture_and_what_happens_on_it_stays_off_the_canvas(
         page = session.page
         session.click("Pause")
         wait_until(lambda: session.status["paused"])
-        page.wait_for_timeout(2500)  # what is ready is played
+        session.wait_for_still()
         session.look(f"paused-{'vue' if vue_nodes else 'canvas'}", tmp_path)
         chunk, where = session.status["chunk"], page.evaluate(CANVAS)
-        assert not session.plays()
         slider = session.view.get_by_label("sink decay")
         before = float(slider.input_value())
         box = slider.bounding_box()
@@ -253,7 +315,42 @@ def test_pause_stops_the_picture_and_what_happens_on_it_stays_off_the_canvas(
         assert session.status["decay"] < before and session.status["chunk"] == chunk
         session.click("Resume")
         session.wait_for_chunk(chunk + 1)
-        assert session.plays()
+        session.wait_for_pictures()
+
+
+def test_a_slider_sets_the_strength_of_its_lora(server: Server, tmp_path: Path) -> None:
+    name = LORA.removesuffix(".safetensors")
+    with live(server, False, lora=LORA) as session:
+        assert session.status["loras"] == {name: 0}
+        slider = session.view.get_by_label(name)
+        assert slider.input_value() == "0"
+        box = slider.bounding_box()
+        session.page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + box["height"] / 2)
+        strength = float(slider.input_value())
+        assert strength > 0.5
+        chunk = session.told(f"{name} {strength:.2f}")
+        row = slider.locator("..")
+        assert row.locator("output").inner_text() == f"{strength:.2f}"
+        assert row.locator(".rf-told").inner_text() == f"from chunk {chunk}"
+        assert session.status["loras"] == {name: strength}
+        took = {"chunk": chunk, "do": "lora", "name": name, "strength": strength}
+        assert session.status["past"][-1] == took
+        session.look("lora", tmp_path)
+
+
+def test_a_browser_without_media_source_shows_moving_pictures(
+    server: Server, tmp_path: Path
+) -> None:
+    with open_browsers(1) as (browser,):
+        browser.add_init_script("delete window.MediaSource; delete window.ManagedMediaSource")
+        with live(server, False, browser) as session:
+            image = session.view.locator(".rf-screen img")
+            image.wait_for(timeout=WAIT)
+            assert session.view.locator("video").count() == 0
+            wait_until(lambda: image.evaluate("(image) => image.naturalWidth") == 64)
+            before = image.evaluate(PIXELS)
+            wait_until(lambda: image.evaluate(PIXELS) != before)
+            session.look("mjpeg", tmp_path)
 
 
 @RENDERERS
@@ -269,10 +366,18 @@ def test_a_click_on_the_past_goes_back_there_into_a_branch(
         session.look(f"rewind-{'vue' if vue_nodes else 'canvas'}", tmp_path)
         form.get_by_role("button", name="Rewind").click()
         assert session.told("rewind to chunk 3 as take-two") == 3
-        branch = {"name": "take-two", "parent": "main", "begins": 3}
+        branch = {"name": "take-two", "parent": "main", "begins": 3, "ended": None}
         assert session.status["branch"] == branch
         assert session.view.locator(".rf-flag").inner_text() == "take-two"
-        assert session.plays()
+        main = session.status["branches"][0]
+        assert main["ended"] >= 8
+        line = session.view.locator(".rf-line")  # the way that was left
+        assert f"main, to chunk {main['ended']} · " in line.get_attribute("title")
+        box = line.bounding_box()
+        x, step, _ = session.track
+        assert box["x"] + box["width"] == pytest.approx(x + step * main["ended"], abs=1)
+        session.look(f"left-{'vue' if vue_nodes else 'canvas'}", tmp_path)
+        session.wait_for_pictures()
 
 
 @RENDERERS
@@ -325,7 +430,8 @@ def test_a_page_that_is_loaded_again_finds_its_stream_and_plays_on(
         page.wait_for_selector(".rf-live", timeout=WAIT)
         page.wait_for_timeout(3000)
         page.evaluate(FIT)
-        assert session.kept["session"] == kept["session"] and session.plays()
+        assert session.kept["session"] == kept["session"]
+        session.wait_for_pictures()
         session.look(f"reloaded-{'vue' if vue_nodes else 'canvas'}", tmp_path)
         session.type("a blue triangle moves down")
         session.click("Apply")
@@ -340,10 +446,7 @@ def test_stop_leaves_text_and_video_on_a_node_of_its_usual_height(
     with live(server, vue_nodes) as session:
         page, alive = session.page, session.page.evaluate(HEIGHT)
         saved = page.evaluate(SAVED)
-        session.click("Stop")
-        page.wait_for_timeout(200)
-        assert not session.status["ended"]  # it asks first
-        session.click("Stop?")
+        session.stop()
         page.wait_for_selector(".rf-live", state="detached", timeout=WAIT)
         page.wait_for_selector("video", timeout=WAIT)
         page.wait_for_timeout(3000)
@@ -363,6 +466,15 @@ def test_stop_leaves_text_and_video_on_a_node_of_its_usual_height(
         assert page.locator(".rf-live").count() == 0
 
 
+def test_a_run_that_is_done_before_its_stream_says_so_is_forgotten(server: Server) -> None:
+    with live(server, False) as session:
+        done = {"node": session.kept["node"], "output": {}}
+        say = "(done) => window.comfyAPI.api.api.dispatchCustomEvent('executed', done)"
+        session.page.evaluate(say, done)
+        session.page.wait_for_selector(".rf-live", state="detached", timeout=WAIT)
+        assert session.page.evaluate(KEPT) == []
+
+
 def test_two_browsers_play_one_stream_and_both_steer_it(server: Server, tmp_path: Path) -> None:
     with open_browsers(2) as (one, two), live(server, False, one) as session:
         session.page.evaluate("() => (navigator.clipboard.writeText = () => Promise.reject())")
@@ -378,7 +490,8 @@ def test_two_browsers_play_one_stream_and_both_steer_it(server: Server, tmp_path
         other.wait_for_selector(".rf-badge[data-kind=on]", timeout=WAIT)
         second = Live(server, other)
         other.wait_for_timeout(3000)
-        assert session.plays() and second.plays()
+        session.wait_for_pictures()
+        second.wait_for_pictures()
         second.type("a yellow circle moves up")
         second.view.locator(".rf-text").press("Control+Enter")
         chunk = second.told("a yellow circle moves up")
@@ -393,7 +506,8 @@ def test_two_browsers_play_one_stream_and_both_steer_it(server: Server, tmp_path
         second.look("watch-phone", tmp_path)
         other.goto(f"{link}&view=video")
         other.wait_for_timeout(3000)
-        assert second.plays() and not other.locator(".rf-panel").is_visible()
+        second.wait_for_pictures()
+        assert not other.locator(".rf-panel").is_visible()
         second.look("watch-video", tmp_path)
         assert errors == []
 
@@ -409,3 +523,35 @@ def test_a_wrong_token_shows_a_sentence(server: Server, tmp_path: Path) -> None:
         Live(server, other).look("wrong", tmp_path)
         other.goto(link)
         assert "names no session" in other.locator(".rf-sentence").inner_text()
+
+
+def not_chinese(view: Any) -> list[str]:
+    """What a view says in English."""
+    words = {SAME.sub("", each) for each in view.evaluate(WORDS)}
+    return sorted(w for w in words if re.search("[a-z]{2}", w) and not re.search("[一-鿿]", w))
+
+
+def test_the_view_speaks_chinese_where_the_frontend_does(server: Server, tmp_path: Path) -> None:
+    server.post("/settings/Comfy.Locale", "zh")
+    try:
+        with live(server, False) as session:
+            kept, page = session.kept, session.page
+            assert not_chinese(session.view) == []
+            session.click("重新开始")
+            wait_until(lambda: re.search(r"重新开始\s+从块 \d+ 起", session.last))
+            page.mouse.click(*session.place_of(2))
+            form = session.view.locator(".rf-popover")
+            assert "回退到块 2 · 1.3 s" in form.inner_text()
+            assert not_chinese(session.view) == []
+            session.look("zh", tmp_path)
+
+            other = page.context.new_page()  # the page by itself goes by the browser's language
+            other.add_init_script("Object.defineProperty(navigator, 'language', {value: 'zh-CN'})")
+            link = f"{server.address}/extensions/ComfyUI-RewardForcing/live.html"
+            other.goto(f"{link}#session={kept['session']}&token={kept['token']}")
+            other.wait_for_selector(".rf-badge[data-kind=on]", timeout=WAIT)
+            second = Live(server, other)
+            assert other.title() == "实时视频流" and not_chinese(second.view) == []
+            second.look("zh-page", tmp_path)
+    finally:
+        server.post("/settings/Comfy.Locale", "en")

@@ -284,3 +284,46 @@ def test_what_a_node_tells_at_its_end_stays_on_it_once(
             assert page.get_by_text("layout").count() == 1
             saved = page.evaluate(SAVE)["nodes"][0]
             assert saved["widgets_values"] == ["demo.safetensors"]
+
+
+TELL = """
+([width, text]) => {
+  const {api} = window.comfyAPI.api, {graph} = window.comfyAPI.app.app, [node] = graph.nodes;
+  if (width) node.setSize([width, node.size[1]]);
+  api.dispatchCustomEvent("executed", {
+    node: String(node.id), display_node: String(node.id), prompt_id: "1", output: {text: [text]}});
+}
+"""
+ROOM = """
+(all) => all.filter((each) => each.style.userSelect === "text")
+  .map((each) => [each.scrollHeight, each.clientHeight])
+"""
+"""Of the boxes that hold what a node tells: the height of their content, and what of it is seen."""
+LONG = (
+    "reward_forcing_00012_.mp4: 812 images, 50.8 s at 16.0 images/s in branches main, take-two, "
+    "evening and last-one; the log beside it, reward_forcing_00012_.jsonl, makes the same again"
+)
+
+
+@RENDERERS
+@pytest.mark.parametrize("width", [440, 380])
+def test_all_of_a_long_line_that_a_node_tells_is_seen_and_the_node_stays_as_high(
+    server: Server, vue_nodes: bool, width: int, tmp_path: Path
+) -> None:
+    name = f"told-{width}-{'vue' if vue_nodes else 'canvas'}"
+    with page_of(server, vue_nodes) as page:
+        page.evaluate(ADD, [["RFStreamingSampler"], []])
+        heights = set()
+        for run in range(3):
+            page.evaluate(TELL, [0 if run else width, LONG])
+            page.wait_for_timeout(1000)
+            look(page, tmp_path / f"{name}.png")
+            ((content, seen),) = page.locator("div").evaluate_all(ROOM)
+            assert 0 < content <= seen
+            (box,) = (node["box"] for node in drawn(page)["nodes"].values())
+            heights.add(round(box[3] - box[1]))
+        assert len(heights) == 1
+        page.evaluate(TELL, [0, f"{LONG}; {LONG}"])  # another run tells more
+        page.wait_for_timeout(1000)
+        ((content, seen),) = page.locator("div").evaluate_all(ROOM)
+        assert 0 < content <= seen

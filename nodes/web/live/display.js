@@ -1,16 +1,17 @@
 // What is so, in figures: where the stream stands, what it costs, what the next chunk will do.
 
 import { element, write } from "./element.js";
+import { t } from "./language.js";
 import { bytes, said } from "./words.js";
 
-const FACTS = {
-  network: "images a second that the network makes",
-  decode: "images a second that are decoded",
-  "end to end": "images a second that come out, as it is paced",
-  buffer: "seconds of video that this page holds ready",
-  memory: "RAM, and the device's",
-  past: "RAM that the way back takes, of what it may",
-};
+const factsOf = () => ({
+  network: [t("network"), t("images a second that the network makes")],
+  decode: [t("decode"), t("images a second that are decoded")],
+  total: [t("end to end"), t("images a second that come out, as it is paced")],
+  buffer: [t("buffer"), t("seconds of video that this page holds ready")],
+  memory: [t("memory"), t("RAM, and the device's")],
+  past: [t("past"), t("RAM that the way back takes, of what it may")],
+});
 
 const rate = (value) => (value == null ? "–" : `${value.toFixed(value < 100 ? 1 : 0)} fps`);
 
@@ -18,9 +19,9 @@ export class Display {
   constructor(session, player) {
     Object.assign(this, { session, player, cells: {} });
     const list = element("dl", { className: "rf-facts" });
-    for (const [name, title] of Object.entries(FACTS)) {
+    for (const [name, [label, title]] of Object.entries(factsOf())) {
       this.cells[name] = element("dd", { textContent: "–" });
-      list.append(element("div", { title }, element("dt", { textContent: name }), this.cells[name]));
+      list.append(element("div", { title }, element("dt", { textContent: label }), this.cells[name]));
     }
     this.next = element("p", { className: "rf-next" });
     this.element = element("div", { className: "rf-display" }, this.next, list);
@@ -34,9 +35,9 @@ export class Display {
     const facts = {
       network: rate(fps.network),
       decode: rate(fps.decode),
-      "end to end": rate(fps.total),
+      total: rate(fps.total),
       memory: bytes(memory.ram) + device,
-      past: `${bytes(status.history_bytes)} of ${bytes(status.history_limit)}`,
+      past: t("{taken} of {all}", { taken: bytes(status.history_bytes), all: bytes(status.history_limit) }),
     };
     for (const [name, text] of Object.entries(facts)) write(this.cells[name], text);
     this.renderBuffer();
@@ -54,7 +55,7 @@ export class Display {
     const due = coming.filter((each) => each.chunk === chunk).map((each) => `“${each.text}”`);
     const waiting = this.session.commands.filter((each) => each.state === "received");
     const all = [...due, ...waiting.map((each) => said(each.command))];
-    if (paused && !all.length) return "Paused.";
-    return `Next, chunk ${chunk}: ${all.join("; ") || "goes on"}`;
+    if (paused && !all.length) return t("Paused.");
+    return t("Next, chunk {chunk}: {what}", { chunk, what: all.join("; ") || t("goes on") });
   }
 }

@@ -2,6 +2,7 @@
 // it shows stands in the fragment of its address, which reaches no server and no server's log.
 
 import { element } from "./element.js";
+import { speak, t } from "./language.js";
 import { View, loadStyle } from "./view.js";
 
 export const linkTo = (session, token) => {
@@ -12,9 +13,12 @@ export const linkTo = (session, token) => {
 
 export function openPage() {
   const { session, token, view } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  speak(navigator.language);
+  document.documentElement.lang = navigator.language;
+  document.title = t("Live Stream");
   loadStyle();
   if (!session || !token) {
-    const text = "This address names no session. Copy a watch link from a Live Stream node that runs.";
+    const text = t("This address names no session. Copy a link from a Live Stream node that runs.");
     return document.body.replaceChildren(element("p", { className: "rf-sentence", textContent: text }));
   }
   const address = new URL("../../../api", import.meta.url).href;

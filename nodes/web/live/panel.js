@@ -2,12 +2,10 @@
 // sliders, and what became of it.
 
 import { button, element, write } from "./element.js";
+import { t } from "./language.js";
 import { answered, said } from "./words.js";
 
 const MODES = ["recache", "soft", "blend", "cut"];
-const MODE_HELP =
-  "recache: the picture follows at once, motion goes on. soft: it drifts over. " +
-  "blend: over some chunks. cut: everything starts afresh.";
 const SLOTS = "rf.live.slots";
 const SHOWN = 3; // commands
 const LORA = { min: -1, max: 2, step: 0.05 };
@@ -48,7 +46,7 @@ class Slider {
   }
 
   render(value, command) {
-    if (this.held || (command && open(command))) return write(this.told, command ? "waits" : "");
+    if (this.held || (command && open(command))) return write(this.told, command ? t("waits") : "");
     if (value < this.input.min) this.input.min = value;
     if (value > this.input.max) this.input.max = value;
     this.input.value = value;
@@ -67,23 +65,26 @@ export class Panel {
     this.text = element("textarea", {
       className: "rf-text",
       rows: 2,
-      placeholder: "Another prompt; Ctrl-Enter applies it at the next chunk",
-      "aria-label": "prompt",
+      placeholder: t("Another prompt; Ctrl-Enter applies it at the next chunk"),
+      "aria-label": t("prompt"),
     });
     this.text.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
       this.apply();
     });
-    this.mode = element("select", { title: MODE_HELP, "aria-label": "mode" });
+    const help = t(
+      "recache: the picture follows at once, motion goes on. soft: it drifts over. blend: over some chunks. cut: everything starts afresh.",
+    );
+    this.mode = element("select", { title: help, "aria-label": t("mode") });
     this.mode.append(...MODES.map((name) => new Option(name)));
     this.length = element("input", {
       type: "number",
       min: 1,
       max: 99,
       value: 3,
-      title: "chunks that the blend takes",
-      "aria-label": "blend length in chunks",
+      title: t("chunks that the blend takes"),
+      "aria-label": t("blend length in chunks"),
     });
     this.mode.onchange = () => (this.length.disabled = this.mode.value !== "blend");
     this.mode.onchange();
@@ -92,21 +93,21 @@ export class Panel {
       { className: "rf-row" },
       this.mode,
       this.length,
-      element("span", { className: "rf-unit", textContent: "chunks" }),
+      element("span", { className: "rf-unit", textContent: t("chunks") }),
       element("span", { className: "rf-gap" }),
-      button("Later…", () => this.onLater(), { title: "schedule it for a later chunk" }),
-      button("Apply", () => this.apply(), { className: "rf-main", title: "Ctrl-Enter" }),
+      button(t("Later…"), () => this.onLater(), { title: t("schedule it for a later chunk") }),
+      button(t("Apply"), () => this.apply(), { className: "rf-main", title: "Ctrl-Enter" }),
     );
     this.keys = this.slots.map((_, i) =>
       button("", (event) => this.slot(i, event.shiftKey), { className: "rf-slot" }),
     );
-    const group = { className: "rf-slots", role: "group", "aria-label": "prompt slots" };
+    const group = { className: "rf-slots", role: "group", "aria-label": t("prompt slots") };
     const slots = element("div", group, ...this.keys);
     this.values = element("div", { className: "rf-sliders" });
     const rows = Array.from({ length: SHOWN }, () =>
       element("li", {}, element("span"), element("span")),
     );
-    const list = { className: "rf-log", "aria-live": "polite", "aria-label": "commands" };
+    const list = { className: "rf-log", "aria-live": "polite", "aria-label": t("commands") };
     this.log = element("ol", list, ...rows);
     const parts = [this.text, how, slots, this.values, this.log];
     this.element = element("div", { className: "rf-panel" }, ...parts);
@@ -138,10 +139,10 @@ export class Panel {
     this.keys.forEach((key, i) => {
       const text = this.slots[i];
       const number = element("kbd", { textContent: i + 1 });
-      key.replaceChildren(number, element("span", { textContent: text || "empty" }));
+      key.replaceChildren(number, element("span", { textContent: text || t("empty") }));
       key.classList.toggle("rf-empty", !text);
-      const help = "keeps what stands in the prompt box";
-      key.title = text ? `${text}\n(with Shift: ${help})` : help;
+      const help = t("keeps what stands in the prompt box");
+      key.title = text ? `${text}\n${t("(with Shift: {help})", { help })}` : help;
     });
   }
 
@@ -162,7 +163,7 @@ export class Panel {
       const label = name.replace(/\.safetensors$/, "");
       this.follow(`lora ${name}`, label, strength, LORA, { do: "lora", name }, "strength");
     }
-    if (status) this.follow("decay", "sink decay", status.decay, DECAY, { do: "decay" }, "decay");
+    if (status) this.follow("decay", t("sink decay"), status.decay, DECAY, { do: "decay" }, "decay");
     const shown = commands.slice(-SHOWN);
     [...this.log.children].forEach((row, i) => {
       const entry = shown[i];

@@ -1,6 +1,7 @@
 // A small form over the picture: what a click on the strip of time asks before it does anything.
 
 import { button, element } from "./element.js";
+import { t } from "./language.js";
 
 let count = 0;
 
@@ -29,11 +30,12 @@ export class Popover {
       return element("div", { className: "rf-row" }, words, field);
     });
     const submit = element("button", { type: "submit", className: "rf-main", textContent: action });
-    const row = element("div", { className: "rf-row rf-end" }, button("Cancel", () => this.hide()), submit);
+    const cancel = button(t("Cancel"), () => this.hide());
+    const row = element("div", { className: "rf-row rf-end" }, cancel, submit);
     this.element.setAttribute("aria-label", title);
     this.element.replaceChildren(element("strong", { textContent: title }), ...rows, row);
     this.element.hidden = false;
-    this.element.querySelector("input, textarea").focus({ preventScroll: true });
+    this.element.querySelector("input, textarea, .rf-main").focus({ preventScroll: true });
   }
 
   hide() {

@@ -2,6 +2,8 @@
 // connects again by itself, and after a gap goes by the status. It knows no element; whoever shows it
 // listens for "change".
 
+import { t } from "./language.js";
+
 const FIRST_WAIT = 500; // milliseconds before connecting again, doubled each time
 const LONGEST_WAIT = 8000;
 const SILENCE = 40_000; // milliseconds without a sign of life: the server gives one every 15 s
@@ -28,7 +30,8 @@ async function* eventsOf(body, alive) {
 
 async function sentenceOf(response) {
   const answer = await response.json().catch(() => ({}));
-  return answer.error ?? `the server answered ${response.status} ${response.statusText}`;
+  const status = `${response.status} ${response.statusText}`;
+  return answer.error ?? t("the server answered {status}", { status });
 }
 
 export class Session extends EventTarget {

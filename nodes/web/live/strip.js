@@ -3,6 +3,7 @@
 // prompt there; a coming change is dragged, or dropped.
 
 import { button, element, write } from "./element.js";
+import { t } from "./language.js";
 import { place, said, seconds } from "./words.js";
 
 const LEAST = 32; // chunks that are shown at once
@@ -10,8 +11,9 @@ const MOST = 8192;
 const PAST = 0.66; // of the strip
 const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600]; // seconds between marks of time
 const MARKS = 7; // at most
+const SHOWN = 12; // branches
+const [ROWS, ROW] = [3, 4]; // of lines under the track; pixels of each
 
-const HELP = "(drag or arrow keys: another time; double-click or Delete: drop)";
 const GOLDEN = 137.5; // degrees: prompts that follow one another differ most
 const seen = new Map();
 
@@ -30,14 +32,15 @@ export class Strip {
     this.now = element("div", { className: "rf-now" });
     const onTrack = [this.spans, this.over, this.now, this.ghost];
     this.track = element("div", { className: "rf-track" }, ...onTrack);
+    this.lines = element("div", { className: "rf-lines" });
     this.branches = element("div", { className: "rf-branches" });
     this.later = button("", () => this.zoom(2), { className: "rf-later", hidden: true });
     const zoom = (label, factor, title) =>
       button(label, () => this.zoom(factor), { title, "aria-label": title });
-    const both = [zoom("−", 2, "show more time"), zoom("+", 1 / 2, "show less time")];
+    const both = [zoom("−", 2, t("show more time")), zoom("+", 1 / 2, t("show less time"))];
     const zooms = element("div", { className: "rf-zoom" }, ...both);
-    const parts = [this.times, this.track, this.branches, zooms, this.later];
-    const group = { className: "rf-strip", role: "group", "aria-label": "strip of time" };
+    const parts = [this.times, this.track, this.lines, this.branches, zooms, this.later];
+    const group = { className: "rf-strip", role: "group", "aria-label": t("strip of time") };
     this.element = element("div", group, ...parts);
     this.track.addEventListener("pointermove", (event) => this.point(event));
     this.track.addEventListener("pointerleave", () => (this.ghost.hidden = true));
@@ -87,6 +90,7 @@ export class Strip {
     if (!this.status || this.dragged) return;
     this.renderTimes();
     this.renderSpans();
+    this.renderLines();
     this.renderBranches();
     this.renderComing();
     this.now.style.left = this.at(this.status.chunk);
@@ -118,8 +122,9 @@ export class Strip {
 
   renderSpans() {
     const { coming, oldest, until, chunk } = this.status;
-    const gone = { className: "rf-gone", title: "too long ago to go back to" };
-    const after = { className: "rf-after", title: until && `ends at ${place(until, this.status)}` };
+    const gone = { className: "rf-gone", title: t("too long ago to go back to") };
+    const ends = until && t("ends at {place}", { place: place(until, this.status) });
+    const after = { className: "rf-after", title: ends };
     this.spans.replaceChildren(
       ...this.ahead(coming, until ?? Infinity),
       ...this.behind(),
@@ -157,13 +162,28 @@ export class Strip {
     });
   }
 
+  // The ways that were left, in some rows: each from where it began to where it was left.
+  renderLines() {
+    const left = this.status.branches.filter(({ ended }) => ended != null);
+    const lines = left.slice(-SHOWN).flatMap(({ name, begins, ended, file }, i) => {
+      const to = t("{name}, to {place}", { name, place: place(ended, this.status) });
+      const title = `${to}\n${file ?? ""}`;
+      const boxes = this.box(begins, ended, { className: "rf-line", title });
+      for (const each of boxes) each.style.top = `${ROW * (i % ROWS)}px`;
+      return boxes;
+    });
+    this.lines.style.height = `${ROW * Math.min(ROWS, left.length)}px`;
+    this.lines.replaceChildren(...lines);
+  }
+
   renderBranches() {
     const { branches, branch } = this.status;
     const right = this.left + this.span;
     const left = branches.filter((each) => each.parent); // a line that it left
     const shown = left.filter(({ begins }) => begins >= this.left && begins < right);
-    const flags = shown.slice(-12).map(({ name, parent, begins, file }) => {
-      const title = `${name} leaves ${parent} at ${place(begins, this.status)}\n${file ?? ""}`;
+    const flags = shown.slice(-SHOWN).map(({ name, parent, begins, file }) => {
+      const at = place(begins, this.status);
+      const title = `${t("{name} leaves {parent} at {place}", { name, parent, place: at })}\n${file ?? ""}`;
       const flag = element("span", { className: "rf-flag", textContent: name, title });
       flag.classList.toggle("rf-here", name === branch.name);
       flag.classList.toggle("rf-left", (begins - this.left) / this.span > 0.6);
@@ -186,17 +206,18 @@ export class Strip {
       Object.assign(pill, { change, hidden: change.chunk >= this.left + this.span });
       pill.style.left = this.at(change.chunk);
       const at = place(change.chunk, this.status);
-      pill.title = `${at} · ${change.mode}\n${change.text}\n${HELP}`;
-      pill.setAttribute("aria-label", `${change.text}, coming at ${at}`);
+      const help = t("drag or arrow keys: another time; double-click or Delete: drop");
+      pill.title = `${at} · ${change.mode}\n${change.text}\n(${help})`;
+      pill.setAttribute("aria-label", t("{text}, coming at {place}", { text: change.text, place: at }));
       write(pill.firstChild, change.text);
     }
     const hidden = coming.filter((each) => each.chunk >= this.left + this.span).length;
     this.later.hidden = !hidden;
-    write(this.later, `${hidden} later ›`);
+    write(this.later, t("{count} later ›", { count: hidden }));
   }
 
   pill(number) {
-    const cross = button("×", () => this.drop(number), { className: "rf-drop", title: "drop it" });
+    const cross = button("×", () => this.drop(number), { className: "rf-drop", title: t("drop it") });
     const about = { className: "rf-pill", tabIndex: 0, role: "group" };
     const pill = element("div", about, element("span"), cross);
     pill.addEventListener("pointerdown", (event) => event.target !== cross && this.grab(pill, event));

@@ -2,6 +2,7 @@
 
 import { Display } from "./display.js";
 import { button, element, write } from "./element.js";
+import { t } from "./language.js";
 import { Panel } from "./panel.js";
 import { Player } from "./player.js";
 import { Popover } from "./popover.js";
@@ -13,11 +14,7 @@ const STYLE = new URL("./live.css", import.meta.url).href;
 const BUFFER = 500; // milliseconds between two looks at it
 const SURE = 3000; // milliseconds that "stop" waits for its second click
 const BACK = 4; // chunks that Rewind proposes
-const BRANCH = {
-  placeholder: "a name, if you like",
-  pattern: "[A-Za-z0-9][A-Za-z0-9_\\-]{0,39}",
-  title: "1 to 40 letters, digits, - and _",
-};
+const BRANCH = "[A-Za-z0-9][A-Za-z0-9_\\-]{0,39}";
 
 // What happens within the view is meant for it alone: not for the canvas below, nor its keys.
 const OWN = ["keydown", "keyup", "keypress", "copy", "cut", "paste", "wheel", "dblclick"];
@@ -53,17 +50,17 @@ export class View {
     this.badge = element("span", { className: "rf-badge", role: "status" });
     this.player.element.append(this.badge, this.popover.element);
     this.player.element.addEventListener("dblclick", () => this.fill());
-    this.player.element.title = "double-click: full screen";
+    this.player.element.title = t("double-click: full screen");
     this.where = element("span", { className: "rf-where" });
     const control = (label, onclick, title, className = "") => button(label, onclick, { title, className });
     const pause = () => this.send({ do: this.session.status?.paused ? "resume" : "pause" });
     const cut = () => this.send({ do: "cut" });
     this.controls = [
-      (this.pause = control("Pause", pause, "nothing is made until it goes on")),
-      control("Cut", cut, "everything starts afresh with the next chunk"),
-      control("Rewind…", () => this.rewind(), "go back and take another way from there"),
-      (this.link = control("Link", () => this.copyLink(), "copy a link to watch and steer it elsewhere")),
-      (this.stop = control("Stop", () => this.askStop(), "end it and keep what is made", "rf-stop")),
+      (this.pause = control(t("Pause"), pause, t("nothing is made until it goes on"))),
+      control(t("Cut"), cut, t("everything starts afresh with the next chunk")),
+      control(t("Rewind…"), () => this.rewind(), t("go back and take another way from there")),
+      (this.link = control(t("Link"), () => this.copyLink(), t("copy a link to watch and steer it elsewhere"))),
+      (this.stop = control(t("Stop"), () => this.askStop(), t("end it and keep what is made"), "rf-stop")),
     ];
     const gap = element("span", { className: "rf-gap" });
     const bar = element("div", { className: "rf-bar" }, this.where, gap, ...this.controls);
@@ -107,42 +104,48 @@ export class View {
     this.calm();
     if (sure) return this.send({ do: "stop" });
     this.stop.classList.add("rf-sure");
-    write(this.stop, "Stop?");
+    write(this.stop, t("Stop?"));
     this.doubt = setTimeout(() => this.calm(), SURE);
   }
 
   calm() {
     clearTimeout(this.doubt);
     this.stop.classList.remove("rf-sure");
-    write(this.stop, "Stop");
+    write(this.stop, t("Stop"));
   }
 
   async copyLink() {
     const copied = navigator.clipboard?.writeText(this.watch);
-    const said = await copied?.then(() => "Copied").catch(() => null);
+    const said = await copied?.then(() => t("Copied")).catch(() => null);
     if (!said) return this.showLink(); // a page without https may not write to the clipboard
     write(this.link, said);
-    setTimeout(() => write(this.link, "Link"), SURE);
+    setTimeout(() => write(this.link, t("Link")), SURE);
   }
 
   showLink() {
     const field = element("input", { value: this.watch, readOnly: true });
-    this.popover.show("Watch link", { link: ["address", field] }, "Done", () => {});
+    this.popover.show(t("Watch link"), { link: [t("address"), field] }, t("Done"), () => {});
     field.select();
   }
 
   rewind(chunk) {
     const { status } = this.session;
     if (!status) return;
-    if (status.oldest == null) return this.popover.show("Nothing is kept to go back to.", {}, "OK", () => {});
+    if (status.oldest == null)
+      return this.popover.show(t("Nothing is kept to go back to."), {}, t("OK"), () => {});
     const [min, max] = [status.oldest, status.chunk];
     const value = Math.min(max, Math.max(min, chunk ?? max - BACK));
-    const fields = {
-      chunk: ["to chunk", element("input", { type: "number", min, max, value, required: true })],
-      branch: ["new branch", element("input", BRANCH)],
+    const about = {
+      placeholder: t("a name, if you like"),
+      pattern: BRANCH,
+      title: t("1 to 40 letters, digits, - and _"),
     };
-    const title = this.retitle(fields.chunk[1], (at) => `Rewind to ${place(at, status)}`);
-    this.popover.show(title, fields, "Rewind", ({ chunk: to, branch }) =>
+    const fields = {
+      chunk: [t("to chunk"), element("input", { type: "number", min, max, value, required: true })],
+      branch: [t("new branch"), element("input", about)],
+    };
+    const title = this.retitle(fields.chunk[1], (at) => t("Rewind to {place}", { place: place(at, status) }));
+    this.popover.show(title, fields, t("Rewind"), ({ chunk: to, branch }) =>
       this.send({ do: "rewind", chunk: Number(to), ...(branch && { branch }) }),
     );
   }
@@ -154,11 +157,13 @@ export class View {
     const value = Math.max(min, chunk ?? min + BACK);
     const text = this.panel.text.value || status.prompt;
     const fields = {
-      chunk: ["at chunk", element("input", { type: "number", min, value, required: true })],
-      text: ["prompt", element("textarea", { rows: 2, value: text, required: true })],
+      chunk: [t("at chunk"), element("input", { type: "number", min, value, required: true })],
+      text: [t("prompt"), element("textarea", { rows: 2, value: text, required: true })],
     };
-    const title = this.retitle(fields.chunk[1], (at) => `${this.panel.switch} at ${place(at, status)}`);
-    this.popover.show(title, fields, "Schedule", ({ chunk: at, text: prompt }) =>
+    const title = this.retitle(fields.chunk[1], (at) =>
+      t("{mode} at {place}", { mode: this.panel.switch, place: place(at, status) }),
+    );
+    this.popover.show(title, fields, t("Schedule"), ({ chunk: at, text: prompt }) =>
       this.send({ do: "schedule", chunk: Number(at), text: prompt, mode: this.panel.switch }),
     );
   }
@@ -170,9 +175,9 @@ export class View {
 
   state(paused, branch) {
     const { status, over, connected, trouble } = this.session;
-    if (over) return ["over", over.why ?? "Ended"];
-    if (!connected) return ["lost", trouble ?? (status ? "Connecting again…" : "Connecting…")];
-    const on = paused ? "Paused" : "Live";
+    if (over) return ["over", over.why ?? t("Ended")];
+    if (!connected) return ["lost", trouble ?? (status ? t("Connecting again…") : t("Connecting…"))];
+    const on = paused ? t("Paused") : t("Live");
     return [paused ? "paused" : "on", branch.parent ? `${on} · ${branch.name}` : on];
   }
 
@@ -185,7 +190,7 @@ export class View {
     if (status) {
       this.player.element.style.aspectRatio = `${width} / ${height}`;
       write(this.where, place(chunk, status));
-      write(this.pause, paused ? "Resume" : "Pause");
+      write(this.pause, paused ? t("Resume") : t("Pause"));
     }
     for (const each of this.controls) each.disabled = Boolean(over);
     if (over) this.popover.element.hidden = true;
