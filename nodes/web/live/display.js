@@ -7,7 +7,7 @@ import { bytes, said } from "./words.js";
 const factsOf = () => ({
   network: [t("network"), t("images a second that the network makes")],
   decode: [t("decode"), t("images a second that are decoded")],
-  total: [t("end to end"), t("images a second that come out, as it is paced")],
+  total: [t("end to end"), t("images a second that both make together, waits left out")],
   buffer: [t("buffer"), t("seconds of video that this page holds ready")],
   memory: [t("memory"), t("RAM, and the device's")],
   past: [t("past"), t("RAM that the way back takes, of what it may")],

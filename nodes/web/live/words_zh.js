@@ -6,7 +6,7 @@ export const ZH = {
   "decode": "解码",
   "images a second that are decoded": "每秒解码的图像数",
   "end to end": "端到端",
-  "images a second that come out, as it is paced": "按节奏每秒输出的图像数",
+  "images a second that both make together, waits left out": "两者合计每秒的图像数，不计等待",
   "buffer": "缓冲",
   "seconds of video that this page holds ready": "本页面已备好的视频秒数",
   "memory": "内存",
