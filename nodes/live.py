@@ -19,6 +19,7 @@ from .loaders import CATEGORY
 from .prompt import encode
 from .run import Made, Request, check_state, clock_of
 from .streaming import (
+    HIDDEN,
     other_decoder,
     outputs,
     produce,
@@ -26,9 +27,10 @@ from .streaming import (
     shared_inputs,
     shown,
     validate,
+    video_outputs,
     with_start,
 )
-from .types import RFState, RFTimeline, State, Timeline
+from .types import RFTimeline, State, Timeline
 
 PACES: dict[str, float | None] = {"real time": FPS, "as fast as possible": None}
 """How fast a live stream is made, in images a second."""
@@ -165,13 +167,8 @@ class LiveStream(io.ComfyNode):
                     "the same images, with its own size and seed.",
                 ),
             ],
-            outputs=[
-                io.Latent.Output(display_name="LATENT"),
-                io.Video.Output(display_name="VIDEO"),
-                io.Image.Output(display_name="IMAGE"),
-                RFState.Output(display_name="state"),
-            ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            outputs=video_outputs(),
+            hidden=HIDDEN,
             is_output_node=True,
         )
 

@@ -35,7 +35,7 @@ from ..rf_core.prompts import ResolvedEntry
 from ..rf_core.video import RUN, VideoFormat, header_of
 from . import host, live_http
 from .prompt import encode
-from .run import Made, Request, clock_of, keep_last, open_stream
+from .run import Made, Request, clock_of, decodes_beside, keep_last, open_stream
 
 _GRACE = 4  # chunks within which a page takes up the player
 
@@ -111,7 +111,7 @@ class Live:
             limits=self.limits,
             clip=request.start_latents,
             rate=self.rate,
-            beside=_beside(request),
+            beside=decodes_beside(request),
         )
         if differs:
             session.submit(Prompt(text=self.first.text, mode=self.first.switch))
@@ -171,7 +171,7 @@ class Live:
                 hands.encode,
                 set_lora=hands.set_lora,
                 clip=request.start_latents,
-                beside=_beside(request),
+                beside=decodes_beside(request),
                 recorder=recording,
                 on_chunk=on_chunk,
                 on_pass=lambda kind, number: host.check_interrupt(),
@@ -297,12 +297,6 @@ class _Preview:
         alone = not self._room.seen and done > _GRACE and images is not None
         picture = host.preview_of(images[-1]) if alone else None
         self._bar.update_absolute(done, max(self._until or 0, done), picture)
-
-
-def _beside(request: Request) -> bool:
-    assert request.decoder is not None
-    same = request.decoder.device == request.model.load_device
-    return same and host.stays_on_cuda(request.decoder.vae.patcher)
 
 
 def _facts(

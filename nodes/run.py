@@ -390,6 +390,13 @@ def _metadata(request: Request, made: Made) -> dict[str, str]:
     return request.metadata | {RUN: made.run}
 
 
+def decodes_beside(request: Request) -> bool:
+    """Whether the decoder may have a stream of its own on the network's card, see `Handoff`."""
+    assert request.decoder is not None
+    same = request.decoder.device == request.model.load_device
+    return same and host.stays_on_cuda(request.decoder.vae.patcher)
+
+
 def _handoff(request: Request, take: Callable[[Tensor], None]) -> Handoff | None:
     """Decodes and, in a thread of its own, encodes, so that the network does not wait for files."""
     if request.decoder is None:
@@ -399,8 +406,7 @@ def _handoff(request: Request, take: Callable[[Tensor], None]) -> Handoff | None
         take,
         device=request.model.load_device,
         form=lambda images: images[0].float(),
-        beside=request.decoder.device == request.model.load_device
-        and host.stays_on_cuda(request.decoder.vae.patcher),
+        beside=decodes_beside(request),
         threaded=True,
         first_alone=False,  # ComfyUI's decoders begin with a whole chunk
     )

@@ -14,6 +14,7 @@ from .loaders import CATEGORY
 from .prompt import timeline_of
 from .run import Made, Request, plan, prompt_notes, run
 from .streaming import (
+    HIDDEN,
     other_decoder,
     outputs,
     produce,
@@ -22,9 +23,10 @@ from .streaming import (
     shown,
     told,
     validate,
+    video_outputs,
     with_start,
 )
-from .types import UNITS, RFState, RFTimeline, State
+from .types import UNITS, RFTimeline, State
 
 
 class StreamingSampler(io.ComfyNode):
@@ -135,13 +137,8 @@ class StreamingSampler(io.ComfyNode):
                     "keeps nothing, and makes all of it anew.",
                 ),
             ],
-            outputs=[
-                io.Latent.Output(display_name="LATENT"),
-                io.Video.Output(display_name="VIDEO"),
-                io.Image.Output(display_name="IMAGE"),
-                RFState.Output(display_name="state"),
-            ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            outputs=video_outputs(),
+            hidden=HIDDEN,
             is_output_node=True,
         )
 

@@ -124,6 +124,20 @@ def shared_inputs() -> dict[str, Any]:
     return {each.id: each for each in inputs}
 
 
+HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id]
+"""What such a node is told beside its inputs: for the file's metadata, and its number."""
+
+
+def video_outputs() -> list[Any]:
+    """The sockets of what `outputs` gives."""
+    return [
+        io.Latent.Output(display_name="LATENT"),
+        io.Video.Output(display_name="VIDEO"),
+        io.Image.Output(display_name="IMAGE"),
+        RFState.Output(display_name="state"),
+    ]
+
+
 def validate(node: type[io.ComfyNode], **given: Any) -> bool | str:
     """Whether what is set on a node is in order, or what is amiss."""
     given = set_on_node(**given)
