@@ -16,6 +16,8 @@ import itertools
 import logging
 import os
 import re
+import threading
+import time
 import types
 import uuid
 import weakref
@@ -337,7 +339,10 @@ def strengths(model: Any) -> dict[str, float]:
 
 
 def with_strengths(model: Any, wanted: Mapping[str, float]) -> Any:
-    """A clone of a MODEL whose LoRAs have these strengths, as if they had been loaded with them."""
+    """A clone of a MODEL whose LoRAs have these strengths, as if they had been loaded with them.
+
+    It is to be kept until another takes its place in memory.
+    """
 
     def changed(patch: Any) -> Any:
         known = isinstance(patch[1], LoraPatch)
@@ -346,6 +351,7 @@ def with_strengths(model: Any, wanted: Mapping[str, float]) -> Any:
     clone = model.clone()
     clone.patches = {key: list(map(changed, each)) for key, each in model.patches.items()}
     clone.patches_uuid = uuid.uuid4()
+    clone.parent = None  # with which ComfyUI would keep a note of this one's load
     return clone
 
 
@@ -590,12 +596,18 @@ class Hosted:
 def loaded(model: Any, others: list[Any], memory: float) -> Iterator[Callable[[Any], None]]:
     """The models in memory with `memory` bytes to spare, as a sampler has them.
 
-    Gives what loads them again, after another model was, or a clone of the first in its place.
+    Gives what loads them again where another model took their place, or a clone of the first.
     """
     extra = model.get_nested_additional_models()
+    before: list[tuple[Any, int]] | None = None
 
     def load(model: Any) -> None:
-        comfy.model_management.load_models_gpu([model, *others, *extra], memory_required=memory)
+        nonlocal before
+        wanted = [model, *others, *extra]
+        if _in_place(wanted) == before:  # ComfyUI keeps a note of each load as long as the model
+            return
+        comfy.model_management.load_models_gpu(wanted, memory_required=memory)
+        before = _in_place(wanted)
 
     load(model)
     model.pre_run()
@@ -604,6 +616,12 @@ def loaded(model: Any, others: list[Any], memory: float) -> Iterator[Callable[[A
             yield load
     finally:
         model.cleanup()
+
+
+def _in_place(models: list[Any]) -> list[tuple[Any, int]]:
+    """Those of the models that are loaded, and how many bytes of each."""
+    there = [each.model for each in comfy.model_management.current_loaded_models]
+    return [(each, each.loaded_size()) for each in models if any(each is one for one in there)]
 
 
 on_card = comfy.model_management.cuda_device_context
@@ -680,10 +698,58 @@ def tell_client(kind: str, told: dict[str, Any]) -> bool:
     return True
 
 
-def others_wait() -> bool:
-    """Whether another prompt waits in the queue."""
+running = get_executing_context
+"""The run of a node that calls it, by `prompt_id`, `node_id` and, of a list's items, `list_index`;
+None where it is called by hand."""
+
+
+def others_wait(besides: Collection[str] = ()) -> bool:
+    """Whether a prompt waits in the queue whose id is none of these."""
     server = _server()
-    return server is not None and server.prompt_queue.get_tasks_remaining() > 1
+    if server is None:
+        return False
+    _, queue = server.prompt_queue.get_current_queue_volatile()
+    return any(each[1] not in besides for each in queue)
+
+
+def queue_again() -> str:
+    """Put the prompt that runs at the end of the queue, once however often asked; its new id."""
+    global _queued_again
+    server, now = _server(), running()
+    assert server is not None and now is not None, "a prompt runs"
+    before, again = _queued_again
+    if before == now.prompt_id and _is_queued(again):
+        return again
+    items, _ = server.prompt_queue.get_current_queue_volatile()
+    _, _, prompt, extra, *rest = next(each for each in items if each[1] == now.prompt_id)
+    again = str(uuid.uuid4())
+    number, server.number = server.number, server.number + 1
+    extra = extra | {"create_time": int(time.time() * 1000)}
+    server.prompt_queue.put((number, again, prompt, extra, *rest))
+    _queued_again = now.prompt_id, again
+    return again
+
+
+_queued_again = ("", "")  # the last prompt that was, and its new id
+
+
+def _is_queued(prompt_id: str) -> bool:
+    now, queue = _server().prompt_queue.get_current_queue_volatile()
+    return any(each[1] == prompt_id for each in (*now, *queue))
+
+
+def when_gone(prompt_id: str, do: Callable[[], object]) -> None:
+    """Do something once a prompt neither waits nor runs, in a thread of its own."""
+
+    def watch() -> None:
+        while _is_queued(prompt_id):
+            time.sleep(_LOOK)
+        do()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+_LOOK = 0.5  # seconds between two looks at the queue
 
 
 def routes() -> Any:
@@ -899,8 +965,8 @@ def resize(images: Tensor, width: int, height: int) -> Tensor:
     return comfy.utils.common_upscale(images, width, height, "lanczos", "center")
 
 
-def block(message: str) -> ExecutionBlocker:
-    """An output that stops whatever is connected to it, with a reason."""
+def block(message: str | None) -> ExecutionBlocker:
+    """An output that stops whatever is connected to it, with a reason or without a word."""
     return ExecutionBlocker(message)
 
 

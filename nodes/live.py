@@ -14,7 +14,7 @@ from ..rf_core.prompts import PromptTimeline, ResolvedEntry, Switch
 from . import host
 from .border import spoken
 from .ignored import doubtful, ignored
-from .live_run import Live
+from .live_run import Live, returned, times_given_way
 from .loaders import CATEGORY
 from .prompt import encode
 from .run import Made, Request, check_state, clock_of
@@ -144,8 +144,9 @@ class LiveStream(io.ComfyNode):
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="End, with all that is made, as soon as another prompt waits in the "
-                    "queue. Connect the state to go on later.",
+                    tooltip="Let other prompts that wait in the queue through, and go on after "
+                    "them by itself: this run ends, and waits as a new one at the queue's end. "
+                    "Take that out of the queue to end the stream.",
                 ),
                 io.Int.Input(
                     "osc_port",
@@ -182,6 +183,11 @@ class LiveStream(io.ComfyNode):
         return validate(cls, width=width, height=height, filename_prefix=filename_prefix)
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> int:
+        running = host.running()
+        return 0 if running is None else times_given_way(running.node_id)
+
+    @classmethod
     @spoken
     def execute(
         cls,
@@ -210,49 +216,62 @@ class LiveStream(io.ComfyNode):
         replay: str = "",
     ) -> io.NodeOutput:
         log = _log_named(replay) if replay.strip() else None
-        prompts = timeline or _single(clip, text)
-        request = request_of(
-            cls,
-            model,
-            prompts,
-            length=max_seconds,
-            unit="seconds",
-            width=width,
-            height=height,
-            seed=seed,
-            steps=steps,
-            vae=vae,
-            sink=sink,
-            start_image=start_image,
-            start_latent=start_latent,
-            state=state,
-            keep_images=keep_images,
-            keep_latents=keep_latents,
-            filename_prefix=filename_prefix,
-        )
-        if log is not None:
-            request = _as_logged(request, clip, log)
-        check_state(request)
-        first, later = _course(request, log)
-        request, made = with_start(request, start_image), Made()
-        live = Live(
-            request=request,
-            made=made,
-            clip=clip,
-            first=first,
-            later=later,
-            limits=Limits(max_bytes=rewind_memory << 20),
-            rate=PACES[pace],
-            max_seconds=max_seconds,
-            give_way=give_way,
-            osc_port=osc_port,
-        )
-        make = live.run if log is None else partial(live.replay, log)
-        snapshot = produce(request, keep_state, made, make)
+
+        def begun() -> Live:
+            if log is not None:
+                prompts = _single(clip, log.start.prompt)
+            else:
+                prompts = timeline or _single(clip, text)
+            request = request_of(
+                cls,
+                model,
+                prompts,
+                length=max_seconds,
+                unit="seconds",
+                width=width,
+                height=height,
+                seed=seed,
+                steps=steps,
+                vae=vae,
+                sink=sink,
+                start_image=start_image,
+                start_latent=start_latent,
+                state=state,
+                keep_images=keep_images,
+                keep_latents=keep_latents,
+                filename_prefix=filename_prefix,
+            )
+            if log is not None:
+                request = _as_logged(request, log)
+            check_state(request)
+            first, later = _course(request, log)
+            return Live(
+                request=with_start(request, start_image),
+                made=Made(),
+                clip=clip,
+                first=first,
+                later=later,
+                limits=Limits(max_bytes=rewind_memory << 20),
+                rate=PACES[pace],
+                max_seconds=max_seconds,
+                give_way=give_way,
+                osc_port=osc_port,
+            )
+
+        with returned() as away:
+            if away is not None:
+                away.take_up(model, clip, vae)
+            live = away or begun()
+            make = live.run if log is None else partial(live.replay, log)
+            request, made = live.request, live.made
+            snapshot = produce(request, keep_state, made, make)
         lines = [live.told(log is not None), *other_decoder(request), *doubtful(model, vae)]
         if timeline is not None and log is None and text.strip() not in ("", _FIRST):
             lines.append("ignored: text, as a timeline is connected")
         said = "\n".join([*lines, *ignored(model, request.prompts)])
+        if live.away:
+            blocked = [host.block(None)] * len(video_outputs())
+            return io.NodeOutput(*blocked, ui=shown(made, said) | {"suspended": (True,)})
         return io.NodeOutput(*outputs(cls, request, made, snapshot), ui=shown(made, said))
 
 
@@ -287,7 +306,7 @@ def _log_named(name: str) -> Log:
     return read_log(path)
 
 
-def _as_logged(request: Request, clip: Any, log: Log) -> Request:
+def _as_logged(request: Request, log: Log) -> Request:
     """The request with the size, the seed and the rules that a log tells."""
     facts, (cache, sampler) = log.start.stream, log.rules
     return replace(
@@ -297,5 +316,4 @@ def _as_logged(request: Request, clip: Any, log: Log) -> Request:
         seed=facts["seed"],
         cache=cache,
         sampler=sampler,
-        prompts=_single(clip, log.start.prompt),
     )

@@ -105,6 +105,7 @@ class Room:
                 asdict(each) | {"file": facts["files"].get(each.name)} for each in now.branches
             ],
             "paused": now.paused,
+            "suspended": now.suspended,
             "prompt": now.prompt,
             "loras": now.loras,
             "decay": now.decay,
@@ -148,15 +149,20 @@ _rooms: dict[str, Room] = {}
 def opened(room: Room, node_id: str | None) -> Iterator[None]:
     """The room is open, the client that queued the run has its token; it stays a while after."""
     _rooms[room.id] = room
-    hello = {"node": node_id, "session": room.id, "token": room.token}
     try:
-        if not host.tell_client("rf.live", hello):
-            host.log("the live stream has no client that could steer it; Cancel ends it")
+        tell(room, node_id)
         yield
     finally:
         room.ended_at = time.monotonic()
         host.later(_KEPT, _forget_old)
         _forget_old()
+
+
+def tell(room: Room, node_id: str | None) -> None:
+    """Give the client that queued the prompt which runs the token, and that prompt's id."""
+    hello = {"node": node_id, "session": room.id, "token": room.token}
+    if not host.tell_client("rf.live", hello):
+        host.log("the live stream has no client that could steer it; Cancel ends it")
 
 
 def _forget_old() -> None:

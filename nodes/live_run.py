@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ..rf_core.live import (
 from ..rf_core.prompts import ResolvedEntry
 from ..rf_core.video import RUN, VideoFormat, header_of
 from . import host, live_http
+from .decoders import decoder_of
 from .prompt import encode
 from .run import Made, Request, clock_of, decodes_beside, keep_last, open_stream
 
@@ -75,9 +76,9 @@ class Recording(VideoRecorder):
         self._made.images = deque(kept)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class Live:
-    """A session on a node."""
+    """A session on a node, over every run of the node in which it goes on."""
 
     request: Request
     made: Made
@@ -92,19 +93,66 @@ class Live:
     osc_port: int
     differs: list[str] = field(default_factory=list)
     """From where on a replay is not what the log says."""
+    session: Session = field(init=False)
+    _hands: _Hands = field(init=False)
+    _room: live_http.Room = field(init=False)
+    _open: ExitStack = field(init=False)
+    _first: int = field(init=False)
+    _until: int | None = field(init=False)
 
     def run(self, load: Callable[[Any], None]) -> None:
-        """Stream until it is stopped; however it ends, `made` says what there is."""
+        """Stream until it is stopped, or gives way; however it ends, `made` says what there is."""
+        if self.away:
+            self._go_on(load)
+        else:
+            self._begin(load)
+        session = self.session
+        manners = _Manners(session, self.give_way, self.max_seconds)
+        preview = _Preview(self._room, self._until)
+
+        def on_pass(kind: str, number: int) -> None:
+            manners.on_pass(kind, number)
+            preview.show()
+
+        try:
+            session.run(on_pass, manners.on_idle, self._until)
+        finally:
+            self._sum_up(session.outbox.status.chunk - self._first, session.recent_latents)
+            self._hands.put_back()
+            if session.suspended:
+                self._let_go()
+                _queue_again(self)
+            else:
+                self._open.close()
+
+    def take_up(self, model: Any, clip: Any, vae: Any) -> None:
+        """Let it go on, by `run`, with the models that ComfyUI has by now."""
+        decoder = decoder_of(vae, host.student_of(model).latent_format)
+        self.request = replace(self.request, model=model, decoder=decoder)
+        self.clip = clip
+
+    def _let_go(self) -> None:
+        # By the time it goes on, ComfyUI may have loaded the models' files again.
+        self._hands.let_go()
+        self.request = replace(self.request, model=None, decoder=None)
+        self.made.stream = self.clip = None
+
+    def abandon(self, why: str) -> None:
+        """End it where it has given way."""
+        self.session.abandon(why)
+        self._open.close()
+
+    def _begin(self, load: Callable[[Any], None]) -> None:
         request, recording = self.request, Recording(self.request, self.made)
         stream, differs = open_stream(request, self.first)
         self.made.stream = stream
-        begin = stream.state.num_chunks
-        hands = _Hands(request, self.clip, load)
-        session = Session(
+        self._first = stream.state.num_chunks
+        self._hands = _Hands(request, self.clip, load)
+        self.session = session = Session(
             stream,
-            hands.encode,
+            self._hands.encode,
             prompt=self.first.text,
-            set_lora=hands.set_lora,
+            set_lora=self._hands.set_lora,
             loras=host.strengths(request.model),
             recorder=recording,
             log=self.log_path,
@@ -116,31 +164,31 @@ class Live:
         if differs:
             session.submit(Prompt(text=self.first.text, mode=self.first.switch))
         for each in self.later:
-            session.submit(Schedule(chunk=begin + each.chunk, text=each.text, mode=each.switch))
-        until = None
+            chunk = self._first + each.chunk
+            session.submit(Schedule(chunk=chunk, text=each.text, mode=each.switch))
+        self._until = None
         if self.max_seconds:
-            until = begin + clock_of(request).num_chunks(self.max_seconds, "s")
-        room = live_http.Room(
+            self._until = self._first + clock_of(request).num_chunks(self.max_seconds, "s")
+        device = request.model.load_device
+        self._room = live_http.Room(
             inbox=session.inbox,
             outbox=session.outbox,
             screen=live_http.Screen(
                 width=request.width, height=request.height, header=recording.header
             ),
-            facts=partial(_facts, recording.paths, until, self.limits, request.model.load_device),
+            facts=partial(_facts, recording.paths, self._until, self.limits, device),
         )
-        manners = _Manners(session, self.give_way, self.max_seconds)
-        preview = _Preview(room, until)
+        with ExitStack() as opened:
+            opened.enter_context(self._osc(session))
+            opened.enter_context(live_http.opened(self._room, request.node_id))
+            self._open = opened.pop_all()
 
-        def on_pass(kind: str, number: int) -> None:
-            manners.on_pass(kind, number)
-            preview.show()
-
-        try:
-            with self._osc(session), live_http.opened(room, request.node_id):
-                session.run(on_pass, manners.on_idle, until)
-        finally:
-            self._sum_up(session.outbox.status.chunk - begin, session.recent_latents)
-            hands.put_back()
+    def _go_on(self, load: Callable[[Any], None]) -> None:
+        request = replace(self.request, snapshot=None)  # it goes on from where it was left
+        self.made.stream, _ = open_stream(request, self.first)
+        self._hands.take_up(request, self.clip, load)
+        self.session.resume(self.made.stream, host.strengths(request.model))
+        live_http.tell(self._room, request.node_id)
 
     def replay(self, log: Log, load: Callable[[Any], None]) -> None:
         """Do once more what a log says."""
@@ -192,12 +240,19 @@ class Live:
         assert self.request.path is not None
         return self.request.path.with_suffix(".jsonl")
 
+    @property
+    def away(self) -> bool:
+        """Whether it has given way, and goes on in a later run of the node."""
+        return hasattr(self, "session") and self.session.suspended
+
     def told(self, replayed: bool) -> str:
         """What was made, in a line."""
         assert self.made.path is not None
         seconds = self.made.num_images / FPS
         text = f"{self.made.path.name}: {self.made.num_images} images, {seconds:.2f} s"
-        if not replayed:
+        if self.away:
+            text += "; lets another prompt through, and goes on after it by itself"
+        elif not replayed:
             text += f"; {self.log_path.name} says what was done, and makes it again by replay"
         elif self.differs:
             text += (
@@ -216,14 +271,60 @@ class Live:
             self.made.latents.extend(latents)
 
 
+_away: dict[Any, Live] = {}  # by the run of the node that they go on in
+_times: Counter[str] = Counter()
+
+
+@contextmanager
+def returned() -> Iterator[Live | None]:
+    """The session that gave way, and goes on with the node's run that begins, or ends where that
+    fails; None where the run is a session's first.
+    """
+    live = _away.pop(host.running(), None)
+    try:
+        yield live
+    except BaseException as error:
+        if live is not None and live.away:
+            live.abandon(f"it could not go on: {error}")
+        raise
+
+
+def times_given_way(node_id: str) -> int:
+    """How often a node has: what ComfyUI keeps of such a run is not its result."""
+    return _times[node_id]
+
+
+def _queue_again(live: Live) -> None:
+    """Queue the prompt that runs once more, for the session to go on with, or to end with."""
+    running = host.running()
+    assert running is not None, "it gives way to prompts of a queue"
+    again = running._replace(prompt_id=host.queue_again())
+    _times[running.node_id] += 1
+    _away[again] = live
+
+    def gone() -> None:
+        if _away.pop(again, None) is not None:
+            live.abandon("the prompt that was to go on with it is no longer in the queue")
+
+    host.when_gone(again.prompt_id, gone)
+
+
 class _Hands:
     """Prompts and strengths for a session, with ComfyUI's models."""
 
     def __init__(self, request: Request, clip: Any, load: Callable[[Any], None]) -> None:
+        self.take_up(request, clip, load)
+
+    def take_up(self, request: Request, clip: Any, load: Callable[[Any], None]) -> None:
+        """Go on with other models."""
         self._clip, self._load = clip, load
         self._embeds, self._original = request.prompts.embeds, request.model
         self._model = self._original
         self._strengths = host.strengths(request.model)
+
+    def let_go(self) -> None:
+        """Hold no model, until `take_up`."""
+        self._clip = self._load = self._original = self._model = None
 
     def encode(self, text: str) -> Tensor:
         """See `Encode`."""
@@ -236,8 +337,9 @@ class _Hands:
     def set_lora(self, name: str, strength: float) -> None:
         """See `SetLora`."""
         self._strengths[name] = strength
-        self._model = host.with_strengths(self._model, self._strengths)
-        self._load(self._model)
+        model = host.with_strengths(self._original, self._strengths)
+        self._load(model)
+        self._model = model
 
     def put_back(self) -> None:
         """Let the MODEL be loaded as it was."""
@@ -246,7 +348,7 @@ class _Hands:
 
 
 class _Manners:
-    """Ends a session where ComfyUI, or its own length, asks for it."""
+    """Ends a session, or lets it give way, where ComfyUI or its own length asks for it."""
 
     def __init__(self, session: Session, give_way: bool, max_seconds: float) -> None:
         self._session, self._give_way = session, give_way
@@ -257,8 +359,7 @@ class _Manners:
         """Before every pass."""
         host.check_interrupt()
         self._paused_at = None
-        if self._give_way and host.others_wait():
-            self._stop()
+        self._let_through()
 
     def on_idle(self) -> None:
         """Some times a second in a pause, and between two chunks."""
@@ -268,13 +369,14 @@ class _Manners:
         host.check_interrupt()
         now = time.monotonic()
         self._paused_at = self._paused_at or now
-        late = now - self._paused_at > self._longest
-        if late or (self._give_way and host.others_wait()):
-            self._stop()
-
-    def _stop(self) -> None:
-        if not self._session.inbox.stop_wanted:
+        if now - self._paused_at > self._longest and not self._session.inbox.stop_wanted:
             self._session.submit(Stop())
+        self._let_through()
+
+    def _let_through(self) -> None:
+        ours = {each.prompt_id for each in _away}  # they wait for this one to end
+        if self._give_way and host.others_wait(ours):
+            self._session.suspend()
 
 
 class _Preview:

@@ -6,13 +6,16 @@ RF_FUZZ=N tries N programs of commands.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -107,15 +110,24 @@ Script = dict[int, list[Command]]
 class Trial:
     """A session in this thread, given commands as it comes to its chunks."""
 
-    def __init__(self, script: Script, stream: Stream | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        script: Script,
+        stream: Stream | None = None,
+        suspend: Mapping[int, Callable[[], Stream]] | None = None,
+        **options: Any,
+    ) -> None:
+        """Within a chunk of `suspend` it is asked to leave, and goes on with another stream."""
         self.script, self.stream = dict(script), stream or stream_of()
+        self.suspend, self.suspended = suspend or {}, 0
+        self.loras = Loras(self.stream)
         self.outbox = Outbox(most_pictures=10**4)
         self.reader = self.outbox.reader()
         self.session = Session(
             self.stream,
             options.pop("encode", encode),
             prompt="p0",
-            set_lora=Loras(self.stream),
+            set_lora=lambda *given: self.loras(*given),
             loras={"ink": 0.0},
             outbox=self.outbox,
             **options,
@@ -128,12 +140,22 @@ class Trial:
         for command in self.script.pop(0, []):
             self.session.submit(command)
         self.session.run(self._on_pass, **options)
+        while self.session.suspended:
+            assert self.session.outbox.status.suspended
+            self.suspended += 1
+            stream = self.suspend[self.begun]()
+            self.loras = Loras(stream)
+            self.session.resume(stream, {"ink": 0.0})
+            assert not self.session.outbox.status.suspended
+            self.session.run(self._on_pass, **options)
         return self.reader.read(timeout=0)
 
     def _on_pass(self, kind: str, number: int) -> None:
         """Commands come within a chunk, and wait for its end; the last is stopped half way."""
         if kind == "denoise" and number == 0:
             self.begun += 1
+            if self.begun in self.suspend:
+                self.session.suspend()
             more = [Stop()] if self.begun > self.chunks else []
             for command in [*self.script.pop(self.begun, []), *more]:
                 self.session.submit(command)
@@ -237,7 +259,9 @@ def test_any_session_is_a_stream_that_was_driven_so_and_its_log_makes_it_again(
     limits = Limits(every=draw.randrange(1, 6), snapshots=draw.randrange(2, 4))
     if draw.random() < 0.25:
         limits = replace(limits, max_bytes=200_000)
-    trial = Trial(drawn(draw, chunks), stream_of(kind, **options), limits=limits,
+    script = drawn(draw, chunks)
+    away = {draw.randrange(1, chunks): partial(stream_of, kind, **options) for _ in range(3)}
+    trial = Trial(script, stream_of(kind, **options), away, limits=limits,
                   log=tmp_path / "log.jsonl")  # fmt: skip
     events = trial.run(chunks)
     shown = {each.chunk: each.images for each in of_kind(events, Picture)}
@@ -255,11 +279,87 @@ def test_any_session_is_a_stream_that_was_driven_so_and_its_log_makes_it_again(
         last |= {begins + n: each for n, each in enumerate(latents)}
     for chunk in expected:
         assert torch.equal(last[chunk.index], chunk.latents), chunk.index
+    assert trial.suspended == len(away)
     answered = [each.number for each in events if isinstance(each, (Applied, Refused))]
     received = [each.number for each in of_kind(events, Received)]
     late = [each.number for each in of_kind(events, Refused) if each.why.startswith("'no'")]
     assert sorted(set(answered)) == received == list(range(1, len(received) + 1))
     assert [n for n in answered if n not in late] == [n for n in received if n not in late]
+
+
+# Suspended: another stream goes on with the session.
+
+
+def suspended(**options: Any) -> Trial:
+    """A session that was suspended within its second chunk."""
+    trial = Trial({}, options.pop("stream", None), **options)
+
+    def on_pass(kind: str, number: int) -> None:
+        if trial.session.outbox.status.chunk == 1:
+            trial.session.suspend()
+
+    trial.session.run(on_pass)
+    assert trial.session.suspended and trial.session.outbox.status.chunk == 2
+    return trial
+
+
+def test_suspended_it_holds_no_stream_and_takes_commands_for_later() -> None:
+    trial = suspended()
+    gone = weakref.ref(trial.stream)
+    trial.stream = trial.loras = None
+    gc.collect()
+    assert gone() is None
+    assert trial.session.submit(Prompt(text="p3")) == 1
+    assert [type(each) for each in trial.reader.read(0)] == [Picture, Picture, Received]
+    trial.loras = Loras(stream := stream_of())
+    trial.session.resume(stream, {"ink": 0.0})
+    trial.session.run(until=3)
+    assert trial.reader.read(0)[0] == Applied(number=1, chunk=2)
+    twin = driven(stream_of(), [[], [], [Prompt(text="p3")]], 3)
+    assert torch.equal(trial.session.recent_latents[2], twin[2].latents)
+
+
+def test_it_is_suspended_in_a_pause_too_and_then_still_paused() -> None:
+    trial = Trial({})
+    trial.session.submit(Pause())
+    trial.session.run(on_idle=trial.session.suspend)
+    assert trial.session.suspended and trial.session.outbox.status.paused
+    trial.session.submit(Stop())
+    trial.session.resume(stream_of(), {"ink": 0.0})
+    assert trial.session.outbox.status.paused
+    trial.session.run()
+    assert trial.reader.read(0)[-2:] == [Applied(number=2, chunk=0), Ended(chunk=0, why=None)]
+
+
+def test_a_stop_meanwhile_ends_it_as_soon_as_it_is_resumed() -> None:
+    trial = suspended()
+    trial.session.submit(Stop())
+    trial.session.resume(stream_of(), {"ink": 0.0})
+    trial.session.run()
+    assert trial.reader.read(0)[-1] == Ended(chunk=2, why=None) and not trial.session.suspended
+
+
+def test_a_stream_of_another_kind_is_refused_and_the_session_stays_suspended() -> None:
+    trial = suspended()
+    with pytest.raises(ValueError, match="snapshot's model"):
+        trial.session.resume(stream_of("taehv"), {"ink": 0.0})
+    assert trial.session.suspended
+    trial.session.resume(stream_of(), {"ink": 0.0})
+    trial.session.run(until=4)
+    assert trial.session.outbox.status.chunk == 4
+
+
+def test_abandoned_it_is_whole_and_every_command_is_answered(tmp_path: Path) -> None:
+    recorder = VideoRecorder(tmp_path / "take.mp4", FORMAT)
+    trial = suspended(stream=stream_of("taehv"), recorder=recorder, log=tmp_path / "log.jsonl")
+    trial.session.submit(Prompt(text="p3"))
+    trial.session.abandon("nobody came back")
+    *_, refused, end = trial.reader.read(0)
+    assert refused.number == 1 and end == Ended(chunk=2, why="nobody came back")
+    assert len(images_in(tmp_path / "take.mp4")) == 12 * 2 - 3
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1]) == {"end": 2}
+    with pytest.raises(ValueError, match="has ended"):
+        trial.session.submit(Stop())
 
 
 # Two streams at once: what is known of the prompt when weights change.

@@ -115,6 +115,8 @@ app.registerExtension({
   afterConfigureGraph: () => kept().forEach(show),
   setup() {
     api.addEventListener("rf.live", begin);
-    api.addEventListener("executed", ({ detail }) => stages.get(nodeOf(detail.node))?.done());
+    api.addEventListener("executed", ({ detail: { node, output } }) => {
+      if (!output?.suspended) stages.get(nodeOf(node))?.done(); // else it goes on in another run
+    });
   },
 });

@@ -151,8 +151,11 @@ class Inbox:
         with self._changed:
             return list(self._waiting)
 
-    def wait(self, on_idle: Callable[[], None] | None = None, seconds: float | None = None) -> None:
-        """Sleep until a command waits, so long at most; `on_idle` is called some times a second."""
+    def wait(self, on_idle: Callable[[], bool] | None = None, seconds: float | None = None) -> None:
+        """Sleep until a command waits, so long at most.
+
+        `on_idle` is called some times a second, and ends it where it gives True.
+        """
         end = None if seconds is None else time.monotonic() + seconds
         while True:
             left = None if end is None else end - time.monotonic()
@@ -163,8 +166,8 @@ class Inbox:
                 timeout = min(looks, default=None)
                 if self._changed.wait_for(lambda: self._waiting or self._closed, timeout):
                     return
-            if on_idle is not None:
-                on_idle()
+            if on_idle is not None and on_idle():
+                return
 
     def close(self) -> list[Numbered]:
         """Take no more; what still waits."""

@@ -17,6 +17,7 @@ from ..decoders.decoder import back_chunks
 from ..decoders.handoff import Handoff
 from ..pace import Pace, Progress
 from ..prompts import Switch
+from ..state import Snapshot
 from ..stream import OnPass, Stream
 from .commands import Cut, Decay, Lora, Prompt, Rewind
 from .history import Force, History, Kept, Limits, Mark, Way
@@ -93,6 +94,7 @@ class Maker:
         self.images = self.last_images = 0
         """Made on this line, and with the last chunk."""
         self._handoff: Handoff | None = None
+        self._put_away: Snapshot
 
     @property
     def chunk(self) -> int:
@@ -125,6 +127,23 @@ class Maker:
     ) -> None:
         if self._handoff is not None:
             self._handoff.__exit__(kind, error, trace)
+
+    def put_away(self) -> None:
+        """Let go of the stream between two chunks; `take_up` goes on with another."""
+        self._put_away = self.stream.snapshot()
+        del self.stream
+
+    def take_up(self, stream: Stream, loras: Mapping[str, float]) -> None:
+        """Go on, to the bit, with a stream of the same kind whose LoRAs have these strengths.
+
+        ValueError, in a sentence, where it is of another kind.
+        """
+        stream.restore(self._put_away)
+        self.stream = stream
+        for name, strength in self.force.loras:
+            if loras.get(name) != strength:
+                self._give_strength(name, strength)
+        del self._put_away
 
     def mark(self) -> None:
         """Keep a snapshot where one is due; before anything takes hold with the next chunk."""

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -94,6 +95,8 @@ class Status:
     """RAM that the past takes, of `Limits.max_bytes`."""
     answered: int
     """The last command that was acknowledged as applied or refused; all before it were, too."""
+    suspended: bool = False
+    """Whether it has let go of its stream, and takes hold of nothing until it has another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,9 @@ _TOLD = 256  # of what took hold, and of branches: as many as somebody looks at
 
 class Session:
     """A stream that is steered while it runs; used once.
+
+    It may be suspended between two chunks, and goes on with another stream of the same kind: for
+    those who watch and steer, it is the same session.
 
     Args:
         stream: between two chunks; the session's alone while it runs.
@@ -175,6 +181,9 @@ class Session:
         )
         self._log_path = log
         self._log: LogWriter | None = None
+        self._leaving = False
+        self.suspended = False
+        """Whether `run` has returned to be called again, after `resume`."""
         self._tell_status()
 
     @property
@@ -186,13 +195,36 @@ class Session:
         """Ask for something, from any thread; its number. ValueError where there is no room."""
         return self.inbox.put(command)
 
+    def suspend(self) -> None:
+        """Let `run` return between two chunks, to be called again; from its hooks."""
+        self._leaving = True
+
+    def resume(self, stream: Stream, loras: Mapping[str, float] | None = None) -> None:
+        """Let a suspended session go on, by `run`, with another stream of the same kind.
+
+        `loras` has the strengths that the stream's network has now. ValueError where the stream is
+        of another kind; the session is then as suspended as before.
+        """
+        self._maker.take_up(stream, loras or {})
+        self.suspended = self._leaving = False
+        self._tell_status()
+
+    def abandon(self, why: str) -> None:
+        """End a suspended session that nobody will resume; all that was made is whole."""
+        try:
+            with ExitStack() as ends:
+                ends.callback(self._end_log)
+                ends.callback(self._presenter.close)
+        finally:
+            self._say_goodbye(why)
+
     def run(
         self,
         on_pass: OnPass | None = None,
         on_idle: Callable[[], None] | None = None,
         until: int | None = None,
     ) -> None:
-        """Make chunks until a `Stop`, or until there are so many.
+        """Make chunks until a `Stop`, or until there are so many, or it is suspended.
 
         `on_pass` is called before every pass of the network, and `on_idle` some times a second
         while it is paused; what they raise ends the session. However it ends: what was made is
@@ -205,24 +237,34 @@ class Session:
             with ExitStack() as ends:
                 ends.callback(self._end_log)
                 ends.callback(self._presenter.close)
-                ends.enter_context(self._maker)
-                self._run(self._watched(on_pass), on_idle, until)
+                with self._maker:
+                    left = self._run(self._watched(on_pass), on_idle, until)
+                if left:
+                    self._maker.put_away()
+                    self.suspended = True
+                    self._tell_status()
+                    ends.pop_all()
         except BaseException as error:
             why = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self._say_goodbye(why)
+            if not self.suspended:
+                self._say_goodbye(why)
 
-    def _run(self, on_pass: OnPass, on_idle: Callable[[], None] | None, until: int | None) -> None:
-        if self._log_path is not None:
+    def _run(self, on_pass: OnPass, on_idle: Callable[[], None] | None, until: int | None) -> bool:
+        """Whether it was left before its end."""
+        if self._log_path is not None and self._log is None:
             self._log = LogWriter(self._log_path, self._start)
         try:
             while self._boundary(on_pass, on_idle) and (
                 until is None or self._course.chunk < until
             ):
+                if self._leaving:
+                    return True
                 self._make(on_pass)
         except _Stopped:
             pass
+        return False
 
     def _watched(self, on_pass: OnPass | None) -> OnPass:
         def watched(kind: str, number: int) -> None:
@@ -245,10 +287,17 @@ class Session:
         self._maker.mark()
         self._let_come()
         self._obey(on_pass)
-        while not self._course.stopped and (self._course.paused or self._beat.left()):
-            self.inbox.wait(on_idle, None if self._course.paused else self._beat.left())
+        while not (self._course.stopped or self._leaving) and (
+            self._course.paused or self._beat.left()
+        ):
+            seconds = None if self._course.paused else self._beat.left()
+            self.inbox.wait(on_idle and partial(self._idle, on_idle), seconds)
             self._obey(on_pass)
         return not self._course.stopped
+
+    def _idle(self, on_idle: Callable[[], None]) -> bool:
+        on_idle()
+        return self._leaving
 
     def _let_come(self) -> None:
         coming = self._course.due()
@@ -311,6 +360,11 @@ class Session:
                 self._log.write(End(chunk=self._course.chunk))
 
     def _tell_status(self) -> None:
+        if self.suspended:
+            self.outbox.status = replace(
+                self.outbox.status, suspended=True, answered=self._answered
+            )
+            return
         maker, course = self._maker, self._course
         del self._past[:-_TOLD]
         self.outbox.status = Status(
@@ -333,14 +387,15 @@ class Session:
 
     def _say_goodbye(self, why: str | None) -> None:
         """Answer what was not: a stop is applied, the rest comes too late."""
+        chunk = self._course.chunk if self.suspended else self._maker.chunk
         for given in (*self._pending, *self.inbox.close()):
             stops = isinstance(given.command, Stop) and why is None
-            number, chunk = given.number, self._maker.chunk
+            number = given.number
             late = "the session has ended before it could take hold"
             self._answered = number
             self.outbox.say(
                 Applied(number=number, chunk=chunk) if stops else Refused(number=number, why=late)
             )
         self._tell_status()
-        self.outbox.say(Ended(chunk=self._maker.chunk, why=why))
+        self.outbox.say(Ended(chunk=chunk, why=why))
         self.outbox.close()

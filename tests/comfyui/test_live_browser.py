@@ -17,6 +17,7 @@ import pytest
 
 from .browser import FIT, chromium, open_browsers, open_frontend, use_renderer, wait_for_graph
 from .files import LORA
+from .prompts import demo_prompt
 from .server import Server
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
@@ -208,14 +209,18 @@ class Live:
 
 @contextmanager
 def live(
-    server: Server, vue_nodes: bool, browser: Any = None, lora: str | None = None
+    server: Server,
+    vue_nodes: bool,
+    browser: Any = None,
+    lora: str | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Iterator[Live]:
-    """A stream that runs on a page, ended and without errors at the end."""
+    """A stream that runs on a page, ended and without errors at the end; `more` is set on it."""
     with nullcontext([browser]) if browser else open_browsers(1) as (first,):
         page, errors = open_frontend(first, server.address)
         use_renderer(page, vue_nodes)
         values = {"text": TEXT, "width": 64, "height": 64, "seed": next(SEEDS)}
-        page.evaluate(BUILD, [values, lora])
+        page.evaluate(BUILD, [values | (more or {}), lora])
         page.evaluate(FIT)
         page.wait_for_timeout(1000)
         page.evaluate(COUNT)
@@ -464,6 +469,27 @@ def test_stop_leaves_text_and_video_on_a_node_of_its_usual_height(
         wait_for_graph(page)
         page.wait_for_timeout(2000)
         assert page.locator(".rf-live").count() == 0
+
+
+@RENDERERS
+def test_while_another_prompt_runs_the_view_says_so_and_then_plays_on(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    with live(server, vue_nodes, more={"give_way": True}) as session:
+        badge, next_ = (session.view.locator(f".rf-{name}") for name in ("badge", "next"))
+        key, other = session.kept["session"], demo_prompt(length=60, seed=next(SEEDS))
+        assert "prompt_id" in server.post("/prompt", {"prompt": other})
+        wait_until(lambda: badge.inner_text() == "Another prompt runs")
+        wait_until(lambda: next_.inner_text() == "Goes on by itself after the other prompt.")
+        session.look(f"gave-way-{'vue' if vue_nodes else 'canvas'}", tmp_path)
+        session.type("a green circle moves left")
+        session.click("Apply")
+        wait_until(lambda: badge.inner_text() == "Live")
+        assert session.told("a green circle moves left") > 0
+        assert session.kept["session"] == key and session.page.locator(".rf-live").count() == 1
+        session.wait_for_pictures()
+        session.stop()
+        wait_until(lambda: session.page.locator(".rf-live").count() == 0)
 
 
 def test_a_run_that_is_done_before_its_stream_says_so_is_forgotten(server: Server) -> None:

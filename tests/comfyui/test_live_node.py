@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import socket
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .conftest import PACK
-from .files import DEMO, write_lora
+from .files import DEMO, write_changed, write_lora
 from .video import images_of
 
 BLUE = "a blue square moves up quickly"
@@ -352,18 +356,64 @@ def run_folder(_: Path) -> Path:
     return Path(folder_paths.get_output_directory()) / "video"
 
 
-def test_with_give_way_it_ends_when_another_prompt_waits(
-    live: Callable[..., Playing], host: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def queue(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A queue of ComfyUI's, as far as a node sees it."""
+    from comfy_execution.utils import ExecutionContext
+
+    seen = SimpleNamespace(now="first", others=False, gone={})
+    running = lambda: ExecutionContext(seen.now, "live", None)  # noqa: E731
+    monkeypatch.setattr(host, "running", running)
+    monkeypatch.setattr(host, "others_wait", lambda besides: seen.others)
+    monkeypatch.setattr(host, "queue_again", lambda: "second")
+    monkeypatch.setattr(host, "when_gone", seen.gone.__setitem__)
+    return seen
+
+
+def test_away_it_holds_no_model_and_goes_on_with_one_that_is_loaded_anew(
+    live: Callable[..., Playing], queue: SimpleNamespace
 ) -> None:
     run = live(give_way=True, max_seconds=0.0)
+    room = run.room
     run.at(2)
-    monkeypatch.setattr(host, "others_wait", lambda: True)
-    assert len(images_of(parts(run.end())[1])) >= 21
-    monkeypatch.setattr(host, "others_wait", lambda: False)
-    paused = live(give_way=True, max_seconds=0.0)
-    paused.ask(PAUSE)
-    monkeypatch.setattr(host, "others_wait", lambda: True)
-    paused.end()
+    queue.others = True
+    run.end()
+    chunk = room.outbox.status.chunk
+    assert room.outbox.status.suspended
+    gone = [weakref.ref(run.given[name]) for name in ("model", "clip")]
+    run.given = None
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+    queue.others, queue.now = False, "second"
+    again = live(give_way=True, max_seconds=0.0, seed=99)  # as it began, whatever is set by now
+    while room.outbox.status.chunk < chunk + 2:
+        time.sleep(0.01)
+    room.inbox.put(again._http.read_command(STOP))
+    latent, file, *_ = parts(again.end())
+    assert len(images_of(file)) == room.outbox.status.images == 12 * room.outbox.status.chunk - 3
+    whole = live(max_seconds=0.0)
+    whole.at(room.outbox.status.chunk)
+    expected = parts(whole.end(STOP))[0]["samples"]
+    assert torch.equal(latent["samples"], expected[:, :, : latent["samples"].shape[2]])
+
+
+def test_where_it_cannot_go_on_it_ends_and_what_is_made_is_whole(
+    live: Callable[..., Playing], queue: SimpleNamespace, host: Any, tmp_path: Path
+) -> None:
+    run = live(give_way=True, max_seconds=0.0)
+    room = run.room
+    run.at(2)
+    queue.others = True
+    run.end()
+    write_changed(DEMO / "student.safetensors", tmp_path / "x.safetensors",
+                        "blocks.0.modulation", 1.0)  # fmt: skip
+    queue.now = "second"
+    with pytest.raises(ValueError, match="model weights"):
+        live(model=host.load_student(tmp_path / "x.safetensors")).end()
+    assert "model weights" in room.end.why and room.ended_at is not None
+    (path,) = run_folder(tmp_path).glob("*.mp4")
+    assert len(images_of(path)) == 12 * room.end.chunk - 3
+    queue.gone["second"]()  # and nothing more happens
 
 
 def test_a_pause_that_nobody_ends_ends_it_after_max_seconds(live: Callable[..., Playing]) -> None:
@@ -428,16 +478,50 @@ def test_the_text_encoder_beside_it_does_not_cost_the_student_its_place(
 ) -> None:
     import comfy.model_management as manage
 
+    module = importlib.import_module(f"{PACK}.nodes.live_run")
+    encode, load = module.encode, manage.load_models_gpu
     seen: list[list[str]] = []
-    load = manage.load_models_gpu
 
     def loading(models: Any, *given: Any, **named: Any) -> Any:
         seen.append([type(each.model).__name__ for each in models])
         return load(models, *given, **named)
 
+    def pushing(clip: Any, text: str) -> Any:
+        embeds = encode(clip, text)
+        manage.free_memory(1e30, torch.device("cpu"))
+        return embeds
+
     run = live(max_seconds=0.0)
     run.at(1)
     monkeypatch.setattr(manage, "load_models_gpu", loading)
+    run.ask(prompt("a red square"), prompt(BLUE))
+    assert not [each for each in seen if "StreamingModel" in each], "it was not moved"
+    monkeypatch.setattr(module, "encode", pushing)
     run.ask(prompt(RED), prompt(BLUE), prompt(RED))
     run.end(STOP)
     assert len([each for each in seen if "StreamingModel" in each]) == 1  # encoded once
+
+
+def test_prompts_and_strengths_leave_nothing_of_those_before(
+    live: Callable[..., Playing], demo: Any, host: Any, tmp_path: Path
+) -> None:
+    from comfy.model_management import LoadedModel
+    from comfy.model_patcher import ModelPatcher
+
+    def standing() -> Counter[type]:
+        gc.collect()
+        kinds = (LoadedModel, ModelPatcher)
+        found = map(type, gc.get_objects())
+        return Counter(each for each in found if issubclass(each, kinds))
+
+    write_lora(DEMO / "student.safetensors", tmp_path / "ink.safetensors")
+    run = live(model=host.with_lora(demo.load_model(), tmp_path / "ink.safetensors", 0.0)[0])
+    counted = []
+    for turn in range(3):
+        for step in range(8):
+            number = 8 * turn + step
+            strength = {"do": "lora", "name": "ink", "strength": number / 24}
+            run.ask(prompt(f"{BLUE} {number}"), strength)
+        counted.append(standing())
+    run.end(STOP)
+    assert counted[1] == counted[2], counted

@@ -50,12 +50,13 @@ export class Display {
     write(this.cells.buffer, image ? "–" : `${lead.toFixed(1)} s`);
   }
 
-  coming({ chunk, paused, coming, ended }) {
+  coming({ chunk, paused, suspended, coming, ended }) {
     if (ended || this.session.over) return "";
     const due = coming.filter((each) => each.chunk === chunk).map((each) => `“${each.text}”`);
     const waiting = this.session.commands.filter((each) => each.state === "received");
     const all = [...due, ...waiting.map((each) => said(each.command))];
     if (paused && !all.length) return t("Paused.");
+    if (suspended && !all.length) return t("Goes on by itself after the other prompt.");
     return t("Next, chunk {chunk}: {what}", { chunk, what: all.join("; ") || t("goes on") });
   }
 }

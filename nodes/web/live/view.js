@@ -173,18 +173,19 @@ export class View {
     return title(Number(field.value));
   }
 
-  state(paused, branch) {
+  state({ paused, suspended, branch }) {
     const { status, over, connected, trouble } = this.session;
     if (over) return ["over", over.why ?? t("Ended")];
     if (!connected) return ["lost", trouble ?? (status ? t("Connecting again…") : t("Connecting…"))];
+    if (suspended) return ["paused", t("Another prompt runs")];
     const on = paused ? t("Paused") : t("Live");
     return [paused ? "paused" : "on", branch.parent ? `${on} · ${branch.name}` : on];
   }
 
   render() {
     const { status, over } = this.session;
-    const { paused, chunk, branch, width, height } = status ?? {};
-    const [kind, text] = this.state(paused, branch);
+    const { paused, chunk, width, height } = status ?? {};
+    const [kind, text] = this.state(status ?? {});
     write(this.badge, text);
     this.badge.dataset.kind = kind;
     if (status) {

@@ -15,6 +15,8 @@ export const ZH = {
   "RAM that the way back takes, of what it may": "回退所用的内存与上限",
   "{taken} of {all}": "{taken} / {all}",
   "Paused.": "已暂停。",
+  "Another prompt runs": "正在运行其他任务",
+  "Goes on by itself after the other prompt.": "其他任务完成后自动继续。",
   "Next, chunk {chunk}: {what}": "接下来，块 {chunk}：{what}",
   "goes on": "继续",
   "Live Stream": "实时视频流",
