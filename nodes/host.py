@@ -960,6 +960,19 @@ def state_path(name: str) -> Path:
     return names.inside(root, file.as_posix(), "name")
 
 
+STATE = ".safetensors"
+"""How the name of a stream state's file ends."""
+
+
+def free_state_path(name: str) -> Path:
+    """Where a stream state goes, beside any of the same name."""
+    path, number = state_path(f"{name}{STATE}"), 2
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while path.exists():
+        path, number = state_path(f"{name}_{number}{STATE}"), number + 1
+    return path
+
+
 def resize(images: Tensor, width: int, height: int) -> Tensor:
     """Images [T, 3, H, W] scaled to cover the size and cut at the centre."""
     return comfy.utils.common_upscale(images, width, height, "lanczos", "center")

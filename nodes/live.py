@@ -256,6 +256,7 @@ class LiveStream(io.ComfyNode):
                 max_seconds=max_seconds,
                 give_way=give_way,
                 osc_port=osc_port,
+                keeps_state=keep_state != "none",
             )
 
         with returned() as away:

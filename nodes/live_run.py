@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..rf_core.config import FPS
 from ..rf_core.live import (
+    MAIN,
     Behind,
     Branch,
     Limits,
@@ -26,6 +27,7 @@ from ..rf_core.live import (
     Prompt,
     Schedule,
     Session,
+    Standing,
     Stop,
     VideoRecorder,
     mark_of,
@@ -35,6 +37,7 @@ from ..rf_core.prompts import ResolvedEntry
 from ..rf_core.video import RUN, VideoFormat, header_of
 from . import host, live_http
 from .decoders import decoder_of
+from .join import ended
 from .prompt import encode
 from .run import Made, Request, clock_of, decodes_beside, keep_last, open_stream
 
@@ -91,6 +94,7 @@ class Live:
     max_seconds: float
     give_way: bool
     osc_port: int
+    keeps_state: bool
     differs: list[str] = field(default_factory=list)
     """From where on a replay is not what the log says."""
     session: Session = field(init=False)
@@ -124,12 +128,24 @@ class Live:
                 _queue_again(self)
             else:
                 self._open.close()
+        if self.made.state is not None and not session.suspended:
+            self.made.state.unlink(missing_ok=True)  # as the node gives it
 
     def take_up(self, model: Any, clip: Any, vae: Any) -> None:
         """Let it go on, by `run`, with the models that ComfyUI has by now."""
         decoder = decoder_of(vae, host.student_of(model).latent_format)
         self.request = replace(self.request, model=model, decoder=decoder)
         self.clip = clip
+
+    def _keep(self, files: dict[str, Path], standing: Standing) -> None:
+        # Compact, a few MB: what a killed server leaves, or a run whose outputs nobody gets.
+        file = files[standing.branch]
+        try:
+            self.made.state = self.made.state or host.free_state_path(files[MAIN].stem)
+            snapshot = ended(standing.snapshot, file, self.made.run, standing.images)
+            snapshot.save(self.made.state)
+        except OSError as error:
+            host.log(f"the state after {standing.images} images is not kept: {error}")
 
     def _let_go(self) -> None:
         # By the time it goes on, ComfyUI may have loaded the models' files again.
@@ -160,6 +176,7 @@ class Live:
             clip=request.start_latents,
             rate=self.rate,
             beside=decodes_beside(request),
+            keep=partial(self._keep, recording.paths) if self.keeps_state else None,
         )
         if differs:
             session.submit(Prompt(text=self.first.text, mode=self.first.switch))

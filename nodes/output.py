@@ -16,8 +16,6 @@ from .loaders import CATEGORY
 from .names import ROOM, plain
 from .types import RFState, State
 
-SUFFIX = ".safetensors"
-
 
 class SaveState(io.ComfyNode):
     """A stream's state to disk."""
@@ -51,7 +49,7 @@ class SaveState(io.ComfyNode):
     @classmethod
     @spoken
     def execute(cls, state: State, name: str) -> io.NodeOutput:
-        path = _free(plain(name, "name", ROOM))
+        path = host.free_state_path(plain(name, "name", ROOM))
         state.snapshot.save(path)
         text = f"{path.name}: {_told(state.snapshot)}"
         return io.NodeOutput(state, ui=ui.PreviewText(text))
@@ -125,15 +123,7 @@ class ModelInfo(io.ComfyNode):
 
 
 def _saved() -> list[str]:
-    return sorted(path.name for path in host.state_folder().glob(f"*{SUFFIX}"))
-
-
-def _free(name: str) -> Path:
-    path, number = host.state_path(f"{name}{SUFFIX}"), 2
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while path.exists():
-        path, number = host.state_path(f"{name}_{number}{SUFFIX}"), number + 1
-    return path
+    return sorted(path.name for path in host.state_folder().glob(f"*{host.STATE}"))
 
 
 def _told(snapshot: Snapshot) -> str:

@@ -102,6 +102,8 @@ class Made:
     """At its end."""
     path: Path | None = None
     """The file."""
+    state: Path | None = None
+    """Where its state is kept, for the case that no node takes it."""
 
 
 def plan(request: Request) -> tuple[tuple[ResolvedEntry, ...], int]:

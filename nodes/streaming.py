@@ -349,6 +349,8 @@ def _stopped(request: Request, made: Made) -> str:
     else:
         seconds = clock.seconds(made.chunks)
         text = f"stopped after {made.num_frames} latent frames, {seconds:.2f} s of video"
+    if made.state is not None and made.state.exists():
+        return f"{text}; Load Stream State has where it ended, as {made.state.name}"
     return f"{text}; run again with seed {request.seed} to go on" if made.goes_on else text
 
 

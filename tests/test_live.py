@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -56,6 +57,7 @@ from rf_core.live import (
     read_log,
     replay_log,
 )
+from rf_core.live.record import Standing
 from rf_core.prompts import Switch
 from rf_core.stream import Stream
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
@@ -285,6 +287,40 @@ def test_any_session_is_a_stream_that_was_driven_so_and_its_log_makes_it_again(
     late = [each.number for each in of_kind(events, Refused) if each.why.startswith("'no'")]
     assert sorted(set(answered)) == received == list(range(1, len(received) + 1))
     assert [n for n in answered if n not in late] == [n for n in received if n not in late]
+
+
+# What is kept of where it stands.
+
+
+@pytest.mark.parametrize("stop", ["stop", "interrupt", "suspend"])
+def test_it_is_kept_where_it_stands_every_few_chunks_and_at_the_end(stop: str) -> None:
+    kept: list[Standing] = []
+    script: Script = {6: [Prompt(text="p1")], 12: [Rewind(chunk=7, branch="b"), Decay(decay=0.5)]}
+    trial = Trial(script, stream_of("taehv"), keep=kept.append)
+
+    def on_pass(kind: str, number: int) -> None:
+        trial._on_pass(kind, number)
+        if stop == "interrupt" and trial.begun == 19:
+            raise Interrupted
+        if stop == "suspend" and trial.begun == 18:
+            trial.session.suspend()
+
+    trial.chunks = 18 if stop == "stop" else 99
+    with pytest.raises(Interrupted) if stop == "interrupt" else nullcontext():
+        trial.session.run(on_pass)
+    if stop == "suspend":
+        trial.session.abandon("gone")
+    stands = [(each.snapshot.facts["num_chunks"], each.branch) for each in kept]
+    assert stands == [(8, "main"), (8, "b"), (13, "b")]
+    assert [each.images for each in kept] == [12 * chunk - 3 for chunk, _ in stands]
+    twin = stream_of("taehv")
+    driven(twin, [[]] * 6 + [[Prompt(text="p1")], [Decay(decay=0.5)]], 13)
+    went_on = []
+    for snapshot in (kept[-1].snapshot, twin.snapshot(compact=True)):
+        stream = stream_of("taehv")
+        stream.restore(snapshot)
+        went_on.append(stream.step().latents)
+    assert torch.equal(*went_on)
 
 
 # Suspended: another stream goes on with the session.

@@ -36,12 +36,13 @@ from .fragments import Reel, codec_of
 from .history import Limits
 from .log import Log, mark_of, read_log
 from .osc import OscServer
-from .record import Recorder, VideoRecorder
+from .record import Recorder, Standing, VideoRecorder
 from .replay import replay_log
 from .session import Session, Status
-from .transition import MOST_COMING, Branch
+from .transition import MAIN, MOST_COMING, Branch
 
 __all__ = [
+    "MAIN",
     "MOST_COMING",
     "Applied",
     "Behind",
@@ -72,6 +73,7 @@ __all__ = [
     "Rewind",
     "Schedule",
     "Session",
+    "Standing",
     "Status",
     "Stop",
     "VideoRecorder",

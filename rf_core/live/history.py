@@ -77,11 +77,6 @@ class Way:
     acts: tuple[tuple[int, Action], ...]
     """What took hold on the way, with its chunk, in order."""
 
-    @property
-    def images(self) -> int:
-        """Images of the session before the chunk it leads to."""
-        return self.mark.images + sum(each.images for each in self.chunks)
-
 
 class History:
     """The past of one line of chunks."""

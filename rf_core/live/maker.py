@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -21,7 +22,7 @@ from ..state import Snapshot
 from ..stream import OnPass, Stream
 from .commands import Cut, Decay, Lora, Prompt, Rewind
 from .history import Force, History, Kept, Limits, Mark, Way
-from .record import Presenter, Take
+from .record import Presenter, Standing, Take
 from .transition import Action, Branch
 
 Encode = Callable[[str], Tensor]
@@ -44,6 +45,7 @@ class Speed:
 
 
 _RECENT = 8  # chunks that the speed is told of
+_KEEP_EVERY = 8  # chunks, after which it is kept where the stream stands
 _ENCODED = 16  # prompts kept, 8 MB each: as many as an artist has at hand
 
 
@@ -95,6 +97,7 @@ class Maker:
         """Made on this line, and with the last chunk."""
         self._handoff: Handoff | None = None
         self._put_away: Snapshot
+        self._branch: Branch
 
     @property
     def chunk(self) -> int:
@@ -127,6 +130,8 @@ class Maker:
     ) -> None:
         if self._handoff is not None:
             self._handoff.__exit__(kind, error, trace)
+        with nullcontext() if error is None else suppress(Exception):  # which is what is told
+            self._stand()
 
     def put_away(self) -> None:
         """Let go of the stream between two chunks; `take_up` goes on with another."""
@@ -178,6 +183,7 @@ class Maker:
 
     def make(self, branch: Branch, on_pass: OnPass | None = None) -> Tensor:
         """The next chunk's clean latents [1, C, F, h, w], float32 on the CPU; it is handed on."""
+        self._branch = branch
         stream, take = self.stream, Take(branch=branch, chunk=self.chunk, images=self.images)
         self._pace.network_begins()
         given = self.chunk < len(self._clip)
@@ -201,7 +207,16 @@ class Maker:
         progress = self._pace.chunk_done(self.chunk, images, self.images)
         if not given:
             self._recent.append(progress)
+        if self.chunk % _KEEP_EVERY == 0:
+            self._stand()
         return kept.latents
+
+    def _stand(self) -> None:
+        """Have it kept where the stream stands now."""
+        if self._presenter.keeps and self.images:
+            snapshot = self.stream.snapshot(compact=True)
+            standing = Standing(snapshot=snapshot, branch=self._branch.name, images=self.images)
+            self._presenter.stands(standing)
 
     @property
     def chunk_images(self) -> int:
@@ -237,6 +252,7 @@ class Maker:
         What `on_pass` raises leaves it at a chunk before that.
         """
         self._restore(way.mark)
+        self.images = way.mark.images
         chunk = way.mark.chunk + len(way.chunks)
         decoded = self._decoded_from(way, chunk)
         for number, kept in enumerate(way.chunks, start=way.mark.chunk):
@@ -244,8 +260,8 @@ class Maker:
                 if at == number:
                     self._do(action)
             self.stream.replay(kept.latents, on_pass, decode=number >= decoded)
+            self.images += kept.images
         self.history.go_back(chunk)
-        self.images = way.images
 
     def _restore(self, mark: Mark) -> None:
         for name, strength in mark.force.loras:

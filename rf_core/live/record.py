@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from ..state import Snapshot
 from ..video import VideoFormat, VideoWriter, remux
 from .buffers import Outbox, Picture
 from .transition import Branch
@@ -48,11 +49,32 @@ class Take:
     """Images of the session before it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a stream stands after a chunk, for who wants to go on from there."""
+
+    snapshot: Snapshot
+    """A compact one."""
+    branch: str
+    images: int
+    """Images of the branch that lead to it."""
+
+
+Keep = Callable[[Standing], None]
+"""Keeps where a stream stood last; called by the thread that delivers."""
+
+
 class Presenter:
     """Takes chunks as they are delivered."""
 
-    def __init__(self, outbox: Outbox | None = None, recorder: Recorder | None = None) -> None:
-        self._outbox, self._recorder = outbox, recorder
+    def __init__(
+        self,
+        outbox: Outbox | None = None,
+        recorder: Recorder | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        self._outbox, self._recorder, self._keep = outbox, recorder, keep
+        self._standing: Standing | None = None  # the maker sets it, the deliverer takes it
         self._expected: deque[Take] = deque()  # the maker appends, the deliverer takes
         self._branch: str | None = None
 
@@ -60,12 +82,24 @@ class Presenter:
         """Say what the next delivery will be; in the maker's thread."""
         self._expected.append(take)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anybody wants to know where the stream stands."""
+        return self._keep is not None
+
+    def stands(self, standing: Standing) -> None:
+        """Say where it stands; kept once what leads there is delivered, the newest alone."""
+        self._standing = standing
+
     def deliver(self, images: Tensor) -> None:
         """Take the images of a chunk, uint8 [1, T, H, W, 3]; they are overwritten afterwards."""
         take, fragment = self._expected.popleft(), None
         if self._recorder is not None:
             fragment = self._record(self._recorder, take, images[0])
         self.show(take, images[0], fragment)
+        standing, end = self._standing, take.images + images.shape[1]
+        if standing and standing.branch == take.branch.name and standing.images <= end:
+            self._keep_standing()
 
     def show(self, take: Take, images: Tensor | None, fragment: bytes | None = None) -> None:
         """Hand a chunk to those who watch."""
@@ -76,8 +110,16 @@ class Presenter:
 
     def close(self) -> None:
         """End the branch that is recorded; after the last delivery."""
-        if self._recorder is not None and self._branch is not None:
-            self._recorder.end()
+        try:
+            if self._recorder is not None and self._branch is not None:
+                self._recorder.end()
+        finally:
+            self._keep_standing()
+
+    def _keep_standing(self) -> None:
+        standing, self._standing = self._standing, None  # a newer one may come meanwhile
+        if self._keep is not None and standing is not None:
+            self._keep(standing)
 
     def _record(self, recorder: Recorder, take: Take, images: Tensor) -> bytes | None:
         branch = take.branch

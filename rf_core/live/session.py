@@ -37,7 +37,7 @@ from .commands import Command, Prompt, Rewind, Stop
 from .history import Limits
 from .log import Done, End, Entry, LogWriter, Made, Start, WentBack, facts_of, mark_of
 from .maker import Encode, Maker, SetLora, Speed
-from .record import Presenter, Recorder
+from .record import Keep, Presenter, Recorder
 from .transition import Action, Branch, Coming, Course, transition
 
 
@@ -130,6 +130,7 @@ class Session:
         beside: whether the decoder has a stream of its own, see `Handoff`.
         most_commands: how many commands may wait for a chunk boundary.
         outbox: where events and pictures go, where another size than usual is wanted.
+        keep: told every few chunks, and at the end, where the stream stands; see `record.Keep`.
 
     Raises:
         ValueError: the stream makes a batch, or LoRAs come without a way to set them.
@@ -151,10 +152,11 @@ class Session:
         beside: bool | None = None,
         most_commands: int = MOST_COMMANDS,
         outbox: Outbox | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self.outbox = outbox or Outbox()
         self.inbox = Inbox(most_commands, received=self.outbox.say)
-        self._presenter = Presenter(self.outbox, recorder)
+        self._presenter = Presenter(self.outbox, recorder, keep)
         self._maker = Maker(
             stream,
             encode,

@@ -33,6 +33,7 @@ from rf_core.live.buffers import Ended
 
 from .conftest import PACK
 from .live import Live, begun, client_of, live_prompt
+from .prompts import demo_prompt, with_node
 from .server import ROOT, Server
 from .video import images_of
 
@@ -526,6 +527,39 @@ def test_the_server_ends_at_once_with_streams_open_and_what_was_made_plays(
 
     assert len(images_of(asyncio.run(drive()))) >= 9 + 12
     assert "Traceback" not in own.log
+
+
+def test_of_a_server_that_is_killed_the_video_plays_and_its_state_goes_on(
+    tmp_path: Path, server: Server
+) -> None:
+    from .files import write_models
+
+    write_models(tmp_path / "models")
+    own = Server(tmp_path)
+
+    async def drive() -> None:
+        async with begun(own, live_prompt()) as live:
+            await live.until_chunk(10)
+            own.process.kill()
+            await asyncio.to_thread(own.process.wait, timeout=15)
+            live.done.set()
+
+    asyncio.run(drive())
+    (video,) = own.output.rglob("*.mp4")
+    before = images_of(video)
+    assert len(before) >= 12 * 9 - 3
+    (state,) = (own.output / "stream_states").iterdir()
+    assert state.name == f"{video.stem}.safetensors"
+    again = Server(tmp_path)
+    try:
+        prompt = demo_prompt(state=["kept", 0], join=True)
+        prompt = with_node(prompt, "kept", "RFLoadState", name=state.name)
+        shown = again.run(prompt).output("stream")["images"][0]
+    finally:
+        again.stop()
+    whole = images_of(own.output / shown["subfolder"] / shown["filename"])
+    assert len(whole) == 12 * (8 + 2) - 3, "the state is that after 8 chunks"
+    assert np.array_equal(whole[: 12 * 8 - 3], before[: 12 * 8 - 3])
 
 
 def test_where_comfyui_is_told_to_let_every_page_in_the_live_stream_does_not(

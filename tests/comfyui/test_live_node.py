@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rf_core.state import Snapshot
+
 from .conftest import PACK
 from .files import DEMO, write_changed, write_lora
 from .video import images_of
@@ -125,13 +127,17 @@ def parts(done: Any) -> tuple[Any, Path, Tensor, Any, str]:
 
 
 def test_it_runs_until_it_is_stopped_and_gives_what_streaming_sampler_gives(
-    live: Callable[..., Playing], pack: Any, demo: Any
+    live: Callable[..., Playing], pack: Any, demo: Any, host: Any
 ) -> None:
     run = live()
-    run.at(3)
+    run.at(10)
+    assert [each.name for each in host.state_folder().iterdir() if each.suffix != ".part"] == [
+        "reward_forcing_live_00001_.safetensors"
+    ]
     latent, path, images, state, text = parts(run.end(STOP))
+    assert not list(host.state_folder().iterdir()), "the node gives the state"
     chunks = latent["samples"].shape[2] // 3
-    assert path.name == "reward_forcing_live_00001_.mp4" and chunks >= 3
+    assert path.name == "reward_forcing_live_00001_.mp4" and chunks >= 10
     assert text.startswith(f"{path.name}: {12 * chunks - 3} images, ")
     assert len(images) == min(81, 12 * chunks - 3)
     shown = images_of(path)[-len(images) :]
@@ -346,6 +352,8 @@ def test_cancel_leaves_whole_files_and_a_log_that_makes_them_again(
     files = sorted(each.name for each in (run_folder(path)).iterdir())
     assert files == ["reward_forcing_live_00001_.jsonl", "reward_forcing_live_00001_.mp4"]
     whole = images_of(run_folder(path) / files[1])
+    state = Snapshot.load(host.state_path("reward_forcing_live_00001_.safetensors"))
+    assert len(whole) == 12 * state.facts["num_chunks"] - 3 == state.facts["video"]["images"]
     again = parts(live(replay=f"video/{files[0]}").end())[1]
     assert np.array_equal(images_of(again), whole)
 
