@@ -14,7 +14,7 @@ from ..rf_core.prompts import PromptTimeline, ResolvedEntry, Switch
 from . import host
 from .border import spoken
 from .ignored import doubtful, ignored
-from .live_run import Live, returned, times_given_way
+from .live_run import Live, resumed, times_given_way
 from .loaders import CATEGORY
 from .prompt import encode
 from .run import Made, Request, check_state, clock_of
@@ -256,13 +256,13 @@ class LiveStream(io.ComfyNode):
                 max_seconds=max_seconds,
                 give_way=give_way,
                 osc_port=osc_port,
-                keeps_state=keep_state != "none",
+                autosaves=keep_state != "none",
             )
 
-        with returned() as away:
-            if away is not None:
-                away.take_up(model, clip, vae)
-            live = away or begun()
+        with resumed() as suspended:
+            if suspended is not None:
+                suspended.attach(model, clip, vae)
+            live = suspended or begun()
             make = live.run if log is None else partial(live.replay, log)
             request, made = live.request, live.made
             snapshot = produce(request, keep_state, made, make)
@@ -270,7 +270,7 @@ class LiveStream(io.ComfyNode):
         if timeline is not None and log is None and text.strip() not in ("", _FIRST):
             lines.append("ignored: text, as a timeline is connected")
         said = "\n".join([*lines, *ignored(model, request.prompts)])
-        if live.away:
+        if live.suspended:
             blocked = [host.block(None)] * len(video_outputs())
             return io.NodeOutput(*blocked, ui=shown(made, said) | {"suspended": (True,)})
         return io.NodeOutput(*outputs(cls, request, made, snapshot), ui=shown(made, said))

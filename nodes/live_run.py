@@ -18,6 +18,7 @@ from torch import Tensor
 from ..rf_core.config import FPS
 from ..rf_core.live import (
     MAIN,
+    Autosave,
     Behind,
     Branch,
     Limits,
@@ -27,7 +28,6 @@ from ..rf_core.live import (
     Prompt,
     Schedule,
     Session,
-    Standing,
     Stop,
     VideoRecorder,
     mark_of,
@@ -94,7 +94,7 @@ class Live:
     max_seconds: float
     give_way: bool
     osc_port: int
-    keeps_state: bool
+    autosaves: bool
     differs: list[str] = field(default_factory=list)
     """From where on a replay is not what the log says."""
     session: Session = field(init=False)
@@ -106,7 +106,7 @@ class Live:
 
     def run(self, load: Callable[[Any], None]) -> None:
         """Stream until it is stopped, or gives way; however it ends, `made` says what there is."""
-        if self.away:
+        if self.suspended:
             self._go_on(load)
         else:
             self._begin(load)
@@ -124,32 +124,32 @@ class Live:
             self._sum_up(session.outbox.status.chunk - self._first, session.recent_latents)
             self._hands.put_back()
             if session.suspended:
-                self._let_go()
+                self._detach()
                 _queue_again(self)
             else:
                 self._open.close()
         if self.made.state is not None and not session.suspended:
             self.made.state.unlink(missing_ok=True)  # as the node gives it
 
-    def take_up(self, model: Any, clip: Any, vae: Any) -> None:
+    def attach(self, model: Any, clip: Any, vae: Any) -> None:
         """Let it go on, by `run`, with the models that ComfyUI has by now."""
         decoder = decoder_of(vae, host.student_of(model).latent_format)
         self.request = replace(self.request, model=model, decoder=decoder)
         self.clip = clip
 
-    def _keep(self, files: dict[str, Path], standing: Standing) -> None:
+    def _autosave(self, files: dict[str, Path], autosave: Autosave) -> None:
         # Compact, a few MB: what a killed server leaves, or a run whose outputs nobody gets.
-        file = files[standing.branch]
+        file = files[autosave.branch]
         try:
             self.made.state = self.made.state or host.free_state_path(files[MAIN].stem)
-            snapshot = ended(standing.snapshot, file, self.made.run, standing.images)
+            snapshot = ended(autosave.snapshot, file, self.made.run, autosave.images)
             snapshot.save(self.made.state)
         except OSError as error:
-            host.log(f"the state after {standing.images} images is not kept: {error}")
+            host.log(f"the state after {autosave.images} images is not kept: {error}")
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         # By the time it goes on, ComfyUI may have loaded the models' files again.
-        self._hands.let_go()
+        self._hands.detach()
         self.request = replace(self.request, model=None, decoder=None)
         self.made.stream = self.clip = None
 
@@ -176,7 +176,7 @@ class Live:
             clip=request.start_latents,
             rate=self.rate,
             beside=decodes_beside(request),
-            keep=partial(self._keep, recording.paths) if self.keeps_state else None,
+            on_autosave=partial(self._autosave, recording.paths) if self.autosaves else None,
         )
         if differs:
             session.submit(Prompt(text=self.first.text, mode=self.first.switch))
@@ -203,7 +203,7 @@ class Live:
     def _go_on(self, load: Callable[[Any], None]) -> None:
         request = replace(self.request, snapshot=None)  # it goes on from where it was left
         self.made.stream, _ = open_stream(request, self.first)
-        self._hands.take_up(request, self.clip, load)
+        self._hands.attach(request, self.clip, load)
         self.session.resume(self.made.stream, host.strengths(request.model))
         live_http.tell(self._room, request.node_id)
 
@@ -258,7 +258,7 @@ class Live:
         return self.request.path.with_suffix(".jsonl")
 
     @property
-    def away(self) -> bool:
+    def suspended(self) -> bool:
         """Whether it has given way, and goes on in a later run of the node."""
         return hasattr(self, "session") and self.session.suspended
 
@@ -267,7 +267,7 @@ class Live:
         assert self.made.path is not None
         seconds = self.made.num_images / FPS
         text = f"{self.made.path.name}: {self.made.num_images} images, {seconds:.2f} s"
-        if self.away:
+        if self.suspended:
             text += "; lets another prompt through, and goes on after it by itself"
         elif not replayed:
             text += f"; {self.log_path.name} says what was done, and makes it again by replay"
@@ -288,20 +288,20 @@ class Live:
             self.made.latents.extend(latents)
 
 
-_away: dict[Any, Live] = {}  # by the run of the node that they go on in
+_suspended: dict[Any, Live] = {}  # by the run of the node that they go on in
 _times: Counter[str] = Counter()
 
 
 @contextmanager
-def returned() -> Iterator[Live | None]:
+def resumed() -> Iterator[Live | None]:
     """The session that gave way, and goes on with the node's run that begins, or ends where that
     fails; None where the run is a session's first.
     """
-    live = _away.pop(host.running(), None)
+    live = _suspended.pop(host.running(), None)
     try:
         yield live
     except BaseException as error:
-        if live is not None and live.away:
+        if live is not None and live.suspended:
             live.abandon(f"it could not go on: {error}")
         raise
 
@@ -317,10 +317,10 @@ def _queue_again(live: Live) -> None:
     assert running is not None, "it gives way to prompts of a queue"
     again = running._replace(prompt_id=host.queue_again())
     _times[running.node_id] += 1
-    _away[again] = live
+    _suspended[again] = live
 
     def gone() -> None:
-        if _away.pop(again, None) is not None:
+        if _suspended.pop(again, None) is not None:
             live.abandon("the prompt that was to go on with it is no longer in the queue")
 
     host.when_gone(again.prompt_id, gone)
@@ -330,17 +330,17 @@ class _Hands:
     """Prompts and strengths for a session, with ComfyUI's models."""
 
     def __init__(self, request: Request, clip: Any, load: Callable[[Any], None]) -> None:
-        self.take_up(request, clip, load)
+        self.attach(request, clip, load)
 
-    def take_up(self, request: Request, clip: Any, load: Callable[[Any], None]) -> None:
+    def attach(self, request: Request, clip: Any, load: Callable[[Any], None]) -> None:
         """Go on with other models."""
         self._clip, self._load = clip, load
         self._embeds, self._original = request.prompts.embeds, request.model
         self._model = self._original
         self._strengths = host.strengths(request.model)
 
-    def let_go(self) -> None:
-        """Hold no model, until `take_up`."""
+    def detach(self) -> None:
+        """Hold no model, until `attach`."""
         self._clip = self._load = self._original = self._model = None
 
     def encode(self, text: str) -> Tensor:
@@ -391,7 +391,7 @@ class _Manners:
         self._let_through()
 
     def _let_through(self) -> None:
-        ours = {each.prompt_id for each in _away}  # they wait for this one to end
+        ours = {each.prompt_id for each in _suspended}  # they wait for this one to end
         if self._give_way and host.others_wait(ours):
             self._session.suspend()
 

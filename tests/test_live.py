@@ -32,6 +32,7 @@ from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.live import (
     Applied,
+    Autosave,
     Branched,
     Command,
     Cut,
@@ -57,7 +58,6 @@ from rf_core.live import (
     read_log,
     replay_log,
 )
-from rf_core.live.record import Standing
 from rf_core.prompts import Switch
 from rf_core.stream import Stream
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
@@ -294,9 +294,9 @@ def test_any_session_is_a_stream_that_was_driven_so_and_its_log_makes_it_again(
 
 @pytest.mark.parametrize("stop", ["stop", "interrupt", "suspend"])
 def test_it_is_kept_where_it_stands_every_few_chunks_and_at_the_end(stop: str) -> None:
-    kept: list[Standing] = []
+    kept: list[Autosave] = []
     script: Script = {6: [Prompt(text="p1")], 12: [Rewind(chunk=7, branch="b"), Decay(decay=0.5)]}
-    trial = Trial(script, stream_of("taehv"), keep=kept.append)
+    trial = Trial(script, stream_of("taehv"), on_autosave=kept.append)
 
     def on_pass(kind: str, number: int) -> None:
         trial._on_pass(kind, number)

@@ -36,7 +36,7 @@ from .fragments import Reel, codec_of
 from .history import Limits
 from .log import Log, mark_of, read_log
 from .osc import OscServer
-from .record import Recorder, Standing, VideoRecorder
+from .record import Autosave, Recorder, VideoRecorder
 from .replay import replay_log
 from .session import Session, Status
 from .transition import MAIN, MOST_COMING, Branch
@@ -45,6 +45,7 @@ __all__ = [
     "MAIN",
     "MOST_COMING",
     "Applied",
+    "Autosave",
     "Behind",
     "Branch",
     "Branched",
@@ -73,7 +74,6 @@ __all__ = [
     "Rewind",
     "Schedule",
     "Session",
-    "Standing",
     "Status",
     "Stop",
     "VideoRecorder",

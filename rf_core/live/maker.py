@@ -22,7 +22,7 @@ from ..state import Snapshot
 from ..stream import OnPass, Stream
 from .commands import Cut, Decay, Lora, Prompt, Rewind
 from .history import Force, History, Kept, Limits, Mark, Way
-from .record import Presenter, Standing, Take
+from .record import Autosave, Presenter, Take
 from .transition import Action, Branch
 
 Encode = Callable[[str], Tensor]
@@ -45,7 +45,7 @@ class Speed:
 
 
 _RECENT = 8  # chunks that the speed is told of
-_KEEP_EVERY = 8  # chunks, after which it is kept where the stream stands
+_AUTOSAVE_EVERY = 8  # chunks
 _ENCODED = 16  # prompts kept, 8 MB each: as many as an artist has at hand
 
 
@@ -96,7 +96,7 @@ class Maker:
         self.images = self.last_images = 0
         """Made on this line, and with the last chunk."""
         self._handoff: Handoff | None = None
-        self._put_away: Snapshot
+        self._detached: Snapshot
         self._branch: Branch
 
     @property
@@ -131,24 +131,24 @@ class Maker:
         if self._handoff is not None:
             self._handoff.__exit__(kind, error, trace)
         with nullcontext() if error is None else suppress(Exception):  # which is what is told
-            self._stand()
+            self._autosave()
 
-    def put_away(self) -> None:
-        """Let go of the stream between two chunks; `take_up` goes on with another."""
-        self._put_away = self.stream.snapshot()
+    def detach(self) -> None:
+        """Let go of the stream between two chunks; `attach` goes on with another."""
+        self._detached = self.stream.snapshot()
         del self.stream
 
-    def take_up(self, stream: Stream, loras: Mapping[str, float]) -> None:
+    def attach(self, stream: Stream, loras: Mapping[str, float]) -> None:
         """Go on, to the bit, with a stream of the same kind whose LoRAs have these strengths.
 
         ValueError, in a sentence, where it is of another kind.
         """
-        stream.restore(self._put_away)
+        stream.restore(self._detached)
         self.stream = stream
         for name, strength in self.force.loras:
             if loras.get(name) != strength:
                 self._give_strength(name, strength)
-        del self._put_away
+        del self._detached
 
     def mark(self) -> None:
         """Keep a snapshot where one is due; before anything takes hold with the next chunk."""
@@ -207,16 +207,16 @@ class Maker:
         progress = self._pace.chunk_done(self.chunk, images, self.images)
         if not given:
             self._recent.append(progress)
-        if self.chunk % _KEEP_EVERY == 0:
-            self._stand()
+        if self.chunk % _AUTOSAVE_EVERY == 0:
+            self._autosave()
         return kept.latents
 
-    def _stand(self) -> None:
+    def _autosave(self) -> None:
         """Have it kept where the stream stands now."""
-        if self._presenter.keeps and self.images:
+        if self._presenter.autosaves and self.images:
             snapshot = self.stream.snapshot(compact=True)
-            standing = Standing(snapshot=snapshot, branch=self._branch.name, images=self.images)
-            self._presenter.stands(standing)
+            autosave = Autosave(snapshot=snapshot, branch=self._branch.name, images=self.images)
+            self._presenter.autosave(autosave)
 
     @property
     def chunk_images(self) -> int:

@@ -50,7 +50,7 @@ class Take:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class Autosave:
     """Where a stream stands after a chunk, for who wants to go on from there."""
 
     snapshot: Snapshot
@@ -60,8 +60,8 @@ class Standing:
     """Images of the branch that lead to it."""
 
 
-Keep = Callable[[Standing], None]
-"""Keeps where a stream stood last; called by the thread that delivers."""
+OnAutosave = Callable[[Autosave], None]
+"""Keeps the last one; called by the thread that delivers."""
 
 
 class Presenter:
@@ -71,10 +71,10 @@ class Presenter:
         self,
         outbox: Outbox | None = None,
         recorder: Recorder | None = None,
-        keep: Keep | None = None,
+        on_autosave: OnAutosave | None = None,
     ) -> None:
-        self._outbox, self._recorder, self._keep = outbox, recorder, keep
-        self._standing: Standing | None = None  # the maker sets it, the deliverer takes it
+        self._outbox, self._recorder, self._on_autosave = outbox, recorder, on_autosave
+        self._autosave: Autosave | None = None  # the maker sets it, the deliverer takes it
         self._expected: deque[Take] = deque()  # the maker appends, the deliverer takes
         self._branch: str | None = None
 
@@ -83,13 +83,13 @@ class Presenter:
         self._expected.append(take)
 
     @property
-    def keeps(self) -> bool:
-        """Whether anybody wants to know where the stream stands."""
-        return self._keep is not None
+    def autosaves(self) -> bool:
+        """Whether anybody keeps where the stream stands."""
+        return self._on_autosave is not None
 
-    def stands(self, standing: Standing) -> None:
-        """Say where it stands; kept once what leads there is delivered, the newest alone."""
-        self._standing = standing
+    def autosave(self, autosave: Autosave) -> None:
+        """Have it kept once the images that lead to it are delivered; the newest alone."""
+        self._autosave = autosave
 
     def deliver(self, images: Tensor) -> None:
         """Take the images of a chunk, uint8 [1, T, H, W, 3]; they are overwritten afterwards."""
@@ -97,9 +97,9 @@ class Presenter:
         if self._recorder is not None:
             fragment = self._record(self._recorder, take, images[0])
         self.show(take, images[0], fragment)
-        standing, end = self._standing, take.images + images.shape[1]
-        if standing and standing.branch == take.branch.name and standing.images <= end:
-            self._keep_standing()
+        autosave, end = self._autosave, take.images + images.shape[1]
+        if autosave and autosave.branch == take.branch.name and autosave.images <= end:
+            self._flush_autosave()
 
     def show(self, take: Take, images: Tensor | None, fragment: bytes | None = None) -> None:
         """Hand a chunk to those who watch."""
@@ -114,12 +114,12 @@ class Presenter:
             if self._recorder is not None and self._branch is not None:
                 self._recorder.end()
         finally:
-            self._keep_standing()
+            self._flush_autosave()
 
-    def _keep_standing(self) -> None:
-        standing, self._standing = self._standing, None  # a newer one may come meanwhile
-        if self._keep is not None and standing is not None:
-            self._keep(standing)
+    def _flush_autosave(self) -> None:
+        autosave, self._autosave = self._autosave, None  # a newer one may come meanwhile
+        if self._on_autosave is not None and autosave is not None:
+            self._on_autosave(autosave)
 
     def _record(self, recorder: Recorder, take: Take, images: Tensor) -> bytes | None:
         branch = take.branch

@@ -37,7 +37,7 @@ from .commands import Command, Prompt, Rewind, Stop
 from .history import Limits
 from .log import Done, End, Entry, LogWriter, Made, Start, WentBack, facts_of, mark_of
 from .maker import Encode, Maker, SetLora, Speed
-from .record import Keep, Presenter, Recorder
+from .record import OnAutosave, Presenter, Recorder
 from .transition import Action, Branch, Coming, Course, transition
 
 
@@ -130,7 +130,7 @@ class Session:
         beside: whether the decoder has a stream of its own, see `Handoff`.
         most_commands: how many commands may wait for a chunk boundary.
         outbox: where events and pictures go, where another size than usual is wanted.
-        keep: told every few chunks, and at the end, where the stream stands; see `record.Keep`.
+        on_autosave: takes a compact snapshot every few chunks, and at the end.
 
     Raises:
         ValueError: the stream makes a batch, or LoRAs come without a way to set them.
@@ -152,11 +152,11 @@ class Session:
         beside: bool | None = None,
         most_commands: int = MOST_COMMANDS,
         outbox: Outbox | None = None,
-        keep: Keep | None = None,
+        on_autosave: OnAutosave | None = None,
     ) -> None:
         self.outbox = outbox or Outbox()
         self.inbox = Inbox(most_commands, received=self.outbox.say)
-        self._presenter = Presenter(self.outbox, recorder, keep)
+        self._presenter = Presenter(self.outbox, recorder, on_autosave)
         self._maker = Maker(
             stream,
             encode,
@@ -207,7 +207,7 @@ class Session:
         `loras` has the strengths that the stream's network has now. ValueError where the stream is
         of another kind; the session is then as suspended as before.
         """
-        self._maker.take_up(stream, loras or {})
+        self._maker.attach(stream, loras or {})
         self.suspended = self._leaving = False
         self._tell_status()
 
@@ -242,7 +242,7 @@ class Session:
                 with self._maker:
                     left = self._run(self._watched(on_pass), on_idle, until)
                 if left:
-                    self._maker.put_away()
+                    self._maker.detach()
                     self.suspended = True
                     self._tell_status()
                     ends.pop_all()
