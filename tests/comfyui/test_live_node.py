@@ -523,7 +523,9 @@ def test_prompts_and_strengths_leave_nothing_of_those_before(
         return Counter(each for each in found if issubclass(each, kinds))
 
     write_lora(DEMO / "student.safetensors", tmp_path / "ink.safetensors")
-    run = live(model=host.with_lora(demo.load_model(), tmp_path / "ink.safetensors", 0.0)[0])
+    model = host.with_lora(demo.load_model(), tmp_path / "ink.safetensors", 0.0)[0]
+    run = live(model=model, max_seconds=0.0)
+    del model
     counted = []
     for turn in range(3):
         for step in range(8):
