@@ -127,6 +127,8 @@ class StreamingModel(
             self, model_config, comfy.model_base.ModelType.FLOW, device, unet_model=HostedWan
         )
         self.image_to_video = False
+        self.steered: tuple[Any, ...] = ()
+        """The last patchers of `with_strengths`."""
 
     def extra_conds(self, **_: Any) -> dict[str, Any]:
         """Nothing: a stream brings its prompt along."""
@@ -339,10 +341,7 @@ def strengths(model: Any) -> dict[str, float]:
 
 
 def with_strengths(model: Any, wanted: Mapping[str, float]) -> Any:
-    """A clone of a MODEL whose LoRAs have these strengths, as if they had been loaded with them.
-
-    It is to be kept until another takes its place in memory.
-    """
+    """A clone of a MODEL whose LoRAs have these strengths, as if they had been loaded with them."""
 
     def changed(patch: Any) -> Any:
         known = isinstance(patch[1], LoraPatch)
@@ -351,7 +350,10 @@ def with_strengths(model: Any, wanted: Mapping[str, float]) -> Any:
     clone = model.clone()
     clone.patches = {key: list(map(changed, each)) for key, each in model.patches.items()}
     clone.patches_uuid = uuid.uuid4()
-    clone.parent = None  # with which ComfyUI would keep a note of this one's load
+    # With a parent, ComfyUI keeps a note of this one's load as long as that lives. Without, nobody
+    # but us must let it go while it is loaded: this one, or the one before where this fails.
+    clone.parent, base = None, student_of(model)
+    base.steered = (*base.steered[-1:], clone)
     return clone
 
 
@@ -604,7 +606,7 @@ def loaded(model: Any, others: list[Any], memory: float) -> Iterator[Callable[[A
     def load(model: Any) -> None:
         nonlocal before
         wanted = [model, *others, *extra]
-        if _in_place(wanted) == before:  # ComfyUI keeps a note of each load as long as the model
+        if _in_place(wanted) == before:
             return
         comfy.model_management.load_models_gpu(wanted, memory_required=memory)
         before = _in_place(wanted)

@@ -272,7 +272,8 @@ class LiveStream(io.ComfyNode):
         said = "\n".join([*lines, *ignored(model, request.prompts)])
         if live.suspended:
             blocked = [host.block(None)] * len(video_outputs())
-            return io.NodeOutput(*blocked, ui=shown(made, said) | {"suspended": (True,)})
+            ui = {"text": (said,), "suspended": (True,)}  # the video is in the player still
+            return io.NodeOutput(*blocked, ui=ui)
         return io.NodeOutput(*outputs(cls, request, made, snapshot), ui=shown(made, said))
 
 

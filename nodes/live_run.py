@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..rf_core.config import FPS
 from ..rf_core.live import (
-    MAIN,
     Autosave,
     Behind,
     Branch,
@@ -139,9 +138,10 @@ class Live:
 
     def _autosave(self, files: dict[str, Path], autosave: Autosave) -> None:
         # Compact, a few MB: what a killed server leaves, or a run whose outputs nobody gets.
+        assert self.request.path is not None
         file = files[autosave.branch]
         try:
-            self.made.state = self.made.state or host.free_state_path(files[MAIN].stem)
+            self.made.state = self.made.state or host.free_state_path(self.request.path.stem)
             snapshot = ended(autosave.snapshot, file, self.made.run, autosave.images)
             snapshot.save(self.made.state)
         except OSError as error:

@@ -39,10 +39,9 @@ from .osc import OscServer
 from .record import Autosave, Recorder, VideoRecorder
 from .replay import replay_log
 from .session import Session, Status
-from .transition import MAIN, MOST_COMING, Branch
+from .transition import MOST_COMING, Branch
 
 __all__ = [
-    "MAIN",
     "MOST_COMING",
     "Applied",
     "Autosave",

@@ -532,6 +532,9 @@ def test_prompts_and_strengths_leave_nothing_of_those_before(
             number = 8 * turn + step
             strength = {"do": "lora", "name": "ink", "strength": number / 24}
             run.ask(prompt(f"{BLUE} {number}"), strength)
+        run.ask(PAUSE)  # what is being made must not be looked at
+        time.sleep(0.5)
         counted.append(standing())
+        run.ask(RESUME)
     run.end(STOP)
     assert counted[1] == counted[2], counted
