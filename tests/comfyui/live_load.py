@@ -40,12 +40,12 @@ EVERY = (2.0, 5.0)
 """Seconds between two commands of a client."""
 SAMPLED = 10.0
 """Seconds between two looks at the server's memory."""
-WARM_UP = 240.0
-"""Seconds after which memory is to be flat: until then, buffers and the past fill."""
+WARM_UP = 0.5
+"""Part of the time after which memory is to be flat: until then, buffers and the past fill."""
 STEEPEST = 0.5
 """MB a minute that it may grow then."""
 PAST = 12
-"""MB of the past that is kept: full within the warm-up, so that what else grows is seen."""
+"""MB of the past that is kept: full within minutes, so that what else grows is seen."""
 
 
 INPUTS = {"max_seconds": 0.0, "keep_images": 0, "rewind_memory": PAST}
@@ -228,7 +228,7 @@ def first_images(load: Load, log: list[dict[str, Any]]) -> list[float]:
 
 def slope(memory: list[tuple[float, float]]) -> float | None:
     """MB a minute, of the samples after the warm-up; None where there are too few."""
-    late = [(at / 60, mb) for at, mb in memory if at >= WARM_UP]
+    late = [(at / 60, mb) for at, mb in memory if at >= WARM_UP * memory[-1][0]]
     if len(late) < 3:
         return None
     return round(statistics.linear_regression(*zip(*late, strict=True)).slope, 3)
