@@ -12,7 +12,7 @@ import torch
 from rf_core.attention import check_device
 from rf_core.prompt_files import text_lines
 
-from ..config import changed, from_json
+from .config import changed, from_json
 
 T = TypeVar("T")
 

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -28,9 +29,7 @@ from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
 from rf_core.weights.files import read_weights
 from rf_core.writing import whole_file
 
-from .run.distributed import barrier, of_the_first, rank, shard_modules, world_size
-from .world.clips import captions, scene_of
-from .world.scenes import all_captions
+from ..run.distributed import barrier, of_the_first, rank, shard_modules, world_size
 
 _log = logging.getLogger(__name__)
 SHARD_PROMPTS = 256
@@ -47,7 +46,7 @@ class DataConfig:
     """What the student is trained to show."""
 
     prompts: tuple[Path, ...] = ()
-    """Prompt files; none for the miniature world's own captions."""
+    """Prompt files; none for the data set's own prompts."""
     column: str = COLUMN
     """Of CSV, TSV and JSON lines."""
     limit: int | None = None
@@ -70,6 +69,30 @@ def wan_data() -> DataConfig:
     return DataConfig(
         prompts=(Path("prompts.txt"),), negative=WAN_NEGATIVE, text_encoder="google/umt5-xxl"
     )
+
+
+class DataSet(Protocol):
+    """A data set that writes its own prompts."""
+
+    def to_train_on(self) -> list[str]:
+        """Those that students are trained on."""
+        ...
+
+    def to_measure_by(self) -> list[str]:
+        """Those that students are measured by."""
+        ...
+
+
+class PromptEmbeds(Protocol):
+    """The prompts of a run, encoded."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def embeds(self, numbers: Sequence[int]) -> Tensor:
+        """Some of them, [B, S, D]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -205,15 +228,16 @@ def place_encoder(encoder: UMT5Encoder, device: torch.device) -> UMT5Encoder:
 
 
 def open_prompts(
-    config: DataConfig, folder: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[list[str], CachedEmbeds | MemoryEmbeds, Tensor]:
+    config: DataConfig, own: DataSet, folder: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[list[str], PromptEmbeds, Tensor]:
     """Prompts, their embeddings, and that of the negative prompt, [1, S, D].
 
-    The encoder is opened only where an embedding is missing, and let go of again.
+    Where the config names no prompt file, they are the data set's `own`. The encoder is opened only
+    where an embedding is missing, and let go of again.
     """
     encoder_path = config.text_encoder or str(DEMO / "text_encoder.safetensors")
     if not config.prompts:
-        prompts = world_captions(config.limit)
+        prompts = own.to_train_on()[: config.limit]
         encoder = load_text_encoder(encoder_path, device=device, dtype=dtype)
         embeds = MemoryEmbeds(torch.cat([encoder.encode([text]) for text in prompts]).cpu())
         return prompts, embeds, encoder.encode([config.negative])
@@ -234,10 +258,3 @@ def open_prompts(
         gc.collect()  # a sharded one refers to itself
         empty_caches()
     return prompts, found, plain.embeds([0])
-
-
-def world_captions(limit: int | None = None) -> list[str]:
-    """The miniature world's prompts: every caption of one thing, then 64 of two."""
-    doubles = (captions([scene_of(5, index)])[0] for index in range(6400))
-    two = [text for text in doubles if " and " in text][:64]
-    return [*all_captions(), *two][:limit]
