@@ -9,17 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import training.data.prompts as data
+import training.data.embeddings as data
 from rf_core.options import DEMO
 from rf_core.text import load_text_encoder
 from training.choices import DATA_SET
-from training.data.prompts import (
-    DataConfig,
-    cached_embeds,
-    open_prompts,
-    place_encoder,
-    read_prompts,
-)
+from training.data.embeddings import cached_embeds, open_prompts, place_encoder
+from training.data.prompts import DataConfig, read_prompts
 
 CPU = torch.device("cpu")
 TEXTS = [f"a red circle moves left, take {number}" for number in range(7)]

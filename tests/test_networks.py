@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from rf_core.config import SamplerConfig
 from rf_core.weights.checkpoint import write_checkpoint
-from training.data.prompts import MemoryEmbeds
+from training.data.embeddings import MemoryEmbeds
 from training.objective.redmd import Networks, ReDMDConfig
 from training.run.lora import LoRAConfig
 from training.run.networks import PlacementConfig, open_network, placement_dtype, prepare

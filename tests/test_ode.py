@@ -25,7 +25,8 @@ from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.stream import Stream
 from rf_core.weights.checkpoint import load_student, write_checkpoint
-from training.data.prompts import DataConfig, MemoryEmbeds
+from training.data.embeddings import MemoryEmbeds
+from training.data.prompts import DataConfig
 from training.objective.causal import Window, predict_clip
 from training.run.config import changed
 from training.run.distributed import shard

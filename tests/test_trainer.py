@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rf_core.config import SamplerConfig
-from training.data.prompts import MemoryEmbeds
+from training.data.embeddings import MemoryEmbeds
 from training.objective.redmd import Networks, ReDMDConfig
 from training.run.checkpointing import read_part
 from training.run.distributed import shard

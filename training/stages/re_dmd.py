@@ -25,7 +25,8 @@ from rf_core.options import DEMO
 from rf_core.weights.checkpoint import read_checkpoint
 
 from ..choices import DATA_SET, RewardConfig, open_reward
-from ..data.prompts import check_prompt_files, open_prompts
+from ..data.embeddings import open_prompts
+from ..data.prompts import check_prompt_files
 from ..objective.redmd import Networks
 from ..rewards.judges import image_anchor, judge_by
 from ..run.config import to_json

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rf_core.ranges import MANY, check_numbers
 
-from ..data.prompts import PromptEmbeds
+from ..data.embeddings import PromptEmbeds
 from ..objective.redmd import (
     Networks,
     Noising,

@@ -40,7 +40,8 @@ from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file, write_text
 
 from ..choices import DATA_SET
-from ..data.prompts import DataConfig, PromptEmbeds, check_prompt_files, open_prompts, wan_data
+from ..data.embeddings import PromptEmbeds, open_prompts
+from ..data.prompts import DataConfig, check_prompt_files, wan_data
 from ..run.config import difference, from_json, to_json
 from ..run.distributed import barrier, gathered, processes, rank, world_size
 from ..run.draws import generator_of, prompt_numbers

@@ -1,0 +1,187 @@
+"""Prompts' embeddings: encoded once, kept on disk.
+
+Embeddings lie in shards of safetensors, each of them as long as its prompt; a shard is a function
+of its prompts and the encoder, so encoding is shared out over processes and goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rf_core.devices import empty_caches
+from rf_core.options import DEMO
+from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
+from rf_core.weights.files import read_weights
+from rf_core.writing import whole_file
+
+from ..run.distributed import barrier, of_the_first, rank, shard_modules, world_size
+from .prompts import DataConfig, DataSet, read_prompts
+
+_log = logging.getLogger(__name__)
+SHARD_PROMPTS = 256
+
+
+class PromptEmbeds(Protocol):
+    """The prompts of a run, encoded."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def embeds(self, numbers: Sequence[int]) -> Tensor:
+        """Some of them, [B, S, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryEmbeds:
+    """Embeddings that fit into memory, [N, S, D]."""
+
+    tensor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def embeds(self, numbers: Sequence[int]) -> Tensor:
+        """Some of them, [B, S, D]."""
+        return self.tensor[list(numbers)]
+
+
+@dataclass(frozen=True)
+class CachedEmbeds:
+    """Embeddings on disk, read as they are asked for."""
+
+    shards: tuple[Path, ...]
+    count: int
+    _open: dict[Path, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def embeds(self, numbers: Sequence[int]) -> Tensor:
+        """Some of them, [B, S, D], padded with zeros to the longest."""
+        return pad_sequence([self._one(number) for number in numbers], batch_first=True)
+
+    def _one(self, number: int) -> Tensor:
+        shard, place = divmod(number, SHARD_PROMPTS)
+        path = self.shards[shard]
+        if path not in self._open:
+            self._open[path] = read_weights(path).tensors  # mapped: what is asked for is read
+        found = self._open[path].get(str(place))
+        if found is None:
+            raise ValueError(
+                f"{path} lacks the prompt at {place}; delete it, to have it made again"
+            )
+        return found
+
+
+def cached_embeds(
+    prompts: Sequence[str], encoder_name: str, folder: Path
+) -> tuple[CachedEmbeds, list[int]]:
+    """The embeddings' places in `folder`, and the numbers of the shards that are missing.
+
+    A shard's name is the hash of its prompts and of `encoder_name`: another encoder, or another
+    prompt file, never reads what is not its own.
+    """
+    paths = []
+    for start in range(0, len(prompts), SHARD_PROMPTS):
+        key = json.dumps([encoder_name, *prompts[start : start + SHARD_PROMPTS]])
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        paths.append(folder / f"embeds-{digest}.safetensors")
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    return CachedEmbeds(tuple(paths), len(prompts)), of_the_first(missing)
+
+
+def encode_missing(
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    cache: CachedEmbeds,
+    missing: Sequence[int],
+    batch: int,
+) -> Iterator[int]:
+    """Write the missing shards, shared out over processes; yields how many this one has written.
+
+    Processes stay in step, so that an encoder that is sharded over them works: one without a shard
+    left encodes an empty prompt along.
+    """
+    for done, first in enumerate(range(0, len(missing), world_size()), 1):
+        mine = missing[first : first + world_size()][rank() : rank() + 1]
+        texts = prompts[mine[0] * SHARD_PROMPTS :][:SHARD_PROMPTS] if mine else []
+        embeds = []
+        for start in range(0, SHARD_PROMPTS, batch):
+            some = list(texts[start : start + batch])
+            if some or world_size() > 1:
+                embeds += list(encoder.encode(some or [""]))[: len(some)]
+        if mine:
+            _write(cache.shards[mine[0]], embeds)
+        yield done
+    barrier()
+
+
+def _write(path: Path, embeds: Sequence[Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {str(place): _trimmed(each).cpu() for place, each in enumerate(embeds)}
+    with whole_file(path) as part:
+        save_file(tensors, part)
+
+
+def _trimmed(embeds_SD: Tensor) -> Tensor:
+    """Without the zeros at its end, which whoever reads it pads again."""
+    used = embeds_SD.abs().amax(1).nonzero()
+    length = int(used[-1]) + 1 if len(used) else 1
+    return embeds_SD[:length].clone()
+
+
+def place_encoder(encoder: UMT5Encoder, device: torch.device) -> UMT5Encoder:
+    """Move an encoder, or shard it over all processes, which must then encode in step."""
+    if world_size() > 1:
+        shard_modules(encoder.model, encoder.model.encoder.block, device.type)
+    else:
+        encoder.model.to(device)
+    return encoder
+
+
+def open_prompts(
+    config: DataConfig, own: DataSet, folder: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[list[str], PromptEmbeds, Tensor]:
+    """Prompts, their embeddings, and that of the negative prompt, [1, S, D].
+
+    Where the config names no prompt file, they are the data set's `own`. The encoder is opened only
+    where an embedding is missing, and let go of again.
+    """
+    encoder_path = config.text_encoder or str(DEMO / "text_encoder.safetensors")
+    if not config.prompts:
+        prompts = own.to_train_on()[: config.limit]
+        encoder = load_text_encoder(encoder_path, device=device, dtype=dtype)
+        embeds = MemoryEmbeds(torch.cat([encoder.encode([text]) for text in prompts]).cpu())
+        return prompts, embeds, encoder.encode([config.negative])
+    prompts = read_prompts(config)
+    folder = config.cache or folder
+    found, missing = cached_embeds(prompts, encoder_path, folder)
+    plain, no_plain = cached_embeds([config.negative], encoder_path, folder)
+    if missing or no_plain:
+        encoder = load_text_encoder(encoder_path, device="cpu", dtype=dtype)
+        encoder = place_encoder(encoder, device)
+        for texts, cache, numbers in (
+            ([config.negative], plain, no_plain),
+            (prompts, found, missing),
+        ):
+            for done in encode_missing(encoder, texts, cache, numbers, config.encode_batch):
+                _log.info("prompts encoded: %d of %d shards", done, len(numbers))
+        del encoder
+        gc.collect()  # a sharded one refers to itself
+        empty_caches()
+    return prompts, found, plain.embeds([0])
