@@ -5,10 +5,8 @@ import shutil
 
 import pytest
 
-import training.world.claims as claims
-from training.config import changed
-from training.recipes import miniature
-from training.world.claims import (
+import training.claims.ablations as claims
+from training.claims.ablations import (
     ARMS,
     BASE,
     COMMON,
@@ -17,7 +15,9 @@ from training.world.claims import (
     result_path,
     run_claims,
 )
-from training.world.claims_report import motion_plot, read_results, report, strips
+from training.claims.report import motion_plot, read_results, report, strips
+from training.run.config import changed
+from training.stages.recipes import miniature
 
 CONFIG = ClaimsConfig(free=2, named=1, double=1, long=1, long_chunks=10, between=1)
 QUICK = ("run.updates=2", "run.critic_ratio=1", "run.redmd.batch=2", "run.micro_batch=2")

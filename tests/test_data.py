@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import training.data as data
+import training.data.embeddings as data
 from rf_core.options import DEMO
 from rf_core.text import load_text_encoder
-from training.data import DataConfig, cached_embeds, open_prompts, place_encoder, read_prompts
+from training.choices import DATA_SET
+from training.data.embeddings import cached_embeds, open_prompts, place_encoder
+from training.data.prompts import DataConfig, read_prompts
 
 CPU = torch.device("cpu")
 TEXTS = [f"a red circle moves left, take {number}" for number in range(7)]
@@ -66,7 +68,7 @@ def test_a_file_without_prompts_is_refused_by_place(tmp_path, name, content, sai
 def test_prompts_are_encoded_once_and_read_back_as_they_were(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD_PROMPTS", 3)
     config = prompt_file(tmp_path)
-    prompts, embeds, negative = open_prompts(config, tmp_path / "e", CPU, torch.float32)
+    prompts, embeds, negative = open_prompts(config, DATA_SET, tmp_path / "e", CPU, torch.float32)
     assert prompts == TEXTS and len(embeds) == len(TEXTS) and len(negative) == 1
     found = embeds.embeds([6, 0, 6])
     expected = encoder().encode([TEXTS[6], TEXTS[0], TEXTS[6]])
@@ -75,13 +77,13 @@ def test_prompts_are_encoded_once_and_read_back_as_they_were(tmp_path, monkeypat
     torch.testing.assert_close(found, expected[:, :length], atol=1e-5, rtol=1e-4)
 
     monkeypatch.setattr(data, "load_text_encoder", None)  # it would fail if it were opened
-    again = open_prompts(config, tmp_path / "e", CPU, torch.float32)
+    again = open_prompts(config, DATA_SET, tmp_path / "e", CPU, torch.float32)
     assert torch.equal(again[1].embeds([6, 0, 6]), found) and torch.equal(again[2], negative)
 
 
 def test_only_missing_shards_are_encoded_and_another_encoder_s_are_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD_PROMPTS", 3)
-    open_prompts(prompt_file(tmp_path), tmp_path, CPU, torch.float32)
+    open_prompts(prompt_file(tmp_path), DATA_SET, tmp_path, CPU, torch.float32)
     cache, missing = cached_embeds(TEXTS, str(DEMO / "text_encoder.safetensors"), tmp_path)
     assert len(cache.shards) == 3 and missing == []
     cache.shards[1].unlink()
@@ -103,7 +105,7 @@ def encode_rank(rank: int, world: int, folder: Path) -> None:
     assert type(next(sharded.model.parameters())).__name__ == "DTensor"
     dist.barrier()
     config = DataConfig(prompts=(folder / "prompts.txt",))
-    open_prompts(config, folder / "e", CPU, torch.float32)
+    open_prompts(config, DATA_SET, folder / "e", CPU, torch.float32)
     dist.barrier()  # none goes while another may still be at work with it
     dist.destroy_process_group()
 
@@ -122,6 +124,8 @@ def test_two_processes_with_a_sharded_encoder_write_what_one_does(tmp_path, monk
 
 
 def test_without_prompt_files_the_miniature_s_captions_are_used():
-    prompts, embeds, negative = open_prompts(DataConfig(limit=3), Path("x"), CPU, torch.float32)
+    prompts, embeds, negative = open_prompts(
+        DataConfig(limit=3), DATA_SET, Path("x"), CPU, torch.float32
+    )
     assert len(prompts) == len(embeds) == 3 and prompts[0].startswith("a red circle")
     assert json.dumps(list(negative.shape)) == json.dumps([1, *embeds.embeds([0]).shape[1:]])

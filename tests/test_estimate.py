@@ -6,15 +6,15 @@ import pytest
 import tiny
 import torch
 
-import training.estimate as estimates
+import training.stages.estimate as estimates
 from rf_core.config import WAN_1_3B, WAN_14B, Grid
 from rf_core.kv_cache import KVSnapshot
 from rf_core.measure.counts import num_parameters
 from training.__main__ import main
-from training.config import changed
-from training.estimate import Sizes, estimate, saved_bytes
-from training.networks import PlacementConfig
-from training.recipes import wan
+from training.run.config import changed
+from training.run.networks import PlacementConfig
+from training.stages.estimate import Sizes, estimate, saved_bytes
+from training.stages.recipes import wan
 
 GRID = Grid(height=4, width=6)
 WAN = Sizes(student=WAN_1_3B, teacher=WAN_14B, critic=WAN_1_3B)

@@ -24,17 +24,18 @@ from rf_core.options import DEMO
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
 from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 from training.evaluation import evaluate
-from training.evaluation.cli import (
+from training.evaluation.evaluate import file_mark
+from training.evaluation.report import interval_of, summary_of
+from training.evaluation.vbench_scores import VBENCH_FREE
+from training.measures.metrics import measure
+from training.stages.evaluation import (
     add_arguments,
     device_of,
     pick_prompts,
     run,
     share_of,
 )
-from training.evaluation.evaluate import caption_measures, file_mark
-from training.evaluation.metrics import measure
-from training.evaluation.report import interval_of, summary_of
-from training.evaluation.vbench_scores import VBENCH_FREE
+from training.world.metric import caption_measures
 from training.world.scenes import all_captions, parse_caption, place_all, render
 
 RED, BLUE = "a red circle moves left quickly", "a blue square moves down"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.__main__ import main
-from training.losses import (
+from training.objective.losses import (
     critic_loss,
     effective_samples,
     generator_loss,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.evaluation.metrics import (
+from training.measures.flow import flow_estimator
+from training.measures.metrics import (
     LucasKanadeConfig,
     drift,
     first_frame_copy,
@@ -23,7 +24,7 @@ from training.evaluation.metrics import (
     measure,
     motion,
 )
-from training.rewards.flow_motion import FlowMotionReward, flow_estimator
+from training.rewards.flow_motion import FlowMotionReward
 from training.world.scenes import IMAGES_PER_FRAME, SHAPE_SIZE, parse_caption, place_all, render
 
 

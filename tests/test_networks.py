@@ -14,13 +14,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from rf_core.config import SamplerConfig
 from rf_core.weights.checkpoint import write_checkpoint
-from training.data import MemoryEmbeds
-from training.export import write_student
-from training.lora import LoRAConfig
-from training.networks import PlacementConfig, open_network, placement_dtype, prepare
-from training.redmd import Networks, ReDMDConfig
+from training.data.embeddings import MemoryEmbeds
+from training.objective.redmd import Networks, ReDMDConfig
+from training.run.lora import LoRAConfig
+from training.run.networks import PlacementConfig, open_network, placement_dtype, prepare
 from training.run.optimise import OptimiserConfig
-from training.trainer import RunConfig, Trainer
+from training.stages.export import write_student
+from training.stages.trainer import RunConfig, Trainer
 
 CPU = torch.device("cpu")
 RATE = OptimiserConfig(rate=1e-3)

@@ -25,11 +25,27 @@ from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.stream import Stream
 from rf_core.weights.checkpoint import load_student, write_checkpoint
-from training.causal import Window, predict_clip
-from training.config import changed
-from training.data import DataConfig, MemoryEmbeds
-from training.networks import PlacementConfig, prepare
-from training.ode import (
+from training.data.embeddings import MemoryEmbeds
+from training.data.prompts import DataConfig
+from training.objective.causal import Window, predict_clip
+from training.run.config import changed
+from training.run.distributed import shard
+from training.run.journal import read_journal
+from training.run.networks import PlacementConfig, prepare
+from training.stages.regression import (
+    INIT_PRESETS,
+    Batch,
+    InitConfig,
+    InitTrainer,
+    add_init_arguments,
+    at_steps,
+    draw_batch,
+    init_student,
+    regression_errors,
+    run_init,
+)
+from training.stages.trainer import OptimiserConfig
+from training.stages.trajectories import (
     PAIRS_PRESETS,
     Pairs,
     PairsConfig,
@@ -45,21 +61,6 @@ from training.ode import (
     write_pairs,
     write_shard,
 )
-from training.ode_init import (
-    INIT_PRESETS,
-    Batch,
-    InitConfig,
-    InitTrainer,
-    add_init_arguments,
-    at_steps,
-    draw_batch,
-    init_student,
-    regression_errors,
-    run_init,
-)
-from training.run.distributed import shard
-from training.run.journal import read_journal
-from training.trainer import OptimiserConfig
 
 CPU = torch.device("cpu")
 FRAMES, SIZE = 12, (4, 6)

@@ -17,9 +17,9 @@ from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.measure.bench import BenchOptions
 from rf_core.memory.footprint import Sizes
 from rf_core.ranges import check_folder_writable, check_numbers, check_writable
-from training.config import build, from_json
-from training.data import DataConfig
-from training.recipes import DistilConfig, OutputConfig
+from training.data.prompts import DataConfig
+from training.run.config import build, from_json
+from training.stages.recipes import DistilConfig, OutputConfig
 
 NAN, INF = float("nan"), float("inf")
 NOBODY_WRITES = Path("/proc")  # not even root, whom permissions do not hold

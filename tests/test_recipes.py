@@ -17,12 +17,12 @@ from rf_core.weights.checkpoint import load_student, read_checkpoint
 from rf_core.weights.lora import Lora
 from rf_core.writing import WriteError
 from training.__main__ import main
-from training.config import changed
-from training.distil import distil
-from training.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
 from training.run import checkpointing
+from training.run.config import changed
 from training.run.folder import checkpoints
 from training.run.journal import read_journal
+from training.stages.re_dmd import distil
+from training.stages.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
 
 SETTINGS = [
     "run.updates=2",

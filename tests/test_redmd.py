@@ -10,7 +10,7 @@ import torch
 
 from rf_core.config import SamplerConfig
 from rf_core.scheduler import add_noise, flow_to_x0
-from training.redmd import (
+from training.objective.redmd import (
     Networks,
     Noising,
     Prompts,
@@ -20,8 +20,8 @@ from training.redmd import (
     judged_latents,
     num_windows,
 )
-from training.rewards.weights import WeightConfig, weigh
-from training.rollout import Draws, draw, roll_out
+from training.objective.rollout import Draws, draw, roll_out
+from training.objective.weights import WeightConfig, weigh
 from training.run.draws import noising_draws
 from training.world.reward import TrackerReward
 from training.world.scenes import parse_caption, place_all, render

@@ -11,7 +11,7 @@ from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.layers import Block
 from rf_core.model import WanModel
 from rf_core.stream import chunk_noise
-from training.rollout import Draws, Rollout, draw, roll_out
+from training.objective.rollout import Draws, Rollout, draw, roll_out
 
 CHUNKS = 6  # the window of 9 holds three: three evictions
 SIZE = (4, 6)

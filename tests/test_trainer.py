@@ -11,13 +11,13 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rf_core.config import SamplerConfig
-from training.data import MemoryEmbeds
-from training.redmd import Networks, ReDMDConfig
+from training.data.embeddings import MemoryEmbeds
+from training.objective.redmd import Networks, ReDMDConfig
 from training.run.checkpointing import read_part
 from training.run.distributed import shard
 from training.run.draws import noising_draws, prompt_numbers, rollout_draws
 from training.run.optimise import OptimiserConfig
-from training.trainer import RunConfig, Trainer
+from training.stages.trainer import RunConfig, Trainer
 
 REDMD = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=4)
 RATE = OptimiserConfig(rate=1e-3)

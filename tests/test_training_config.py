@@ -7,12 +7,12 @@ from typing import Literal
 import pytest
 
 from rf_core.config import CacheConfig
-from training.config import build, changed, from_json, to_json
-from training.recipes import DistilConfig
-from training.redmd import ReDMDConfig
-from training.rewards.weights import WeightConfig
+from training.objective.redmd import ReDMDConfig
+from training.objective.weights import WeightConfig
+from training.run.config import build, changed, from_json, to_json
 from training.run.folder import CONFIG, read_config
 from training.run.journal import read_journal
+from training.stages.recipes import DistilConfig
 
 
 @dataclass(frozen=True, kw_only=True)

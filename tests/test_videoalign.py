@@ -22,7 +22,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.config import from_json
 from training.rewards import videoalign
 from training.rewards.videoalign import convert, load_videoalign
 from training.rewards.videoalign_files import METADATA_KEY, WEIGHTS, VideoAlignConfig
@@ -37,6 +36,7 @@ from training.rewards.videoalign_frames import (
 )
 from training.rewards.videoalign_network import set_angles
 from training.rewards.videoalign_text import DETAILED_SPECIAL, REWARD_TOKENS, chat, load_tokenizer
+from training.run.config import from_json
 
 PEFT = "base_model.model."
 DIM, HEADS, HEAD_DIM, LAYERS, INNER = 32, 2, 16, 2, 48

@@ -19,9 +19,9 @@ from rf_core.model import WanModel
 from rf_core.video import VideoFormat, VideoWriter, remux
 from rf_core.weights.checkpoint import write_checkpoint
 from rf_core.writing import WriteError, whole_file, write_text
-from training.ode import PairsConfig, Trajectories, write_shard
 from training.run import checkpointing
 from training.run.folder import begin
+from training.stages.trajectories import PairsConfig, Trajectories, write_shard
 
 ROOT = Path(__file__).parents[1]
 

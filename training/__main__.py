@@ -21,23 +21,21 @@ from rf_core.measure.verify import Backend, Comparison, verify_folder
 from rf_core.ranges import MANY, check_folder_writable, check_numbers, check_writable
 from rf_core.writing import write_text
 
-from . import ode, ode_init
-from .config import to_json
-from .distil import check_files, distil, origin_of, provenance, sizes_of
-from .estimate import Sizes, estimate, format_estimate, matmul_speed
-from .evaluation import cli as evaluation
-from .export import export
-from .recipes import PRESETS, DistilConfig, with_sink
+from .claims.ablations import ARMS, ClaimsConfig, Measurer, run_claims
+from .claims.report import motion_plot, report, strips
+from .objective.verify import KINDS
 from .rewards.videoalign import convert
+from .run.config import to_json
 from .run.distributed import processes, rank, world_size
 from .run.folder import checkpoints, made, read_config
-from .run.journal import numbers_of
 from .run.options import add_config_arguments, config_of
-from .trainer import Report
-from .verify import KINDS
+from .stages import evaluation, regression, trajectories
+from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
+from .stages.export import export
+from .stages.re_dmd import check_files, distil, origin_of, provenance, sizes_of
+from .stages.recipes import PRESETS, DistilConfig, with_sink
+from .stages.trainer import Report, numbers_of
 from .world import __main__ as world
-from .world.claims import ARMS, ClaimsConfig, Measurer, run_claims
-from .world.claims_report import motion_plot, report, strips
 
 STRIP_PROMPT = "a red circle moves left"
 SIZES = {"1.3b": WAN_1_3B, "14b": WAN_14B}
@@ -182,11 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     redmd.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
     add_config_arguments(redmd, PRESETS)
     pairs = commands.add_parser("ode_pairs", help="follow the teacher's ODE")
-    ode.add_pairs_arguments(pairs)
-    pairs.set_defaults(command=ode.run_pairs)
+    trajectories.add_pairs_arguments(pairs)
+    pairs.set_defaults(command=trajectories.run_pairs)
     init = commands.add_parser("ode_init", help="teach a causal student those trajectories")
-    ode_init.add_init_arguments(init)
-    init.set_defaults(command=ode_init.run_init)
+    regression.add_init_arguments(init)
+    init.set_defaults(command=regression.run_init)
     counting = commands.add_parser("estimate", help="memory and operations of a re_dmd run")
     counting.set_defaults(command=run_estimate)
     counting.add_argument("--processes", type=int, default=1, help="how many share the run")

@@ -1,1 +1,1 @@
-"""Checkpoints compared: measures that need no model, a report, and a blind study."""
+"""Checkpoints compared: videos on the same prompts, their report, and a blind study."""

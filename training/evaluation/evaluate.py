@@ -8,7 +8,6 @@ there is of them is done, and only what is missing is made.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rf_core.batch import file_mark
 from rf_core.generate import generate, open_networks, open_stream, open_text_encoder
@@ -28,17 +26,12 @@ from rf_core.video import read_images
 from rf_core.weights.checkpoint import read_checkpoint
 from rf_core.writing import write_text
 
-from ..rewards.flow_motion import FlowName, flow_estimator
-from ..world.scenes import DIRECTIONS, SIZE, Wanted, parse_caption
-from ..world.tracker import Track, score_tracks, sight, tracks_of
-from .metrics import FlowEstimator, measure, windows
+from ..measures.flow import FlowName, flow_estimator
+from ..measures.metrics import FlowEstimator, measure, windows
+from .metric import Measured, PromptMetric
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SECONDS = 5.0  # the paper's short videos
-
-
-Measured = dict[str, float | None]
-"""Measures by name; None where a video has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +69,8 @@ class Evaluation:
     """Optical flow that motion is measured by."""
     flow_weights: Path | None = None
     """RAFT's weights."""
+    metric: PromptMetric | None = None
+    """Measures whether videos keep their prompts, where it can."""
 
     def __post_init__(self) -> None:
         check_numbers(self, seeds=(1, MANY), window_images=(2, MANY))
@@ -86,11 +81,6 @@ class Evaluation:
     def jobs(self) -> list[tuple[int, int]]:
         """All prompt numbers with all seeds."""
         return [(number, seed) for number in self.prompts for seed in range(self.seeds)]
-
-    @property
-    def captions(self) -> bool:
-        """Whether every prompt is a caption of the miniature world."""
-        return all(map(_is_caption, self.prompts.values()))
 
 
 @dataclass(frozen=True)
@@ -171,12 +161,14 @@ class Candidate:
         """What its videos are measured with."""
         evaluation, size = self.evaluation, (self.plan.height, self.plan.width)
         weights = evaluation.flow_weights
-        return {
+        settings = {
             "window_images": evaluation.window_images,
             "flow": evaluation.flow,
             "flow_file": weights and file_mark(weights),
-            "tracker": evaluation.captions and size == (SIZE, SIZE),
         }
+        if metric := evaluation.metric:
+            settings[metric.name] = metric.fits(evaluation.prompts.values(), size)
+        return settings
 
 
 def check(evaluation: Evaluation) -> list[Candidate]:
@@ -233,24 +225,6 @@ def records_of(candidate: Candidate) -> list[dict[str, Any]] | None:
     return found if len(found) == len(jobs) else None  # type: ignore[return-value]
 
 
-def caption_measures(video: Tensor, caption: str) -> Measured:
-    """How a video [T, 3, SIZE, SIZE] of the miniature world keeps its caption.
-
-    `colour`, `shape`, `direction`, `speed` are 1 or 0, as `training.world.tracker.score` has them;
-    `speed` is None where the caption names none, `measured_speed` where nothing shows.
-    `speed_along` is in shape sizes a latent frame along the caption's direction, over its things:
-    negative against it, 0 for one that does not show or moves sideways.
-    """
-    wanted = parse_caption(caption)
-    tracks = tracks_of(sight(video))
-    found: Measured = dict(score_tracks(tracks, wanted))
-    if not any(each.speed_name for each in wanted):
-        found["speed"] = None
-    found["measured_speed"] = _finite(found["measured_speed"])
-    along = [_speed_along(tracks, each) for each in wanted]
-    return found | {"speed_along": sum(along) / len(along)}
-
-
 def _measuring_device(device: str) -> str:
     return device if device.startswith("cuda") else "cpu"
 
@@ -278,11 +252,11 @@ def _finish(candidate: Candidate, number: int, seed: int, estimate: FlowEstimato
     settled, path = candidate.plan, candidate.video(number, seed)
     prompt = candidate.evaluation.prompts[number]
     video = read_images(path, width=settled.width, height=settled.height)[0]
-    measuring = candidate.measuring
+    measuring, metric = candidate.measuring, candidate.evaluation.metric
     on_device = video.to(_measuring_device(settled.options.device))
     measures: Measured = dict(measure(on_device, measuring["window_images"], estimate))
-    if measuring["tracker"]:
-        measures |= caption_measures(video, prompt)
+    if metric and measuring[metric.name]:
+        measures |= metric(video, prompt)
     record = {
         "prompt_number": number,
         "seed": seed,
@@ -322,26 +296,6 @@ def _check_settings(candidate: Candidate, number: int, seed: int) -> None:
                 f"{candidate.video(number, seed)} was made with {name} {before.get(name)}, now it "
                 f"is {value}; evaluate into another --out, or delete {candidate.folder}"
             )
-
-
-def _speed_along(tracks: Sequence[Track], wanted: Wanted) -> float:
-    x, y = DIRECTIONS[wanted.direction]
-    for seen in tracks:
-        if seen.colour == wanted.colour:
-            seen_x, seen_y = DIRECTIONS.get(seen.direction, (0, 0))
-            return seen.speed * (x * seen_x + y * seen_y)
-    return 0.0
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else value
-
-
-def _is_caption(prompt: str) -> bool:
-    try:
-        return bool(parse_caption(prompt))
-    except ValueError:
-        return False
 
 
 def _timeline(prompt: str) -> PromptTimeline:

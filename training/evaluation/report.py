@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .evaluate import Candidate, records_of
+from .metric import PromptMetric
 
 RESAMPLES = 2000  # of a bootstrap
 
@@ -41,12 +42,6 @@ TABLES = (
             *("sharpness_early", "sharpness_late", "colour_shift"),
         ),
         legend="per cent of the full range",
-    ),
-    Table(
-        title="captions, by the exact tracker",
-        columns=("colour", "shape", "direction", "speed", "measured_speed", "speed_along"),
-        legend="shares that are right, speed of the captions that name one; then shape sizes a "
-        "latent frame, in all and along the caption's direction",
     ),
 )
 
@@ -104,7 +99,7 @@ def interval_of(values: Sequence[float]) -> Interval | None:
     return Interval(mean=float(known.mean()), low=low, high=high, prompts=len(known))
 
 
-def format_report(report: Mapping[str, Any]) -> str:
+def format_report(report: Mapping[str, Any], metric: PromptMetric | None = None) -> str:
     """The report as Markdown tables, which also read well on a terminal."""
     models = report["models"]
     flows = {each["flow"] for each in report["measured_with"].values()}
@@ -112,7 +107,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"{report['prompts']} prompts, {report['seeds']} seeds each, motion by "
         f"{', '.join(sorted(flows))}; means with 95 % intervals, resampled over prompts"
     ]
-    for table in TABLES:
+    for table in (*TABLES, *_tables_of(metric)):
         shown = [name for name in table.columns if any(name in model for model in models.values())]
         if shown:
             rows = {name: _cells(model, shown) for name, model in models.items()}
@@ -126,6 +121,12 @@ def format_report(report: Mapping[str, Any]) -> str:
         }
         parts.append(_markdown("VBench", shown, rows))
     return "\n\n".join(parts)
+
+
+def _tables_of(metric: PromptMetric | None) -> list[Table]:
+    if metric is None:
+        return []
+    return [Table(title=metric.title, columns=metric.columns, legend=metric.legend)]
 
 
 def _by_prompt(records: Sequence[dict[str, Any]], name: str) -> list[float]:

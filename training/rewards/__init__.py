@@ -1,1 +1,1 @@
-"""What samples are worth: the judges, and how much a sample therefore counts."""
+"""What samples are worth: the rewards, and the judge that shows them latents."""

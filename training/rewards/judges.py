@@ -1,53 +1,50 @@
-"""From latents to scores: the reward a config names, shown what the decoder makes of them."""
+"""From latents to scores: a reward, shown what the decoder makes of them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rf_core.decoders.decoder import Decoder
 
-from ..recipes import RewardConfig
-from ..redmd import Anchor
-from ..weighing import Judge
-from ..world.reward import TrackerReward
-from .weights import Reward
+from ..objective.redmd import Anchor
+from ..run.weighing import Judge
 
 
-def open_judge(
-    config: RewardConfig, decoder: Decoder | None, prompts: list[str], device: torch.device
-) -> Judge | None:
-    """Scores of a run's clean latents; None without a reward. Decodes a sample at a time."""
-    if config.kind == "none":
-        return None
-    reward, shown = _reward(config, device), decoder
-    assert shown is not None
+class Reward(Protocol):
+    """Judges finished videos."""
+
+    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Scores [B] by name, of videos [B, T, 3, H, W] in [0, 1] and their prompts."""
+        ...
+
+
+def judge_by(
+    reward: Reward,
+    name: str,
+    score: str,
+    decoder: Decoder,
+    prompts: list[str],
+    device: torch.device,
+) -> Judge:
+    """One score of a run's clean latents, by the reward of that name; decodes a sample at a time.
+
+    ValueError, once it judges, where the reward gives no such score.
+    """
 
     @torch.no_grad()
     def judge(x0: Tensor, numbers: list[int]) -> Tensor:
-        parts = [shown.decode(each, None)[0] for each in x0.split(1)]
+        parts = [decoder.decode(each, None)[0] for each in x0.split(1)]
         texts = [prompts[number] for number in numbers]
         scores = reward(torch.cat(parts), texts)
-        if config.score not in scores:
-            raise ValueError(
-                f"reward.score is {config.score!r}; {config.kind} gives {', '.join(scores)}"
-            )
-        return scores[config.score].to(device)
+        if score not in scores:
+            raise ValueError(f"reward.score is {score!r}; {name} gives {', '.join(scores)}")
+        return scores[score].to(device)
 
     return judge
-
-
-def _reward(config: RewardConfig, device: torch.device) -> Reward:
-    if config.kind == "tracker":
-        return TrackerReward()
-    if config.kind == "flow":
-        from .flow_motion import FlowMotionReward
-
-        return FlowMotionReward()
-    assert config.path is not None
-    from .videoalign import load_videoalign
-
-    return load_videoalign(config.path, device, torch.bfloat16, published=config.published_frames)
 
 
 def image_anchor(decoder: Decoder | None) -> Anchor:

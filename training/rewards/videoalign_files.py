@@ -26,7 +26,7 @@ from rf_core.numbered import numbered
 from rf_core.weights.files import WeightFile, read_json, read_weights
 from rf_core.writing import whole_file
 
-from ..config import build, from_json, to_json
+from ..run.config import build, from_json, to_json
 from .videoalign_network import Network
 from .videoalign_text import REWARD_TOKENS, SCORES, load_tokenizer
 

@@ -1,1 +1,1 @@
-"""What every run does: its folder, randomness, processes, optimisers, checkpoints and log."""
+"""What every run does: folder, randomness, processes, networks, optimisers, checkpoints, log."""

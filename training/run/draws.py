@@ -16,9 +16,9 @@ import torch
 
 from rf_core.config import SamplerConfig
 
-from ..losses import matching_timesteps
-from ..redmd import Noising, ReDMDConfig
-from ..rollout import Draws
+from ..objective.losses import matching_timesteps
+from ..objective.redmd import Noising, ReDMDConfig
+from ..objective.rollout import Draws
 
 Role = Literal["generator", "critic"]
 """Whose update it is: each rolls out afresh."""

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from rf_core.numbered import numbered
 from rf_core.writing import write_text
 
-from ..config import difference, from_json, to_json
 from .checkpointing import delete, is_whole
+from .config import difference, from_json, to_json
 from .distributed import barrier, of_the_first, rank
 
 T = TypeVar("T")

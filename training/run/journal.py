@@ -16,7 +16,6 @@ from typing import Any
 
 from rf_core.writing import write_text
 
-from ..trainer import Report
 from .distributed import rank
 
 _log = logging.getLogger(__name__)
@@ -55,18 +54,6 @@ class Journal:
                 self._board.add_scalar(name, value, update)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=update)
-
-
-def numbers_of(report: Report) -> dict[str, float]:
-    """A report as flat names and numbers."""
-    values = {k: v for k, v in asdict(report).items() if isinstance(v, float)}
-    if report.rewards is not None:
-        weighed = report.rewards
-        values["reward/mean_score"] = weighed.mean_score
-        values["reward/effective_share"] = weighed.effective_share
-        for name, value in zip(("p10", "p50", "p90"), weighed.quantiles, strict=True):
-            values[f"reward/weight_{name}"] = value
-    return values
 
 
 def read_journal(path: Path) -> list[dict[str, float]]:

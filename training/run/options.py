@@ -12,7 +12,7 @@ import torch
 from rf_core.attention import check_device
 from rf_core.prompt_files import text_lines
 
-from ..config import changed, from_json
+from .config import changed, from_json
 
 T = TypeVar("T")
 
@@ -20,8 +20,9 @@ T = TypeVar("T")
 def add_config_arguments(
     parser: argparse.ArgumentParser, presets: Mapping[str, Callable[[], Any]]
 ) -> None:
-    """`--preset`, `--config`, `--set` and `--device`."""
-    parser.add_argument("--preset", choices=presets, default="miniature", help="where to begin")
+    """`--preset`, the first of them by default, `--config`, `--set` and `--device`."""
+    first = next(iter(presets))
+    parser.add_argument("--preset", choices=presets, default=first, help="where to begin")
     parser.add_argument("--config", type=Path, help="a config.json, in place of a preset")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     default = "cuda" if torch.cuda.is_available() else "cpu"

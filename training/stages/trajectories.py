@@ -39,12 +39,14 @@ from rf_core.weights.checkpoint import read_checkpoint
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file, write_text
 
-from .config import difference, from_json, to_json
-from .data import CachedEmbeds, DataConfig, MemoryEmbeds, check_prompt_files, open_prompts, wan_data
-from .networks import PlacementConfig, open_network, placement_dtype
-from .run.distributed import barrier, gathered, processes, rank, world_size
-from .run.draws import generator_of, prompt_numbers
-from .run.options import add_config_arguments, config_of
+from ..choices import DATA_SET
+from ..data.embeddings import PromptEmbeds, open_prompts
+from ..data.prompts import DataConfig, check_prompt_files, wan_data
+from ..run.config import difference, from_json, to_json
+from ..run.distributed import barrier, gathered, processes, rank, world_size
+from ..run.draws import generator_of, prompt_numbers
+from ..run.networks import PlacementConfig, open_network, placement_dtype
+from ..run.options import add_config_arguments, config_of
 
 CONFIG = "config.json"
 _NOTE = "ode_pairs"
@@ -240,7 +242,7 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / CONFIG, to_json(config) + "\n")
     barrier()
-    prompts, embeds, uncond = open_prompts(config.data, out / "embeddings", device, dtype)
+    prompts, embeds, uncond = open_prompts(config.data, DATA_SET, out / "embeddings", device, dtype)
     offload = config.placement.offload != "none"
     teacher = open_network(path, config.placement, device, trained=False, offload=offload)
     for first in range(0, len(missing), world_size()):
@@ -258,7 +260,7 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
 def make_shard(
     teacher: WanModel,
     prompts: Sequence[str],
-    embeds: CachedEmbeds | MemoryEmbeds,
+    embeds: PromptEmbeds,
     uncond: Tensor,
     config: PairsConfig,
     number: int,

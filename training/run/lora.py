@@ -13,7 +13,7 @@ from rf_core.model import WanModel
 from rf_core.ranges import MANY, check_numbers
 from rf_core.weights.lora import merge_lora
 
-from .run.draws import generator_of
+from .draws import generator_of
 
 BASE = ".base_layer"  # peft's name for what a layer was before it got its adapter
 ADAPTER = ".default"  # and of an adapter that was given no name

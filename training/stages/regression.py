@@ -35,22 +35,19 @@ from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_folder_writable, check_numbers
 from rf_core.scheduler import sampling_timesteps
 
-from .causal import chunk_errors, predict_clip
-from .config import to_json
-from .export import file_hash, write_student
-from .networks import PlacementConfig, open_network, placement_dtype
-from .ode import Pairs
-from .run import checkpointing
-from .run.distributed import (
+from ..objective.causal import chunk_errors, predict_clip
+from ..run import checkpointing
+from ..run.config import to_json
+from ..run.distributed import (
     gathered,
     my_samples,
     processes,
     rank,
     world_size,
 )
-from .run.draws import generator_of, prompt_numbers
-from .run.ema import WeightAverage
-from .run.folder import (
+from ..run.draws import generator_of, prompt_numbers
+from ..run.ema import WeightAverage
+from ..run.folder import (
     STUDENT,
     begin,
     checkpoint_path,
@@ -58,9 +55,12 @@ from .run.folder import (
     naming_the_last_good,
     to_go_on_from,
 )
-from .run.journal import Journal
-from .run.optimise import OptimiserConfig, Trained
-from .run.options import add_config_arguments, config_of
+from ..run.journal import Journal
+from ..run.networks import PlacementConfig, open_network, placement_dtype
+from ..run.optimise import OptimiserConfig, Trained
+from ..run.options import add_config_arguments, config_of
+from .export import file_hash, write_student
+from .trajectories import Pairs
 
 
 @dataclass(frozen=True, kw_only=True)

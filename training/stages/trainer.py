@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rf_core.ranges import MANY, check_numbers
 
-from .redmd import (
+from ..data.embeddings import PromptEmbeds
+from ..objective.redmd import (
     Networks,
     Noising,
     Prompts,
@@ -28,26 +29,14 @@ from .redmd import (
     judged_latents,
     num_windows,
 )
-from .rewards.weights import Weighed
-from .rollout import Draws
-from .run import checkpointing
-from .run.distributed import my_samples, summed, world_size
-from .run.draws import Role, noising_draws, prompt_numbers, rollout_draws
-from .run.ema import WeightAverage
-from .run.optimise import OptimiserConfig, Trained
-from .weighing import Judge, Weighing
-
-
-class PromptEmbeds(Protocol):
-    """The prompts of a run, encoded."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def embeds(self, numbers: list[int]) -> Tensor:
-        """Some of them, [B, S, D]."""
-        ...
+from ..objective.rollout import Draws
+from ..objective.weights import Weighed
+from ..run import checkpointing
+from ..run.distributed import my_samples, summed, world_size
+from ..run.draws import Role, noising_draws, prompt_numbers, rollout_draws
+from ..run.ema import WeightAverage
+from ..run.optimise import OptimiserConfig, Trained
+from ..run.weighing import Judge, Weighing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +105,18 @@ class Report:
     """The same, mean over the critic's updates."""
     rewards: Weighed | None
     """Weights of the last update a reward weighed; None without a reward."""
+
+
+def numbers_of(report: Report) -> dict[str, float]:
+    """A report as flat names and numbers."""
+    values = {k: v for k, v in asdict(report).items() if isinstance(v, float)}
+    if report.rewards is not None:
+        weighed = report.rewards
+        values["reward/mean_score"] = weighed.mean_score
+        values["reward/effective_share"] = weighed.effective_share
+        for name, value in zip(("p10", "p50", "p90"), weighed.quantiles, strict=True):
+            values[f"reward/weight_{name}"] = value
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from rf_core.weights.checkpoint import load_student
 from rf_core.weights.files import read_json
 
 from ..run.folder import STUDENT
-from .claims import (
+from .ablations import (
     ARMS,
     BASE,
     REWARD_ARMS,

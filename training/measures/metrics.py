@@ -116,7 +116,7 @@ def is_dynamic(video: Tensor, estimate: FlowEstimator = lucas_kanade, fps: float
 
     Seen 8 times a second, the fastest 5 % of the pixels must move by more than 6 pixels (of 256 on
     the shorter side) in a quarter of the images (vbench/dynamic_degree.py). VBench's flow is RAFT
-    (`training.flow_motion`); others shift the limit. ValueError for less than two images seen.
+    (`training.measures.flow`); others shift the limit. ValueError for less than two images seen.
     """
     seen = video[:: max(1, round(fps / 8))]
     limit = max(1.0, 8 / fps) * 6 * min(video.shape[2:]) / 256

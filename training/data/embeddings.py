@@ -1,8 +1,8 @@
-"""Prompts and their embeddings: read once, encoded once, kept on disk.
+"""Prompts' embeddings: encoded once, kept on disk.
 
-Prompt files are what `rf_core.prompt_files` reads (VidProM's is one). Embeddings lie in shards of
-safetensors, each of them as long as its prompt; a shard is a function of its prompts and the
-encoder, so encoding is shared out over processes and goes on where it stopped.
+Embeddings lie in shards of safetensors, each of them as long as its prompt; a shard is a function
+of its prompts and the encoder, so encoding is shared out over processes and goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -22,54 +23,27 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rf_core.devices import empty_caches
 from rf_core.options import DEMO
-from rf_core.prompt_files import COLUMN, read_prompt_file
-from rf_core.ranges import MANY, check_numbers
 from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
 from rf_core.weights.files import read_weights
 from rf_core.writing import whole_file
 
-from .run.distributed import barrier, of_the_first, rank, shard_modules, world_size
-from .world.clips import captions, scene_of
-from .world.scenes import all_captions
+from ..run.distributed import barrier, of_the_first, rank, shard_modules, world_size
+from .prompts import DataConfig, DataSet, read_prompts
 
 _log = logging.getLogger(__name__)
 SHARD_PROMPTS = 256
-WAN_NEGATIVE = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # noqa: RUF001
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"  # noqa: RUF001
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
-)
-"""Wan 2.1's negative prompt: over-exposed, still, blurred, subtitles, deformed, and so on."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What the student is trained to show."""
+class PromptEmbeds(Protocol):
+    """The prompts of a run, encoded."""
 
-    prompts: tuple[Path, ...] = ()
-    """Prompt files; none for the miniature world's own captions."""
-    column: str = COLUMN
-    """Of CSV, TSV and JSON lines."""
-    limit: int | None = None
-    """Prompts taken, from the first on; None for all."""
-    negative: str = ""
-    """What the teacher is guided away from."""
-    text_encoder: str | None = None
-    """Folder or hub id of a UMT5, or a file as the engine reads it; None for the bundled demo's."""
-    cache: Path | None = None
-    """Folder of embeddings; None for `embeddings` beside the run."""
-    encode_batch: int = 8
-    """Prompts encoded at a time."""
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
 
-    def __post_init__(self) -> None:
-        check_numbers(self, limit=(1, MANY), encode_batch=(1, MANY))
-
-
-def wan_data() -> DataConfig:
-    """As published: Wan 2.1's own negative prompt, which its scores are guided away from."""
-    return DataConfig(
-        prompts=(Path("prompts.txt"),), negative=WAN_NEGATIVE, text_encoder="google/umt5-xxl"
-    )
+    def embeds(self, numbers: Sequence[int]) -> Tensor:
+        """Some of them, [B, S, D]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -112,30 +86,6 @@ class CachedEmbeds:
                 f"{path} lacks the prompt at {place}; delete it, to have it made again"
             )
         return found
-
-
-def check_prompt_files(config: DataConfig) -> None:
-    """ValueError for a prompt file that is not there."""
-    for path in config.prompts:
-        if not path.exists():
-            raise ValueError(f"data.prompts names {path}, which is not there")
-
-
-def read_prompts(config: DataConfig) -> list[str]:
-    """Every prompt once, in order of first appearance; what is left out is logged.
-
-    ValueError where there is none.
-    """
-    files = [read_prompt_file(path, config.column) for path in config.prompts]
-    found = [text for file in files for text in file.prompts.values()]
-    prompts = list(dict.fromkeys(found))
-    told = [file.left_out for file in files if file.left_out]
-    if len(prompts) < len(found):
-        told.append(f"{len(found) - len(prompts)} of {len(found)} prompts repeat one before")
-    if rank() == 0:
-        for line in told:
-            _log.warning("%s", line)
-    return prompts[: config.limit]
 
 
 def cached_embeds(
@@ -205,15 +155,16 @@ def place_encoder(encoder: UMT5Encoder, device: torch.device) -> UMT5Encoder:
 
 
 def open_prompts(
-    config: DataConfig, folder: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[list[str], CachedEmbeds | MemoryEmbeds, Tensor]:
+    config: DataConfig, own: DataSet, folder: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[list[str], PromptEmbeds, Tensor]:
     """Prompts, their embeddings, and that of the negative prompt, [1, S, D].
 
-    The encoder is opened only where an embedding is missing, and let go of again.
+    Where the config names no prompt file, they are the data set's `own`. The encoder is opened only
+    where an embedding is missing, and let go of again.
     """
     encoder_path = config.text_encoder or str(DEMO / "text_encoder.safetensors")
     if not config.prompts:
-        prompts = world_captions(config.limit)
+        prompts = own.to_train_on()[: config.limit]
         encoder = load_text_encoder(encoder_path, device=device, dtype=dtype)
         embeds = MemoryEmbeds(torch.cat([encoder.encode([text]) for text in prompts]).cpu())
         return prompts, embeds, encoder.encode([config.negative])
@@ -234,10 +185,3 @@ def open_prompts(
         gc.collect()  # a sharded one refers to itself
         empty_caches()
     return prompts, found, plain.embeds([0])
-
-
-def world_captions(limit: int | None = None) -> list[str]:
-    """The miniature world's prompts: every caption of one thing, then 64 of two."""
-    doubles = (captions([scene_of(5, index)])[0] for index in range(6400))
-    two = [text for text in doubles if " and " in text][:64]
-    return [*all_captions(), *two][:limit]

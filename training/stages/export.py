@@ -18,10 +18,10 @@ from rf_core.model import WanModel
 from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 from rf_core.writing import whole_file
 
-from .lora import BASE, LoRAConfig, exported, merged
+from ..run.checkpointing import read_part
+from ..run.distributed import rank
+from ..run.lora import BASE, LoRAConfig, exported, merged
 from .recipes import DistilConfig
-from .run.checkpointing import read_part
-from .run.distributed import rank
 
 PROVENANCE_KEY = "rf_provenance"
 Weights = Literal["average", "student"]

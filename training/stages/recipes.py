@@ -17,12 +17,13 @@ from rf_core.config import WAN_SIZE, CacheConfig
 from rf_core.ranges import MANY, check_numbers
 from rf_core.stream import latent_size
 
-from .data import DataConfig, wan_data
-from .lora import LoRAConfig
-from .networks import PlacementConfig
-from .redmd import ReDMDConfig
-from .rewards.weights import WeightConfig
-from .run.optimise import OptimiserConfig
+from ..choices import RewardConfig
+from ..data.prompts import DataConfig, wan_data
+from ..objective.redmd import ReDMDConfig
+from ..objective.weights import WeightConfig
+from ..run.lora import LoRAConfig
+from ..run.networks import PlacementConfig
+from ..run.optimise import OptimiserConfig
 from .trainer import RunConfig
 
 Sink = Literal["ema", "static", "none"]
@@ -40,22 +41,6 @@ class FilesConfig:
     """What the critic begins as; None for the teacher's file."""
     vae: Path | None = None
     """Wan VAE or TAEHV, for rewards, anchors and validation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """What weighs samples."""
-
-    kind: Literal["none", "tracker", "flow", "videoalign"] = "none"
-    """`none` is plain distribution matching; `tracker` knows the miniature world alone."""
-    score: str = "motion"
-    """Which of the reward's scores counts: tracker motion, caption; flow motion, mean_motion;
-    videoalign MQ, VQ, TA, Overall."""
-    path: Path | None = None
-    """Folder of a converted VideoAlign."""
-    published_frames: bool = False
-    """Whether VideoAlign is shown frames as the published trainer does, every frame and scaled
-    wrongly, rather than as it was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

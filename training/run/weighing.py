@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .redmd import ReDMDConfig, Weigher
-from .rewards.weights import Weighed, weigh
-from .run.distributed import gathered, rank
+from ..objective.redmd import ReDMDConfig, Weigher
+from ..objective.weights import Weighed, weigh
+from .distributed import gathered, rank
 
 Judge = Callable[[Tensor, list[int]], Tensor]
 """Scores [B] of clean latents and the numbers of their prompts."""

@@ -24,10 +24,9 @@ from rf_core.devices import make_current
 from rf_core.options import DEMO
 from rf_core.writing import write_text
 
-from ..data import DataConfig, read_prompts
-from ..rewards.flow_motion import FlowName
-from ..world.scenes import all_captions
-from .evaluate import (
+from ..choices import DATA_SET, METRIC
+from ..data.prompts import DataConfig, read_prompts
+from ..evaluation.evaluate import (
     DEFAULT_SECONDS,
     DTYPES,
     Candidate,
@@ -37,9 +36,10 @@ from .evaluate import (
     make,
     missing,
 )
-from .report import collect, format_report
-from .study import format_standings, study_results, write_study
-from .vbench_scores import vbench_scores
+from ..evaluation.report import collect, format_report
+from ..evaluation.study import format_standings, study_results, write_study
+from ..evaluation.vbench_scores import vbench_scores
+from ..measures.flow import FlowName
 
 _REPORT, _TABLE = "report.json", "report.md"
 _PICK_SEED = 0
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.vbench:
         report["vbench"] = {each.name: vbench_scores(each) for each in candidates}
-    text = format_report(report)
+    text = format_report(report, METRIC)
     write_text(args.out / _REPORT, json.dumps(report, indent=1))
     write_text(args.out / _TABLE, text + "\n")
     print(text)  # noqa: T201
@@ -139,7 +139,7 @@ def _check_extras(args: argparse.Namespace, evaluation: Evaluation) -> None:
 def _evaluation(args: argparse.Namespace) -> Evaluation:
     if args.out is None:
         raise ValueError("videos and measures need a folder; give --out DIR")
-    prompts = all_captions()
+    prompts = DATA_SET.to_measure_by()
     if args.prompts is not None:
         prompts = read_prompts(DataConfig(prompts=(args.prompts,)))
     device = device_of(args.device, os.environ)
@@ -161,6 +161,7 @@ def _evaluation(args: argparse.Namespace) -> Evaluation:
         window_images=args.window_images,
         flow=args.flow,
         flow_weights=args.flow_weights,
+        metric=METRIC,
     )
 
 

@@ -22,8 +22,8 @@ from rf_core.config import ModelConfig
 from rf_core.model import WanModel
 from rf_core.weights.checkpoint import read_checkpoint
 
+from .distributed import rank, shard
 from .lora import LoRAConfig, adapter_weights, add_adapters, renamed_base
-from .run.distributed import rank, shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

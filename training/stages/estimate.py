@@ -23,9 +23,9 @@ from rf_core.kv_cache import KVSnapshot
 from rf_core.measure.counts import cache_bytes, num_parameters, pass_work, total
 from rf_core.model import WanModel
 
-from .networks import DTYPES, PlacementConfig, prepare
+from ..objective.redmd import ReDMDConfig
+from ..run.networks import DTYPES, PlacementConfig, prepare
 from .recipes import DistilConfig
-from .redmd import ReDMDConfig
 
 MASTER = 4  # bytes of a trained weight, of its gradient, and of each of AdamW's two moments
 

@@ -12,9 +12,9 @@ from rf_core.decoders.decoder import Decoder
 from rf_core.stream import Stream
 from rf_core.video import VideoFormat, VideoWriter, to_uint8
 
-from .evaluation.metrics import measure
-from .redmd import Networks, ReDMDConfig
-from .run.distributed import rank
+from ..measures.metrics import measure
+from ..objective.redmd import Networks, ReDMDConfig
+from ..run.distributed import rank
 
 
 @torch.no_grad()

@@ -26,19 +26,19 @@ from rf_core.options import DEMO
 from rf_core.weights.checkpoint import load_student
 from rf_core.writing import write_text
 
-from ..config import build, changed, to_json
-from ..distil import distil
-from ..evaluation.evaluate import caption_measures
-from ..evaluation.metrics import first_frame_copy, flicker, motion
-from ..recipes import DistilConfig, miniature
+from ..measures.metrics import first_frame_copy, flicker, motion
 from ..run.checkpointing import read_part
+from ..run.config import build, changed, to_json
 from ..run.folder import STUDENT, checkpoints
-from .clips import decode_latents, num_images, scene_of
-from .evaluate import ATTRIBUTES, EvaluateConfig, Streams
-from .ode_pairs import EulerConfig, sample
-from .scenes import all_captions, caption, parse_caption, place_all, render
-from .stages import Files, open_encoder, open_network, open_vae
-from .tracker import drift
+from ..stages.re_dmd import distil
+from ..stages.recipes import DistilConfig, miniature
+from ..world.clips import decode_latents, num_images, scene_of
+from ..world.evaluate import ATTRIBUTES, EvaluateConfig, Streams
+from ..world.metric import caption_measures
+from ..world.ode_pairs import EulerConfig, sample
+from ..world.scenes import all_captions, caption, parse_caption, place_all, render
+from ..world.stages import Files, open_encoder, open_network, open_vae
+from ..world.tracker import drift
 
 _log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""Rewards: what a finished sample is worth, and how much it therefore counts.
+"""From scores to weights: how much a finished sample counts.
 
-A reward reads videos and prompts and gives named scores. The weight of a sample is exp(beta r) of
-one of them (Reward Forcing, arXiv 2512.04678, sec. 3.3; beta = 2 is the paper's temperature 1/2).
+The weight of a sample is exp(beta r) of one score of a reward
+(Reward Forcing, arXiv 2512.04678, sec. 3.3; beta = 2 is the paper's temperature 1/2).
 Raw exponentials of a score of unit variance leave little of a batch: `effective_samples` says how
 much, and the fields below are what can be done about it.
 """
@@ -9,22 +9,13 @@ much, and the fields below are what can be done about it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..losses import effective_samples, reward_weights
-
-
-class Reward(Protocol):
-    """Judges finished videos."""
-
-    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Scores [B] by name, of videos [B, T, 3, H, W] in [0, 1] and their prompts."""
-        ...
+from .losses import effective_samples, reward_weights
 
 
 @dataclass(frozen=True, kw_only=True)

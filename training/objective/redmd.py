@@ -23,8 +23,8 @@ from rf_core.ranges import check_numbers
 from rf_core.scheduler import add_noise, flow_to_x0
 
 from .losses import critic_loss, generator_loss, guided, matching_direction
-from .rewards.weights import WeightConfig
 from .rollout import Draws, Rollout, roll_out
+from .weights import WeightConfig
 
 Weigher = Callable[[Tensor, int], Tensor]
 """Weights [B] of a window's clean latents, given the window's number."""

@@ -24,16 +24,14 @@ from rf_core.decoders.decoder import Decoder, load_decoder
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import read_checkpoint
 
-from .config import to_json
-from .data import check_prompt_files, open_prompts
-from .estimate import Sizes
-from .export import file_hash, write_adapter, write_student
-from .networks import open_network, placement_dtype
-from .recipes import DistilConfig
-from .redmd import Networks
-from .rewards.judges import image_anchor, open_judge
-from .run.distributed import of_the_first, rank, world_size
-from .run.folder import (
+from ..choices import DATA_SET, RewardConfig, open_reward
+from ..data.embeddings import open_prompts
+from ..data.prompts import check_prompt_files
+from ..objective.redmd import Networks
+from ..rewards.judges import image_anchor, judge_by
+from ..run.config import to_json
+from ..run.distributed import of_the_first, rank, world_size
+from ..run.folder import (
     LORA,
     STUDENT,
     begin,
@@ -42,8 +40,13 @@ from .run.folder import (
     naming_the_last_good,
     to_go_on_from,
 )
-from .run.journal import Journal, numbers_of
-from .trainer import Report, Trainer
+from ..run.journal import Journal
+from ..run.networks import open_network, placement_dtype
+from ..run.weighing import Judge
+from .estimate import Sizes
+from .export import file_hash, write_adapter, write_student
+from .recipes import DistilConfig
+from .trainer import Report, Trainer, numbers_of
 from .validation import validate
 
 _log = logging.getLogger(__name__)
@@ -206,13 +209,13 @@ def _validate(run: Run) -> dict[str, float]:
 def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch.device) -> Run:
     started = time.monotonic()
     dtype = placement_dtype(config.placement)
-    prompts, embeds, uncond = open_prompts(config.data, out / "embeddings", device, dtype)
+    prompts, embeds, uncond = open_prompts(config.data, DATA_SET, out / "embeddings", device, dtype)
     decoder = None
     if _needs_pixels(config):  # as a stream decodes: a clip at once would take 27 GB
         group = config.run.redmd.cache.chunk_frames
         decoder = load_decoder(files["vae"], device, dtype, group)
     networks = _open_networks(config, files, device, decoder)
-    judge = open_judge(config.reward, decoder, prompts, device)
+    judge = _open_judge(config.reward, decoder, prompts, device)
     trainer = Trainer(config.run, networks, embeds, uncond.to(device), judge)
     return Run(
         config=config,
@@ -239,6 +242,16 @@ def _open_networks(
         anchor=image_anchor(decoder) if config.anchor and config.run.windows > 1 else None,
         dtype=placement_dtype(p),
     )
+
+
+def _open_judge(
+    config: RewardConfig, decoder: Decoder | None, prompts: list[str], device: torch.device
+) -> Judge | None:
+    reward = open_reward(config, device)
+    if reward is None:
+        return None
+    assert decoder is not None
+    return judge_by(reward, config.kind, config.score, decoder, prompts, device)
 
 
 def _needs_pixels(config: DistilConfig) -> bool:

@@ -1,0 +1,1 @@
+"""What videos show, measured from their pixels: nothing here is trained."""

@@ -1,0 +1,1 @@
+"""What is optimised: rollouts, losses and weights, as functions of tensors and networks."""

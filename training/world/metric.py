@@ -1,0 +1,69 @@
+"""The miniature world's exact judge as a metric: whether a video keeps its caption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from .scenes import DIRECTIONS, SIZE, Wanted, parse_caption
+from .tracker import Track, score_tracks, sight, tracks_of
+
+
+class TrackerMetric:
+    """What the tracker measures of videos of the miniature world."""
+
+    name = "tracker"
+    title = "captions, by the exact tracker"
+    columns = ("colour", "shape", "direction", "speed", "measured_speed", "speed_along")
+    legend = (
+        "shares that are right, speed of the captions that name one; then shape sizes a "
+        "latent frame, in all and along the caption's direction"
+    )
+
+    def fits(self, prompts: Iterable[str], size: tuple[int, int]) -> bool:
+        """Whether every prompt is a caption, and videos are of the world's size."""
+        return size == (SIZE, SIZE) and all(map(_is_caption, prompts))
+
+    def __call__(self, video: Tensor, prompt: str) -> dict[str, float | None]:
+        """See `caption_measures`."""
+        return caption_measures(video, prompt)
+
+
+def caption_measures(video: Tensor, caption: str) -> dict[str, float | None]:
+    """How a video [T, 3, SIZE, SIZE] of the miniature world keeps its caption.
+
+    `colour`, `shape`, `direction`, `speed` are 1 or 0, as `training.world.tracker.score` has them;
+    `speed` is None where the caption names none, `measured_speed` where nothing shows.
+    `speed_along` is in shape sizes a latent frame along the caption's direction, over its things:
+    negative against it, 0 for one that does not show or moves sideways.
+    """
+    wanted = parse_caption(caption)
+    tracks = tracks_of(sight(video))
+    found: dict[str, float | None] = dict(score_tracks(tracks, wanted))
+    if not any(each.speed_name for each in wanted):
+        found["speed"] = None
+    found["measured_speed"] = _finite(found["measured_speed"])
+    along = [_speed_along(tracks, each) for each in wanted]
+    return found | {"speed_along": sum(along) / len(along)}
+
+
+def _speed_along(tracks: Sequence[Track], wanted: Wanted) -> float:
+    x, y = DIRECTIONS[wanted.direction]
+    for seen in tracks:
+        if seen.colour == wanted.colour:
+            seen_x, seen_y = DIRECTIONS.get(seen.direction, (0, 0))
+            return seen.speed * (x * seen_x + y * seen_y)
+    return 0.0
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def _is_caption(prompt: str) -> bool:
+    try:
+        return bool(parse_caption(prompt))
+    except ValueError:
+        return False
