@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rf_core.live import mark_of, read_log, replay_log
+from rf_core.live import digest_of, read_log, replay_log
 from rf_core.model import WanModel
 from rf_core.state import Snapshot
 from rf_core.stream import Stream
@@ -69,10 +69,10 @@ def test_a_saved_log_makes_the_chunks_that_its_marks_name() -> None:
     log = read_log(SAVED / "session.jsonl")
     prompts, chunks = expected("prompt."), expected("session.")
     were = [chunks[str(number)] for number in range(len(chunks))]
-    assert [mark_of(latents) for latents in were] == log.marks
+    assert [digest_of(latents) for latents in were] == log.digests
 
     stream = tiny.stream(
-        model=student(), cache=tiny.window(9, 3), prompt_embeds=prompts[log.start.prompt]
+        model=student(), cache=tiny.window(9, 3), prompt_embeds=prompts[log.header.prompt]
     )
     weight = stream.model.blocks[0].ffn[0].weight
     before = weight.clone()

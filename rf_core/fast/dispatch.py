@@ -150,7 +150,7 @@ def measure(
     return _Case.of(queries, keys, dtype, device).measured(name, attention)
 
 
-def rows_checked(num_queries: int) -> Tensor:
+def sampled_rows(num_queries: int) -> Tensor:
     """Which queries are checked: the first and the last, where tiles end, and some in between."""
     edge = min(ROWS // 4, num_queries)
     between = torch.linspace(0, num_queries - 1, ROWS - 2 * edge).long()
@@ -158,7 +158,7 @@ def rows_checked(num_queries: int) -> Tensor:
     return torch.cat((torch.arange(edge), between, last)).unique()
 
 
-def written_out(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+def reference_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
     """Attention as it is defined, head by head, in float64, which no setting rounds."""
     heads = zip(*(x.unbind(2) for x in (q_BLHD, k_BSHD, v_BSHD)), strict=True)
     return torch.stack([_of_a_head(*(x.double() for x in head)) for head in heads], dim=2)
@@ -191,8 +191,8 @@ class _Case:
             torch.randn(shape, generator=generator, dtype=dtype, device=device)
             for shape in (queries, keys, keys)
         )
-        rows = rows_checked(queries[1]).to(device)
-        return cls(q, k, v, rows, written_out(q[:, rows], k, v))
+        rows = sampled_rows(queries[1]).to(device)
+        return cls(q, k, v, rows, reference_attention(q[:, rows], k, v))
 
     def measured(self, name: str, attention: Attention) -> Measured:
         def call() -> Tensor:

@@ -18,7 +18,7 @@ import json
 import re
 from decimal import Decimal
 
-from ..ranges import MOST_LINES
+from ..ranges import MAX_LINES
 from .timeline import EXAMPLES, Entry, Places, TimelineError, Unit, shorten
 from .times import Moment, fold, scan
 
@@ -247,8 +247,8 @@ class _Reader:
         self, value: Decimal, unit: Unit, prompt: str, start: int, *, relative: bool = False
     ) -> Entry:
         self.entries += 1
-        if self.entries > MOST_LINES:
-            raise self.error(start, f"a timeline has at most {MOST_LINES} entries")
+        if self.entries > MAX_LINES:
+            raise self.error(start, f"a timeline has at most {MAX_LINES} entries")
         line, column = self.places.of(start)
         return Entry(
             value=value, unit=unit, text=prompt, relative=relative, line=line, column=column

@@ -259,9 +259,9 @@ def _require_fit(key: str, weight: Tensor, adapter: Adapter) -> None:
         ) from missing
     except (RuntimeError, IndexError, ValueError) as error:
         what = "a difference" if "diff" in shapes else "an adapter"
-        shown = ", ".join(f"{name} {list(part.shape)}" for name, part in shapes.items())
+        printable = ", ".join(f"{name} {list(part.shape)}" for name, part in shapes.items())
         raise CheckpointError(
-            f"holds {what} for {key} of another shape ({shown}) than the model's "
+            f"holds {what} for {key} of another shape ({printable}) than the model's "
             f"{list(weight.shape)}; it was made for {_size_of(key, shapes)}"
         ) from error
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rf_core.batch import file_mark
+from rf_core.batch import file_digest
 from rf_core.generate import generate, open_networks, open_stream, open_text_encoder
 from rf_core.options import Files, Options, Plan, plan
 from rf_core.prompts import PromptTimeline, Switch
@@ -137,7 +137,7 @@ class Candidate:
         """What its files are known again by."""
         files = self.plan.options.files
         places = {"model": files.model, "vae": files.vae, "text_encoder": files.text_encoder}
-        return {f"{name}_file": file_mark(Path(path)) for name, path in places.items()}
+        return {f"{name}_file": file_digest(Path(path)) for name, path in places.items()}
 
     def plan_of(self, number: int, seed: int) -> Plan:
         """The run that makes one video."""
@@ -174,7 +174,7 @@ class Candidate:
         return {
             "window_images": evaluation.window_images,
             "flow": evaluation.flow,
-            "flow_file": weights and file_mark(weights),
+            "flow_file": weights and file_digest(weights),
             "tracker": evaluation.captions and size == (SIZE, SIZE),
         }
 
