@@ -1,4 +1,4 @@
-"""What arrives at a node's inputs, held against its schema when it runs.
+"""What arrives at a node's inputs, checked against its schema when it runs.
 
 ComfyUI does so before a run, but only for what is set on the node: of a linked input it sees the
 type, and often not even that, as many nodes say that they give anything.

@@ -308,7 +308,7 @@ def _log_named(name: str) -> Log:
 
 
 def _as_logged(request: Request, log: Log) -> Request:
-    """The request with the size, the seed and the rules that a log tells."""
+    """The request with the size, the seed and the settings that a log has."""
     facts, (cache, sampler) = log.header.stream, log.configs
     return replace(
         request,

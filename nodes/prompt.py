@@ -173,8 +173,8 @@ class PromptSchedule(io.ComfyNode):
         embeds = {entry.text: encode(clip, entry.text) for entry in resolved}
         table = format_table(resolved)
         rows = [(chunk, starts, *rest) for chunk, _, starts, *rest in table_rows(resolved)]
-        shown = {"text": [table], "rows": rows}  # as `web/told.js` shows it
-        return io.NodeOutput(Timeline(timeline=timeline, embeds=embeds), table, ui=shown)
+        output = {"text": [table], "rows": rows}  # as `web/told.js` shows it
+        return io.NodeOutput(Timeline(timeline=timeline, embeds=embeds), table, ui=output)
 
 
 def encode(clip: Any, text: str) -> Any:

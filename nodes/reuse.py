@@ -24,7 +24,7 @@ from ..rf_core.state import Snapshot
 from . import host
 from .join import VIDEO
 
-_LARGE, _SAMPLE = 1 << 26, 1 << 20  # bytes: of tensors above, so many at both ends are their mark
+_LARGE, _SAMPLE = 1 << 26, 1 << 20  # bytes: of tensors above, so many at both ends are hashed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class RunKey:
     key: tuple[Any, ...]
     """All of it but the prompts."""
     prompts: tuple[tuple[int, str, str], ...]
-    """Each prompt's chunk, how it is gone over to, and its mark."""
+    """Each prompt's chunk, how it is gone over to, and its digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ def _state_digest(snapshot: Snapshot) -> str:
 
 
 def _digest(tensor: Tensor) -> str:
-    """Names what is in a tensor; of a large one its ends alone, which differ where it does."""
+    """A hash of a tensor; of a large one its ends alone, which differ where it does."""
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     parts = [flat] if len(flat) <= _LARGE else [flat[:_SAMPLE], flat[-_SAMPLE:]]
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)

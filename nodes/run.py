@@ -316,7 +316,7 @@ def _make(
         _flush(handoff)
         reuse.store(run_key, request, result)
     except (Exception, host.Interrupted):
-        with suppress(Exception):  # it is what stopped the run that is told
+        with suppress(Exception):  # what stopped the run is to be raised
             _flush(handoff)
             result.resumable = reuse.store(run_key, request, result)
         raise

@@ -125,7 +125,7 @@ def shared_inputs() -> dict[str, Any]:
 
 
 HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id]
-"""What such a node is told beside its inputs: for the file's metadata, and its number."""
+"""What such a node gets beside its inputs: for the file's metadata, and its number."""
 
 
 def video_outputs() -> list[Any]:

@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise  # of a CPU's memory there is no error of its own
-        told = str(error).partition(". ")[0]
-        print(f"error: {told}; python -m rf_core plan says what fits", file=sys.stderr)
+        note = str(error).partition(". ")[0]
+        print(f"error: {note}; python -m rf_core plan says what fits", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         print(f"error: this needs the package {error.name}; pip install it", file=sys.stderr)
@@ -133,7 +133,7 @@ def _run_live(args: argparse.Namespace, process: Process) -> int:
     _require_one(args, process)
     resolved = plan(replace(_options(args), keeps_text=True))
     check_live(resolved)
-    _tell_plan(args, resolved)
+    _print_plan(args, resolved)
     setup = open_live(resolved)
     _say("type a prompt and press Enter, or /help; Ctrl-C or /stop ends it and keeps what is made")
     with _stop_on_signal(process) as stopped:
@@ -202,7 +202,7 @@ def _typed() -> RawIOBase | None:
 
 
 def _run_stream(args: argparse.Namespace, resolved: Plan, load: Load, process: Process) -> int:
-    _tell_plan(args, resolved)
+    _print_plan(args, resolved)
     stream, embeds = load(resolved)
     if (choice := attention_of(resolved, stream.model.config)).is_measured:
         print(choice)
@@ -215,11 +215,11 @@ def _run_stream(args: argparse.Namespace, resolved: Plan, load: Load, process: P
         print(f"{resolved.options.output}: {resolved.clock.seconds(made):.2f} s of video")
     if kept is None:
         return 0
-    print(f"stopped; {_told_resume(made, kept)}")
+    print(f"stopped; {_resume_note(made, kept)}")
     return 130
 
 
-def _tell_plan(args: argparse.Namespace, resolved: Plan) -> None:
+def _print_plan(args: argparse.Namespace, resolved: Plan) -> None:
     print(format_table(resolved.prompts, width=shutil.get_terminal_size().columns))
     for note in clip_notes(resolved.prompts):
         print(note)
@@ -231,11 +231,11 @@ def _tell_plan(args: argparse.Namespace, resolved: Plan) -> None:
         print(f"model: {resolved.choice}")
     if resolved.fit is not None:
         print(resolved.fit)
-    if told := _told_dtype(args, resolved.options):
-        print(told)
+    if dtype_note := _dtype_note(args, resolved.options):
+        print(dtype_note)
 
 
-def _told_resume(made: int, kept: int) -> str:
+def _resume_note(made: int, kept: int) -> str:
     """Where a run that made so many chunks goes on, and how, if its snapshot holds `kept`."""
     if not made:
         return "nothing was written"
@@ -245,7 +245,7 @@ def _told_resume(made: int, kept: int) -> str:
     return f"the same command with --resume goes on from {where}"
 
 
-def _told_dtype(args: argparse.Namespace, options: Options) -> str | None:
+def _dtype_note(args: argparse.Namespace, options: Options) -> str | None:
     """What was chosen for a CPU, where it is news."""
     chosen = args.dtype is None and options.dtype == torch.bfloat16
     if not (chosen and args.device.startswith("cpu")):
@@ -313,7 +313,7 @@ def _run_batch(args: argparse.Namespace, process: Process) -> int:
     done = len(batch.videos[process.rank :: process.world_size]) - len(todo)
     print(f"{who}{len(todo)} videos to make, {done} are there", flush=True)
     left_out = given.left_out if process.rank == 0 else None
-    for line in (left_out, batch.base.fit, _told_dtype(args, batch.base.options)):
+    for line in (left_out, batch.base.fit, _dtype_note(args, batch.base.options)):
         if line:
             print(f"{who}{line}", flush=True)
     with _signals(signal.default_int_handler):

@@ -195,7 +195,7 @@ def _index(writer: VideoWriter, path: Path, metadata: dict[str, str]) -> None:
         return
     try:
         remux(path, metadata)
-    except Exception as error:  # a full disk; what ended the run is to be told, not this
+    except Exception as error:  # a full disk; what ended the run is to be raised, not this
         _log.warning("%s keeps its index in parts: %s", path, error)
 
 
@@ -282,7 +282,7 @@ class _Saver:
     """Snapshots of a run, which goes on where one cannot be written."""
 
     def __init__(self, resolved: Plan, begun: int, writer: VideoWriter) -> None:
-        self._settled, self._writer, self._told = resolved, writer, False
+        self._plan, self._writer, self._warned = resolved, writer, False
         self.chunks = begun
         """Chunks that lead to the snapshot that is there; 0 without one."""
 
@@ -292,15 +292,15 @@ class _Saver:
         if not self._writer.num_images:
             return  # before the first chunk the file is still that of another run, or none
         self._writer.sync()  # or a power cut could leave a snapshot of images that are gone
-        snapshot.facts.update({"run": self._settled.record(), RUN: self._settled.run})
+        snapshot.facts.update({"run": self._plan.record(), RUN: self._plan.run})
         try:
-            snapshot.save(self._settled.options.snapshot_path)
+            snapshot.save(self._plan.options.snapshot_path)
             self.chunks = stream.state.num_chunks
         except WriteError as error:
-            self._tell(error)
+            self._warn(error)
 
-    def _tell(self, error: WriteError) -> None:
-        if not self._told:
+    def _warn(self, error: WriteError) -> None:
+        if not self._warned:
             where = f"from chunk {self.chunks} on" if self.chunks else "from its beginning"
             _log.warning(
                 "no snapshot can be written (%s); the video itself goes on, but a run that is "
@@ -308,4 +308,4 @@ class _Saver:
                 error,
                 where,
             )
-        self._told = True
+        self._warned = True

@@ -462,7 +462,7 @@ class KVCache:
         return rope_table(frames, self.grid, head_dim, self.k_NBWHD.device).tokens(start, stop)
 
     def _context(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Turned keys and values of a layer before the slot."""
+        """Rotated keys and values of a layer before the slot."""
         stop = self.context_frames * self.frame_tokens
         k, v = self.k_NBWHD[layer, :, :stop], self.v_NBWHD[layer, :, :stop]
         return apply_rope(k, self._rope(0, stop)), v

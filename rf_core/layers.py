@@ -121,11 +121,11 @@ class SelfAttention(Projections):
     def extend_window(
         self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None
     ) -> tuple[Tensor, Tensor]:
-        """Turned keys and values of the window with these tokens in it, [B, tokens, H, D] each."""
+        """Rotated keys and values of the window with these tokens in it, [B, tokens, H, D] each."""
         return self._in_window(self.k(x_BLC), self.v(x_BLC), rope, window)
 
     def _projected(self, x_BLC: Tensor | Rows, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Turned queries [B, L, H, D]; keys and values before all else, [B, L, C] each."""
+        """Rotated queries [B, L, H, D]; keys and values before all else, [B, L, C] each."""
         joint = fused_linear(x_BLC, self.q, self.k, self.v)
         if joint is None:
             return self.queries(x_BLC, rope), self.k(x_BLC), self.v(x_BLC)

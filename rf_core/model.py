@@ -311,7 +311,7 @@ def pad_prompt(prompt_embeds_BSD: Tensor, config: ModelConfig) -> Tensor:
 
 
 def fingerprint_of(modulation: Tensor) -> str:
-    """A checkpoint's mark, by the modulation of its first block.
+    """A checkpoint's fingerprint, by the modulation of its first block.
 
     That is small, differs between trainings, and is left alone by quantisation; bfloat16 makes it
     the same for every wider dtype it is kept in.

@@ -1,6 +1,6 @@
 """A live session with hands on it, and one made again from its log: `generate --live`, `--replay`.
 
-What is typed is read in a thread of its own and submitted as it comes; another one tells what
+What is typed is read in a thread of its own and submitted as it comes; another one prints what
 happens. The session runs in the caller's. The recording lies at the output, its branches and its
 log beside it.
 """
@@ -223,7 +223,7 @@ def _listening(
 
 def _recorder(resolved: Plan) -> VideoRecorder:
     format = VideoFormat(width=resolved.width, height=resolved.height, crf=resolved.options.crf)
-    begun = replace(resolved, prompts=resolved.prompts[:1])  # of what follows, the log tells
+    begun = replace(resolved, prompts=resolved.prompts[:1])  # the log has what follows
     return VideoRecorder(resolved.options.output, format, begun.metadata)
 
 
@@ -241,7 +241,7 @@ def _limits() -> Limits:
 
 
 class _Terminal:
-    """Reads what is typed, and tells what happens, while it is entered."""
+    """Reads what is typed, and prints what happens, while it is entered."""
 
     def __init__(
         self,
@@ -399,7 +399,7 @@ def replay(
     stopped: Callable[[], bool] = lambda: False,
     exact: bool = True,
 ) -> bool:
-    """Make a session's videos again; whether to its end. `report` is told chunks made and to make.
+    """Make a session's videos again; whether to its end. `report` gets chunks made and to make.
 
     ValueError as `replay_log`.
     """

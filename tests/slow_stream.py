@@ -253,7 +253,7 @@ class SlowStream:
         return flow, list(zip(*split, strict=True))
 
     def _joined(self, frames: Sequence[Frame], layer: int) -> tuple[Tensor, Tensor]:
-        """Turned keys, and values, of the frames; of none, empty ones."""
+        """Rotated keys, and values, of the frames; of none, empty ones."""
         config, tokens = self.model.config, self.grid.frame_tokens
         nothing = torch.zeros(self.batch, 0, config.num_heads, config.head_dim, dtype=self.dtype)
         keys, values = (

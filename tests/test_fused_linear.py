@@ -20,7 +20,7 @@ from rf_core.kernels import availability, onednn
 from rf_core.kernels.reference import FP8, Rows, quantise_rows
 from rf_core.layers import SelfAttention
 from rf_core.measure import counts
-from rf_core.measure.profile import marked
+from rf_core.measure.profile import instrumented
 from rf_core.memory.offload import stream_layers
 from rf_core.model import WanModel
 from rf_core.operations import Linear
@@ -284,7 +284,7 @@ def test_one_product_is_timed_as_the_layers_it_stands_for():
     seen = []
     borders = SimpleNamespace(begin=seen.append, end=lambda: None)
     stream = tiny.stream(model=laid_out(tiny.model()))
-    with marked(stream, borders):
+    with instrumented(stream, borders):
         stream.step()
     products = len(tiny.TWO_STEPS.steps) * tiny.CONFIG.num_layers * 2  # one of three, and o's
     assert seen.count(counts.SELF_LINEARS) == products

@@ -511,7 +511,7 @@ def test_on_cuda_a_stream_s_first_image_is_delivered_alone() -> None:
 
 
 @CUDA
-@pytest.mark.parametrize("form", [to_uint8, Tensor.float], ids=["bytes", "floats"])
+@pytest.mark.parametrize("convert", [to_uint8, Tensor.float], ids=["bytes", "floats"])
 @torch.no_grad()
 def test_on_cuda_the_images_are_those_of_the_default_stream(
     convert: Callable[[Tensor], Tensor],

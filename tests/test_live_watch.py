@@ -63,22 +63,22 @@ def test_a_chunk_begins_when_the_one_before_is_shown_and_what_is_late_is_not_cau
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    beat = RateLimiter(16)
-    assert beat.left() == 0
-    beat.begins()
+    limiter = RateLimiter(16)
+    assert limiter.remaining() == 0
+    limiter.chunk_begins()
     now += 0.25
-    beat.made(12)
-    assert beat.left() == 0.5
+    limiter.chunk_made(12)
+    assert limiter.remaining() == 0.5
     now += 0.5
-    assert beat.left() == 0
-    beat.begins()
+    assert limiter.remaining() == 0
+    limiter.chunk_begins()
     now += 3  # four times as long as it is shown
-    beat.made(12)
-    assert beat.left() == 0
-    beat.begins()
+    limiter.chunk_made(12)
+    assert limiter.remaining() == 0
+    limiter.chunk_begins()
     now += 0.25
-    beat.made(12)
-    assert beat.left() == 0.5
+    limiter.chunk_made(12)
+    assert limiter.remaining() == 0.5
     with pytest.raises(ValueError, match="rate is 0"):
         RateLimiter(0)
 
@@ -87,7 +87,7 @@ def test_a_session_is_no_faster_than_its_rate_and_as_fast_as_it_can_without_one(
     begun = time.monotonic()
     session_of(stream_of("taehv"), rate=48).run(until=3)  # 9, 12 and 12 images
     assert time.monotonic() - begun >= (9 + 12) / 48
-    assert RateLimiter(None).left() == 0
+    assert RateLimiter(None).remaining() == 0
 
 
 def test_commands_are_obeyed_while_it_waits_for_the_rate_and_a_stop_ends_the_wait() -> None:

@@ -1,7 +1,7 @@
 """Which attention is fastest here: a short measurement at load, at the shapes a stream has.
 
 PyTorch's own choice is no reference: on some cards it is the very kernel to be checked. So each
-backend is held against attention written out, for some of the queries.
+backend is compared with `reference_attention`, for some of the queries.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class Choice:
         return {n: dict(x) if isinstance(x, Mapping) else x for n, x in vars(self).items()}
 
     def __str__(self) -> str:
-        said = []
+        notes = []
         if self.name in self.errors:
-            said.append(f"error {_percent(self.errors[self.name])}")
+            notes.append(f"error {_percent(self.errors[self.name])}")
         if self.seconds:
             times = sorted(self.seconds.items(), key=lambda item: item[1])
-            said.append("ms a layer: " + ", ".join(f"{name} {1e3 * s:.2f}" for name, s in times))
+            notes.append("ms a layer: " + ", ".join(f"{name} {1e3 * s:.2f}" for name, s in times))
         if self.left_out:
             reasons = (f"{name} {reason}" for name, reason in self.left_out.items())
-            said.append("left out: " + ", ".join(reasons))
-        return f"attention {self.name}" + (f" ({'; '.join(said)})" if said else "")
+            notes.append("left out: " + ", ".join(reasons))
+        return f"attention {self.name}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 @dataclass(frozen=True)

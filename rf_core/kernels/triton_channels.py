@@ -57,7 +57,7 @@ def add_in_place(x_BCTHW: Tensor, bias_C: Tensor | None, residual_BCTHW: Tensor 
 
 
 def _tiles(x_BCTHW: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid of programs, and what each of them is told."""
+    """The grid of programs, and the arguments of each."""
     batch, channels, frames, height, width = x_BCTHW.shape
     block = triton.next_power_of_2(channels)
     positions = max(1, _TILE // block) if x_BCTHW.stride(1) == 1 else _RUN

@@ -2,7 +2,7 @@
 
 Nothing else is shared. Both are bounded, and nobody waits in them for somebody slow: a full inbox
 refuses, and the outbox lets go of its oldest pictures. An acknowledgement is never left out: a
-reader so far behind that one is gone is told, and begins anew with the status.
+reader so far behind that one is gone gets `ReaderLagged`, and begins anew with the status.
 """
 
 from __future__ import annotations

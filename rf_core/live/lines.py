@@ -101,7 +101,7 @@ def help_lines() -> list[str]:
 
 
 def describe_event(event: Event) -> str:
-    """A line that tells of an event."""
+    """A line for an event."""
     if isinstance(event, Received):
         return f"[{event.number}] received: {describe_command(event.command)}"
     if isinstance(event, Applied):

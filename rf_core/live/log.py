@@ -85,7 +85,7 @@ LogEntry = ActionEntry | RewindEntry | ChunkEntry | EndEntry
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """A session, as its log tells it."""
+    """A session's log, read."""
 
     header: LogHeader
     entries: tuple[LogEntry, ...]

@@ -1,6 +1,6 @@
 """Where a chunk's time goes: what `python -m rf_core profile` measures.
 
-Two runs. In the first, borders between kinds of work are marked and nothing else is watched: what
+Two runs. In the first, borders between kinds of work are timed and nothing else is watched: what
 lies between two borders belongs to the innermost kind begun and not ended. Borders are set from
 outside, around modules, the fused steps, the attention function and the cache, so the network knows
 nothing of it; what a module does outside those is its own kind. In the second run

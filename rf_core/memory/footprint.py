@@ -230,7 +230,7 @@ def _fake_stream(sizes: Sizes, layers: int, place: str) -> Stream:
 
 
 class _LongestPrompt(WanModel):
-    """Of a fake tensor no padding can be told, and the longest prompt has none."""
+    """A fake tensor has no values to find padding by, and the longest prompt has none."""
 
     def counted_prompt(self, prompt_embeds_BSD: Tensor) -> PromptContext:
         return self.prompt_context(prompt_embeds_BSD)

@@ -233,8 +233,10 @@ class _Reader:
         prompts = [name for name in fields if name in _PROMPT_FIELDS]
         others = sorted(set(fields) - set(times) - set(prompts))
         if others or len(times) != 1 or len(prompts) != 1:
-            said = f"{shorten(others[0], 40)!r} has no meaning here" if others else "one is missing"
-            raise self.error(start, f"an entry has a time and a prompt, and {said}; {_OBJECTS}")
+            found = (
+                f"{shorten(others[0], 40)!r} has no meaning here" if others else "one is missing"
+            )
+            raise self.error(start, f"an entry has a time and a prompt, and {found}; {_OBJECTS}")
         time, prompt, unit = fields[times[0]], str(fields[prompts[0]]), _UNITS_OF_FIELDS[times[0]]
         if unit and (isinstance(time, Decimal) or _BARE_NUMBER.fullmatch(time)):
             return self._at(Decimal(time), unit, prompt, start)
