@@ -1,4 +1,4 @@
-"""A session of Live Stream on ComfyUI's models: its hands, its files, its manners."""
+"""A session of Live Stream on ComfyUI's models: its prompts and LoRAs, its files, when it ends."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class LiveRun:
             session.run(on_pass, rules.on_idle, self._until)
         finally:
             self._sum_up(session.outbox.status.chunk - self._first, session.recent_latents)
-            self._models.put_back()
+            self._models.restore()
             if session.suspended:
                 self._detach()
                 _queue_again(self)
@@ -244,7 +244,7 @@ class LiveRun:
             )
             self._sum_up(self.result.chunks, recent)
         finally:
-            models.put_back()
+            models.restore()
 
     def _osc(self, session: Session) -> AbstractContextManager[Any]:
         if not self.osc_port:
@@ -358,7 +358,7 @@ class _SessionModels:
         self._load(model)
         self._model = model
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Let the MODEL be loaded as it was."""
         if self._model is not self._original:
             self._load(self._original)

@@ -1,4 +1,4 @@
-"""The hands of a live session: what is decided between two chunks is done to the stream here.
+"""What makes the chunks of a live session: what is decided between two chunks is done here.
 
 One `Maker` serves a session and the replay of its log, so that the two cannot part.
 """
