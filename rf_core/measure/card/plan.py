@@ -48,7 +48,7 @@ STAGES = (
     Stage(name="equality", cap=60, shows="recorded, fused, fp8 and handed on, against plain"),
     Stage(name="profile", cap=40, shows="where a chunk's time goes"),
     Stage(name="products", cap=30, shows="linear layers, GELU, fp8"),
-    Stage(name="vae", cap=40, shows="the decoder's forms and convolutions"),
+    Stage(name="vae", cap=40, shows="the decoder's fast paths and convolutions"),
     Stage(name="fp8", cap=30, shows="images a second with fp8 weights"),
     Stage(name="published", cap=25, shows="the published code, in turn with this"),
     Stage(

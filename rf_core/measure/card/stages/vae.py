@@ -25,7 +25,7 @@ Convolution = nn.Conv2d | nn.Conv3d
 
 @torch.no_grad()
 def run(record: Record, setting: Setting) -> None:
-    """Forms first, as they decide what a stream does."""
+    """Fast paths first, as they decide what a stream does."""
     options = WorkloadOptions(decoder="wan", **workload(setting))
     work = load_workload(options)
     decoder = work.decoders["wan"]
@@ -33,7 +33,7 @@ def run(record: Record, setting: Setting) -> None:
     generator, channels = torch.Generator().manual_seed(0), work.model.config.out_dim
     shape = (1, channels, options.cache.chunk_frames, *work.stream().latent_size)
     latents = torch.randn(shape, generator=generator).to(options.device)
-    _forms(record, decoder, latents, options)
+    _fast_paths(record, decoder, latents, options)
     decoder.codec.fast_paths = None
     for group in (1, options.cache.chunk_frames):
         decoder.group_frames = group
@@ -45,7 +45,9 @@ def run(record: Record, setting: Setting) -> None:
     record.note("channels_first_seconds", _decode(decoder, latents)[0])
 
 
-def _forms(record: Record, decoder: WanDecoder, latents: Tensor, options: WorkloadOptions) -> None:
+def _fast_paths(
+    record: Record, decoder: WanDecoder, latents: Tensor, options: WorkloadOptions
+) -> None:
     usual = FastPaths.on(latents.device)
     each = {
         f.name: replace(usual, **{f.name: not getattr(usual, f.name)}) for f in fields(FastPaths)
