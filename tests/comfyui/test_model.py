@@ -84,7 +84,7 @@ def request_of(pack: Any, model: Any, text: str, **changes: Any) -> Any:
 
 def sampled(pack: Any, request: Any) -> Any:
     """The run, made anew."""
-    importlib.import_module(f"{PACK}.nodes.reuse").forget()
+    importlib.import_module(f"{PACK}.nodes.reuse").clear()
     return again(request)
 
 
@@ -730,7 +730,7 @@ def test_switches_that_meet_are_named_by_number_and_time_alone(pack: Any, demo: 
     timeline = first.timeline.append(Decimal("0.28"), "s", Switch(), "b")
     with pytest.raises(ValueError) as collided:  # found where the sampler resolves it
         timeline.resolve(ChunkClock(), 4)
-    words = importlib.import_module(f"{PACK}.nodes.border").words
+    words = importlib.import_module(f"{PACK}.nodes.border").node_message
     assert "(line" in str(collided.value) and "(line" not in words(collided.value)
 
 
@@ -927,7 +927,7 @@ def test_a_run_stopped_anywhere_is_gone_on_from_as_if_it_had_not_been(
 ) -> None:
     whole, part, rest = (video(text, f"{name}.mp4") for name in ("whole", "part", "rest"))
     expected = sampled(pack, whole)
-    importlib.import_module(f"{PACK}.nodes.reuse").forget()
+    importlib.import_module(f"{PACK}.nodes.reuse").clear()
     stopped = stopped_run(pack, host, part, place)
     assert (stopped.chunks, stopped.resumable) == (chunks, chunks > 0)
     if chunks:
@@ -1014,7 +1014,7 @@ def test_the_chunk_that_was_stopped_may_be_given_another_prompt(
         text = f"0s: {PROMPT}\nc{change} [{mode}]: snow"
         whole, rest = (video(text, f"{name}-{change}.mp4") for name in ("whole", "rest"))
         expected = sampled(pack, whole)
-        importlib.import_module(f"{PACK}.nodes.reuse").forget()
+        importlib.import_module(f"{PACK}.nodes.reuse").clear()
         assert stopped_run(pack, host, video(PROMPT, "part.mp4"), 15).chunks == 3
         second = again(rest)
         assert second.reused == reused
@@ -1026,7 +1026,7 @@ def test_a_run_that_was_stopped_twice_is_gone_on_from_where_it_came_last(
 ) -> None:
     whole, *parts = (video(PROMPT, f"{name}.mp4") for name in ("whole", "a", "b", "c", "d"))
     expected = sampled(pack, whole)
-    importlib.import_module(f"{PACK}.nodes.reuse").forget()
+    importlib.import_module(f"{PACK}.nodes.reuse").clear()
     stopped_run(pack, host, parts[0], 7)
     second = stopped_run(pack, host, parts[1], 12)  # from its own first pass
     assert (second.reused, second.chunks) == (1, 3)
@@ -1209,7 +1209,7 @@ def test_a_run_that_is_taken_over_whole_leaves_the_same_state(
     pack: Any, video: Callable[..., Any], room: int
 ) -> None:
     run = importlib.import_module(f"{PACK}.nodes.run")
-    importlib.import_module(f"{PACK}.nodes.reuse").forget()
+    importlib.import_module(f"{PACK}.nodes.reuse").clear()
     states, files = [], [video(PROMPT, f"{name}.mp4", reuse_bytes=room) for name in "ab"]
     for request in files:
         made = run.RunResult()
