@@ -33,7 +33,7 @@ _FLAGS = (
 _SHOWN = 100  # columns of a line that is wrong
 
 
-def spoken(execute: Callable[..., Any]) -> Callable[..., Any]:
+def checked_execute(execute: Callable[..., Any]) -> Callable[..., Any]:
     """A node's `execute` whose inputs are checked, and whose ValueErrors are in words of nodes."""
     signature = inspect.signature(execute)
 
@@ -43,12 +43,12 @@ def spoken(execute: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return execute(node, **checked(node, dict(inputs)))
         except ValueError as error:
-            raise ValueError(words(error, str(dict(inputs).get("text", "")))) from error
+            raise ValueError(node_message(error, str(dict(inputs).get("text", "")))) from error
 
     return executed
 
 
-def words(error: ValueError, text: str = "") -> str:
+def node_message(error: ValueError, text: str = "") -> str:
     """What an error says, for someone who sees a node; `text` is the schedule it may be about."""
     if isinstance(error, TimelineError):
         lines, problem = text.splitlines(), _plain(error.problem)
@@ -59,9 +59,9 @@ def words(error: ValueError, text: str = "") -> str:
     return _plain(str(error))
 
 
-def _plain(said: str) -> str:
+def _plain(text: str) -> str:
     for folder in host.folders():
-        said = said.replace(folder, "")
+        text = text.replace(folder, "")
     for pattern, instead in _FLAGS:
-        said = re.sub(pattern, instead, said)
-    return said
+        text = re.sub(pattern, instead, text)
+    return text

@@ -101,7 +101,7 @@ class Pass:
     cache: KeyValues | None
 
 
-class HostedWan(WanModel):
+class ComfyWanModel(WanModel):
     """rf_core's network as ComfyUI constructs it: sizes by name, layers from `operations`."""
 
     def __init__(self, *, dtype: Any, device: Any, operations: Any, **unet_config: Any) -> None:
@@ -124,7 +124,7 @@ class StreamingModel(
     def __init__(self, model_config: Any, device: Any = None) -> None:
         # The parents' own constructors would build ComfyUI's networks.
         comfy.model_base.BaseModel.__init__(
-            self, model_config, comfy.model_base.ModelType.FLOW, device, unet_model=HostedWan
+            self, model_config, comfy.model_base.ModelType.FLOW, device, unet_model=ComfyWanModel
         )
         self.image_to_video = False
         self.steered: tuple[Any, ...] = ()
@@ -256,7 +256,7 @@ def load_student(
         size=checkpoint.size,
         name=path.name,
         fingerprint=fingerprint,
-        causal=_says_causal(checkpoint),
+        causal=_is_causal(checkpoint),
     )
     return patcher
 
@@ -421,9 +421,9 @@ def _cpu_computes(device: torch.device, sizes: ModelConfig) -> torch.dtype | Non
     """
     args = comfy.cli_args.args
     asked = ("fp32", "fp64", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2", "fp8_e8m0fnu")
-    told = args.force_fp32 or any(getattr(args, f"{name}_unet", False) for name in asked)
+    forced = args.force_fp32 or any(getattr(args, f"{name}_unet", False) for name in asked)
     dtype = preferred_dtype(device, sizes)
-    return dtype if device.type == "cpu" and dtype == torch.bfloat16 and not told else None
+    return dtype if device.type == "cpu" and dtype == torch.bfloat16 and not forced else None
 
 
 def _read_student(path: Path, submodel: str | None) -> Checkpoint:
@@ -436,7 +436,7 @@ def _read_student(path: Path, submodel: str | None) -> Checkpoint:
     return checkpoint
 
 
-def _says_causal(checkpoint: Checkpoint) -> bool:
+def _is_causal(checkpoint: Checkpoint) -> bool:
     # The published student's file is a bare Wan's but for its name.
     named = re.search(r"reward.?forcing", checkpoint.path.name, re.IGNORECASE)
     return bool(checkpoint.causal or checkpoint.submodel or named)
@@ -555,7 +555,7 @@ def student_of(model: Any) -> StreamingModel:
     return inside
 
 
-class Hosted:
+class ComfyNetwork:
     """What a Stream asks of a network, answered by a loaded MODEL."""
 
     def __init__(self, model: Any) -> None:
@@ -589,8 +589,8 @@ class Hosted:
         """The file's: what ComfyUI holds of it may be patched, or in 8 bits."""
         return self._fingerprint
 
-    def remember(self, *seen: Any) -> None:
-        """See `WanModel.remember`; a whole pass, as wrappers around the model expect one."""
+    def write_cache(self, *seen: Any) -> None:
+        """See `WanModel.write_cache`; a whole pass, as wrappers around the model expect one."""
         self(*seen)
 
 
@@ -665,38 +665,38 @@ class Progress:
         """Act on an interrupt before every pass."""
         check_interrupt()
 
-    def on_guess(self, number: int, x0: Tensor) -> None:
+    def on_prediction(self, number: int, x0: Tensor) -> None:
         """Count a step; show all latent frames of the chunk as it stands, in a loop."""
         self._done += 1
-        shown = None
+        preview = None
         if self._previewer is not None:
             frames = [
                 self._previewer.decode_latent_to_preview_image("JPEG", x0[:1, :, i : i + 1])
                 for i in range(x0.shape[2])
             ]
-            shown = ("PNG", animated([frame[1] for frame in frames], frames[0][2]), None)
-        self._bar.update_absolute(self._done, self._total, shown)
+            preview = ("PNG", animated([frame[1] for frame in frames], frames[0][2]), None)
+        self._bar.update_absolute(self._done, self._total, preview)
 
 
 def _server() -> Any:
     return getattr(PromptServer, "instance", None)  # none where nodes are called by hand
 
 
-def number_of(node: Any) -> str | None:
+def unique_id(node: Any) -> str | None:
     """A node's number in the graph that runs; None where it is called by hand."""
     return getattr(node.hidden, "unique_id", None)
 
 
-def tell_client(kind: str, told: dict[str, Any]) -> bool:
+def send_event(kind: str, data: dict[str, Any]) -> bool:
     """Send an event to the client that queued the prompt which runs, and to nobody else.
 
-    False where no client did that could be told.
+    False where there is no such client.
     """
     server, context = _server(), get_executing_context()
     if server is None or server.client_id is None or server.client_id not in server.sockets:
         return False
-    told = told | {"prompt_id": getattr(context, "prompt_id", None)}
-    server.send_sync(kind, told, server.client_id)
+    data = data | {"prompt_id": getattr(context, "prompt_id", None)}
+    server.send_sync(kind, data, server.client_id)
     return True
 
 
@@ -705,7 +705,7 @@ running = get_executing_context
 None where it is called by hand."""
 
 
-def others_wait(besides: Collection[str] = ()) -> bool:
+def other_prompts_wait(besides: Collection[str] = ()) -> bool:
     """Whether a prompt waits in the queue whose id is none of these."""
     server = _server()
     if server is None:
@@ -714,7 +714,7 @@ def others_wait(besides: Collection[str] = ()) -> bool:
     return any(each[1] not in besides for each in queue)
 
 
-def queue_again() -> str:
+def requeue() -> str:
     """Put the prompt that runs at the end of the queue, once however often asked; its new id."""
     global _queued_again
     server, now = _server(), running()
@@ -740,7 +740,7 @@ def _is_queued(prompt_id: str) -> bool:
     return any(each[1] == prompt_id for each in (*now, *queue))
 
 
-def when_gone(prompt_id: str, do: Callable[[], object]) -> None:
+def on_dequeued(prompt_id: str, do: Callable[[], object]) -> None:
     """Do something once a prompt neither waits nor runs, in a thread of its own."""
 
     def watch() -> None:
@@ -760,7 +760,7 @@ def routes() -> Any:
     return None if server is None else server.routes
 
 
-def later(seconds: float, do: Callable[[], object]) -> None:
+def call_later(seconds: float, do: Callable[[], object]) -> None:
     """Do something in the server's own thread, so much later; not at all without a server."""
     server = _server()
     if server is not None:
@@ -792,12 +792,12 @@ def check_interrupt() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def show(node_id: str | None, shown: dict[str, Any]) -> None:
+def send_ui_output(node_id: str | None, output: dict[str, Any]) -> None:
     """What a node shows at its end, where it ends otherwise than by returning it."""
     server, context = _server(), get_executing_context()
     if node_id is None or server is None or server.client_id is None or context is None:
         return
-    sent = {"node": node_id, "display_node": node_id, "output": shown}
+    sent = {"node": node_id, "display_node": node_id, "output": output}
     server.send_sync("executed", sent | {"prompt_id": context.prompt_id}, server.client_id)
 
 
@@ -853,7 +853,7 @@ def _listed(kind: str, name: str, asked: str) -> Path:
     path = folder_paths.get_full_path(kind, name) if known else None
     if path is None:
         raise ValueError(
-            f"{asked} {names.shown(name)} is no file of models/{kind}; press R to read it again"
+            f"{asked} {names.printable(name)} is no file of models/{kind}; press R to read it again"
         )
     return Path(path)
 
@@ -882,7 +882,7 @@ def output_file(prefix: str, width: int, height: int, suffix: str) -> Path:
         )
     except OSError as error:
         raise ValueError(
-            f"{asked} {names.shown(prefix)} cannot be a place in the output folder "
+            f"{asked} {names.printable(prefix)} cannot be a place in the output folder "
             f"({error.strerror}); give another"
         ) from None
     path = Path(folder) / f"{name}_{counter:05}_{suffix}"  # in which %year% and others are filled
@@ -904,7 +904,7 @@ def output_named(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-class Same:
+class IdentityKey:
     """Equal to another one of the very same object alone, and to none once that is gone."""
 
     def __init__(self, thing: Any) -> None:
@@ -916,7 +916,7 @@ class Same:
 
     def __eq__(self, other: object) -> bool:
         thing = self._thing()
-        return isinstance(other, Same) and thing is not None and thing is other._thing()
+        return isinstance(other, IdentityKey) and thing is not None and thing is other._thing()
 
     def __hash__(self) -> int:
         return self._hash
@@ -930,11 +930,11 @@ def identity(model: Any) -> Any:
     parts = ("patches_uuid", "object_patches", "wrappers", "callbacks", "injections", "attachments")
     parts += ("hook_patches", "forced_hooks", "current_hooks", "additional_models")
     named = {name: getattr(model, name, None) for name in parts}
-    return Same(model.model), _plain({**named, "options": model.model_options})
+    return IdentityKey(model.model), _plain({**named, "options": model.model_options})
 
 
 def _plain(value: Any) -> Any:
-    """A value that compares by what it says, where it is data, and else as the `Same` object."""
+    """A value that compares by its content, where it is data, and else by identity."""
     if isinstance(value, dict):
         return tuple(
             (str(k), _plain(v)) for k, v in sorted(value.items(), key=lambda kv: str(kv[0]))
@@ -947,7 +947,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, types.MethodType):  # made anew whenever it is asked for
         return _plain(value.__self__), _plain(value.__func__)
-    return Same(value)
+    return IdentityKey(value)
 
 
 def state_folder() -> Path:
@@ -990,7 +990,7 @@ Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingExc
 
 
 @contextlib.contextmanager
-def held_interrupt() -> Iterator[None]:
+def deferred_interrupt() -> Iterator[None]:
     """For work that must not end half way: ComfyUI's layers act on Cancel only after it."""
     manage = comfy.model_management
     act = manage.throw_exception_if_processing_interrupted
@@ -1007,8 +1007,7 @@ OutOfMemory: type[Exception] = comfy.model_management.OOM_EXCEPTION
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that a device's memory ran out."""
-    said: bool = comfy.model_management.is_oom(error)
-    return said
+    return bool(comfy.model_management.is_oom(error))
 
 
 def free_memory() -> None:
@@ -1016,7 +1015,7 @@ def free_memory() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Begin to measure what a CUDA device holds at most."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

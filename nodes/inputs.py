@@ -1,4 +1,4 @@
-"""What arrives at a node's inputs, held against its schema when it runs.
+"""What arrives at a node's inputs, checked against its schema when it runs.
 
 ComfyUI does so before a run, but only for what is set on the node: of a linked input it sees the
 type, and often not even that, as many nodes say that they give anything.
@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import io
 
 from ..rf_core.config import CacheConfig
-from .names import shown
+from .names import printable
 from .types import RFSink, RFState, RFTimeline, State, Timeline
 
 _MANY = 8  # options that a sentence lists
@@ -94,6 +94,6 @@ def _number(asked: io.Int.Input | io.Float.Input, value: Any) -> int | float:
 
 def _require(asked: Any, value: Any, fits: bool, wanted: str) -> Any:
     if not fits:
-        given = "is empty" if value is None else f"is {shown(value)}"
+        given = "is empty" if value is None else f"is {printable(value)}"
         raise ValueError(f"{asked.id} {given}; give {wanted}")
     return value

@@ -20,7 +20,7 @@ VIDEO = "video"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class PreviousVideo:
     """The video that a new one goes on from."""
 
     path: Path
@@ -30,7 +30,7 @@ class Head:
     """How many of its images come before the new ones."""
 
 
-def made_by(run: str, video: Path) -> bool:
+def is_of_run(run: str, video: Path) -> bool:
     """Whether a file is there and was made by that run."""
     try:
         return read_metadata(video).get(RUN) == run
@@ -38,30 +38,30 @@ def made_by(run: str, video: Path) -> bool:
         return False
 
 
-def ended(snapshot: Snapshot, path: Path, run: str, num_images: int) -> Snapshot:
+def with_video(snapshot: Snapshot, path: Path, run: str, num_images: int) -> Snapshot:
     """The snapshot, which now says that so many images of a file lead to it."""
     video = {"file": host.within_output(path).as_posix(), "run": run, "images": num_images}
     return replace(snapshot, facts=snapshot.facts | {VIDEO: video})
 
 
-def head_of(snapshot: Snapshot) -> Head:
+def previous_video(snapshot: Snapshot) -> PreviousVideo:
     """The video that a snapshot is the end of. ValueError says why there is none."""
-    name, run, num_images = _said(snapshot.facts.get(VIDEO))
+    name, run, num_images = _video_facts(snapshot.facts.get(VIDEO))
     path = host.output_named(name)
     if path is None:
         raise ValueError(
             f"join is on, and {name!r}, which the state goes on from, is not in the output folder: "
             "put it back there, or turn join off"
         )
-    if not made_by(run, path):
+    if not is_of_run(run, path):
         raise ValueError(
             f"join is on, and {name} is another video than the one that the state goes on from: "
             "put that one back, or turn join off"
         )
-    return Head(path=path, run=run, num_images=num_images)
+    return PreviousVideo(path=path, run=run, num_images=num_images)
 
 
-def _said(video: Any) -> tuple[str, str, int]:
+def _video_facts(video: Any) -> tuple[str, str, int]:
     kinds = {"file": str, "run": str, "images": int}
     known = isinstance(video, dict) and all(
         isinstance(video.get(name), kind) for name, kind in kinds.items()

@@ -9,15 +9,15 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..rf_core.config import FPS, CacheConfig
-from ..rf_core.live import MOST_COMING, Limits, Log, Prompt, read_log
+from ..rf_core.live import MAX_COMING, Limits, Log, Prompt, read_log
 from ..rf_core.prompts import PromptTimeline, ResolvedEntry, Switch
 from . import host
-from .border import spoken
+from .border import checked_execute
 from .ignored import doubtful, ignored
-from .live_run import Live, resumed, times_given_way
+from .live_run import LiveRun, resumed, times_given_way
 from .loaders import CATEGORY
 from .prompt import encode
-from .run import Made, Request, check_state, clock_of
+from .run import Request, RunResult, check_state, clock_of
 from .streaming import (
     HIDDEN,
     other_decoder,
@@ -25,7 +25,7 @@ from .streaming import (
     produce,
     request_of,
     shared_inputs,
-    shown,
+    ui_output,
     validate,
     video_outputs,
     with_start,
@@ -188,7 +188,7 @@ class LiveStream(io.ComfyNode):
         return 0 if running is None else times_given_way(running.node_id)
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(
         cls,
         model: Any,
@@ -217,9 +217,9 @@ class LiveStream(io.ComfyNode):
     ) -> io.NodeOutput:
         log = _log_named(replay) if replay.strip() else None
 
-        def begun() -> Live:
+        def begun() -> LiveRun:
             if log is not None:
-                prompts = _single(clip, log.start.prompt)
+                prompts = _single(clip, log.header.prompt)
             else:
                 prompts = timeline or _single(clip, text)
             request = request_of(
@@ -244,10 +244,10 @@ class LiveStream(io.ComfyNode):
             if log is not None:
                 request = _as_logged(request, log)
             check_state(request)
-            first, later = _course(request, log)
-            return Live(
+            first, later = _prompts(request, log)
+            return LiveRun(
                 request=with_start(request, start_image),
-                made=Made(),
+                result=RunResult(),
                 clip=clip,
                 first=first,
                 later=later,
@@ -264,17 +264,17 @@ class LiveStream(io.ComfyNode):
                 suspended.attach(model, clip, vae)
             live = suspended or begun()
             make = live.run if log is None else partial(live.replay, log)
-            request, made = live.request, live.made
-            snapshot = produce(request, keep_state, made, make)
-        lines = [live.told(log is not None), *other_decoder(request), *doubtful(model, vae)]
+            request, result = live.request, live.result
+            snapshot = produce(request, keep_state, result, make)
+        lines = [live.summary(log is not None), *other_decoder(request), *doubtful(model, vae)]
         if timeline is not None and log is None and text.strip() not in ("", _FIRST):
             lines.append("ignored: text, as a timeline is connected")
-        said = "\n".join([*lines, *ignored(model, request.prompts)])
+        text = "\n".join([*lines, *ignored(model, request.prompts)])
         if live.suspended:
             blocked = [host.block(None)] * len(video_outputs())
-            ui = {"text": (said,), "suspended": (True,)}  # the video is in the player still
+            ui = {"text": (text,), "suspended": (True,)}  # the video is in the player still
             return io.NodeOutput(*blocked, ui=ui)
-        return io.NodeOutput(*outputs(cls, request, made, snapshot), ui=shown(made, said))
+        return io.NodeOutput(*outputs(cls, request, result, snapshot), ui=ui_output(result, text))
 
 
 def _single(clip: Any, text: str) -> Timeline:
@@ -283,7 +283,7 @@ def _single(clip: Any, text: str) -> Timeline:
     return Timeline(timeline=timeline, embeds={text: encode(clip, text)})
 
 
-def _course(request: Request, log: Log | None) -> tuple[ResolvedEntry, tuple[ResolvedEntry, ...]]:
+def _prompts(request: Request, log: Log | None) -> tuple[ResolvedEntry, tuple[ResolvedEntry, ...]]:
     """The prompt that a session begins with, and those that come by themselves."""
     total = clock_of(request).num_chunks(request.length, "s") if request.length else None
     timeline = request.prompts.timeline
@@ -291,9 +291,9 @@ def _course(request: Request, log: Log | None) -> tuple[ResolvedEntry, tuple[Res
     if parts and total is None:
         raise ValueError("equal parts share a length: set max_seconds, or give each prompt a time")
     first, *later = timeline.resolve(clock_of(request), total if parts else None)
-    if log is None and len(later) > MOST_COMING:
+    if log is None and len(later) > MAX_COMING:
         raise ValueError(
-            f"the timeline has {len(later) + 1} prompts; a live stream takes {MOST_COMING + 1}"
+            f"the timeline has {len(later) + 1} prompts; a live stream takes {MAX_COMING + 1}"
         )
     return first, tuple(later)
 
@@ -309,8 +309,8 @@ def _log_named(name: str) -> Log:
 
 
 def _as_logged(request: Request, log: Log) -> Request:
-    """The request with the size, the seed and the rules that a log tells."""
-    facts, (cache, sampler) = log.start.stream, log.rules
+    """The request with the size, the seed and the settings that a log has."""
+    facts, (cache, sampler) = log.header.stream, log.configs
     return replace(
         request,
         width=facts["width"],

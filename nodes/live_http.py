@@ -25,14 +25,14 @@ from PIL import Image
 
 from ..rf_core.config import FPS
 from ..rf_core.live import (
-    Behind,
     Command,
     Ended,
+    FragmentSequence,
     Inbox,
     Outbox,
     Picture,
     Reader,
-    Reel,
+    ReaderLagged,
     Status,
     codec_of,
     read_command,
@@ -41,10 +41,10 @@ from . import host
 
 LARGEST_COMMAND = 1 << 16
 """Bytes of a command: the longest prompt in any script, each letter escaped."""
-MOST_WATCHERS = 16
+MAX_WATCHERS = 16
 """Streams of events and of video that one session serves at a time."""
 _KEPT = 60.0  # seconds that a session answers after its end
-_MOST_ENDED = 4  # sessions that do so at a time, as each keeps its last pictures
+_MAX_ENDED = 4  # sessions that do so at a time, as each keeps its last pictures
 _ALIVE = 15.0  # seconds after which a silent stream of events says that it is alive
 _LOOK = 1.0  # seconds after which a silent stream sees whether its reader is still there
 _SLOWEST = 20.0  # seconds that a reader, or a body, may keep this side waiting
@@ -137,31 +137,31 @@ class Room:
         return [each for each in self.inbox.waiting() if each.number > answered]
 
 
-def _brief(told: dict[str, Any]) -> dict[str, Any]:
-    """As much of a prompt as a strip of time shows, as it is told with each chunk."""
-    return told | ({"text": told["text"][:_BRIEF]} if "text" in told else {})
+def _brief(action: dict[str, Any]) -> dict[str, Any]:
+    """An action with as much of its prompt as a strip of time shows; sent with each chunk."""
+    return action | ({"text": action["text"][:_BRIEF]} if "text" in action else {})
 
 
 _rooms: dict[str, Room] = {}
 
 
 @contextmanager
-def opened(room: Room, node_id: str | None) -> Iterator[None]:
+def open_room(room: Room, node_id: str | None) -> Iterator[None]:
     """The room is open, the client that queued the run has its token; it stays a while after."""
     _rooms[room.id] = room
     try:
-        tell(room, node_id)
+        announce(room, node_id)
         yield
     finally:
         room.ended_at = time.monotonic()
-        host.later(_KEPT, _forget_old)
+        host.call_later(_KEPT, _forget_old)
         _forget_old()
 
 
-def tell(room: Room, node_id: str | None) -> None:
+def announce(room: Room, node_id: str | None) -> None:
     """Give the client that queued the prompt which runs the token, and that prompt's id."""
     hello = {"node": node_id, "session": room.id, "token": room.token}
-    if not host.tell_client("rf.live", hello):
+    if not host.send_event("rf.live", hello):
         host.log("the live stream has no client that could steer it; Cancel ends it")
 
 
@@ -169,7 +169,7 @@ def _forget_old() -> None:
     ended = [(each.ended_at, each.id) for each in list(_rooms.values()) if each.ended_at]
     ended.sort()
     old = [name for at, name in ended if time.monotonic() - at >= _KEPT]
-    for name in {*old, *(name for _, name in ended[:-_MOST_ENDED])}:
+    for name in {*old, *(name for _, name in ended[:-_MAX_ENDED])}:
         _rooms.pop(name, None)
 
 
@@ -304,17 +304,17 @@ class _Watcher:
         """
         loop, news, outbox = asyncio.get_running_loop(), asyncio.Event(), self.room.outbox
 
-        def ring() -> None:
+        def callback() -> None:
             with suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(news.set)
 
-        with outbox.bell(ring):
+        with outbox.subscribe(callback):
             while True:
                 news.clear()
                 closed = outbox.closed
                 try:
                     yield reader.read_placed(0)
-                except Behind:
+                except ReaderLagged:
                     reader = outbox.reader()
                     yield []
                 if closed:
@@ -342,8 +342,8 @@ def _watched(watch: Callable[[_Watcher], Awaitable[None]]) -> Handler:
     async def watched(request: web.Request, room: Room) -> web.StreamResponse:
         if request.method != "GET":  # aiohttp lets HEAD in, which would stay
             raise _RefusedError(405, "a stream is watched by GET")
-        if room.watchers >= MOST_WATCHERS:
-            raise _RefusedError(429, f"{MOST_WATCHERS} watch this live stream; close one first")
+        if room.watchers >= MAX_WATCHERS:
+            raise _RefusedError(429, f"{MAX_WATCHERS} watch this live stream; close one first")
         watcher = _Watcher(request, room)
         room.watchers += 1
         try:
@@ -361,7 +361,7 @@ async def _events(watcher: _Watcher) -> None:
     after = int(last) if re.fullmatch(r"[0-9]{1,15}", last) else None
     reader = room.outbox.reader(after=after)  # before the status, so that nothing is between
     await watcher.begin("text/event-stream")
-    told = await _tell_status(watcher, None)
+    last = await _publish_status(watcher, None)
     async with aclosing(watcher.news(reader)) as news:
         async for items in news:
             if items is None:
@@ -370,15 +370,15 @@ async def _events(watcher: _Watcher) -> None:
                 if not isinstance(item, (Picture, Ended)):
                     kind = type(item).__name__.lower()
                     await watcher.write(_event(kind, _plain(item), place))
-            told = await _tell_status(watcher, told)
+            last = await _publish_status(watcher, last)
     if room.end is not None:  # said last, also to who comes later or has missed it
         await watcher.write(_event("ended", _plain(room.end)))
 
 
-async def _tell_status(watcher: _Watcher, told: Status | None) -> Status:
-    """Send the status where it is another than was told."""
+async def _publish_status(watcher: _Watcher, last: Status | None) -> Status:
+    """Send the status where it is another than the last one sent."""
     now: Status = watcher.room.outbox.status
-    if now is not told:
+    if now is not last:
         await watcher.write(_event("status", watcher.room.status()))
     return now
 
@@ -407,13 +407,13 @@ async def _pictures(watcher: _Watcher) -> AsyncIterator[Picture]:
 async def _mp4(watcher: _Watcher) -> None:
     watcher.room.seen = True
     header = watcher.room.screen.header
-    codec, reel = codec_of(header), Reel()
+    codec, sequence = codec_of(header), FragmentSequence()
     await watcher.begin("video/mp4", **({"X-RF-Codec": codec} if codec else {}))
     await watcher.write(header)
     async with aclosing(_pictures(watcher)) as pictures:
         async for picture in pictures:
             if picture.fragment is not None:
-                await watcher.write(reel.add(picture.fragment))
+                await watcher.write(sequence.add(picture.fragment))
 
 
 async def _mjpeg(watcher: _Watcher) -> None:

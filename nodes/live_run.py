@@ -1,4 +1,4 @@
-"""A session of Live Stream on ComfyUI's models: its hands, its files, its manners."""
+"""A session of Live Stream on ComfyUI's models: its prompts and LoRAs, its files, when it ends."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from torch import Tensor
 from ..rf_core.config import FPS
 from ..rf_core.live import (
     Autosave,
-    Behind,
     Branch,
     Limits,
     Log,
     OscServer,
     Picture,
     Prompt,
+    ReaderLagged,
     Schedule,
     Session,
     Stop,
     VideoRecorder,
-    mark_of,
+    digest_of,
     replay_log,
 )
 from ..rf_core.prompts import ResolvedEntry
 from ..rf_core.video import RUN, VideoFormat, header_of
 from . import host, live_http
 from .decoders import decoder_of
-from .join import ended
+from .join import with_video
 from .prompt import encode
-from .run import Made, Request, clock_of, decodes_beside, keep_last, open_stream
+from .run import Request, RunResult, clock_of, decodes_on_side_stream, keep_last, open_stream
 
 _GRACE = 4  # chunks within which a page takes up the player
 
@@ -46,28 +46,28 @@ _GRACE = 4  # chunks within which a page takes up the player
 class Recording(VideoRecorder):
     """A session's files, and the last images for the IMAGE socket."""
 
-    def __init__(self, request: Request, made: Made) -> None:
+    def __init__(self, request: Request, result: RunResult) -> None:
         format = VideoFormat(width=request.width, height=request.height)
         assert request.path is not None, "a live stream has a VAE"
-        super().__init__(request.path, format, request.metadata | {RUN: made.run})
+        super().__init__(request.path, format, request.metadata | {RUN: result.run})
         self._kept: deque[Tensor] = deque()  # uint8 [T, H, W, 3], a chunk each
-        self._keep, self._made = request.keep_images, made
+        self._keep, self._result = request.keep_images, result
         self.header = header_of(format)
 
     def begin(self, branch: str, parent: str | None, images: int) -> None:
         """See `VideoRecorder.begin`; what the IMAGE socket has goes back, too."""
         super().begin(branch, parent, images)
-        for _ in range(self._made.num_images - images):
+        for _ in range(self._result.num_images - images):
             if self._kept:
                 self._kept[-1] = self._kept[-1][:-1]
                 if not len(self._kept[-1]):
                     self._kept.pop()
-        self._made.num_images, self._made.path = images, self.paths[branch]
+        self._result.num_images, self._result.path = images, self.paths[branch]
 
     def write(self, images: Tensor) -> bytes:
         """See `Recorder.write`."""
         fragment = super().write(images)
-        self._made.num_images += len(images)
+        self._result.num_images += len(images)
         keep_last(self._kept, images.clone(), self._keep, dim=0)
         return fragment
 
@@ -75,15 +75,15 @@ class Recording(VideoRecorder):
         """See `Recorder.end`."""
         super().end()
         kept = (rearrange(images, "t h w c -> t c h w").float() / 255 for images in self._kept)
-        self._made.images = deque(kept)
+        self._result.images = deque(kept)
 
 
 @dataclass(eq=False, kw_only=True)
-class Live:
+class LiveRun:
     """A session on a node, over every run of the node in which it goes on."""
 
     request: Request
-    made: Made
+    result: RunResult
     clip: Any
     first: ResolvedEntry
     later: tuple[ResolvedEntry, ...]
@@ -97,38 +97,38 @@ class Live:
     differs: list[str] = field(default_factory=list)
     """From where on a replay is not what the log says."""
     session: Session = field(init=False)
-    _hands: _Hands = field(init=False)
+    _models: _SessionModels = field(init=False)
     _room: live_http.Room = field(init=False)
     _open: ExitStack = field(init=False)
     _first: int = field(init=False)
     _until: int | None = field(init=False)
 
     def run(self, load: Callable[[Any], None]) -> None:
-        """Stream until it is stopped, or gives way; however it ends, `made` says what there is."""
+        """Stream until it is stopped, or gives way; `result` has what was made, however it ends."""
         if self.suspended:
             self._go_on(load)
         else:
             self._begin(load)
         session = self.session
-        manners = _Manners(session, self.give_way, self.max_seconds)
+        rules = _SessionRules(session, self.give_way, self.max_seconds)
         preview = _Preview(self._room, self._until)
 
         def on_pass(kind: str, number: int) -> None:
-            manners.on_pass(kind, number)
+            rules.on_pass(kind, number)
             preview.show()
 
         try:
-            session.run(on_pass, manners.on_idle, self._until)
+            session.run(on_pass, rules.on_idle, self._until)
         finally:
             self._sum_up(session.outbox.status.chunk - self._first, session.recent_latents)
-            self._hands.put_back()
+            self._models.restore()
             if session.suspended:
                 self._detach()
                 _queue_again(self)
             else:
                 self._open.close()
-        if self.made.state is not None and not session.suspended:
-            self.made.state.unlink(missing_ok=True)  # as the node gives it
+        if self.result.state is not None and not session.suspended:
+            self.result.state.unlink(missing_ok=True)  # as the node gives it
 
     def attach(self, model: Any, clip: Any, vae: Any) -> None:
         """Let it go on, by `run`, with the models that ComfyUI has by now."""
@@ -141,17 +141,17 @@ class Live:
         assert self.request.path is not None
         file = files[autosave.branch]
         try:
-            self.made.state = self.made.state or host.free_state_path(self.request.path.stem)
-            snapshot = ended(autosave.snapshot, file, self.made.run, autosave.images)
-            snapshot.save(self.made.state)
+            self.result.state = self.result.state or host.free_state_path(self.request.path.stem)
+            snapshot = with_video(autosave.snapshot, file, self.result.run, autosave.images)
+            snapshot.save(self.result.state)
         except OSError as error:
             host.log(f"the state after {autosave.images} images is not kept: {error}")
 
     def _detach(self) -> None:
         # By the time it goes on, ComfyUI may have loaded the models' files again.
-        self._hands.detach()
+        self._models.detach()
         self.request = replace(self.request, model=None, decoder=None)
-        self.made.stream = self.clip = None
+        self.result.stream = self.clip = None
 
     def abandon(self, why: str) -> None:
         """End it where it has given way."""
@@ -159,23 +159,23 @@ class Live:
         self._open.close()
 
     def _begin(self, load: Callable[[Any], None]) -> None:
-        request, recording = self.request, Recording(self.request, self.made)
+        request, recording = self.request, Recording(self.request, self.result)
         stream, differs = open_stream(request, self.first)
-        self.made.stream = stream
+        self.result.stream = stream
         self._first = stream.state.num_chunks
-        self._hands = _Hands(request, self.clip, load)
+        self._models = _SessionModels(request, self.clip, load)
         self.session = session = Session(
             stream,
-            self._hands.encode,
+            self._models.encode,
             prompt=self.first.text,
-            set_lora=self._hands.set_lora,
+            set_lora=self._models.set_lora,
             loras=host.strengths(request.model),
             recorder=recording,
             log=self.log_path,
             limits=self.limits,
             clip=request.start_latents,
             rate=self.rate,
-            beside=decodes_beside(request),
+            side_stream=decodes_on_side_stream(request),
             on_autosave=partial(self._autosave, recording.paths) if self.autosaves else None,
         )
         if differs:
@@ -195,56 +195,56 @@ class Live:
             ),
             facts=partial(_facts, recording.paths, self._until, self.limits, device),
         )
-        with ExitStack() as opened:
-            opened.enter_context(self._osc(session))
-            opened.enter_context(live_http.opened(self._room, request.node_id))
-            self._open = opened.pop_all()
+        with ExitStack() as exits:
+            exits.enter_context(self._osc(session))
+            exits.enter_context(live_http.open_room(self._room, request.node_id))
+            self._open = exits.pop_all()
 
     def _go_on(self, load: Callable[[Any], None]) -> None:
         request = replace(self.request, snapshot=None)  # it goes on from where it was left
-        self.made.stream, _ = open_stream(request, self.first)
-        self._hands.attach(request, self.clip, load)
-        self.session.resume(self.made.stream, host.strengths(request.model))
-        live_http.tell(self._room, request.node_id)
+        self.result.stream, _ = open_stream(request, self.first)
+        self._models.attach(request, self.clip, load)
+        self.session.resume(self.result.stream, host.strengths(request.model))
+        live_http.announce(self._room, request.node_id)
 
     def replay(self, log: Log, load: Callable[[Any], None]) -> None:
         """Do once more what a log says."""
-        request, recording = self.request, Recording(self.request, self.made)
+        request, recording = self.request, Recording(self.request, self.result)
         stream, _ = open_stream(request, self.first)
-        self.made.stream = stream
+        self.result.stream = stream
         begin = stream.state.num_chunks
-        hands = _Hands(request, self.clip, load)
+        models = _SessionModels(request, self.clip, load)
         loras = host.strengths(request.model)
-        for name, strength in log.start.loras:
+        for name, strength in log.header.loras:
             if name not in loras:
                 raise ValueError(f"the log has a LoRA {name!r}; load it with Load RF LoRA")
             if loras[name] != strength:
-                hands.set_lora(name, strength)
+                models.set_lora(name, strength)
         bar = host.progress_bar(log.num_chunks)
-        marks = iter(log.marks)
+        digests = iter(log.digests)
 
         def on_chunk(branch: Branch, chunk: int, latents: Tensor) -> None:
             bar.update(1)
-            self.made.chunks = chunk + 1 - begin
-            if next(marks) != mark_of(latents) and not self.differs:
+            self.result.chunks = chunk + 1 - begin
+            if next(digests) != digest_of(latents) and not self.differs:
                 self.differs.append(f"chunk {chunk} of {branch.name}")
 
         try:
             recent = replay_log(
                 log,
                 stream,
-                hands.encode,
-                set_lora=hands.set_lora,
+                models.encode,
+                set_lora=models.set_lora,
                 clip=request.start_latents,
-                beside=decodes_beside(request),
+                side_stream=decodes_on_side_stream(request),
                 recorder=recording,
                 on_chunk=on_chunk,
                 on_pass=lambda kind, number: host.check_interrupt(),
                 exact=False,
             )
-            self._sum_up(self.made.chunks, recent)
+            self._sum_up(self.result.chunks, recent)
         finally:
-            hands.put_back()
+            models.restore()
 
     def _osc(self, session: Session) -> AbstractContextManager[Any]:
         if not self.osc_port:
@@ -262,11 +262,11 @@ class Live:
         """Whether it has given way, and goes on in a later run of the node."""
         return hasattr(self, "session") and self.session.suspended
 
-    def told(self, replayed: bool) -> str:
+    def summary(self, replayed: bool) -> str:
         """What was made, in a line."""
-        assert self.made.path is not None
-        seconds = self.made.num_images / FPS
-        text = f"{self.made.path.name}: {self.made.num_images} images, {seconds:.2f} s"
+        assert self.result.path is not None
+        seconds = self.result.num_images / FPS
+        text = f"{self.result.path.name}: {self.result.num_images} images, {seconds:.2f} s"
         if self.suspended:
             text += "; lets another prompt through, and goes on after it by itself"
         elif not replayed:
@@ -282,18 +282,18 @@ class Live:
         return text
 
     def _sum_up(self, chunks: int, latents: list[Tensor]) -> None:
-        self.made.chunks, self.made.latents = chunks, deque()
-        self.made.num_frames = chunks * self.request.cache.chunk_frames
+        self.result.chunks, self.result.latents = chunks, deque()
+        self.result.num_frames = chunks * self.request.cache.chunk_frames
         if self.request.keep_latents:
-            self.made.latents.extend(latents)
+            self.result.latents.extend(latents)
 
 
-_suspended: dict[Any, Live] = {}  # by the run of the node that they go on in
+_suspended: dict[Any, LiveRun] = {}  # by the run of the node that they go on in
 _times: Counter[str] = Counter()
 
 
 @contextmanager
-def resumed() -> Iterator[Live | None]:
+def resumed() -> Iterator[LiveRun | None]:
     """The session that gave way, and goes on with the node's run that begins, or ends where that
     fails; None where the run is a session's first.
     """
@@ -311,11 +311,11 @@ def times_given_way(node_id: str) -> int:
     return _times[node_id]
 
 
-def _queue_again(live: Live) -> None:
+def _queue_again(live: LiveRun) -> None:
     """Queue the prompt that runs once more, for the session to go on with, or to end with."""
     running = host.running()
     assert running is not None, "it gives way to prompts of a queue"
-    again = running._replace(prompt_id=host.queue_again())
+    again = running._replace(prompt_id=host.requeue())
     _times[running.node_id] += 1
     _suspended[again] = live
 
@@ -323,10 +323,10 @@ def _queue_again(live: Live) -> None:
         if _suspended.pop(again, None) is not None:
             live.abandon("the prompt that was to go on with it is no longer in the queue")
 
-    host.when_gone(again.prompt_id, gone)
+    host.on_dequeued(again.prompt_id, gone)
 
 
-class _Hands:
+class _SessionModels:
     """Prompts and strengths for a session, with ComfyUI's models."""
 
     def __init__(self, request: Request, clip: Any, load: Callable[[Any], None]) -> None:
@@ -358,13 +358,13 @@ class _Hands:
         self._load(model)
         self._model = model
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Let the MODEL be loaded as it was."""
         if self._model is not self._original:
             self._load(self._original)
 
 
-class _Manners:
+class _SessionRules:
     """Ends a session, or lets it give way, where ComfyUI or its own length asks for it."""
 
     def __init__(self, session: Session, give_way: bool, max_seconds: float) -> None:
@@ -392,7 +392,7 @@ class _Manners:
 
     def _let_through(self) -> None:
         ours = {each.prompt_id for each in _suspended}  # they wait for this one to end
-        if self._give_way and host.others_wait(ours):
+        if self._give_way and host.other_prompts_wait(ours):
             self._session.suspend()
 
 
@@ -408,7 +408,7 @@ class _Preview:
         """The newest chunk's last image, where nobody watched; how far it is, to everybody."""
         try:
             chunks = [each for each in self._pictures.read(0) if isinstance(each, Picture)]
-        except Behind:
+        except ReaderLagged:
             self._pictures, chunks = self._room.outbox.reader(), []
         if not chunks:
             return

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..rf_core.config import CacheConfig
 from . import demo, host
-from .border import spoken
+from .border import checked_execute
 from .inputs import checked, set_on_node
 from .types import RFSink
 
@@ -66,7 +66,7 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(cls, model_name: str, weight_dtype: str, submodel: str = AUTO) -> io.NodeOutput:
         path = host.model_path(model_name)
         return io.NodeOutput(
@@ -91,7 +91,7 @@ class LoadDemo(io.ComfyNode):
         )
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(demo.load_model(), demo.load_clip(), demo.load_vae())
 
@@ -181,7 +181,7 @@ class SinkConfig(io.ComfyNode):
         return True
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(
         cls, preset: str, window_frames: int, sink_frames: int, decay: float, accumulator: str
     ) -> io.NodeOutput:

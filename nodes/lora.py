@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from . import host
-from .border import spoken
+from .border import checked_execute
 from .loaders import CATEGORY
 
 
@@ -47,7 +47,7 @@ class LoadLoRA(io.ComfyNode):
         return host.changed(host.lora_path(lora_name)) if lora_name else None
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(cls, model: Any, lora_name: str, strength_model: float) -> io.NodeOutput:
         patched, text = host.with_lora(model, host.lora_path(lora_name), strength_model)
         return io.NodeOutput(patched, ui=ui.PreviewText(text))

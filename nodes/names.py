@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-MOST_BYTES = 255
+MAX_BYTES = 255
 """What file systems allow."""
 ROOM = 55
 """Of them, what a name that is asked for leaves to a number and an ending."""
@@ -26,7 +26,7 @@ def is_name(name: str, room: int = 0) -> bool:
     if not name.isprintable() or set(name) & NOT_IN_NAMES:  # the former also: what has no bytes
         return False
     device = name.partition(".")[0].rstrip().casefold() in DEVICES
-    fits = len(name.encode()) + room <= MOST_BYTES
+    fits = len(name.encode()) + room <= MAX_BYTES
     return bool(name.strip(". ")) and fits and not device
 
 
@@ -34,8 +34,8 @@ def plain(name: str, asked: str, room: int = 0) -> str:
     """The name of a file without folders; ValueError, which names the input `asked`, otherwise."""
     if not is_name(name, room):
         raise ValueError(
-            f"{asked} {shown(name)} is no file name; give a short one without folders or any of "
-            f"{' '.join(sorted(NOT_IN_NAMES))}, such as 'beach'"
+            f"{asked} {printable(name)} is no file name; give a short one without folders or any "
+            f"of {' '.join(sorted(NOT_IN_NAMES))}, such as 'beach'"
         )
     return name
 
@@ -45,8 +45,8 @@ def place(name: str, asked: str, room: int = 0) -> PurePosixPath:
     path = PurePosixPath(name)
     if not path.parts or not all(is_name(part, room) for part in path.parts):
         raise ValueError(
-            f"{asked} {shown(name)} is no place within the folder; give a short one, folders with "
-            "/ and without .. in it, such as 'video/beach'"
+            f"{asked} {printable(name)} is no place within the folder; give a short one, folders "
+            "with / and without .. in it, such as 'video/beach'"
         )
     return path
 
@@ -56,8 +56,8 @@ def inside(folder: Path, name: PurePosixPath | str, asked: str) -> Path:
     path = folder / name
     if not leads_inside(folder, path):
         raise ValueError(
-            f"{asked} {shown(str(name))} leads out of its folder, by a link that lies there: put "
-            "the file or folder itself in its place"
+            f"{asked} {printable(str(name))} leads out of its folder, by a link that lies there: "
+            "put the file or folder itself in its place"
         )
     return path
 
@@ -70,7 +70,7 @@ def leads_inside(folder: Path, path: Path) -> bool:
         return False
 
 
-def shown(given: object) -> str:
+def printable(given: object) -> str:
     """What was given, as a sentence quotes it."""
-    told = repr(given) if isinstance(given, str | int | float) else f"a {type(given).__name__}"
-    return told if len(told) <= 60 else f"{told[:60]}…"
+    text = repr(given) if isinstance(given, str | int | float) else f"a {type(given).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}…"

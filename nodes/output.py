@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..rf_core.state import Snapshot
 from ..rf_core.weights.checkpoint import describe, read_checkpoint
 from . import host
-from .border import spoken
+from .border import checked_execute
 from .loaders import CATEGORY
 from .names import ROOM, plain
 from .types import RFState, State
@@ -47,11 +47,11 @@ class SaveState(io.ComfyNode):
         return True
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(cls, state: State, name: str) -> io.NodeOutput:
         path = host.free_state_path(plain(name, "name", ROOM))
         state.snapshot.save(path)
-        text = f"{path.name}: {_told(state.snapshot)}"
+        text = f"{path.name}: {_summary(state.snapshot)}"
         return io.NodeOutput(state, ui=ui.PreviewText(text))
 
 
@@ -85,11 +85,11 @@ class LoadState(io.ComfyNode):
         return host.changed(host.state_path(name)) if name else None
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(cls, name: str) -> io.NodeOutput:
         snapshot = Snapshot.load(host.state_path(name))
         state = State(snapshot=snapshot, source={"file": name})
-        return io.NodeOutput(state, ui=ui.PreviewText(_told(snapshot)))
+        return io.NodeOutput(state, ui=ui.PreviewText(_summary(snapshot)))
 
 
 class ModelInfo(io.ComfyNode):
@@ -115,7 +115,7 @@ class ModelInfo(io.ComfyNode):
         )
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(cls, model_name: str) -> io.NodeOutput:
         found = read_checkpoint(host.model_path(model_name))
         text = describe(replace(found, path=Path(model_name)))  # where a server keeps it is its own
@@ -126,7 +126,7 @@ def _saved() -> list[str]:
     return sorted(path.name for path in host.state_folder().glob(f"*{host.STATE}"))
 
 
-def _told(snapshot: Snapshot) -> str:
+def _summary(snapshot: Snapshot) -> str:
     facts = snapshot.facts
     kind = "compact" if snapshot.compact else "exact"
     return (

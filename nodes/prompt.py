@@ -15,7 +15,7 @@ from ..rf_core.prompts import (
     parse_timeline,
     table_rows,
 )
-from .border import spoken, words
+from .border import checked_execute, node_message
 from .ignored import ignored_of_prompt
 from .loaders import CATEGORY
 from .types import UNITS, RFTimeline, Timeline
@@ -78,7 +78,7 @@ class PromptSwitch(io.ComfyNode):
         )
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(
         cls,
         conditioning: Any,
@@ -157,11 +157,11 @@ class PromptSchedule(io.ComfyNode):
             if text is not None:
                 parse_timeline(text)
         except ValueError as error:
-            return words(error, text or "")
+            return node_message(error, text or "")
         return True
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(cls, clip: Any, text: str, length: float = 10.0) -> io.NodeOutput:
         timeline = parse_timeline(text)
         clock = ChunkClock()
@@ -173,8 +173,8 @@ class PromptSchedule(io.ComfyNode):
         embeds = {entry.text: encode(clip, entry.text) for entry in resolved}
         table = format_table(resolved)
         rows = [(chunk, starts, *rest) for chunk, _, starts, *rest in table_rows(resolved)]
-        shown = {"text": [table], "rows": rows}  # as `web/told.js` shows it
-        return io.NodeOutput(Timeline(timeline=timeline, embeds=embeds), table, ui=shown)
+        output = {"text": [table], "rows": rows}  # as `web/told.js` shows it
+        return io.NodeOutput(Timeline(timeline=timeline, embeds=embeds), table, ui=output)
 
 
 def encode(clip: Any, text: str) -> Any:

@@ -24,11 +24,11 @@ from ..rf_core.state import Snapshot
 from . import host
 from .join import VIDEO
 
-_LARGE, _SAMPLE = 1 << 26, 1 << 20  # bytes: of tensors above, so many at both ends are their mark
+_LARGE, _SAMPLE = 1 << 26, 1 << 20  # bytes: of tensors above, so many at both ends are hashed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tail:
+class DecoderTail:
     """What spares a run that goes on after all of another's chunks to decode some again."""
 
     decoder: DecoderState
@@ -49,49 +49,49 @@ class Tail:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class RunKey:
     """What the chunks of a run hang on; looked at once, as a state may be large."""
 
     key: tuple[Any, ...]
     """All of it but the prompts."""
     prompts: tuple[tuple[int, str, str], ...]
-    """Each prompt's chunk, how it is gone over to, and its mark."""
+    """Each prompt's chunk, how it is gone over to, and its digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class CachedRun:
     """The chunks of a run, from its beginning on."""
 
-    asked: Asked
+    run_key: RunKey
     latents: tuple[Tensor, ...]
     """Clean latents [1, C, F, h, w] of each chunk, on the CPU."""
     video: Path | None
     """A file that begins with their images."""
     run: str
     """Which run made that file; another may take its place under the same name."""
-    tail: Tail | None
+    tail: DecoderTail | None
     """None where there was no room for it."""
 
-    def shared(self, asked: Asked) -> int:
+    def shared(self, run_key: RunKey) -> int:
         """How many of the chunks another run would make just so."""
-        mine = self.asked
-        if mine.key != asked.key:
+        mine = self.run_key
+        if mine.key != run_key.key:
             return 0
-        pairs = zip((*mine.prompts, None), (*asked.prompts, None), strict=False)
+        pairs = zip((*mine.prompts, None), (*run_key.prompts, None), strict=False)
         parted = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
         chunks = [prompt[0] for prompt in parted if prompt is not None]
         return min([*chunks, len(self.latents)])
 
 
-_kept: deque[Kept] = deque()  # newest first; shared by all runs of the process
+_cached: deque[CachedRun] = deque()  # newest first; shared by all runs of the process
 
 
-def asked_for(request: Any, prompts: tuple[ResolvedEntry, ...]) -> Asked | None:
+def run_key_of(request: Any, prompts: tuple[ResolvedEntry, ...]) -> RunKey | None:
     """What a run's chunks hang on; None where nothing is to be kept or taken."""
     if not request.reuse_bytes:
         return None
     try:
-        return Asked(key=key_of(request), prompts=_marks(request, prompts))
+        return RunKey(key=key_of(request), prompts=_prompt_digests(request, prompts))
     except Exception as error:
         host.log(f"no earlier run is gone on from, and this one is not kept: {error}")
         return None
@@ -106,87 +106,89 @@ def key_of(request: Any) -> tuple[Any, ...]:
         (request.width, request.height),
         request.sampler,
         request.cache,
-        None if request.snapshot is None else _mark_of_state(request.snapshot),
-        None if request.start_latents is None else _mark(request.start_latents),
-        request.head and (request.head.run, request.head.num_images),
+        None if request.snapshot is None else _state_digest(request.snapshot),
+        None if request.start_latents is None else _digest(request.start_latents),
+        request.previous and (request.previous.run, request.previous.num_images),
     )
 
 
-def find(asked: Asked | None) -> tuple[Kept | None, int]:
+def find(run_key: RunKey | None) -> tuple[CachedRun | None, int]:
     """What has most chunks that a run would make again, and how many these are."""
-    if asked is None:
+    if run_key is None:
         return None, 0
-    shared = [(each.shared(asked), each) for each in _kept]
+    shared = [(each.shared(run_key), each) for each in _cached]
     count, best = max(shared, key=lambda pair: pair[0], default=(0, None))
     return (best, count) if count else (None, 0)
 
 
-def keep(asked: Asked | None, request: Any, made: Any) -> bool:
+def store(run_key: RunKey | None, request: Any, result: Any) -> bool:
     """Keep what a run has made; whether a later run can go on from all of it."""
-    if asked is None or not made.history:
+    if run_key is None or not result.history:
         return False
     try:
-        _keep(asked, request, made)
+        _store(run_key, request, result)
     except Exception as error:  # memory that ran out, or the like
         host.log(f"what was made is not kept for a later run to go on from: {error}")
         return False
-    return len(made.history) == made.chunks
+    return len(result.history) == result.chunks
 
 
-def _keep(asked: Asked, request: Any, made: Any) -> None:
-    if any(each.shared(asked) >= len(made.history) for each in _kept):
+def _store(run_key: RunKey, request: Any, result: Any) -> None:
+    if any(each.shared(run_key) >= len(result.history) for each in _cached):
         return
-    new = Kept(
-        asked=asked,
-        latents=tuple(made.history),
+    new = CachedRun(
+        run_key=run_key,
+        latents=tuple(result.history),
         video=request.path,
-        run=made.run,
-        tail=_tail(request, made),
+        run=result.run,
+        tail=_tail(request, result),
     )
-    for old in [each for each in _kept if new.shared(each.asked) == len(each.latents)]:
-        _kept.remove(old)
-    _kept.appendleft(new)
-    while num_bytes() > request.reuse_bytes and len(_kept) > 1:
-        _kept.pop()
+    for old in [each for each in _cached if new.shared(each.run_key) == len(each.latents)]:
+        _cached.remove(old)
+    _cached.appendleft(new)
+    while num_bytes() > request.reuse_bytes and len(_cached) > 1:
+        _cached.pop()
 
 
 def num_bytes() -> int:
     """RAM that all of it takes; chunks that several runs share count once."""
-    latents = {id(each): each.nbytes for kept in _kept for each in kept.latents}
-    return sum(latents.values()) + sum(kept.tail.nbytes for kept in _kept if kept.tail)
+    latents = {id(each): each.nbytes for cached in _cached for each in cached.latents}
+    return sum(latents.values()) + sum(cached.tail.nbytes for cached in _cached if cached.tail)
 
 
-def _tail(request: Any, made: Any) -> Tail | None:
-    decoder, history = made.decoder, sum(each.nbytes for each in made.history)
-    if decoder is None or decoder.spent or len(made.history) < made.chunks:
+def _tail(request: Any, result: Any) -> DecoderTail | None:
+    decoder, history = result.decoder, sum(each.nbytes for each in result.history)
+    if decoder is None or decoder.spent or len(result.history) < result.chunks:
         return None
-    size = decoder.nbytes + sum(each.nbytes for each in made.images)
+    size = decoder.nbytes + sum(each.nbytes for each in result.images)
     if history + size > request.reuse_bytes:
         return None
     copy = decoder.to("cpu")
-    return Tail(decoder=copy, images=tuple(made.images), keep_images=request.keep_images)
+    return DecoderTail(decoder=copy, images=tuple(result.images), keep_images=request.keep_images)
 
 
-def forget() -> None:
+def clear() -> None:
     """Let go of everything."""
-    _kept.clear()
+    _cached.clear()
 
 
-def _marks(request: Any, prompts: tuple[ResolvedEntry, ...]) -> tuple[tuple[int, str, str], ...]:
+def _prompt_digests(
+    request: Any, prompts: tuple[ResolvedEntry, ...]
+) -> tuple[tuple[int, str, str], ...]:
     embeds = request.prompts.embeds
-    return tuple((each.chunk, str(each.switch), _mark(embeds[each.text])) for each in prompts)
+    return tuple((each.chunk, str(each.switch), _digest(embeds[each.text])) for each in prompts)
 
 
-def _mark_of_state(snapshot: Snapshot) -> str:
+def _state_digest(snapshot: Snapshot) -> str:
     facts = {name: fact for name, fact in snapshot.facts.items() if name != VIDEO}
     digest = hashlib.blake2b(json.dumps(facts, default=str, sort_keys=True).encode())
     for name, tensor in sorted(snapshot.tensors.items()):
-        digest.update(f"{name} {_mark(tensor)}".encode())
+        digest.update(f"{name} {_digest(tensor)}".encode())
     return digest.hexdigest()
 
 
-def _mark(tensor: Tensor) -> str:
-    """Names what is in a tensor; of a large one its ends alone, which differ where it does."""
+def _digest(tensor: Tensor) -> str:
+    """A hash of a tensor; of a large one its ends alone, which differ where it does."""
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     parts = [flat] if len(flat) <= _LARGE else [flat[:_SAMPLE], flat[-_SAMPLE:]]
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)

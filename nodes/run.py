@@ -27,7 +27,7 @@ from ..rf_core.stream import Stream
 from ..rf_core.video import RUN, VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
 from .decoders import StockTAEHVDecoder, StockWanDecoder
-from .join import Head, made_by
+from .join import PreviousVideo, is_of_run
 from .report import Report
 from .types import UNITS, Timeline
 
@@ -61,7 +61,7 @@ class Request:
     """Last images for the IMAGE socket; -1 for all."""
     keep_latents: int
     """Last latent frames for the LATENT socket; -1 for all."""
-    head: Head | None = None
+    previous: PreviousVideo | None = None
     """The video that the file begins with."""
     reuse_bytes: int = 0
     """RAM that chunks of earlier runs may take, and this one's; 0 takes over and keeps nothing."""
@@ -76,7 +76,7 @@ class Request:
 
 
 @dataclass
-class Made:
+class RunResult:
     """What a run has made so far."""
 
     latents: deque[Tensor] = field(default_factory=deque)
@@ -91,7 +91,7 @@ class Made:
     """Chunks handed on, counted from there."""
     reused: int = 0
     """Chunks that are taken over from an earlier run."""
-    goes_on: bool = False
+    resumable: bool = False
     """Stopped, and a later run of the same request can go on."""
     run: str = field(default_factory=lambda: uuid4().hex)
     """Names the run in its file."""
@@ -172,7 +172,7 @@ def open_stream(request: Request, first: ResolvedEntry) -> tuple[Stream, bool]:
     than the first."""
     embeds = request.prompts.embeds[first.text]
     stream = Stream(
-        host.Hosted(request.model),
+        host.ComfyNetwork(request.model),
         embeds,
         height=request.height,
         width=request.width,
@@ -192,7 +192,7 @@ def open_stream(request: Request, first: ResolvedEntry) -> tuple[Stream, bool]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class RunPlan:
     """What is done with each chunk of a run; all are numbers of chunks from its beginning."""
 
     prompts: tuple[ResolvedEntry, ...]
@@ -209,14 +209,14 @@ class Course:
     """The first whose images go to the IMAGE socket."""
     written: int = 0
     """The first whose images are not in the file already."""
-    tail: reuse.Tail | None = None
+    tail: reuse.DecoderTail | None = None
     """What is known of the decoder and the images after the reused ones."""
 
-    def after(self, kept: reuse.Kept, count: int) -> Course:
+    def after(self, cached: reuse.CachedRun, count: int) -> RunPlan:
         """The same where the first chunks are an earlier run's."""
-        return replace(self, given=kept.latents[:count], reused=count)
+        return replace(self, given=cached.latents[:count], reused=count)
 
-    def in_file(self, request: Request, tail: reuse.Tail | None) -> Course:
+    def in_file(self, request: Request, tail: reuse.DecoderTail | None) -> RunPlan:
         """The same where the file holds the images of the reused chunks.
 
         Of them as many are decoded again as the decoder remembers, and as the IMAGE socket wants;
@@ -236,7 +236,7 @@ class Course:
         return replace(self, written=self.reused, wanted=wanted, decoded=max(scene, new - back, 0))
 
 
-def _course(request: Request) -> Course:
+def _run_plan(request: Request) -> RunPlan:
     """A run that begins with nothing but its start clip."""
     prompts, total = plan(request)
     clip: tuple[Tensor, ...] = ()
@@ -244,124 +244,130 @@ def _course(request: Request) -> Course:
         clip = request.start_latents.split(request.cache.chunk_frames, dim=2)
     cuts = [entry.chunk for entry in prompts[1:] if entry.switch.mode == "cut"]
     clock = clock_of(request).with_cuts(*cuts)
-    return Course(prompts=prompts, clock=clock, total=total, given=clip)
+    return RunPlan(prompts=prompts, clock=clock, total=total, given=clip)
 
 
-def run(request: Request, made: Made) -> None:
-    """Make the video; however it ends, the file is closed and plays, and `made` says what it holds.
+def run(request: Request, result: RunResult) -> None:
+    """Make the video; however it ends, the file plays, and `result` has what was made.
 
     What is made until a stop is kept for a later run to go on from.
     """
-    course = _course(request)
-    asked = reuse.asked_for(request, course.prompts)
-    kept, shared = reuse.find(asked)
-    if kept is not None:
-        course = course.after(kept, min(shared, course.total))
-    first = course.prompts[0]
-    made.stream, differs = open_stream(request, first)
+    run_plan = _run_plan(request)
+    run_key = reuse.run_key_of(request, run_plan.prompts)
+    cached, shared = reuse.find(run_key)
+    if cached is not None:
+        run_plan = run_plan.after(cached, min(shared, run_plan.total))
+    first = run_plan.prompts[0]
+    result.stream, differs = open_stream(request, first)
     if differs:
-        made.stream.switch(request.prompts.embeds[first.text], first.switch)
-    made.reused = course.reused
-    writer = _continued(request, course, kept, made)
+        result.stream.switch(request.prompts.embeds[first.text], first.switch)
+    result.reused = run_plan.reused
+    writer = _continued(request, run_plan, cached, result)
     if writer is not None:
-        tail = kept.tail if kept and course.reused == len(kept.latents) else None
-        course = course.in_file(request, tail)
-        made.images.extend(course.tail.images if course.tail else ())
+        tail = cached.tail if cached and run_plan.reused == len(cached.latents) else None
+        run_plan = run_plan.in_file(request, tail)
+        result.images.extend(run_plan.tail.images if run_plan.tail else ())
     else:
-        writer = _writer(request, made)
-    take = partial(_take, request, writer, made, _numbers(course))
+        writer = _writer(request, result)
+    deliver = partial(_deliver, request, writer, result, _numbers(run_plan))
     try:
-        with writer or nullcontext(), _handoff(request, take) or nullcontext() as handoff:
-            _make(request, course, asked, handoff, made)
+        with writer or nullcontext(), _handoff(request, deliver) or nullcontext() as handoff:
+            _make(request, run_plan, run_key, handoff, result)
     finally:
-        _tidy(request, made)
-    made.report.end()
+        _tidy(request, result)
+    result.report.end()
 
 
 def _continued(
-    request: Request, course: Course, kept: reuse.Kept | None, made: Made
+    request: Request, run_plan: RunPlan, cached: reuse.CachedRun | None, result: RunResult
 ) -> VideoWriter | None:
     """The writer of a file that begins with an earlier run's images; None where they are gone."""
-    if kept is None or kept.video is None or not made_by(kept.run, kept.video):
+    if cached is None or cached.video is None or not is_of_run(cached.run, cached.video):
         return None
-    before = 0 if request.head is None else request.head.num_images
-    images = before + course.clock.images_before(course.reused)
+    before = 0 if request.previous is None else request.previous.num_images
+    images = before + run_plan.clock.images_before(run_plan.reused)
     try:
-        writer = _begun_with(request, kept.video, images, made)
+        writer = _begun_with(request, cached.video, images, result)
     except (ValueError, OSError) as error:
-        host.log(f"{kept.video.name} cannot be gone on from, and its images are made anew: {error}")
+        host.log(
+            f"{cached.video.name} cannot be gone on from, and its images are made anew: {error}"
+        )
         assert request.path is not None
         request.path.unlink(missing_ok=True)
         return None
-    made.num_images = images
+    result.num_images = images
     return writer
 
 
 def _make(
     request: Request,
-    course: Course,
-    asked: reuse.Asked | None,
+    run_plan: RunPlan,
+    run_key: reuse.RunKey | None,
     handoff: Handoff | None,
-    made: Made,
+    result: RunResult,
 ) -> None:
     """Hand on chunk after chunk; what is made until the end, or a stop, is kept for a later run."""
     steps, previews = len(request.sampler.steps), request.decoder is None
-    progress = host.Progress(request.model, course.total, steps, previews=previews)
-    progress.given(len(course.given))
+    progress = host.Progress(request.model, run_plan.total, steps, previews=previews)
+    progress.given(len(run_plan.given))
     try:
-        for latents in _chunks(request, course, progress, made):
-            _hand_on(latents, course, request, handoff, made)
+        for latents in _chunks(request, run_plan, progress, result):
+            _hand_on(latents, run_plan, request, handoff, result)
         _flush(handoff)
-        reuse.keep(asked, request, made)
+        reuse.store(run_key, request, result)
     except (Exception, host.Interrupted):
-        with suppress(Exception):  # it is what stopped the run that is told
+        with suppress(Exception):  # what stopped the run is to be raised
             _flush(handoff)
-            made.goes_on = reuse.keep(asked, request, made)
+            result.resumable = reuse.store(run_key, request, result)
         raise
 
 
-def _chunks(request: Request, course: Course, progress: Any, made: Made) -> Iterator[Tensor]:
+def _chunks(
+    request: Request, run_plan: RunPlan, progress: Any, result: RunResult
+) -> Iterator[Tensor]:
     """The latents of each chunk, given or generated, prompts changed on the way."""
-    stream = made.stream
+    stream = result.stream
     assert stream is not None
-    switches = {entry.chunk: entry for entry in course.prompts[1:]}
-    given, pace = len(course.given), None
-    for number in range(course.total):
+    switches = {entry.chunk: entry for entry in run_plan.prompts[1:]}
+    given, pace = len(run_plan.given), None
+    for number in range(run_plan.total):
         if number in switches:
             entry = switches[number]
             stream.switch(request.prompts.embeds[entry.text], entry.switch)
         if number < given:
-            yield stream.replay(course.given[number], progress.on_pass, decode=False).latents
+            yield stream.replay(run_plan.given[number], progress.on_pass, decode=False).latents
             continue
-        pace = pace or Pace(course.total, given, request.model.load_device)
+        pace = pace or Pace(run_plan.total, given, request.model.load_device)
         pace.network_begins()
-        latents = stream.generate(progress.on_pass, progress.on_guess)
+        latents = stream.generate(progress.on_pass, progress.on_prediction)
         pace.network_ends()
         yield latents
-        images, until = course.clock.images_of(number), course.clock.images_before(number + 1)
-        made.report.chunk(pace.chunk_done(made.chunks, images, until))
+        images, until = run_plan.clock.images_of(number), run_plan.clock.images_before(number + 1)
+        result.report.chunk(pace.chunk_done(result.chunks, images, until))
 
 
 def _hand_on(
-    latents: Tensor, course: Course, request: Request, handoff: Handoff | None, made: Made
+    latents: Tensor, run_plan: RunPlan, request: Request, handoff: Handoff | None, result: RunResult
 ) -> None:
-    number = made.chunks
-    known = course.given[number] if number < course.reused else latents.cpu()
-    keep_last(made.latents, known, request.keep_latents, dim=2)
-    if len(made.history) == number and known.nbytes * (number + 1) <= request.reuse_bytes:
-        made.history.append(known)
-    assert made.stream is not None
-    state = made.stream.state
-    if course.tail is not None and number + 1 == course.reused:
-        made.decoder = state.decoder = course.tail.decoder.to(request.decoder.device)
-    elif handoff is not None and number >= course.decoded:
-        if number == course.decoded > 0 and course.tail is None:
+    number = result.chunks
+    known = run_plan.given[number] if number < run_plan.reused else latents.cpu()
+    keep_last(result.latents, known, request.keep_latents, dim=2)
+    if len(result.history) == number and known.nbytes * (number + 1) <= request.reuse_bytes:
+        result.history.append(known)
+    assert result.stream is not None
+    state = result.stream.state
+    if run_plan.tail is not None and number + 1 == run_plan.reused:
+        result.decoder = state.decoder = run_plan.tail.decoder.to(request.decoder.device)
+    elif handoff is not None and number >= run_plan.decoded:
+        if number == run_plan.decoded > 0 and run_plan.tail is None:
             state.decoder = None  # it has not seen what lies between
-        with host.held_interrupt():  # half a decode would leave a stream that cannot go on
+        with host.deferred_interrupt():  # half a decode would leave a stream that cannot go on
             state.decoder = handoff.submit(latents, state.decoder)
-        made.decoder = state.decoder if number + 1 >= min(course.written, course.wanted) else None
-    made.num_frames += latents.shape[2]
-    made.chunks += 1
+        result.decoder = (
+            state.decoder if number + 1 >= min(run_plan.written, run_plan.wanted) else None
+        )
+    result.num_frames += latents.shape[2]
+    result.chunks += 1
 
 
 def _flush(handoff: Handoff | None) -> None:
@@ -369,90 +375,90 @@ def _flush(handoff: Handoff | None) -> None:
         handoff.flush()
 
 
-def _numbers(course: Course) -> Iterator[tuple[bool, bool]]:
+def _numbers(run_plan: RunPlan) -> Iterator[tuple[bool, bool]]:
     """Of one delivery after another, whether it is written, and whether it is wanted."""
-    for number in count(course.decoded):
-        yield number >= course.written, number >= course.wanted
+    for number in count(run_plan.decoded):
+        yield number >= run_plan.written, number >= run_plan.wanted
 
 
-def _tidy(request: Request, made: Made) -> None:
+def _tidy(request: Request, result: RunResult) -> None:
     """Put the file's index in front; without, it plays as well. A file of nothing new goes."""
     if request.path is None or not request.path.exists():
         return
-    if not made.chunks:
+    if not result.chunks:
         request.path.unlink()
         return
     try:
-        remux(request.path, _metadata(request, made))
+        remux(request.path, _metadata(request, result))
     except Exception as error:
         host.log(f"{request.path.name} keeps its index in parts: {error}")
 
 
-def _metadata(request: Request, made: Made) -> dict[str, str]:
-    return request.metadata | {RUN: made.run}
+def _metadata(request: Request, result: RunResult) -> dict[str, str]:
+    return request.metadata | {RUN: result.run}
 
 
-def decodes_beside(request: Request) -> bool:
+def decodes_on_side_stream(request: Request) -> bool:
     """Whether the decoder may have a stream of its own on the network's card, see `Handoff`."""
     assert request.decoder is not None
     same = request.decoder.device == request.model.load_device
     return same and host.stays_on_cuda(request.decoder.vae.patcher)
 
 
-def _handoff(request: Request, take: Callable[[Tensor], None]) -> Handoff | None:
+def _handoff(request: Request, deliver: Callable[[Tensor], None]) -> Handoff | None:
     """Decodes and, in a thread of its own, encodes, so that the network does not wait for files."""
     if request.decoder is None:
         return None
     return Handoff(
         request.decoder,
-        take,
+        deliver,
         device=request.model.load_device,
-        form=lambda images: images[0].float(),
-        beside=decodes_beside(request),
+        convert=lambda images: images[0].float(),
+        side_stream=decodes_on_side_stream(request),
         threaded=True,
         first_alone=False,  # ComfyUI's decoders begin with a whole chunk
     )
 
 
-def _take(
+def _deliver(
     request: Request,
     writer: VideoWriter | None,
-    made: Made,
+    result: RunResult,
     numbers: Iterator[tuple[bool, bool]],
     images: Tensor,
 ) -> None:
     """A chunk's images [T, 3, H, W] go to the file and the IMAGE socket."""
     written, wanted = next(numbers)
     if writer is not None and written:
-        writer.write(shown := to_uint8(images))
-        host.show_images(request.node_id, shown)
-        made.num_images += len(images)
+        writer.write(pixels := to_uint8(images))
+        host.show_images(request.node_id, pixels)
+        result.num_images += len(images)
     if request.keep_images and wanted:
-        keep_last(made.images, images.clone(), request.keep_images, dim=0)
+        keep_last(result.images, images.clone(), request.keep_images, dim=0)
 
 
-def _writer(request: Request, made: Made) -> VideoWriter | None:
+def _writer(request: Request, result: RunResult) -> VideoWriter | None:
     if request.path is None:
         return None
-    if (head := request.head) is not None:
-        made.num_images = head.num_images
+    if (previous := request.previous) is not None:
+        result.num_images = previous.num_images
         try:
-            return _begun_with(request, head.path, head.num_images, made)
+            return _begun_with(request, previous.path, previous.num_images, result)
         except ValueError as error:
             request.path.unlink(missing_ok=True)
             raise ValueError(
-                f"join is on, and {head.path.name} cannot be gone on from without encoding it "
+                f"join is on, and {previous.path.name} cannot be gone on from without encoding it "
                 "anew, as it was cut or re-encoded since: turn join off"
             ) from error
     format = VideoFormat(width=request.width, height=request.height)
-    return VideoWriter(request.path, format, _metadata(request, made))
+    return VideoWriter(request.path, format, _metadata(request, result))
 
 
-def _begun_with(request: Request, video: Path, num_images: int, made: Made) -> VideoWriter:
+def _begun_with(request: Request, video: Path, num_images: int, result: RunResult) -> VideoWriter:
     """The writer of a run's file, which begins with the first images of another."""
     assert request.path is not None, "there is a video to write"
     format = VideoFormat(width=request.width, height=request.height)
-    metadata = _metadata(request, made)
+    metadata = _metadata(request, result)
     return VideoWriter.continuing(video, request.path, num_images, format, metadata)
 
 
@@ -466,18 +472,18 @@ def keep_last(kept: deque[Tensor], new: Tensor, most: int, dim: int) -> None:
             kept.popleft()
 
 
-def images_of(made: Made, keep: int) -> Tensor | None:
+def images_of(result: RunResult, keep: int) -> Tensor | None:
     """The IMAGE of a run [T, H, W, 3], float32 on the CPU."""
-    if not made.images:
+    if not result.images:
         return None
-    images = torch.cat(list(made.images))
+    images = torch.cat(list(result.images))
     images = images if keep < 0 else images[-keep:]
     return rearrange(images, "t c h w -> t h w c").contiguous()
 
 
-def latents_of(made: Made, keep: int) -> Tensor | None:
+def latents_of(result: RunResult, keep: int) -> Tensor | None:
     """The last latents of a run [1, C, F, h, w], normalised."""
-    if not made.latents:
+    if not result.latents:
         return None
-    latents = torch.cat(list(made.latents), dim=2)
+    latents = torch.cat(list(result.latents), dim=2)
     return latents if keep < 0 else latents[:, :, -keep:]

@@ -7,12 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..rf_core.config import CacheConfig
-from .border import spoken
+from .border import checked_execute
 from .ignored import doubtful, ignored
 from .join import VIDEO
 from .loaders import CATEGORY
 from .prompt import timeline_of
-from .run import Made, Request, plan, prompt_notes, run
+from .run import Request, RunResult, plan, prompt_notes, run
 from .streaming import (
     HIDDEN,
     other_decoder,
@@ -20,8 +20,8 @@ from .streaming import (
     produce,
     request_of,
     shared_inputs,
-    shown,
-    told,
+    summary,
+    ui_output,
     validate,
     video_outputs,
     with_start,
@@ -152,7 +152,7 @@ class StreamingSampler(io.ComfyNode):
         return validate(cls, width=width, height=height, filename_prefix=filename_prefix)
 
     @classmethod
-    @spoken
+    @checked_execute
     def execute(
         cls,
         model: Any,
@@ -197,18 +197,18 @@ class StreamingSampler(io.ComfyNode):
             reuse_memory=reuse_memory,
         )
         plan(request)
-        request, made = with_start(request, start_image), Made()
-        snapshot = produce(request, keep_state, made, lambda load: run(request, made))
-        lines = [told(request, made), *_alone(request, join), *other_decoder(request)]
+        request, result = with_start(request, start_image), RunResult()
+        snapshot = produce(request, keep_state, result, lambda load: run(request, result))
+        lines = [summary(request, result), *_alone(request, join), *other_decoder(request)]
         lines += [*doubtful(model, vae), *prompt_notes(request)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
-        return io.NodeOutput(*outputs(cls, request, made, snapshot), ui=shown(made, text))
+        return io.NodeOutput(*outputs(cls, request, result, snapshot), ui=ui_output(result, text))
 
 
 def _alone(request: Request, join: bool) -> list[str]:
     """What is to be known where a video that goes on is not one file."""
     if request.path is None or request.snapshot is None:
         return ["ignored: join, which needs a state and a vae"] if join else []
-    told = "the file holds the new part alone"
-    said = request.snapshot.facts.get(VIDEO)
-    return [] if join else [f"{told}; turn on join to have all in one file" if said else told]
+    note = "the file holds the new part alone"
+    video = request.snapshot.facts.get(VIDEO)
+    return [] if join else [f"{note}; turn on join to have all in one file" if video else note]

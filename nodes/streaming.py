@@ -24,9 +24,9 @@ from ..rf_core.stream import latent_size, start_clip
 from . import host, reuse
 from .decoders import decoder_of
 from .inputs import checked, set_on_node
-from .join import ended, head_of
+from .join import previous_video, with_video
 from .names import ROOM, place
-from .run import Made, Request, clock_of, images_of, latents_of
+from .run import Request, RunResult, clock_of, images_of, latents_of
 from .types import RFSink, RFState, State, Timeline
 
 STATES = ["compact", "exact", "none"]
@@ -125,7 +125,7 @@ def shared_inputs() -> dict[str, Any]:
 
 
 HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id]
-"""What such a node is told beside its inputs: for the file's metadata, and its number."""
+"""What such a node gets beside its inputs: for the file's metadata, and its number."""
 
 
 def video_outputs() -> list[Any]:
@@ -198,9 +198,9 @@ def request_of(
         metadata=_metadata(node.hidden),
         start_latents=_latents(start_latent, format, cache),
         snapshot=state.snapshot if state else None,
-        head=head_of(state.snapshot) if join and state and decoder else None,
+        previous=previous_video(state.snapshot) if join and state and decoder else None,
         reuse_bytes=reuse_memory << 20,
-        node_id=host.number_of(node),
+        node_id=host.unique_id(node),
         keep_images=keep_images if decoder else 0,
         keep_latents=keep_latents,
     )
@@ -216,22 +216,22 @@ def with_start(request: Request, start_image: Any) -> Request:
     return replace(request, start_latents=_encoded(start_image, request))
 
 
-def produce(request: Request, keep_state: str, made: Made, make: Make) -> Any:
-    """Let `make` stream; the state it leaves. `made` says what there is, also after a stop."""
-    host.forget_peak(request.model.load_device)
-    made.path = request.path
+def produce(request: Request, keep_state: str, result: RunResult, make: Make) -> Any:
+    """Let `make` stream; the state it leaves. `result` says what there is, also after a stop."""
+    host.reset_peak_memory(request.model.load_device)
+    result.path = request.path
     try:
-        return _with_memory(request, keep_state, made, make)
+        return _with_memory(request, keep_state, result, make)
     except (Exception, host.Interrupted) as error:
-        if made.chunks or isinstance(error, host.Interrupted):
-            text = _stopped(request, made)
+        if result.chunks or isinstance(error, host.Interrupted):
+            text = _stopped(request, result)
             host.log(text)
             if request.node_id is not None:
-                host.show(request.node_id, shown(made, text))
+                host.send_ui_output(request.node_id, ui_output(result, text))
         raise
 
 
-def _with_memory(request: Request, keep_state: str, made: Made, make: Make) -> Any:
+def _with_memory(request: Request, keep_state: str, result: RunResult, make: Make) -> Any:
     base = host.student_of(request.model)
     size = latent_size(request.height, request.width, base.diffusion_model.config.patch_size)
     memory = base.stream_memory(1, size, request.cache)
@@ -249,16 +249,20 @@ def _with_memory(request: Request, keep_state: str, made: Made, make: Make) -> A
     try:
         with host.loaded(request.model, others, memory) as load_again:
             make(load_again)
-            if keep_state == "none" or made.stream is None:
+            if keep_state == "none" or result.stream is None:
                 return None
-            with host.held_interrupt():  # all is made
-                return made.stream.snapshot(compact=keep_state == "compact")
+            with host.deferred_interrupt():  # all is made
+                return result.stream.snapshot(compact=keep_state == "compact")
     except Exception as error:
         if not host.out_of_memory(error):
             raise
     # Only now, as the error holds on to what the stream held.
     host.free_memory()
-    kept = f" What was made until then is in {made.path.name}." if made.path and made.chunks else ""
+    kept = (
+        f" What was made until then is in {result.path.name}."
+        if result.path and result.chunks
+        else ""
+    )
     raise host.OutOfMemory(
         f"memory ran out: {about}, most of it in proportion to width x height and window "
         f"({request.cache.window_frames} frames). Half of each side takes a quarter; "
@@ -267,27 +271,29 @@ def _with_memory(request: Request, keep_state: str, made: Made, make: Make) -> A
     )
 
 
-def shown(made: Made, text: str) -> dict[str, Any]:
+def ui_output(result: RunResult, text: str) -> dict[str, Any]:
     """Text and video as a node shows them."""
     kinds: dict[str, Any] = {"text": (text,)}
-    if made.path is not None and made.path.exists():
-        file = host.within_output(made.path)
+    if result.path is not None and result.path.exists():
+        file = host.within_output(result.path)
         folder = file.parent.as_posix() if file.parent.parts else ""
         saved = ui.SavedResult(file.name, folder, io.FolderType.output)
         kinds |= ui.PreviewVideo([saved]).as_dict()
     return kinds
 
 
-def outputs(node: type[io.ComfyNode], request: Request, made: Made, snapshot: Any) -> list[Any]:
+def outputs(
+    node: type[io.ComfyNode], request: Request, result: RunResult, snapshot: Any
+) -> list[Any]:
     """LATENT, VIDEO, IMAGE and state of what was made."""
     format = host.student_of(request.model).latent_format
-    latents = latents_of(made, request.keep_latents)
-    images = images_of(made, request.keep_images)
+    latents = latents_of(result, request.keep_latents)
+    images = images_of(result, request.keep_images)
     state = None
     if snapshot is not None:
         source = {"model": host.settings_of(request.model).name, "seed": request.seed}
-        if made.path is not None:
-            snapshot = ended(snapshot, made.path, made.run, made.num_images)
+        if result.path is not None:
+            snapshot = with_video(snapshot, result.path, result.run, result.num_images)
         state = State(snapshot=snapshot, source=source)
 
     def block(why: str) -> Any:
@@ -295,30 +301,34 @@ def outputs(node: type[io.ComfyNode], request: Request, made: Made, snapshot: An
 
     return [
         block(NO_LATENT) if latents is None else {"samples": format.process_out(latents)},
-        InputImpl.VideoFromFile(str(made.path)) if made.path else block(NO_VAE),
+        InputImpl.VideoFromFile(str(result.path)) if result.path else block(NO_VAE),
         block(NO_IMAGE if request.decoder else NO_VAE) if images is None else images,
         block(NO_STATE) if state is None else state,
     ]
 
 
-def told(request: Request, made: Made) -> str:
+def summary(request: Request, result: RunResult) -> str:
     """What was made, and how fast, in a line."""
     peak = host.peak_memory(request.model.load_device)
-    clock, decoded = clock_of(request), made.path is not None
-    if made.path is not None:
-        what = f"{made.path.name}: {made.num_images} images, {made.num_images / FPS:.2f} s"
+    clock, decoded = clock_of(request), result.path is not None
+    if result.path is not None:
+        what = f"{result.path.name}: {result.num_images} images, {result.num_images / FPS:.2f} s"
     else:
-        seconds = clock.seconds(made.num_frames // clock.chunk_frames)
-        what = f"{made.num_frames} latent frames, {seconds:.2f} s of video; no images without a VAE"
-    if request.head is not None:
-        what += f", the first {request.head.num_images / FPS:.2f} s of {request.head.path.name}"
-    parts = [what, made.report.text(decoded)]
+        seconds = clock.seconds(result.num_frames // clock.chunk_frames)
+        what = (
+            f"{result.num_frames} latent frames, {seconds:.2f} s of video; no images without a VAE"
+        )
+    if request.previous is not None:
+        what += (
+            f", the first {request.previous.num_images / FPS:.2f} s of {request.previous.path.name}"
+        )
+    parts = [what, result.report.text(decoded)]
     if peak is not None:
         parts.append(f"peak memory {peak / 2**30:.1f} GiB")
-    if made.reused:
-        until = clock.seconds(made.reused)
+    if result.reused:
+        until = clock.seconds(result.reused)
         parts.append(
-            f"the first {made.reused} chunks ({until:.2f} s) are re-used from an earlier run"
+            f"the first {result.reused} chunks ({until:.2f} s) are re-used from an earlier run"
         )
     if request.reuse_bytes:
         parts.append(f"{reuse.num_bytes() / 2**20:.1f} MB kept for later runs")
@@ -339,19 +349,19 @@ def other_decoder(request: Request) -> list[str]:
     ]
 
 
-def _stopped(request: Request, made: Made) -> str:
+def _stopped(request: Request, result: RunResult) -> str:
     clock = clock_of(request)
-    if not made.chunks:
+    if not result.chunks:
         text = "stopped before its first chunk was done"
-    elif made.path is not None:
-        seconds = made.num_images / FPS
-        text = f"stopped: {made.path.name} keeps {made.num_images} images, {seconds:.2f} s"
+    elif result.path is not None:
+        seconds = result.num_images / FPS
+        text = f"stopped: {result.path.name} keeps {result.num_images} images, {seconds:.2f} s"
     else:
-        seconds = clock.seconds(made.chunks)
-        text = f"stopped after {made.num_frames} latent frames, {seconds:.2f} s of video"
-    if made.state is not None and made.state.exists():
-        return f"{text}; Load Stream State has where it ended, as {made.state.name}"
-    return f"{text}; run again with seed {request.seed} to go on" if made.goes_on else text
+        seconds = clock.seconds(result.chunks)
+        text = f"stopped after {result.num_frames} latent frames, {seconds:.2f} s of video"
+    if result.state is not None and result.state.exists():
+        return f"{text}; Load Stream State has where it ended, as {result.state.name}"
+    return f"{text}; run again with seed {request.seed} to go on" if result.resumable else text
 
 
 def sampler_of(steps: int, trained: SamplerConfig) -> SamplerConfig:

@@ -83,12 +83,12 @@ class Batch:
         options, record = self.base.options, self.base.record()
         named = ("model", "vae", "text_encoder")
         paths = [Path(getattr(options.files, name)) for name in named]
-        marks = {f"{n}_file": file_mark(path) for n, path in zip(named, paths, strict=True)}
-        marks["lora_files"] = " ".join(file_mark(lora.path) for lora in options.files.loras)
+        digests = {f"{n}_file": file_digest(path) for n, path in zip(named, paths, strict=True)}
+        digests["lora_files"] = " ".join(file_digest(lora.path) for lora in options.files.loras)
         if options.start is not None:
-            marks["start_file"] = file_mark(options.start)
+            digests["start_file"] = file_digest(options.start)
         shared = {k: v for k, v in record.items() if k not in ("seed", "prompts")}
-        settings = {"base_seed": options.seed, **shared, **marks, "chunks": self.base.total}
+        settings = {"base_seed": options.seed, **shared, **digests, "chunks": self.base.total}
         return dict(json.loads(json.dumps(settings)))
 
     def run(self, video: Video) -> Plan:
@@ -131,7 +131,7 @@ def plan_batch(options: Options, prompts: Mapping[int, str], seeds: int = 1) -> 
 
 def missing(batch: Batch, process: Process) -> list[Video]:
     """What is still to be made of a process's share."""
-    share = batch.videos[process.rank :: process.count]
+    share = batch.videos[process.rank :: process.world_size]
     return [video for video in share if not (batch.folder / video.name).exists()]
 
 
@@ -161,7 +161,7 @@ def seed_of(base: int, line: int, take: int) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def file_mark(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """A short name for what is in a file or folder: sizes, and both ends of every file.
 
     Of what is not there, such as a hub id, the name itself.

@@ -31,8 +31,8 @@ from .config import FPS, WAN_SIZE, CacheConfig, ModelConfig, SamplerConfig
 from .decoders.taehv import TAEHVConfig
 from .decoders.vae import VAEConfig
 from .devices import make_current, preferred_dtype
-from .fast.parallel import Process, agreed, joined
-from .generate import attention_of, follow, generate, load, load_spread, split_of
+from .fast.parallel import Process, any_process, process_group
+from .generate import attention_of, follow, generate, load, load_sequence_parallel, split_of
 from .live.log import read_log
 from .live.osc import parse_address
 from .measure.baseline import BaselineOptions, compare, format_comparison
@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise  # of a CPU's memory there is no error of its own
-        told = str(error).partition(". ")[0]
-        print(f"error: {told}; python -m rf_core plan says what fits", file=sys.stderr)
+        note = str(error).partition(". ")[0]
+        print(f"error: {note}; python -m rf_core plan says what fits", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         print(f"error: this needs the package {error.name}; pip install it", file=sys.stderr)
@@ -116,11 +116,11 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.prompts is not None:
         return _run_batch(args, process)
     if args.parallel is not None:
-        return _run_spread(args, process)
-    if process.count > 1:
+        return _run_sequence_parallel(args, process)
+    if process.world_size > 1:
         raise ValueError(
-            f"{process.count} processes would make the same video; give --prompts FILE, of which "
-            "each makes a share, --parallel context, or start one process"
+            f"{process.world_size} processes would make the same video; give --prompts FILE, of "
+            "which each makes a share, --parallel context, or start one process"
         )
     return _run_stream(args, plan(_options(args)), load, process)
 
@@ -131,16 +131,16 @@ def _run_live(args: argparse.Namespace, process: Process) -> int:
     _leave_out(args, "for --replay", edited=False)
     _leave_out(args, "not for --live, which makes one video", prompts=None, seeds=1, replay=None)
     _require_one(args, process)
-    settled = plan(replace(_options(args), keeps_text=True))
-    check_live(settled)
-    _tell_plan(args, settled)
-    opened = open_live(settled)
+    resolved = plan(replace(_options(args), keeps_text=True))
+    check_live(resolved)
+    _print_plan(args, resolved)
+    setup = open_live(resolved)
     _say("type a prompt and press Enter, or /help; Ctrl-C or /stop ends it and keeps what is made")
     with _stop_on_signal(process) as stopped:
         run_live(
-            settled,
-            opened,
-            tell=_say,
+            resolved,
+            setup,
+            print_line=_say,
             typed=_typed(),
             stopped=stopped,
             rate=None if args.pace == "max" else FPS,
@@ -156,21 +156,21 @@ def _run_replay(args: argparse.Namespace, process: Process) -> int:
     _leave_out(args, "not for --replay", resume=False, snapshot_every=None)
     _require_one(args, process)
     log = read_log(args.replay)
-    timeline = PromptTimeline().append(0, "s", Switch(), log.start.prompt)
+    timeline = PromptTimeline().append(0, "s", Switch(), log.header.prompt)
     output = args.output or _free_name(Path("outputs"))
-    settled = plan(options_of(log, _run_options(args, timeline, output)))
-    check_replay(settled)
+    resolved = plan(options_of(log, _run_options(args, timeline, output)))
+    check_replay(resolved)
     print(
-        f"{args.replay}: {log.num_chunks} chunks, {settled.width}x{settled.height}, seed "
-        f"{settled.options.seed}"
+        f"{args.replay}: {log.num_chunks} chunks, {resolved.width}x{resolved.height}, seed "
+        f"{resolved.options.seed}"
     )
-    opened = open_replay(settled, log)
+    setup = open_replay(resolved, log)
     with _stop_on_signal(process) as stopped:
         whole = replay(
-            settled,
-            opened,
+            resolved,
+            setup,
             log,
-            tell=_say,
+            print_line=_say,
             report=_CountLine(),
             stopped=stopped,
             exact=not args.edited,
@@ -179,7 +179,7 @@ def _run_replay(args: argparse.Namespace, process: Process) -> int:
 
 
 def _require_one(args: argparse.Namespace, process: Process) -> None:
-    if process.count > 1 or args.parallel is not None:
+    if process.world_size > 1 or args.parallel is not None:
         raise ValueError("a live session, or its replay, is of one process; leave out --parallel")
 
 
@@ -201,41 +201,41 @@ def _typed() -> RawIOBase | None:
     return raw if isinstance(raw, RawIOBase) else None
 
 
-def _run_stream(args: argparse.Namespace, settled: Plan, load: Load, process: Process) -> int:
-    _tell_plan(args, settled)
-    stream, embeds = load(settled)
-    if (choice := attention_of(settled, stream.model.config)).is_measured:
+def _run_stream(args: argparse.Namespace, resolved: Plan, load: Load, process: Process) -> int:
+    _print_plan(args, resolved)
+    stream, embeds = load(resolved)
+    if (choice := attention_of(resolved, stream.model.config)).is_measured:
         print(choice)
-    if settled.snapshot is not None:
+    if resolved.snapshot is not None:
         print(f"resuming after chunk {stream.state.num_chunks}")
     with _stop_on_signal(process) as stopped:
-        kept = generate(settled, stream, embeds, _ProgressLine(), stopped)
+        kept = generate(resolved, stream, embeds, _ProgressLine(), stopped)
     made = stream.state.num_chunks
     if made:
-        print(f"{settled.options.output}: {settled.clock.seconds(made):.2f} s of video")
+        print(f"{resolved.options.output}: {resolved.clock.seconds(made):.2f} s of video")
     if kept is None:
         return 0
-    print(f"stopped; {_told_resume(made, kept)}")
+    print(f"stopped; {_resume_note(made, kept)}")
     return 130
 
 
-def _tell_plan(args: argparse.Namespace, settled: Plan) -> None:
-    print(format_table(settled.prompts, width=shutil.get_terminal_size().columns))
-    for note in clip_notes(settled.prompts):
+def _print_plan(args: argparse.Namespace, resolved: Plan) -> None:
+    print(format_table(resolved.prompts, width=shutil.get_terminal_size().columns))
+    for note in clip_notes(resolved.prompts):
         print(note)
     length = "without end, Ctrl-C stops"
-    if settled.total is not None:
-        length = f"{settled.total} chunks, {settled.clock.seconds(settled.total):.2f} s"
-    print(f"{settled.width}x{settled.height} at {FPS} images/s, seed {args.seed}, {length}")
-    if settled.choice is not None:
-        print(f"model: {settled.choice}")
-    if settled.fit is not None:
-        print(settled.fit)
-    if told := _told_dtype(args, settled.options):
-        print(told)
+    if resolved.total is not None:
+        length = f"{resolved.total} chunks, {resolved.clock.seconds(resolved.total):.2f} s"
+    print(f"{resolved.width}x{resolved.height} at {FPS} images/s, seed {args.seed}, {length}")
+    if resolved.choice is not None:
+        print(f"model: {resolved.choice}")
+    if resolved.fit is not None:
+        print(resolved.fit)
+    if dtype_note := _dtype_note(args, resolved.options):
+        print(dtype_note)
 
 
-def _told_resume(made: int, kept: int) -> str:
+def _resume_note(made: int, kept: int) -> str:
     """Where a run that made so many chunks goes on, and how, if its snapshot holds `kept`."""
     if not made:
         return "nothing was written"
@@ -245,7 +245,7 @@ def _told_resume(made: int, kept: int) -> str:
     return f"the same command with --resume goes on from {where}"
 
 
-def _told_dtype(args: argparse.Namespace, options: Options) -> str | None:
+def _dtype_note(args: argparse.Namespace, options: Options) -> str | None:
     """What was chosen for a CPU, where it is news."""
     chosen = args.dtype is None and options.dtype == torch.bfloat16
     if not (chosen and args.device.startswith("cpu")):
@@ -255,21 +255,23 @@ def _told_dtype(args: argparse.Namespace, options: Options) -> str | None:
     )
 
 
-def _run_spread(args: argparse.Namespace, process: Process) -> int:
-    if process.count == 1:
+def _run_sequence_parallel(args: argparse.Namespace, process: Process) -> int:
+    if process.world_size == 1:
         raise ValueError(
             "--parallel shares a stream out over processes; start them with torchrun "
             "--nproc-per-node N -m rf_core generate ..., or leave it out"
         )
-    with joined(args.device):
-        settled = plan(_options(args))
-        split = split_of(settled, process)
+    with process_group(args.device):
+        resolved = plan(_options(args))
+        split = split_of(resolved, process)
         torch.distributed.barrier()  # the first writes only when all have looked
         if process.rank == 0:
-            return _run_stream(args, settled, partial(load_spread, split=split), process)
-        stream, embeds = load_spread(settled, split)
+            return _run_stream(
+                args, resolved, partial(load_sequence_parallel, split=split), process
+            )
+        stream, embeds = load_sequence_parallel(resolved, split)
         with _stop_on_signal(process) as stopped:
-            return 0 if follow(settled, stream, embeds, stopped) else 130
+            return 0 if follow(resolved, stream, embeds, stopped) else 130
 
 
 @contextmanager
@@ -281,12 +283,14 @@ def _stop_on_signal(process: Process) -> Iterator[Callable[[], bool]]:
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and process.count == 1:  # torchrun passes the first one on as a second
+        if (
+            stop.is_set() and process.world_size == 1
+        ):  # torchrun passes the first one on as a second
             raise KeyboardInterrupt
         stop.set()
 
     with _signals(on_signal):
-        yield stop.is_set if process.count == 1 else agreed(stop.is_set)
+        yield stop.is_set if process.world_size == 1 else any_process(stop.is_set)
 
 
 @contextmanager
@@ -305,11 +309,11 @@ def _run_batch(args: argparse.Namespace, process: Process) -> int:
     options, given = _batch_options(args), read_prompt_file(args.prompts)
     batch = plan_batch(options, given.prompts, args.seeds)
     todo = missing(batch, process)
-    who = f"process {process.rank} of {process.count}: " if process.count > 1 else ""
-    done = len(batch.videos[process.rank :: process.count]) - len(todo)
+    who = f"process {process.rank} of {process.world_size}: " if process.world_size > 1 else ""
+    done = len(batch.videos[process.rank :: process.world_size]) - len(todo)
     print(f"{who}{len(todo)} videos to make, {done} are there", flush=True)
     left_out = given.left_out if process.rank == 0 else None
-    for line in (left_out, batch.base.fit, _told_dtype(args, batch.base.options)):
+    for line in (left_out, batch.base.fit, _dtype_note(args, batch.base.options)):
         if line:
             print(f"{who}{line}", flush=True)
     with _signals(signal.default_int_handler):
@@ -549,7 +553,7 @@ def _run_options(args: argparse.Namespace, timeline: PromptTimeline, output: Pat
 
 
 def _memory_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """What is given on the command line; on a card the planner settles the rest."""
+    """What is given on the command line; on a card the planner chooses the rest."""
     plans = args.device.startswith("cuda") and args.parallel is None
     if args.parallel is not None and args.offload is not None:
         raise ValueError("--parallel keeps weights on the cards; leave out --offload")

@@ -13,8 +13,8 @@ from .ranges import (
     LARGEST_WIDTH,
     LARGEST_WINDOW,
     LONGEST_TEXT,
-    MOST_LAYERS,
-    MOST_STEPS,
+    MAX_LAYERS,
+    MAX_STEPS,
     check_counts,
     check_numbers,
 )
@@ -63,7 +63,7 @@ class ModelConfig:
             self,
             **dict.fromkeys(widths, (1, LARGEST_WIDTH)),
             text_len=(1, LONGEST_TEXT),
-            num_layers=(1, MOST_LAYERS),
+            num_layers=(1, MAX_LAYERS),
         )
         check_numbers(self, eps=(0, 1))
         if self.dim % self.num_heads:
@@ -131,8 +131,8 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError("steps is empty; give at least one timestep, such as 1000")
-        if len(self.steps) > MOST_STEPS:
-            raise ValueError(f"{len(self.steps)} steps; give at most {MOST_STEPS}")
+        if len(self.steps) > MAX_STEPS:
+            raise ValueError(f"{len(self.steps)} steps; give at most {MAX_STEPS}")
         if any(not 0 < step <= NUM_TRAIN_TIMESTEPS for step in self.steps):
             raise ValueError(f"steps {self.steps} leave (0, {NUM_TRAIN_TIMESTEPS}]")
         if list(self.steps) != sorted(set(self.steps), reverse=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 
-LEAST_BFLOAT16_DIM = 512
+MIN_BFLOAT16_DIM = 512
 """Width from which a network is computed in bfloat16 on CPUs that multiply it.
 
 CPU time a chunk in float32 over that in bfloat16, 64x64, one thread of an AMD EPYC (avx512_bf16),
@@ -36,7 +36,7 @@ def preferred_dtype(device: torch.device | str, model: ModelConfig) -> torch.dty
     small network stays in float32 on every CPU.
     """
     kind = torch.device(device).type
-    native = kind == "cpu" and model.dim >= LEAST_BFLOAT16_DIM and multiplies_bfloat16()
+    native = kind == "cpu" and model.dim >= MIN_BFLOAT16_DIM and multiplies_bfloat16()
     return torch.bfloat16 if kind == "cuda" or native else torch.float32
 
 

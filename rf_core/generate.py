@@ -19,7 +19,7 @@ from .decoders.decoder import Decoder, load_decoder
 from .decoders.handoff import Handoff
 from .fast.dispatch import Choice, choose_attention
 from .fast.graphs import GraphedModel
-from .fast.parallel import Process, Split, SpreadModel, SpreadStream
+from .fast.parallel import Process, SequenceParallelModel, SequenceParallelStream, Split
 from .fast.quantise import quantise_linears
 from .memory.offload import stream_layers
 from .model import Network, WanModel
@@ -38,45 +38,45 @@ class Stopped(Exception):  # noqa: N818  # not an error
     """Raised inside a pass to end the run there."""
 
 
-def load(settled: Plan) -> tuple[Stream, dict[str, Tensor]]:
+def load(resolved: Plan) -> tuple[Stream, dict[str, Tensor]]:
     """The stream at its start, or at its snapshot, and the embedding of every prompt.
 
     The text encoder comes first and is released before student and decoder are loaded.
     """
-    texts = [prompt.text for prompt in settled.prompts]
-    embeds = encode_prompts(texts, lambda: open_text_encoder(settled.options))
-    return open_stream(settled, *open_networks(settled), embeds), embeds
+    texts = [prompt.text for prompt in resolved.prompts]
+    embeds = encode_prompts(texts, lambda: open_text_encoder(resolved.options))
+    return open_stream(resolved, *open_networks(resolved), embeds), embeds
 
 
-def attention_of(settled: Plan, model: ModelConfig) -> Choice:
+def attention_of(resolved: Plan, model: ModelConfig) -> Choice:
     """The attention of a run, chosen once; `model` is what one process attends with."""
-    options = settled.options
+    options = resolved.options
     return choose_attention(
         options.attention,
         model,
-        settled.cache,
-        settled.grid,
+        resolved.cache,
+        resolved.grid,
         batch=1,
-        dtype=options.settled_dtype,
+        dtype=options.torch_dtype,
         device=options.device,
     )
 
 
-def split_of(settled: Plan, process: Process) -> Split:
+def split_of(resolved: Plan, process: Process) -> Split:
     """How processes share a run out; ValueError where they cannot."""
-    if settled.options.start is not None:
+    if resolved.options.start is not None:
         raise ValueError("several processes make a stream from noise alone; leave out --start")
-    return Split.of(process, settled.model, settled.grid, settled.cache)
+    return Split.of(process, resolved.model, resolved.grid, resolved.cache)
 
 
-def load_spread(settled: Plan, split: Split) -> tuple[Stream, dict[str, Tensor]]:
+def load_sequence_parallel(resolved: Plan, split: Split) -> tuple[Stream, dict[str, Tensor]]:
     """As `load`, in one of several processes; the first one decodes."""
-    texts = [prompt.text for prompt in settled.prompts]
-    embeds = encode_prompts(texts, lambda: open_text_encoder(settled.options))
-    model, decoder = open_networks(settled)
+    texts = [prompt.text for prompt in resolved.prompts]
+    embeds = encode_prompts(texts, lambda: open_text_encoder(resolved.options))
+    model, decoder = open_networks(resolved)
     assert isinstance(model, WanModel), "graphs are of one process"
     own = None if split.rank else decoder
-    return open_stream(settled, SpreadModel(model, split), own, embeds), embeds
+    return open_stream(resolved, SequenceParallelModel(model, split), own, embeds), embeds
 
 
 def open_text_encoder(options: Options) -> UMT5Encoder:
@@ -85,7 +85,7 @@ def open_text_encoder(options: Options) -> UMT5Encoder:
     encoder = load_text_encoder(
         files.text_encoder,
         device="cpu" if streams else options.device,
-        dtype=options.settled_dtype,
+        dtype=options.torch_dtype,
         tokenizer=files.tokenizer,
     )
     if streams:
@@ -93,10 +93,10 @@ def open_text_encoder(options: Options) -> UMT5Encoder:
     return encoder
 
 
-def open_networks(settled: Plan) -> tuple[Network, Decoder]:
+def open_networks(resolved: Plan) -> tuple[Network, Decoder]:
     """Student and decoder of a run, on its device."""
-    options, files = settled.options, settled.options.files
-    device, dtype = options.device, options.settled_dtype
+    options, files = resolved.options, resolved.options.files
+    device, dtype = options.device, options.torch_dtype
     model = load_student(
         files.model,
         device="cpu" if options.offload == "stream" else device,
@@ -109,7 +109,7 @@ def open_networks(settled: Plan) -> tuple[Network, Decoder]:
         quantise_linears(model)
     if options.offload == "stream":
         stream_layers(model, "blocks", device)
-    assert options.group_frames != "auto", "plan() settles it"
+    assert options.group_frames != "auto", "plan() resolves it"
     decoder = load_decoder(files.vae, device, dtype, options.group_frames)
     if options.compile:
         for block in model.blocks:
@@ -120,32 +120,32 @@ def open_networks(settled: Plan) -> tuple[Network, Decoder]:
 
 
 def open_stream(
-    settled: Plan,
+    resolved: Plan,
     model: Network,
     decoder: Decoder | None,
     embeds: dict[str, Tensor],
 ) -> Stream:
     """The stream of a run around networks that may serve others, at its start or snapshot."""
-    kind = SpreadStream if isinstance(model, SpreadModel) else Stream
+    kind = SequenceParallelStream if isinstance(model, SequenceParallelModel) else Stream
     stream = kind(
         model,
-        embeds[settled.prompts[0].text],
-        height=settled.height,
-        width=settled.width,
+        embeds[resolved.prompts[0].text],
+        height=resolved.height,
+        width=resolved.width,
         decoder=decoder,
-        seed=settled.options.seed,
-        cache=settled.cache,
-        sampler=settled.sampler,
-        attention=attention_backend(attention_of(settled, model.config).name),
-        keep_turned=settled.options.keep_turned,
+        seed=resolved.options.seed,
+        cache=resolved.cache,
+        sampler=resolved.sampler,
+        attention=attention_backend(attention_of(resolved, model.config).name),
+        keep_rotated=resolved.options.keep_rotated,
     )
-    if settled.snapshot is not None:
-        stream.restore(settled.snapshot)
+    if resolved.snapshot is not None:
+        stream.restore(resolved.snapshot)
     return stream
 
 
 def generate(
-    settled: Plan,
+    resolved: Plan,
     stream: Stream,
     embeds: dict[str, Tensor],
     report: Callable[[Progress], None] = lambda progress: None,
@@ -156,20 +156,20 @@ def generate(
     Where `stopped` ended it early, within one pass of the network, how many chunks lead to the
     snapshot it can go on from; 0 without one. However it ends, the file is closed and plays.
     """
-    options, begun = settled.options, stream.state.num_chunks
-    pace = Pace(settled.total, begun, options.device)
+    options, begun = resolved.options, stream.state.num_chunks
+    pace = Pace(resolved.total, begun, options.device)
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
             raise Stopped
 
-    writer, finished = _open_writer(settled, begun), False
-    saver = _Saver(settled, begun, writer)
+    writer, finished = _open_writer(resolved, begun), False
+    saver = _Saver(resolved, begun, writer)
     try:
-        with writer, _handoff(settled, stream, writer) as handoff:
+        with writer, _handoff(resolved, stream, writer) as handoff:
             written = writer.num_images
             try:
-                for chunk in _chunks(settled, stream, embeds, pace, on_pass):
+                for chunk in _chunks(resolved, stream, embeds, pace, on_pass):
                     images = _hand_on(chunk, stream, writer, handoff)
                     done, written = chunk.index + 1, written + images
                     given = stream.state.num_chunks > done  # of a start clip, all is there at once
@@ -182,7 +182,7 @@ def generate(
                 handoff.flush()
                 saver.save(stream)
     finally:
-        _index(writer, options.output, settled.metadata if finished else _metadata(settled))
+        _index(writer, options.output, resolved.metadata if finished else _metadata(resolved))
     if not finished:
         return saver.chunks
     options.snapshot_path.unlink(missing_ok=True)
@@ -195,23 +195,23 @@ def _index(writer: VideoWriter, path: Path, metadata: dict[str, str]) -> None:
         return
     try:
         remux(path, metadata)
-    except Exception as error:  # a full disk; what ended the run is to be told, not this
+    except Exception as error:  # a full disk; what ended the run is to be raised, not this
         _log.warning("%s keeps its index in parts: %s", path, error)
 
 
 def follow(
-    settled: Plan, stream: Stream, embeds: dict[str, Tensor], stopped: Callable[[], bool]
+    resolved: Plan, stream: Stream, embeds: dict[str, Tensor], stopped: Callable[[], bool]
 ) -> bool:
     """What `generate` asks of the network, in a process that another one writes the video for."""
-    pace = Pace(settled.total, stream.state.num_chunks, settled.options.device)
+    pace = Pace(resolved.total, stream.state.num_chunks, resolved.options.device)
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
             raise Stopped
 
     try:
-        for chunk in _chunks(settled, stream, embeds, pace, on_pass):
-            if settled.options.saves_after(chunk.index + 1):
+        for chunk in _chunks(resolved, stream, embeds, pace, on_pass):
+            if resolved.options.saves_after(chunk.index + 1):
                 stream.snapshot()  # which has to be asked for by all
     except Stopped:
         stream.snapshot()
@@ -219,9 +219,9 @@ def follow(
     return True
 
 
-def _handoff(settled: Plan, stream: Stream, writer: VideoWriter) -> Handoff:
+def _handoff(resolved: Plan, stream: Stream, writer: VideoWriter) -> Handoff:
     assert stream.decoder is not None
-    device = settled.options.device
+    device = resolved.options.device
     return Handoff(stream.decoder, lambda images: writer.write(images[0]), device=device)
 
 
@@ -237,17 +237,17 @@ def _hand_on(chunk: Chunk, stream: Stream, writer: VideoWriter, handoff: Handoff
 
 
 def _chunks(
-    settled: Plan,
+    resolved: Plan,
     stream: Stream,
     embeds: dict[str, Tensor],
     pace: Pace,
     on_pass: Callable[[str, int], None],
 ) -> Iterator[Chunk]:
     state = stream.state
-    if settled.options.start is not None and not state.num_chunks:
-        yield from stream.start_from_images(start_images(settled))
-    switches = {prompt.chunk: prompt for prompt in settled.prompts if prompt.chunk}
-    while settled.total is None or state.num_chunks < settled.total:
+    if resolved.options.start is not None and not state.num_chunks:
+        yield from stream.start_from_images(start_images(resolved))
+    switches = {prompt.chunk: prompt for prompt in resolved.prompts if prompt.chunk}
+    while resolved.total is None or state.num_chunks < resolved.total:
         index = state.num_chunks
         if index in switches and not state.chunk_open:
             stream.switch(embeds[switches[index].text], switches[index].switch)
@@ -257,32 +257,32 @@ def _chunks(
         yield Chunk(index=index, latents=latents, images=None)
 
 
-def _open_writer(settled: Plan, chunks: int) -> VideoWriter:
-    options = settled.options
-    format = VideoFormat(width=settled.width, height=settled.height, crf=options.crf)
+def _open_writer(resolved: Plan, chunks: int) -> VideoWriter:
+    options = resolved.options
+    format = VideoFormat(width=resolved.width, height=resolved.height, crf=options.crf)
     if chunks:
-        return VideoWriter.resume(options.output, settled.clock.images_before(chunks), format)
-    return VideoWriter(options.output, format, _metadata(settled), [options.snapshot_path])
+        return VideoWriter.resume(options.output, resolved.clock.images_before(chunks), format)
+    return VideoWriter(options.output, format, _metadata(resolved), [options.snapshot_path])
 
 
-def _metadata(settled: Plan) -> dict[str, str]:
+def _metadata(resolved: Plan) -> dict[str, str]:
     """What an unfinished video carries."""
-    return settled.metadata | ({} if settled.run is None else {RUN: settled.run})
+    return resolved.metadata | ({} if resolved.run is None else {RUN: resolved.run})
 
 
-def start_images(settled: Plan) -> Tensor:
+def start_images(resolved: Plan) -> Tensor:
     """What a run begins with, images [1, T, 3, H, W]."""
-    most = most_start_images(settled.cache)
-    size = {"width": settled.width, "height": settled.height}
-    assert settled.options.start is not None
-    return read_images(settled.options.start, num_images=most, last=True, **size)
+    most = most_start_images(resolved.cache)
+    size = {"width": resolved.width, "height": resolved.height}
+    assert resolved.options.start is not None
+    return read_images(resolved.options.start, num_images=most, last=True, **size)
 
 
 class _Saver:
     """Snapshots of a run, which goes on where one cannot be written."""
 
-    def __init__(self, settled: Plan, begun: int, writer: VideoWriter) -> None:
-        self._settled, self._writer, self._told = settled, writer, False
+    def __init__(self, resolved: Plan, begun: int, writer: VideoWriter) -> None:
+        self._plan, self._writer, self._warned = resolved, writer, False
         self.chunks = begun
         """Chunks that lead to the snapshot that is there; 0 without one."""
 
@@ -292,15 +292,15 @@ class _Saver:
         if not self._writer.num_images:
             return  # before the first chunk the file is still that of another run, or none
         self._writer.sync()  # or a power cut could leave a snapshot of images that are gone
-        snapshot.facts.update({"run": self._settled.record(), RUN: self._settled.run})
+        snapshot.facts.update({"run": self._plan.record(), RUN: self._plan.run})
         try:
-            snapshot.save(self._settled.options.snapshot_path)
+            snapshot.save(self._plan.options.snapshot_path)
             self.chunks = stream.state.num_chunks
         except WriteError as error:
-            self._tell(error)
+            self._warn(error)
 
-    def _tell(self, error: WriteError) -> None:
-        if not self._told:
+    def _warn(self, error: WriteError) -> None:
+        if not self._warned:
             where = f"from chunk {self.chunks} on" if self.chunks else "from its beginning"
             _log.warning(
                 "no snapshot can be written (%s); the video itself goes on, but a run that is "
@@ -308,4 +308,4 @@ class _Saver:
                 error,
                 where,
             )
-        self._told = True
+        self._warned = True

@@ -1,7 +1,7 @@
 """The sliding window of keys and values, with its EMA-Sink.
 
 Attention sees a window of latent frames: a sink, the previous chunks, the current chunk. Keys are
-kept before rotation, so no position grows with the stream, and are turned by their place in the
+kept before rotation, so no position grows with the stream, and are rotated by their place in the
 window once a chunk, when the window has moved. When it is full the oldest chunk leaves, and the
 sink takes it up by an exponential moving average (Reward Forcing, arXiv 2512.04678, sec. 3.2): the
 start of the video is remembered, yet kept fresh.
@@ -9,13 +9,13 @@ start of the video is remembered, yet kept fresh.
 The order of use, once per chunk:
 
     cache.advance()                                         # grow, or let the oldest frames leave
-    turned, v = cache.layer(i).extend(k, turned_k, v)       # in every layer, in every pass
+    rotated, v = cache.layer(i).extend(k, rotated_k, v)       # in every layer, in every pass
 
 Every denoising pass overwrites the same slot and the last, clean pass leaves what later chunks
-see. A chunk that is not made is given up (`abandon`); what left the window for it stays away, as
-the next one needs the room too, unless the window itself is to be written again (`put_back`, which
-`hold` before `advance` makes possible). Under autograd use `cache.snapshot()`, which is never
-written to.
+see. A chunk that is not made is given up (`abandon`). What left the window for it stays away, as
+the next one needs the room too, unless the window itself is to be written again (`undo_eviction`,
+which `backup_sink` before `advance` makes possible). Under autograd use `cache.snapshot()`, which
+is never written to.
 
 Letters: N layers, B batch, W window tokens, L tokens of the slot, H heads, D channels of a head.
 """
@@ -34,16 +34,16 @@ from . import kernels
 from .config import CacheConfig, Grid
 from .rope import Rope, apply_rope, rope_table
 
-_EXACT, _BEFORE = "exact_sink", "before."  # names of `saved()`
+_EXACT, _BEFORE = "exact_sink", "before."  # names in `state_dict()`
 
 
 class LayerWindow(Protocol):
     """What one self-attention layer asks of a cache."""
 
-    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Set the current chunk's keys, the same turned to their places, and its values.
+    def extend(self, k_BLHD: Tensor, rotated_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Set the current chunk's keys, the same rotated to their places, and its values.
 
-        Returns the whole window's turned keys and values, [B, tokens, H, D] each.
+        Returns the whole window's rotated keys and values, [B, tokens, H, D] each.
         """
         ...
 
@@ -65,13 +65,13 @@ class KeyValues(Protocol):
 class KVSnapshot:
     """The context of one chunk, copied: safe to read again when a forward is recomputed."""
 
-    turned_NBWHD: Tensor
+    rotated_NBWHD: Tensor
     v_NBWHD: Tensor
     context_frames: int
 
     def layer(self, index: int) -> LayerWindow:
         """The window of one layer, through which gradients of the current chunk pass."""
-        return _CopiedWindow(self.turned_NBWHD[index], self.v_NBWHD[index])
+        return _CopiedWindow(self.rotated_NBWHD[index], self.v_NBWHD[index])
 
 
 class _CopiedWindow:
@@ -80,73 +80,73 @@ class _CopiedWindow:
     No dataclass, as the other windows: FSDP would look into it for tensors.
     """
 
-    def __init__(self, turned_BWHD: Tensor, v_BWHD: Tensor) -> None:
-        self._context = turned_BWHD, v_BWHD
+    def __init__(self, rotated_BWHD: Tensor, v_BWHD: Tensor) -> None:
+        self._context = rotated_BWHD, v_BWHD
 
-    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        turned, v = self._context
-        return torch.cat([turned, turned_BLHD], dim=1), torch.cat([v, v_BLHD], dim=1)
+    def extend(self, k_BLHD: Tensor, rotated_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        rotated, v = self._context
+        return torch.cat([rotated, rotated_BLHD], dim=1), torch.cat([v, v_BLHD], dim=1)
 
 
-class WrittenWindow:
+class InPlaceWindow:
     """A part of the cache's own memory: the slot is written in place, the window read in place."""
 
-    def __init__(self, k_BWHD: Tensor, turned_BWHD: Tensor, v_BWHD: Tensor, start: int) -> None:
-        self._window, self._start = (k_BWHD, turned_BWHD, v_BWHD), start
+    def __init__(self, k_BWHD: Tensor, rotated_BWHD: Tensor, v_BWHD: Tensor, start: int) -> None:
+        self._window, self._start = (k_BWHD, rotated_BWHD, v_BWHD), start
 
     @property
     def slots(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the chunk's keys, turned keys and values go, [B, L, H, D] each.
+        """Where the chunk's keys, rotated keys and values go, [B, L, H, D] each.
 
         Cut from the window where they are used: a compiler that was given both would lose writes.
         """
-        k, turned, v = (t.narrow(1, self._start, t.shape[1] - self._start) for t in self._window)
-        return k, turned, v
+        k, rotated, v = (t.narrow(1, self._start, t.shape[1] - self._start) for t in self._window)
+        return k, rotated, v
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """The window's turned keys and values, once the slots are written."""
+        """The window's rotated keys and values, once the slots are written."""
         return self._window[1:]
 
-    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, k_BLHD: Tensor, rotated_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         assert not k_BLHD.requires_grad, "under autograd pass cache.snapshot() to the model"
-        for slot, new in zip(self.slots, (k_BLHD, turned_BLHD, v_BLHD), strict=True):
+        for slot, new in zip(self.slots, (k_BLHD, rotated_BLHD, v_BLHD), strict=True):
             slot.copy_(new)
         return self.read()
 
 
-class TurningWindow(WrittenWindow):
-    """The same where turned keys are not kept: the context is turned anew in every pass."""
+class RotatingWindow(InPlaceWindow):
+    """The same where rotated keys are not kept: the context is rotated again in every pass."""
 
     def __init__(
-        self, k_BWHD: Tensor, turned_BWHD: Tensor, v_BWHD: Tensor, start: int, rope: Rope
+        self, k_BWHD: Tensor, rotated_BWHD: Tensor, v_BWHD: Tensor, start: int, rope: Rope
     ) -> None:
-        super().__init__(k_BWHD, turned_BWHD, v_BWHD, start)
+        super().__init__(k_BWHD, rotated_BWHD, v_BWHD, start)
         self._rope = rope
 
     def read(self) -> tuple[Tensor, Tensor]:
-        k, turned, _ = (t[None, :, : self._start] for t in self._window)
-        kernels.rotate_context(k, self._rope, turned)
+        k, rotated, _ = (t[None, :, : self._start] for t in self._window)
+        kernels.rotate_context(k, self._rope, rotated)
         return super().read()
 
 
 @dataclass
-class Held:
-    """A copy of a sink beside the stream, in the host's memory: it is read once in a while."""
+class SinkBackup:
+    """A copy of the sink in the host's memory; it is rarely read."""
 
     tensors: dict[str, Tensor]
     """By the names of `KVCache.sink_tensors`."""
     evictions: int | None = None
-    """How many the sink had seen; None where nothing is held."""
+    """How many the sink had seen; None where there is no copy."""
     copied: torch.cuda.Event | None = None
-    """Recorded behind the copy, where it is made beside the passes."""
+    """Recorded after the copy, where a CUDA stream of its own makes it."""
 
     @classmethod
-    def room_for(cls, tensors: Mapping[str, Tensor]) -> Held:
+    def allocate_like(cls, tensors: Mapping[str, Tensor]) -> SinkBackup:
         """Memory for such tensors; pinned, for those of a card."""
         return cls({name: _host_memory(tensor) for name, tensor in tensors.items()})
 
-    def take(self, tensors: Mapping[str, Tensor], evictions: int) -> None:
-        """Copy the tensors; on a card beside the passes, on a stream of its own."""
+    def save(self, tensors: Mapping[str, Tensor], evictions: int) -> None:
+        """Copy the tensors; on a card on a CUDA stream of its own, while passes run."""
         self.evictions = evictions
         device = next((t.device for t in tensors.values()), None)
         if device is None or device.type != "cuda":
@@ -164,17 +164,19 @@ class Held:
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
 
-    def give(self, tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy back."""
         self.wait()
         for name, tensor in tensors.items():
             _copy_blocks(self.tensors[name], tensor)
 
-    def clone(self) -> Held:
+    def clone(self) -> SinkBackup:
         """An independent copy."""
         if self.copied is not None:
             self.copied.synchronize()
-        return Held({name: tensor.clone() for name, tensor in self.tensors.items()}, self.evictions)
+        return SinkBackup(
+            {name: tensor.clone() for name, tensor in self.tensors.items()}, self.evictions
+        )
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -210,19 +212,19 @@ class KVCache:
     grid: Grid
     k_NBWHD: Tensor
     v_NBWHD: Tensor
-    turned_NBWHD: Tensor
-    """Keys turned to their places; of one layer only, where they are not kept."""
+    rotated_NBWHD: Tensor
+    """Keys rotated to their places; of one layer only, where they are not kept."""
     exact_sink: Tensor | None = None
     """The float32 accumulator, keys then values, [2, N, B, sink tokens, H, D]."""
     num_frames: int = 0
     slot_frames: int = 0
     num_evictions: int = 0
-    made_room: int = 0
-    """Latent frames that left for a chunk which is not made yet."""
+    evicted_frames: int = 0
+    """Latent frames that left the window for a chunk which is not made yet."""
     torn: bool = False
     """An eviction failed half way: window and sink hold neither what was nor what was to be."""
-    before: Held | None = field(default=None, repr=False)
-    """The sink as it was, or is, before the eviction that `hold` was called for."""
+    sink_backup: SinkBackup | None = field(default=None, repr=False)
+    """The sink before the eviction that `backup_sink` was called for."""
     _windows: dict[int, LayerWindow] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -237,24 +239,24 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        keep_turned: bool = True,
+        keep_rotated: bool = True,
     ) -> KVCache:
         """An empty cache: 3 * N * B * W * H * D elements, and nothing more is ever allocated.
 
-        Without `keep_turned` it is a third smaller, and every pass turns the context's keys anew:
-        slower, and the same to the bit.
+        Without `keep_rotated` it is a third smaller, and every pass rotates the context's keys
+        again: slower, and the same to the bit.
         """
         window, sink = (n * grid.frame_tokens for n in (config.window_frames, config.sink_frames))
         rest = (batch, window, num_heads, head_dim)
-        k, v, turned = (
+        k, v, rotated = (
             torch.zeros((layers, *rest), dtype=dtype, device=device)
-            for layers in (num_layers, num_layers, num_layers if keep_turned else 1)
+            for layers in (num_layers, num_layers, num_layers if keep_rotated else 1)
         )
         exact_sink = None
         if config.accumulator == "float32" and dtype != torch.float32:
             shape = (2, num_layers, batch, sink, num_heads, head_dim)
             exact_sink = torch.zeros(shape, dtype=torch.float32, device=device)
-        return cls(config, grid, k, v, turned, exact_sink)
+        return cls(config, grid, k, v, rotated, exact_sink)
 
     @property
     def frame_tokens(self) -> int:
@@ -262,9 +264,9 @@ class KVCache:
         return self.grid.frame_tokens
 
     @property
-    def keeps_turned(self) -> bool:
-        """Whether turned keys are kept from pass to pass."""
-        return self.turned_NBWHD.shape[0] == self.k_NBWHD.shape[0]
+    def keeps_rotated(self) -> bool:
+        """Whether rotated keys are kept from pass to pass."""
+        return self.rotated_NBWHD.shape[0] == self.k_NBWHD.shape[0]
 
     @property
     def context_frames(self) -> int:
@@ -274,7 +276,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor the cache owns."""
-        return sum(t.nbytes for t in self.tensors().values()) + self.turned_NBWHD.nbytes
+        return sum(t.nbytes for t in self.tensors().values()) + self.rotated_NBWHD.nbytes
 
     @torch.no_grad()
     def advance(self, frames: int | None = None) -> None:
@@ -289,20 +291,20 @@ class KVCache:
                 f"a chunk of {frames} latent frames does not fit the {room} frames that the window "
                 f"of {self.config.window_frames} leaves beside its sink; use fewer at a time"
             )
-        self.require_whole()
+        self.require_intact()
         overflow = self.num_frames + frames - self.config.window_frames
         if overflow > 0:
             self._evict(overflow)
-        if self.keeps_turned:  # before the slot counts, as it may fail
+        if self.keeps_rotated:  # before the slot counts, as it may fail
             stop = self.num_frames * self.frame_tokens
-            k, turned = (t[:, :, :stop] for t in (self.k_NBWHD, self.turned_NBWHD))
-            kernels.rotate_context(k, self._rope(0, stop), turned)
+            k, rotated = (t[:, :, :stop] for t in (self.k_NBWHD, self.rotated_NBWHD))
+            kernels.rotate_context(k, self._rope(0, stop), rotated)
         self.num_frames += frames
         self.slot_frames = frames
         self._windows = {}
 
-    def hold(self) -> None:
-        """Keep what the next chunk's eviction will overwrite, so that it can be `put_back`.
+    def backup_sink(self) -> None:
+        """Copy what the next chunk's eviction will overwrite, for `undo_eviction`.
 
         Before `advance`, or earlier where nothing writes to the sink in between. It takes as much
         of the host's memory as the sink of the device's (0.86 GB at 832x480 in bfloat16) and, on
@@ -311,37 +313,37 @@ class KVCache:
         if self.num_frames + self.config.chunk_frames <= self.config.window_frames:
             return
         tensors = self.sink_tensors()
-        if self.before is None or self.before.tensors.keys() != tensors.keys():
-            self.before = Held.room_for(tensors)
-        if self.before.evictions != self.num_evictions:
-            self.before.take(tensors, self.num_evictions)
+        if self.sink_backup is None or self.sink_backup.tensors.keys() != tensors.keys():
+            self.sink_backup = SinkBackup.allocate_like(tensors)
+        if self.sink_backup.evictions != self.num_evictions:
+            self.sink_backup.save(tensors, self.num_evictions)
 
     def set_decay(self, decay: float) -> None:
-        """What the sink keeps at the next eviction; `hold` comes after it, and before that."""
-        assert not self.made_room, "that eviction may still be undone, with the decay it had"
+        """What the sink keeps at the next eviction; call it before `backup_sink`."""
+        assert not self.evicted_frames, "that eviction may still be undone, with its own decay"
         self.config = replace(self.config, decay=decay)
 
     def finish(self) -> None:
         """The chunk in the slot is made."""
-        self.made_room = 0
+        self.evicted_frames = 0
 
     def abandon(self) -> None:
         """The chunk in the slot is not made; the next one takes its place."""
         self.truncate(self.context_frames)
 
-    def put_back(self) -> None:
+    def undo_eviction(self) -> None:
         """Before a recache: as it was before frames left for a chunk that was not made.
 
         The sink is what it was; of the window after it the places are back, and hold nothing.
         """
-        if not self.made_room:
+        if not self.evicted_frames:
             return
         assert not self.slot_frames, "a chunk is made, or given up first"
-        assert self.before is not None, "hold() comes before advance()"
-        self.before.give(self.sink_tensors())
-        self.num_frames += self.made_room
+        assert self.sink_backup is not None, "hold() comes before advance()"
+        self.sink_backup.restore(self.sink_tensors())
+        self.num_frames += self.evicted_frames
         self.num_evictions -= 1
-        self.made_room = 0
+        self.evicted_frames = 0
 
     def layer(self, index: int) -> LayerWindow:
         """The window of one layer, made once a chunk. What it returns are views of the cache.
@@ -360,12 +362,12 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
-        self.num_frames = self.slot_frames = self.num_evictions = self.made_room = 0
+        self.num_frames = self.slot_frames = self.num_evictions = self.evicted_frames = 0
         self.torn = False
-        if self.before is not None:
-            self.before.evictions = None
+        if self.sink_backup is not None:
+            self.sink_backup.evictions = None
 
-    def require_whole(self) -> None:
+    def require_intact(self) -> None:
         """ValueError where an eviction failed half way."""
         if self.torn:
             raise ValueError(
@@ -376,23 +378,28 @@ class KVCache:
     def snapshot(self) -> KVSnapshot:
         """The current chunk's context, copied, for passes under autograd."""
         layers = [self._context(layer) for layer in range(self.k_NBWHD.shape[0])]
-        turned, v = (torch.stack(parts).detach() for parts in zip(*layers, strict=True))
-        return KVSnapshot(turned, v, self.context_frames)
+        rotated, v = (torch.stack(parts).detach() for parts in zip(*layers, strict=True))
+        return KVSnapshot(rotated, v, self.context_frames)
 
     def clone(self) -> KVCache:
         """An independent copy."""
-        k, v, turned = (t.clone() for t in (self.k_NBWHD, self.v_NBWHD, self.turned_NBWHD))
+        k, v, rotated = (t.clone() for t in (self.k_NBWHD, self.v_NBWHD, self.rotated_NBWHD))
         exact = None if self.exact_sink is None else self.exact_sink.clone()
         return replace(
-            self, k_NBWHD=k, v_NBWHD=v, turned_NBWHD=turned, exact_sink=exact, before=self._held()
+            self,
+            k_NBWHD=k,
+            v_NBWHD=v,
+            rotated_NBWHD=rotated,
+            exact_sink=exact,
+            sink_backup=self._cloned_backup(),
         )
 
-    def as_it_stands(self) -> KVCache:
-        """A cache on the same memory whose counts this one does not move."""
-        return replace(self, before=None)
+    def shallow_copy(self) -> KVCache:
+        """A cache on the same memory with counts of its own."""
+        return replace(self, sink_backup=None)
 
     def sink_tensors(self) -> dict[str, Tensor]:
-        """What an eviction overwrites of the sink, by name; nothing of one that never changes."""
+        """What an eviction overwrites of the sink, by name; empty for one that never changes."""
         sink = self.config.sink_frames * self.frame_tokens
         if not sink or self.config.decay == 1:
             return {}
@@ -400,25 +407,25 @@ class KVCache:
         return found if self.exact_sink is None else found | {_EXACT: self.exact_sink}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the cache remembers, by name; turned keys follow from it."""
+        """What the cache remembers, by name; rotated keys follow from it."""
         owned = {"k": self.k_NBWHD, "v": self.v_NBWHD}
         return owned if self.exact_sink is None else owned | {_EXACT: self.exact_sink}
 
     def counts(self) -> list[int]:
         """What it remembers besides."""
-        return [self.num_frames, self.slot_frames, self.num_evictions, self.made_room]
+        return [self.num_frames, self.slot_frames, self.num_evictions, self.evicted_frames]
 
-    def counts_put_back(self) -> list[int]:
-        """The same, had no frame left for a chunk that is not made."""
-        evictions = self.num_evictions - (self.made_room > 0)
-        return [self.num_frames + self.made_room, self.slot_frames, evictions, 0]
+    def counts_before_eviction(self) -> list[int]:
+        """The same, as before the eviction for a chunk that is not made."""
+        evictions = self.num_evictions - (self.evicted_frames > 0)
+        return [self.num_frames + self.evicted_frames, self.slot_frames, evictions, 0]
 
-    def saved(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """`tensors()`, and the sink from before an eviction that may still be undone."""
-        held = self.before.clone().tensors if self.made_room and self.before else {}
+        held = self.sink_backup.clone().tensors if self.evicted_frames and self.sink_backup else {}
         return self.tensors() | {f"{_BEFORE}{name}": tensor for name, tensor in held.items()}
 
-    def check(self, tensors: Mapping[str, Tensor], made_room: int) -> None:
+    def check(self, tensors: Mapping[str, Tensor], evicted_frames: int) -> None:
         """ValueError unless `load` can take over what another cache of these sizes remembers."""
         odd = (self.tensors().keys() ^ _without(tensors, _BEFORE).keys()) - {_EXACT}
         if odd:
@@ -427,7 +434,7 @@ class KVCache:
                 f"{', '.join(sorted(odd))}, the other has not; use the form they were saved in"
             )
         mine = self.tensors()
-        if made_room:
+        if evicted_frames:
             mine |= {f"{_BEFORE}{name}": each for name, each in self.sink_tensors().items()}
         if missing := mine.keys() - tensors.keys() - {_EXACT, f"{_BEFORE}{_EXACT}"}:
             raise ValueError(f"{', '.join(sorted(missing))} of the cache is missing")
@@ -435,73 +442,75 @@ class KVCache:
             require_like(name, tensors[name], mine[name])
 
     def load(self, tensors: Mapping[str, Tensor], counts: Sequence[int]) -> None:
-        """Take over what `check` has found to fit, named as `saved()` names it."""
+        """Take over what `check` has found to fit, with the names of `state_dict()`."""
         self.reset()
-        self.num_frames, self.slot_frames, self.num_evictions, self.made_room = counts
+        self.num_frames, self.slot_frames, self.num_evictions, self.evicted_frames = counts
         _copy_sinks(self.tensors(), _without(tensors, _BEFORE), self.num_evictions)
-        if self.made_room:
-            self.before = Held.room_for(self.sink_tensors())
-            self.before.evictions = self.num_evictions - 1
-            _copy_sinks(self.before.tensors, under(tensors, _BEFORE), self.num_evictions - 1)
+        if self.evicted_frames:
+            self.sink_backup = SinkBackup.allocate_like(self.sink_tensors())
+            self.sink_backup.evictions = self.num_evictions - 1
+            _copy_sinks(
+                self.sink_backup.tensors, strip_prefix(tensors, _BEFORE), self.num_evictions - 1
+            )
 
-    def _held(self) -> Held | None:
-        """What a copy of the cache needs of it: else it is held again before it is needed."""
-        return self.before.clone() if self.before and self.made_room else None
+    def _cloned_backup(self) -> SinkBackup | None:
+        """For a copy of the cache; None where it will be made again before it is needed."""
+        return self.sink_backup.clone() if self.sink_backup and self.evicted_frames else None
 
     def _rope(self, start: int, stop: int) -> Rope:
         frames, head_dim = self.config.window_frames, self.k_NBWHD.shape[-1]
         return rope_table(frames, self.grid, head_dim, self.k_NBWHD.device).tokens(start, stop)
 
     def _context(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Turned keys and values of a layer before the slot."""
+        """Rotated keys and values of a layer before the slot."""
         stop = self.context_frames * self.frame_tokens
         k, v = self.k_NBWHD[layer, :, :stop], self.v_NBWHD[layer, :, :stop]
         return apply_rope(k, self._rope(0, stop)), v
 
     def _window(self, layer: int) -> LayerWindow:
         start, stop = (n * self.frame_tokens for n in (self.context_frames, self.num_frames))
-        turned = self.turned_NBWHD[layer if self.keeps_turned else 0].narrow(1, 0, stop)
+        rotated = self.rotated_NBWHD[layer if self.keeps_rotated else 0].narrow(1, 0, stop)
         k, v = (t[layer].narrow(1, 0, stop) for t in (self.k_NBWHD, self.v_NBWHD))
-        if self.keeps_turned:
-            return WrittenWindow(k, turned, v, start)
-        return TurningWindow(k, turned, v, start, self._rope(0, start))
+        if self.keeps_rotated:
+            return InPlaceWindow(k, rotated, v, start)
+        return RotatingWindow(k, rotated, v, start, self._rope(0, start))
 
     def _evict(self, frames: int) -> None:
         sink = self.config.sink_frames * self.frame_tokens
         leaving = frames * self.frame_tokens
         stop = self.num_frames * self.frame_tokens
-        if self.before is not None:
-            self.before.wait()
+        if self.sink_backup is not None:
+            self.sink_backup.wait()
         self.torn = True
         if self.exact_sink is not None and self.num_evictions == 0:
             for exact, tensor in zip(self.exact_sink, (self.k_NBWHD, self.v_NBWHD), strict=True):
                 exact.copy_(tensor[:, :, :sink])
         if sink and self.config.decay < 1:
-            self._absorb(sink, leaving)
+            self._update_sink(sink, leaving)
         self._close_gap(sink, stop, leaving)
         self.torn = False
         self.num_frames -= frames
         self.num_evictions += 1
-        self.made_room = frames
+        self.evicted_frames = frames
 
     def _close_gap(self, sink: int, stop: int, leaving: int) -> None:
         """Tokens after those that leave move up behind the sink."""
         for tensor in (self.k_NBWHD, self.v_NBWHD):
-            move_up(tensor, sink, stop, leaving)
+            shift_tokens(tensor, sink, stop, leaving)
 
-    def _absorb(self, sink: int, leaving: int) -> None:
+    def _update_sink(self, sink: int, leaving: int) -> None:
         """The next `leaving` tokens into the `sink` first."""
         both, c = (self.k_NBWHD, self.v_NBWHD), self.config
         sinks = both[0][:, :, :sink], both[1][:, :, :sink]
         evicted = both[0][:, :, sink:][:, :, :leaving], both[1][:, :, sink:][:, :, :leaving]
         if sink == leaving and not c.keep_key_norms:
-            kernels.absorb(sinks, evicted, c.decay, self.exact_sink)
+            kernels.update_sink(sinks, evicted, c.decay, self.exact_sink)
             return
         averages = sinks if self.exact_sink is None else self.exact_sink
         for which in range(2):
             parts = zip(sinks[which], evicted[which], averages[which], strict=True)
             for tensor, gone, average in parts:
-                average.copy_(absorb(average, gone, c, self.frame_tokens, keys=which == 0))
+                average.copy_(update_sink(average, gone, c, self.frame_tokens, keys=which == 0))
                 tensor.copy_(average)
 
 
@@ -530,7 +539,7 @@ def _copy_sinks(mine: Mapping[str, Tensor], given: Mapping[str, Tensor], evictio
                 mine[name][:, :, :tokens] = part
 
 
-def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, by what follows it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
@@ -539,14 +548,14 @@ def _without(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
 
 
-def move_up(x_NBWHD: Tensor, start: int, stop: int, by: int) -> None:
+def shift_tokens(x_NBWHD: Tensor, start: int, stop: int, by: int) -> None:
     """Tokens `start + by` to `stop` move to `start` on, in place."""
     for at in range(start, stop - by, by):  # pieces that do not overlap
         end = min(at + by, stop - by)
         x_NBWHD[:, :, at:end] = x_NBWHD[:, :, at + by : end + by]
 
 
-def absorb(
+def update_sink(
     sink_BLHD: Tensor, evicted_BLHD: Tensor, config: CacheConfig, frame_tokens: int, *, keys: bool
 ) -> Tensor:
     """The sink after frames have left into it, in its own dtype; gradients pass.

@@ -8,8 +8,8 @@ weight of (1 - decay), far less than the steps of 8 bits, so there its moving av
 Measured with the bundled student against float32, each pass given the same latents: the flow is off
 by 0.6 % at most, by 1 to 2 % in bfloat16; as many captions are kept as before.
 
-Keys are kept unturned alone. Unpacking passes over them anyhow, and turning them on the way costs
-little more, so turned ones would take as much memory again for nothing.
+Keys are kept unrotated alone. Unpacking passes over them anyhow, and rotating them on the way costs
+little more, so rotated ones would take as much memory again for nothing.
 
 Letters as in `kv_cache`; S tokens of the sink, R tokens of the window after it.
 """
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from .config import CacheConfig, Grid
 from .kernels import quantise_rows
-from .kv_cache import KVCache, LayerWindow, TurningWindow, absorb, move_up
+from .kv_cache import KVCache, LayerWindow, RotatingWindow, shift_tokens, update_sink
 from .rope import Rope, apply_rope
 
 
-class Kept(NamedTuple):
-    """One layer's keys, or values, as they are kept."""
+class Int8Tokens(NamedTuple):
+    """One layer's keys, or values: the sink as it is, the rest in int8."""
 
     sink_BSHD: Tensor
     rows_BRHD: Tensor
@@ -55,14 +55,14 @@ class Kept(NamedTuple):
         return out_BLHD
 
 
-class Int8Window(TurningWindow):
+class Int8Window(RotatingWindow):
     """A layer's window in the scratch that all layers share: read it before the next layer's."""
 
     def __init__(
-        self, scratch_3BWHD: Tensor, start: int, rope: Rope, keys: Kept, values: Kept
+        self, scratch_3BWHD: Tensor, start: int, rope: Rope, keys: Int8Tokens, values: Int8Tokens
     ) -> None:
-        k, turned, v = scratch_3BWHD
-        super().__init__(k, turned, v, start, rope)
+        k, rotated, v = scratch_3BWHD
+        super().__init__(k, rotated, v, start, rope)
         self._start = start
         self._kept = (keys, k), (values, v)
 
@@ -78,7 +78,7 @@ class Int8Window(TurningWindow):
 class Int8KVCache(KVCache):
     """Keys and values in int8, but for the sink.
 
-    `k_NBWHD` and `v_NBWHD` hold what follows the sink; `turned_NBWHD` is a part of the scratch.
+    `k_NBWHD` and `v_NBWHD` hold what follows the sink; `rotated_NBWHD` is a part of the scratch.
     """
 
     scale_2NBRH1: Tensor
@@ -86,7 +86,7 @@ class Int8KVCache(KVCache):
     sink_2NBSHD: Tensor
     """The sink's keys, then values: float32 if that is the accumulator, else as computed."""
     scratch_3BWHD: Tensor
-    """One layer's window unpacked: keys, turned keys, values."""
+    """One layer's window unpacked: keys, rotated keys, values."""
 
     @classmethod
     def allocate(
@@ -100,11 +100,11 @@ class Int8KVCache(KVCache):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        keep_turned: bool = True,
+        keep_rotated: bool = True,
     ) -> Int8KVCache:
         """An empty cache for a network that computes in `dtype`.
 
-        `keep_turned` changes nothing: keys are turned when they are unpacked, in every pass.
+        `keep_rotated` changes nothing: keys are rotated when they are unpacked, in every pass.
         """
         window, sink = (n * grid.frame_tokens for n in (config.window_frames, config.sink_frames))
         sink_dtype = torch.float32 if config.accumulator == "float32" else dtype
@@ -125,7 +125,7 @@ class Int8KVCache(KVCache):
         )  # fmt: skip
 
     @property
-    def keeps_turned(self) -> bool:
+    def keeps_rotated(self) -> bool:
         """Never: they are made in every pass."""
         return False
 
@@ -141,15 +141,15 @@ class Int8KVCache(KVCache):
             self,
             k_NBWHD=self.k_NBWHD.clone(),
             v_NBWHD=self.v_NBWHD.clone(),
-            turned_NBWHD=scratch[1:2],
+            rotated_NBWHD=scratch[1:2],
             scale_2NBRH1=self.scale_2NBRH1.clone(),
             sink_2NBSHD=self.sink_2NBSHD.clone(),
             scratch_3BWHD=scratch,
-            before=self._held(),
+            sink_backup=self._cloned_backup(),
         )
 
     def sink_tensors(self) -> dict[str, Tensor]:
-        """What an eviction overwrites of the sink, by name; nothing of one that never changes."""
+        """What an eviction overwrites of the sink, by name; empty for one that never changes."""
         changes = self.config.sink_frames and self.config.decay < 1
         return {"sink": self.sink_2NBSHD} if changes else {}
 
@@ -157,9 +157,9 @@ class Int8KVCache(KVCache):
         """What the cache remembers, by name."""
         return super().tensors() | {"scale": self.scale_2NBRH1, "sink": self.sink_2NBSHD}
 
-    def _kept(self, layer: int) -> tuple[Kept, Kept]:
+    def _kept(self, layer: int) -> tuple[Int8Tokens, Int8Tokens]:
         keys, values = (
-            Kept(sink[layer], rows[layer], scale[layer])
+            Int8Tokens(sink[layer], rows[layer], scale[layer])
             for sink, rows, scale in zip(
                 self.sink_2NBSHD, (self.k_NBWHD, self.v_NBWHD), self.scale_2NBRH1, strict=True
             )
@@ -179,12 +179,12 @@ class Int8KVCache(KVCache):
 
     def _close_gap(self, sink: int, stop: int, leaving: int) -> None:
         for tensor in (self.k_NBWHD, self.v_NBWHD, *self.scale_2NBRH1):
-            move_up(tensor, 0, stop - sink, leaving)
+            shift_tokens(tensor, 0, stop - sink, leaving)
 
-    def _absorb(self, sink: int, leaving: int) -> None:
+    def _update_sink(self, sink: int, leaving: int) -> None:
         for layer in range(self.k_NBWHD.shape[0]):
             for kept, is_keys in zip(self._kept(layer), (True, False), strict=True):
                 rows, scale = kept.rows_BRHD[:, :leaving], kept.scale_BRH1[:, :leaving]
                 gone, sink_BSHD = rows * scale, kept.sink_BSHD
-                average = absorb(sink_BSHD, gone, self.config, self.frame_tokens, keys=is_keys)
+                average = update_sink(sink_BSHD, gone, self.config, self.frame_tokens, keys=is_keys)
                 sink_BSHD.copy_(average)

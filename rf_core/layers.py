@@ -19,10 +19,10 @@ from . import kernels
 from .attention import Attention
 from .config import ModelConfig
 from .fp8 import takes_rows
-from .joint import joint_linear
+from .fused_linear import fused_linear
 from .kernels import reference
 from .kernels.reference import FP8, Rows, add_gated
-from .kv_cache import LayerWindow, WrittenWindow
+from .kv_cache import InPlaceWindow, LayerWindow
 from .operations import is_plain_linear, is_watched
 from .rope import Rope
 
@@ -86,7 +86,7 @@ class Projections(nn.Module):
         self.norm_k = operations.RMSNorm(config.dim, eps=config.eps, **factory)
 
     def queries(self, x_BLC: Tensor | Rows, rope: Rope | None = None) -> Tensor:
-        """[B, L, C] -> [B, L, H, D], turned where places are given."""
+        """[B, L, C] -> [B, L, H, D], rotated where places are given."""
         return self._normed_heads(self.norm_q, self.q(x_BLC), rope)
 
     def keys_values(self, x_BLC: Tensor | Rows) -> tuple[Tensor, Tensor]:
@@ -118,15 +118,15 @@ class SelfAttention(Projections):
         k, v = self._in_window(k, v, rope, window)
         return self.output(attention(q, k, v))
 
-    def seen(
+    def extend_window(
         self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None
     ) -> tuple[Tensor, Tensor]:
-        """Turned keys and values of the window with these tokens in it, [B, tokens, H, D] each."""
+        """Rotated keys and values of the window with these tokens in it, [B, tokens, H, D] each."""
         return self._in_window(self.k(x_BLC), self.v(x_BLC), rope, window)
 
     def _projected(self, x_BLC: Tensor | Rows, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Turned queries [B, L, H, D]; keys and values before all else, [B, L, C] each."""
-        joint = joint_linear(x_BLC, self.q, self.k, self.v)
+        """Rotated queries [B, L, H, D]; keys and values before all else, [B, L, C] each."""
+        joint = fused_linear(x_BLC, self.q, self.k, self.v)
         if joint is None:
             return self.queries(x_BLC, rope), self.k(x_BLC), self.v(x_BLC)
         q, k, v = joint
@@ -136,13 +136,13 @@ class SelfAttention(Projections):
         self, k_BLC: Tensor, v_BLC: Tensor, rope: Rope, window: LayerWindow | None
     ) -> tuple[Tensor, Tensor]:
         norm = self.norm_k
-        if isinstance(window, WrittenWindow) and is_plain(norm):
+        if isinstance(window, InPlaceWindow) and is_plain(norm):
             assert not k_BLC.requires_grad, "under autograd pass cache.snapshot() to the model"
             kernels.write_keys_values(k_BLC, v_BLC, norm.weight, norm.eps, rope, *window.slots)
             return window.read()
         k, v = self._normed_heads(norm, k_BLC), self._heads(v_BLC)
-        turned = kernels.rotate(k, rope)
-        return (turned, v) if window is None else window.extend(k, turned, v)
+        rotated = kernels.rotate(k, rope)
+        return (rotated, v) if window is None else window.extend(k, rotated, v)
 
 
 class CrossAttention(Projections):
@@ -202,13 +202,13 @@ class Block(nn.Module):
         # Whoever recomputes blocks keeps what goes between them: that is to be one tensor.
         return add_gated(*last) if torch.is_grad_enabled() else last
 
-    def remember(
+    def write_cache(
         self, x_BLC: Tensor | Residual, time: Tensor | Modulations, rope: Rope, window: LayerWindow
     ) -> None:
         """Leave this block's keys and values in the window, and go no further."""
         m = time if isinstance(time, Modulations) else self._modulations(time)
         _, h = self._first_norm(x_BLC, m)
-        self.self_attn.seen(h, rope, window)
+        self.self_attn.extend_window(h, rope, window)
 
     def _first_norm(self, x_BLC: Tensor | Residual, m: Modulations) -> tuple[Tensor, Tensor | Rows]:
         attn = self.self_attn

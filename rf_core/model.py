@@ -72,9 +72,9 @@ class Network(Protocol):
         grid: Grid,
         dtype: torch.dtype,
         device: torch.device | str,
-        keep_turned: bool,
+        keep_rotated: bool,
     ) -> KVCache: ...
-    def remember(
+    def write_cache(
         self,
         x: Tensor,
         time: TimeContext,
@@ -173,7 +173,7 @@ class WanModel(nn.Module):
         grid: Grid,
         dtype: torch.dtype,
         device: torch.device | str,
-        keep_turned: bool = True,
+        keep_rotated: bool = True,
     ) -> KVCache:
         """An empty cache for a stream of this network; see `KVCache.allocate`."""
         kind = Int8KVCache if config.storage == "int8" else KVCache
@@ -186,7 +186,7 @@ class WanModel(nn.Module):
             head_dim=self.config.head_dim,
             dtype=dtype,
             device=device,
-            keep_turned=keep_turned,
+            keep_rotated=keep_rotated,
         )
 
     def forward(
@@ -212,7 +212,7 @@ class WanModel(nn.Module):
             tokens = block(tokens, at, kv, rope, window, attention)
         return self._unpatchify(self.head(tokens, context.head), self._grid(x))
 
-    def remember(
+    def write_cache(
         self,
         x: Tensor,
         time: Tensor | TimeContext,
@@ -229,7 +229,7 @@ class WanModel(nn.Module):
             if index < last:
                 tokens = block(tokens, at, kv, rope, cache.layer(index), attention)
             else:
-                block.remember(tokens, at, rope, cache.layer(index))  # type: ignore[operator]
+                block.write_cache(tokens, at, rope, cache.layer(index))  # type: ignore[operator]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -311,7 +311,7 @@ def pad_prompt(prompt_embeds_BSD: Tensor, config: ModelConfig) -> Tensor:
 
 
 def fingerprint_of(modulation: Tensor) -> str:
-    """A checkpoint's mark, by the modulation of its first block.
+    """A checkpoint's fingerprint, by the modulation of its first block.
 
     That is small, differs between trainings, and is left alone by quantisation; bfloat16 makes it
     the same for every wider dtype it is kept in.

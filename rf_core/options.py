@@ -1,4 +1,4 @@
-"""One run, settled: what is asked for, checked, before anything large is loaded.
+"""One run, resolved: what is asked for, checked, before anything large is loaded.
 
 `Options` are what a user says, a `Plan` is what a run does. What is left to choose, `auto`, is
 chosen by what the memory holds.
@@ -99,11 +99,11 @@ class Options:
     offload: OffloadMode | Literal["auto"] = "none"
     """`stream` where the student's layers stay in host memory and are copied ahead of use."""
     text_offload: OffloadMode = "none"
-    """The same for the text encoder's; settled with `auto`."""
+    """The same for the text encoder's; chosen with `auto`."""
     keeps_text: bool = False
     """Whether the text encoder stays while the stream runs, for prompts to come."""
-    keep_turned: bool = True
-    """Whether the cache keeps turned keys, a third of its size; settled with `auto`."""
+    keep_rotated: bool = True
+    """Whether the cache keeps rotated keys, a third of its size; chosen with `auto`."""
     crf: int = 18
     """Quality of the MP4: 0 is lossless, 51 the worst."""
     snapshot_every: int | None = None
@@ -126,9 +126,9 @@ class Options:
         return possible if self.graphs == "auto" else self.graphs
 
     @property
-    def settled_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         """`dtype`, where nothing is left to choose."""
-        assert self.dtype != "auto", "plan() settles it"
+        assert self.dtype != "auto", "plan() resolves it"
         return self.dtype
 
     @property
@@ -139,7 +139,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run with everything settled that can be settled without its weights."""
+    """A run with everything resolved that can be without its weights."""
 
     options: Options
     model: ModelConfig
@@ -186,7 +186,7 @@ class Plan:
             "height": self.height,
             "cache": asdict(self.cache),
             "sampler": asdict(self.sampler),
-            "dtype": str(options.settled_dtype).removeprefix("torch."),
+            "dtype": str(options.torch_dtype).removeprefix("torch."),
             "attention": options.attention,
             "weights": options.weights,
             "crf": options.crf,
@@ -224,7 +224,7 @@ def plan(options: Options) -> Plan:
     made = _made(options, snapshot)
     if options.dtype == "auto":
         options = replace(options, dtype=_dtype(options.device, checkpoint.config, made))
-    settled = Plan(
+    resolved = Plan(
         options=options,
         model=checkpoint.config,
         cache=cache,
@@ -238,8 +238,8 @@ def plan(options: Options) -> Plan:
         run=uuid4().hex if snapshot is None else snapshot.facts.get(RUN),
         clip_chunks=clip_chunks,
     )
-    _check_resume(settled, made)
-    return _placed(settled)
+    _check_resume(resolved, made)
+    return _placed(resolved)
 
 
 def most_start_images(cache: CacheConfig) -> int:
@@ -255,18 +255,18 @@ def _clip_chunks(start: Path, cache: CacheConfig) -> int:
     return max(1, ChunkClock(chunk_frames=cache.chunk_frames).chunk_at_image(images))
 
 
-def _sizes_of(settled: Plan) -> Sizes:
+def _sizes_of(resolved: Plan) -> Sizes:
     """What the memory of a run depends on."""
-    options = settled.options
+    options = resolved.options
     return Sizes(
-        model=settled.model,
-        height=settled.height,
-        width=settled.width,
-        cache=settled.cache,
-        keep_turned=options.keep_turned,
+        model=resolved.model,
+        height=resolved.height,
+        width=resolved.width,
+        cache=resolved.cache,
+        keep_rotated=options.keep_rotated,
         linear_bytes=1 if options.weights == "fp8" else None,
-        sampler=settled.sampler,
-        dtype=options.settled_dtype,
+        sampler=resolved.sampler,
+        dtype=options.torch_dtype,
         decoder=decoder_config(options.files.vae),
         device=torch.device(options.device).type,
         text=text_sizes(options.files.text_encoder),
@@ -275,18 +275,18 @@ def _sizes_of(settled: Plan) -> Sizes:
     )
 
 
-def _placed(settled: Plan) -> Plan:
+def _placed(resolved: Plan) -> Plan:
     """The run with nothing left to choose. ValueError where no choice fits the memory."""
-    options = settled.options
+    options = resolved.options
     group = None if options.group_frames == "auto" else options.group_frames
     mode = None if options.offload == "auto" else options.offload
     if options.group_frames != "auto" and mode is not None:
-        return settled
+        return resolved
     if options.group_frames is None:
-        group = settled.cache.chunk_frames
+        group = resolved.cache.chunk_frames
     must = options.graphs is True
     chosen = fit(
-        _sizes_of(settled),
+        _sizes_of(resolved),
         free_bytes(options.device),
         group_frames=group,
         offload="none" if must else mode,
@@ -295,7 +295,7 @@ def _placed(settled: Plan) -> Plan:
     placed = dict(vars(chosen.placement))
     if placed.pop("unrecorded"):
         placed["graphs"] = False
-    return replace(settled, options=replace(options, **placed), fit=chosen)
+    return replace(resolved, options=replace(options, **placed), fit=chosen)
 
 
 def _check_values(options: Options) -> None:
@@ -381,8 +381,8 @@ def _dtype(device: str, model: ModelConfig, made: dict[str, Any] | None) -> torc
     return begun if isinstance(begun, torch.dtype) else preferred_dtype(device, model)
 
 
-def _check_resume(settled: Plan, made: dict[str, Any] | None) -> None:
-    options, snapshot = settled.options, settled.snapshot
+def _check_resume(resolved: Plan, made: dict[str, Any] | None) -> None:
+    options, snapshot = resolved.options, resolved.snapshot
     if not options.resume or not (snapshot or options.output.exists()):
         return
     done, fixed = 0, 1
@@ -391,7 +391,7 @@ def _check_resume(settled: Plan, made: dict[str, Any] | None) -> None:
         fixed = done + snapshot.facts["chunk_open"]  # chunks whose prompts cannot change
     if made is None:
         raise ValueError(f"{options.output} was not made by this command; --overwrite it instead")
-    wanted = json.loads(json.dumps(settled.record()))
+    wanted = json.loads(json.dumps(resolved.record()))
     for name, value in wanted.items():
         before = made.get(name, value)  # older videos record fewer
         if name == "prompts":
@@ -401,7 +401,7 @@ def _check_resume(settled: Plan, made: dict[str, Any] | None) -> None:
                 f"{options.output} was begun with {name} {before}, now it is {value}; "
                 "resume with what it was begun with, or --overwrite it"
             )
-    if settled.total is not None and settled.total < done:
+    if resolved.total is not None and resolved.total < done:
         raise ValueError(f"{options.output} has {done} chunks already; ask for more than {done}")
 
 

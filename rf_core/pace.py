@@ -1,4 +1,4 @@
-"""How a run goes on: where each chunk's time went, and what is said of it."""
+"""How a run goes on: where each chunk's time went, and the line that is printed of it."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ LARGEST_PICTURE = 2**26
 """Pixels of a picture to start from: 8192 squared, where some bytes may promise any number."""
 LARGEST_WINDOW = 1024
 """Latent frames attention sees: as many positions in time as Wan 2.1's rotary table has."""
-LARGEST_WIDTH, MOST_LAYERS, LONGEST_TEXT, MOST_STEPS = 2**17, 1000, 4096, 1000
+LARGEST_WIDTH, MAX_LAYERS, LONGEST_TEXT, MAX_STEPS = 2**17, 1000, 4096, 1000
 """Channels, blocks, a prompt's tokens and a schedule's steps: far above any network's; what is
 above that in a file is damage, and would be allocated."""
 LONGEST_TIMELINE = 300_000
 """Characters of a timeline's text: some 370 prompts of 800, which no model reads to the end."""
-MOST_LINES = 3000
+MAX_LINES = 3000
 """Lines, or entries, of a timeline, each of which takes some 30 us to read; a server waits."""
 
 

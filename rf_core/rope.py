@@ -1,6 +1,6 @@
 """Rotary positions over time, height and width.
 
-Wan splits each head's channels in three and turns every part by one axis' position, pairs of
+Wan splits each head's channels in three and rotates every part by one axis' position, pairs of
 neighbouring channels at a time. Positions are relative to the attention window, so a table of
 `window_frames` frames serves a stream of any length.
 
@@ -29,7 +29,7 @@ class Rope(NamedTuple):
     unit_LP: Tensor | None
     """cos + i sin, complex64; on the CPU alone."""
     matrix_LP22: Tensor | None = None
-    """[[cos, -sin], [sin, cos]] in float32, where comfy-kitchen turns (`kernels.kitchen`)."""
+    """[[cos, -sin], [sin, cos]] in float32, where comfy-kitchen rotates (`kernels.kitchen`)."""
 
     def tokens(self, start: int, stop: int) -> Rope:
         """The part of the table for tokens `start` to `stop`."""
@@ -37,7 +37,7 @@ class Rope(NamedTuple):
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Pairs of channels turned by time, height and width."""
+    """Pairs of channels rotated by time, height and width."""
     pairs, third = head_dim // 2, head_dim // 6
     return pairs - 2 * third, third, third
 
@@ -74,8 +74,8 @@ def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:
     pairs = x_BLHD.float().unflatten(-1, (-1, 2))
     # On the CPU products are vectorised, and strided halves are not; a compiler knows these alone.
     if rope.unit_LP is not None and not torch.compiler.is_compiling():
-        turned = torch.view_as_complex(pairs) * rope.unit_LP.unsqueeze(1)
-        return torch.view_as_real(turned).flatten(-2).to(x_BLHD.dtype)
+        rotated = torch.view_as_complex(pairs) * rope.unit_LP.unsqueeze(1)
+        return torch.view_as_real(rotated).flatten(-2).to(x_BLHD.dtype)
     (real, imaginary), (cos, sin) = pairs.unbind(-1), (part[:, None] for part in rope[:2])
     halves = (real * cos - imaginary * sin, real * sin + imaginary * cos)
     return torch.stack(halves, dim=-1).flatten(-2).to(x_BLHD.dtype)

@@ -23,11 +23,11 @@ LSEAttention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """An attention that also returns the log of each query's sum of exponentials, [B, H, L]."""
 
 TILE = 128  # queries of a block: FlashAttention's and cuDNN's kernels at 128 channels a head
-LEAST_KEYS = 2048
+MIN_KEYS = 2048
 """With fewer keys half a wave is not worth joining the results: on an H100 a block takes in 2048 of
 them in about 30 us, and what is joined at 480x832 moves for about 15."""
 
-MOST_PARTS = 8  # an eighth of a wave is left of the tail; more parts are more to merge
+MAX_PARTS = 8  # an eighth of a wave is left of the tail; more parts are more to merge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def plan_split(batch: int, queries: int, heads: int, processors: int) -> TailSpl
     first = waves * processors // columns
     if not 0 < first < tiles:
         return None
-    parts = min(MOST_PARTS, processors // ((tiles - first) * columns))
+    parts = min(MAX_PARTS, processors // ((tiles - first) * columns))
     return TailSplit(start=first * TILE, parts=parts) if parts > 1 else None
 
 
@@ -102,7 +102,7 @@ def processors_of(device: torch.device) -> int:
 
 
 def _worthwhile_split(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> TailSplit | None:
-    if k_BSHD.shape[1] < LEAST_KEYS:
+    if k_BSHD.shape[1] < MIN_KEYS:
         return None
     if torch.is_grad_enabled() and q_BLHD.requires_grad:
         return None  # none flows through the logarithms

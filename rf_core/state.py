@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .config import CacheConfig
 from .decoders.decoder import DecoderState
-from .kv_cache import KVCache, under
+from .kv_cache import KVCache, strip_prefix
 from .prompts import Interpolation
 from .weights.files import CheckpointError, parse_json, read_weights
 from .writing import whole_file
@@ -54,7 +54,7 @@ class Blend:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unsettled:
+class PendingCleanPass:
     """A chunk whose clean pass is still to be run."""
 
     latents: Tensor
@@ -82,7 +82,7 @@ class StreamState:
     """The prompt [B, S, D] of a recache that was stopped; until it is done, the window is mixed."""
     chunk_open: bool = False
     """A chunk was begun and is not made: what its beginning asked for may have been done."""
-    unsettled: Unsettled | None = None
+    pending_clean_pass: PendingCleanPass | None = None
     """The last chunk, until a clean pass over it has rewritten its cache slot."""
     first_latents: Tensor | None = None
     """Clean latents that seeded the sink, [B, C, <= sink frames, h, w]."""
@@ -95,7 +95,7 @@ class StreamState:
         self.cache.reset()
         self.recache_due = self.chunk_open = False
         self.blend = self.half_recached = None
-        self.unsettled = self.first_latents = self.last_latents = self.decoder = None
+        self.pending_clean_pass = self.first_latents = self.last_latents = self.decoder = None
 
     def clone(self) -> StreamState:
         """An independent copy.
@@ -153,16 +153,16 @@ class Snapshot:
 
 
 def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False) -> Snapshot:
-    """The snapshot of a settled state; `facts` of the owner are kept beside its own.
+    """The snapshot of a state after the clean pass; `facts` of the owner are kept beside its own.
 
     ValueError where it is to be exact and a failure left the decoder's state spent, or the cache
     torn.
     """
-    settled = state.unsettled is None and state.half_recached is None
-    assert settled, "a snapshot holds the cache after the clean pass"
+    is_clean = state.pending_clean_pass is None and state.half_recached is None
+    assert is_clean, "a snapshot holds the cache after the clean pass"
     cache, blend, decoder = state.cache, state.blend, state.decoder
     if not compact:
-        cache.require_whole()
+        cache.require_intact()
     tensors: dict[str, Tensor | None] = {
         "prompt_embeds": state.prompt_embeds,
         "first_latents": state.first_latents,
@@ -171,7 +171,7 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
     if blend is not None:
         tensors |= {"blend.start": blend.start, "blend.target": blend.target}
     if not compact:
-        tensors |= {f"{_CACHE}{name}": tensor for name, tensor in cache.saved().items()}
+        tensors |= {f"{_CACHE}{name}": tensor for name, tensor in cache.state_dict().items()}
         if decoder is not None:
             decoder.require_unspent()
             tensors |= {f"{_DECODER}{name}": tensor for name, tensor in decoder.tensors.items()}
@@ -183,7 +183,7 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "recache_due": state.recache_due,
         "chunk_open": state.chunk_open and not compact,
         "cache": asdict(cache.config),
-        "frames": cache.counts_put_back() if compact else cache.counts(),
+        "frames": cache.counts_before_eviction() if compact else cache.counts(),
         "blend": None if blend is None else [blend.num_chunks, blend.done, blend.interpolation],
         "decoder_frames": None if decoder is None else decoder.num_frames,
     }
@@ -205,7 +205,7 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
     }
     decoder = None
     if not snapshot.compact and facts["decoder_frames"] is not None:
-        decoder = DecoderState(under(tensors, _DECODER), facts["decoder_frames"])
+        decoder = DecoderState(strip_prefix(tensors, _DECODER), facts["decoder_frames"])
     blend = None
     if facts["blend"] is not None:
         num_chunks, done, interpolation = facts["blend"]
@@ -232,7 +232,7 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
     cache.reset()
     cache.set_decay(cache_config_of(snapshot).decay)
     if not snapshot.compact:
-        cache.load(under(snapshot.tensors, _CACHE), _counts(facts))
+        cache.load(strip_prefix(snapshot.tensors, _CACHE), _counts(facts))
     return state
 
 
@@ -275,13 +275,13 @@ def check(
             ("last_latents", config.window_frames - config.sink_frames),
         )
     ]
-    num_frames, slot, evictions, made_room = counts = _counts(facts)
-    fits = 0 <= slot <= num_frames and evictions >= 0 and 0 <= made_room <= config.chunk_frames
-    fits = fits and num_frames + made_room <= config.window_frames
+    num_frames, slot, evictions, evicted_frames = counts = _counts(facts)
+    fits = 0 <= slot <= num_frames and evictions >= 0 and 0 <= evicted_frames <= config.chunk_frames
+    fits = fits and num_frames + evicted_frames <= config.window_frames
     _require(fits, f"a window of {config.window_frames} frames cannot hold {counts}")
-    _require(num_frames + made_room <= sum(held), "its latents are not of its window")
+    _require(num_frames + evicted_frames <= sum(held), "its latents are not of its window")
     if not snapshot.compact:
-        cache.check(under(tensors, _CACHE), made_room)
+        cache.check(strip_prefix(tensors, _CACHE), evicted_frames)
     if facts["decoder_frames"] is not None:
         frames = facts["decoder_frames"]
         _require(type(frames) is int and frames >= 0, f"its decoder has seen {frames} frames")
@@ -318,14 +318,14 @@ def _counts(facts: Mapping[str, Any]) -> tuple[int, int, int, int]:
     """What `KVCache.counts` gave; older snapshots have three, and a chunk that was given up."""
     found = facts["frames"]
     _require(len(found) in (3, 4) and all(type(n) is int for n in found), f"frames are {found}")
-    num_frames, slot, evictions, made_room = (*found, 0)[:4]
+    num_frames, slot, evictions, evicted_frames = (*found, 0)[:4]
     if len(found) == 3 and facts["chunk_open"]:
         return num_frames - slot, 0, evictions, 0
-    return num_frames, slot, evictions, made_room
+    return num_frames, slot, evictions, evicted_frames
 
 
 @contextmanager
-def taking_over() -> Iterator[None]:
+def snapshot_errors() -> Iterator[None]:
     """Around what reads a snapshot's facts and tensors: ValueError where they make no sense."""
     try:
         yield

@@ -1,6 +1,6 @@
 """A live session with hands on it, and one made again from its log: `generate --live`, `--replay`.
 
-What is typed is read in a thread of its own and submitted as it comes; another one tells what
+What is typed is read in a thread of its own and submitted as it comes; another one prints what
 happens. The session runs in the caller's. The recording lies at the output, its branches and its
 log beside it.
 """
@@ -23,18 +23,27 @@ from torch import Tensor
 from .config import FPS
 from .fast.graphs import GraphedModel
 from .generate import open_networks, open_stream, open_text_encoder, start_images
-from .live.buffers import Behind, Picture
+from .live.buffers import Picture, ReaderLagged
 from .live.commands import Command, Schedule, Stop
 from .live.commands import Resume as GoOn
 from .live.history import Limits
-from .live.lines import Asked, Now, Question, help_lines, read_line, shorten, shown, told
+from .live.lines import (
+    LineContext,
+    ParsedLine,
+    Question,
+    describe_event,
+    help_lines,
+    printable,
+    read_line,
+    shorten,
+)
 from .live.log import Log
 from .live.maker import Encode, SetLora
 from .live.osc import OscServer
 from .live.record import VideoRecorder
-from .live.replay import Differs, replay_log
+from .live.replay import ReplayMismatch, replay_log
 from .live.session import Session, Status
-from .live.transition import MOST_COMING
+from .live.transition import MAX_COMING
 from .memory.placement import free_bytes
 from .model import Network, WanModel
 from .options import Files, Options, Plan
@@ -46,11 +55,11 @@ from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 from .weights.strengths import Strengths, names_of
 
-Tell = Callable[[str], None]
+PrintLine = Callable[[str], None]
 """Shows a line to whoever runs this."""
 
 _LONGEST_LINE = 65_536  # bytes; the longest prompt takes two thirds
-_MOST_ENDS = 20  # times that a terminal may end its input; one that is gone does nothing else
+_MAX_ENDS = 20  # times that a terminal may end its input; one that is gone does nothing else
 _SHARE = 0.5  # of the RAM that is free, at most, for the past
 
 
@@ -59,7 +68,7 @@ class _Ended(Exception):  # noqa: N818  # not an error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class LiveSetup:
     """What a session, or its replay, is made with."""
 
     stream: Stream
@@ -80,20 +89,20 @@ def log_path(output: Path) -> Path:
     return output.with_suffix(".jsonl")
 
 
-def check_live(settled: Plan) -> None:
+def check_live(resolved: Plan) -> None:
     """ValueError where what is planned is no live session, or would write over another's files."""
-    options = settled.options
-    if len(settled.prompts) - 1 > MOST_COMING:
+    options = resolved.options
+    if len(resolved.prompts) - 1 > MAX_COMING:
         raise ValueError(
-            f"the timeline has {len(settled.prompts)} prompts; a live session is given at most "
-            f"{MOST_COMING + 1} beforehand"
+            f"the timeline has {len(resolved.prompts)} prompts; a live session is given at most "
+            f"{MAX_COMING + 1} beforehand"
         )
     _check_beside(options, [log_path(options.output)])
 
 
-def check_replay(settled: Plan) -> None:
+def check_replay(resolved: Plan) -> None:
     """ValueError where a replay would write over another's files."""
-    _check_beside(settled.options, [])
+    _check_beside(resolved.options, [])
 
 
 def _check_beside(options: Options, others: list[Path]) -> None:
@@ -107,37 +116,37 @@ def _check_beside(options: Options, others: list[Path]) -> None:
         )
 
 
-def open_live(settled: Plan) -> Opened:
+def open_live(resolved: Plan) -> LiveSetup:
     """All that a session needs; the text encoder stays."""
-    encoder = open_text_encoder(settled.options)
-    first = settled.prompts[0].text
-    return _open(settled, first, lambda text: encoder.encode([text]).cpu())
+    encoder = open_text_encoder(resolved.options)
+    first = resolved.prompts[0].text
+    return _open(resolved, first, lambda text: encoder.encode([text]).cpu())
 
 
-def open_replay(settled: Plan, log: Log) -> Opened:
+def open_replay(resolved: Plan, log: Log) -> LiveSetup:
     """All that a log asks for; the text encoder is gone when this returns."""
-    embeds = encode_prompts(log.texts, partial(open_text_encoder, settled.options))
-    return _open(settled, log.start.prompt, embeds.__getitem__)
+    embeds = encode_prompts(log.texts, partial(open_text_encoder, resolved.options))
+    return _open(resolved, log.header.prompt, embeds.__getitem__)
 
 
-def _open(settled: Plan, first: str, encode: Encode) -> Opened:
+def _open(resolved: Plan, first: str, encode: Encode) -> LiveSetup:
     embeds = {first: encode(first)}
-    model, decoder = open_networks(settled)
-    embeds[settled.prompts[0].text] = embeds[first]  # of a log, with white space of its own
-    stream = open_stream(settled, model, decoder, embeds)
-    loras = names_of(settled.options.files.loras)
-    return Opened(
+    model, decoder = open_networks(resolved)
+    embeds[resolved.prompts[0].text] = embeds[first]  # of a log, with white space of its own
+    stream = open_stream(resolved, model, decoder, embeds)
+    loras = names_of(resolved.options.files.loras)
+    return LiveSetup(
         stream=stream,
         encode=encode,
-        clip=None if settled.options.start is None else _clip(settled, stream),
+        clip=None if resolved.options.start is None else _clip(resolved, stream),
         loras={name: lora.strength for name, lora in loras.items()},
-        set_lora=_set_lora(settled.options, model, loras) if loras else None,
+        set_lora=_set_lora(resolved.options, model, loras) if loras else None,
     )
 
 
-def _clip(settled: Plan, stream: Stream) -> Tensor:
+def _clip(resolved: Plan, stream: Stream) -> Tensor:
     assert stream.decoder is not None
-    images = start_images(settled)
+    images = start_images(resolved)
     frames = stream.cache_config.chunk_frames
     return stream.decoder.encode(start_clip(images, stream.decoder, frames))
 
@@ -163,10 +172,10 @@ def _refuse_strength(why: str, name: str, strength: float) -> None:
 
 
 def run_live(
-    settled: Plan,
-    opened: Opened,
+    resolved: Plan,
+    setup: LiveSetup,
     *,
-    tell: Tell,
+    print_line: PrintLine,
     typed: RawIOBase | None,
     stopped: Callable[[], bool] = lambda: False,
     rate: float | None = FPS,
@@ -177,30 +186,30 @@ def run_live(
     `typed` is where lines are read from, and `osc` the host and port to listen on for messages;
     None for neither. OSError and ValueError where the recording or OSC cannot be.
     """
-    output, recorder = settled.options.output, _recorder(settled)
+    output, recorder = resolved.options.output, _recorder(resolved)
     session = Session(
-        opened.stream,
-        opened.encode,
-        prompt=settled.prompts[0].text,
-        loras=opened.loras,
+        setup.stream,
+        setup.encode,
+        prompt=resolved.prompts[0].text,
+        loras=setup.loras,
         recorder=recorder,
         log=log_path(output),
         limits=_limits(),
         rate=rate,
-        **opened.named(),
+        **setup.named(),
     )
-    for later in settled.prompts[1:]:
+    for later in resolved.prompts[1:]:
         session.submit(Schedule(chunk=later.chunk, text=later.text, mode=later.switch))
-    hand = _Hand(session, tell, typed, stopped, alone=osc is None)
+    hand = _Terminal(session, print_line, typed, stopped, alone=osc is None)
     try:
         with _listening(session, osc) as server, hand:
             if server is not None:
-                tell(f"OSC on {server.host}:{server.port}")
-            session.run(hand.on_pass, hand.on_idle, settled.total)
+                print_line(f"OSC on {server.host}:{server.port}")
+            session.run(hand.on_pass, hand.on_idle, resolved.total)
     finally:
-        _tell_files(recorder, tell)
+        _print_files(recorder, print_line)
         if log_path(output).exists() and recorder.paths:
-            tell(f"{log_path(output)}: its log, of which --replay makes it again")
+            print_line(f"{log_path(output)}: its log, of which --replay makes it again")
 
 
 def _listening(
@@ -212,15 +221,15 @@ def _listening(
     return OscServer(session.submit, port, host, lambda: session.outbox.status.chunk)
 
 
-def _recorder(settled: Plan) -> VideoRecorder:
-    format = VideoFormat(width=settled.width, height=settled.height, crf=settled.options.crf)
-    begun = replace(settled, prompts=settled.prompts[:1])  # of what follows, the log tells
-    return VideoRecorder(settled.options.output, format, begun.metadata)
+def _recorder(resolved: Plan) -> VideoRecorder:
+    format = VideoFormat(width=resolved.width, height=resolved.height, crf=resolved.options.crf)
+    begun = replace(resolved, prompts=resolved.prompts[:1])  # the log has what follows
+    return VideoRecorder(resolved.options.output, format, begun.metadata)
 
 
-def _tell_files(recorder: VideoRecorder, tell: Tell) -> None:
+def _print_files(recorder: VideoRecorder, print_line: PrintLine) -> None:
     for branch, path in recorder.paths.items():
-        tell(f"{path}: {recorder.num_images.get(branch, 0) / FPS:.2f} s of video")
+        print_line(f"{path}: {recorder.num_images.get(branch, 0) / FPS:.2f} s of video")
 
 
 def _limits() -> Limits:
@@ -231,31 +240,36 @@ def _limits() -> Limits:
     return Limits(max_bytes=min(most, Limits.max_bytes))
 
 
-class _Hand:
-    """Reads what is typed, and tells what happens, while it is entered."""
+class _Terminal:
+    """Reads what is typed, and prints what happens, while it is entered."""
 
     def __init__(
         self,
         session: Session,
-        tell: Tell,
+        print_line: PrintLine,
         typed: RawIOBase | None,
         stopped: Callable[[], bool],
         *,
         alone: bool,
     ) -> None:
-        self._session, self._tell, self._typed, self._stopped = session, tell, typed, stopped
+        self._session, self._print_line, self._typed, self._stopped = (
+            session,
+            print_line,
+            typed,
+            stopped,
+        )
         self._alone, self._silent = alone, typed is None
         self._mode = Switch()
-        self._teller = threading.Thread(target=self._tell_events, name="teller", daemon=True)
+        self._printer = threading.Thread(target=self._print_events, name="teller", daemon=True)
 
     def __enter__(self) -> None:
-        self._teller.start()
+        self._printer.start()
         if self._typed is not None:  # which may wait for a line for ever: nobody waits for it
             threading.Thread(target=self._read, name="typed", daemon=True).start()
 
     def __exit__(self, *failure: object) -> None:
         self._session.outbox.close()
-        self._teller.join()
+        self._printer.join()
 
     def on_pass(self, kind: str, number: int) -> None:
         """See `Session.run`."""
@@ -267,33 +281,33 @@ class _Hand:
         """See `Session.run`."""
         self.on_pass("idle", 0)
         if self._silent and self._alone and self._session.outbox.status.paused:
-            self._tell("the input has ended and nothing else can resume it, so it goes on")
+            self._print_line("the input has ended and nothing else can resume it, so it goes on")
             self._session.submit(GoOn())
 
     def _read(self) -> None:
         assert self._typed is not None
-        for line in read_lines(self._typed, self._tell):
+        for line in read_lines(self._typed, self._print_line):
             self._take(line)
         self._silent = True
 
     def _take(self, line: str) -> None:
-        now = Now(mode=self._mode, chunk=self._status.chunk)
+        now = LineContext(mode=self._mode, chunk=self._status.chunk)
         try:
             asked = read_line(line, now)
             if asked is not None:
                 self._do(asked)
         except ValueError as error:
-            self._tell(f"not taken: {shown(str(error))}")
+            self._print_line(f"not taken: {printable(str(error))}")
 
-    def _do(self, asked: Asked) -> None:
+    def _do(self, asked: ParsedLine) -> None:
         if isinstance(asked, Command):
             self._session.submit(asked)
         elif isinstance(asked, Switch):
             self._mode = asked
-            self._tell(f"the prompts that follow come in mode {asked}")
+            self._print_line(f"the prompts that follow come in mode {asked}")
         else:
             for line in self._answer(asked):
-                self._tell(line)
+                self._print_line(line)
 
     def _answer(self, question: Question) -> list[str]:
         if question is Question.HELP:
@@ -306,25 +320,27 @@ class _Hand:
     def _status(self) -> Status:
         return self._session.outbox.status
 
-    def _tell_events(self) -> None:
+    def _print_events(self) -> None:
         reader = self._session.outbox.reader(from_start=True)
         while True:
             try:
                 news = reader.read()
-            except Behind:
+            except ReaderLagged:
                 reader = self._session.outbox.reader()
-                self._tell("more has happened than could be told; /status says where it stands")
+                self._print_line(
+                    "more has happened than could be told; /status says where it stands"
+                )
                 continue
             if not news:
                 return
             for event in news:
                 if not isinstance(event, Picture):
-                    self._tell(told(event))
+                    self._print_line(describe_event(event))
 
 
 def status_lines(status: Status, mode: Switch) -> list[str]:
     """Where a session stands, in lines."""
-    loras = [f"{shown(name)} {strength:g}" for name, strength in status.loras.items()]
+    loras = [f"{printable(name)} {strength:g}" for name, strength in status.loras.items()]
     fps = {"network": status.fps.network, "decode": status.fps.decode, "both": status.fps.total}
     speeds = [f"{name} {speed:.1f} images/s" for name, speed in fps.items() if speed]
     past = "nowhere" if status.oldest is None else f"to chunk {status.oldest}"
@@ -344,14 +360,14 @@ def status_lines(status: Status, mode: Switch) -> list[str]:
     ]
 
 
-def read_lines(typed: RawIOBase, tell: Tell) -> Iterator[str]:
+def read_lines(typed: RawIOBase, print_line: PrintLine) -> Iterator[str]:
     """Lines as they are typed, or come through a pipe, until its end.
 
     Read without a buffer of Python's, which could not be closed while a thread waits in it. A
     terminal's end of input (Ctrl-D) ends nothing, for more can be typed.
     """
     held, ends, dropping = b"", 0, False
-    while ends < _MOST_ENDS:
+    while ends < _MAX_ENDS:
         try:
             data = typed.read(4096)
         except (OSError, ValueError):
@@ -366,7 +382,7 @@ def read_lines(typed: RawIOBase, tell: Tell) -> Iterator[str]:
                 held, dropping = b"", True
         elif typed.isatty():
             ends += 1
-            tell("this ends nothing; /stop, or Ctrl-C, ends the session")
+            print_line("this ends nothing; /stop, or Ctrl-C, ends the session")
         else:
             break
     if held:
@@ -374,20 +390,20 @@ def read_lines(typed: RawIOBase, tell: Tell) -> Iterator[str]:
 
 
 def replay(
-    settled: Plan,
-    opened: Opened,
+    resolved: Plan,
+    setup: LiveSetup,
     log: Log,
     *,
-    tell: Tell,
+    print_line: PrintLine,
     report: Callable[[int, int], None] = lambda done, total: None,
     stopped: Callable[[], bool] = lambda: False,
     exact: bool = True,
 ) -> bool:
-    """Make a session's videos again; whether to its end. `report` is told chunks made and to make.
+    """Make a session's videos again; whether to its end. `report` gets chunks made and to make.
 
     ValueError as `replay_log`.
     """
-    recorder, total, done = _recorder(settled), log.num_chunks, 0
+    recorder, total, done = _recorder(resolved), log.num_chunks, 0
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
@@ -401,26 +417,26 @@ def replay(
     try:
         replay_log(
             log,
-            opened.stream,
-            opened.encode,
+            setup.stream,
+            setup.encode,
             recorder=recorder,
             on_chunk=on_chunk,
             on_pass=on_pass,
             exact=exact,
-            **opened.named(),
+            **setup.named(),
         )
     except _Ended:
         return False
-    except Differs as error:
+    except ReplayMismatch as error:
         raise ValueError(f"{error}; --edited makes the video that it asks for now") from error
     finally:
-        _tell_files(recorder, tell)
+        _print_files(recorder, print_line)
     return True
 
 
 def options_of(log: Log, options: Options) -> Options:
     """A run's options with all that a log holds; ValueError where a stream cannot be made so."""
-    facts, (cache, sampler) = log.start.stream, log.rules
+    facts, (cache, sampler) = log.header.stream, log.configs
     if facts.get("chunk") != 0:
         raise ValueError(
             "the log begins within a video, which the command line cannot replay; take one of "
@@ -433,7 +449,7 @@ def options_of(log: Log, options: Options) -> Options:
         cache=vars(cache),
         sampler=vars(sampler),
         dtype=dtype if isinstance(dtype, torch.dtype) else options.dtype,
-        files=_with_strengths(options.files, log.start.loras),
+        files=_with_strengths(options.files, log.header.loras),
     )
 
 
@@ -442,7 +458,7 @@ def _with_strengths(files: Files, loras: tuple[tuple[str, float], ...]) -> Files
     if given.keys() != dict(loras).keys():
         wanted, there = (", ".join(each) or "none" for each in (dict(loras), given))
         raise ValueError(
-            f"the log's LoRAs are {shown(wanted)}, given are {there}; give the same files with "
+            f"the log's LoRAs are {printable(wanted)}, given are {there}; give the same files with "
             "--lora FILE, the log holds their strengths"
         )
     return replace(files, loras=tuple(replace(given[n], strength=s) for n, s in loras))

@@ -40,13 +40,13 @@ from .prompts import Switch
 from .scheduler import add_noise, flow_to_x0, sampling_timesteps
 from .state import (
     Blend,
+    PendingCleanPass,
     Snapshot,
     StreamState,
-    Unsettled,
     cache_config_of,
     check,
     pack,
-    taking_over,
+    snapshot_errors,
     unpack,
 )
 
@@ -58,7 +58,7 @@ OnPass = Callable[[Literal["denoise", "clean"], int], None]
 """Called before every pass of the network with its kind and its number. What it raises ends the
 chunk within one pass; the next step begins the same chunk again."""
 
-OnGuess = Callable[[int, Tensor], None]
+OnPrediction = Callable[[int, Tensor], None]
 """Called after every denoising pass with its number and the clean chunk it predicts."""
 
 
@@ -80,7 +80,7 @@ class Stream:
     `prompt_embeds` is the text encoder's output, [B or 1, S, D]; `height` and `width` are the
     picture's, in pixels. Sample b of a batch draws the noise of seed + b, so a batch equals its
     samples made alone. `dtype` is what the network computes in, by default that of its weights;
-    latents stay float32 between passes. Without `keep_turned` the cache is a third smaller and
+    latents stay float32 between passes. Without `keep_rotated` the cache is a third smaller and
     every pass slower (`KVCache.allocate`).
     """
 
@@ -99,14 +99,14 @@ class Stream:
         attention: Attention = sdpa,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        keep_turned: bool = True,
+        keep_rotated: bool = True,
     ) -> None:
         weight = model.patch_embedding.weight
         self.model, self.decoder, self.attention = model, decoder, attention
         self.dtype, self.device = dtype or weight.dtype, torch.device(device or weight.device)
         self.sampler = sampler or SamplerConfig()
         self.height, self.width, self.batch = height, width, batch
-        self._keep_turned = keep_turned
+        self._keep_rotated = keep_rotated
         self.latent_size = latent_size(height, width, model.config.patch_size)
         embeds = self._batched(prompt_embeds)
         self.state = StreamState(seed, self._new_cache(cache or CacheConfig()), embeds)
@@ -119,22 +119,26 @@ class Stream:
         """Window, sink and chunk of this stream."""
         return self.state.cache.config
 
-    def step(self, on_pass: OnPass | None = None, on_guess: OnGuess | None = None) -> Chunk:
+    def step(
+        self, on_pass: OnPass | None = None, on_prediction: OnPrediction | None = None
+    ) -> Chunk:
         """Make the next chunk: denoise it and decode it."""
         index = self.state.num_chunks
-        latents = self.generate(on_pass, on_guess)
+        latents = self.generate(on_pass, on_prediction)
         return Chunk(index=index, latents=latents, images=self.decode(latents))
 
     @torch.no_grad()
-    def generate(self, on_pass: OnPass | None = None, on_guess: OnGuess | None = None) -> Tensor:
+    def generate(
+        self, on_pass: OnPass | None = None, on_prediction: OnPrediction | None = None
+    ) -> Tensor:
         """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one."""
-        on_pass = on_pass or _nobody
-        with self._alone():
+        on_pass = on_pass or _no_op
+        with self._exclusive():
             prompt = self._begin_chunk(on_pass)
             noise, predict = self._noise(), partial(self._predict, prompt)
             timesteps = sampling_timesteps(self.sampler).tolist()
             try:
-                x0 = denoise(predict, next(noise), noise, timesteps, on_pass, on_guess)
+                x0 = denoise(predict, next(noise), noise, timesteps, on_pass, on_prediction)
             except BaseException:
                 self.state.cache.abandon()
                 raise
@@ -155,30 +159,30 @@ class Stream:
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents are {list(latents.shape)}; a chunk is {list(expected)}")
         latents = latents.to(self.device, torch.float32, copy=True)
-        with self._alone():
+        with self._exclusive():
             index = self.state.num_chunks
-            self._finish_chunk(latents, self._begin_chunk(on_pass or _nobody))
+            self._finish_chunk(latents, self._begin_chunk(on_pass or _no_op))
         images = self.decode(latents) if decode else None
         return Chunk(index=index, latents=latents.clone(), images=images)
 
     @torch.no_grad()
-    def settle(self, on_pass: OnPass | None = None) -> None:
+    def finish_clean_pass(self, on_pass: OnPass | None = None) -> None:
         """Rewrite the last chunk's cache slot by its clean pass, where that is still to be done.
 
         A recache that was begun and stopped is finished. The next chunk and a snapshot do both by
         themselves.
         """
-        with self._alone():
-            self._settle(on_pass or _nobody)
+        with self._exclusive():
+            self._finish_clean_pass(on_pass or _no_op)
 
     def forget_weights(self) -> None:
         """Before the model's weights are changed, by a LoRA's strength or the like.
 
-        The last chunk is settled under the old ones, and what was computed of them, of the prompt
-        and of the timesteps, is let go of.
+        The last chunk's clean pass is run with the old ones. What was computed of the prompt and of
+        the timesteps is dropped.
         """
-        with self._alone(), torch.no_grad():
-            self._settle(_nobody)
+        with self._exclusive(), torch.no_grad():
+            self._finish_clean_pass(_no_op)
             self._context = self._context[0].new_empty(0), ()
             self._times.clear()
 
@@ -238,7 +242,7 @@ class Stream:
         if isinstance(switch, str):
             switch = Switch.parse(switch)
         embeds, state = self._batched(prompt_embeds), self.state
-        with self._alone():
+        with self._exclusive():
             if switch.mode == "cut":
                 state.cut()
             elif switch.mode == "blend":
@@ -258,13 +262,13 @@ class Stream:
         From the next eviction on: one that a stopped chunk has begun is still of the old decay.
         ValueError for no fraction between 0 and 1.
         """
-        with self._alone():
+        with self._exclusive():
             self.state.decay_due = replace(self.cache_config, decay=decay).decay
 
     def snapshot(self, *, compact: bool = False) -> Snapshot:
         """The state between two chunks, to save or to `restore`; see `rf_core.state`."""
-        with self._alone(), torch.no_grad():
-            self._settle(_nobody)
+        with self._exclusive(), torch.no_grad():
+            self._finish_clean_pass(_no_op)
             facts = {
                 "model": asdict(self.model.config),
                 "fingerprint": self.model.fingerprint(),
@@ -282,15 +286,15 @@ class Stream:
         The past of a decoder of another kind is made anew of the last latents, and that is warned
         of. ValueError when the snapshot is damaged, another model's or of another size.
         """
-        with self._alone():
-            with taking_over():
+        with self._exclusive():
+            with snapshot_errors():
                 cache = self._cache_for(snapshot)
             state = unpack(snapshot, cache)
             state.prompt_embeds = self._batched(state.prompt_embeds)
             self.state = state
             if snapshot.compact:
                 self._rebuild(snapshot.facts["frames"])
-            self._take_over_decoder(snapshot)
+            self._restore_decoder(snapshot)
 
     @classmethod
     def from_snapshot(
@@ -303,7 +307,7 @@ class Stream:
     ) -> Stream:
         """A stream of the snapshot's size and steps that goes on from it."""
         facts = snapshot.facts
-        with taking_over():
+        with snapshot_errors():
             sampler = facts["sampler"] | {"steps": tuple(facts["sampler"]["steps"])}
             stream = cls(
                 model,
@@ -322,7 +326,7 @@ class Stream:
     def fork(self) -> Stream:
         """A second stream that goes on from here on its own; weights are shared."""
         twin = object.__new__(type(self))
-        with self._alone():
+        with self._exclusive():
             own = {"state": self.state.clone(), "_busy": threading.Lock()}
         twin.__dict__ = {**self.__dict__, **own}
         return twin
@@ -338,12 +342,12 @@ class Stream:
         if replace(cache.config, decay=config.decay) != config:
             cache = self._new_cache(config)
         text = self.model.config.text_len, self.model.config.text_dim
-        as_saved = replace(cache, config=config, before=None)
+        as_saved = replace(cache, config=config, sink_backup=None)
         check(snapshot, as_saved, (self.batch, *text), self._frame_shape(1))
         return cache
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """Around what a chunk in the making, which may be another thread's, must not see."""
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(
@@ -362,11 +366,11 @@ class Stream:
         if state.recache_due:
             self._recache(state.prompt_embeds, on_pass)
             state.recache_due = False
-        self._settle(on_pass)
-        if state.decay_due is not None and not state.cache.made_room:
+        self._finish_clean_pass(on_pass)
+        if state.decay_due is not None and not state.cache.evicted_frames:
             state.cache.set_decay(state.decay_due)
             state.decay_due = None
-        state.cache.hold()
+        state.cache.backup_sink()
         state.cache.advance()
         return state.prompt_embeds if state.blend is None else state.blend.embeds()
 
@@ -375,26 +379,28 @@ class Stream:
         state.cache.finish()
         state.num_chunks += 1
         state.chunk_open = False
-        state.unsettled = Unsettled(latents=x0, prompt_embeds=prompt)
+        state.pending_clean_pass = PendingCleanPass(latents=x0, prompt_embeds=prompt)
         if self._recache_rewrites():  # and the clean pass leaves the sink alone
-            state.cache.hold()
-        self._remember(x0)
+            state.cache.backup_sink()
+        self._record_latents(x0)
         if state.blend is not None:
             state.prompt_embeds = prompt
             state.blend = replace(state.blend, done=state.blend.done + 1)
             if state.blend.done == state.blend.num_chunks:
                 state.blend, state.recache_due = None, True
 
-    def _settle(self, on_pass: OnPass) -> None:
+    def _finish_clean_pass(self, on_pass: OnPass) -> None:
         state = self.state
         if state.half_recached is not None:
             self._recache(state.half_recached, on_pass)
-        elif state.unsettled is not None:
+        elif state.pending_clean_pass is not None:
             on_pass("clean", 0)
-            self._clean_pass(state.unsettled.latents, state.unsettled.prompt_embeds)
-            state.unsettled = None
+            self._clean_pass(
+                state.pending_clean_pass.latents, state.pending_clean_pass.prompt_embeds
+            )
+            state.pending_clean_pass = None
 
-    def _remember(self, x0: Tensor) -> None:
+    def _record_latents(self, x0: Tensor) -> None:
         state, config = self.state, self.cache_config
         held = 0 if state.first_latents is None else state.first_latents.shape[2]
         to_sink = min(config.sink_frames - held, x0.shape[2])
@@ -408,21 +414,21 @@ class Stream:
     def _recache(self, prompt_embeds: Tensor, on_pass: OnPass) -> None:
         state, cache, config = self.state, self.state.cache, self.cache_config
         if not self._recache_rewrites() and state.half_recached is None:
-            self._settle(on_pass)
-        again = cache.num_frames + cache.made_room - config.sink_frames
+            self._finish_clean_pass(on_pass)
+        again = cache.num_frames + cache.evicted_frames - config.sink_frames
         if again > 0:
             assert state.last_latents is not None
             parts = _chunks(state.last_latents[:, :, -again:], config.chunk_frames)
             on_pass("clean", 0)
             state.half_recached = prompt_embeds
-            cache.put_back()
+            cache.undo_eviction()
             counts = cache.num_frames, cache.slot_frames
             cache.truncate(config.sink_frames)
             try:
                 self._rerun(parts, prompt_embeds, lambda kind, n: on_pass(kind, n) if n else None)
             finally:  # a stop in between leaves all of it to be done again
                 cache.num_frames, cache.slot_frames = counts
-        state.half_recached = state.unsettled = None
+        state.half_recached = state.pending_clean_pass = None
 
     def _recache_rewrites(self) -> bool:
         """Whether a recache runs the whole of the last chunk again."""
@@ -439,9 +445,9 @@ class Stream:
             parts += [p for t in last for p in _chunks(t, frames)]
         else:  # the chunks themselves, of which the sink may have cut one in two
             parts = list(torch.cat(first + last, dim=2).split(frames, dim=2))
-        self._rerun(parts, state.prompt_embeds, _nobody)
+        self._rerun(parts, state.prompt_embeds, _no_op)
 
-    def _take_over_decoder(self, snapshot: Snapshot) -> None:
+    def _restore_decoder(self, snapshot: Snapshot) -> None:
         """The decoder's past: the snapshot's where it is this decoder's, or made of the latents."""
         facts, used = snapshot.facts, snapshot.facts["decoder_frames"] is not None
         if self.decoder is None:
@@ -476,12 +482,14 @@ class Stream:
             self._clean_pass(part, prompt_embeds)
 
     def _predict(self, prompt_embeds: Tensor, x: Tensor, timestep: float) -> Tensor:
-        return self.model(x.to(self.dtype), *self._seen(x, timestep, prompt_embeds))
+        return self.model(x.to(self.dtype), *self._pass_inputs(x, timestep, prompt_embeds))
 
     def _clean_pass(self, latents: Tensor, prompt_embeds: Tensor) -> None:
-        self.model.remember(latents.to(self.dtype), *self._seen(latents, 0.0, prompt_embeds))
+        self.model.write_cache(
+            latents.to(self.dtype), *self._pass_inputs(latents, 0.0, prompt_embeds)
+        )
 
-    def _seen(
+    def _pass_inputs(
         self, x: Tensor, timestep: float, prompt_embeds: Tensor
     ) -> tuple[TimeContext, PromptContext | CountedPrompt, KVCache, Attention]:
         """What a pass over latents x [B, C, F, h, w] sees besides them."""
@@ -524,7 +532,7 @@ class Stream:
             grid=Grid.of_latents(*self.latent_size, self.model.config.patch_size),
             dtype=self.dtype,
             device=self.device,
-            keep_turned=self._keep_turned,
+            keep_rotated=self._keep_rotated,
         )
 
     def _require(self, what: str, found: object, wanted: object) -> None:
@@ -535,7 +543,7 @@ class Stream:
             )
 
 
-def _nobody(kind: str, number: int) -> None:
+def _no_op(kind: str, number: int) -> None:
     """Stands for an `on_pass` that was not given."""
 
 
@@ -545,7 +553,7 @@ def denoise(
     renoise: Iterable[Tensor],
     timesteps: Sequence[float],
     on_pass: OnPass | None = None,
-    on_guess: OnGuess | None = None,
+    on_prediction: OnPrediction | None = None,
 ) -> Tensor:
     """Turn noise into a clean chunk, both [B, C, F, h, w].
 
@@ -559,8 +567,8 @@ def denoise(
             on_pass("denoise", i)
         at_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
         x = flow_to_x0(predict(x, timestep), x, at_BF)
-        if on_guess is not None:
-            on_guess(i, x)
+        if on_prediction is not None:
+            on_prediction(i, x)
         if i + 1 < len(timesteps):
             x = add_noise(x, next(renoise), torch.full_like(at_BF, timesteps[i + 1]))
     return x

@@ -68,6 +68,6 @@ def write_text(path: Path | str, text: str) -> None:
 
 def _write_error(path: Path, error: Exception) -> WriteError:
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    told = WriteError(f"{path} could not be written ({why}); nothing of it was kept")
-    told.errno = error.errno if isinstance(error, OSError) else None
-    return told
+    failure = WriteError(f"{path} could not be written ({why}); nothing of it was kept")
+    failure.errno = error.errno if isinstance(error, OSError) else None
+    return failure

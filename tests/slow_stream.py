@@ -27,7 +27,7 @@ from rf_core.state import slerp
 from rf_core.stream import chunk_noise
 
 Layers = tuple[tuple[Tensor, Tensor], ...]
-"""Keys, not turned, and values of every layer, [B, tokens of a frame, H, D] each."""
+"""Keys, not rotated, and values of every layer, [B, tokens of a frame, H, D] each."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class SlowStream:
         return once[0], torch.cat(parts, dim=1)
 
     def window(self) -> tuple[Tensor, Tensor]:
-        """Every layer's turned keys, and values, as the next pass would see them."""
+        """Every layer's rotated keys, and values, as the next pass would see them."""
         joined = [self._joined(self.state.frames, n) for n in range(len(self.model.blocks))]
         keys, values = zip(*joined, strict=True)
         return torch.stack(keys), torch.stack(values)
@@ -253,7 +253,7 @@ class SlowStream:
         return flow, list(zip(*split, strict=True))
 
     def _joined(self, frames: Sequence[Frame], layer: int) -> tuple[Tensor, Tensor]:
-        """Turned keys, and values, of the frames; of none, empty ones."""
+        """Rotated keys, and values, of the frames; of none, empty ones."""
         config, tokens = self.model.config, self.grid.frame_tokens
         nothing = torch.zeros(self.batch, 0, config.num_heads, config.head_dim, dtype=self.dtype)
         keys, values = (
@@ -281,10 +281,10 @@ class _Window:
         self._index = index
         return self
 
-    def extend(self, k: Tensor, turned: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, k: Tensor, rotated: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._stream._joined(self._frames, self._index)
         self.made.append((k, v))
-        return torch.cat([keys, turned], dim=1), torch.cat([values, v], dim=1)
+        return torch.cat([keys, rotated], dim=1), torch.cat([values, v], dim=1)
 
 
 def evict(frames: tuple[Frame, ...], leaving: int, cache: CacheConfig) -> tuple[Frame, ...]:
@@ -299,7 +299,7 @@ def evict(frames: tuple[Frame, ...], leaving: int, cache: CacheConfig) -> tuple[
         pairs = zip(frame.layers, *(old.layers for old in gone[first:stop]), strict=True)
         layers = tuple(
             tuple(
-                absorb(old[which], [new[which] for new in news], cache, keys=which == 0)
+                update_sink(old[which], [new[which] for new in news], cache, keys=which == 0)
                 for which in (0, 1)
             )
             for old, *news in pairs
@@ -308,7 +308,7 @@ def evict(frames: tuple[Frame, ...], leaving: int, cache: CacheConfig) -> tuple[
     return (*mixed, *rest)
 
 
-def absorb(sink: Tensor, gone: list[Tensor], cache: CacheConfig, *, keys: bool) -> Tensor:
+def update_sink(sink: Tensor, gone: list[Tensor], cache: CacheConfig, *, keys: bool) -> Tensor:
     """One frame of the sink, [B, tokens, H, D], after its share of what leaves."""
     new = gone[0] if len(gone) == 1 else torch.stack(gone).mean(0)
     if cache.accumulator == "float32":

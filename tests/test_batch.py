@@ -128,7 +128,7 @@ def test_a_killed_batch_goes_on_without_repeating_or_skipping_a_video(
     assert sorted(e["file"] for e in manifest_of(out)) == sorted(NAMES)
     assert not list(out.glob("*.part*"))
 
-    monkeypatch.setattr(batch_module, "open_networks", lambda settled: pytest.fail("loaded"))
+    monkeypatch.setattr(batch_module, "open_networks", lambda resolved: pytest.fail("loaded"))
     assert main(arguments(out, prompts, "--seed", "7")) == 0
 
 
@@ -186,7 +186,7 @@ def test_a_changed_line_another_model_and_a_stranger_s_file_are_refused(
     prompts = prompt_file(tmp_path, TEXT.replace("up!", "down!"))
     assert main(arguments(finished, prompts, "--seed", "7")) == 1
     assert "prompt A blue square, up!, now it is A blue square, down!" in capsys.readouterr().err
-    monkeypatch.setattr(batch_module, "file_mark", lambda path: "another of the same name")
+    monkeypatch.setattr(batch_module, "file_digest", lambda path: "another of the same name")
     assert main(arguments(finished, prompt_file(tmp_path), "--seed", "7")) == 1
     assert "model_file" in capsys.readouterr().err
     monkeypatch.undo()
@@ -213,7 +213,7 @@ WRONG = [
 def test_a_bad_option_gets_one_clear_sentence_before_anything_is_loaded(
     wrong, message, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(batch_module, "open_networks", lambda settled: pytest.fail("loaded"))
+    monkeypatch.setattr(batch_module, "open_networks", lambda resolved: pytest.fail("loaded"))
     assert main(arguments(tmp_path / "out", prompt_file(tmp_path), *wrong)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -260,7 +260,7 @@ def test_each_process_takes_the_card_of_its_number(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     second = Process.of({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
-    assert (second.rank, second.count) == (5, 8)
+    assert (second.rank, second.world_size) == (5, 8)
     assert second.own_device("cuda") == "cuda:1" and chosen == [1]
     assert second.own_device("cpu") == "cpu"
     assert Process.of({}).own_device("cuda:1") == "cuda:1" and chosen == [1, 1]
@@ -268,7 +268,7 @@ def test_each_process_takes_the_card_of_its_number(monkeypatch):
     with pytest.raises(ValueError, match="one card for 8 processes"):
         second.own_device("cuda:0")
     with pytest.raises(ValueError, match="--nproc-per-node 2"):
-        Process(rank=2, count=3, local_rank=2).own_device("cuda")
+        Process(rank=2, world_size=3, local_rank=2).own_device("cuda")
 
 
 def test_processes_without_a_share_of_anything_are_refused(monkeypatch, capsys):

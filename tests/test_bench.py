@@ -72,7 +72,7 @@ def test_a_switch_is_timed_until_it_is_over_and_leaves_the_stream_where_it_was(m
     stream, prompts = tiny.stream(), (tiny.prompt(0), tiny.prompt(1))
     for _ in range(4):
         stream.step()
-    stream.settle()
+    stream.finish_clean_pass()
     cache, ticks = stream.state.cache.clone(), itertools.count()
     # A clock that ticks once a lap: seconds are then laps.
     monkeypatch.setattr(bench_module.Stopwatch, "lap", lambda watch: float(next(ticks)))

@@ -49,17 +49,17 @@ def test_a_chunk_of_the_published_student_takes_121_tflop():
     assert total(parts).flops / 1e12 == pytest.approx(121, abs=0.5)
 
 
-def test_the_published_cache_takes_2_59_gb_and_turned_keys_half_as_much_again():
+def test_the_published_cache_takes_2_59_gb_and_rotated_keys_half_as_much_again():
     lean, kept = (
-        cache_bytes(WAN_1_3B, CacheConfig(), PUBLISHED, keep_turned=keep) for keep in (False, True)
+        cache_bytes(WAN_1_3B, CacheConfig(), PUBLISHED, keep_rotated=keep) for keep in (False, True)
     )
-    assert lean * 60 / 61 / 1e9 == pytest.approx(2.59, abs=0.005)  # and a 61st, turned
+    assert lean * 60 / 61 / 1e9 == pytest.approx(2.59, abs=0.005)  # and a 61st, rotated
     assert kept / lean == pytest.approx(90 / 61)
 
 
-@pytest.mark.parametrize("keep_turned", [True, False])
+@pytest.mark.parametrize("keep_rotated", [True, False])
 @pytest.mark.parametrize("accumulator", ["reference", "float32"])
-def test_a_cache_takes_what_is_counted(accumulator, keep_turned):
+def test_a_cache_takes_what_is_counted(accumulator, keep_rotated):
     sizes, config = tiny.CONFIG, tiny.window(6, 2, chunk=2, accumulator=accumulator)
     cache = KVCache.allocate(
         config,
@@ -70,9 +70,9 @@ def test_a_cache_takes_what_is_counted(accumulator, keep_turned):
         head_dim=sizes.head_dim,
         dtype=torch.bfloat16,
         device="cpu",
-        keep_turned=keep_turned,
+        keep_rotated=keep_rotated,
     )
-    assert cache.nbytes == cache_bytes(sizes, config, GRID, 2, keep_turned)
+    assert cache.nbytes == cache_bytes(sizes, config, GRID, 2, keep_rotated)
 
 
 @pytest.mark.parametrize("config", [tiny.CONFIG, WAN_1_3B], ids=["tiny", "1.3b"])
@@ -150,7 +150,7 @@ def test_every_sum_is_made_by_a_norm_and_gelu_moves_nothing_of_its_own():
 def test_an_eviction_moves_the_kept_frames_and_feeds_the_sink():
     frame = 2 * tiny.CONFIG.num_layers * GRID.frame_tokens * tiny.CONFIG.dim * 4
     for config, moved in (
-        # Sink read, leaving read, sink written; three moved; the context's keys turned.
+        # Sink read, leaving read, sink written; three moved; the context's keys rotated.
         (CacheConfig(), 3 + 3 + 3 + 2 * 3 + 6),
         (CacheConfig(decay=1.0), 2 * 3 + 6),
         (CacheConfig(sink_frames=0), 2 * 6 + 6),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rf_core.decoders.codec import Carry, put_channels_last
+from rf_core.decoders.codec import FeatureCache, put_channels_last
 from rf_core.decoders.decoder import Decoder, DecoderState, TAEHVDecoder, WanDecoder, load_decoder
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
@@ -126,16 +126,16 @@ def test_decoders_name_what_made_a_state() -> None:
 
 
 def failing_after(layers: int) -> Callable[..., None]:
-    """`Carry.leave` on a device whose memory ends after so many layers."""
-    leave, done = Carry.leave, []
+    """`FeatureCache.store` on a device whose memory ends after so many layers."""
+    store, done = FeatureCache.store, []
 
-    def left(carry: Carry, key: str, x: Tensor, frames: int) -> None:
+    def failing(feat_cache: FeatureCache, key: str, x: Tensor, frames: int) -> None:
         done.append(key)
         if len(done) > layers:
             raise torch.OutOfMemoryError
-        leave(carry, key, x, frames)
+        store(feat_cache, key, x, frames)
 
-    return left
+    return failing
 
 
 def test_the_wan_vae_s_pixels_become_images_between_0_and_1() -> None:
@@ -238,7 +238,7 @@ def test_a_fork_brings_back_what_a_failed_decode_took(
     _, state = decoder.decode(z[:, :, :3], None)
     kept = state.fork()
     with monkeypatch.context() as patch:
-        patch.setattr(Carry, "leave", failing_after(5))
+        patch.setattr(FeatureCache, "store", failing_after(5))
         with pytest.raises(torch.OutOfMemoryError):
             decoder.decode(z[:, :, 3:], state)
     with pytest.raises(ValueError, match="taken from"):
@@ -423,7 +423,7 @@ def test_a_decode_that_fails_half_way_leaves_a_stream_that_says_how_to_go_on(
     kept = stream.snapshot()
     made = stream.generate()
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(Carry, "leave", failing_after(4))
+        patch.setattr(FeatureCache, "store", failing_after(4))
         stream.decode(made)
     for refused in (lambda: stream.decode(made), stream.fork().step, stream.snapshot):
         with pytest.raises(ValueError, match=r"failed.*snapshot.*cut"):

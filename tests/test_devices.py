@@ -69,5 +69,5 @@ def test_a_plan_counts_what_a_run_would_compute_in(monkeypatch, capsys):
         return capsys.readouterr().out
 
     assert told() == told("--dtype", "float32") != told("--dtype", "bfloat16")
-    monkeypatch.setattr(devices, "LEAST_BFLOAT16_DIM", 1)
+    monkeypatch.setattr(devices, "MIN_BFLOAT16_DIM", 1)
     assert told() == told("--dtype", "bfloat16")

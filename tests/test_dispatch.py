@@ -16,7 +16,7 @@ from rf_core.fast.dispatch import (
     choose_attention,
     fastest,
     measure,
-    rows_checked,
+    sampled_rows,
     stream_shapes,
 )
 
@@ -171,7 +171,7 @@ def test_what_did_not_run_says_so_in_a_line():
 
 @pytest.mark.parametrize("length", [1, 2, 100, 256, 4680])
 def test_the_first_and_the_last_queries_and_some_between_are_checked(length):
-    rows = rows_checked(length).tolist()
+    rows = sampled_rows(length).tolist()
     assert rows == sorted(set(rows)) and len(rows) <= dispatch.ROWS
     assert rows[0] == 0 and rows[-1] == length - 1
     edge = min(length, 64)

@@ -24,7 +24,7 @@ from rf_core.options import DEMO
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
 from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 from training.evaluation import evaluate
-from training.evaluation.evaluate import file_mark
+from training.evaluation.evaluate import file_digest
 from training.evaluation.report import interval_of, summary_of
 from training.evaluation.vbench_scores import VBENCH_FREE
 from training.measures.metrics import measure
@@ -360,14 +360,14 @@ def test_a_file_is_known_by_its_size_and_both_its_ends(tmp_path):
     marks = []
     for data in (whole, b"x" + whole[1:], whole[:-1] + b"x", whole + b"\0", whole):
         path.write_bytes(data)
-        marks.append(file_mark(path))
+        marks.append(file_digest(path))
     assert len(set(marks)) == 4 and marks[0] == marks[-1]
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a").write_bytes(b"1")
-    before = file_mark(folder)
+    before = file_digest(folder)
     (folder / "a").rename(folder / "b")
-    assert file_mark(folder) != before
+    assert file_digest(folder) != before
 
 
 def fake_vbench(folder: Path, prompts: Sequence[str]) -> tuple[types.ModuleType, list[Any]]:

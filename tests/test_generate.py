@@ -375,7 +375,7 @@ def test_resume_refuses_another_seed_and_a_changed_past_but_takes_a_new_future(
 def native(monkeypatch) -> None:
     """A CPU that multiplies bfloat16, and a tiny network large enough for it."""
     monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(devices, "LEAST_BFLOAT16_DIM", MODEL.dim)
+    monkeypatch.setattr(devices, "MIN_BFLOAT16_DIM", MODEL.dim)
 
 
 def test_on_a_cpu_that_multiplies_bfloat16_it_is_the_default_and_told(

@@ -74,10 +74,10 @@ def latents_of(stream: Stream, chunks: int = 6, switch_at: int | None = None) ->
 
 
 @pytest.mark.parametrize("switch_at", [None, 2, 4])
-@pytest.mark.parametrize("keep_turned", [True, False])
-def test_replayed_passes_make_the_video_that_plain_passes_make(graphed, switch_at, keep_turned):
+@pytest.mark.parametrize("keep_rotated", [True, False])
+def test_replayed_passes_make_the_video_that_plain_passes_make(graphed, switch_at, keep_rotated):
     model, recorder = graphed
-    options = {"keep_turned": keep_turned, "cache": tiny.window(9, 3)}
+    options = {"keep_rotated": keep_rotated, "cache": tiny.window(9, 3)}
     made = latents_of(stream_of(model, **options), switch_at=switch_at)
     assert torch.equal(made, latents_of(stream_of(tiny.model(), **options), switch_at=switch_at))
     assert recorder.replayed > recorder.captured
@@ -343,7 +343,7 @@ def test_passes_with_products_by_onednn_are_recorded_too(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(availability, "onednn_multiplies", lambda: True)
-    monkeypatch.setattr(availability, "_LEAST_FOR_ONEDNN", 0)
+    monkeypatch.setattr(availability, "_MIN_FOR_ONEDNN", 0)
     products = []
     product = onednn.linear
     spy = lambda *args, **options: products.append(1) or product(*args, **options)  # noqa: E731

@@ -183,7 +183,7 @@ def test_images_are_delivered_in_the_form_that_is_asked_for(threaded: bool) -> N
     def keep(images: Tensor) -> None:
         done.append(images.clone())
 
-    with Handoff(decoder, keep, threaded=threaded, form=lambda images: images[0]) as handoff:
+    with Handoff(decoder, keep, threaded=threaded, convert=lambda images: images[0]) as handoff:
         handoff.submit(latents(0), None)
     assert torch.equal(done[0], decoder.decode(latents(0), None)[0][0])
 
@@ -511,10 +511,10 @@ def test_on_cuda_a_stream_s_first_image_is_delivered_alone() -> None:
 
 
 @CUDA
-@pytest.mark.parametrize("form", [to_uint8, Tensor.float], ids=["bytes", "floats"])
+@pytest.mark.parametrize("convert", [to_uint8, Tensor.float], ids=["bytes", "floats"])
 @torch.no_grad()
 def test_on_cuda_the_images_are_those_of_the_default_stream(
-    form: Callable[[Tensor], Tensor],
+    convert: Callable[[Tensor], Tensor],
 ) -> None:
     decoder, done, expected = wan_decoder("cuda", torch.bfloat16), [], []
     state = twin = None
@@ -522,11 +522,11 @@ def test_on_cuda_the_images_are_those_of_the_default_stream(
     def keep(images: Tensor) -> None:
         done.append(images.clone())
 
-    with Handoff(decoder, keep, device="cuda", form=form, first_alone=False) as handoff:
+    with Handoff(decoder, keep, device="cuda", convert=convert, first_alone=False) as handoff:
         for chunk in range(8):
             state = handoff.submit(latents(chunk).cuda(), state)
             images, twin = decoder.decode(latents(chunk).cuda(), twin)
-            expected.append(form(images).cpu())
+            expected.append(convert(images).cpu())
         kept = {key: tensor.clone() for key, tensor in state.tensors.items()}
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(done, expected, strict=True))
     assert all(torch.equal(kept[key], twin.tensors[key]) for key in twin.tensors)

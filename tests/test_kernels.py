@@ -29,7 +29,7 @@ import tiny  # noqa: E402
 from rf_core import kernels, kv_cache  # noqa: E402
 from rf_core.config import CacheConfig, Grid  # noqa: E402
 from rf_core.decoders import vae as vae_module  # noqa: E402
-from rf_core.decoders.codec import Forms, put_channels_last  # noqa: E402
+from rf_core.decoders.codec import FastPaths, put_channels_last  # noqa: E402
 from rf_core.decoders.decoder import WanDecoder  # noqa: E402
 from rf_core.decoders.vae import VAEConfig, WanVAE  # noqa: E402
 from rf_core.kernels import availability, reference  # noqa: E402
@@ -192,15 +192,15 @@ def test_the_norm_after_a_residual_is_that_of_the_stored_residual(
 
 
 @needs_triton
-@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("rotated", [True, False])
 @each_dtype
 @each_size
-def test_queries_are_normed_and_turned_from_a_slice_of_the_projection(
-    triton_kernels, dtype, heads, head_dim, turned
+def test_queries_are_normed_and_rotated_from_a_slice_of_the_projection(
+    triton_kernels, dtype, heads, head_dim, rotated
 ):
     q, _, _ = projected(heads * head_dim, dtype)
     weight = random(heads * head_dim, dtype=dtype, seed=7)
-    rope = table(head_dim, 2 * FRAMES).tokens(TOKENS, 2 * TOKENS) if turned else None
+    rope = table(head_dim, 2 * FRAMES).tokens(TOKENS, 2 * TOKENS) if rotated else None
     got = triton_kernels.heads.norm_rotate(q, weight, heads, EPS, rope)
     assert got.shape == (BATCH, TOKENS, heads, head_dim)
     assert_rounded(got, reference.norm_rotate(*exact(q, weight), heads, EPS, rope))
@@ -243,23 +243,23 @@ def test_parts_of_attention_are_merged_in_float32_and_rounded_once(
 @needs_triton
 @each_dtype
 @each_size
-def test_the_context_of_all_layers_is_turned_at_once(triton_kernels, dtype, heads, head_dim):
-    k, turned = windows(2, heads, head_dim, dtype)
-    slot = turned[:, :, 2 * TOKENS :].clone()
+def test_the_context_of_all_layers_is_rotated_at_once(triton_kernels, dtype, heads, head_dim):
+    k, rotated = windows(2, heads, head_dim, dtype)
+    slot = rotated[:, :, 2 * TOKENS :].clone()
     rope = table(head_dim, 3 * FRAMES)
-    triton_kernels.heads.rotate_context(k[:, :, : 2 * TOKENS], rope, turned[:, :, : 2 * TOKENS])
+    triton_kernels.heads.rotate_context(k[:, :, : 2 * TOKENS], rope, rotated[:, :, : 2 * TOKENS])
     for layer in range(LAYERS):
         wanted = apply_rope(k[layer].float(), rope)[:, : 2 * TOKENS]
-        assert_rounded(turned[layer, :, : 2 * TOKENS], wanted)
-    assert torch.equal(turned[:, :, 2 * TOKENS :], slot)
+        assert_rounded(rotated[layer, :, : 2 * TOKENS], wanted)
+    assert torch.equal(rotated[:, :, 2 * TOKENS :], slot)
 
 
 @needs_triton
-def test_an_empty_context_is_turned_by_doing_nothing(triton_kernels):
-    k, turned = windows(2, 2, 12, torch.float32)
-    before = turned.clone()
-    triton_kernels.heads.rotate_context(k[:, :, :0], table(12), turned[:, :, :0])
-    assert torch.equal(turned, before)
+def test_an_empty_context_is_rotated_by_doing_nothing(triton_kernels):
+    k, rotated = windows(2, 2, 12, torch.float32)
+    before = rotated.clone()
+    triton_kernels.heads.rotate_context(k[:, :, :0], table(12), rotated[:, :, :0])
+    assert torch.equal(rotated, before)
 
 
 @pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_triton), False])
@@ -273,9 +273,11 @@ def test_the_sink_absorbs_bit_for_bit_as_the_cache_does(request, dtype, decay, f
     for which, window in enumerate(wanted):
         for layer in window:
             sink, evicted = layer[:, :TOKENS], layer[:, TOKENS : 2 * TOKENS]
-            sink.copy_(kv_cache.absorb(sink, evicted, config, TOKENS // FRAMES, keys=which == 0))
+            sink.copy_(
+                kv_cache.update_sink(sink, evicted, config, TOKENS // FRAMES, keys=which == 0)
+            )
     sinks, evicted = sinks_and_evicted(owned)
-    step.absorb(sinks, evicted, decay)
+    step.update_sink(sinks, evicted, decay)
     assert all(map(torch.equal, owned, wanted))
 
 
@@ -287,7 +289,7 @@ def test_an_exact_sink_is_kept_in_float32_and_copied_rounded(request, dtype, fus
     sinks, evicted = sinks_and_evicted(owned)
     accumulator = torch.stack(exact(*sinks)) + 1e-4
     wanted = 0.999 * accumulator + (1 - 0.999) * torch.stack(exact(*evicted))
-    step.absorb(sinks, evicted, 0.999, accumulator)
+    step.update_sink(sinks, evicted, 0.999, accumulator)
     assert torch.equal(accumulator, wanted)
     assert all(map(torch.equal, sinks, wanted.to(dtype)))
 
@@ -455,8 +457,8 @@ def arguments() -> dict[str, tuple]:
     after = (x.contiguous(), y.contiguous())
     shift, scale, gate = modulation(24, torch.float32)
     weight, bias, rope = random(24, seed=7), random(24, seed=8), table(12)
-    k, turned, v = windows(3, 2, 12, torch.float32)
-    slots = [window[0, :, :TOKENS] for window in (k, turned, v)]
+    k, rotated, v = windows(3, 2, 12, torch.float32)
+    slots = [window[0, :, :TOKENS] for window in (k, rotated, v)]
     clip, padded = random(1, 6, 2, 3, 4), random(1, 6, 4, 3, 4)
     return {
         "modulated_norm": (after[0], shift, scale, EPS),
@@ -465,8 +467,8 @@ def arguments() -> dict[str, tuple]:
         "norm_rotate": (x, weight, 2, EPS, rope),
         "write_keys_values": (x, y, weight, EPS, rope, *slots),
         "rotate": (random(BATCH, TOKENS, 2, 12), table(12)),
-        "rotate_context": (k, table(12, 3 * FRAMES), turned),
-        "absorb": (*sinks_and_evicted([k, v]), 0.9),
+        "rotate_context": (k, table(12, 3 * FRAMES), rotated),
+        "update_sink": (*sinks_and_evicted([k, v]), 0.9),
         "prompt_attention": (
             random(BATCH, TOKENS, 2, 12),
             *(each.nan_to_num() for each in prompt_of((3, 10), 10, 2, 12, torch.float32)[:2]),
@@ -595,7 +597,7 @@ def decoded(layout: Callable[[nn.Module], None] = put_channels_last) -> Tensor:
     torch.manual_seed(0)
     plain = {"latent_mean": (0.0,) * 4, "latent_std": (1.0,) * 4}
     vae = WanVAE(VAEConfig(dim=8, z_dim=4, num_res_blocks=1, **plain)).to(DEVICE)
-    vae.forms = Forms.on(torch.device("cuda"))
+    vae.fast_paths = FastPaths.on(torch.device("cuda"))
     layout(vae)
     decoder, state, made = WanDecoder(vae.eval()), None, []
     for chunk in range(2):
@@ -610,13 +612,13 @@ def decoded(layout: Callable[[nn.Module], None] = put_channels_last) -> Tensor:
     [
         (
             lambda: streamed(cache=tiny.window(6, 3)),
-            {"modulated_after_residual", "norm_rotate", "write_keys_values", "absorb"},
+            {"modulated_after_residual", "norm_rotate", "write_keys_values", "update_sink"},
         ),
         (
             lambda: streamed(
-                cache=tiny.window(6, 2, chunk=2, accumulator="float32"), keep_turned=False
+                cache=tiny.window(6, 2, chunk=2, accumulator="float32"), keep_rotated=False
             ),
-            {"modulated_after_residual", "norm_rotate", "absorb"},
+            {"modulated_after_residual", "norm_rotate", "update_sink"},
         ),
         (
             lambda: streamed(cache=tiny.window(6, 3), prompt_embeds=tiny.prompt(tokens=3)),
@@ -628,7 +630,7 @@ def decoded(layout: Callable[[nn.Module], None] = put_channels_last) -> Tensor:
         (lambda: decoded(layout=nn.Module.eval), DECODING),
     ],
     ids=[
-        *("published", "float32 sink, keys turned anew", "a short prompt"),
+        *("published", "float32 sink, keys rotated again", "a short prompt"),
         *("int8", "a host's layers"),
         *("decoder", "decoder, in planes"),
     ],
@@ -731,7 +733,7 @@ def compile_for_a_card() -> None:
         (triton_heads._norm_rotate, row | {"PAIRS": 6, "ROTATE": True}),
         (triton_heads._write_keys_values, row | {"PAIRS": 6}),
         (triton_heads._rotate_context, row | {"PAIRS": 6}),
-        (triton_sink._absorb, row | {"EXACT": True}),
+        (triton_sink._update_sink, row | {"EXACT": True}),
         (triton_channels._causal_norm_silu, plane | {"LEAST": 1e-12, "out_c": 1}),
         (triton_channels._add_in_place, plane),
         (triton_attention._merge_parts, {"N": 2, "H": 12, "D": 128, "ROWS": 16, "COLUMNS": 128}),
@@ -760,7 +762,7 @@ def compile_prompt_attention(module: ModuleType) -> None:
         sizes = module.tile_sizes(dtype)
         tile = {name: sizes.pop(name) for name in ("ROWS", "KEYS")}
         for head_dim, block in ((128, 128), (40, 64)):
-            constants = {"MOST_KEYS": 512, "D": head_dim, "BLOCK": block, **tile}
+            constants = {"MAX_KEYS": 512, "D": head_dim, "BLOCK": block, **tile}
             signature = {name: argument_type(name, constants, dtype) for name in kernel.arg_names}
             target = GPUTarget("cuda", capability, 32)
             source = ASTSource(kernel, signature, constants)
@@ -834,7 +836,7 @@ def by_onednn(monkeypatch):
     ):
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(availability, "onednn_multiplies", lambda: True)
-    monkeypatch.setattr(availability, "_LEAST_FOR_ONEDNN", 0)
+    monkeypatch.setattr(availability, "_MIN_FOR_ONEDNN", 0)
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ TOKENS = GRID.frame_tokens
 
 
 def cache_of(
-    config: CacheConfig, dtype: torch.dtype = torch.float32, keep_turned: bool = True
+    config: CacheConfig, dtype: torch.dtype = torch.float32, keep_rotated: bool = True
 ) -> KVCache:
     return KVCache.allocate(
         config, num_layers=2, batch=1, grid=GRID, num_heads=1, head_dim=4,
-        dtype=dtype, device="cpu", keep_turned=keep_turned,
+        dtype=dtype, device="cpu", keep_rotated=keep_rotated,
     )  # fmt: skip
 
 
@@ -74,28 +74,28 @@ def test_extend_returns_the_window_without_copying_it():
     cache.advance()
     k, v = extend(cache, 0, chunk(2), chunk(2))
     assert k.shape == v.shape == (1, 6 * TOKENS, 1, 4)
-    assert k.data_ptr() == cache.turned_NBWHD.data_ptr()
+    assert k.data_ptr() == cache.rotated_NBWHD.data_ptr()
     assert v.data_ptr() == cache.v_NBWHD.data_ptr()
 
 
-@pytest.mark.parametrize("keep_turned", [True, False], ids=["kept", "turned each pass"])
-def test_attention_reads_every_key_turned_to_its_present_place(keep_turned):
-    cache = cache_of(tiny.window(9, 3), keep_turned=keep_turned)
+@pytest.mark.parametrize("keep_rotated", [True, False], ids=["kept", "rotated each pass"])
+def test_attention_reads_every_key_rotated_to_its_present_place(keep_rotated):
+    cache = cache_of(tiny.window(9, 3), keep_rotated=keep_rotated)
     table = rope_table(9, GRID, 4)
     for number in (1, 2, 3, 4, 5):
         cache.advance()
         for layer in range(2):
             k = torch.randn(1, 3 * TOKENS, 1, 4, generator=torch.Generator().manual_seed(number))
-            turned, v = extend(cache, layer, k, -k)
-            stop = turned.shape[1]
+            rotated, v = extend(cache, layer, k, -k)
+            stop = rotated.shape[1]
             expected = apply_rope(cache.k_NBWHD[layer, :, :stop], table.tokens(0, stop))
-            torch.testing.assert_close(turned, expected, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(rotated, expected, atol=1e-6, rtol=1e-6)
             assert torch.equal(v, cache.v_NBWHD[layer, :, :stop])
     assert cache.num_evictions == 2
 
 
-def test_turned_keys_take_a_third_of_the_memory_and_can_be_done_without():
-    kept, lean = (cache_of(tiny.window(9, 3), keep_turned=keep) for keep in (True, False))
+def test_rotated_keys_take_a_third_of_the_memory_and_can_be_done_without():
+    kept, lean = (cache_of(tiny.window(9, 3), keep_rotated=keep) for keep in (True, False))
     assert kept.nbytes == 3 * kept.k_NBWHD.nbytes
     assert lean.nbytes == 2 * kept.k_NBWHD.nbytes + kept.k_NBWHD[0].nbytes
 

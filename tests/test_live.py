@@ -123,7 +123,7 @@ class Trial:
         self.script, self.stream = dict(script), stream or stream_of()
         self.suspend, self.suspended = suspend or {}, 0
         self.loras = Loras(self.stream)
-        self.outbox = Outbox(most_pictures=10**4)
+        self.outbox = Outbox(max_pictures=10**4)
         self.reader = self.outbox.reader()
         self.session = Session(
             self.stream,
@@ -612,7 +612,7 @@ def test_memory_is_flat_over_two_thousand_chunks_that_nobody_reads(tmp_path: Pat
     )  # fmt: skip
     limits, held = Limits(max_bytes=40_000, every=50), []
     session = Session(stream, encode, prompt="p0", limits=limits, log=tmp_path / "log.jsonl",
-                      outbox=Outbox(most_events=100))  # fmt: skip
+                      outbox=Outbox(max_events=100))  # fmt: skip
     draw = random.Random(0)
 
     def on_pass(kind: str, number: int) -> None:
@@ -622,7 +622,7 @@ def test_memory_is_flat_over_two_thousand_chunks_that_nobody_reads(tmp_path: Pat
         if kind == "denoise" and chunk % 400 == 399:
             maker = session._maker
             history = maker.history
-            held.append((len(history._kept), len(history._acts), len(maker._encoded)))
+            held.append((len(history._past_chunks), len(history._actions), len(maker._encoded)))
             held[-1] += (session.outbox.status.history_bytes <= limits.max_bytes,)
 
     session.run(on_pass, until=2000)
@@ -678,9 +678,9 @@ def test_how_far_back_it_reaches_is_said_and_refused_beyond(tmp_path: Path) -> N
 def test_snapshots_lie_the_denser_the_nearer_and_the_beginning_stays_in_reach() -> None:
     session = Session(stream_of(), encode, prompt="p0", limits=Limits(every=2, snapshots=5))
     session.run(until=60)
-    marks = [mark.chunk for mark in session._maker.history._marks]
-    gaps = [after - before for before, after in pairwise(marks)]
-    assert marks[0] == 0 and len(marks) == 5 and marks[-1] >= 58
+    points = [point.chunk for point in session._maker.history._points]
+    gaps = [after - before for before, after in pairwise(points)]
+    assert points[0] == 0 and len(points) == 5 and points[-1] >= 58
     assert gaps == sorted(gaps, reverse=True) and gaps[-1] <= 4
 
 

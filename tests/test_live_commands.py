@@ -11,7 +11,6 @@ import pytest
 
 from rf_core.live import (
     Applied,
-    Behind,
     Command,
     Cut,
     Decay,
@@ -23,6 +22,7 @@ from rf_core.live import (
     Pause,
     Picture,
     Prompt,
+    ReaderLagged,
     Received,
     Resume,
     Rewind,
@@ -30,7 +30,7 @@ from rf_core.live import (
     Stop,
     read_command,
 )
-from rf_core.live.transition import MOST_COMING, Course, transition
+from rf_core.live.transition import MAX_COMING, SessionState, transition
 from rf_core.prompts import Switch
 
 COMMANDS: list[Command] = [
@@ -92,29 +92,29 @@ def test_a_branch_has_no_name_that_leaves_its_folder(name: str) -> None:
 # What a command comes to.
 
 
-def at(chunk: int, *commands: Command, oldest: int | None = 0) -> Course:
+def at(chunk: int, *commands: Command, oldest: int | None = 0) -> SessionState:
     """A course on which these commands were given, the first with number 1."""
-    course = Course.beginning(0)
+    state = SessionState.beginning(0)
     for _ in range(chunk):
-        course = course.made()
+        state = state.next_chunk()
     for number, command in enumerate(commands, start=1):
-        course = transition(course, number, command, oldest).course
-    return course
+        state = transition(state, number, command, oldest).state
+    return state
 
 
 def test_a_coming_change_comes_once_at_the_chunk_it_was_moved_to() -> None:
-    course = at(5, Schedule(chunk=7, text="fog"), Move(change=1, chunk=6))
-    assert course.due() is None
-    course = course.made()
-    assert (due := course.due()) is not None and (due.number, due.prompt.text) == (1, "fog")
-    assert course.without(1).due() is None
+    state = at(5, Schedule(chunk=7, text="fog"), Move(change=1, chunk=6))
+    assert state.due() is None
+    state = state.next_chunk()
+    assert (due := state.due()) is not None and (due.number, due.prompt.text) == (1, "fog")
+    assert state.without(1).due() is None
 
 
 def test_coming_changes_lie_in_order_and_one_that_is_dropped_is_gone() -> None:
-    course = at(0, Schedule(chunk=9, text="a"), Schedule(chunk=4, text="b"), Drop(change=1))
-    assert [each.number for each in course.coming] == [2]
-    course = at(0, *(Schedule(chunk=chunk, text="a") for chunk in (9, 4, 6)))
-    assert [each.chunk for each in course.coming] == [4, 6, 9]
+    state = at(0, Schedule(chunk=9, text="a"), Schedule(chunk=4, text="b"), Drop(change=1))
+    assert [each.number for each in state.coming] == [2]
+    state = at(0, *(Schedule(chunk=chunk, text="a") for chunk in (9, 4, 6)))
+    assert [each.chunk for each in state.coming] == [4, 6, 9]
 
 
 @pytest.mark.parametrize(
@@ -131,22 +131,22 @@ def test_coming_changes_lie_in_order_and_one_that_is_dropped_is_gone() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(command: Command, why: str) -> None:
-    course = at(5, Schedule(chunk=9, text="fog"))
+    state = at(5, Schedule(chunk=9, text="fog"))
     with pytest.raises(ValueError, match=why):
-        transition(course, 2, command, oldest=2)
+        transition(state, 2, command, oldest=2)
 
 
 def test_no_more_changes_may_come_than_are_kept() -> None:
-    course = at(0, *(Schedule(chunk=n, text="x") for n in range(1, MOST_COMING + 1)))
+    state = at(0, *(Schedule(chunk=n, text="x") for n in range(1, MAX_COMING + 1)))
     with pytest.raises(ValueError, match="drop one first"):
-        transition(course, 999, Schedule(chunk=999, text="x"), 0)
+        transition(state, 999, Schedule(chunk=999, text="x"), 0)
 
 
 def test_a_branch_without_a_chunk_of_its_own_is_no_parent() -> None:
-    course = at(5, Rewind(chunk=3, branch="a"), Rewind(chunk=2, branch="b"))
-    assert (course.branch.name, course.branch.parent, course.chunk) == ("b", "main", 2)
-    course = transition(course.made(), 3, Rewind(chunk=2), 0).course
-    assert (course.branch.name, course.branch.parent) == ("branch-2", "b")
+    state = at(5, Rewind(chunk=3, branch="a"), Rewind(chunk=2, branch="b"))
+    assert (state.branch.name, state.branch.parent, state.chunk) == ("b", "main", 2)
+    state = transition(state.next_chunk(), 3, Rewind(chunk=2), 0).state
+    assert (state.branch.name, state.branch.parent) == ("branch-2", "b")
 
 
 # The buffers.
@@ -184,10 +184,10 @@ def test_commands_of_many_threads_are_taken_once_in_the_order_of_their_numbers()
 
 
 def test_two_readers_see_every_event_and_the_newest_pictures_in_order() -> None:
-    outbox = Outbox(most_pictures=2)
+    outbox = Outbox(max_pictures=2)
     readers = [outbox.reader(), outbox.reader()]
     for chunk in range(4):
-        outbox.say(Applied(number=chunk, chunk=chunk))
+        outbox.publish(Applied(number=chunk, chunk=chunk))
         outbox.show(Picture(branch="main", chunk=chunk, images=None))
     late = outbox.reader()
     for reader in readers:
@@ -200,12 +200,12 @@ def test_two_readers_see_every_event_and_the_newest_pictures_in_order() -> None:
 
 
 def test_a_reader_that_events_were_lost_to_is_told_and_only_then() -> None:
-    outbox = Outbox(most_events=3)
+    outbox = Outbox(max_events=3)
     reader, slow = outbox.reader(), outbox.reader()
     for number in range(3):
-        outbox.say(Applied(number=number, chunk=0))
+        outbox.publish(Applied(number=number, chunk=0))
     assert len(reader.read()) == 3
-    outbox.say(Applied(number=3, chunk=0))
+    outbox.publish(Applied(number=3, chunk=0))
     assert [each.number for each in reader.read()] == [3]  # type: ignore[union-attr]
-    with pytest.raises(Behind):
+    with pytest.raises(ReaderLagged):
         slow.read()

@@ -35,12 +35,19 @@ from rf_core.live import (
     Schedule,
     Stop,
 )
-from rf_core.live.lines import Asked, Now, Question, help_lines, read_line, told
+from rf_core.live.lines import (
+    LineContext,
+    ParsedLine,
+    Question,
+    describe_event,
+    help_lines,
+    read_line,
+)
 from rf_core.live.osc import OscServer, parse_address
 from rf_core.prompts import Switch
 
 BLEND = Switch.parse("blend 3")
-NOW = Now(mode=BLEND, chunk=10)
+NOW = LineContext(mode=BLEND, chunk=10)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +77,7 @@ NOW = Now(mode=BLEND, chunk=10)
         ("   ", None),
     ],
 )
-def test_a_line_is_a_prompt_or_what_its_verb_says(line: str, asked: Asked | None) -> None:
+def test_a_line_is_a_prompt_or_what_its_verb_says(line: str, asked: ParsedLine | None) -> None:
     assert read_line(line, NOW) == asked
 
 
@@ -133,7 +140,7 @@ def test_nothing_that_is_told_can_move_a_terminals_cursor() -> None:
         Branched(name="night", parent="main", chunk=2),
         Ended(chunk=3, why="OSError: \x1b"),
     ]
-    lines = [told(event) for event in events]
+    lines = [describe_event(event) for event in events]
     assert all(line.isprintable() and len(line) < 120 for line in lines)
     assert lines[1] == "[1] applied at chunk 4" and "a\\x1b[2J\\r\\nbxx" in lines[0]
 

@@ -19,12 +19,12 @@ from rf_core.live import (
     Applied,
     Branched,
     Command,
+    FragmentSequence,
     Limits,
     Outbox,
     Pause,
     Picture,
     Prompt,
-    Reel,
     Refused,
     Resume,
     Rewind,
@@ -34,7 +34,7 @@ from rf_core.live import (
     codec_of,
     history,
 )
-from rf_core.live.session import Beat
+from rf_core.live.session import RateLimiter
 from rf_core.stream import OnPass
 from rf_core.video import VideoFormat, VideoWriter, header_of
 
@@ -63,31 +63,31 @@ def test_a_chunk_begins_when_the_one_before_is_shown_and_what_is_late_is_not_cau
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    beat = Beat(16)
-    assert beat.left() == 0
-    beat.begins()
+    limiter = RateLimiter(16)
+    assert limiter.remaining() == 0
+    limiter.chunk_begins()
     now += 0.25
-    beat.made(12)
-    assert beat.left() == 0.5
+    limiter.chunk_made(12)
+    assert limiter.remaining() == 0.5
     now += 0.5
-    assert beat.left() == 0
-    beat.begins()
+    assert limiter.remaining() == 0
+    limiter.chunk_begins()
     now += 3  # four times as long as it is shown
-    beat.made(12)
-    assert beat.left() == 0
-    beat.begins()
+    limiter.chunk_made(12)
+    assert limiter.remaining() == 0
+    limiter.chunk_begins()
     now += 0.25
-    beat.made(12)
-    assert beat.left() == 0.5
+    limiter.chunk_made(12)
+    assert limiter.remaining() == 0.5
     with pytest.raises(ValueError, match="rate is 0"):
-        Beat(0)
+        RateLimiter(0)
 
 
 def test_a_session_is_no_faster_than_its_rate_and_as_fast_as_it_can_without_one() -> None:
     begun = time.monotonic()
     session_of(stream_of("taehv"), rate=48).run(until=3)  # 9, 12 and 12 images
     assert time.monotonic() - begun >= (9 + 12) / 48
-    assert Beat(None).left() == 0
+    assert RateLimiter(None).remaining() == 0
 
 
 def test_commands_are_obeyed_while_it_waits_for_the_rate_and_a_stop_ends_the_wait() -> None:
@@ -183,8 +183,8 @@ def test_snapshots_are_the_rarer_the_more_there_is_to_copy(
         monkeypatch.setattr(history, "_COPIED", history._COPIED // factor)
         session = session_of(limits=Limits(every=2))
         session.run(until=26)
-        marks = [mark.chunk for mark in session._maker.history._marks]
-        gaps.append(marks[-1] - marks[-2])
+        points = [point.chunk for point in session._maker.history._points]
+        gaps.append(points[-1] - points[-2])
     assert gaps[0] < gaps[1] and gaps[1] >= 6
 
 
@@ -193,12 +193,12 @@ def test_snapshots_are_the_rarer_the_more_there_is_to_copy(
 
 def test_a_bell_rings_for_all_that_is_news_and_no_more_once_it_is_hung_up() -> None:
     outbox, rung = Outbox(), []
-    with outbox.bell(lambda: rung.append(1)):
-        outbox.say(Applied(number=1, chunk=0))
+    with outbox.subscribe(lambda: rung.append(1)):
+        outbox.publish(Applied(number=1, chunk=0))
         outbox.show(Picture(branch="main", chunk=0, images=None))
         outbox.status = "new"
         outbox.close()
-    outbox.say(Applied(number=2, chunk=0))
+    outbox.publish(Applied(number=2, chunk=0))
     assert len(rung) == 4 and outbox.closed
 
 
@@ -207,7 +207,7 @@ def test_who_comes_late_is_shown_the_newest_chunk_at_once() -> None:
     assert outbox.reader(latest=True).read(0) == []
     for chunk in range(5):
         outbox.show(Picture(branch="main", chunk=chunk, images=None))
-    outbox.say(Applied(number=1, chunk=5))
+    outbox.publish(Applied(number=1, chunk=5))
     new = outbox.reader(latest=True).read(0)
     assert [type(each) for each in new] == [Picture, Applied] and new[0].chunk == 4
     assert outbox.reader().read(0) == []
@@ -228,7 +228,7 @@ def test_a_reader_who_comes_late_and_misses_some_sees_a_whole_video_of_what_it_g
     header = header_of(FORMAT)
     assert (tmp_path / "take.mp4").read_bytes().endswith(b"".join(fragments))
     assert b"secret" not in header and codec_of(header) == "avc1.f4000a"
-    reel, seen = Reel(), [2, 1, 3, 0, 3]
+    reel, seen = FragmentSequence(), [2, 1, 3, 0, 3]
     shown, dates = decoded(header + b"".join(reel.add(fragments[n]) for n in seen))
     whole, _ = decoded((tmp_path / "take.mp4").read_bytes())
     begins = [0, 9, 21, 33, 45]
@@ -247,7 +247,7 @@ def test_pictures_carry_what_is_in_the_file(tmp_path: Path) -> None:
     reader = session.outbox.reader()
     session.run(until=3)
     pictures = of_kind(reader.read(0), Picture)
-    reel, header = Reel(), header_of(FORMAT)
+    reel, header = FragmentSequence(), header_of(FORMAT)
     shown, _ = decoded(header + b"".join(reel.add(each.fragment) for each in pictures))
     whole, _ = decoded((tmp_path / "take.mp4").read_bytes())
     assert len(pictures) == 3 and np.array_equal(shown, whole)

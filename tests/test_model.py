@@ -176,8 +176,8 @@ def test_attention_depends_on_relative_positions_alone():
     q, k = torch.randn(1, 1, 1, 48), torch.randn(1, 1, 1, 48)
 
     def score(i: int, j: int) -> torch.Tensor:
-        turned = (apply_rope(q, table.tokens(i, i + 1)), apply_rope(k, table.tokens(j, j + 1)))
-        return (turned[0] * turned[1]).sum()
+        rotated = (apply_rope(q, table.tokens(i, i + 1)), apply_rope(k, table.tokens(j, j + 1)))
+        return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(score(7, 3), score(290, 286), atol=1e-4, rtol=1e-4)
     assert (score(7, 3) - score(7, 4)).abs() > 1e-3

@@ -342,8 +342,8 @@ def test_each_chunk_reads_to_the_bit_what_the_streaming_cache_would_hold(config,
         for layer in range(tiny.CONFIG.num_layers):
             k, v = slot.own[layer]
             rope = rope_table(9, GRID, tiny.CONFIG.head_dim).tokens(held - 3 * TOKENS, held)
-            turned, v = slot.layer(layer).extend(k, apply_rope(k, rope), v)
-            assert torch.equal(turned, cache.turned_NBWHD[layer, :, :held])
+            rotated, v = slot.layer(layer).extend(k, apply_rope(k, rope), v)
+            assert torch.equal(rotated, cache.rotated_NBWHD[layer, :, :held])
             assert torch.equal(v, cache.v_NBWHD[layer, :, :held])
         window = window.followed_by(slot)
     assert cache.num_evictions > 0

@@ -217,7 +217,7 @@ def test_denoising_and_clean_passes_use_every_layer_in_its_turn(monkeypatch):
     model = streamed(tiny.model(DEEP))
     places = {buffer.untyped_storage().data_ptr() for buffer in model.blocks._slots.buffers}
     seen = []
-    for name in ("forward", "remember"):
+    for name in ("forward", "write_cache"):
         run = getattr(Block, name)
 
         def noting(block, *args, run=run):
@@ -227,6 +227,6 @@ def test_denoising_and_clean_passes_use_every_layer_in_its_turn(monkeypatch):
         monkeypatch.setattr(Block, name, noting)
     stream = tiny.stream(model=model)
     stream.generate()
-    stream.settle()
+    stream.finish_clean_pass()
     passes = len(tiny.TWO_STEPS.steps) + 1
     assert seen == [True] * passes * DEEP.num_layers

@@ -211,7 +211,7 @@ def test_on_a_card_the_sink_is_held_by_the_host_and_put_back() -> None:
         latents_of(stream, 5)
         if stops:
             stopped(stream, 2)
-            held = stream.state.cache.before
+            held = stream.state.cache.sink_backup
             assert held is not None and all(t.is_pinned() for t in held.tensors.values())
         stream.switch(tiny.prompt(1), "recache")
         return latents_of(stream, 3)
@@ -237,7 +237,7 @@ def test_a_blend_starts_where_the_last_chunk_that_was_made_stood() -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["switch", "snapshot", "restore", "fork", "step", "settle", "replay"]
+    "call", ["switch", "snapshot", "restore", "fork", "step", "finish_clean_pass", "replay"]
 )
 def test_what_is_called_within_a_chunk_is_refused_and_changes_nothing(call: str) -> None:
     stream = tiny.stream()
@@ -249,7 +249,7 @@ def test_what_is_called_within_a_chunk_is_refused_and_changes_nothing(call: str)
         "restore": lambda: stream.restore(snapshot),
         "fork": stream.fork,
         "step": stream.step,
-        "settle": stream.settle,
+        "finish_clean_pass": stream.finish_clean_pass,
         "replay": lambda: stream.replay(latents),
     }
 

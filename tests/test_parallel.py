@@ -16,7 +16,13 @@ from torch import Tensor
 
 from rf_core.__main__ import main
 from rf_core.config import WAN_1_3B, CacheConfig, Grid
-from rf_core.fast.parallel import Process, Split, SpreadModel, SpreadStream, agreed
+from rf_core.fast.parallel import (
+    Process,
+    SequenceParallelModel,
+    SequenceParallelStream,
+    Split,
+    any_process,
+)
 from rf_core.state import Snapshot
 from rf_core.stream import Stream
 
@@ -44,28 +50,30 @@ def whole_stream() -> Stream:
     return Stream(tiny.model(CONFIG), SHORT, **OPTIONS)
 
 
-def spread_stream(process: Process) -> SpreadStream:
+def parallel_stream(process: Process) -> SequenceParallelStream:
     split = Split.of(process, CONFIG, GRID, OPTIONS["cache"])
-    return SpreadStream(SpreadModel(tiny.model(CONFIG), split), SHORT, **OPTIONS)
+    return SequenceParallelStream(
+        SequenceParallelModel(tiny.model(CONFIG), split), SHORT, **OPTIONS
+    )
 
 
 def run_rank(rank: int, count: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meet = f"file://{folder / f'meet{count}'}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=count)
-    process = Process(rank=rank, count=count)
-    stream = spread_stream(process)
+    process = Process(rank=rank, world_size=count)
+    stream = parallel_stream(process)
     first = latents_of(stream, range(MIDDLE))
     snapshot = stream.snapshot()
     found = {
         "through": torch.cat([first, latents_of(stream, range(MIDDLE, CHUNKS))], dim=2),
         "cache bytes": torch.tensor(stream.state.cache.nbytes),
     }
-    stream = spread_stream(process)
+    stream = parallel_stream(process)
     stream.restore(Snapshot.load(folder / "alone.safetensors"))
     found["restored"] = latents_of(stream, range(MIDDLE, CHUNKS))
-    asked = agreed(lambda: rank == 1)
-    found["agreed"] = torch.tensor([asked(), agreed(lambda: False)()])
+    asked = any_process(lambda: rank == 1)
+    found["agreed"] = torch.tensor([asked(), any_process(lambda: False)()])
     torch.save(found, folder / f"found-{count}-{rank}.pt")
     if rank == 0:
         snapshot.save(folder / f"spread{count}.safetensors")
@@ -122,17 +130,19 @@ def test_tokens_come_back_to_their_places_after_the_trades(monkeypatch):
     """Two processes' trades, played in one: rows of the traded tensors change places."""
     grid, heads = Grid(height=4, width=3), torch.randn(2, 1, 2 * 12, 4, 5)
     q, v = heads  # of two frames, [B, L, H, D]
-    splits = [Split(rank=r, count=2, axis=-2, run=6) for r in range(2)]
+    splits = [Split(rank=r, world_size=2, axis=-2, run=6) for r in range(2)]
     bands = [_band_tokens(heads, grid, rank) for rank in range(2)]
     sent: list[Tensor] = []
-    monkeypatch.setattr("rf_core.fast.parallel._traded", lambda x: sent.append(x) or x)
+    monkeypatch.setattr("rf_core.fast.parallel._all_to_all", lambda x: sent.append(x) or x)
     for split, band in zip(splits, bands, strict=True):
         split.to_heads(*band)
     received = [torch.stack([each[rank] for each in sent]) for rank in range(2)]
     for rank, split in enumerate(splits):
-        monkeypatch.setattr("rf_core.fast.parallel._traded", lambda x, rank=rank: received[rank])
+        monkeypatch.setattr(
+            "rf_core.fast.parallel._all_to_all", lambda x, rank=rank: received[rank]
+        )
         own_q, own_v = split.to_heads(*bands[rank])
-        assert torch.equal(own_q, split.heads(q)) and torch.equal(own_v, split.heads(v))
+        assert torch.equal(own_q, split.own_heads(q)) and torch.equal(own_v, split.own_heads(v))
 
 
 def _band_tokens(x_NBLHD: Tensor, grid: Grid, rank: int) -> Tensor:
@@ -145,7 +155,7 @@ def test_numbers_of_processes_that_do_not_fit_are_refused_with_those_that_do():
     grid = Grid(height=30, width=52)  # 480x832
 
     def split(count: int, cache: CacheConfig | None = None) -> Split:
-        process = Process(rank=1, count=count)
+        process = Process(rank=1, world_size=count)
         return Split.of(process, WAN_1_3B, grid, cache or CacheConfig())
 
     assert [(split(n).axis, split(n).run) for n in (2, 3, 4, 6)] == [
@@ -161,10 +171,10 @@ def test_numbers_of_processes_that_do_not_fit_are_refused_with_those_that_do():
         split(2, CacheConfig(keep_key_norms=True))
 
 
-def test_a_spread_stream_refuses_a_snapshot_of_another_model(alone, monkeypatch):
+def test_a_parallel_stream_refuses_a_snapshot_of_another_model(alone, monkeypatch):
     folder, _ = alone
-    monkeypatch.setattr("rf_core.fast.parallel.gathered", lambda part, axis: part)
-    stream = spread_stream(Process(rank=0, count=2))
+    monkeypatch.setattr("rf_core.fast.parallel.all_gather", lambda part, axis: part)
+    stream = parallel_stream(Process(rank=0, world_size=2))
     snapshot = Snapshot.load(folder / "alone.safetensors")
     wider = {**snapshot.facts["model"], "ffn_dim": 96}
     with pytest.raises(ValueError, match="96"):

@@ -30,7 +30,7 @@ from rf_core.memory.footprint import (
     TextSizes,
     footprint,
 )
-from rf_core.memory.live_bytes import ghosts, peak_bytes
+from rf_core.memory.live_bytes import fake_tensors, peak_bytes
 from rf_core.memory.placement import decoder_config, free_bytes, parse_bytes, text_sizes
 from rf_core.memory.plan import Placement, fit, format_plan, peak
 from rf_core.model import WanModel
@@ -58,7 +58,7 @@ SIZES = {
         height=96,
         width=160,
         cache=CacheConfig(window_frames=6, sink_frames=0),
-        keep_turned=False,
+        keep_rotated=False,
         decoder=TAEHVConfig(),
         dtype=torch.float32,
         device="cpu",
@@ -104,7 +104,7 @@ def taken(sizes: Sizes, group_frames: int, device: str = "cpu", chunks: int | No
         cache=sizes.cache,
         sampler=sizes.sampler,
         decoder=decoder,
-        keep_turned=sizes.keep_turned,
+        keep_rotated=sizes.keep_rotated,
     )
     if decoder is not None:
         put_channels_last(decoder.codec)
@@ -173,8 +173,8 @@ def test_the_published_students_parts_are_the_known_ones():
     assert parts.student.total == 2 * num_parameters(WAN_1_3B)
     assert parts.text.total / 1e9 == pytest.approx(11.36, abs=0.01)
     frame = Grid(height=30, width=52).frame_tokens * WAN_1_3B.dim * 2
-    assert parts.cache == 90 * 9 * frame  # keys, values, turned keys
-    assert footprint(replace(sizes, keep_turned=False)).cache == 61 * 9 * frame
+    assert parts.cache == 90 * 9 * frame  # keys, values, rotated keys
+    assert footprint(replace(sizes, keep_rotated=False)).cache == 61 * 9 * frame
     context = 2 * 30 * WAN_1_3B.text_len * WAN_1_3B.dim * 2
     assert parts.prompt == context + WAN_1_3B.text_len * WAN_1_3B.text_dim * 2
 
@@ -239,8 +239,8 @@ def test_live_bytes_are_those_of_tensors_that_are_alive_together():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_ghosts_count_as_the_tensors_they_stand_for(device):
-    with ghosts(device) as place:
+def test_fake_tensors_count_as_the_tensors_they_stand_for(device):
+    with fake_tensors(device) as place:
         layer = torch.nn.Linear(300, 500, device=place)
         x = torch.empty(7, 300, device=place)
         assert peak_bytes(lambda: layer(x).relu(), place) == 2 * 7 * 500 * 4
@@ -277,7 +277,7 @@ def sized(monkeypatch) -> Sizes:
 
     def parts(sizes: Sizes, group_frames: int) -> Footprint:
         share = sizes.height / 480
-        cache = PARTS.cache - (0 if sizes.keep_turned else TURNED)
+        cache = PARTS.cache - (0 if sizes.keep_rotated else TURNED)
         counted = replace(grouped(PARTS, group_frames), cache=round(cache * share))
         recorded = RECORDED if sizes.graphs else 0
         return replace(counted, network=round(400 * share), recorded=recorded)
@@ -327,11 +327,11 @@ def test_a_choice_that_is_given_holds(sized):
         fit(sized, HELD + 399 - TURNED, offload="none")
     with pytest.raises(ValueError, match="at the least"):
         fit(sized, HELD + 1499 - TURNED - STREAMED, group_frames=3)
-    lean = fit(replace(sized, keep_turned=False), 20000)
-    assert not lean.placement.keep_turned and "turning keys anew" in str(lean)
+    lean = fit(replace(sized, keep_rotated=False), 20000)
+    assert not lean.placement.keep_rotated and "rotating keys again" in str(lean)
 
 
-def test_passes_run_unrecorded_before_keys_are_turned_anew_or_weights_streamed(sized):
+def test_passes_run_unrecorded_before_keys_are_rotated_again_or_weights_streamed(sized):
     wanted = {
         HELD + RECORDED + 400: (1, True, "none", False),
         HELD + RECORDED + 399: (1, True, "none", True),
@@ -341,7 +341,7 @@ def test_passes_run_unrecorded_before_keys_are_turned_anew_or_weights_streamed(s
     recorded = replace(sized, graphs=True)
     for available, choice in wanted.items():
         chosen = fit(recorded, available).placement
-        found = chosen.group_frames, chosen.keep_turned, chosen.offload, chosen.unrecorded
+        found = chosen.group_frames, chosen.keep_rotated, chosen.offload, chosen.unrecorded
         assert found == choice, available
         assert ("unrecorded" in str(chosen)) == (choice[2:] == ("none", True))
     with pytest.raises(ValueError, match="at the least"):
@@ -349,7 +349,7 @@ def test_passes_run_unrecorded_before_keys_are_turned_anew_or_weights_streamed(s
 
 
 def test_what_recorded_passes_hold_is_counted():
-    sizes = replace(SIZES["taehv"](), decoder=None, keep_turned=True, graphs=True)
+    sizes = replace(SIZES["taehv"](), decoder=None, keep_rotated=True, graphs=True)
     network = WanModel(sizes.model).requires_grad_(False)
     graphed = GraphedModel(network, capture=Eager())
     stream = Stream(
@@ -379,16 +379,16 @@ class Eager:
 
 
 def test_a_run_on_a_full_card_does_without_recorded_passes(monkeypatch, tmp_path):
-    settled = settle(tmp_path, graphs="auto", group_frames="auto")
-    assert settled.options.records_passes and "unrecorded" not in str(settled.fit)
-    monkeypatch.setattr(options_module, "free_bytes", lambda device: settled.fit.needed - 1)
-    least = settle(tmp_path, graphs="auto", group_frames=3, offload="auto")
+    resolved = resolve(tmp_path, graphs="auto", group_frames="auto")
+    assert resolved.options.records_passes and "unrecorded" not in str(resolved.fit)
+    monkeypatch.setattr(options_module, "free_bytes", lambda device: resolved.fit.needed - 1)
+    least = resolve(tmp_path, graphs="auto", group_frames=3, offload="auto")
     assert not least.options.records_passes and "unrecorded" in str(least.fit)
-    asked_for = settle(tmp_path, graphs=True, group_frames=3, offload="auto").options
-    assert asked_for.records_passes and not asked_for.keep_turned
+    asked_for = resolve(tmp_path, graphs=True, group_frames=3, offload="auto").options
+    assert asked_for.records_passes and not asked_for.keep_rotated
 
 
-def settle(folder, **options):
+def resolve(folder, **options):
     timeline = parse_timeline("a red circle moves right slowly")
     return options_module.plan(
         Options(timeline=timeline, output=folder / "a.mp4", chunks=1, **options)
@@ -409,7 +409,7 @@ def test_on_a_cpu_nothing_is_streamed_and_without_a_decoder_nothing_grouped(size
     bare = replace(sized, decoder=None)
     choices = {(p.offload, p.group_frames) for p in planning._placements(bare, None, None, False)}
     assert choices == {("none", 3), ("stream", 3)}
-    assert any(not p.keep_turned for p in planning._placements(bare, None, None, False))
+    assert any(not p.keep_rotated for p in planning._placements(bare, None, None, False))
 
 
 def test_a_cards_allowance_is_added(sized, monkeypatch):

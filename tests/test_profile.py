@@ -19,11 +19,11 @@ from rf_core.measure.profile import (
     REST,
     ProfileOptions,
     Timeline,
-    beside,
     counted,
+    instrumented,
     kind_of,
-    marked,
     prompt_keys,
+    with_counts,
 )
 from rf_core.measure.workload import WorkloadOptions, load_workload
 
@@ -63,7 +63,7 @@ def test_a_span_belongs_to_the_innermost_kind(monkeypatch):
 def test_borders_leave_latents_alone_and_come_off_again():
     plain, watched = tiny.stream(), tiny.stream()
     attention, tally = watched.attention, Tally()
-    with marked(watched, tally):
+    with instrumented(watched, tally):
         torch.testing.assert_close(watched.step().latents, plain.step().latents, rtol=0, atol=0)
     seen = tally.counts.total()
     assert seen and not tally.open
@@ -75,7 +75,7 @@ def test_borders_leave_latents_alone_and_come_off_again():
 
 def test_the_kinds_of_a_chunk_are_counted_as_often_as_they_run():
     stream, tally = tiny.stream(), Tally()
-    with marked(stream, tally):
+    with instrumented(stream, tally):
         stream.step()
     layers = PASSES * tiny.CONFIG.num_layers
     assert tally.counts[counts.SELF_PRODUCTS] == tally.counts[counts.CROSS_PRODUCTS] == layers
@@ -103,14 +103,16 @@ def test_every_layer_with_weights_has_a_kind_in_fp8_the_same():
 def test_all_that_is_counted_is_timed(tmp_path):
     workload = load_workload(WorkloadOptions(height=16, width=16))
     stream, tally = workload.stream(), Tally()
-    with marked(stream, tally):
+    with instrumented(stream, tally):
         stream.step()
     assert counted(stream, workload).keys() == tally.counts.keys()
 
 
 def test_at_best_the_scarcer_of_products_and_bytes_decides():
     work = {"linear": Work(100, 10), "norm": Work(0, 40), "unseen": Work(1, 1)}
-    rows = {row["kind"]: row for row in beside({"linear": 1.0, "norm": 9.0}, work, Work(10, 4))}
+    rows = {
+        row["kind"]: row for row in with_counts({"linear": 1.0, "norm": 9.0}, work, Work(10, 4))
+    }
     assert list(rows) == ["norm", "linear", "unseen"]  # by time
     assert rows["linear"]["seconds_at_best"] == 10 and rows["norm"]["seconds_at_best"] == 10
     assert rows["unseen"]["seconds"] is None

@@ -34,7 +34,7 @@ from rf_core.stream import Chunk, OnPass, Stream
 TRIES = int(os.environ.get("RF_FUZZ", "8"))
 SEED = int(os.environ.get("RF_FUZZ_SEED", "1"))
 ROUNDING = 1e-5
-MOST_STREAMS = 3
+MAX_STREAMS = 3
 SHRINKING_RUNS = 300
 
 
@@ -72,13 +72,13 @@ class Kind:
 
     cache: CacheConfig = field(default_factory=lambda: tiny.window(9, 3))
     dtype: torch.dtype = torch.float32
-    keep_turned: bool = True
+    keep_rotated: bool = True
     batch: int = 1
     seed: int = 0
     decoder: str | None = None
 
     def fast(self, attention: Attention) -> Stream:
-        own = {"keep_turned": self.keep_turned, "attention": attention}
+        own = {"keep_rotated": self.keep_rotated, "attention": attention}
         return tiny.stream(prompt_embeds=prompt_of(0, self.batch), **self.both, **own)
 
     def slow(self) -> SlowStream:
@@ -110,7 +110,7 @@ KINDS = {
     "a batch of two": Kind(cache=tiny.window(8, 3, chunk=2), batch=2),
     "static sink": Kind(cache=tiny.window(9, 3, decay=1.0)),
     "key norms": Kind(cache=tiny.window(9, 3, keep_key_norms=True)),
-    "turned in every pass": Kind(cache=tiny.window(10, 4, chunk=2), keep_turned=False),
+    "rotated in every pass": Kind(cache=tiny.window(10, 4, chunk=2), keep_rotated=False),
     "bfloat16": Kind(dtype=BF16),
     "float32 sink": Kind(
         cache=tiny.window(10, 3, accumulator="float32", keep_key_norms=True), dtype=BF16
@@ -138,7 +138,7 @@ def any_kind(draw: random.Random) -> Kind:
             storage=draw.choice(["exact", "int8"]),
         ),
         dtype=draw.choice([torch.float32, BF16]),
-        keep_turned=draw.random() < 0.5,
+        keep_rotated=draw.random() < 0.5,
         batch=draw.choice([1, 1, 2]),
         seed=draw.randrange(-(2**64), 2**64),
     )
@@ -239,19 +239,19 @@ class Trial:
             if len(seen) > int(at):
                 raise Stop
 
-        def on_guess(number: int, x0: Tensor) -> None:
+        def on_prediction(number: int, x0: Tensor) -> None:
             if number + 1 == len(tiny.TWO_STEPS.steps):
                 raise Stop
 
         with raising(Stop):
-            pair.fast.step(on_pass, on_guess)
+            pair.fast.step(on_pass, on_prediction)
         began = any(kind == "denoise" for kind, _ in seen)
         pair.slow.abort(in_recache=seen[-1] != ("clean", 0), began=began)
 
     def do_fail(self, pair: Pair, calls: str) -> None:
         """A step that fails within a pass, when attention was called so often."""
         if pair.slow.state.recache_due:
-            pair.fast.settle()  # so that any pass is one of the recache
+            pair.fast.finish_clean_pass()  # so that any pass is one of the recache
         self.calls_left = int(calls)
         seen: list[str] = []
         try:
@@ -288,10 +288,10 @@ class Trial:
                 fast.restore(self.damaged(pair, which))
 
     def do_settle(self, pair: Pair) -> None:
-        pair.fast.settle()
+        pair.fast.finish_clean_pass()
 
     def do_fork(self, pair: Pair) -> None:
-        self.pairs = [*self.pairs, pair.fork()][-MOST_STREAMS:]
+        self.pairs = [*self.pairs, pair.fork()][-MAX_STREAMS:]
 
     def do_snapshot(self, pair: Pair) -> None:
         kept = replace(pair, slow=pair.slow.fork())
@@ -343,12 +343,12 @@ class Trial:
         write_to(chunk.latents, *given)
 
     def check_window(self, pair: Pair) -> None:
-        pair.fast.settle()
+        pair.fast.finish_clean_pass()
         cache = pair.fast.state.cache
         cache.truncate(cache.num_frames)
         found = cache.snapshot()
         keys, values = pair.slow.window()
-        same("the window's keys", found.turned_NBWHD, keys)
+        same("the window's keys", found.rotated_NBWHD, keys)
         same("the window's values", found.v_NBWHD, values)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -361,7 +361,7 @@ class Trial:
 
     def loaded(self, snapshot: Snapshot) -> Stream:
         given = self.kind.both
-        own = {"keep_turned": self.kind.keep_turned, "attention": self.attention}
+        own = {"keep_rotated": self.kind.keep_rotated, "attention": self.attention}
         return Stream.from_snapshot(given["model"], snapshot, decoder=given["decoder"], **own)
 
     def latents(self, pair: Pair, number: int) -> Tensor:
@@ -432,7 +432,7 @@ def lines_of(draw: random.Random, length: int) -> list[str]:
         "refuse": (2, lambda: refusal_of(draw)),
     }
     taken = ["step", *draw.sample(list(verbs), len(verbs) // 2)]
-    streams = draw.randrange(1, MOST_STREAMS + 1)
+    streams = draw.randrange(1, MAX_STREAMS + 1)
     made = ["0 step"] * draw.randrange(5)
     if draw.random() < 0.15:
         made = [f"0 switch {switch_of(draw)}", f"0 stop {draw.randrange(3)}"][draw.randrange(3) :]

@@ -568,9 +568,9 @@ def write(cache: KVCache, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
     cache.advance(k.shape[1] // TOKENS)
     start = cache.context_frames * TOKENS
     table = rope_table(cache.config.window_frames, GRID, HEAD_DIM)
-    turned = apply_rope(k, table.tokens(start, start + k.shape[1]))
-    windows = (cache.layer(layer).extend(k, turned, v) for layer in range(LAYERS))
-    return [(turned.clone(), v.clone()) for turned, v in windows]
+    rotated = apply_rope(k, table.tokens(start, start + k.shape[1]))
+    windows = (cache.layer(layer).extend(k, rotated, v) for layer in range(LAYERS))
+    return [(rotated.clone(), v.clone()) for rotated, v in windows]
 
 
 def chunk(config: CacheConfig, seed: int, dtype: torch.dtype, batch: int = 1) -> Tensor:
@@ -583,14 +583,14 @@ def test_the_window_is_read_to_within_half_a_step_whatever_has_left_it(dtype, co
     exact, packed = (cache_of(kind, config, dtype, batch=2) for kind in (KVCache, Int8KVCache))
     for number in range(8):
         k, v = chunk(config, number, dtype, 2), chunk(config, 100 + number, dtype, 2)
-        for (turned, value), (turned8, value8) in zip(
+        for (rotated, value), (rotated8, value8) in zip(
             write(exact, k, v), write(packed, k, v), strict=True
         ):
             assert value8.shape == value.shape
             ulp = torch.finfo(dtype).eps * 4
             torch.testing.assert_close(value8, value, rtol=ulp, atol=4.5 / 254 + ulp)
-            # a pair of keys that is turned mixes the errors of both
-            torch.testing.assert_close(turned8, turned, rtol=2 * ulp, atol=1.5 * 4.5 / 254 + ulp)
+            # a pair of keys that is rotated mixes the errors of both
+            torch.testing.assert_close(rotated8, rotated, rtol=2 * ulp, atol=1.5 * 4.5 / 254 + ulp)
             assert torch.equal(value8[:, -v.shape[1] :], v)  # the chunk at hand
     assert packed.num_evictions == exact.num_evictions > 2
 
@@ -695,7 +695,7 @@ def test_a_cache_of_another_form_is_refused_and_what_it_lacks_named():
     exact, packed = (cache_of(kind, config) for kind in (KVCache, Int8KVCache))
     for mine, other in ((exact, packed), (packed, exact)):
         with pytest.raises(ValueError, match="one cache has scale, sink, the other has not"):
-            mine.check(other.tensors(), made_room=0)
+            mine.check(other.tensors(), evicted_frames=0)
 
 
 def int8_model(model: WanModel | None = None) -> WanModel:
@@ -751,7 +751,7 @@ def test_a_fork_has_a_scratch_and_a_sink_of_its_own():
     latents_of(fork, 3)
     assert all(torch.equal(stream.state.cache.tensors()[name], wanted[name]) for name in wanted)
     assert fork.state.cache.scratch_3BWHD.data_ptr() != stream.state.cache.scratch_3BWHD.data_ptr()
-    assert fork.state.cache.turned_NBWHD.data_ptr() == fork.state.cache.scratch_3BWHD[1].data_ptr()
+    assert fork.state.cache.rotated_NBWHD.data_ptr() == fork.state.cache.scratch_3BWHD[1].data_ptr()
 
 
 def test_a_chunk_that_was_stopped_within_is_made_again_the_same():

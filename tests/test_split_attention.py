@@ -7,7 +7,7 @@ from torch import nn
 from rf_core import split_attention
 from rf_core.attention import BACKENDS, sdpa
 from rf_core.config import Grid, ModelConfig
-from rf_core.fast.dispatch import TOLERANCE, written_out
+from rf_core.fast.dispatch import TOLERANCE, reference_attention
 from rf_core.layers import Block, PromptKV
 from rf_core.rope import rope_table
 from rf_core.split_attention import TailSplit, attend_split, flash_lse, plan_split, split_tail
@@ -80,7 +80,7 @@ def test_split_attention_is_plain_attention_to_rounding(queries, keys, start, pa
     q, k, v = drawn(queries, keys, batch=batch)
     found = attend_split(flash_lse, q, k, v, TailSplit(start=start, parts=parts))
     assert found.is_contiguous()
-    torch.testing.assert_close(found, written_out(q, k, v).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, reference_attention(q, k, v).float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("queries", "keys", "start", "parts"), LENGTHS)
@@ -88,7 +88,7 @@ def test_split_attention_in_half_precision_is_as_exact_as_plain_attention(
     queries, keys, start, parts
 ):
     q, k, v = drawn(queries, keys, dtype=torch.bfloat16)
-    expected = written_out(q, k, v)
+    expected = reference_attention(q, k, v)
     found = attend_split(flash_lse, q, k, v, TailSplit(start=start, parts=parts))
     split, plain = ((x - expected).norm() / expected.norm() for x in (found, sdpa(q, k, v)))
     assert found.dtype == torch.bfloat16
@@ -99,7 +99,7 @@ def test_parts_whose_sums_differ_by_orders_of_magnitude_are_merged_without_overf
     q, k, v = drawn(64, 128)
     k[:, :64] *= 60  # the exponentials of that part's scores overflow float32
     found = attend_split(flash_lse, q, k, v, TailSplit(start=32, parts=2))
-    torch.testing.assert_close(found, written_out(q, k, v).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, reference_attention(q, k, v).float(), rtol=1e-5, atol=1e-4)
 
 
 def test_parts_are_attended_to_at_once_and_lie_where_the_keys_do():
@@ -116,7 +116,7 @@ def test_parts_are_attended_to_at_once_and_lie_where_the_keys_do():
 def seven_processors(monkeypatch):
     """Blocks of 4 queries: 12 of 3 heads are a wave of two tiles and a tail of one."""
     monkeypatch.setattr(split_attention, "TILE", 4)
-    monkeypatch.setattr(split_attention, "LEAST_KEYS", 12)
+    monkeypatch.setattr(split_attention, "MIN_KEYS", 12)
     monkeypatch.setattr(split_attention, "processors_of", lambda device: 7)
     assert plan_split(1, 12, 3, 7) == TailSplit(start=8, parts=2)
 
@@ -166,7 +166,7 @@ def test_a_compiled_block_attends_split_in_one_graph(seven_processors):
 
 @torch.no_grad()
 def test_how_many_processors_there_are_breaks_no_graph():
-    q, k, v = drawn(4, split_attention.LEAST_KEYS, batch=1)
+    q, k, v = drawn(4, split_attention.MIN_KEYS, batch=1)
     compiled = torch.compile(BACKENDS["flash-split"], backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), sdpa(q, k, v))
 
@@ -181,5 +181,5 @@ def test_on_a_card_a_split_is_recorded_and_right(name):
     with torch.cuda.graph(graph):
         found = attention(q, k, v)
     graph.replay()
-    expected = written_out(q[:, -600:], k, v)
+    expected = reference_attention(q[:, -600:], k, v)
     assert (found[:, -600:] - expected).norm() <= TOLERANCE * expected.norm()

@@ -278,9 +278,9 @@ def test_files_that_are_no_snapshot_are_refused_in_a_sentence(tmp_path):
             Snapshot.load(path)
 
 
-@pytest.mark.parametrize("keep_turned", [True, False])
-def test_compiled_blocks_stream_the_same_over_evictions_and_switches(keep_turned):
-    options = {"cache": tiny.window(9, 3), "keep_turned": keep_turned}
+@pytest.mark.parametrize("keep_rotated", [True, False])
+def test_compiled_blocks_stream_the_same_over_evictions_and_switches(keep_rotated):
+    options = {"cache": tiny.window(9, 3), "keep_rotated": keep_rotated}
     plain, compiled = tiny.stream(**options), tiny.stream(**options)
     torch._dynamo.reset()
     for block in compiled.model.blocks:
@@ -334,7 +334,7 @@ def test_a_chunk_of_a_blend_that_was_not_made_leaves_no_prompt_behind(switch):
     assert torch.equal(run(True), run(False))
 
 
-@pytest.mark.parametrize("failing", ["absorb", "rotate_context"])
+@pytest.mark.parametrize("failing", ["update_sink", "rotate_context"])
 def test_a_window_that_failed_while_it_moved_is_whole_or_refused(monkeypatch, failing):
     def out(*given, **named):
         raise torch.OutOfMemoryError("no more")
@@ -346,7 +346,7 @@ def test_a_window_that_failed_while_it_moved_is_whole_or_refused(monkeypatch, fa
         patched.setattr(kernels, failing, out)
         with pytest.raises(torch.OutOfMemoryError):
             stream.step()
-    if failing == "absorb":
+    if failing == "update_sink":
         for use in (stream.step, stream.snapshot):
             with pytest.raises(ValueError, match="snapshot, or begin anew"):
                 use()
@@ -381,13 +381,13 @@ def test_a_chunk_is_handed_on_before_its_clean_pass():
 def test_when_the_clean_pass_is_run_changes_nothing(chunks, switch):
     lazy, eager = tiny.stream(), tiny.stream()
     made = []
-    for stream, settle in ((lazy, lambda: None), (eager, eager.settle)):
+    for stream, finish_clean_pass in ((lazy, lambda: None), (eager, eager.finish_clean_pass)):
         latents = []
         for index in range(chunks + 3):
             if index == chunks and switch is not None:
                 stream.switch(tiny.prompt(5), switch)
             latents.append(stream.step().latents)
-            settle()
+            finish_clean_pass()
         made.append(torch.cat(latents, 2))
     assert torch.equal(*made)
 
@@ -399,9 +399,9 @@ def test_a_clean_pass_ends_at_the_last_layers_keys_and_values():
     layers = []
     for index, block in enumerate(stream.model.blocks):
         block.ffn.register_forward_hook(lambda *_, index=index: layers.append(index))
-    stream.settle()
+    stream.finish_clean_pass()
     assert layers == [0]  # of two
-    x, (_, context) = whole.state.unsettled.latents, whole._context
+    x, (_, context) = whole.state.pending_clean_pass.latents, whole._context
     with torch.no_grad():
         whole.model(x, torch.zeros(1, 3), context, whole.state.cache)
     assert torch.equal(stream.state.cache.k_NBWHD, whole.state.cache.k_NBWHD)
@@ -515,7 +515,7 @@ def test_a_switch_during_a_blend_starts_from_where_the_prompt_then_stands():
 def test_guesses_are_shown_after_every_step_and_change_nothing():
     guesses = []
     watched = tiny.stream()
-    chunk = watched.step(on_guess=lambda number, x0: guesses.append((number, x0.clone())))
+    chunk = watched.step(on_prediction=lambda number, x0: guesses.append((number, x0.clone())))
     assert [number for number, _ in guesses] == list(range(len(watched.sampler.steps)))
     assert torch.equal(guesses[-1][1], chunk.latents)
     assert torch.equal(chunk.latents, tiny.stream().step().latents)

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from rf_core.prompts import ChunkClock, TimelineError, parse_timeline
-from rf_core.ranges import LONGEST_TIMELINE, MOST_LINES
+from rf_core.ranges import LONGEST_TIMELINE, MAX_LINES
 
 READ = [
     (
@@ -609,10 +609,10 @@ def test_a_range_is_refused_that_counts_from_another_entry_or_ends_before_it_beg
     ("one", "most", "of"),
     [
         ("x", LONGEST_TIMELINE, "characters"),
-        ("0s: x\n", MOST_LINES, "lines"),
-        ("\u2028", MOST_LINES, "lines"),
-        ("x|", MOST_LINES - 1, "parts"),
-        ('"0": "a",', MOST_LINES, "entries"),
+        ("0s: x\n", MAX_LINES, "lines"),
+        ("\u2028", MAX_LINES, "lines"),
+        ("x|", MAX_LINES - 1, "parts"),
+        ('"0": "a",', MAX_LINES, "entries"),
     ],
 )
 def test_text_longer_than_a_timeline_can_be_is_refused_in_a_sentence(one, most, of) -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rf_core.decoders.codec import Carry, Forms, convolve_doubled, put_channels_last
+from rf_core.decoders.codec import FastPaths, FeatureCache, convolve_upsampled, put_channels_last
 from rf_core.decoders.vae import RMSNorm, VAEConfig, VAEState, WanVAE
 from rf_core.decoders.vae_files import load_vae, vae_metadata
 
@@ -137,13 +137,13 @@ def test_a_pass_lets_go_of_each_past_before_its_layer_leaves_the_next(
     vae = tiny_vae()
     _, state = vae.decode_chunk(latents(frames=3), None)
     pasts = {key: weakref.ref(tensor) for key, tensor in state.tensors.items()}
-    leave, seen = Carry.leave, []
+    store, seen = FeatureCache.store, []
 
-    def watched(carry: Carry, key: str, x: Tensor, frames: int) -> None:
+    def watched(feat_cache: FeatureCache, key: str, x: Tensor, frames: int) -> None:
         seen.append((key, pasts[key]() is None))
-        leave(carry, key, x, frames)
+        store(feat_cache, key, x, frames)
 
-    monkeypatch.setattr(Carry, "leave", watched)
+    monkeypatch.setattr(FeatureCache, "store", watched)
     with torch.set_grad_enabled(autograd):
         vae.decode_chunk(latents(frames=3), state)
     assert dict(seen) == dict.fromkeys(pasts, True)
@@ -227,7 +227,7 @@ def test_convolving_doubled_pixels_is_doubling_then_convolving(layout: torch.mem
     x = torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(3))
     conv, x = nn.Conv2d(5, 4, 3, padding=1), x.contiguous(memory_format=layout)
     expected = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-    folded = convolve_doubled(conv, x, Forms(fold_doubling=True))
+    folded = convolve_upsampled(conv, x, FastPaths(fold_doubling=True))
     torch.testing.assert_close(folded, expected, atol=1e-6, rtol=1e-5)
 
 

@@ -3,7 +3,7 @@
 Every layer that looks back in time reads a few past frames from a `VAEState` that the caller passes
 in and leaves the last ones in the state it gets back, so whole clips and endless streams are one
 code path: a whole clip is a stream of one chunk. Modules hold weights only. Some steps have a
-faster form on one device or another, each equal to its definition up to rounding (`Forms`).
+fast path on one device or another, each equal to its definition up to rounding (`FastPaths`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _FULL_OUTPUTS = 8  # tensor cores take half-precision channels by as many
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forms:
-    """Which steps of a codec take a faster form than their definition; by default none.
+class FastPaths:
+    """Which steps of a codec are computed faster than by their definition; by default none.
 
-    Each is equal to its definition up to rounding. `Forms.on` knows what suits a device; a codec
-    whose `forms` are set takes those everywhere.
+    Each is equal to its definition up to rounding. `FastPaths.on` knows what suits a device; a
+    codec whose `fast_paths` are set takes those everywhere.
     """
 
     fold_doubling: bool = False
-    """Convolve doubled pixels without doubling them: 4 products of 9 (`convolve_doubled`)."""
+    """Convolve doubled pixels without doubling them: 4 products of 9 (`convolve_upsampled`)."""
     defer_sums: bool = False
     """Leave the Wan VAE's biases and shortcuts to the next norm, which adds them in its own pass,
     where there is a fused kernel for it. cuDNN and torch take a pass for each."""
@@ -51,8 +51,8 @@ class Forms:
     it gains: it costs seconds, once a process and shape, and workspaces that no plan counts."""
 
     @classmethod
-    def on(cls, device: torch.device) -> Forms:
-        """What suits a device; ghosts on `meta` stand for a card's tensors."""
+    def on(cls, device: torch.device) -> FastPaths:
+        """What suits a device; tensors on `meta` stand for a card's."""
         if device.type == "cpu":
             return cls(fold_doubling=True)
         if device.type not in ("cuda", "meta"):
@@ -62,7 +62,7 @@ class Forms:
         return cls(fold_doubling=True, defer_sums=True, multiply_attention=wide, fill_outputs=True)
 
 
-class Pending(Protocol):
+class PendingPass(Protocol):
     """A pass that may still be under way when the state it makes is handed out."""
 
     def wait(self, tensors: Collection[Tensor]) -> None:
@@ -94,7 +94,7 @@ class VAEState:
     """
 
     def __init__(
-        self, tensors: dict[str, Tensor], num_frames: int, pending: Pending | None = None
+        self, tensors: dict[str, Tensor], num_frames: int, pending: PendingPass | None = None
     ) -> None:
         self._tensors, self.num_frames, self.pending = tensors, num_frames, pending
         self.spent = False
@@ -161,21 +161,22 @@ class VAEState:
             self.pending.wait(tensors)
 
 
-class Carry:
-    """The past frames of one pass over a chunk: taken from the state before it, kept for the next.
+class FeatureCache:
+    """The past frames that causal convolutions read in one pass over a chunk (Wan's `feat_cache`).
 
-    Lives for one pass, and tells its layers in which `forms` they compute; with `keep` off nothing
-    is kept, as for a whole clip. ValueError where the state is spent.
+    They are taken from the state before the pass and stored for the one after it. It lives for one
+    pass, and tells its layers which `fast_paths` they take. With `keep` off nothing is stored, as
+    for a whole clip. ValueError where the state is spent.
     """
 
-    def __init__(self, state: VAEState | None, keep: bool, forms: Forms) -> None:
+    def __init__(self, state: VAEState | None, keep: bool, fast_paths: FastPaths) -> None:
         self.at_start = state is None
-        self.forms = forms
+        self.fast_paths = fast_paths
         self.past = state or VAEState({}, 0)
         self.past.require_unspent()
         self.next: dict[str, Tensor] | None = {} if keep else None
 
-    def before(self, key: str, x: Tensor) -> Tensor | None:
+    def take(self, key: str, x: Tensor) -> Tensor | None:
         """Take the frames the stream had before x [B, C, T, H, W] at layer `key`, None if none.
 
         Once for each layer. ValueError where x cannot follow them; they are not taken then.
@@ -189,18 +190,18 @@ class Carry:
             )
         return self.past.take(key)
 
-    def leave(self, key: str, x: Tensor, frames: int) -> None:
+    def store(self, key: str, x: Tensor, frames: int) -> None:
         """Keep the last `frames` of x [B, C, T, H, W] for the next pass."""
         # A clone: a view would keep the whole chunk's activations alive.
         if self.next is not None:
             self.next[key] = x[:, :, -frames:].clone()
 
-    def room(self, key: str, x: Tensor, frames: int) -> Tensor:
-        """Room for x [B, C, T, H, W] behind the `frames` before it, which are in; zeros if none.
+    def allocate(self, key: str, x: Tensor, frames: int) -> Tensor:
+        """A tensor for x [B, C, T, H, W] with the `frames` before it in front; zeros if none.
 
-        The rest is to be written: [B, C, frames + T, H, W] in the memory layout of x.
+        The caller writes the rest: [B, C, frames + T, H, W] in the memory layout of x.
         """
-        past = self.before(key, x)
+        past = self.take(key, x)
         last = x.is_contiguous(memory_format=torch.channels_last_3d)
         room = torch.empty(
             (*x.shape[:2], frames + x.shape[2], *x.shape[3:]),
@@ -213,9 +214,9 @@ class Carry:
 
     def extend(self, key: str, x: Tensor, frames: int) -> Tensor:
         """x [B, C, T, H, W] with the `frames` before it in front; zeros where none were."""
-        room = self.room(key, x, frames)
+        room = self.allocate(key, x, frames)
         room[:, :, frames:] = x
-        self.leave(key, room, frames)
+        self.store(key, room, frames)
         return room
 
     def state(self, num_frames: int) -> VAEState:
@@ -241,16 +242,18 @@ class Codec(nn.Module, ABC):
     stream.
     """
 
-    forms: Forms | None = None
+    fast_paths: FastPaths | None = None
     """How its steps are computed; None for what suits the device."""
 
-    def forms_for(self, x: Tensor) -> Forms:
+    def fast_paths_for(self, x: Tensor) -> FastPaths:
         """How steps over x are computed."""
-        return self.forms or Forms.on(x.device)
+        return self.fast_paths or FastPaths.on(x.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, F, h, w] -> pixels [B, 3, 4(F-1)+1, 8h, 8w]."""
-        return self._decode(latents, Carry(None, keep=False, forms=self.forms_for(latents)))
+        return self._decode(
+            latents, FeatureCache(None, keep=False, fast_paths=self.fast_paths_for(latents))
+        )
 
     def decode_chunk(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """The next latents [B, C, F, h, w] of a stream -> pixels [B, 3, T, 8h, 8w], state after.
@@ -258,22 +261,24 @@ class Codec(nn.Module, ABC):
         `state` is None at the start of a stream, whose first frame gives one image; every other
         gives four.
         """
-        carry = Carry(state, keep=True, forms=self.forms_for(latents))
-        pixels = self._decode(latents, carry)
-        return pixels, carry.state(latents.shape[2])
+        feat_cache = FeatureCache(state, keep=True, fast_paths=self.fast_paths_for(latents))
+        pixels = self._decode(latents, feat_cache)
+        return pixels, feat_cache.state(latents.shape[2])
 
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, 4k+1, H, W] -> normalised latents [B, C, k+1, H/8, W/8]."""
-        return self._encode(video, Carry(None, keep=False, forms=self.forms_for(video)))
+        return self._encode(
+            video, FeatureCache(None, keep=False, fast_paths=self.fast_paths_for(video))
+        )
 
     def encode_chunk(self, video: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """The next images [B, 3, T, H, W] of a stream -> latents [B, C, F, H/8, W/8], state after.
 
         `state` is None at the start of a stream.
         """
-        carry = Carry(state, keep=True, forms=self.forms_for(video))
-        latents = self._encode(video, carry)
-        return latents, carry.state(video.shape[2])
+        feat_cache = FeatureCache(state, keep=True, fast_paths=self.fast_paths_for(video))
+        latents = self._encode(video, feat_cache)
+        return latents, feat_cache.state(video.shape[2])
 
     @property
     @abstractmethod
@@ -281,10 +286,10 @@ class Codec(nn.Module, ABC):
         """See `Decoder.memory_frames`."""
 
     @abstractmethod
-    def _decode(self, latents: Tensor, carry: Carry) -> Tensor: ...
+    def _decode(self, latents: Tensor, feat_cache: FeatureCache) -> Tensor: ...
 
     @abstractmethod
-    def _encode(self, video: Tensor, carry: Carry) -> Tensor: ...
+    def _encode(self, video: Tensor, feat_cache: FeatureCache) -> Tensor: ...
 
 
 def memory_frames(steps: Sequence[tuple[int, int]]) -> int:
@@ -333,9 +338,9 @@ def float32_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def convolve(conv: nn.Module, x: Tensor, forms: Forms) -> Tensor:
+def convolve(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> Tensor:
     """conv(x), for x of one frame or of several."""
-    if not (forms.fill_outputs and type(conv) in (nn.Conv2d, nn.Conv3d)):
+    if not (fast_paths.fill_outputs and type(conv) in (nn.Conv2d, nn.Conv3d)):
         whole: Tensor = conv(x)
         return whole
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
@@ -355,18 +360,18 @@ def convolve_with(
     return run(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def convolve_doubled(conv: nn.Module, x: Tensor, forms: Forms) -> Tensor:
+def convolve_upsampled(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> Tensor:
     """A 3x3 `conv` over x [N, C, H, W] with each pixel repeated 2x2 -> [N, C', 2H, 2W].
 
     Folded, taps that meet the same pixel are one, their sum: in half precision it is rounded, as
     weights are.
     """
-    if forms.fold_doubling and type(conv) is nn.Conv2d:
+    if fast_paths.fold_doubling and type(conv) is nn.Conv2d:
         if float32_on_cpu(x):
             return _transposed(conv, x)
         if x.device.type != "cpu" and not torch.is_grad_enabled():
             return convolve_in_phases(conv, x)
-    return convolve(conv, F.interpolate(x, scale_factor=2, mode="nearest"), forms)
+    return convolve(conv, F.interpolate(x, scale_factor=2, mode="nearest"), fast_paths)
 
 
 def _transposed(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -377,7 +382,7 @@ def _transposed(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def convolve_in_phases(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """As `convolve_doubled`, by one 2x2 convolution, without gradients.
+    """As `convolve_upsampled`, by one 2x2 convolution, without gradients.
 
     Even and odd rows and columns of the result are four phases. Each sees 2x2 pixels, which begin
     one further down (right) for odd rows (columns); here they are channels of their own.

@@ -1,6 +1,6 @@
 """The border between latents and images: what a stream needs of the Wan VAE or TAEHV.
 
-One protocol, two adapters. They settle what differs (pixel range, how a clip ends, dtype) and run
+One protocol, two adapters. They handle what differs (pixel range, how a clip ends, dtype) and run
 long inputs a few latent frames at a time, so that memory follows `group_frames` and not the input.
 """
 
@@ -111,7 +111,7 @@ class _Adapter:
 
     def _decode_part(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         begun = state is not None  # a stream's first image must not wait for measurements
-        with _tuned(begun and self.codec.forms_for(latents).tune_convolutions):
+        with _tuned(begun and self.codec.fast_paths_for(latents).tune_convolutions):
             return self.codec.decode_chunk(latents, state)
 
     def _encode(self, video: Tensor, first_images: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images on their way from latents to whoever writes them, beside the network and in order.
+"""Images on their way from latents to whoever writes them, while the network runs, and in order.
 
 On CUDA a chunk is decoded on a second stream while the network makes the next one, takes its final
 form on the device, and is copied to pinned memory of the host, where a thread waits for it and
@@ -39,7 +39,7 @@ class Handoff:
         device: where the decoder computes.
         depth: deliveries decoded and not yet made before `submit` waits; 1 or more.
         form: makes what is delivered of images [B, T, 3, H, W]; bytes [B, T, H, W, 3] by default.
-        beside: whether to decode on a second stream; None does so on CUDA.
+        side_stream: whether to decode on a second CUDA stream; None does so on CUDA.
         threaded: whether to deliver in a thread of its own; None does so with a second stream.
         first_alone: whether to decode a stream's first latent frame by itself, so that its image is
             there before the others of its chunk are decoded; None does so with a second stream.
@@ -56,25 +56,25 @@ class Handoff:
         *,
         device: torch.device | str = "cpu",
         depth: int = 2,
-        form: Callable[[Tensor], Tensor] = to_uint8,
-        beside: bool | None = None,
+        convert: Callable[[Tensor], Tensor] = to_uint8,
+        side_stream: bool | None = None,
         threaded: bool | None = None,
         first_alone: bool | None = None,
     ) -> None:
         if depth < 1:
             raise ValueError(f"depth is {depth}; keep at least 1 delivery on its way")
-        if beside is None:
-            beside = torch.device(device).type == "cuda"
-        self._decoder, self._deliver, self._form = decoder, deliver, form
-        self._first_alone = beside if first_alone is None else first_alone
-        self._lane = _CudaLane(torch.device(device)) if beside else _HostLane()
+        if side_stream is None:
+            side_stream = torch.device(device).type == "cuda"
+        self._decoder, self._deliver, self._convert = decoder, deliver, convert
+        self._first_alone = side_stream if first_alone is None else first_alone
+        self._lane = _CudaLane(torch.device(device)) if side_stream else _HostLane()
         self._slots: queue.Queue[_Slot] = queue.Queue()
         for _ in range(depth):
             self._slots.put(_Slot())
         self._pending: queue.Queue[_Slot | None] = queue.Queue()
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
-        if beside if threaded is None else threaded:
+        if side_stream if threaded is None else threaded:
             self._thread = threading.Thread(target=self._deliver_all, name="handoff", daemon=True)
             self._thread.start()
 
@@ -139,7 +139,7 @@ class Handoff:
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """Images as they are delivered, whether any holds NaN, and the state after them."""
         images, state = self._decoder.decode(latents, state)
-        return self._form(images), images.isnan().any(), state
+        return self._convert(images), images.isnan().any(), state
 
     def _deliver_all(self) -> None:
         self._lane.enter_thread()
@@ -213,7 +213,7 @@ class _OnStream:
         self._stream, self._done = stream, stream.record_event()
 
     def wait(self, tensors: Collection[Tensor]) -> None:
-        """See `Pending.wait`. On the stream itself there is nothing to wait for."""
+        """See `PendingPass.wait`. On the stream itself there is nothing to wait for."""
         reader = torch.cuda.current_stream(self._stream.device)
         if reader != self._stream:
             reader.wait_event(self._done)

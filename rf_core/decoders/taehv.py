@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from ..weights.files import WeightFile, read_weights
 from .codec import (
     RGB,
-    Carry,
     Codec,
+    FeatureCache,
     LayerFactory,
     Operations,
     check_scales,
     check_shape,
     check_video,
     convolve,
-    convolve_doubled,
+    convolve_upsampled,
     memory_frames,
     scales,
     some_keys,
@@ -141,17 +141,17 @@ def _decoder(config: TAEHVConfig, build: LayerFactory) -> nn.ModuleList:
     return nn.ModuleList([*layers, nn.ReLU(), build.conv2d(widths[-1], RGB, 3, padding=1)])
 
 
-def _paired(x: Tensor, carry: Carry, key: str) -> Tensor:
+def _paired(x: Tensor, feat_cache: FeatureCache, key: str) -> Tensor:
     """Each frame of x [B, C, T, H, W] with the one before it -> [(B T), 2C, H, W]."""
-    past = carry.before(key, x)
+    past = feat_cache.take(key, x)
     first = torch.zeros_like(x[:, :, :1]) if past is None else past
-    carry.leave(key, x, 1)
+    feat_cache.store(key, x, 1)
     pairs = torch.cat([x, torch.cat([first, x[:, :, :-1]], dim=2)], dim=1)
     out: Tensor = rearrange(pairs, "b c t h w -> (b t) c h w")
     return out
 
 
-def _run(layers: nn.ModuleList, path: str, x: Tensor, carry: Carry) -> Tensor:
+def _run(layers: nn.ModuleList, path: str, x: Tensor, feat_cache: FeatureCache) -> Tensor:
     """x [B, C, T, H, W] through the layers, each memory block with the frame before each frame."""
     batch = x.shape[0]
     x = rearrange(x, "b c t h w -> (b t) c h w")
@@ -159,11 +159,11 @@ def _run(layers: nn.ModuleList, path: str, x: Tensor, carry: Carry) -> Tensor:
     for index, layer in enumerate(layers):
         if isinstance(layer, MemoryBlock):
             frames = rearrange(x, "(b t) c h w -> b c t h w", b=batch)
-            x = layer(x, _paired(frames, carry, f"{path}.{index}"))
+            x = layer(x, _paired(frames, feat_cache, f"{path}.{index}"))
         else:
             # Doubling commutes with `Grow`, pixel by pixel, and with it costs four times as much.
-            run = convolve_doubled if grown else convolve
-            x = run(layer, x, carry.forms)
+            run = convolve_upsampled if grown else convolve
+            x = run(layer, x, feat_cache.fast_paths)
         grown = isinstance(layer, Grow)
     out: Tensor = rearrange(x, "(b t) c h w -> b c t h w", b=batch)
     return out
@@ -199,17 +199,17 @@ class TAEHV(Codec):
         blocks = [(1, 1)] * _MEMORY_BLOCKS
         return memory_frames([step for made in _GROW_FRAMES for step in (*blocks, (0, made))])
 
-    def _decode(self, latents: Tensor, carry: Carry) -> Tensor:
+    def _decode(self, latents: Tensor, feat_cache: FeatureCache) -> Tensor:
         check_shape(latents, self.config.latent_channels, "latents")
         mean, std = scales(self.config, latents)
-        pixels = _run(self.decoder, "decoder", latents * std + mean, carry).clamp(0, 1)
+        pixels = _run(self.decoder, "decoder", latents * std + mean, feat_cache).clamp(0, 1)
         # The first latent frame stands for one image, the last of the four it grows into.
-        return pixels[:, :, self.config.temporal_factor - 1 :] if carry.at_start else pixels
+        return pixels[:, :, self.config.temporal_factor - 1 :] if feat_cache.at_start else pixels
 
-    def _encode(self, video: Tensor, carry: Carry) -> Tensor:
+    def _encode(self, video: Tensor, feat_cache: FeatureCache) -> Tensor:
         check_video(video, self.config.temporal_factor, 0, self.config.spatial_factor)
         mean, std = scales(self.config, video)
-        return (_run(self.encoder, "encoder", video, carry) - mean) / std
+        return (_run(self.encoder, "encoder", video, feat_cache) - mean) / std
 
 
 def fill_last_group(video: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from ..kernels.availability import fused
 from ..kernels.reference import channel_norm
 from .codec import (
     RGB,
-    Carry,
     Codec,
-    Forms,
+    FastPaths,
+    FeatureCache,
     LayerFactory,
     Operations,
     VAEState,
@@ -29,7 +29,7 @@ from .codec import (
     check_shape,
     check_video,
     convolve,
-    convolve_doubled,
+    convolve_upsampled,
     convolve_with,
     float32_on_cpu,
     memory_frames,
@@ -111,7 +111,7 @@ class RMSNorm(nn.Module):
 
 
 def _causal(build: LayerFactory, in_dim: int, out_dim: int) -> nn.Module:
-    """Over 3 frames, rows and columns; the past frames come from `Carry`, not from padding."""
+    """Over 3 frames, rows and columns; past frames come from `FeatureCache`, not from padding."""
     return build.conv3d(in_dim, out_dim, 3, padding=(0, 1, 1))
 
 
@@ -120,7 +120,7 @@ def _norm(build: LayerFactory, dim: int, axes: int = 3) -> RMSNorm:
 
 
 @dataclass
-class Sum:
+class DeferredSum:
     """A tensor [B, C, T, H, W] to which a bias [C] and a shortcut may still have to be added."""
 
     out: Tensor
@@ -135,45 +135,45 @@ class Sum:
         return self.out
 
 
-def _convolve(conv: nn.Module, x: Tensor, forms: Forms) -> Tensor:
+def _convolve(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> Tensor:
     """conv(x) for x [B, C, T, H, W], never by torch's slow way."""
     small = x.shape[0] == 1 and x.shape[1:4].numel() <= _SLOW_ROWS
     slow = small and float32_on_cpu(x) and torch.backends.mkldnn.is_available()
     if not (slow and type(conv) is nn.Conv3d):
-        return convolve(conv, x, forms)
+        return convolve(conv, x, fast_paths)
     assert isinstance(conv.padding, tuple)
     steps = (conv.padding, conv.stride, conv.dilation, conv.groups)
     return torch.mkldnn_convolution(x, conv.weight, conv.bias, *steps)
 
 
-def _convolve_for_norm(conv: nn.Module, x: Tensor, forms: Forms) -> Sum:
+def _convolve_for_norm(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> DeferredSum:
     """conv(x) for a norm to read, which may have its bias still to add."""
-    if forms.defer_sums and type(conv) is nn.Conv3d and fused(x, *conv.parameters()):
-        return Sum(convolve_with(conv, x, conv.weight, None), conv.bias)
-    return Sum(_convolve(conv, x, forms))
+    if fast_paths.defer_sums and type(conv) is nn.Conv3d and fused(x, *conv.parameters()):
+        return DeferredSum(convolve_with(conv, x, conv.weight, None), conv.bias)
+    return DeferredSum(_convolve(conv, x, fast_paths))
 
 
-def _activate(norm: nn.Module, x: Sum, carry: Carry, key: str) -> Tensor:
+def _activate(norm: nn.Module, x: DeferredSum, feat_cache: FeatureCache, key: str) -> Tensor:
     """silu(norm(x)) for x [B, C, T, H, W], behind the two frames of it the stream had at `key`.
 
     A shortcut that x still lacked is added on the way.
     """
     if torch.is_grad_enabled():
-        return carry.extend(key, F.silu(norm(x.added())), _PAST_FRAMES)
+        return feat_cache.extend(key, F.silu(norm(x.added())), _PAST_FRAMES)
     assert isinstance(norm, RMSNorm)
     if fused(x.out, norm.gamma):
-        room = carry.room(key, x.out, _PAST_FRAMES)
-        _activate_fused(norm.gamma, x, room, carry.forms)
+        room = feat_cache.allocate(key, x.out, _PAST_FRAMES)
+        _activate_fused(norm.gamma, x, room, feat_cache.fast_paths)
     else:  # the norm comes first: beside the room it would raise the peak
         normed = norm(x.added())
-        room = carry.room(key, x.out, _PAST_FRAMES)
+        room = feat_cache.allocate(key, x.out, _PAST_FRAMES)
         torch.ops.aten.silu.out(normed, out=room[:, :, _PAST_FRAMES:])
-    carry.leave(key, room, _PAST_FRAMES)
+    feat_cache.store(key, room, _PAST_FRAMES)
     return room
 
 
-def _activate_fused(gamma: Tensor, x: Sum, room: Tensor, forms: Forms) -> None:
-    if not forms.defer_sums:
+def _activate_fused(gamma: Tensor, x: DeferredSum, room: Tensor, fast_paths: FastPaths) -> None:
+    if not fast_paths.defer_sums:
         x.added()
     kernels.causal_norm_silu(x.out, gamma, room, x.bias, x.shortcut)
     if x.shortcut is not None:  # with it the sum was written; a bias alone is added in passing
@@ -197,16 +197,16 @@ class ResidualBlock(nn.Module):
         same = in_dim == out_dim
         self.shortcut = nn.Identity() if same else build.conv3d(in_dim, out_dim, 1)
 
-    def forward(self, x: Sum, carry: Carry) -> Sum:
+    def forward(self, x: DeferredSum, feat_cache: FeatureCache) -> DeferredSum:
         """x [B, C, T, H, W] -> [B, C', T, H, W], to which the shortcut is still to be added."""
         out = x
         for norm, conv in (("0", "2"), ("3", "6")):
-            room = _activate(self.residual[norm], out, carry, f"{self.path}.residual.{conv}")
+            room = _activate(self.residual[norm], out, feat_cache, f"{self.path}.residual.{conv}")
             del out  # or it would be held while the next is made
-            out = _convolve_for_norm(self.residual[conv], room, carry.forms)
+            out = _convolve_for_norm(self.residual[conv], room, feat_cache.fast_paths)
             del room
-        shortcut = _convolve(self.shortcut, x.added(), carry.forms)
-        return Sum(out.out, out.bias, shortcut)
+        shortcut = _convolve(self.shortcut, x.added(), feat_cache.fast_paths)
+        return DeferredSum(out.out, out.bias, shortcut)
 
 
 def multiplied_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -241,19 +241,19 @@ class AttentionBlock(nn.Module):
         self.to_qkv = build.conv2d(dim, 3 * dim, 1)
         self.proj = build.conv2d(dim, dim, 1)
 
-    def forward(self, x: Sum, carry: Carry) -> Sum:
+    def forward(self, x: DeferredSum, feat_cache: FeatureCache) -> DeferredSum:
         """x [B, C, T, H, W] -> the same shape. Frames do not see each other."""
         whole = x.added()
         frames = rearrange(whole, "b c t h w -> (b t) c h w")
         qkv = self.to_qkv(self.norm(frames))
         q, k, v = rearrange(qkv, "n (three c) h w -> three n (h w) c", three=3)
-        if carry.forms.multiply_attention and not torch.is_grad_enabled():
+        if feat_cache.fast_paths.multiply_attention and not torch.is_grad_enabled():
             out = multiplied_attention(q, k, v)
         else:
             out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         out = self.proj(rearrange(out, "n (h w) c -> n c h w", h=whole.shape[3]))
         attended = rearrange(out, "(b t) c h w -> b c t h w", b=whole.shape[0])
-        return Sum(whole + attended)
+        return DeferredSum(whole + attended)
 
 
 class Downsample(nn.Module):
@@ -266,23 +266,23 @@ class Downsample(nn.Module):
         time_conv = build.conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
         self.time_conv = time_conv
 
-    def forward(self, x: Sum, carry: Carry) -> Sum:
+    def forward(self, x: DeferredSum, feat_cache: FeatureCache) -> DeferredSum:
         """x [B, C, T, H, W] -> [B, C, T', H/2, W/2]."""
         frames = rearrange(x.added(), "b c t h w -> (b t) c h w")
         frames = self.resample["1"](F.pad(frames, (0, 1, 0, 1)))
         half = rearrange(frames, "(b t) c h w -> b c t h w", b=x.out.shape[0])
         if self.time_conv is not None:
-            half = self._halve_time(self.time_conv, half, carry)
-        return Sum(half)
+            half = self._halve_time(self.time_conv, half, feat_cache)
+        return DeferredSum(half)
 
-    def _halve_time(self, time_conv: nn.Module, x: Tensor, carry: Carry) -> Tensor:
-        if not carry.at_start:
-            return _convolve(time_conv, carry.extend(self.key, x, 1), carry.forms)
-        carry.leave(self.key, x, 1)
+    def _halve_time(self, time_conv: nn.Module, x: Tensor, feat_cache: FeatureCache) -> Tensor:
+        if not feat_cache.at_start:
+            return _convolve(time_conv, feat_cache.extend(self.key, x, 1), feat_cache.fast_paths)
+        feat_cache.store(self.key, x, 1)
         first = x[:, :, :1]  # passes unfiltered, and is the past of the frames after it
         if x.shape[2] == 1:
             return first
-        return torch.cat([first, _convolve(time_conv, x, carry.forms)], dim=2)
+        return torch.cat([first, _convolve(time_conv, x, feat_cache.fast_paths)], dim=2)
 
 
 class Upsample(nn.Module):
@@ -295,23 +295,23 @@ class Upsample(nn.Module):
         self.resample = nn.ModuleDict({"1": build.conv2d(dim, dim // 2, 3, padding=1)})
         self.time_conv = build.conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Sum, carry: Carry) -> Sum:
+    def forward(self, x: DeferredSum, feat_cache: FeatureCache) -> DeferredSum:
         """x [B, C, T, H, W] -> [B, C/2, T', 2H, 2W]."""
         whole = x.added()
         if self.time_conv is not None:
-            whole = self._double_time(self.time_conv, whole, carry)
+            whole = self._double_time(self.time_conv, whole, feat_cache)
         frames = rearrange(whole, "b c t h w -> (b t) c h w")
-        frames = convolve_doubled(self.resample["1"], frames, carry.forms)
-        return Sum(rearrange(frames, "(b t) c h w -> b c t h w", b=whole.shape[0]))
+        frames = convolve_upsampled(self.resample["1"], frames, feat_cache.fast_paths)
+        return DeferredSum(rearrange(frames, "(b t) c h w -> b c t h w", b=whole.shape[0]))
 
-    def _double_time(self, time_conv: nn.Module, x: Tensor, carry: Carry) -> Tensor:
+    def _double_time(self, time_conv: nn.Module, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         # The published model leaves the first frame out of time altogether: it stays one frame,
         # and the frames after it see zeros, not it, as their past.
-        skipped = 1 if carry.at_start else 0
+        skipped = 1 if feat_cache.at_start else 0
         if x.shape[2] == skipped:
             return x
-        past_and_rest = carry.extend(self.key, x[:, :, skipped:], _PAST_FRAMES)
-        rest = _convolve(time_conv, past_and_rest, carry.forms)
+        past_and_rest = feat_cache.extend(self.key, x[:, :, skipped:], _PAST_FRAMES)
+        rest = _convolve(time_conv, past_and_rest, feat_cache.fast_paths)
         rest = rearrange(rest.movedim(1, -1), "b t h w (two c) -> b (t two) h w c", two=2)
         rest = rest.movedim(-1, 1)  # by way of channels last, the layout of a stream
         return torch.cat([x[:, :, :1], rest], dim=2) if skipped else rest
@@ -326,10 +326,10 @@ class Head(nn.Module):
         self.add_module("0", _norm(build, in_dim))
         self.add_module("2", _causal(build, in_dim, out_dim))
 
-    def forward(self, x: Sum, carry: Carry) -> Tensor:
+    def forward(self, x: DeferredSum, feat_cache: FeatureCache) -> Tensor:
         """x [B, C, T, H, W] -> [B, C', T, H, W]."""
         norm, conv = self.children()
-        return _convolve(conv, _activate(norm, x, carry, self.key), carry.forms)
+        return _convolve(conv, _activate(norm, x, feat_cache, self.key), feat_cache.fast_paths)
 
 
 def _next_path(path: str, blocks: nn.ModuleList) -> str:
@@ -368,14 +368,16 @@ class VAEEncoder(nn.Module):
         self.middle = _middle(in_dim, f"{path}.middle", build)
         self.head = Head(in_dim, 2 * config.z_dim, f"{path}.head", build)
 
-    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         """x [B, 3, T, H, W] -> [B, 2z, F, h, w]."""
-        x = _convolve(self.conv1, carry.extend(self.key, x, _PAST_FRAMES), carry.forms)
-        out = Sum(x)
+        x = _convolve(
+            self.conv1, feat_cache.extend(self.key, x, _PAST_FRAMES), feat_cache.fast_paths
+        )
+        out = DeferredSum(x)
         del x  # which the next block may write over and let go of
         for block in (*self.downsamples, *self.middle):
-            out = block(out, carry)
-        return self.head(out, carry)
+            out = block(out, feat_cache)
+        return self.head(out, feat_cache)
 
 
 class VAEDecoder(nn.Module):
@@ -401,14 +403,16 @@ class VAEDecoder(nn.Module):
                 in_dim = out_dim // 2
         self.head = Head(in_dim, RGB, f"{path}.head", build)
 
-    def forward(self, x: Tensor, carry: Carry) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         """x [B, z, F, h, w] -> [B, 3, T, H, W]."""
-        x = _convolve(self.conv1, carry.extend(self.key, x, _PAST_FRAMES), carry.forms)
-        out = Sum(x)
+        x = _convolve(
+            self.conv1, feat_cache.extend(self.key, x, _PAST_FRAMES), feat_cache.fast_paths
+        )
+        out = DeferredSum(x)
         del x  # which the next block may write over and let go of
         for block in (*self.middle, *self.upsamples):
-            out = block(out, carry)
-        return self.head(out, carry)
+            out = block(out, feat_cache)
+        return self.head(out, feat_cache)
 
 
 def wan_memory_frames(num_res_blocks: int, temporal_upsample: Sequence[bool]) -> int:
@@ -454,17 +458,19 @@ class WanVAE(Codec):
         upsample = self.config.temporal_downsample[::-1]
         return wan_memory_frames(self.config.num_res_blocks, upsample)
 
-    def _decode(self, latents: Tensor, carry: Carry) -> Tensor:
+    def _decode(self, latents: Tensor, feat_cache: FeatureCache) -> Tensor:
         check_shape(latents, self.config.z_dim, "latents")
         mean, std = scales(self.config, latents)
-        forms = carry.forms
-        pixels: Tensor = self.decoder(_convolve(self.conv2, latents * std + mean, forms), carry)
+        fast_paths = feat_cache.fast_paths
+        pixels: Tensor = self.decoder(
+            _convolve(self.conv2, latents * std + mean, fast_paths), feat_cache
+        )
         return pixels
 
-    def _encode(self, video: Tensor, carry: Carry) -> Tensor:
+    def _encode(self, video: Tensor, feat_cache: FeatureCache) -> Tensor:
         step = self.config.temporal_factor
-        check_video(video, step, 1 % step if carry.at_start else 0, self.config.spatial_factor)
+        check_video(video, step, 1 % step if feat_cache.at_start else 0, self.config.spatial_factor)
         mean, std = scales(self.config, video)
-        moments = self.conv1(self.encoder(video, carry))
+        moments = self.conv1(self.encoder(video, feat_cache))
         latents: Tensor = (moments[:, : self.config.z_dim] - mean) / std
         return latents

@@ -1,7 +1,7 @@
 """Which attention is fastest here: a short measurement at load, at the shapes a stream has.
 
 PyTorch's own choice is no reference: on some cards it is the very kernel to be checked. So each
-backend is held against attention written out, for some of the queries.
+backend is compared with `reference_attention`, for some of the queries.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class Choice:
         return {n: dict(x) if isinstance(x, Mapping) else x for n, x in vars(self).items()}
 
     def __str__(self) -> str:
-        said = []
+        notes = []
         if self.name in self.errors:
-            said.append(f"error {_percent(self.errors[self.name])}")
+            notes.append(f"error {_percent(self.errors[self.name])}")
         if self.seconds:
             times = sorted(self.seconds.items(), key=lambda item: item[1])
-            said.append("ms a layer: " + ", ".join(f"{name} {1e3 * s:.2f}" for name, s in times))
+            notes.append("ms a layer: " + ", ".join(f"{name} {1e3 * s:.2f}" for name, s in times))
         if self.left_out:
             reasons = (f"{name} {reason}" for name, reason in self.left_out.items())
-            said.append("left out: " + ", ".join(reasons))
-        return f"attention {self.name}" + (f" ({'; '.join(said)})" if said else "")
+            notes.append("left out: " + ", ".join(reasons))
+        return f"attention {self.name}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def measure(
     return _Case.of(queries, keys, dtype, device).measured(name, attention)
 
 
-def rows_checked(num_queries: int) -> Tensor:
+def sampled_rows(num_queries: int) -> Tensor:
     """Which queries are checked: the first and the last, where tiles end, and some in between."""
     edge = min(ROWS // 4, num_queries)
     between = torch.linspace(0, num_queries - 1, ROWS - 2 * edge).long()
@@ -158,7 +158,7 @@ def rows_checked(num_queries: int) -> Tensor:
     return torch.cat((torch.arange(edge), between, last)).unique()
 
 
-def written_out(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+def reference_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
     """Attention as it is defined, head by head, in float64, which no setting rounds."""
     heads = zip(*(x.unbind(2) for x in (q_BLHD, k_BSHD, v_BSHD)), strict=True)
     return torch.stack([_of_a_head(*(x.double() for x in head)) for head in heads], dim=2)
@@ -191,8 +191,8 @@ class _Case:
             torch.randn(shape, generator=generator, dtype=dtype, device=device)
             for shape in (queries, keys, keys)
         )
-        rows = rows_checked(queries[1]).to(device)
-        return cls(q, k, v, rows, written_out(q[:, rows], k, v))
+        rows = sampled_rows(queries[1]).to(device)
+        return cls(q, k, v, rows, reference_attention(q[:, rows], k, v))
 
     def measured(self, name: str, attention: Attention) -> Measured:
         def call() -> Tensor:

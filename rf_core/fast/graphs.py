@@ -95,7 +95,7 @@ class GraphedModel:
         """See `WanModel.forward`. The flow is overwritten by the same stream's next pass."""
         return self._run(self._model.forward, x, time, prompt, cache, attention)
 
-    def remember(
+    def write_cache(
         self,
         x: Tensor,
         time: TimeContext,
@@ -103,8 +103,8 @@ class GraphedModel:
         cache: KVCache,
         attention: Attention = sdpa,
     ) -> None:
-        """See `WanModel.remember`."""
-        self._run(self._model.remember, x, time, prompt, cache, attention)
+        """See `WanModel.write_cache`."""
+        self._run(self._model.write_cache, x, time, prompt, cache, attention)
 
     def new_cache(self, config: CacheConfig, **sizes: Any) -> KVCache:
         """See `WanModel.new_cache`; the memory of one that is no longer in use is lent again."""
@@ -117,7 +117,7 @@ class GraphedModel:
             if not self._free:
                 self._free.append(self._model.new_cache(config, **sizes))
             memory = self._free.pop()
-            cache = memory.as_it_stands()
+            cache = memory.shallow_copy()
             self._lent.add(memory.k_NBWHD.data_ptr())
             weakref.finalize(cache, self._free.append, memory)
             return cache
@@ -173,7 +173,7 @@ class GraphedModel:
             inputs = self._inputs[x.shape, memory] = _Inputs.like(x, time, prompt)
         inputs.set(x, time, prompt)
         if form not in self._passes:
-            fixed = cache.as_it_stands()  # and not the stream's own, which is to be let go of
+            fixed = cache.shallow_copy()  # and not the stream's own, which is to be let go of
             seen = (inputs.x, inputs.time, inputs.prompt, fixed, attention)
             replay = self._captured(lambda: _with_memory(run(*seen), fixed))
             if replay is None:
@@ -340,7 +340,7 @@ class _PlainSizes(TorchFunctionMode):
 
 def _with_memory(result: Tensor | None, cache: KVCache) -> tuple[Tensor, ...]:
     empty = cache.k_NBWHD.new_empty(0)
-    return (empty if result is None else result, *cache.tensors().values(), cache.turned_NBWHD)
+    return (empty if result is None else result, *cache.tensors().values(), cache.rotated_NBWHD)
 
 
 def _fixed_by_recording(module: nn.Module) -> list[Any]:

@@ -1,15 +1,16 @@
 """Several processes: which one this is, and one stream that all of them make together.
 
-A stream is spread by its tokens. Everything in the network but self-attention treats each token
-alone, so a process takes a band of every frame, whole rows of tokens or whole columns, and runs the
-network on it as on a smaller picture. In self-attention the processes trade (DeepSpeed-Ulysses,
-arXiv 2309.14509): each gives its tokens' queries, keys and values and gets, for all tokens, those
-of its own heads; after attention they trade back. Both trades of a layer are one all-to-all each.
+A stream is split by its tokens (sequence parallelism). All of the network but self-attention
+treats each token alone, so a process takes a band of every frame, whole rows of tokens or whole
+columns, and runs the network on it as on a smaller picture. In self-attention the processes trade
+(DeepSpeed-Ulysses, arXiv 2309.14509): each gives its tokens' queries, keys and values and gets, for
+all tokens, those of its own heads; after attention they trade back. Both trades of a layer are one
+all-to-all each.
 
 A process's cache holds its heads alone, so that the cache's memory is divided too, and keys are
-turned after the trade, at the places of the whole frame. Weights are whole in every process. What
-the network says is gathered, so each process knows the whole latents and goes on alike; the first
-decodes and writes.
+rotated after the trade, at the places of the whole frame. Weights are whole in every process. What
+the network predicts is gathered, so each process knows the whole latents and goes on alike; the
+first decodes and writes.
 
 PyTorch's own context parallelism (experimental) is ring attention: queries and keys lie in shards,
 and the keys' travel round. Here keys outnumber queries up to three times and lie in a cache, so of
@@ -39,7 +40,7 @@ from ..kv_cache import KeyValues, KVCache, LayerWindow
 from ..layers import SelfAttention
 from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
 from ..rope import Rope, rope_table
-from ..state import Snapshot, taking_over
+from ..state import Snapshot, snapshot_errors
 from ..stream import Stream
 
 
@@ -49,7 +50,7 @@ class Process:
 
     rank: int = 0
     """Its number."""
-    count: int = 1
+    world_size: int = 1
     """How many there are."""
     local_rank: int = 0
     """Its number on this machine."""
@@ -57,13 +58,13 @@ class Process:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Process:
         """What torchrun's variables say; without them the only process."""
-        names = {"rank": "RANK", "count": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
+        names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
         given = {field: name for field, name in names.items() if name in environment}
         return cls(**{field: int(environment[name]) for field, name in given.items()})
 
     def own_device(self, device: str) -> str:
         """This process's part of `device`, made the current: of `cuda` one card each."""
-        if self.count > 1 and device.startswith("cuda"):
+        if self.world_size > 1 and device.startswith("cuda"):
             device = self._card(device)
         make_current(device)
         return device
@@ -71,8 +72,8 @@ class Process:
     def _card(self, device: str) -> str:
         if device != "cuda":
             raise ValueError(
-                f"--device {device} is one card for {self.count} processes; give --device cuda, "
-                "and each takes its own"
+                f"--device {device} is one card for {self.world_size} processes; give --device "
+                "cuda, and each takes its own"
             )
         cards = torch.cuda.device_count()
         if self.local_rank >= cards:
@@ -84,7 +85,7 @@ class Process:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """The processes that torchrun started as one group: NCCL on cards, gloo on the CPU."""
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
@@ -93,8 +94,8 @@ def joined(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def agreed(stopped: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether any process is to stop, said alike in all; all must ask equally often."""
+def any_process(stopped: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether any process is to stop, the same in all; all must ask equally often."""
 
     def ask() -> bool:
         flag = torch.tensor(int(stopped()))
@@ -109,7 +110,7 @@ class Split:
     """How a stream's tokens and heads are shared out over the processes of the group."""
 
     rank: int
-    count: int
+    world_size: int
     axis: int
     """Of latents: bands of rows (-2) or of columns (-1)."""
     run: int
@@ -118,11 +119,11 @@ class Split:
     @classmethod
     def of(cls, process: Process, config: ModelConfig, grid: Grid, cache: CacheConfig) -> Split:
         """ValueError where heads or tokens cannot be shared out evenly."""
-        rank, count = process.rank, process.count
+        rank, world_size = process.rank, process.world_size
         fitting = [n for n in range(1, config.num_heads + 1) if _fits(n, config.num_heads, grid)]
-        if count not in fitting:
+        if world_size not in fitting:
             raise ValueError(
-                f"{count} processes cannot share {config.num_heads} heads and frames of "
+                f"{world_size} processes cannot share {config.num_heads} heads and frames of "
                 f"{grid.height} x {grid.width} tokens; their number must divide the heads, and "
                 f"rows or columns: use {', '.join(map(str, fitting[1:])) or 'one process'}"
             )
@@ -131,35 +132,39 @@ class Split:
                 "keep_key_norms measures keys over all heads, of which a process has a part; "
                 "stream this model in one process"
             )
-        if grid.height % count == 0:
-            return cls(rank=rank, count=count, axis=-2, run=grid.frame_tokens // count)
-        return cls(rank=rank, count=count, axis=-1, run=grid.width // count)
+        if grid.height % world_size == 0:
+            return cls(
+                rank=rank, world_size=world_size, axis=-2, run=grid.frame_tokens // world_size
+            )
+        return cls(rank=rank, world_size=world_size, axis=-1, run=grid.width // world_size)
 
-    def band(self, x: Tensor) -> Tensor:
-        """This process's band of latents [B, C, F, h, w]."""
-        return x.chunk(self.count, dim=self.axis)[self.rank]
+    def shard(self, x: Tensor) -> Tensor:
+        """This process's shard of latents [B, C, F, h, w], a band of rows or columns."""
+        return x.chunk(self.world_size, dim=self.axis)[self.rank]
 
-    def whole(self, band: Tensor) -> Tensor:
-        """Latents [B, C, F, h, w] of everyone's bands."""
-        return gathered(band, self.axis)
+    def gather(self, shard: Tensor) -> Tensor:
+        """Latents [B, C, F, h, w] of every process's shard."""
+        return all_gather(shard, self.axis)
 
-    def heads(self, whole: Tensor) -> Tensor:
+    def own_heads(self, whole: Tensor) -> Tensor:
         """This process's heads of a tensor [..., H, D]."""
-        return whole.chunk(self.count, dim=-2)[self.rank].contiguous()
+        return whole.chunk(self.world_size, dim=-2)[self.rank].contiguous()
 
     def to_heads(self, *bands_BLHD: Tensor) -> Tensor:
         """All heads of a band's tokens -> own heads of all tokens, in order: [N, B, L, H, D]."""
-        sent = rearrange(list(bands_BLHD), "n b l (p h) d -> p n b l h d", p=self.count)
-        got = _traded(sent)
+        sent = rearrange(list(bands_BLHD), "n b l (p h) d -> p n b l h d", p=self.world_size)
+        got = _all_to_all(sent)
         return rearrange(got, "p n b (o r) h d -> n b (o p r) h d", r=self.run)
 
     def to_tokens(self, heads_BLHD: Tensor) -> Tensor:
         """Own heads of all tokens -> all heads of this band's tokens."""
-        sent = rearrange(heads_BLHD, "b (o p r) h d -> p b (o r) h d", p=self.count, r=self.run)
-        return rearrange(_traded(sent), "p b l h d -> b l (p h) d")
+        sent = rearrange(
+            heads_BLHD, "b (o p r) h d -> p b (o r) h d", p=self.world_size, r=self.run
+        )
+        return rearrange(_all_to_all(sent), "p b l h d -> b l (p h) d")
 
 
-class SpreadSelfAttention(SelfAttention):
+class SequenceParallelAttention(SelfAttention):
     """A layer's self-attention, its weights adopted: tokens come in bands, heads attend apart."""
 
     def __init__(self, whole: SelfAttention, split: Split) -> None:
@@ -171,22 +176,22 @@ class SpreadSelfAttention(SelfAttention):
     ) -> Tensor:
         """`rope` holds the places of the whole chunk's tokens."""
         q, k, v = self._split.to_heads(self.queries(x_BLC), *self.keys_values(x_BLC))
-        turned = kernels.rotate(k, rope)
+        rotated = kernels.rotate(k, rope)
         if window is not None:
-            turned, v = window.extend(k, turned, v)
-        return self.output(self._split.to_tokens(attention(kernels.rotate(q, rope), turned, v)))
+            rotated, v = window.extend(k, rotated, v)
+        return self.output(self._split.to_tokens(attention(kernels.rotate(q, rope), rotated, v)))
 
-    def seen(
+    def extend_window(
         self, x_BLC: Tensor | Rows, rope: Rope, window: LayerWindow | None
     ) -> tuple[Tensor, Tensor]:
         """The window's keys and values of this process' heads."""
         k, v = self._split.to_heads(*self.keys_values(x_BLC))
-        turned = kernels.rotate(k, rope)
-        return (turned, v) if window is None else window.extend(k, turned, v)
+        rotated = kernels.rotate(k, rope)
+        return (rotated, v) if window is None else window.extend(k, rotated, v)
 
 
-class SpreadModel(WanModel):
-    """A network whose tokens are spread over the processes; takes the given one's modules over.
+class SequenceParallelModel(WanModel):
+    """A network whose tokens are shared out over the processes; takes the given one's modules over.
 
     Its `config` is of what one process attends with: caches made by it hold that process's heads.
     """
@@ -194,9 +199,9 @@ class SpreadModel(WanModel):
     def __init__(self, whole: WanModel, split: Split) -> None:
         _adopt(self, whole)
         for block in self.blocks:
-            block.self_attn = SpreadSelfAttention(block.self_attn, split)  # type: ignore[arg-type]
+            block.self_attn = SequenceParallelAttention(block.self_attn, split)  # type: ignore[arg-type]
         self.split, self.whole_config = split, whole.config
-        dim, heads = (n // split.count for n in (whole.config.dim, whole.config.num_heads))
+        dim, heads = (n // split.world_size for n in (whole.config.dim, whole.config.num_heads))
         self.config = replace(whole.config, dim=dim, num_heads=heads)
 
     def forward(
@@ -208,9 +213,11 @@ class SpreadModel(WanModel):
         attention: Attention = sdpa,
     ) -> Tensor:
         """As in one process: whole latents in, the whole flow out."""
-        return self.split.whole(super().forward(self.split.band(x), time, prompt, cache, attention))
+        return self.split.gather(
+            super().forward(self.split.shard(x), time, prompt, cache, attention)
+        )
 
-    def remember(
+    def write_cache(
         self,
         x: Tensor,
         time: Tensor | TimeContext,
@@ -219,29 +226,29 @@ class SpreadModel(WanModel):
         attention: Attention = sdpa,
     ) -> None:
         """As in one process."""
-        super().remember(self.split.band(x), time, prompt, cache, attention)
+        super().write_cache(self.split.shard(x), time, prompt, cache, attention)
 
     def rope(self, x: Tensor, cache: KeyValues | None) -> Rope:
         """The places of the whole chunk's tokens: the bands' own do not know where they lie."""
-        assert isinstance(cache, KVCache), "what is spread is a stream, which has a cache"
+        assert isinstance(cache, KVCache), "a split stream has a cache"
         table = rope_table(cache.num_frames, cache.grid, self.config.head_dim, x.device)
         before, stop = (n * cache.frame_tokens for n in (cache.context_frames, cache.num_frames))
         return table.tokens(before, stop)
 
 
-class SpreadStream(Stream):
-    """A stream around a `SpreadModel`; every process makes the same calls.
+class SequenceParallelStream(Stream):
+    """A stream around a `SequenceParallelModel`; every process makes the same calls.
 
     Snapshots are of the whole stream: any number of processes goes on from them.
     """
 
-    model: SpreadModel
+    model: SequenceParallelModel
 
     def snapshot(self, *, compact: bool = False) -> Snapshot:
         """The state between two chunks, with all heads; every process must ask for it."""
         own = super().snapshot(compact=compact)
         tensors = {
-            name: gathered(tensor, -2) if name.startswith("cache.") else tensor
+            name: all_gather(tensor, -2) if name.startswith("cache.") else tensor
             for name, tensor in own.tensors.items()
         }
         return Snapshot(
@@ -251,25 +258,25 @@ class SpreadStream(Stream):
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of the whole stream."""
         split, facts = self.model.split, dict(snapshot.facts)
-        with taking_over():
+        with snapshot_errors():
             model = facts["model"]
-            own = {name: model[name] // split.count for name in ("dim", "num_heads")}
+            own = {name: model[name] // split.world_size for name in ("dim", "num_heads")}
             facts["model"] = {**model, **own}
             tensors = {
-                name: split.heads(tensor) if name.startswith("cache.") else tensor
+                name: split.own_heads(tensor) if name.startswith("cache.") else tensor
                 for name, tensor in snapshot.tensors.items()
             }
         super().restore(Snapshot(tensors=tensors, facts=facts))
 
 
-def gathered(part: Tensor, axis: int) -> Tensor:
+def all_gather(part: Tensor, axis: int) -> Tensor:
     """Everyone's parts, one behind the other in order of rank along an axis."""
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, part.contiguous())
     return torch.cat(parts, dim=axis)
 
 
-def _traded(sent: Tensor) -> Tensor:
+def _all_to_all(sent: Tensor) -> Tensor:
     """Row p of the result is what process p had in the row of this one."""
     sent = sent.contiguous()
     got = torch.empty_like(sent)
@@ -277,8 +284,10 @@ def _traded(sent: Tensor) -> Tensor:
     return got
 
 
-def _fits(count: int, heads: int, grid: Grid) -> bool:
-    return heads % count == 0 and (grid.height % count == 0 or grid.width % count == 0)
+def _fits(world_size: int, heads: int, grid: Grid) -> bool:
+    return heads % world_size == 0 and (
+        grid.height % world_size == 0 or grid.width % world_size == 0
+    )
 
 
 def _adopt(module: nn.Module, whole: nn.Module) -> None:

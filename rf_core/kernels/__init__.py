@@ -25,7 +25,6 @@ from .availability import fused, in_product, multiplies_fp8
 from .reference import Rows
 
 __all__ = [
-    "absorb",
     "add_in_place",
     "affine_after_residual",
     "causal_norm_silu",
@@ -38,6 +37,7 @@ __all__ = [
     "quantise_rows",
     "rotate",
     "rotate_context",
+    "update_sink",
     "write_keys_values",
 ]
 
@@ -114,9 +114,9 @@ def linear_gelu(x: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 def norm_rotate(
     x_BLC: Tensor, weight_C: Tensor, num_heads: int, eps: float, rope: Rope | None = None
 ) -> Tensor:
-    """RMS norm over the full width, then each head turned by its token's angles -> [B, L, H, D].
+    """RMS norm over the full width, then each head rotated by its token's angles -> [B, L, H, D].
 
-    `x` may be a slice of a wider projection. Without `rope` nothing is turned.
+    `x` may be a slice of a wider projection. Without `rope` nothing is rotated.
     """
     if not fused(x_BLC, weight_C):
         return reference.norm_rotate(x_BLC, weight_C, num_heads, eps, rope)
@@ -132,14 +132,14 @@ def write_keys_values(
     eps: float,
     rope: Rope,
     k_slot_BLHD: Tensor,
-    turned_slot_BLHD: Tensor,
+    rotated_slot_BLHD: Tensor,
     v_slot_BLHD: Tensor,
 ) -> None:
-    """Write a chunk to its slots: the RMS-normed keys as they are and turned, and the values.
+    """Write a chunk to its slots: the RMS-normed keys as they are and rotated, and the values.
 
-    The slots may be views of a longer window. Turned keys are the stored, rounded ones turned.
+    The slots may be views of a longer window. Rotated keys are the stored, rounded ones rotated.
     """
-    slots = (k_slot_BLHD, turned_slot_BLHD, v_slot_BLHD)
+    slots = (k_slot_BLHD, rotated_slot_BLHD, v_slot_BLHD)
     if not fused(k_BLC, v_BLC, weight_C, *slots):
         reference.write_keys_values(k_BLC, v_BLC, weight_C, eps, rope, *slots)
         return
@@ -149,7 +149,7 @@ def write_keys_values(
 
 
 def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
-    """Each head turned by its token's angles -> [B, L, H, D]; where the norm is another's."""
+    """Each head rotated by its token's angles -> [B, L, H, D]; where the norm is another's."""
     if not fused(x_BLHD):
         return reference.rotate(x_BLHD, rope)
     from . import triton_heads
@@ -157,17 +157,17 @@ def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
     return triton_heads.rotate(x_BLHD, rope)
 
 
-def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
-    """Write the keys of every layer's context, turned by `rope`'s first W tokens, to `turned`."""
-    if not fused(k_NBWHD, turned_NBWHD):
-        reference.rotate_context(k_NBWHD, rope, turned_NBWHD)
+def rotate_context(k_NBWHD: Tensor, rope: Rope, rotated_NBWHD: Tensor) -> None:
+    """Write the keys of every layer's context, rotated by `rope`'s first W tokens, to `rotated`."""
+    if not fused(k_NBWHD, rotated_NBWHD):
+        reference.rotate_context(k_NBWHD, rope, rotated_NBWHD)
         return
     from . import triton_heads
 
-    triton_heads.rotate_context(k_NBWHD, rope, turned_NBWHD)
+    triton_heads.rotate_context(k_NBWHD, rope, rotated_NBWHD)
 
 
-def absorb(
+def update_sink(
     sinks_NBSHD: tuple[Tensor, Tensor],
     evicted_NBSHD: tuple[Tensor, Tensor],
     decay: float,
@@ -179,11 +179,11 @@ def absorb(
     published. With `exact`, the average is kept there in float32 and copied, rounded, to the sink.
     """
     if not fused(*sinks_NBSHD, *evicted_NBSHD):
-        reference.absorb(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
+        reference.update_sink(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
         return
     from . import triton_sink
 
-    triton_sink.absorb(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
+    triton_sink.update_sink(sinks_NBSHD, evicted_NBSHD, decay, exact_2NBSHD)
 
 
 def merge_parts(parts_BNLHD: Tensor, lse_BNHL: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
-_LEAST_CAPABILITY = (8, 0)  # bfloat16 arithmetic (Ampere)
-_LEAST_FOR_FP8 = (8, 9)  # products of fp8 (Ada)
-_LEAST_FOR_ONEDNN = 1 << 21  # multiplications; its start, some 10 us, is as long as MKL takes there
+_MIN_CAPABILITY = (8, 0)  # bfloat16 arithmetic (Ampere)
+_MIN_FOR_FP8 = (8, 9)  # products of fp8 (Ada)
+_MIN_FOR_ONEDNN = 1 << 21  # multiplications; its start, some 10 us, is as long as MKL takes there
 _UNFUSED = ContextVar("unfused", default=False)
 
 
@@ -69,18 +69,18 @@ def in_onednn(x: Tensor, weight_OI: Tensor, *, joined: int = 1) -> bool:
         type(x) is Tensor  # others, such as those that stand for memory, are torch's
         and x.device.type == "cpu"
         and x.dtype == weight_OI.dtype == torch.float32
-        and x.numel() * weight_OI.shape[0] * joined >= _LEAST_FOR_ONEDNN
+        and x.numel() * weight_OI.shape[0] * joined >= _MIN_FOR_ONEDNN
         and _may_differ()
         and onednn_multiplies()
     )
 
 
-def wants_joining(weight_OI: Tensor) -> bool:
+def gains_from_fusing(weight_OI: Tensor) -> bool:
     """Whether products of a weight may be too small for oneDNN, and it is faster than MKL."""
     return (
         weight_OI.device.type == "cpu"
         and weight_OI.dtype == torch.float32
-        and weight_OI.numel() < _LEAST_FOR_ONEDNN
+        and weight_OI.numel() < _MIN_FOR_ONEDNN
         and onednn_multiplies()
     )
 
@@ -140,8 +140,8 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 def _fp8_problem_on(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_FOR_FP8:
-        return f"its compute capability is {capability}; products of fp8 need {_LEAST_FOR_FP8}"
+    if capability < _MIN_FOR_FP8:
+        return f"its compute capability is {capability}; products of fp8 need {_MIN_FOR_FP8}"
     try:
         _multiply_one(device)
     except RuntimeError as error:  # torch before 2.7 has them for Hopper alone
@@ -160,8 +160,8 @@ def _problem_on(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
     capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        return f"its compute capability is {capability}; they need {_LEAST_CAPABILITY}"
+    if capability < _MIN_CAPABILITY:
+        return f"its compute capability is {capability}; they need {_MIN_CAPABILITY}"
     try:
         _compile_one(device)
     except Exception as error:  # a missing C compiler, an unknown card: many types, one remedy

@@ -17,7 +17,7 @@ def modulated_norm(x_BFTC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: 
     return adaln(x_BFTC, scale_BF1C - 1, shift_BF1C, eps)
 
 
-def turned(x_BLHD: Tensor, matrix_LP22: Tensor) -> Tensor:
+def rotate(x_BLHD: Tensor, matrix_LP22: Tensor) -> Tensor:
     """x with each pair of channels times its token's matrix (`Rope.matrix_LP22`)."""
     if not x_BLHD.numel():  # the first chunk's context, which the package does not take
         return x_BLHD

@@ -22,10 +22,10 @@ from torch import Tensor
 from ..rope import Rope, apply_rope
 from .availability import in_kitchen, in_onednn
 
-LEAST_NORM = 1e-12  # where F.normalize stops dividing
+MIN_NORM = 1e-12  # where F.normalize stops dividing
 FP8 = torch.float8_e4m3fn
 LARGEST = MappingProxyType({FP8: torch.finfo(FP8).max, torch.int8: 127.0})
-LEAST_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros is divided by this
+MIN_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros is divided by this
 
 
 class Rows(NamedTuple):
@@ -141,13 +141,13 @@ def write_keys_values(
     eps: float,
     rope: Rope,
     k_slot_BLHD: Tensor,
-    turned_slot_BLHD: Tensor,
+    rotated_slot_BLHD: Tensor,
     v_slot_BLHD: Tensor,
 ) -> None:
-    """The normed keys to their slot, the same turned to theirs, the values to theirs."""
+    """The normed keys to their slot, the same rotated to theirs, the values to theirs."""
     num_heads = k_slot_BLHD.shape[2]
     k_slot_BLHD.copy_(norm_rotate(k_BLC, weight_C, num_heads, eps))
-    turned_slot_BLHD.copy_(rotate(k_slot_BLHD, rope))
+    rotated_slot_BLHD.copy_(rotate(k_slot_BLHD, rope))
     v_slot_BLHD.copy_(v_BLC.view(v_slot_BLHD.shape))
 
 
@@ -162,22 +162,22 @@ def rms_norm(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
-    """Each head turned by its token's angles."""
+    """Each head rotated by its token's angles."""
     if rope.matrix_LP22 is None or not in_kitchen(x_BLHD):
         return apply_rope(x_BLHD, rope)
     from . import kitchen
 
-    return kitchen.turned(x_BLHD, rope.matrix_LP22)
+    return kitchen.rotate(x_BLHD, rope.matrix_LP22)
 
 
-def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
-    """Every layer's keys turned by the first W tokens' angles."""
+def rotate_context(k_NBWHD: Tensor, rope: Rope, rotated_NBWHD: Tensor) -> None:
+    """Every layer's keys rotated by the first W tokens' angles."""
     head = rope.tokens(0, k_NBWHD.shape[2])
-    for k_BWHD, turned_BWHD in zip(k_NBWHD, turned_NBWHD, strict=True):
-        turned_BWHD.copy_(rotate(k_BWHD, head))
+    for k_BWHD, rotated_BWHD in zip(k_NBWHD, rotated_NBWHD, strict=True):
+        rotated_BWHD.copy_(rotate(k_BWHD, head))
 
 
-def absorb(
+def update_sink(
     sinks_NBSHD: tuple[Tensor, Tensor],
     evicted_NBSHD: tuple[Tensor, Tensor],
     decay: float,
@@ -212,7 +212,7 @@ def quantise_rows(
         x = gelu(x)
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
     # By a tensor: CUDA divides by a plain number as a product with its rounded inverse.
-    scale = (largest / largest.new_full((), LARGEST[dtype])).clamp_min(LEAST_SCALE)
+    scale = (largest / largest.new_full((), LARGEST[dtype])).clamp_min(MIN_SCALE)
     rows = x / scale
     return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
 
@@ -245,10 +245,10 @@ def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
     gain = gamma.to(x) * math.sqrt(x.shape[1])
     planes = x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(1) > 1
     if not planes:
-        return F.normalize(x, dim=1, eps=LEAST_NORM) * gain
+        return F.normalize(x, dim=1, eps=MIN_NORM) * gain
     # F.normalize walks each position's channels one by one; a sum over planes is vectorised.
     power = x.square().sum(dim=1, keepdim=True)
-    return x * power.clamp_min(LEAST_NORM**2).rsqrt() * gain
+    return x * power.clamp_min(MIN_NORM**2).rsqrt() * gain
 
 
 def _in_fp8(x: Tensor) -> Rows:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import LEAST_NORM
+from .reference import MIN_NORM
 from .triton_norms import launch_options
 
 _TILE = 4096  # elements of a program where channels lie together, the fastest axis in memory
@@ -37,7 +37,7 @@ def causal_norm_silu(
         _causal_norm_silu[grid](
             *_summands(x_BCTHW, bias_C, residual_BCTHW),
             *(gamma, out, *_strides(out), math.sqrt(channels)),
-            LEAST=LEAST_NORM,
+            LEAST=MIN_NORM,
             BIASED=bias_C is not None,
             ADD=residual_BCTHW is not None,
             **options,
@@ -57,7 +57,7 @@ def add_in_place(x_BCTHW: Tensor, bias_C: Tensor | None, residual_BCTHW: Tensor 
 
 
 def _tiles(x_BCTHW: Tensor) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid of programs, and what each of them is told."""
+    """The grid of programs, and the arguments of each."""
     batch, channels, frames, height, width = x_BCTHW.shape
     block = triton.next_power_of_2(channels)
     positions = max(1, _TILE // block) if x_BCTHW.stride(1) == 1 else _RUN

@@ -43,13 +43,13 @@ def write_keys_values(
     eps: float,
     rope: Rope,
     k_slot_BLHD: Tensor,
-    turned_slot_BLHD: Tensor,
+    rotated_slot_BLHD: Tensor,
     v_slot_BLHD: Tensor,
 ) -> None:
     """As `reference.write_keys_values`."""
     batch, tokens, channels = k_BLC.shape
     block = triton.next_power_of_2(channels)
-    slots = [_rows(slot) for slot in (k_slot_BLHD, turned_slot_BLHD, v_slot_BLHD)]
+    slots = [_rows(slot) for slot in (k_slot_BLHD, rotated_slot_BLHD, v_slot_BLHD)]
     assert all(slot.shape == k_BLC.shape for slot in slots), "a slot has the chunk's size"
     strides = [n for t in (k_BLC, v_BLC, *slots) for n in _strides(t)]
     with torch.cuda.device_of(k_BLC):
@@ -69,15 +69,15 @@ def rotate(x_BLHD: Tensor, rope: Rope) -> Tensor:
     return out
 
 
-def rotate_context(k_NBWHD: Tensor, rope: Rope, turned_NBWHD: Tensor) -> None:
+def rotate_context(k_NBWHD: Tensor, rope: Rope, rotated_NBWHD: Tensor) -> None:
     """As `reference.rotate_context`."""
     layers, batch, tokens = k_NBWHD.shape[:3]
-    k, turned = _rows(k_NBWHD), _rows(turned_NBWHD)
+    k, rotated = _rows(k_NBWHD), _rows(rotated_NBWHD)
     block = triton.next_power_of_2(k.shape[3])
     with torch.cuda.device_of(k):
         _rotate_context[(tokens, batch, layers)](
-            *(k, turned, *_tables(rope.tokens(0, tokens), tokens, k)),
-            *(*_strides(k), *_strides(turned)),
+            *(k, rotated, *_tables(rope.tokens(0, tokens), tokens, k)),
+            *(*_strides(k), *_strides(rotated)),
             C=k.shape[3],
             BLOCK=block,
             PAIRS=k_NBWHD.shape[4] // 2,
@@ -115,7 +115,7 @@ def _load_normed(row_ptr, weight_ptr, eps, C: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _turned(x, cos_ptr, sin_ptr, token, C: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
+def _rotated(x, cos_ptr, sin_ptr, token, C: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     pair = tl.arange(0, BLOCK // 2)
     at, inside = token * PAIRS + pair % PAIRS, pair < C // 2
     cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
@@ -150,7 +150,7 @@ def _norm_rotate(
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     x = _load_normed(x_ptr + batch * x_b + token * x_l, weight_ptr, eps, C, BLOCK)
     if ROTATE:
-        x = _turned(x, cos_ptr, sin_ptr, token, C, BLOCK, PAIRS)
+        x = _rotated(x, cos_ptr, sin_ptr, token, C, BLOCK, PAIRS)
     _store_row(out_ptr + batch * out_b + token * out_l, x, C, BLOCK)
 
 
@@ -160,7 +160,7 @@ def _write_keys_values(
     v_ptr,
     weight_ptr,
     k_slot_ptr,
-    turned_ptr,
+    rotated_ptr,
     v_slot_ptr,
     cos_ptr,
     sin_ptr,
@@ -170,8 +170,8 @@ def _write_keys_values(
     v_l,
     k_slot_b,
     k_slot_l,
-    turned_b,
-    turned_l,
+    rotated_b,
+    rotated_l,
     v_slot_b,
     v_slot_l,
     eps,
@@ -186,22 +186,22 @@ def _write_keys_values(
     k = _load_normed(k_ptr + batch * k_b + token * k_l, weight_ptr, eps, C, BLOCK)
     stored = k.to(k_slot_ptr.dtype.element_ty)
     _store_row(k_slot_ptr + batch * k_slot_b + token * k_slot_l, stored, C, BLOCK)
-    turned = _turned(stored.to(tl.float32), cos_ptr, sin_ptr, token, C, BLOCK, PAIRS)
-    _store_row(turned_ptr + batch * turned_b + token * turned_l, turned, C, BLOCK)
+    rotated = _rotated(stored.to(tl.float32), cos_ptr, sin_ptr, token, C, BLOCK, PAIRS)
+    _store_row(rotated_ptr + batch * rotated_b + token * rotated_l, rotated, C, BLOCK)
 
 
 @triton.jit
 def _rotate_context(
     k_ptr,
-    turned_ptr,
+    rotated_ptr,
     cos_ptr,
     sin_ptr,
     k_n,
     k_b,
     k_l,
-    turned_n,
-    turned_b,
-    turned_l,
+    rotated_n,
+    rotated_b,
+    rotated_l,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -210,7 +210,7 @@ def _rotate_context(
     layer, channel = tl.program_id(2).to(tl.int64), tl.arange(0, BLOCK)
     row_ptr = k_ptr + layer * k_n + batch * k_b + token * k_l
     k = tl.load(row_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
-    turned = _turned(k, cos_ptr, sin_ptr, token, C, BLOCK, PAIRS)
+    rotated = _rotated(k, cos_ptr, sin_ptr, token, C, BLOCK, PAIRS)
     _store_row(
-        turned_ptr + layer * turned_n + batch * turned_b + token * turned_l, turned, C, BLOCK
+        rotated_ptr + layer * rotated_n + batch * rotated_b + token * rotated_l, rotated, C, BLOCK
     )

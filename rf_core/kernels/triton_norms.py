@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import FP8, LARGEST, LEAST_SCALE, Rows
+from .reference import FP8, LARGEST, MIN_SCALE, Rows
 
 
 def modulated_norm(
@@ -86,7 +86,7 @@ def _launch(
     with torch.cuda.device_of(x):
         _norm[(tokens, batch)](
             *(x, given_y, given_gate, scale, shift, residual, out, unit),
-            *(*strides, *frames, tokens, eps, LARGEST[FP8], LEAST_SCALE),
+            *(*strides, *frames, tokens, eps, LARGEST[FP8], MIN_SCALE),
             C=channels,
             BLOCK=block,
             ADD=y is not None,

@@ -29,7 +29,7 @@ def prompt_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias_BS: Te
     with torch.cuda.device_of(q_BLHD):
         _prompt_attention[(triton.cdiv(tokens, sizes["ROWS"]), heads, batch)](
             *(q_BLHD, k_BSHD, v_BSHD, bias_BS, out, *strides, tokens, num_keys, head_dim**-0.5),
-            MOST_KEYS=triton.next_power_of_2(num_keys),
+            MAX_KEYS=triton.next_power_of_2(num_keys),
             D=head_dim,
             BLOCK=max(16, triton.next_power_of_2(head_dim)),
             **sizes,
@@ -76,7 +76,7 @@ def _prompt_attention(
     tokens,
     num_keys,
     scale,
-    MOST_KEYS: tl.constexpr,
+    MAX_KEYS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -92,7 +92,7 @@ def _prompt_attention(
     k_ptr += batch * k_b + head * k_h
     v_ptr += batch * v_b + head * v_h
 
-    every = tl.arange(0, MOST_KEYS)
+    every = tl.arange(0, MAX_KEYS)
     biases = tl.load(bias_ptr + every, mask=every < num_keys, other=float("-inf"))
     seen = tl.max(tl.where(biases > float("-inf"), every + 1, 0), 0)
 

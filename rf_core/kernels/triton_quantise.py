@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import LARGEST, LEAST_SCALE
+from .reference import LARGEST, MIN_SCALE
 from .triton_norms import in_units, launch_options
 
 _TILE = 2048  # elements of a program, where a row has fewer
@@ -27,7 +27,7 @@ def quantise_rows(
     rows = max(1, _TILE // block)
     with torch.cuda.device_of(x):
         _quantise_rows[(triton.cdiv(num_rows, rows),)](
-            *(x_RC, values, scale, num_rows, LARGEST[dtype], LEAST_SCALE),
+            *(x_RC, values, scale, num_rows, LARGEST[dtype], MIN_SCALE),
             C=channels,
             BLOCK=block,
             ROWS=rows,

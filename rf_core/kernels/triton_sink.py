@@ -15,13 +15,13 @@ from torch import Tensor
 from .triton_norms import launch_options
 
 
-def absorb(
+def update_sink(
     sinks_NBSHD: tuple[Tensor, Tensor],
     evicted_NBSHD: tuple[Tensor, Tensor],
     decay: float,
     exact_2NBSHD: Tensor | None = None,
 ) -> None:
-    """As `reference.absorb`, bit for bit."""
+    """As `reference.update_sink`, bit for bit."""
     k_sink = sinks_NBSHD[0]
     layers, batch, tokens, heads, head_dim = k_sink.shape
     channels = heads * head_dim
@@ -30,7 +30,7 @@ def absorb(
     exact = k_sink if exact_2NBSHD is None else exact_2NBSHD  # never read where not given
     assert exact_2NBSHD is None or exact_2NBSHD.is_contiguous()
     with torch.cuda.device_of(k_sink):
-        _absorb[(tokens, batch, layers)](
+        _update_sink[(tokens, batch, layers)](
             *(*sinks_NBSHD, *evicted_NBSHD, exact, *strides, decay, 1 - decay),
             C=channels,
             BLOCK=block,
@@ -47,7 +47,7 @@ def _shared_strides(pair_NBSHD: tuple[Tensor, Tensor]) -> tuple[int, ...]:
 
 
 @triton.jit
-def _absorb_row(
+def _update_sink_row(
     sink_ptr,
     evicted_ptr,
     exact_ptr,
@@ -70,7 +70,7 @@ def _absorb_row(
 
 
 @triton.jit
-def _absorb(
+def _update_sink(
     k_sink_ptr,
     v_sink_ptr,
     k_evicted_ptr,
@@ -96,5 +96,7 @@ def _absorb(
     exact = ((layer * batches + batch) * tokens + token) * C
     values = exact + layers.to(tl.int64) * batches * tokens * C
     k_at, v_at = k_sink_ptr + sink, v_sink_ptr + sink
-    _absorb_row(k_at, k_evicted_ptr + evicted, exact_ptr + exact, kept, taken, C, BLOCK, EXACT)
-    _absorb_row(v_at, v_evicted_ptr + evicted, exact_ptr + values, kept, taken, C, BLOCK, EXACT)
+    _update_sink_row(k_at, k_evicted_ptr + evicted, exact_ptr + exact, kept, taken, C, BLOCK, EXACT)
+    _update_sink_row(
+        v_at, v_evicted_ptr + evicted, exact_ptr + values, kept, taken, C, BLOCK, EXACT
+    )

@@ -6,7 +6,6 @@ hands on it, which put commands in its inbox and read its outbox.
 
 from .buffers import (
     Applied,
-    Behind,
     Branched,
     Ended,
     Happened,
@@ -14,6 +13,7 @@ from .buffers import (
     Outbox,
     Picture,
     Reader,
+    ReaderLagged,
     Received,
     Refused,
 )
@@ -32,20 +32,19 @@ from .commands import (
     Stop,
     read_command,
 )
-from .fragments import Reel, codec_of
+from .fragments import FragmentSequence, codec_of
 from .history import Limits
-from .log import Log, mark_of, read_log
+from .log import Log, digest_of, read_log
 from .osc import OscServer
 from .record import Autosave, Recorder, VideoRecorder
 from .replay import replay_log
 from .session import Session, Status
-from .transition import MOST_COMING, Branch
+from .transition import MAX_COMING, Branch
 
 __all__ = [
-    "MOST_COMING",
+    "MAX_COMING",
     "Applied",
     "Autosave",
-    "Behind",
     "Branch",
     "Branched",
     "Command",
@@ -53,6 +52,7 @@ __all__ = [
     "Decay",
     "Drop",
     "Ended",
+    "FragmentSequence",
     "Happened",
     "Inbox",
     "Limits",
@@ -65,9 +65,9 @@ __all__ = [
     "Picture",
     "Prompt",
     "Reader",
+    "ReaderLagged",
     "Received",
     "Recorder",
-    "Reel",
     "Refused",
     "Resume",
     "Rewind",
@@ -77,7 +77,7 @@ __all__ = [
     "Stop",
     "VideoRecorder",
     "codec_of",
-    "mark_of",
+    "digest_of",
     "read_command",
     "read_log",
     "replay_log",

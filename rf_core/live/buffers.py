@@ -2,7 +2,7 @@
 
 Nothing else is shared. Both are bounded, and nobody waits in them for somebody slow: a full inbox
 refuses, and the outbox lets go of its oldest pictures. An acknowledgement is never left out: a
-reader so far behind that one is gone is told, and begins anew with the status.
+reader so far behind that one is gone gets `ReaderLagged`, and begins anew with the status.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from .commands import Command, Stop
 
-MOST_COMMANDS = 256
+MAX_COMMANDS = 256
 """Commands that may wait for the next chunk boundary."""
-MOST_EVENTS = 4096
+MAX_EVENTS = 4096
 """Events that are kept for readers."""
-MOST_PICTURES = 3
+MAX_PICTURES = 3
 """Chunks whose pictures are kept for readers."""
 _LOOKS = 4  # times a second that a pause asks whether it is interrupted, where anybody wants it to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbered:
+class NumberedCommand:
     """A command with the number it is known by, from 1."""
 
     number: int
@@ -111,12 +111,12 @@ class Inbox:
 
     def __init__(
         self,
-        most: int = MOST_COMMANDS,
+        most: int = MAX_COMMANDS,
         received: Callable[[Received], None] = lambda event: None,
     ) -> None:
         self._most, self._received = most, received
         self._changed = threading.Condition()
-        self._waiting: deque[Numbered] = deque()
+        self._waiting: deque[NumberedCommand] = deque()
         self._count = 0
         self._closed = False
         self.stop_wanted = False
@@ -135,18 +135,18 @@ class Inbox:
                 raise ValueError("the session is being stopped already")
             self._count += 1
             self._received(Received(number=self._count, command=command))
-            self._waiting.append(Numbered(number=self._count, command=command))
+            self._waiting.append(NumberedCommand(number=self._count, command=command))
             self.stop_wanted |= isinstance(command, Stop)
             self._changed.notify_all()
             return self._count
 
-    def take(self) -> list[Numbered]:
+    def take(self) -> list[NumberedCommand]:
         """All that wait, in order; each is given once."""
         with self._changed:
             taken, self._waiting = list(self._waiting), deque()
             return taken
 
-    def waiting(self) -> list[Numbered]:
+    def waiting(self) -> list[NumberedCommand]:
         """What waits, left where it is."""
         with self._changed:
             return list(self._waiting)
@@ -169,7 +169,7 @@ class Inbox:
             if on_idle is not None and on_idle():
                 return
 
-    def close(self) -> list[Numbered]:
+    def close(self) -> list[NumberedCommand]:
         """Take no more; what still waits."""
         with self._changed:
             self._closed = True
@@ -177,22 +177,22 @@ class Inbox:
         return self.take()
 
 
-class Behind(Exception):  # noqa: N818  # what a reader is, not what went wrong
+class ReaderLagged(Exception):  # noqa: N818  # what a reader is, not what went wrong
     """A reader let events pass that are no longer kept; it begins anew with `Outbox.reader`."""
 
 
 class Outbox:
     """Events and pictures on their way from the stream, to any number of readers."""
 
-    def __init__(self, most_events: int = MOST_EVENTS, most_pictures: int = MOST_PICTURES) -> None:
+    def __init__(self, max_events: int = MAX_EVENTS, max_pictures: int = MAX_PICTURES) -> None:
         self._changed = threading.Condition()
-        self._events: deque[tuple[int, Event]] = deque(maxlen=most_events)
-        self._pictures: deque[tuple[int, Picture]] = deque(maxlen=most_pictures)
+        self._events: deque[tuple[int, Event]] = deque(maxlen=max_events)
+        self._pictures: deque[tuple[int, Picture]] = deque(maxlen=max_pictures)
         self._count = 0
         self._gone = 0  # where events are kept from
         self._closed = False
         self._status: Any = None
-        self._bells: list[Callable[[], None]] = []
+        self._subscribers: list[Callable[[], None]] = []
 
     @property
     def status(self) -> Any:
@@ -204,9 +204,9 @@ class Outbox:
     def status(self, status: Any) -> None:
         with self._changed:
             self._status = status
-            self._ring()
+            self._notify()
 
-    def say(self, event: Event) -> None:
+    def publish(self, event: Event) -> None:
         """Hand an event to the readers."""
         with self._changed:
             if len(self._events) == self._events.maxlen:
@@ -222,11 +222,11 @@ class Outbox:
         line.append((self._count, item))
         self._count += 1
         self._changed.notify_all()
-        self._ring()
+        self._notify()
 
-    def _ring(self) -> None:
-        for bell in self._bells:
-            bell()
+    def _notify(self) -> None:
+        for callback in self._subscribers:
+            callback()
 
     @property
     def closed(self) -> bool:
@@ -246,7 +246,7 @@ class Outbox:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._ring()
+            self._notify()
 
     def reader(
         self, from_start: bool = False, latest: bool = False, after: int | None = None
@@ -263,24 +263,24 @@ class Outbox:
             return Reader(self, 0 if from_start else begin)
 
     @contextmanager
-    def bell(self, ring: Callable[[], None]) -> Iterator[None]:
-        """Let `ring` be called whenever there may be news, for readers that cannot wait.
+    def subscribe(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Let `callback` be called whenever there may be news, for readers that cannot wait.
 
         It is called by the thread that brings them, and must return at once.
         """
         with self._changed:
-            self._bells.append(ring)
+            self._subscribers.append(callback)
         try:
             yield
         finally:
             with self._changed:
-                self._bells.remove(ring)
+                self._subscribers.remove(callback)
 
     def _read(self, cursor: int, timeout: float | None) -> tuple[list[tuple[int, Any]], int]:
         with self._changed:
             self._changed.wait_for(lambda: self._count > cursor or self._closed, timeout)
             if cursor < self._gone:
-                raise Behind("events have passed that are no longer kept; begin anew")
+                raise ReaderLagged("events have passed that are no longer kept; begin anew")
             new = chain(_since(self._events, cursor), _since(self._pictures, cursor))
             return sorted(new, key=itemgetter(0)), self._count
 
@@ -294,7 +294,7 @@ class Reader:
     def read(self, timeout: float | None = None) -> list[Event | Picture]:
         """What has come since, in order; waits for something, so many seconds at most.
 
-        Empty where nothing came, or where nothing will. Raises `Behind`.
+        Empty where nothing came, or where nothing will. Raises `ReaderLagged`.
         """
         return [item for _, item in self.read_placed(timeout)]
 

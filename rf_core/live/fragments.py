@@ -13,7 +13,7 @@ _CONTAINERS = (b"moof", b"traf", b"moov", b"trak", b"mdia", b"minf", b"stbl", b"
 _ENTRY = {b"stsd": 8, b"avc1": 78}  # bytes before the boxes within
 
 
-def redated(fragment: bytes, number: int, time: int) -> bytes:
+def retimed(fragment: bytes, number: int, time: int) -> bytes:
     """A fragment as number `number` of its file, from 1, shown from `time` on, in clock ticks."""
     new = bytearray(fragment)
     for name, at in boxes(fragment):
@@ -43,7 +43,7 @@ def codec_of(header: bytes) -> str | None:
     return None
 
 
-class Reel:
+class FragmentSequence:
     """One reader's video: fragments one after another, whichever they were."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Reel:
 
     def add(self, fragment: bytes) -> bytes:
         """The fragment as it follows those before."""
-        dated = redated(fragment, self._number, self._time)
+        dated = retimed(fragment, self._number, self._time)
         self._number += 1
         self._time += duration(fragment)
         return dated

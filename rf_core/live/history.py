@@ -1,7 +1,8 @@
 """What a live stream keeps of its past, so that it can go back: bounded, and the oldest goes first.
 
-The clean latents of every chunk, some kilobytes each, beside snapshots that are gigabytes and
-sparse. From a snapshot `Stream.replay` goes to any later chunk, under what took hold on the way.
+The clean latents of every chunk, some kilobytes each, and sparse restore points, whose snapshots
+are gigabytes. From a restore point `Stream.replay` goes to any later chunk, with the actions that
+took hold in between.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Force:
-    """What chunks are made under, besides the stream's own state."""
+class StreamSettings:
+    """The prompt and the LoRAs that chunks are made with; a stream's state has neither."""
 
     text: str
     """The prompt, or what a blend moves to."""
@@ -47,7 +48,7 @@ class Force:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class PastChunk:
     """A chunk that was made."""
 
     latents: Tensor
@@ -57,25 +58,25 @@ class Kept:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mark:
+class RestorePoint:
     """The stream as it was before a chunk, and before what took hold with it."""
 
     chunk: int
     snapshot: Snapshot
     images: int
     """Images of the session before it."""
-    force: Force
+    settings: StreamSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class RewindPlan:
     """How to get back to a chunk."""
 
-    mark: Mark
-    chunks: tuple[Kept, ...]
-    """Those from the mark on."""
-    acts: tuple[tuple[int, Action], ...]
-    """What took hold on the way, with its chunk, in order."""
+    point: RestorePoint
+    chunks: tuple[PastChunk, ...]
+    """Those after the restore point."""
+    actions: tuple[tuple[int, Action], ...]
+    """Those that took hold since then, each with its chunk, in order."""
 
 
 class History:
@@ -83,16 +84,16 @@ class History:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._marks: list[Mark] = []
-        self._kept: deque[Kept] = deque()  # from the first mark on
+        self._points: list[RestorePoint] = []
+        self._past_chunks: deque[PastChunk] = deque()  # from the first restore point on
         self._latent_bytes = 0
-        self._acts: deque[tuple[int, Action]] = deque()
+        self._actions: deque[tuple[int, Action]] = deque()
         self._largest = 0
 
     @property
     def oldest(self) -> int | None:
         """The first chunk that can be gone back to; None where there is none."""
-        return self._marks[0].chunk if self._marks else None
+        return self._points[0].chunk if self._points else None
 
     @property
     def nbytes(self) -> int:
@@ -101,82 +102,82 @@ class History:
 
     @property
     def _snapshot_bytes(self) -> int:
-        return sum(mark.snapshot.nbytes for mark in self._marks)
+        return sum(point.snapshot.nbytes for point in self._points)
 
-    def wants_mark(self, chunk: int) -> bool:
+    def wants_restore_point(self, chunk: int) -> bool:
         """Whether a snapshot is to be taken before this chunk, and would not push out all else."""
-        if not self._marks:
+        if not self._points:
             return self._largest <= self.limits.max_bytes
         fits = self._largest + self._latent_bytes <= self.limits.max_bytes
         every = self.limits.every * max(1, -(-self._largest // _COPIED))
-        return fits and chunk - self._marks[-1].chunk >= every
+        return fits and chunk - self._points[-1].chunk >= every
 
     def latents(self) -> list[Tensor]:
         """The clean latents of the last chunks, as far as they are kept, oldest first."""
-        return [kept.latents for kept in self._kept]
+        return [past_chunk.latents for past_chunk in self._past_chunks]
 
-    def mark(self, mark: Mark) -> None:
+    def add_restore_point(self, point: RestorePoint) -> None:
         """Keep a snapshot, where it fits."""
-        self._largest = max(self._largest, mark.snapshot.nbytes)
-        if self._marks and self._largest + self._latent_bytes > self.limits.max_bytes:
+        self._largest = max(self._largest, point.snapshot.nbytes)
+        if self._points and self._largest + self._latent_bytes > self.limits.max_bytes:
             return
-        self._marks.append(mark)
-        while len(self._marks) > self.limits.snapshots:
-            del self._marks[self._least_missed()]
+        self._points.append(point)
+        while len(self._points) > self.limits.snapshots:
+            del self._points[self._least_missed()]
         self._make_room()
 
-    def act(self, chunk: int, action: Action) -> None:
+    def add_action(self, chunk: int, action: Action) -> None:
         """Keep what takes hold with the next chunk."""
-        if self._marks:
-            self._acts.append((chunk, action))
+        if self._points:
+            self._actions.append((chunk, action))
 
-    def add(self, kept: Kept) -> None:
+    def add_chunk(self, past_chunk: PastChunk) -> None:
         """Keep the next chunk."""
-        if self._marks:
-            self._kept.append(kept)
-            self._latent_bytes += kept.latents.nbytes
+        if self._points:
+            self._past_chunks.append(past_chunk)
+            self._latent_bytes += past_chunk.latents.nbytes
             self._make_room()
 
-    def way_to(self, chunk: int) -> Way:
+    def plan_rewind(self, chunk: int) -> RewindPlan:
         """How to get to before a chunk, of those from `oldest` to the next one."""
-        mark = next(each for each in reversed(self._marks) if each.chunk <= chunk)
-        first = self._marks[0].chunk
-        return Way(
-            mark=mark,
-            chunks=tuple(islice(self._kept, mark.chunk - first, chunk - first)),
-            acts=tuple(act for act in self._acts if mark.chunk <= act[0] < chunk),
+        point = next(each for each in reversed(self._points) if each.chunk <= chunk)
+        first = self._points[0].chunk
+        return RewindPlan(
+            point=point,
+            chunks=tuple(islice(self._past_chunks, point.chunk - first, chunk - first)),
+            actions=tuple(each for each in self._actions if point.chunk <= each[0] < chunk),
         )
 
-    def go_back(self, chunk: int) -> None:
+    def truncate(self, chunk: int) -> None:
         """Let go of a chunk, and what followed."""
-        first = self._marks[0].chunk
-        while len(self._kept) > chunk - first:
-            self._latent_bytes -= self._kept.pop().latents.nbytes
-        self._marks = [mark for mark in self._marks if mark.chunk <= chunk]
-        self._acts = deque(takewhile(lambda act: act[0] < chunk, self._acts))
+        first = self._points[0].chunk
+        while len(self._past_chunks) > chunk - first:
+            self._latent_bytes -= self._past_chunks.pop().latents.nbytes
+        self._points = [point for point in self._points if point.chunk <= chunk]
+        self._actions = deque(takewhile(lambda each: each[0] < chunk, self._actions))
 
     def _make_room(self) -> None:
-        while self._marks and self.nbytes > self.limits.max_bytes:
-            if len(self._marks) > 2 and self._snapshot_bytes > self._latent_bytes:
-                del self._marks[self._least_missed()]
+        while self._points and self.nbytes > self.limits.max_bytes:
+            if len(self._points) > 2 and self._snapshot_bytes > self._latent_bytes:
+                del self._points[self._least_missed()]
                 continue
-            gone = self._marks.pop(0)
-            self._forget_before(self._marks[0].chunk - gone.chunk if self._marks else None)
+            gone = self._points.pop(0)
+            self._forget_before(self._points[0].chunk - gone.chunk if self._points else None)
 
     def _forget_before(self, chunks: int | None) -> None:
         """So many of the first chunks go, or all of them, with what took hold with them."""
-        for _ in range(len(self._kept) if chunks is None else chunks):
-            self._latent_bytes -= self._kept.popleft().latents.nbytes
+        for _ in range(len(self._past_chunks) if chunks is None else chunks):
+            self._latent_bytes -= self._past_chunks.popleft().latents.nbytes
         oldest = self.oldest
-        while self._acts and (oldest is None or self._acts[0][0] < oldest):
-            self._acts.popleft()
+        while self._actions and (oldest is None or self._actions[0][0] < oldest):
+            self._actions.popleft()
 
     def _least_missed(self) -> int:
-        """The mark, neither the first nor the last, that leaves the smallest gap for its age."""
-        now = self._marks[-1].chunk + self.limits.every
+        """The point, neither the first nor the last, that leaves the smallest gap for its age."""
+        now = self._points[-1].chunk + self.limits.every
 
         def missed(at: int) -> float:
-            before, mark, after = (each.chunk for each in self._marks[at - 1 : at + 2])
-            return (after - before) / (now - mark)
+            before, point, after = (each.chunk for each in self._points[at - 1 : at + 2])
+            return (after - before) / (now - point)
 
-        return min(range(1, len(self._marks) - 1), key=missed)
+        return min(range(1, len(self._points) - 1), key=missed)

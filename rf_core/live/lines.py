@@ -34,7 +34,7 @@ from .commands import (
 )
 
 _CHUNK = re.compile(r"([+-]?)([0-9]{1,12})")
-_LONGEST_SHOWN = 60  # characters of a prompt in what is told
+_LONGEST_SHOWN = 60  # characters of a prompt in an answer
 
 
 class Question(Enum):
@@ -45,12 +45,12 @@ class Question(Enum):
     STATUS = "status"
 
 
-Asked = Command | Switch | Question
+ParsedLine = Command | Switch | Question
 """What a line comes to; a `Switch` is the mode of the prompts that follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Now:
+class LineContext:
     """What a line is read with."""
 
     mode: Switch
@@ -67,10 +67,10 @@ class _Verb:
     """The words of what follows it in a line."""
     least: int
     most: int
-    read: Callable[[Sequence[str], Now], Asked]
+    read: Callable[[Sequence[str], LineContext], ParsedLine]
 
 
-def read_line(line: str, now: Now) -> Asked | None:
+def read_line(line: str, now: LineContext) -> ParsedLine | None:
     """What a typed line asks for; None of a blank one."""
     line = line.strip()
     if not line:
@@ -81,7 +81,7 @@ def read_line(line: str, now: Now) -> Asked | None:
     return read_words(name, _verb(name).split(rest.strip()), now)
 
 
-def read_words(name: str, words: Sequence[str], now: Now) -> Asked:
+def read_words(name: str, words: Sequence[str], now: LineContext) -> ParsedLine:
     """What a verb with its words asks for."""
     verb = _verb(name)
     if not verb.least <= len(words) <= verb.most:
@@ -92,46 +92,46 @@ def read_words(name: str, words: Sequence[str], now: Now) -> Asked:
 def help_lines() -> list[str]:
     """What can be typed."""
     width = max(len(_usage(name, verb)) for name, verb in _VERBS.items())
-    told = [f"  {_usage(name, verb):{width}}  {verb.about}" for name, verb in _VERBS.items()]
+    lines = [f"  {_usage(name, verb):{width}}  {verb.about}" for name, verb in _VERBS.items()]
     return [
         "a line is a prompt, from the next chunk on; one that begins with / is a command:",
-        *told,
+        *lines,
         "a CHUNK is a number as it is told, or so many from now: -4 is 4 back, +4 is 4 ahead",
     ]
 
 
-def told(event: Event) -> str:
-    """A line that tells of an event."""
+def describe_event(event: Event) -> str:
+    """A line for an event."""
     if isinstance(event, Received):
-        return f"[{event.number}] received: {described(event.command)}"
+        return f"[{event.number}] received: {describe_command(event.command)}"
     if isinstance(event, Applied):
         return f"[{event.number}] applied at chunk {event.chunk}"
     if isinstance(event, Refused):
-        return f"[{event.number}] refused: {shown(event.why)}"
+        return f"[{event.number}] refused: {printable(event.why)}"
     if isinstance(event, Happened):
         return f"[{event.number}] comes now, at chunk {event.chunk}"
     if isinstance(event, Branched):
         return f"branch {event.name} begins at chunk {event.chunk}"
     assert isinstance(event, Ended)
-    return f"ended at chunk {event.chunk}" + (f": {shown(event.why)}" if event.why else "")
+    return f"ended at chunk {event.chunk}" + (f": {printable(event.why)}" if event.why else "")
 
 
-def described(command: Command) -> str:
+def describe_command(command: Command) -> str:
     """A command in a few words, such as `prompt [blend 3] snow`."""
     given = command.as_dict()
     mode = [f"[{given.pop('mode')}]"] if "mode" in given else []
     text = [shorten(given.pop("text"))] if "text" in given else []
     name = given.pop("do")
-    return " ".join([name, *(shown(f"{each}") for each in given.values()), *mode, *text])
+    return " ".join([name, *(printable(f"{each}") for each in given.values()), *mode, *text])
 
 
 def shorten(text: str) -> str:
     """As much of a prompt as a line has room for."""
     short = text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
-    return shown(short)
+    return printable(short)
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """A text without what a terminal would obey."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
@@ -141,7 +141,7 @@ def _verb(name: str) -> _Verb:
     if verb is None:
         near = get_close_matches(name.lower()[:20], _VERBS, n=1)
         meant = f"did you mean /{near[0]}? " if near else ""
-        raise ValueError(f"there is no /{shown(name[:20])}; {meant}/help says what there is")
+        raise ValueError(f"there is no /{printable(name[:20])}; {meant}/help says what there is")
     return verb
 
 
@@ -149,33 +149,33 @@ def _usage(name: str, verb: _Verb) -> str:
     return f"/{name} {verb.usage}".rstrip()
 
 
-def _prompt(words: Sequence[str], now: Now) -> Asked:
+def _prompt(words: Sequence[str], now: LineContext) -> ParsedLine:
     return Prompt(text=words[0], mode=switch_of(words[1]) if len(words) > 1 else now.mode)
 
 
-def _mode(words: Sequence[str], now: Now) -> Asked:
+def _mode(words: Sequence[str], now: LineContext) -> ParsedLine:
     return switch_of(words[0]) if words else Question.MODE
 
 
-def _lora(words: Sequence[str], now: Now) -> Asked:
+def _lora(words: Sequence[str], now: LineContext) -> ParsedLine:
     return Lora(name=words[0], strength=_number("strength", words[1]))
 
 
-def _rewind(words: Sequence[str], now: Now) -> Asked:
+def _rewind(words: Sequence[str], now: LineContext) -> ParsedLine:
     branch = words[1] if len(words) > 1 else None
     return Rewind(chunk=_chunk(words[0], now), branch=branch)
 
 
-def _schedule(words: Sequence[str], now: Now) -> Asked:
+def _schedule(words: Sequence[str], now: LineContext) -> ParsedLine:
     mode = switch_of(words[2]) if len(words) > 2 else now.mode
     return Schedule(chunk=_chunk(words[0], now), text=words[1], mode=mode)
 
 
-def _move(words: Sequence[str], now: Now) -> Asked:
+def _move(words: Sequence[str], now: LineContext) -> ParsedLine:
     return Move(change=_whole("change", words[0]), chunk=_chunk(words[1], now))
 
 
-def _chunk(word: str, now: Now) -> int:
+def _chunk(word: str, now: LineContext) -> int:
     match = _CHUNK.fullmatch(word)
     if not match:
         raise ValueError(f"chunk is {word[:20]!r}; give a number such as 12, or -4 for 4 back")
@@ -213,7 +213,7 @@ def _last_word(rest: str) -> list[str]:
 def _of(
     usage: str,
     about: str,
-    read: Callable[[Sequence[str], Now], Asked],
+    read: Callable[[Sequence[str], LineContext], ParsedLine],
     split: Callable[[str], list[str]] = str.split,
     more: int = 0,
 ) -> _Verb:

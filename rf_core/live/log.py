@@ -1,8 +1,9 @@
-"""The log of a live session: JSON lines, one for each thing that its chunks hang on.
+"""The log of a live session: JSON lines, with all that its chunks depend on.
 
-The first line says what the stream was, the others what took hold before which chunk, where it went
-back, and each chunk with its mark. Every line is on its way to the disk before it is acted on
-further, so a log that was cut off is good up to there. `replay` makes the same chunks of it again.
+The first line is the header: what the stream was. Each line after it is an entry: an action that
+took hold before a chunk, a rewind, or a chunk with the digest of its latents. Every line is on its
+way to the disk before anything follows from it, so a log that was cut off is good up to there.
+`replay` makes the same chunks again.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from .transition import MAIN, Action
 
 FORMAT = "reward-forcing-live-1"
 _LONGEST_LINE = 200_000  # characters; a prompt of the longest, escaped, is a third of that
-_MOST_LORAS = 1000
+_MAX_LORAS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a session begins with."""
+class LogHeader:
+    """The first line: what a session begins with."""
 
     stream: dict[str, Any]
-    """Facts of the stream: seed, size, cache, sampler, chunks it has already, mark of weights."""
+    """Facts of the stream: seed, size, cache, sampler, chunks it has already, digest of weights."""
     prompt: str
     loras: tuple[tuple[str, float], ...] = ()
     limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Done:
-    """Something took hold."""
+class ActionEntry:
+    """An action took hold."""
 
     number: int
     """Of its command."""
@@ -53,7 +54,7 @@ class Done:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WentBack:
+class RewindEntry:
     """The stream went back and goes on in a branch."""
 
     number: int
@@ -63,43 +64,43 @@ class WentBack:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class ChunkEntry:
     """A chunk was made."""
 
     chunk: int
-    mark: str
-    """Of its latents; see `mark_of`."""
+    digest: str
+    """Of its latents; see `digest_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class End:
+class EndEntry:
     """The session ended in order."""
 
     chunk: int
     """The first that is not made."""
 
 
-Entry = Done | WentBack | Made | End
+LogEntry = ActionEntry | RewindEntry | ChunkEntry | EndEntry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """A session, as its log tells it."""
+    """A session's log, read."""
 
-    start: Start
-    entries: tuple[Entry, ...]
+    header: LogHeader
+    entries: tuple[LogEntry, ...]
 
     @property
     def texts(self) -> list[str]:
         """Every prompt, once."""
-        actions = [entry.action for entry in self.entries if isinstance(entry, Done)]
+        actions = [entry.action for entry in self.entries if isinstance(entry, ActionEntry)]
         later = [action.text for action in actions if isinstance(action, Prompt)]
-        return list(dict.fromkeys([self.start.prompt, *later]))
+        return list(dict.fromkeys([self.header.prompt, *later]))
 
     @property
-    def rules(self) -> tuple[CacheConfig, SamplerConfig]:
+    def configs(self) -> tuple[CacheConfig, SamplerConfig]:
         """What the stream was; ValueError where it says nothing that can be."""
-        facts = self.start.stream
+        facts = self.header.stream
         try:
             cache, sampler = dict(facts["cache"]), dict(facts["sampler"])
             sampler["steps"] = tuple(sampler["steps"])
@@ -111,18 +112,18 @@ class Log:
             raise ValueError(f"the log does not say what its stream was ({error})") from error
 
     @property
-    def marks(self) -> list[str]:
-        """What `mark_of` said of each chunk, on every branch, in order."""
-        return [entry.mark for entry in self.entries if isinstance(entry, Made)]
+    def digests(self) -> list[str]:
+        """The digest of each chunk, on every branch, in order."""
+        return [entry.digest for entry in self.entries if isinstance(entry, ChunkEntry)]
 
     @property
     def num_chunks(self) -> int:
         """Chunks that were made, on every branch."""
-        return len(self.marks)
+        return len(self.digests)
 
 
 def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
-    """What a stream's chunks hang on besides what is done to it; `clip` is what it begins with."""
+    """What a stream's chunks depend on besides its log; `clip` is what it begins with."""
     facts = {
         "seed": stream.state.seed,
         "width": stream.width,
@@ -131,15 +132,15 @@ def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
         "cache": asdict(stream.cache_config),
         "sampler": asdict(stream.sampler),
         "dtype": str(stream.dtype),
-        "clip": None if clip is None else mark_of(clip.cpu()),
+        "clip": None if clip is None else digest_of(clip.cpu()),
         "decoder": None if stream.decoder is None else stream.decoder.kind,
         "fingerprint": stream.model.fingerprint(),
     }
     return json.loads(json.dumps(facts))
 
 
-def mark_of(latents: Tensor) -> str:
-    """Names what is in latents on the CPU."""
+def digest_of(latents: Tensor) -> str:
+    """A hash of latents on the CPU, 16 hexadecimal digits."""
     data = latents.contiguous().numpy().tobytes()
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
@@ -147,12 +148,19 @@ def mark_of(latents: Tensor) -> str:
 class LogWriter:
     """Writes a log, over a file of the same name; OSError where it cannot."""
 
-    def __init__(self, path: Path | str, start: Start) -> None:
+    def __init__(self, path: Path | str, header: LogHeader) -> None:
         self._file = Path(path).open("w", encoding="ascii", newline="\n")  # noqa: SIM115  # kept
-        facts = {"prompt": start.prompt, "loras": dict(start.loras), "limits": asdict(start.limits)}
-        self._line({"format": FORMAT, "stream": start.stream, **facts})
+        self._line(
+            {
+                "format": FORMAT,
+                "stream": header.stream,
+                "prompt": header.prompt,
+                "loras": dict(header.loras),
+                "limits": asdict(header.limits),
+            }
+        )
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: LogEntry) -> None:
         """Append a line; it is with the system when this returns."""
         self._line(_plain(entry))
 
@@ -188,14 +196,14 @@ def read_log(path: Path | str) -> Log:
         number, first = next(lines)
     except StopIteration:
         raise ValueError(f"{path} holds no whole line of a live session; take another") from None
-    start = _checked(path, number, first, _start)
-    entries: list[Entry] = []
-    chunk, names = start.stream["chunk"], {MAIN}
+    header = _checked(path, number, first, _header)
+    entries: list[LogEntry] = []
+    chunk, names = header.stream["chunk"], {MAIN}
     for number, facts in lines:
         entry = _checked(path, number, facts, _entry)
         chunk = _checked(path, number, entry, partial(_follows, chunk, names))
         entries.append(entry)
-    return Log(start=start, entries=tuple(entries))
+    return Log(header=header, entries=tuple(entries))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -228,59 +236,61 @@ def _damaged(path: Path, number: int, what: str) -> ValueError:
     )
 
 
-def _plain(entry: Entry) -> dict[str, Any]:
-    if isinstance(entry, Done):
+def _plain(entry: LogEntry) -> dict[str, Any]:
+    if isinstance(entry, ActionEntry):
         return {"number": entry.number, "chunk": entry.chunk, "done": entry.action.as_dict()}
-    if isinstance(entry, WentBack):
+    if isinstance(entry, RewindEntry):
         return {"number": entry.number, "back": entry.chunk, "branch": entry.branch}
-    if isinstance(entry, Made):
-        return {"made": entry.chunk, "mark": entry.mark}
+    if isinstance(entry, ChunkEntry):
+        return {"made": entry.chunk, "mark": entry.digest}
     return {"end": entry.chunk}
 
 
-def _start(facts: Any) -> Start:
+def _header(facts: Any) -> LogHeader:
     _require(isinstance(facts, dict), "it is no object")
     _require(facts.get("format") == FORMAT, f"its format is not {FORMAT}")
     stream, loras, limits = facts["stream"], facts["loras"], facts["limits"]
     _require(all(isinstance(each, dict) for each in (stream, loras, limits)), "a part is no object")
     _count(stream["chunk"])
     prompt = Prompt(text=facts["prompt"]).text
-    _require(len(loras) <= _MOST_LORAS, f"it has {len(loras)} LoRAs")
+    _require(len(loras) <= _MAX_LORAS, f"it has {len(loras)} LoRAs")
     for name, strength in loras.items():
         Lora(name=name, strength=strength)
     _require(limits.keys() == {each.name for each in fields(Limits)}, "its limits are others")
-    return Start(stream=stream, prompt=prompt, loras=tuple(loras.items()), limits=Limits(**limits))
+    return LogHeader(
+        stream=stream, prompt=prompt, loras=tuple(loras.items()), limits=Limits(**limits)
+    )
 
 
-def _entry(facts: Any) -> Entry:
+def _entry(facts: Any) -> LogEntry:
     _require(isinstance(facts, dict), "it is no object")
     keys = facts.keys()
     if keys == {"made", "mark"}:
         _require(isinstance(facts["mark"], str), "its mark is no text")
-        return Made(chunk=_count(facts["made"]), mark=facts["mark"])
+        return ChunkEntry(chunk=_count(facts["made"]), digest=facts["mark"])
     if keys == {"end"}:
-        return End(chunk=_count(facts["end"]))
+        return EndEntry(chunk=_count(facts["end"]))
     if keys == {"number", "back", "branch"}:
         asked = Rewind(chunk=facts["back"], branch=facts["branch"])
         _require(asked.branch is not None, "its branch has no name")
         number = _count(facts["number"])
-        return WentBack(number=number, chunk=asked.chunk, branch=str(asked.branch))
+        return RewindEntry(number=number, chunk=asked.chunk, branch=str(asked.branch))
     _require(keys == {"number", "chunk", "done"}, "its fields are others")
     command: Command = read_command(facts["done"])
     _require(isinstance(command, (Prompt, Lora, Decay)), f"{command.do} is not done to a stream")
     assert isinstance(command, (Prompt, Lora, Decay))
-    return Done(number=_count(facts["number"]), chunk=_count(facts["chunk"]), action=command)
+    return ActionEntry(number=_count(facts["number"]), chunk=_count(facts["chunk"]), action=command)
 
 
-def _follows(chunk: int, names: set[str], entry: Entry) -> int:
+def _follows(chunk: int, names: set[str], entry: LogEntry) -> int:
     """The next chunk after an entry, where `chunk` is the next before it."""
-    if isinstance(entry, WentBack):
+    if isinstance(entry, RewindEntry):
         _require(entry.chunk <= chunk, f"chunk {entry.chunk} is not made")
         _require(entry.branch.lower() not in names, f"a branch {entry.branch} is there already")
         names.add(entry.branch.lower())
         return entry.chunk
     _require(entry.chunk == chunk, f"chunk {entry.chunk} comes where {chunk} is next")
-    return chunk + isinstance(entry, Made)
+    return chunk + isinstance(entry, ChunkEntry)
 
 
 def _count(value: Any) -> int:

@@ -1,4 +1,4 @@
-"""The hands of a live session: what is decided between two chunks is done to the stream here.
+"""What makes the chunks of a live session: what is decided between two chunks is done here.
 
 One `Maker` serves a session and the replay of its log, so that the two cannot part.
 """
@@ -21,8 +21,8 @@ from ..prompts import Switch
 from ..state import Snapshot
 from ..stream import OnPass, Stream
 from .commands import Cut, Decay, Lora, Prompt, Rewind
-from .history import Force, History, Kept, Limits, Mark, Way
-from .record import Autosave, Presenter, Take
+from .history import History, Limits, PastChunk, RestorePoint, RewindPlan, StreamSettings
+from .record import Autosave, ChunkInfo, Presenter
 from .transition import Action, Branch
 
 Encode = Callable[[str], Tensor]
@@ -44,7 +44,7 @@ class Speed:
     """Of both together, as one after the other; a pause and a wait for the rate count nothing."""
 
 
-_RECENT = 8  # chunks that the speed is told of
+_RECENT = 8  # chunks that the speed is measured over
 _AUTOSAVE_EVERY = 8  # chunks
 _ENCODED = 16  # prompts kept, 8 MB each: as many as an artist has at hand
 
@@ -62,7 +62,7 @@ class Maker:
         loras: every LoRA that can be set, with its strength now.
         limits: how much of the past is kept.
         clip: see `Session`.
-        beside: see `Handoff`.
+        side_stream: see `Handoff`.
         presenter: takes the images, in a thread of its own.
     """
 
@@ -77,7 +77,7 @@ class Maker:
         loras: Mapping[str, float] | None = None,
         limits: Limits | None = None,
         clip: Tensor | None = None,
-        beside: bool | None = None,
+        side_stream: bool | None = None,
     ) -> None:
         if stream.batch != 1:
             raise ValueError(f"the stream's batch is {stream.batch}; a live one makes 1 video")
@@ -89,8 +89,8 @@ class Maker:
         self._clip = () if clip is None else clip.split(stream.cache_config.chunk_frames, dim=2)
         self._pace = Pace(None, stream.state.num_chunks, stream.device)
         self._recent: deque[Progress] = deque(maxlen=_RECENT)
-        self._beside = beside
-        self.force = Force(text=prompt, loras=tuple((loras or {}).items()))
+        self._side_stream = side_stream
+        self.settings = StreamSettings(text=prompt, loras=tuple((loras or {}).items()))
         self._encode, self._set_lora, self._presenter = encode, set_lora, presenter
         self._encoded: OrderedDict[str, Tensor] = OrderedDict()
         self.images = self.last_images = 0
@@ -116,7 +116,7 @@ class Maker:
                 self.stream.decoder,
                 self._presenter.deliver,
                 device=self.stream.device,
-                beside=self._beside,
+                side_stream=self._side_stream,
                 threaded=True,
                 first_alone=False,
             )
@@ -130,7 +130,7 @@ class Maker:
     ) -> None:
         if self._handoff is not None:
             self._handoff.__exit__(kind, error, trace)
-        with nullcontext() if error is None else suppress(Exception):  # which is what is told
+        with nullcontext() if error is None else suppress(Exception):  # the error goes first
             self._autosave()
 
     def detach(self) -> None:
@@ -145,22 +145,22 @@ class Maker:
         """
         stream.restore(self._detached)
         self.stream = stream
-        for name, strength in self.force.loras:
+        for name, strength in self.settings.loras:
             if loras.get(name) != strength:
                 self._give_strength(name, strength)
         del self._detached
 
-    def mark(self) -> None:
+    def add_restore_point(self) -> None:
         """Keep a snapshot where one is due; before anything takes hold with the next chunk."""
-        if not self.history.wants_mark(self.chunk):
+        if not self.history.wants_restore_point(self.chunk):
             return
         empty = not self.stream.state.cache.num_frames  # then a few numbers are all there is
-        self.history.mark(
-            Mark(
+        self.history.add_restore_point(
+            RestorePoint(
                 chunk=self.chunk,
                 snapshot=self.stream.snapshot(compact=empty and not self.stream.state.decoder),
                 images=self.images,
-                force=self.force,
+                settings=self.settings,
             )
         )
 
@@ -169,22 +169,22 @@ class Maker:
         self._embeds(text)
 
     def apply(self, action: Action) -> Action:
-        """Let something take hold with the next chunk; what it came to, all said.
+        """Let something take hold with the next chunk; the action that it came to.
 
         ValueError, in a sentence, where it cannot, and nothing has changed.
         """
         assert not isinstance(action, Rewind), "rewind() goes back"
         if isinstance(action, Cut):
-            text = self.force.text if action.text is None else action.text
+            text = self.settings.text if action.text is None else action.text
             action = Prompt(text=text, mode=Switch(mode="cut"))
         self._do(action)
-        self.history.act(self.chunk, action)
+        self.history.add_action(self.chunk, action)
         return action
 
     def make(self, branch: Branch, on_pass: OnPass | None = None) -> Tensor:
         """The next chunk's clean latents [1, C, F, h, w], float32 on the CPU; it is handed on."""
         self._branch = branch
-        stream, take = self.stream, Take(branch=branch, chunk=self.chunk, images=self.images)
+        stream, info = self.stream, ChunkInfo(branch=branch, chunk=self.chunk, images=self.images)
         self._pace.network_begins()
         given = self.chunk < len(self._clip)
         if given:
@@ -194,14 +194,14 @@ class Maker:
         self._pace.network_ends()
         images = 0
         if stream.decoder is None or self._handoff is None:
-            self._presenter.show(take, None)
+            self._presenter.show(info, None)
         else:
             first = stream.state.decoder is None
             images = stream.decoder.images_of(latents.shape[2], first)
-            self._presenter.expect(take)
+            self._presenter.expect(info)
             stream.state.decoder = self._handoff.submit(latents, stream.state.decoder)
-        kept = Kept(latents=latents.cpu(), images=images)
-        self.history.add(kept)
+        past_chunk = PastChunk(latents=latents.cpu(), images=images)
+        self.history.add_chunk(past_chunk)
         self.images += images
         self.last_images = images
         progress = self._pace.chunk_done(self.chunk, images, self.images)
@@ -209,10 +209,10 @@ class Maker:
             self._recent.append(progress)
         if self.chunk % _AUTOSAVE_EVERY == 0:
             self._autosave()
-        return kept.latents
+        return past_chunk.latents
 
     def _autosave(self) -> None:
-        """Have it kept where the stream stands now."""
+        """Hand on a snapshot of where the stream stands now."""
         if self._presenter.autosaves and self.images:
             snapshot = self.stream.snapshot(compact=True)
             autosave = Autosave(snapshot=snapshot, branch=self._branch.name, images=self.images)
@@ -238,51 +238,53 @@ class Maker:
             total=images / (network + decode),
         )
 
-    def way_to(self, chunk: int) -> Way:
+    def plan_rewind(self, chunk: int) -> RewindPlan:
         """How to get back; every prompt on it is encoded. ValueError where one cannot be."""
-        way = self.history.way_to(chunk)
-        for _, action in way.acts:
+        plan = self.history.plan_rewind(chunk)
+        for _, action in plan.actions:
             if isinstance(action, Prompt):
                 self._embeds(action.text)
-        return way
+        return plan
 
-    def go(self, way: Way, on_pass: OnPass | None = None) -> None:
+    def rewind(self, plan: RewindPlan, on_pass: OnPass | None = None) -> None:
         """Go back: the stream is then, to the bit, as if it had never gone further.
 
         What `on_pass` raises leaves it at a chunk before that.
         """
-        self._restore(way.mark)
-        self.images = way.mark.images
-        chunk = way.mark.chunk + len(way.chunks)
-        decoded = self._decoded_from(way, chunk)
-        for number, kept in enumerate(way.chunks, start=way.mark.chunk):
-            for at, action in way.acts:
+        self._restore(plan.point)
+        self.images = plan.point.images
+        chunk = plan.point.chunk + len(plan.chunks)
+        decoded = self._decoded_from(plan, chunk)
+        for number, past_chunk in enumerate(plan.chunks, start=plan.point.chunk):
+            for at, action in plan.actions:
                 if at == number:
                     self._do(action)
-            self.stream.replay(kept.latents, on_pass, decode=number >= decoded)
-            self.images += kept.images
-        self.history.go_back(chunk)
+            self.stream.replay(past_chunk.latents, on_pass, decode=number >= decoded)
+            self.images += past_chunk.images
+        self.history.truncate(chunk)
 
-    def _restore(self, mark: Mark) -> None:
-        for name, strength in mark.force.loras:
-            if (name, strength) not in self.force.loras:
+    def _restore(self, point: RestorePoint) -> None:
+        for name, strength in point.settings.loras:
+            if (name, strength) not in self.settings.loras:
                 self._give_strength(name, strength)
-        self.force = mark.force
-        self.stream.restore(mark.snapshot)
+        self.settings = point.settings
+        self.stream.restore(point.snapshot)
 
-    def _decoded_from(self, way: Way, chunk: int) -> int:
-        """The first chunk of the way that the decoder has to see, whatever it saw before."""
+    def _decoded_from(self, plan: RewindPlan, chunk: int) -> int:
+        """The first chunk of the plan that the decoder has to see, whatever it saw before."""
         decoder = self.stream.decoder
         if decoder is None:
             return chunk
         frames = self.stream.cache_config.chunk_frames
-        cuts = [at for at, each in way.acts if isinstance(each, Prompt) and each.mode.mode == "cut"]
-        return max(way.mark.chunk, chunk - back_chunks(decoder.memory_frames, frames), *cuts)
+        cuts = [
+            at for at, each in plan.actions if isinstance(each, Prompt) and each.mode.mode == "cut"
+        ]
+        return max(plan.point.chunk, chunk - back_chunks(decoder.memory_frames, frames), *cuts)
 
     def _do(self, action: Action) -> None:
         if isinstance(action, Prompt):
             self.stream.switch(self._embeds(action.text), action.mode)
-            self.force = replace(self.force, text=action.text)
+            self.settings = replace(self.settings, text=action.text)
         elif isinstance(action, Lora):
             self._do_lora(action)
         else:
@@ -290,13 +292,13 @@ class Maker:
             self.stream.set_decay(action.decay)
 
     def _do_lora(self, action: Lora) -> None:
-        loras = dict(self.force.loras)
+        loras = dict(self.settings.loras)
         if action.name not in loras:
             there = ", ".join(loras) or "none"
             raise ValueError(f"there is no LoRA {action.name!r} to set; there is {there}")
         self._give_strength(action.name, action.strength)
         loras[action.name] = action.strength
-        self.force = replace(self.force, loras=tuple(loras.items()))
+        self.settings = replace(self.settings, loras=tuple(loras.items()))
 
     def _give_strength(self, name: str, strength: float) -> None:
         assert self._set_lora is not None, "there are LoRAs, and nothing sets them"

@@ -24,14 +24,14 @@ from typing import Any
 
 from ..prompts import Switch
 from .commands import Command
-from .lines import Now, Question, read_words, shown
+from .lines import LineContext, Question, printable, read_words
 
 _log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 _BUNDLE, _HEAD = b"#bundle\0", 16  # its name, and where its messages begin: after a time
 _DEEPEST = 8  # bundles in bundles; python-osc follows any number, and sizes below 0 for ever
 _TAGS = frozenset("ifsdhTF")
-_MOST_WORDS = 8
+_MAX_WORDS = 8
 _LARGEST = 65_536  # bytes of a datagram
 _LOOKS = 0.25  # seconds until the thread sees that it is to end
 _BARE = frozenset({"pause", "resume", "stop", "cut"})
@@ -106,7 +106,7 @@ class OscServer:
         if pressed and not given.pop():
             return
         words = [*path, *map(_word, given)]
-        asked = read_words(name, words, Now(mode=self._mode, chunk=self._chunk()))
+        asked = read_words(name, words, LineContext(mode=self._mode, chunk=self._chunk()))
         if isinstance(asked, Switch):
             self._mode = asked
         elif not isinstance(asked, Question):
@@ -119,7 +119,7 @@ class OscServer:
             return
         more = f" (and {self._untold} before it)" if self._untold else ""
         why = str(error) if isinstance(error, ValueError) else "it is no OSC"
-        _log.warning("an OSC message is refused: %s%s", shown(why[:200]), more)
+        _log.warning("an OSC message is refused: %s%s", printable(why[:200]), more)
         self._told_at, self._untold = now, 0
 
 
@@ -164,7 +164,7 @@ def _messages(data: bytes, depth: int = 0) -> Iterator[bytes]:
             at += size
         return
     tags = data[_padded(data.find(b"\0")) :].split(b"\0", 1)[0].decode("ascii", "replace")
-    if not data.startswith(b"/") or not _TAGS.issuperset(tags[1:]) or len(tags) > 1 + _MOST_WORDS:
+    if not data.startswith(b"/") or not _TAGS.issuperset(tags[1:]) or len(tags) > 1 + _MAX_WORDS:
         raise ValueError("it is no OSC message of texts and numbers")
     yield data
 

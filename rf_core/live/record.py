@@ -40,8 +40,8 @@ class Recorder(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Take:
-    """A chunk on its way."""
+class ChunkInfo:
+    """Which chunk it is whose images are to come."""
 
     branch: Branch
     chunk: int
@@ -75,12 +75,12 @@ class Presenter:
     ) -> None:
         self._outbox, self._recorder, self._on_autosave = outbox, recorder, on_autosave
         self._autosave: Autosave | None = None  # the maker sets it, the deliverer takes it
-        self._expected: deque[Take] = deque()  # the maker appends, the deliverer takes
+        self._expected: deque[ChunkInfo] = deque()  # the maker appends, the deliverer takes
         self._branch: str | None = None
 
-    def expect(self, take: Take) -> None:
+    def expect(self, info: ChunkInfo) -> None:
         """Say what the next delivery will be; in the maker's thread."""
-        self._expected.append(take)
+        self._expected.append(info)
 
     @property
     def autosaves(self) -> bool:
@@ -88,24 +88,24 @@ class Presenter:
         return self._on_autosave is not None
 
     def autosave(self, autosave: Autosave) -> None:
-        """Have it kept once the images that lead to it are delivered; the newest alone."""
+        """Keep it once the images that lead to it are delivered; the newest alone."""
         self._autosave = autosave
 
     def deliver(self, images: Tensor) -> None:
         """Take the images of a chunk, uint8 [1, T, H, W, 3]; they are overwritten afterwards."""
-        take, fragment = self._expected.popleft(), None
+        info, fragment = self._expected.popleft(), None
         if self._recorder is not None:
-            fragment = self._record(self._recorder, take, images[0])
-        self.show(take, images[0], fragment)
-        autosave, end = self._autosave, take.images + images.shape[1]
-        if autosave and autosave.branch == take.branch.name and autosave.images <= end:
+            fragment = self._record(self._recorder, info, images[0])
+        self.show(info, images[0], fragment)
+        autosave, end = self._autosave, info.images + images.shape[1]
+        if autosave and autosave.branch == info.branch.name and autosave.images <= end:
             self._flush_autosave()
 
-    def show(self, take: Take, images: Tensor | None, fragment: bytes | None = None) -> None:
+    def show(self, info: ChunkInfo, images: Tensor | None, fragment: bytes | None = None) -> None:
         """Hand a chunk to those who watch."""
         if self._outbox is not None:
             copy = None if images is None else images.clone()
-            name, chunk = take.branch.name, take.chunk
+            name, chunk = info.branch.name, info.chunk
             self._outbox.show(Picture(branch=name, chunk=chunk, images=copy, fragment=fragment))
 
     def close(self) -> None:
@@ -121,12 +121,12 @@ class Presenter:
         if self._on_autosave is not None and autosave is not None:
             self._on_autosave(autosave)
 
-    def _record(self, recorder: Recorder, take: Take, images: Tensor) -> bytes | None:
-        branch = take.branch
+    def _record(self, recorder: Recorder, info: ChunkInfo, images: Tensor) -> bytes | None:
+        branch = info.branch
         if branch.name != self._branch:
             if self._branch is not None:
                 recorder.end()
-            recorder.begin(branch.name, branch.parent, take.images)
+            recorder.begin(branch.name, branch.parent, info.images)
             self._branch = branch.name
         return recorder.write(images)
 

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ..stream import OnPass, Stream
-from .log import Done, Log, Made, WentBack, facts_of, mark_of
+from .log import ActionEntry, ChunkEntry, Log, RewindEntry, digest_of, facts_of
 from .maker import Encode, Maker, SetLora
 from .record import Presenter, Recorder
-from .transition import Branch, Course, branch_of
+from .transition import Branch, SessionState, branch_of
 
 
-class Differs(ValueError):  # noqa: N818  # what it is to the reader of a log
+class ReplayMismatch(ValueError):  # noqa: N818  # what it is to the reader of a log
     """A chunk is not what it was."""
 
 
@@ -25,7 +25,7 @@ def replay_log(
     *,
     set_lora: SetLora | None = None,
     clip: Tensor | None = None,
-    beside: bool | None = None,
+    side_stream: bool | None = None,
     recorder: Recorder | None = None,
     on_chunk: Callable[[Branch, int, Tensor], None] = lambda branch, chunk, latents: None,
     on_pass: OnPass | None = None,
@@ -34,64 +34,63 @@ def replay_log(
     """Do to a stream what a session did, branches included.
 
     The stream is as the session's was when it began, its LoRAs' strengths and its clip, too.
-    `on_chunk` gets
-    each chunk's branch, number and latents [1, C, F, h, w], float32 on the CPU; `recorder` the
-    images, as in the session. With `exact`, every chunk is held against the log; without, a log
-    whose commands were edited makes another video.
+    `on_chunk` gets each chunk's branch, number and latents [1, C, F, h, w], float32 on the CPU;
+    `recorder` the images, as in the session. With `exact`, every chunk is compared with the digest
+    in the log; without, a log whose commands were edited makes another video.
 
     Returns:
         list: clean latents [1, C, F, h, w] of the last line's chunks, as far as they are kept.
 
     Raises:
         ValueError: the stream is another one's.
-        Differs: a chunk is not what it was.
+        ReplayMismatch: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
-    start, presenter = log.start, Presenter(recorder=recorder)
+    header, presenter = log.header, Presenter(recorder=recorder)
     maker = Maker(
         stream,
         encode,
-        prompt=start.prompt,
+        prompt=header.prompt,
         presenter=presenter,
         set_lora=set_lora,
-        loras=dict(start.loras),
-        limits=start.limits,
+        loras=dict(header.loras),
+        limits=header.limits,
         clip=clip,
-        beside=beside,
+        side_stream=side_stream,
     )
-    branch = Course.beginning(maker.chunk).branch
+    branch = SessionState.beginning(maker.chunk).branch
     try:
         with maker:
-            maker.mark()
+            maker.add_restore_point()
             for entry in log.entries:
-                if isinstance(entry, Done):
+                if isinstance(entry, ActionEntry):
                     maker.apply(entry.action)
-                elif isinstance(entry, WentBack):
+                elif isinstance(entry, RewindEntry):
                     branch = branch_of(branch, maker.chunk, entry.branch, entry.chunk)
-                    _go_back(maker, entry, on_pass)
-                elif isinstance(entry, Made):
+                    _rewind(maker, entry, on_pass)
+                elif isinstance(entry, ChunkEntry):
                     latents = maker.make(branch, on_pass)
-                    if exact and mark_of(latents) != entry.mark:
-                        raise _differs(entry)
+                    if exact and digest_of(latents) != entry.digest:
+                        raise _mismatch(entry)
                     on_chunk(branch, entry.chunk, latents)
-                    maker.mark()
+                    maker.add_restore_point()
     finally:
         presenter.close()
     return maker.history.latents()
 
 
-def _go_back(maker: Maker, entry: WentBack, on_pass: OnPass | None) -> None:
+def _rewind(maker: Maker, entry: RewindEntry, on_pass: OnPass | None) -> None:
     oldest = maker.history.oldest
     if oldest is None or entry.chunk < oldest:
         raise ValueError(
             f"the log goes back to chunk {entry.chunk}, further than its limits let it; raise "
             "max_bytes in its first line"
         )
-    maker.go(maker.way_to(entry.chunk), on_pass)
+    maker.rewind(maker.plan_rewind(entry.chunk), on_pass)
 
 
 def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
-    for name, wanted in log.start.stream.items():
+    for name, wanted in log.header.stream.items():
         if facts.get(name) != wanted:
             raise ValueError(
                 f"the log's stream has {name} {wanted}, this one has {facts.get(name)}; replay it "
@@ -99,8 +98,8 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
             )
 
 
-def _differs(entry: Made) -> Differs:
-    return Differs(
+def _mismatch(entry: ChunkEntry) -> ReplayMismatch:
+    return ReplayMismatch(
         f"chunk {entry.chunk} is not what it was: the weights, the prompts' embeddings or the "
         "machine are others, or the log was edited"
     )

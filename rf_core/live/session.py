@@ -23,25 +23,35 @@ from torch import Tensor
 
 from ..stream import OnPass, Stream
 from .buffers import (
-    MOST_COMMANDS,
+    MAX_COMMANDS,
     Applied,
     Branched,
     Ended,
     Happened,
     Inbox,
-    Numbered,
+    NumberedCommand,
     Outbox,
     Refused,
 )
 from .commands import Command, Prompt, Rewind, Stop
 from .history import Limits
-from .log import Done, End, Entry, LogWriter, Made, Start, WentBack, facts_of, mark_of
+from .log import (
+    ActionEntry,
+    ChunkEntry,
+    EndEntry,
+    LogEntry,
+    LogHeader,
+    LogWriter,
+    RewindEntry,
+    digest_of,
+    facts_of,
+)
 from .maker import Encode, Maker, SetLora, Speed
 from .record import OnAutosave, Presenter, Recorder
-from .transition import Action, Branch, Coming, Course, transition
+from .transition import Action, Branch, ScheduledPrompt, SessionState, transition
 
 
-class Beat:
+class RateLimiter:
     """When the next chunk may begin, where a stream is to be no faster than it is shown."""
 
     def __init__(self, rate: float | None) -> None:
@@ -50,15 +60,15 @@ class Beat:
         self._rate = rate
         self._due = self._began = 0.0
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Seconds until then; 0 where it may."""
         return max(0.0, self._due - time.monotonic())
 
-    def begins(self) -> None:
+    def chunk_begins(self) -> None:
         """A chunk is begun."""
         self._began = time.monotonic()
 
-    def made(self, images: int) -> None:
+    def chunk_made(self, images: int) -> None:
         """It has so many images. What was late is not caught up with."""
         if self._rate is not None:
             self._due = max(self._due, self._began) + images / self._rate
@@ -81,9 +91,9 @@ class Status:
     decay: float
     branches: tuple[Branch, ...]
     """The last of them, in the order they were begun."""
-    past: tuple[Took, ...]
+    past: tuple[PastAction, ...]
     """What took hold on the line that is followed, the last of it."""
-    coming: tuple[Coming, ...]
+    coming: tuple[ScheduledPrompt, ...]
     images: int
     """Made on this line."""
     chunk_images: int
@@ -100,14 +110,14 @@ class Status:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Took:
-    """Something took hold."""
+class PastAction:
+    """An action, and the chunk that it took hold at."""
 
     chunk: int
     action: Action
 
 
-_TOLD = 256  # of what took hold, and of branches: as many as somebody looks at
+_LISTED = 256  # past actions, and branches, in a status
 
 
 class Session:
@@ -127,8 +137,8 @@ class Session:
         limits: how much of the past is kept.
         clip: clean latents [1, C, F, h, w] that the first chunks are, of a stream at its beginning.
         rate: images a second that are made at most; None for as many as can be.
-        beside: whether the decoder has a stream of its own, see `Handoff`.
-        most_commands: how many commands may wait for a chunk boundary.
+        side_stream: whether the decoder has a stream of its own, see `Handoff`.
+        max_commands: how many commands may wait for a chunk boundary.
         outbox: where events and pictures go, where another size than usual is wanted.
         on_autosave: takes a compact snapshot every few chunks, and at the end.
 
@@ -149,13 +159,13 @@ class Session:
         limits: Limits | None = None,
         clip: Tensor | None = None,
         rate: float | None = None,
-        beside: bool | None = None,
-        most_commands: int = MOST_COMMANDS,
+        side_stream: bool | None = None,
+        max_commands: int = MAX_COMMANDS,
         outbox: Outbox | None = None,
         on_autosave: OnAutosave | None = None,
     ) -> None:
         self.outbox = outbox or Outbox()
-        self.inbox = Inbox(most_commands, received=self.outbox.say)
+        self.inbox = Inbox(max_commands, received=self.outbox.publish)
         self._presenter = Presenter(self.outbox, recorder, on_autosave)
         self._maker = Maker(
             stream,
@@ -166,19 +176,19 @@ class Session:
             loras=loras,
             limits=limits,
             clip=clip,
-            beside=beside,
+            side_stream=side_stream,
         )
-        self._beat = Beat(rate)
-        self._course = Course.beginning(self._maker.chunk)
-        self._branches = [self._course.branch]
-        self._past = [Took(chunk=self._maker.chunk, action=Prompt(text=prompt))]
-        self._pending: deque[Numbered] = deque()
+        self._rate_limiter = RateLimiter(rate)
+        self._state = SessionState.beginning(self._maker.chunk)
+        self._branches = [self._state.branch]
+        self._past = [PastAction(chunk=self._maker.chunk, action=Prompt(text=prompt))]
+        self._pending: deque[NumberedCommand] = deque()
         self._answered = 0
-        force = self._maker.force
-        self._start = Start(
+        settings = self._maker.settings
+        self._header = LogHeader(
             stream=facts_of(stream, clip),
             prompt=prompt,
-            loras=force.loras,
+            loras=settings.loras,
             limits=self._maker.history.limits,
         )
         self._log_path = log
@@ -186,7 +196,7 @@ class Session:
         self._leaving = False
         self.suspended = False
         """Whether `run` has returned to be called again, after `resume`."""
-        self._tell_status()
+        self._publish_status()
 
     @property
     def recent_latents(self) -> list[Tensor]:
@@ -209,7 +219,7 @@ class Session:
         """
         self._maker.attach(stream, loras or {})
         self.suspended = self._leaving = False
-        self._tell_status()
+        self._publish_status()
 
     def abandon(self, why: str) -> None:
         """End a suspended session that nobody will resume; all that was made is whole."""
@@ -244,7 +254,7 @@ class Session:
                 if left:
                     self._maker.detach()
                     self.suspended = True
-                    self._tell_status()
+                    self._publish_status()
                     ends.pop_all()
         except BaseException as error:
             why = f"{type(error).__name__}: {error}"
@@ -256,11 +266,9 @@ class Session:
     def _run(self, on_pass: OnPass, on_idle: Callable[[], None] | None, until: int | None) -> bool:
         """Whether it was left before its end."""
         if self._log_path is not None and self._log is None:
-            self._log = LogWriter(self._log_path, self._start)
+            self._log = LogWriter(self._log_path, self._header)
         try:
-            while self._boundary(on_pass, on_idle) and (
-                until is None or self._course.chunk < until
-            ):
+            while self._boundary(on_pass, on_idle) and (until is None or self._state.chunk < until):
                 if self._leaving:
                     return True
                 self._make(on_pass)
@@ -278,107 +286,107 @@ class Session:
         return watched
 
     def _make(self, on_pass: OnPass) -> None:
-        self._beat.begins()
-        latents = self._maker.make(self._course.branch, on_pass)
-        self._beat.made(self._maker.last_images)
-        self._write(Made(chunk=self._course.chunk, mark=mark_of(latents)))
-        self._course = self._course.made()
+        self._rate_limiter.chunk_begins()
+        latents = self._maker.make(self._state.branch, on_pass)
+        self._rate_limiter.chunk_made(self._maker.last_images)
+        self._write(ChunkEntry(chunk=self._state.chunk, digest=digest_of(latents)))
+        self._state = self._state.next_chunk()
 
     def _boundary(self, on_pass: OnPass, on_idle: Callable[[], None] | None) -> bool:
-        """What happens between two chunks; whether there is to be another."""
-        self._maker.mark()
+        """What is done between two chunks; whether there is to be another."""
+        self._maker.add_restore_point()
         self._let_come()
         self._obey(on_pass)
-        while not (self._course.stopped or self._leaving) and (
-            self._course.paused or self._beat.left()
+        while not (self._state.stopped or self._leaving) and (
+            self._state.paused or self._rate_limiter.remaining()
         ):
-            seconds = None if self._course.paused else self._beat.left()
+            seconds = None if self._state.paused else self._rate_limiter.remaining()
             self.inbox.wait(on_idle and partial(self._idle, on_idle), seconds)
             self._obey(on_pass)
-        return not self._course.stopped
+        return not self._state.stopped
 
     def _idle(self, on_idle: Callable[[], None]) -> bool:
         on_idle()
         return self._leaving
 
     def _let_come(self) -> None:
-        coming = self._course.due()
+        coming = self._state.due()
         if coming is None:
             return
-        self._course = self._course.without(coming.number)
+        self._state = self._state.without(coming.number)
         try:
             self._carry_out(coming.number, coming.prompt)
         except ValueError as error:
-            self.outbox.say(Refused(number=coming.number, why=str(error)))
+            self.outbox.publish(Refused(number=coming.number, why=str(error)))
             return
-        self.outbox.say(Happened(number=coming.number, chunk=coming.chunk))
+        self.outbox.publish(Happened(number=coming.number, chunk=coming.chunk))
 
     def _obey(self, on_pass: OnPass) -> None:
         self._pending.extend(self.inbox.take())
-        while self._pending and not self._course.stopped:
+        while self._pending and not self._state.stopped:
             given = self._pending[0]
             answer = self._answer(given, on_pass)
             self._pending.popleft()
             self._answered = given.number
-            self.outbox.say(answer)
-        self._tell_status()
+            self.outbox.publish(answer)
+        self._publish_status()
 
-    def _answer(self, given: Numbered, on_pass: OnPass) -> Applied | Refused:
+    def _answer(self, given: NumberedCommand, on_pass: OnPass) -> Applied | Refused:
         number, command, maker = given.number, given.command, self._maker
         try:
-            step = transition(self._course, number, command, maker.history.oldest)
-            for coming in step.course.coming:
+            step = transition(self._state, number, command, maker.history.oldest)
+            for coming in step.state.coming:
                 if coming.number == number:
                     maker.prepare(coming.prompt.text)
             if isinstance(step.action, Rewind):
-                way = maker.way_to(step.chunk)
+                plan = maker.plan_rewind(step.chunk)
             elif step.action is not None:
                 self._carry_out(number, step.action)
         except ValueError as error:
             return Refused(number=number, why=str(error))
         if isinstance(step.action, Rewind):
-            maker.go(way, on_pass)
-            left = replace(self._course.branch, ended=self._course.chunk)
-            branch = step.course.branch
+            maker.rewind(plan, on_pass)
+            left = replace(self._state.branch, ended=self._state.chunk)
+            branch = step.state.branch
             self._branches[-1:] = [left, branch]
             self._past = [each for each in self._past if each.chunk < step.chunk]
-            self._write(WentBack(number=number, chunk=step.chunk, branch=branch.name))
-            self.outbox.say(Branched(name=branch.name, parent=branch.parent, chunk=step.chunk))
-        self._course = step.course
+            self._write(RewindEntry(number=number, chunk=step.chunk, branch=branch.name))
+            self.outbox.publish(Branched(name=branch.name, parent=branch.parent, chunk=step.chunk))
+        self._state = step.state
         return Applied(number=number, chunk=step.chunk)
 
     def _carry_out(self, number: int, action: Action) -> None:
         done = self._maker.apply(action)
-        self._past.append(Took(chunk=self._course.chunk, action=done))
-        self._write(Done(number=number, chunk=self._course.chunk, action=done))
+        self._past.append(PastAction(chunk=self._state.chunk, action=done))
+        self._write(ActionEntry(number=number, chunk=self._state.chunk, action=done))
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: LogEntry) -> None:
         if self._log is not None:
             self._log.write(entry)
 
     def _end_log(self) -> None:
         if self._log is not None:
             with self._log:
-                self._log.write(End(chunk=self._course.chunk))
+                self._log.write(EndEntry(chunk=self._state.chunk))
 
-    def _tell_status(self) -> None:
+    def _publish_status(self) -> None:
         if self.suspended:
             self.outbox.status = replace(
                 self.outbox.status, suspended=True, answered=self._answered
             )
             return
-        maker, course = self._maker, self._course
-        del self._past[:-_TOLD]
+        maker, state = self._maker, self._state
+        del self._past[:-_LISTED]
         self.outbox.status = Status(
-            chunk=course.chunk,
-            branch=course.branch,
-            paused=course.paused,
-            prompt=maker.force.text,
-            loras=dict(maker.force.loras),
+            chunk=state.chunk,
+            branch=state.branch,
+            paused=state.paused,
+            prompt=maker.settings.text,
+            loras=dict(maker.settings.loras),
             decay=maker.decay,
-            branches=tuple(self._branches[-_TOLD:]),
+            branches=tuple(self._branches[-_LISTED:]),
             past=tuple(self._past),
-            coming=course.coming,
+            coming=state.coming,
             images=maker.images,
             chunk_images=maker.chunk_images,
             fps=maker.speed,
@@ -389,15 +397,15 @@ class Session:
 
     def _say_goodbye(self, why: str | None) -> None:
         """Answer what was not: a stop is applied, the rest comes too late."""
-        chunk = self._course.chunk if self.suspended else self._maker.chunk
+        chunk = self._state.chunk if self.suspended else self._maker.chunk
         for given in (*self._pending, *self.inbox.close()):
             stops = isinstance(given.command, Stop) and why is None
             number = given.number
             late = "the session has ended before it could take hold"
             self._answered = number
-            self.outbox.say(
+            self.outbox.publish(
                 Applied(number=number, chunk=chunk) if stops else Refused(number=number, why=late)
             )
-        self._tell_status()
-        self.outbox.say(Ended(chunk=chunk, why=why))
+        self._publish_status()
+        self.outbox.publish(Ended(chunk=chunk, why=why))
         self.outbox.close()

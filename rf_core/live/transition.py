@@ -1,7 +1,7 @@
-"""What a command does to the course of a live stream: a pure function, called between two chunks.
+"""What a command does to the state of a live session: a pure function, called between two chunks.
 
 One command at a time, as what it asks for may fail (a text that is not encoded, a LoRA that is not
-there): the course before it then stays.
+there): the state before it then stays.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .commands import (
 Action = Prompt | Lora | Decay | Cut | Rewind
 """What is then done to the stream."""
 
-MOST_COMING = 256
+MAX_COMING = 256
 """Changes of prompt that may be scheduled."""
-MOST_BRANCHES = 1000
+MAX_BRANCHES = 1000
 """Branches of one session, each of which is a file."""
 MAIN = "main"
 """The branch that a session begins with."""
@@ -47,7 +47,7 @@ class Branch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coming:
+class ScheduledPrompt:
     """A change of prompt that is scheduled."""
 
     number: int
@@ -57,7 +57,7 @@ class Coming:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class SessionState:
     """Where a session stands between two chunks."""
 
     chunk: int
@@ -65,32 +65,32 @@ class Course:
     branch: Branch
     paused: bool = False
     stopped: bool = False
-    coming: tuple[Coming, ...] = ()
+    coming: tuple[ScheduledPrompt, ...] = ()
     """By chunk; one for each."""
     names: frozenset[str] = frozenset({MAIN})
     """Of branches, taken ones, in lower case."""
 
     @classmethod
-    def beginning(cls, chunk: int) -> Course:
+    def beginning(cls, chunk: int) -> SessionState:
         """Of a session whose stream has so many chunks already."""
         return cls(chunk=chunk, branch=Branch(name=MAIN, begins=chunk))
 
-    def made(self) -> Course:
+    def next_chunk(self) -> SessionState:
         """The same a chunk later."""
         return replace(self, chunk=self.chunk + 1)
 
-    def due(self) -> Coming | None:
+    def due(self) -> ScheduledPrompt | None:
         """The change whose time has come."""
         return next((each for each in self.coming if each.chunk == self.chunk), None)
 
-    def without(self, number: int) -> Course:
+    def without(self, number: int) -> SessionState:
         """The same without a coming change; ValueError where there is none of this number."""
         rest = tuple(each for each in self.coming if each.number != number)
         if len(rest) == len(self.coming):
             raise ValueError(f"no change {number} is coming; it has come, or was dropped")
         return replace(self, coming=rest)
 
-    def with_coming(self, new: Coming) -> Course:
+    def with_scheduled(self, new: ScheduledPrompt) -> SessionState:
         """The same with one more; ValueError where it cannot come."""
         if new.chunk <= self.chunk:
             raise ValueError(
@@ -100,8 +100,8 @@ class Course:
             raise ValueError(
                 f"change {other.number} comes at chunk {new.chunk} already; move or drop it first"
             )
-        if len(self.coming) >= MOST_COMING:
-            raise ValueError(f"{MOST_COMING} changes are coming already; drop one first")
+        if len(self.coming) >= MAX_COMING:
+            raise ValueError(f"{MAX_COMING} changes are coming already; drop one first")
         ordered = sorted((*self.coming, new), key=lambda each: each.chunk)
         return replace(self, coming=tuple(ordered))
 
@@ -110,7 +110,7 @@ class Course:
 class Step:
     """What a command comes to."""
 
-    course: Course
+    state: SessionState
     """Once it is done."""
     chunk: int
     """That it takes hold at."""
@@ -118,50 +118,50 @@ class Step:
     """What is to be done to the stream for it."""
 
 
-def transition(course: Course, number: int, command: Command, oldest: int | None) -> Step:
+def transition(state: SessionState, number: int, command: Command, oldest: int | None) -> Step:
     """What a command of this number comes to; ValueError, in a sentence, where it is refused.
 
     `oldest` is the first chunk that can be gone back to; None where there is none.
     """
-    here = Step(course=course, chunk=course.chunk)
+    here = Step(state=state, chunk=state.chunk)
     if isinstance(command, (Prompt, Lora, Decay, Cut)):
         return replace(here, action=command)
     if isinstance(command, (Pause, Resume)):
-        return replace(here, course=replace(course, paused=isinstance(command, Pause)))
+        return replace(here, state=replace(state, paused=isinstance(command, Pause)))
     if isinstance(command, Stop):
-        return replace(here, course=replace(course, stopped=True))
+        return replace(here, state=replace(state, stopped=True))
     if isinstance(command, Rewind):
-        course = _rewound(course, command, oldest)
-        return Step(course=course, chunk=command.chunk, action=command)
+        state = _rewound(state, command, oldest)
+        return Step(state=state, chunk=command.chunk, action=command)
     if isinstance(command, Schedule):
         prompt = Prompt(text=command.text, mode=command.mode)
-        new = Coming(number=number, chunk=command.chunk, prompt=prompt)
-        return Step(course=course.with_coming(new), chunk=command.chunk)
+        new = ScheduledPrompt(number=number, chunk=command.chunk, prompt=prompt)
+        return Step(state=state.with_scheduled(new), chunk=command.chunk)
     if isinstance(command, Drop):
-        return replace(here, course=course.without(command.change))
+        return replace(here, state=state.without(command.change))
     assert isinstance(command, Move)
-    rest = course.without(command.change)
-    moved = next(each for each in course.coming if each.number == command.change)
-    course = rest.with_coming(replace(moved, chunk=command.chunk))
-    return Step(course=course, chunk=command.chunk)
+    rest = state.without(command.change)
+    moved = next(each for each in state.coming if each.number == command.change)
+    state = rest.with_scheduled(replace(moved, chunk=command.chunk))
+    return Step(state=state, chunk=command.chunk)
 
 
-def _rewound(course: Course, command: Rewind, oldest: int | None) -> Course:
-    if command.chunk > course.chunk:
-        raise ValueError(f"chunk {command.chunk} is not made; the next one is {course.chunk}")
+def _rewound(state: SessionState, command: Rewind, oldest: int | None) -> SessionState:
+    if command.chunk > state.chunk:
+        raise ValueError(f"chunk {command.chunk} is not made; the next one is {state.chunk}")
     if oldest is None or command.chunk < oldest:
         reach = "nothing is kept of it" if oldest is None else f"it is kept from chunk {oldest} on"
         raise ValueError(f"the stream cannot go back to chunk {command.chunk}: {reach}")
-    if len(course.names) >= MOST_BRANCHES:
-        raise ValueError(f"there are {MOST_BRANCHES} branches; begin another session")
-    name = command.branch or _free_name(course.names)
-    if name.lower() in course.names:
+    if len(state.names) >= MAX_BRANCHES:
+        raise ValueError(f"there are {MAX_BRANCHES} branches; begin another session")
+    name = command.branch or _free_name(state.names)
+    if name.lower() in state.names:
         raise ValueError(f"a branch {name} is there already; name another")
     return replace(
-        course,
+        state,
         chunk=command.chunk,
-        branch=branch_of(course.branch, course.chunk, name, command.chunk),
-        names=course.names | {name.lower()},
+        branch=branch_of(state.branch, state.chunk, name, command.chunk),
+        names=state.names | {name.lower()},
     )
 
 

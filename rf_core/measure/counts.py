@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CacheConfig, Grid, ModelConfig, SamplerConfig
-from ..decoders.codec import Forms
+from ..decoders.codec import FastPaths
 from ..decoders.taehv import TAEHV
 from ..decoders.vae import VAEState, WanVAE
 
@@ -108,15 +108,15 @@ def cache_bytes(
     cache: CacheConfig,
     grid: Grid,
     element_bytes: int = 2,
-    keep_turned: bool = True,
+    keep_rotated: bool = True,
 ) -> int:
-    """Bytes of a window's keys and values in every layer, and of the turned keys.
+    """Bytes of a window's keys and values in every layer, and of the rotated keys.
 
-    Without `keep_turned`, those of one layer at a time.
+    Without `keep_rotated`, those of one layer at a time.
     """
     if cache.storage == "int8":
         return int8_cache_bytes(model, cache, grid, element_bytes)
-    layers = model.num_layers * (3 if keep_turned else 2) + (not keep_turned)
+    layers = model.num_layers * (3 if keep_rotated else 2) + (not keep_rotated)
     frames = layers * cache.window_frames
     if cache.accumulator == "float32" and element_bytes < 4:
         frames += 2 * model.num_layers * cache.sink_frames * 4 // element_bytes
@@ -169,15 +169,15 @@ def decoder_work(codec: WanVAE | TAEHV, latents_shape: tuple[int, ...]) -> Work:
     from torch.utils.flop_counter import FlopCounterMode  # which imports triton: slow
 
     dtype = next(codec.parameters()).dtype
-    ghost = type(codec)(codec.config, device="meta", dtype=dtype)  # type: ignore[arg-type]
+    fake_codec = type(codec)(codec.config, device="meta", dtype=dtype)  # type: ignore[arg-type]
     latents = torch.empty(latents_shape, device="meta", dtype=dtype)
     with torch.no_grad():
-        ghost.forms = Forms(fold_doubling=True)
-        _, state = ghost.decode_chunk(latents, None)
+        fake_codec.fast_paths = FastPaths(fold_doubling=True)
+        _, state = fake_codec.decode_chunk(latents, None)
         with FlopCounterMode(display=False) as counter:
-            ghost.decode_chunk(latents, state.fork())
-        ghost.forms = Forms()  # in which hooks see every layer
-        moved = _bytes_moved(ghost, latents, state)
+            fake_codec.decode_chunk(latents, state.fork())
+        fake_codec.fast_paths = FastPaths()  # in which hooks see every layer
+        moved = _bytes_moved(fake_codec, latents, state)
     return Work(counter.get_total_flops(), moved)
 
 
@@ -239,7 +239,7 @@ def _eviction(model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes:
     kept = cache.window_frames - cache.sink_frames - cache.chunk_frames  # they move up
     sink = cache.sink_frames if cache.decay < 1 else 0
     absorbed = 2 * sink + (cache.chunk_frames if sink else 0)
-    turned = cache.window_frames - cache.chunk_frames
-    frames = 2 * (absorbed + 2 * kept) + 2 * turned
+    rotated = cache.window_frames - cache.chunk_frames
+    frames = 2 * (absorbed + 2 * kept) + 2 * rotated
     rows = model.num_layers * frames * grid.frame_tokens
     return Work(bytes=rows * model.dim * element_bytes)

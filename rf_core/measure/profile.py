@@ -1,6 +1,6 @@
 """Where a chunk's time goes: what `python -m rf_core profile` measures.
 
-Two runs. In the first, borders between kinds of work are marked and nothing else is watched: what
+Two runs. In the first, borders between kinds of work are timed and nothing else is watched: what
 lies between two borders belongs to the innermost kind begun and not ended. Borders are set from
 outside, around modules, the fused steps, the attention function and the cache, so the network knows
 nothing of it; what a module does outside those is its own kind. In the second run
@@ -69,13 +69,13 @@ KERNELS = {
 UNFUSED = {"gelu": ELEMENTWISE, "linear": SELF_LINEARS}
 """Kinds of steps that the definitions make by themselves and the kernels within another.
 
-Of the linear layers those that are one product (`rf_core.joint`); the others are modules.
+Of the linear layers those that are one product (`rf_core.fused_linear`); the others are modules.
 """
 NUM_OPERATORS = 12
 """Costliest operators listed."""
 
 Result = TypeVar("Result")
-Mark = float | torch.cuda.Event
+Timestamp = float | torch.cuda.Event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,28 +111,28 @@ class Timeline:
     def __init__(self, device: str | torch.device) -> None:
         self._device = torch.device(device)
         self._open = [REST]
-        self._marks: list[tuple[str, Mark]] = []
+        self._records: list[tuple[str, Timestamp]] = []
 
     def begin(self, kind: str) -> None:
-        self._mark(kind)
+        self._record(kind)
         self._open.append(kind)
 
     def end(self) -> None:
         self._open.pop()
-        self._mark(self._open[-1])
+        self._record(self._open[-1])
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each kind between the first border and the last."""
         wait(self._device)
         found: dict[str, float] = {}
-        for (kind, mark), (_, following) in zip(self._marks, self._marks[1:], strict=False):
-            found[kind] = found.get(kind, 0.0) + _between(mark, following)
+        for (kind, start), (_, stop) in zip(self._records, self._records[1:], strict=False):
+            found[kind] = found.get(kind, 0.0) + _between(start, stop)
         return found
 
-    def _mark(self, kind: str) -> None:
-        self._marks.append((kind, self._now()))
+    def _record(self, kind: str) -> None:
+        self._records.append((kind, self._now()))
 
-    def _now(self) -> Mark:
+    def _now(self) -> Timestamp:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -163,7 +163,7 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
         play(stream)
     plain = _plain_seconds(stream, options)
     timeline = Timeline(options.device)
-    with marked(stream, timeline):
+    with instrumented(stream, timeline):
         for _ in range(options.chunks):
             timeline.begin(REST)
             play(stream, timeline)
@@ -174,7 +174,9 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
         "options": options.plain(),
         "machine": machine(options.device),
         "plain_seconds": plain,
-        "kinds": beside(seconds, counted(stream, workload), rates(options.device, options.dtype)),
+        "kinds": with_counts(
+            seconds, counted(stream, workload), rates(options.device, options.dtype)
+        ),
         "operators": operators,
     }
 
@@ -189,7 +191,7 @@ def play(stream: Stream, borders: Borders | None = None) -> None:
 
 
 @contextmanager
-def marked(stream: Stream, borders: Borders) -> Iterator[None]:
+def instrumented(stream: Stream, borders: Borders) -> Iterator[None]:
     """Sets borders in a stream's network, attention and cache, and takes them away again."""
     inside = [SELF_PRODUCTS]  # which attention's products come next
     calls: list[tuple[object, str, Callable[..., Any]]] = [
@@ -259,7 +261,9 @@ def rates(device: str, dtype: torch.dtype) -> Work:
     return Work(int(2 * a.shape[0] ** 3 / product), int(2 * source.nbytes / copy))
 
 
-def beside(seconds: dict[str, float], work: dict[str, Work], rate: Work) -> list[dict[str, Any]]:
+def with_counts(
+    seconds: dict[str, float], work: dict[str, Work], rate: Work
+) -> list[dict[str, Any]]:
     """Each kind's seconds with its counted work and what that takes at the given rates."""
     rows = []
     for kind in sorted({*seconds, *work}, key=lambda kind: -seconds.get(kind, 0.0)):
@@ -349,7 +353,7 @@ def costliest(
 def _trace(stream: Stream, options: ProfileOptions) -> list[dict[str, Any]]:
     """Writes the trace of one chunk; the costliest operators by their own time."""
     ranges, activities = Ranges(), _activities(options.device)
-    with torch.profiler.profile(activities=activities) as recorded, marked(stream, ranges):
+    with torch.profiler.profile(activities=activities) as recorded, instrumented(stream, ranges):
         play(stream, ranges)
         wait(options.device)
     options.trace.parent.mkdir(parents=True, exist_ok=True)
@@ -412,9 +416,9 @@ def _within(borders: Borders, kind: str, call: Callable[..., Result]) -> Callabl
     return within
 
 
-def _between(mark: Mark, following: Mark) -> float:
-    if isinstance(mark, float):
-        assert isinstance(following, float)
-        return following - mark
-    assert not isinstance(following, float)
-    return mark.elapsed_time(following) / 1e3
+def _between(start: Timestamp, stop: Timestamp) -> float:
+    if isinstance(start, float):
+        assert isinstance(stop, float)
+        return stop - start
+    assert not isinstance(stop, float)
+    return start.elapsed_time(stop) / 1e3

@@ -62,14 +62,14 @@ def device_seconds(call: Callable[[], Any], device: str | torch.device, repeats:
     if device.type != "cuda":
         return seconds_of(call, device, repeats)
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in marks:
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in pairs:
         flush.zero_()
         begin.record(torch.cuda.current_stream(device))
         call()
         end.record(torch.cuda.current_stream(device))
     wait(device)
-    return statistics.median(begin.elapsed_time(end) / 1e3 for begin, end in marks)
+    return statistics.median(begin.elapsed_time(end) / 1e3 for begin, end in pairs)
 
 
 def captured(call: Callable[[], Any], device: str | torch.device) -> Callable[[], Any]:

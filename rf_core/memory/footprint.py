@@ -26,7 +26,7 @@ from ..model import PromptContext, WanModel
 from ..ranges import LARGEST_SIDE, check_numbers
 from ..rope import rope_table
 from ..stream import Stream, latent_size
-from .live_bytes import ghosts, peak_bytes
+from .live_bytes import fake_tensors, peak_bytes
 
 DecoderConfig = VAEConfig | TAEHVConfig
 _TIMESTEP = 0.0  # of a pass that is counted: any will do
@@ -55,8 +55,8 @@ class Sizes:
     width: int
     """Picture columns, in pixels."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    keep_turned: bool = True
-    """Whether the cache keeps turned keys beside the others (`KVCache.allocate`)."""
+    keep_rotated: bool = True
+    """Whether the cache keeps rotated keys beside the others (`KVCache.allocate`)."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
@@ -166,27 +166,29 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
 
 @lru_cache(maxsize=256)
 def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
-    with _no_tables(), ghosts(sizes.device) as place:
-        stream = _ghost_stream(sizes, layers, place)
+    with _no_tables(), fake_tensors(sizes.device) as place:
+        stream = _fake_stream(sizes, layers, place)
         assert isinstance(stream.model, WanModel)
         state, (embeds, context) = stream.state, stream._context
 
-        def two_chunks() -> None:  # the second settles the first
+        def two_chunks() -> None:  # the second runs the clean pass of the first
             stream.generate()
             stream.generate()
 
         def one_pass() -> None:
-            stream.model(x.to(stream.dtype), *stream._seen(x, _TIMESTEP, embeds))
+            stream.model(x.to(stream.dtype), *stream._pass_inputs(x, _TIMESTEP, embeds))
 
         state.cache.num_frames = sizes.cache.window_frames  # so that frames leave
-        state.cache.hold()
+        state.cache.backup_sink()
         held = (
-            sum(t.nbytes for t in state.cache.before.tensors.values()) if state.cache.before else 0
+            sum(t.nbytes for t in state.cache.sink_backup.tensors.values())
+            if state.cache.sink_backup
+            else 0
         )
         chunks = peak_bytes(two_chunks, place)
         x = next(stream._noise())
         context_bytes = sum(t.nbytes for layer in context for t in layer)
-        whole = stream._seen(x, _TIMESTEP, embeds)[0].whole_NBF1C
+        whole = stream._pass_inputs(x, _TIMESTEP, embeds)[0].whole_NBF1C
         assert whole is not None
         return {
             "chunks": chunks,
@@ -203,7 +205,7 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
 
 @contextmanager
 def _no_tables() -> Iterator[None]:
-    """Every count makes its own rotary tables, and leaves none of ghosts to others."""
+    """Every count makes its own rotary tables, and leaves no fake ones to others."""
     rope_table.cache_clear()
     try:
         yield
@@ -211,7 +213,7 @@ def _no_tables() -> Iterator[None]:
         rope_table.cache_clear()
 
 
-def _ghost_stream(sizes: Sizes, layers: int, place: str) -> Stream:
+def _fake_stream(sizes: Sizes, layers: int, place: str) -> Stream:
     config = replace(sizes.model, num_layers=layers)
     model = _LongestPrompt(config, device=place, dtype=sizes.dtype).requires_grad_(False)
     shape = (sizes.batch, config.text_len, config.text_dim)
@@ -223,12 +225,12 @@ def _ghost_stream(sizes: Sizes, layers: int, place: str) -> Stream:
         batch=sizes.batch,
         cache=sizes.cache,
         sampler=sizes.sampler,
-        keep_turned=sizes.keep_turned,
+        keep_rotated=sizes.keep_rotated,
     )
 
 
 class _LongestPrompt(WanModel):
-    """Of a ghost no padding can be told, and the longest prompt has none."""
+    """A fake tensor has no values to find padding by, and the longest prompt has none."""
 
     def counted_prompt(self, prompt_embeds_BSD: Tensor) -> PromptContext:
         return self.prompt_context(prompt_embeds_BSD)
@@ -243,7 +245,7 @@ def _count_decoder(
     device: str,
 ) -> DecoderFootprint:
     """A chunk of latents [B, C, F, h, w] of a running stream."""
-    with ghosts(device) as place:
+    with fake_tensors(device) as place:
         codec = _codec(config, place, dtype).requires_grad_(False)
         latents = torch.empty(shape, device=place)
         if device in _CHANNELS_LAST_DEVICES:  # as `load_decoder` does

@@ -1,9 +1,9 @@
 """How much memory an eager computation needs, counted without needing it.
 
-`live_bytes` runs code and follows every tensor it makes until the tensor is gone; `ghosts` gives
-tensors that have shapes and no memory, so that the largest network is counted anywhere in a second.
-The count is of tensors alone. It does not see what a kernel takes inside itself (the workspaces of
-cuDNN and oneDNN), what an allocator rounds up or cannot join, nor a CUDA context.
+`live_bytes` runs code and follows every tensor it makes until the tensor is gone; `fake_tensors`
+gives tensors that have shapes and no memory, so that the largest network is counted anywhere in a
+second. The count is of tensors alone. It does not see what a kernel takes inside itself (the
+workspaces of cuDNN and oneDNN), what an allocator rounds up or cannot join, nor a CUDA context.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str) -> int:
 
 
 @contextmanager
-def ghosts(device: torch.device | str) -> Iterator[str]:
+def fake_tensors(device: torch.device | str) -> Iterator[str]:
     """Tensors made inside, on the device this yields, take no memory; use them inside too.
 
     Those that stand for a CPU's say that they are on the CPU, so that code branches as it does
@@ -50,15 +50,15 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *shape: Any) ->
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0, 0], groups)
 
 
-def _number(ghost: Tensor) -> float:
-    return 0.5 if ghost.is_floating_point() else 0
+def _number(fake: Tensor) -> float:
+    return 0.5 if fake.is_floating_point() else 0
 
 
-_ON_GHOSTS: dict[Any, Callable[..., Any]] = {
+_ON_FAKE_TENSORS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mkldnn_convolution.default: _convolution,
     torch.ops.aten._local_scalar_dense.default: _number,
 }
-"""What runs on ghosts in place of operations that ask for real numbers, which may be any."""
+"""What runs on fake tensors in place of operations that ask for real numbers, which may be any."""
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -73,8 +73,8 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _ON_GHOSTS and isinstance(args[0], FakeTensor):
-            func = _ON_GHOSTS[func]
+        if func in _ON_FAKE_TENSORS and isinstance(args[0], FakeTensor):
+            func = _ON_FAKE_TENSORS[func]
         out = func(*args, **(kwargs or {}))
         given = {_key(tensor) for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(out):

@@ -101,7 +101,7 @@ class StreamedLayers(nn.ModuleList):
     def __iter__(self) -> Iterator[nn.Module]:
         for index, layer in enumerate(self.children()):
             slot = self._fetch(index)
-            self._fetch((index + 1) % len(self), beside=slot)
+            self._fetch((index + 1) % len(self), keep=slot)
             self._slots.wait(slot)
             _point(layer, self._slots.buffers[slot])
             try:
@@ -113,10 +113,10 @@ class StreamedLayers(nn.ModuleList):
     def __getitem__(self, index: object) -> NoReturn:
         raise TypeError(f"layer {index} is on the host but in its turn; go through layers with for")
 
-    def _fetch(self, index: int, beside: int | None = None) -> int:
+    def _fetch(self, index: int, keep: int | None = None) -> int:
         if index in self._held:
             return self._held.index(index)
-        slot = next(slot for slot in range(len(self._held)) if slot != beside)
+        slot = next(slot for slot in range(len(self._held)) if slot != keep)
         self._held[slot] = index
         self._slots.load(slot, self._hosts[index])
         return slot

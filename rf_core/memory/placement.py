@@ -1,4 +1,4 @@
-"""What the planner is told of files and machines: sizes of networks, and memory that is free."""
+"""What the planner knows of files and machines: sizes of networks, and memory that is free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a stream is made to fit a device: decode grouping, turned keys, and where weights lie.
+"""How a stream is made to fit a device: decode grouping, rotated keys, and where weights lie.
 
 `fit` tries the ways a run can be placed, those that cost least speed first, against what
 `footprint` counts. Keeping the decoder off the device while the network runs is not among them:
@@ -32,8 +32,8 @@ class Placement:
 
     group_frames: int
     """Latent frames decoded at once."""
-    keep_turned: bool = True
-    """Whether the cache keeps turned keys; without them it is smaller, and passes are slower."""
+    keep_rotated: bool = True
+    """Whether the cache keeps rotated keys; without them it is smaller, and passes are slower."""
     offload: OffloadMode = "none"
     """`stream` where the student's layers come from host memory in every pass."""
     text_offload: OffloadMode = "none"
@@ -46,7 +46,7 @@ class Placement:
             "1 latent frame" if self.group_frames == 1 else f"{self.group_frames} latent frames"
         )
         text = f"decoding {frames} at once"
-        text += "" if self.keep_turned else ", turning keys anew in every pass"
+        text += "" if self.keep_rotated else ", rotating keys again in every pass"
         text += ", passes unrecorded" if self.unrecorded and self.offload == "none" else ""
         streamed = {"student": self.offload, "text encoder": self.text_offload}
         names = [name for name, mode in streamed.items() if mode == "stream"]
@@ -120,7 +120,7 @@ def fit(
 ) -> Fit:
     """The first placement that fits into `available` bytes, those that cost least speed first.
 
-    `group_frames`, `offload`, `must_record` and sizes without `keep_turned` hold a choice fast.
+    `group_frames`, `offload`, `must_record` and sizes without `keep_rotated` hold a choice fast.
     ValueError where nothing fits; it says what would.
     """
     tried = []
@@ -159,14 +159,14 @@ def _placements(
     unrecorded = [False, True] if sizes.graphs and not must_record else [False]
     # The encoder runs once a prompt, so it is streamed first; the student runs five times a chunk.
     students = both if offload is None else [offload]
-    turned = [True, False] if sizes.keep_turned else [False]
+    rotated = [True, False] if sizes.keep_rotated else [False]
     grouped = groups if sizes.decoder else [chunk]
-    for student, keep, bare, group, text in product(students, turned, unrecorded, grouped, both):
+    for student, keep, bare, group, text in product(students, rotated, unrecorded, grouped, both):
         if student == "stream" and sizes.graphs and not bare:
             continue  # passes are recorded with all weights in place
         yield Placement(
             group_frames=group,
-            keep_turned=keep,
+            keep_rotated=keep,
             offload=student,
             text_offload=text,
             unrecorded=bare,
@@ -174,7 +174,7 @@ def _placements(
 
 
 def _parts(sizes: Sizes, placement: Placement) -> Footprint:
-    return footprint(replace(sizes, keep_turned=placement.keep_turned), placement.group_frames)
+    return footprint(replace(sizes, keep_rotated=placement.keep_rotated), placement.group_frames)
 
 
 def _try(sizes: Sizes, placement: Placement, available: int) -> Fit:

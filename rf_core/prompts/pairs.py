@@ -18,7 +18,7 @@ import json
 import re
 from decimal import Decimal
 
-from ..ranges import MOST_LINES
+from ..ranges import MAX_LINES
 from .timeline import EXAMPLES, Entry, Places, TimelineError, Unit, shorten
 from .times import Moment, fold, scan
 
@@ -233,8 +233,10 @@ class _Reader:
         prompts = [name for name in fields if name in _PROMPT_FIELDS]
         others = sorted(set(fields) - set(times) - set(prompts))
         if others or len(times) != 1 or len(prompts) != 1:
-            said = f"{shorten(others[0], 40)!r} has no meaning here" if others else "one is missing"
-            raise self.error(start, f"an entry has a time and a prompt, and {said}; {_OBJECTS}")
+            found = (
+                f"{shorten(others[0], 40)!r} has no meaning here" if others else "one is missing"
+            )
+            raise self.error(start, f"an entry has a time and a prompt, and {found}; {_OBJECTS}")
         time, prompt, unit = fields[times[0]], str(fields[prompts[0]]), _UNITS_OF_FIELDS[times[0]]
         if unit and (isinstance(time, Decimal) or _BARE_NUMBER.fullmatch(time)):
             return self._at(Decimal(time), unit, prompt, start)
@@ -247,8 +249,8 @@ class _Reader:
         self, value: Decimal, unit: Unit, prompt: str, start: int, *, relative: bool = False
     ) -> Entry:
         self.entries += 1
-        if self.entries > MOST_LINES:
-            raise self.error(start, f"a timeline has at most {MOST_LINES} entries")
+        if self.entries > MAX_LINES:
+            raise self.error(start, f"a timeline has at most {MAX_LINES} entries")
         line, column = self.places.of(start)
         return Entry(
             value=value, unit=unit, text=prompt, relative=relative, line=line, column=column

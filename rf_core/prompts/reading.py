@@ -31,7 +31,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
-from ..ranges import LONGEST_TIMELINE, MOST_LINES
+from ..ranges import LONGEST_TIMELINE, MAX_LINES
 from .pairs import looks_like_pairs, read_pairs
 from .timeline import EXAMPLES, Entry, Places, PromptTimeline, Switch, TimelineError, Unit
 from .times import Header, Moment, fold, scan, second_time, time_inside
@@ -88,8 +88,8 @@ def _too_many(count: int, of: str, most: int) -> TimelineError:
 
 def _lines(text: str) -> list[_Line]:
     rows = text.splitlines() or [""]
-    if len(rows) > MOST_LINES:
-        raise _too_many(len(rows), "lines", MOST_LINES)
+    if len(rows) > MAX_LINES:
+        raise _too_many(len(rows), "lines", MAX_LINES)
     folded = map(fold, rows)
     return [
         _Line(number, row, plain, scan(plain))
@@ -348,8 +348,8 @@ def _read_untimed(body: str, folded: str) -> list[Entry]:
     if not body.strip():
         raise TimelineError("there is no prompt; write one, such as '0s: a panda walks'", 1, 1)
     parts = folded.split("|")
-    if len(parts) > MOST_LINES:
-        raise _too_many(len(parts), "parts", MOST_LINES)
+    if len(parts) > MAX_LINES:
+        raise _too_many(len(parts), "parts", MAX_LINES)
     unit: Unit = "part" if len(parts) > 1 else "s"
     places, offset, entries = Places(folded), 0, list[Entry]()
     for number, part in enumerate(parts):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import operations
 from ..config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
-from ..joint import lay_together
+from ..fused_linear import fuse_projections
 from ..layers import SelfAttention
 from ..model import WanModel
 from ..ranges import LARGEST_SIDE
@@ -173,7 +173,7 @@ def load_student(
     model.load_state_dict(tensors, strict=True, assign=True)
     for part in model.modules():
         if isinstance(part, SelfAttention):
-            lay_together(part.q, part.k, part.v)
+            fuse_projections(part.q, part.k, part.v)
     model.eval().requires_grad_(False)
     return model, replace(checkpoint, tensors=dict(model.state_dict()))
 

@@ -54,9 +54,9 @@ _BYTES = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 """Bytes of a number by its name in a safetensors header."""
-_MOST_NUMBERS = 2**62
+_MAX_NUMBERS = 2**62
 
-_MOST_ENTRIES, _DEEPEST = 1_000_000, 64
+_MAX_ENTRIES, _DEEPEST = 1_000_000, 64
 
 
 class CheckpointError(ValueError):
@@ -188,14 +188,14 @@ def _fault_of_metadata(metadata: object) -> str | None:
     if not isinstance(metadata, dict):
         return "its metadata is no object"
     odd = [key for key, value in metadata.items() if not isinstance(value, str)]
-    return f"its metadata {shown(odd[0])} is no text" if odd else None
+    return f"its metadata {printable(odd[0])} is no text" if odd else None
 
 
 def _fault_of_layout(header: Mapping[str, Any], data_bytes: int) -> str | None:
     """That tensors lie one behind the other and fill the file, each as large as its shape."""
     for key, entry in header.items():
         if fault := _fault_of(entry):
-            return f"{shown(key)} {fault}"
+            return f"{printable(key)} {fault}"
     spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
     edges = [(0, 0), *spans, (data_bytes, data_bytes)]
     if any(this[1] != following[0] for this, following in pairwise(edges)):
@@ -207,13 +207,13 @@ def _fault_of(entry: object) -> str | None:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
             if dtype not in _BYTES:
-                return f"has numbers of a kind that is not known here, {shown(dtype)}"
+                return f"has numbers of a kind that is not known here, {printable(dtype)}"
             if not all(type(each) is int and each >= 0 for each in (*shape, begin, end)):
-                return f"has a shape or place that is none, {shown(str(entry))}"
-            if math.prod(size for size in shape if size) > _MOST_NUMBERS:
+                return f"has a shape or place that is none, {printable(str(entry))}"
+            if math.prod(size for size in shape if size) > _MAX_NUMBERS:
                 return "has a shape beyond any memory"
             if math.prod(shape) * _BYTES[dtype] != end - begin:
-                return f"of shape {shown(str(shape))} in {dtype} has {end - begin} bytes"
+                return f"of shape {printable(str(shape))} in {dtype} has {end - begin} bytes"
             return None
     return "is no description of a tensor"
 
@@ -266,7 +266,7 @@ def _unread(path: Path, error: Exception) -> CheckpointError:
 
 def _python_object(path: Path, name: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: holds a Python object ({shown(name)}) beside tensors, which may run code "
+        f"{path}: holds a Python object ({printable(name)}) beside tensors, which may run code "
         "and is not unpickled; have it saved as safetensors"
     )
 
@@ -330,9 +330,9 @@ def _named(path: Path, tree: object) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, tensor in _flatten(path, tree):
         if key in found:
-            raise CheckpointError(f"{path}: holds {shown(key)} twice; have it saved again")
+            raise CheckpointError(f"{path}: holds {printable(key)} twice; have it saved again")
         if fault := _fault_of_tensor(tensor):
-            raise CheckpointError(f"{path}: holds {shown(key)} {fault}")
+            raise CheckpointError(f"{path}: holds {printable(key)} {fault}")
         found[key] = tensor.detach()
     if fault := _fault_of_sizes(found.values(), path.stat().st_size):
         raise CheckpointError(f"{path}: holds tensors {fault}")
@@ -349,7 +349,7 @@ def _flatten(path: Path, tree: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]
             waiting.pop()
             continue
         (key, value), entries = entry, entries + 1
-        if entries > _MOST_ENTRIES or depth > _DEEPEST:
+        if entries > _MAX_ENTRIES or depth > _DEEPEST:
             raise CheckpointError(f"{path}: holds dicts within dicts without end; {AGAIN}")
         name = f"{prefix}{key}"
         if isinstance(value, Tensor):
@@ -387,10 +387,10 @@ def _fault_of_sizes(tensors: Iterable[Tensor], size: int) -> str | None:
 def shorten(names: list[str], limit: int = 4) -> str:
     """The first few names, the rest counted."""
     rest = len(names) - limit
-    return ", ".join(map(shown, names[:limit])) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(printable, names[:limit])) + (f" and {rest} more" if rest > 0 else "")
 
 
-def shown(name: str, limit: int = 120) -> str:
+def printable(name: str, limit: int = 120) -> str:
     """A name out of a file, fit to stand in one line."""
     name = name if len(name) <= limit else f"{name[:limit]}…"
     return name if name.isprintable() else ascii(name)
@@ -398,4 +398,4 @@ def shown(name: str, limit: int = 120) -> str:
 
 def _line(error: Exception) -> str:
     first = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return shown(first.removesuffix(".") or type(error).__name__)
+    return printable(first.removesuffix(".") or type(error).__name__)

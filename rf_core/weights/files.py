@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .containers import CheckpointError as CheckpointError
-from .containers import read_file, shown
+from .containers import printable, read_file
 from .containers import shorten as shorten
 
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
@@ -74,7 +74,7 @@ def parse_json(path: Path, text: str | bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: holds JSON that cannot be read ({error})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds JSON that is no object: {shown(str(text), 40)}")
+        raise CheckpointError(f"{path}: holds JSON that is no object: {printable(str(text), 40)}")
     return value
 
 

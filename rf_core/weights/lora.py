@@ -80,12 +80,12 @@ class Fit:
 
     def __str__(self) -> str:
         """`50 of 50 layers`, and what is left out."""
-        said = f"{self.num_fitting} of {self.num_layers} layers"
+        summary = f"{self.num_fitting} of {self.num_layers} layers"
         if not self.unmatched:
-            return said
+            return summary
         texts = sum(map(is_text_encoders, self.unmatched))
         return (
-            f"{said}; {len(self.unmatched)} of its {len(self.matched) + len(self.unmatched)} "
+            f"{summary}; {len(self.unmatched)} of its {len(self.matched) + len(self.unmatched)} "
             f"tensors match nothing in this model and are left out ({shorten(self.unmatched)})"
             + f", {texts} of them a text encoder's"
             * bool(texts)
@@ -259,9 +259,9 @@ def _require_fit(key: str, weight: Tensor, adapter: Adapter) -> None:
         ) from missing
     except (RuntimeError, IndexError, ValueError) as error:
         what = "a difference" if "diff" in shapes else "an adapter"
-        shown = ", ".join(f"{name} {list(part.shape)}" for name, part in shapes.items())
+        printable = ", ".join(f"{name} {list(part.shape)}" for name, part in shapes.items())
         raise CheckpointError(
-            f"holds {what} for {key} of another shape ({shown}) than the model's "
+            f"holds {what} for {key} of another shape ({printable}) than the model's "
             f"{list(weight.shape)}; it was made for {_size_of(key, shapes)}"
         ) from error
 

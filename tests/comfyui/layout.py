@@ -29,7 +29,7 @@ GROUP_TITLE = 50
 BEND = 0.25
 """Of its length, how far a link goes straight on from either end, as LiteGraph draws it."""
 SAMPLES = 48
-MOST_MOVES = 500
+MAX_MOVES = 500
 
 RESULTS = {"RFStreamingSampler": 520, "RFLiveStream": 900, "RFPromptSchedule": 140}
 """Pixels by which a run makes a node taller at most: a square video as wide as the node, the
@@ -92,7 +92,7 @@ def arrange(nodes: dict[str, Placed], links: list[tuple[str, str]]) -> dict[str,
             raise ValueError(f"{source} to {target} does not go from left to right")
     lefts = _lefts(nodes)
     tops = {name: node.top for name, node in nodes.items()}
-    for _ in range(MOST_MOVES):
+    for _ in range(MAX_MOVES):
         move = _overlap(nodes, tops) or _covered_link(nodes, links, lefts, tops)
         if move is None:
             highest = min(tops.values())

@@ -37,7 +37,7 @@ SIGHT_AT, SIGHT = (100, 90), (1700, 900)
 """Pixels that ComfyUI's own bars leave of a page of 1920x1080: where they begin, and how many."""
 SMALLEST = 0.6
 """Scale below which the classic canvas leaves out texts, and all that a node shows."""
-MOST_PICTURES = 40
+MAX_PICTURES = 40
 PICTURE_SECONDS = 0.1
 
 DRAW = """
@@ -204,7 +204,7 @@ def thumbnail(made: list[np.ndarray], graph: Graph, path: Path) -> None:
             np.concatenate([np.concatenate([one, two], 2), np.concatenate([three, four], 2)], 1)
         ]
     shown = np.concatenate(made)
-    chosen = np.linspace(0, len(shown) - 1, min(len(shown), MOST_PICTURES)).round().astype(int)
+    chosen = np.linspace(0, len(shown) - 1, min(len(shown), MAX_PICTURES)).round().astype(int)
     pictures = [Image.fromarray(shown[i]).resize((SIDE, SIDE), Image.LANCZOS) for i in chosen]
     if any(node.type == "RFLoadModel" for node in graph.nodes.values()):
         for picture in pictures:

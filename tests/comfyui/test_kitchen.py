@@ -59,7 +59,7 @@ def test_a_norm_after_a_residual_is_the_reference_s(monkeypatch: pytest.MonkeyPa
 
 
 @torch.no_grad()
-def test_queries_keys_and_context_are_turned_as_the_reference_turns_them(
+def test_queries_keys_and_context_are_rotated_as_the_reference_rotates_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, weight = random(BATCH, TOKENS, HEADS * HEAD_DIM), random(HEADS * HEAD_DIM, seed=1)

@@ -495,8 +495,8 @@ def test_while_another_prompt_runs_the_view_says_so_and_then_plays_on(
 def test_a_run_that_is_done_before_its_stream_says_so_is_forgotten(server: Server) -> None:
     with live(server, False) as session:
         done = {"node": session.kept["node"], "output": {}}
-        say = "(done) => window.comfyAPI.api.api.dispatchCustomEvent('executed', done)"
-        session.page.evaluate(say, done)
+        publish = "(done) => window.comfyAPI.api.api.dispatchCustomEvent('executed', done)"
+        session.page.evaluate(publish, done)
         session.page.wait_for_selector(".rf-live", state="detached", timeout=WAIT)
         assert session.page.evaluate(KEPT) == []
 

@@ -596,9 +596,9 @@ def test_who_missed_events_is_told_the_end_all_the_same(
     live = importlib.import_module(f"{PACK}.rf_core.live.buffers")
     commands = importlib.import_module(f"{PACK}.rf_core.live.commands")
     monkeypatch.setattr(live_http.Room, "status", lambda room: {})
-    outbox = live.Outbox(most_events=2)
+    outbox = live.Outbox(max_events=2)
     outbox.status = object()
-    inbox = live.Inbox(received=outbox.say)
+    inbox = live.Inbox(received=outbox.publish)
     screen = live_http.Screen(width=64, height=64, header=b"")
     room = live_http.Room(inbox=inbox, outbox=outbox, screen=screen, facts=dict)
     app, url = web.Application(), f"/rf/live/{room.id}/events?token={room.token}"
@@ -609,10 +609,10 @@ def test_who_missed_events_is_told_the_end_all_the_same(
 
     async def drive() -> None:
         async with TestClient(TestServer(app)) as client:
-            with live_http.opened(room, None):
+            with live_http.open_room(room, None):
                 for _ in range(5):
                     inbox.put(commands.read_command({"do": "pause"}))
-                outbox.say(live.Ended(chunk=1, why=None))
+                outbox.publish(live.Ended(chunk=1, why=None))
                 outbox.close()
             for last, told in (("0", "status ended"), ("3", "status received ended")):
                 async with client.get(url, headers={"Last-Event-ID": last}) as answer:
@@ -639,7 +639,7 @@ def test_an_ended_session_answers_for_a_while_and_then_nothing_is_left_of_it(
         monkeypatch.setattr(live_http, "_KEPT", 0.3)
         one = room()
         name, outbox = one.id, weakref.ref(one.outbox)
-        with live_http.opened(one, None):
+        with live_http.open_room(one, None):
             assert name in live_http._rooms and one.token not in repr(live_http._rooms)
         assert name in live_http._rooms
         del one
@@ -647,10 +647,10 @@ def test_an_ended_session_answers_for_a_while_and_then_nothing_is_left_of_it(
         assert name not in live_http._rooms and outbox() is None
         many = [room() for _ in range(9)]
         for each in many:
-            with live_http.opened(each, None):
+            with live_http.open_room(each, None):
                 pass
         assert list(live_http._rooms) == [each.id for each in many[-4:]]
-        with pytest.raises(ZeroDivisionError), live_http.opened(room(), None):
+        with pytest.raises(ZeroDivisionError), live_http.open_room(room(), None):
             raise ZeroDivisionError
         await asyncio.sleep(0.5)
         assert not live_http._rooms
@@ -659,15 +659,15 @@ def test_an_ended_session_answers_for_a_while_and_then_nothing_is_left_of_it(
 
 
 def test_the_last_event_is_kept_and_a_place_is_where_a_reader_goes_on() -> None:
-    outbox = Outbox(most_events=3)
-    inbox = Inbox(received=outbox.say)
+    outbox = Outbox(max_events=3)
+    inbox = Inbox(received=outbox.publish)
     numbers = [inbox.put(read_command({"do": "pause"})) for _ in range(3)]
     placed = outbox.reader(from_start=True).read_placed(0)
     assert [item.number for _, item in placed] == numbers
     later = outbox.reader(after=placed[0][0]).read(0)
     assert [item.number for item in later] == numbers[1:]
     assert outbox.reader(after=10**9).read(0) == [] and outbox.end is None
-    outbox.say(Ended(chunk=1, why=None))
+    outbox.publish(Ended(chunk=1, why=None))
     assert outbox.end == Ended(chunk=1, why=None)
 
 

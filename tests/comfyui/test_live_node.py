@@ -372,9 +372,9 @@ def queue(host: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     seen = SimpleNamespace(now="first", others=False, gone={})
     running = lambda: ExecutionContext(seen.now, "live", None)  # noqa: E731
     monkeypatch.setattr(host, "running", running)
-    monkeypatch.setattr(host, "others_wait", lambda besides: seen.others)
-    monkeypatch.setattr(host, "queue_again", lambda: "second")
-    monkeypatch.setattr(host, "when_gone", seen.gone.__setitem__)
+    monkeypatch.setattr(host, "other_prompts_wait", lambda besides: seen.others)
+    monkeypatch.setattr(host, "requeue", lambda: "second")
+    monkeypatch.setattr(host, "on_dequeued", seen.gone.__setitem__)
     return seen
 
 

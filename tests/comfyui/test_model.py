@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rf_core.memory.live_bytes import ghosts, peak_bytes
+from rf_core.memory.live_bytes import fake_tensors, peak_bytes
 from rf_core.prompts import ChunkClock, Switch
 from rf_core.weights.layouts import to_diffusers
 
@@ -84,7 +84,7 @@ def request_of(pack: Any, model: Any, text: str, **changes: Any) -> Any:
 
 def sampled(pack: Any, request: Any) -> Any:
     """The run, made anew."""
-    importlib.import_module(f"{PACK}.nodes.reuse").forget()
+    importlib.import_module(f"{PACK}.nodes.reuse").clear()
     return again(request)
 
 
@@ -97,7 +97,7 @@ def produced(request: Any, keep_state: str, made: Any) -> Any:
 
 def again(request: Any) -> Any:
     """The run, which may go on from an earlier one."""
-    made = importlib.import_module(f"{PACK}.nodes.run").Made()
+    made = importlib.import_module(f"{PACK}.nodes.run").RunResult()
     produced(request, "none", made)
     return made
 
@@ -730,7 +730,7 @@ def test_switches_that_meet_are_named_by_number_and_time_alone(pack: Any, demo: 
     timeline = first.timeline.append(Decimal("0.28"), "s", Switch(), "b")
     with pytest.raises(ValueError) as collided:  # found where the sampler resolves it
         timeline.resolve(ChunkClock(), 4)
-    words = importlib.import_module(f"{PACK}.nodes.border").words
+    words = importlib.import_module(f"{PACK}.nodes.border").node_message
     assert "(line" in str(collided.value) and "(line" not in words(collided.value)
 
 
@@ -891,7 +891,7 @@ def stop_at(host: Any, monkeypatch: pytest.MonkeyPatch, place: int | str) -> Non
     number, asked, counts = int(at or number), [], iter(range(1000))
     owner, name = {
         "pass": (host.Progress, "on_pass"),
-        "layer": (host.Hosted, "__call__"),
+        "layer": (host.ComfyNetwork, "__call__"),
         "decode": (host, "count_cache_layers"),
     }[kind]
     plain = getattr(owner, name)
@@ -927,9 +927,9 @@ def test_a_run_stopped_anywhere_is_gone_on_from_as_if_it_had_not_been(
 ) -> None:
     whole, part, rest = (video(text, f"{name}.mp4") for name in ("whole", "part", "rest"))
     expected = sampled(pack, whole)
-    importlib.import_module(f"{PACK}.nodes.reuse").forget()
+    importlib.import_module(f"{PACK}.nodes.reuse").clear()
     stopped = stopped_run(pack, host, part, place)
-    assert (stopped.chunks, stopped.goes_on) == (chunks, chunks > 0)
+    assert (stopped.chunks, stopped.resumable) == (chunks, chunks > 0)
     if chunks:
         assert len(images_of(part.path)) == stopped.num_images
     second = again(rest)
@@ -940,7 +940,7 @@ def test_a_run_stopped_anywhere_is_gone_on_from_as_if_it_had_not_been(
 def stopped_run(pack: Any, host: Any, request: Any, place: int | str) -> Any:
     """What a run made until it was stopped."""
     run = importlib.import_module(f"{PACK}.nodes.run")
-    made = run.Made()
+    made = run.RunResult()
     with (
         pytest.MonkeyPatch.context() as patched,
         host.loaded(request.model, [request.decoder.vae.patcher], 0),
@@ -977,14 +977,14 @@ def test_a_change_within_a_start_clip_acts_after_it_and_runs_are_gone_on_from_al
     within = [f"c1 [{mode}]: a blue square moves up", f"c2 [{mode}]: a blue square moves up"]
     within.append(f"c1 [cut]: snow\n{within[1]}")
     for change in within:
-        reuse.forget()
+        reuse.clear()
         (*_, note) = run.prompt_notes(request(change))
         assert note.startswith("note: 'a blue square moves up', asked for at ")
         assert again(request(change, length=4)).reused == 0
         second = again(longer := request(change))
         assert second.reused == 4
         assert same(expected, second, after, longer)
-        reuse.forget()
+        reuse.clear()
         assert stopped_run(pack, host, request(change), 2).chunks == 3
         second = again(rest := request(change))
         assert second.reused == 3
@@ -1014,7 +1014,7 @@ def test_the_chunk_that_was_stopped_may_be_given_another_prompt(
         text = f"0s: {PROMPT}\nc{change} [{mode}]: snow"
         whole, rest = (video(text, f"{name}-{change}.mp4") for name in ("whole", "rest"))
         expected = sampled(pack, whole)
-        importlib.import_module(f"{PACK}.nodes.reuse").forget()
+        importlib.import_module(f"{PACK}.nodes.reuse").clear()
         assert stopped_run(pack, host, video(PROMPT, "part.mp4"), 15).chunks == 3
         second = again(rest)
         assert second.reused == reused
@@ -1026,12 +1026,12 @@ def test_a_run_that_was_stopped_twice_is_gone_on_from_where_it_came_last(
 ) -> None:
     whole, *parts = (video(PROMPT, f"{name}.mp4") for name in ("whole", "a", "b", "c", "d"))
     expected = sampled(pack, whole)
-    importlib.import_module(f"{PACK}.nodes.reuse").forget()
+    importlib.import_module(f"{PACK}.nodes.reuse").clear()
     stopped_run(pack, host, parts[0], 7)
     second = stopped_run(pack, host, parts[1], 12)  # from its own first pass
     assert (second.reused, second.chunks) == (1, 3)
     third = stopped_run(pack, host, parts[2], 0)  # at once
-    assert (third.reused, third.chunks, third.goes_on) == (3, 1, True)
+    assert (third.reused, third.chunks, third.resumable) == (3, 1, True)
     last = again(parts[3])
     assert last.reused == 3 and same(expected, last, whole, parts[3])
 
@@ -1057,20 +1057,20 @@ def test_what_runs_keep_is_bounded_and_counted(
     assert reuse.num_bytes() == (CHUNKS + 1 + CHUNKS - 3) * chunk  # of which three are shared
     again(small := latents(PROMPT, "small.mp4", seed=4, reuse_bytes=2 * chunk))
     assert reuse.num_bytes() == 2 * chunk  # the beginning of this one, and no older run
-    assert "MB kept for later runs" in streaming.told(small, first)
+    assert "MB kept for later runs" in streaming.summary(small, first)
     assert again(latents(PROMPT, "more.mp4", seed=4)).reused == 2
     held = reuse.num_bytes()
     none = again(latents(PROMPT, "none.mp4", seed=4, reuse_bytes=0))
     assert (none.reused, none.history, reuse.num_bytes()) == (0, [], held)
     stopped = stopped_run(pack, host, whole(PROMPT, "a.mp4", seed=5, reuse_bytes=chunk), 12)
-    assert stopped.chunks == 2 and not stopped.goes_on
+    assert stopped.chunks == 2 and not stopped.resumable
     for keep_images in (0, 21):
         sampled(pack, whole(PROMPT, "b.mp4", length=2, keep_images=keep_images))
-        tail = reuse._kept[0].tail
+        tail = reuse._cached[0].tail
         assert reuse.num_bytes() == 2 * chunk + tail.nbytes
         assert tail.nbytes == tail.decoder.nbytes + keep_images * 3 * 64 * 64 * 4
         sampled(pack, whole(PROMPT, "c.mp4", length=2, reuse_bytes=2 * chunk + tail.nbytes - 1))
-        assert reuse._kept[0].tail is None and reuse.num_bytes() == 2 * chunk
+        assert reuse._cached[0].tail is None and reuse.num_bytes() == 2 * chunk
 
 
 def test_memory_that_runs_out_leaves_what_can_be_gone_on_from(
@@ -1078,7 +1078,7 @@ def test_memory_that_runs_out_leaves_what_can_be_gone_on_from(
 ) -> None:
     whole, part, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "part", "rest"))
     expected = sampled(pack, whole)
-    plain, passes = host.Hosted.__call__, iter(range(1000))
+    plain, passes = host.ComfyNetwork.__call__, iter(range(1000))
 
     def failing(*given: Any) -> Tensor:
         if next(passes) == 17:
@@ -1086,23 +1086,23 @@ def test_memory_that_runs_out_leaves_what_can_be_gone_on_from(
         return plain(*given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(host.Hosted, "__call__", failing)
+        patched.setattr(host.ComfyNetwork, "__call__", failing)
         with pytest.raises(RuntimeError, match=r"memory ran out.*part\.mp4"):
             sampled(pack, part)
     second = again(rest)
     assert second.reused == 3 and same(expected, second, whole, rest)
 
 
-@pytest.mark.parametrize("failing", ["absorb", "move_up", "rotate_context"])
+@pytest.mark.parametrize("failing", ["update_sink", "shift_tokens", "rotate_context"])
 def test_memory_that_runs_out_while_the_window_moves_costs_what_was_not_made(
     pack: Any, host: Any, video: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     cache = importlib.import_module(f"{PACK}.rf_core.kv_cache")
-    owner = cache if failing == "move_up" else cache.kernels
+    owner = cache if failing == "shift_tokens" else cache.kernels
     whole, part, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "part", "rest"))
     expected = sampled(pack, whole)
     plain, calls = getattr(owner, failing), iter(range(1000))
-    last = {"absorb": 1, "move_up": 3, "rotate_context": 4}[failing]
+    last = {"update_sink": 1, "shift_tokens": 3, "rotate_context": 4}[failing]
 
     def out(*given: Any, **named: Any) -> Any:
         if next(calls) == last:
@@ -1142,7 +1142,7 @@ def test_a_file_that_is_shorter_than_it_was_is_made_anew(
     join, reuse = (importlib.import_module(f"{PACK}.nodes.{name}") for name in ("join", "reuse"))
     whole, first, rest = (video(PROMPT, f"{name}.mp4") for name in ("whole", "first", "rest"))
     expected = sampled(pack, whole)
-    reuse.forget()
+    reuse.clear()
     stopped = stopped_run(pack, host, first, 12)
     short = video(PROMPT, "short.mp4", length=1)
     again(short)
@@ -1209,10 +1209,10 @@ def test_a_run_that_is_taken_over_whole_leaves_the_same_state(
     pack: Any, video: Callable[..., Any], room: int
 ) -> None:
     run = importlib.import_module(f"{PACK}.nodes.run")
-    importlib.import_module(f"{PACK}.nodes.reuse").forget()
+    importlib.import_module(f"{PACK}.nodes.reuse").clear()
     states, files = [], [video(PROMPT, f"{name}.mp4", reuse_bytes=room) for name in "ab"]
     for request in files:
-        made = run.Made()
+        made = run.RunResult()
         states.append(produced(request, "exact", made))
     assert made.reused == CHUNKS
     assert np.array_equal(*(images_of(request.path) for request in files))
@@ -1271,7 +1271,8 @@ def test_a_run_from_an_exact_state_is_not_taken_for_one_from_its_compact_form(
 ) -> None:
     run = importlib.import_module(f"{PACK}.nodes.run")
     states = [
-        produced(video(PROMPT, f"{kind}.mp4"), kind, run.Made()) for kind in ("exact", "compact")
+        produced(video(PROMPT, f"{kind}.mp4"), kind, run.RunResult())
+        for kind in ("exact", "compact")
     ]
     for state in states:
         whole = video(PROMPT, "whole.mp4", snapshot=state, length=2)
@@ -1305,15 +1306,15 @@ def test_a_state_that_says_nonsense_of_its_video_is_refused(pack: Any, said: Any
 
     join = importlib.import_module(f"{PACK}.nodes.join")
     with pytest.raises(ValueError, match="does not say which video"):
-        join.head_of(Snapshot(tensors={}, facts={} if said is None else {"video": said}))
+        join.previous_video(Snapshot(tensors={}, facts={} if said is None else {"video": said}))
 
 
 def test_a_video_that_was_cut_since_is_not_joined(pack: Any, video: Callable[..., Any]) -> None:
     join = importlib.import_module(f"{PACK}.nodes.join")
     first = video(PROMPT, "first.mp4", length=1)
     made = sampled(pack, first)
-    head = join.Head(path=first.path, run=made.run, num_images=21)
-    rest = video(PROMPT, "rest.mp4", head=head)
+    previous = join.PreviousVideo(path=first.path, run=made.run, num_images=21)
+    rest = video(PROMPT, "rest.mp4", previous=previous)
     with pytest.raises(ValueError, match=r"^join is on, and first\.mp4 cannot"):
         sampled(pack, rest)
     assert not rest.path.exists() and len(images_of(first.path)) == 9
@@ -1324,7 +1325,7 @@ def test_out_of_memory_keeps_the_file_and_says_what_to_lower(
 ) -> None:
     decoders = importlib.import_module(f"{PACK}.nodes.decoders")
     model, vae, passes = demo.load_model(), demo.load_vae(), []
-    plain = host.Hosted.__call__
+    plain = host.ComfyNetwork.__call__
 
     def failing(*args: Any) -> Tensor:
         passes.append(1)
@@ -1332,7 +1333,7 @@ def test_out_of_memory_keeps_the_file_and_says_what_to_lower(
             raise torch.OutOfMemoryError("no more")
         return plain(*args)
 
-    monkeypatch.setattr(host.Hosted, "__call__", failing)
+    monkeypatch.setattr(host.ComfyNetwork, "__call__", failing)
     decoder = decoders.decoder_of(vae, model.model.latent_format)
     request = request_of(pack, model, PROMPT, decoder=decoder, path=tmp_path / "part.mp4")
     with pytest.raises(RuntimeError, match=r"64x64.*window \(9 frames\).*part\.mp4"):
@@ -1378,7 +1379,7 @@ def test_on_a_cpu_that_multiplies_bfloat16_large_networks_compute_in_it(
 
     assert computes() == (torch.float32, torch.float32)  # the demo is small
     assert computes("bfloat16") == (torch.bfloat16, torch.float32)
-    monkeypatch.setattr(devices, "LEAST_BFLOAT16_DIM", 160)
+    monkeypatch.setattr(devices, "MIN_BFLOAT16_DIM", 160)
     assert computes() == computes("bfloat16") == (torch.bfloat16, torch.bfloat16)
     assert computes("float16") == (torch.float16, torch.float32)
     monkeypatch.setattr(comfy.cli_args.args, "fp32_unet", True)
@@ -1391,7 +1392,7 @@ def test_a_student_streams_in_bfloat16_on_such_a_cpu(
     plain = stream(demo.load_model(), 2)
     devices = importlib.import_module(f"{PACK}.rf_core.devices")
     monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(devices, "LEAST_BFLOAT16_DIM", 160)
+    monkeypatch.setattr(devices, "MIN_BFLOAT16_DIM", 160)
     model = demo.load_model()
     assert model.model.get_dtype_inference() == torch.bfloat16
     made = stream(model, 2)
@@ -1517,7 +1518,7 @@ def test_what_decoding_is_said_to_take_is_what_its_tensors_take(
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 1e12)
     decoders = importlib.import_module(f"{PACK}.nodes.decoders")
-    with ghosts("cuda") as place:
+    with fake_tensors("cuda") as place:
         wan = {"dim": 96, "z_dim": 16, "temperal_downsample": [False, True, True]}
         codec = WanVAE(**wan) if "Wan" in name else TAEHV(latent_channels=16)
         codec = codec.to(place, torch.bfloat16).requires_grad_(False)

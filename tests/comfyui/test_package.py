@@ -16,7 +16,7 @@ from PIL import Image
 from .server import ROOT, comfy_root, copy_pack
 
 COMFY = Path(sys.executable).with_name("comfy")
-MOST_ICON_PIXELS = 400
+MAX_ICON_PIXELS = 400
 """A side of the icon, by the registry's specification."""
 FRONTEND = "comfyui-frontend-package"
 """The registry reads a range of frontends off this dependency, and takes it out."""
@@ -74,7 +74,7 @@ def test_the_addresses_are_of_one_repository_and_the_icon_is_in_it(project: dict
     start = f"https://raw.githubusercontent.com/{repository[1]}/main/"
     assert comfy["Icon"].startswith(start)
     with Image.open(ROOT / comfy["Icon"].removeprefix(start)) as icon:
-        assert max(icon.size) <= MOST_ICON_PIXELS
+        assert max(icon.size) <= MAX_ICON_PIXELS
     published = comfy["PublisherId"] != ""
     assert published == ("OWNER" not in repository[1])  # filled in together
 

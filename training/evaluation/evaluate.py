@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rf_core.batch import file_mark
+from rf_core.batch import file_digest
 from rf_core.generate import generate, open_networks, open_stream, open_text_encoder
 from rf_core.options import Files, Options, Plan, plan
 from rf_core.prompts import PromptTimeline, Switch
@@ -127,7 +127,7 @@ class Candidate:
         """What its files are known again by."""
         files = self.plan.options.files
         places = {"model": files.model, "vae": files.vae, "text_encoder": files.text_encoder}
-        return {f"{name}_file": file_mark(Path(path)) for name, path in places.items()}
+        return {f"{name}_file": file_digest(Path(path)) for name, path in places.items()}
 
     def plan_of(self, number: int, seed: int) -> Plan:
         """The run that makes one video."""
@@ -164,7 +164,7 @@ class Candidate:
         settings = {
             "window_images": evaluation.window_images,
             "flow": evaluation.flow,
-            "flow_file": weights and file_mark(weights),
+            "flow_file": weights and file_digest(weights),
         }
         if metric := evaluation.metric:
             settings[metric.name] = metric.fits(evaluation.prompts.values(), size)

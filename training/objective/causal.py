@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rf_core.attention import Attention, sdpa
 from rf_core.config import CacheConfig, Grid
-from rf_core.kv_cache import absorb
+from rf_core.kv_cache import update_sink
 from rf_core.model import PromptContext, WanModel
 from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import flow_to_x0
@@ -54,19 +54,19 @@ class LayerSlot:
     def __init__(self, slot: Slot, index: int) -> None:
         self.slot, self.index = slot, index
 
-    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """The window's turned keys, and values, with the chunk's at the end; gradients pass.
+    def extend(self, k_BLHD: Tensor, rotated_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        """The window's rotated keys, and values, with the chunk's at the end; gradients pass.
 
         What the pass leaves is what it was first given: a recomputation changes nothing.
         """
         self.slot.own.setdefault(self.index, (k_BLHD, v_BLHD))
         keys, values = self.slot.past[self.index]
         if not keys:
-            return turned_BLHD, v_BLHD
+            return rotated_BLHD, v_BLHD
         context = torch.cat(keys, dim=1).to(k_BLHD.dtype)
         rope = rope_table(len(keys), self.slot.grid, k_BLHD.shape[-1], k_BLHD.device)
-        turned = torch.cat([apply_rope(context, rope), turned_BLHD], dim=1)
-        return turned, torch.cat([*(v.to(v_BLHD.dtype) for v in values), v_BLHD], dim=1)
+        rotated = torch.cat([apply_rope(context, rope), rotated_BLHD], dim=1)
+        return rotated, torch.cat([*(v.to(v_BLHD.dtype) for v in values), v_BLHD], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class Window:
             # Kept in the accumulator's dtype, and read in that of the keys.
             held = held.float() if c.accumulator == "float32" else held
             tokens = self.grid.frame_tokens
-            mixed = absorb(held, torch.cat(gone, dim=1), c, tokens, keys=keys)
+            mixed = update_sink(held, torch.cat(gone, dim=1), c, tokens, keys=keys)
             sink = mixed.split(tokens, dim=1)
         return (*sink, *frames[c.sink_frames + count :])
 

@@ -163,7 +163,7 @@ class _Student:
             x0 = self._guess(x, timesteps[-1], self.prompt, context)
         with torch.no_grad():
             clean = x0.detach()
-            self.model.remember(
+            self.model.write_cache(
                 clean.to(self.dtype), *self._seen(clean, 0.0, self.still, self.cache)
             )
         return x0

@@ -1,7 +1,7 @@
 """Many processes: networks sharded by FSDP2, samples shared out, numbers added up.
 
 Every function does nothing in a single process. Parameters are sharded block by block; a block's
-other ways in (`prompt_kv`, `modulations`, `remember`) gather them as its forward does.
+other ways in (`prompt_kv`, `modulations`, `write_cache`) gather them as its forward does.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ def shard(
     }
     for block in network.blocks:
         fully_shard(block, reshard_after_forward=reshard_blocks, **options)
-        for method in ("prompt_kv", "modulations", "remember"):
+        for method in ("prompt_kv", "modulations", "write_cache"):
             register_fsdp_forward_method(block, method)
     fully_shard(network, **options)
-    for method in ("prompt_context", "counted_prompt", "time_context", "remember"):
+    for method in ("prompt_context", "counted_prompt", "time_context", "write_cache"):
         register_fsdp_forward_method(network, method)
     return network
 

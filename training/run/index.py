@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from rf_core.weights.containers import read_tensor, shown
+from rf_core.weights.containers import printable, read_tensor
 
 INDEX = ".metadata"
 _NAMES = {
@@ -69,8 +69,8 @@ def read_chunk(folder: Path, index: Metadata, name: str, offsets: torch.Size) ->
     sizes = next(chunk.sizes for chunk in entry.chunks if chunk.offsets == offsets)
     if (found.shape, found.dtype) != (sizes, entry.properties.dtype):
         raise ValueError(
-            f"{path} holds another tensor than {shown(name)}; copy the checkpoint again, or take "
-            "another"
+            f"{path} holds another tensor than {printable(name)}; copy the checkpoint again, or "
+            "take another"
         )
     return found
 
@@ -161,7 +161,7 @@ def _name(reading: _Reading) -> _Name:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _NAMES.get(module, ()):
             return _Name(module, name)
-        raise _DamageError(f"its index names {shown(f'{module}.{name}')}, which is refused")
+        raise _DamageError(f"its index names {printable(f'{module}.{name}')}, which is refused")
     raise _DamageError("its index names what is no class")
 
 
@@ -295,7 +295,7 @@ def _place(place: object) -> _StorageInfo:
         raise _DamageError("its index has a file in a form that the trainer does not write")
     name = _text(about.get("relative_path"))
     if Path(name).name != name or "\\" in name or not name.isprintable():
-        raise _DamageError(f"its index names a file outside its folder, {shown(name)}")
+        raise _DamageError(f"its index names a file outside its folder, {printable(name)}")
     return _StorageInfo(name, _number(about.get("offset")), _number(about.get("length")))
 
 
@@ -341,12 +341,12 @@ def _require_files(folder: Path, index: Metadata) -> None:
     files = _sizes(folder, {place.relative_path for place in index.storage_data.values()})
     for name, tensor in index.state_dict_metadata.items():
         if not _tiled(tensor):
-            raise _DamageError(f"its index has {shown(name)} with parts missing")
+            raise _DamageError(f"its index has {printable(name)} with parts missing")
         for chunk in tensor.chunks:
             place = index.storage_data.get(MetadataIndex(name, chunk.offsets))
             needed = math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
             if place is None or place.length < needed:
-                raise _DamageError(f"its index promises more of {shown(name)} than there is")
+                raise _DamageError(f"its index promises more of {printable(name)} than there is")
             if place.offset + place.length > files[place.relative_path]:
                 raise _DamageError(f"{place.relative_path} is cut short")
             used += place.length

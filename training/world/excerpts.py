@@ -153,18 +153,18 @@ class LayerPast:
     past: Past
     index: int
 
-    def extend(self, k_BLHD: Tensor, turned_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """The past's turned keys, and values, with the current chunk's at the end."""
+    def extend(self, k_BLHD: Tensor, rotated_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
+        """The past's rotated keys, and values, with the current chunk's at the end."""
         own, chunks = self.past.own, [chunk[self.index] for chunk in self.past.chunks]
         del own[self.index :]
         own.append((k_BLHD, v_BLHD))
         if not chunks:
-            return turned_BLHD, v_BLHD
+            return rotated_BLHD, v_BLHD
         keys, values = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
         frames = self.past.context_frames
         rope = rope_table(frames, self.past.grid, k_BLHD.shape[-1])
         return (
-            torch.cat([apply_rope(keys, rope), turned_BLHD], dim=1),
+            torch.cat([apply_rope(keys, rope), rotated_BLHD], dim=1),
             torch.cat([values, v_BLHD], dim=1),
         )
 

@@ -1,4 +1,4 @@
-"""The stages, in order of what they are worth, and what they are told. No torch here."""
+"""The stages, in order of what they are worth, and their settings. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEADLINE = 520.0  # seconds, so that a machine lent for ten minutes has time to 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every stage is told."""
+    """The settings of every stage."""
 
     size: str = SIZES[0]
     """The network: Wan's 1.3B at its own picture size, or a tiny one that rehearses on a CPU."""
@@ -48,7 +48,7 @@ STAGES = (
     Stage(name="equality", cap=60, shows="recorded, fused, fp8 and handed on, against plain"),
     Stage(name="profile", cap=40, shows="where a chunk's time goes"),
     Stage(name="products", cap=30, shows="linear layers, GELU, fp8"),
-    Stage(name="vae", cap=40, shows="the decoder's forms and convolutions"),
+    Stage(name="vae", cap=40, shows="the decoder's fast paths and convolutions"),
     Stage(name="fp8", cap=30, shows="images a second with fp8 weights"),
     Stage(name="published", cap=25, shows="the published code, in turn with this"),
     Stage(

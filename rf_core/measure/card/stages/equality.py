@@ -68,10 +68,12 @@ def _handed_on(record: Record, work: Workload) -> None:
     stream = replace(work, decoders={}).stream()
     latents = [stream.generate() for _ in range(_DECODED)]
     found = []
-    for beside in (None, False):
+    for side_stream in (None, False):
         images: list[Tensor] = []
         keep = partial(_keep, images)
-        with Handoff(decoder, keep, device=device, beside=beside, first_alone=True) as handoff:
+        with Handoff(
+            decoder, keep, device=device, side_stream=side_stream, first_alone=True
+        ) as handoff:
             state = None
             for chunk in latents:
                 state = handoff.submit(chunk, state)

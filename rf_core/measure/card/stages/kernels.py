@@ -109,7 +109,7 @@ def _network_cases(
     yield Case(name="write_keys_values", arguments=keys_values, filled=(5, 6, 7))
     yield Case(name="rotate", arguments=(slots[0], here))
     yield Case(name="rotate_context", arguments=(before[0], rope, before[1]), filled=(2,))
-    yield Case(name="absorb", arguments=(sinks, leaving, cache.decay))
+    yield Case(name="update_sink", arguments=(sinks, leaving, cache.decay))
     parts = draw(1, 2, tokens // 8, heads, model.head_dim)
     yield Case(name="merge_parts", arguments=(parts, draw(1, 2, heads, tokens // 8).float()))
     weight_OI = draw(model.ffn_dim, dim) * dim**-0.5

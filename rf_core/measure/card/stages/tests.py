@@ -15,7 +15,7 @@ from . import workload
 
 FILES = (
     "test_dispatch",
-    "test_forms",
+    "test_fast_paths",
     "test_graphs",
     "test_handoff",
     "test_kernels",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....decoders.codec import Forms
+from ....decoders.codec import FastPaths
 from ....decoders.decoder import WanDecoder
 from ...stopwatch import Stopwatch, device_seconds
 from ...verify import RELATIVE_NORM
@@ -25,7 +25,7 @@ Convolution = nn.Conv2d | nn.Conv3d
 
 @torch.no_grad()
 def run(record: Record, setting: Setting) -> None:
-    """Forms first, as they decide what a stream does."""
+    """Fast paths first, as they decide what a stream does."""
     options = WorkloadOptions(decoder="wan", **workload(setting))
     work = load_workload(options)
     decoder = work.decoders["wan"]
@@ -33,8 +33,8 @@ def run(record: Record, setting: Setting) -> None:
     generator, channels = torch.Generator().manual_seed(0), work.model.config.out_dim
     shape = (1, channels, options.cache.chunk_frames, *work.stream().latent_size)
     latents = torch.randn(shape, generator=generator).to(options.device)
-    _forms(record, decoder, latents, options)
-    decoder.codec.forms = None
+    _fast_paths(record, decoder, latents, options)
+    decoder.codec.fast_paths = None
     for group in (1, options.cache.chunk_frames):
         decoder.group_frames = group
         seconds, _ = _decode(decoder, latents)
@@ -45,18 +45,22 @@ def run(record: Record, setting: Setting) -> None:
     record.note("channels_first_seconds", _decode(decoder, latents)[0])
 
 
-def _forms(record: Record, decoder: WanDecoder, latents: Tensor, options: WorkloadOptions) -> None:
-    usual = Forms.on(latents.device)
-    each = {f.name: replace(usual, **{f.name: not getattr(usual, f.name)}) for f in fields(Forms)}
+def _fast_paths(
+    record: Record, decoder: WanDecoder, latents: Tensor, options: WorkloadOptions
+) -> None:
+    usual = FastPaths.on(latents.device)
+    each = {
+        f.name: replace(usual, **{f.name: not getattr(usual, f.name)}) for f in fields(FastPaths)
+    }
     wanted, chosen = None, {}
-    for name, forms in {"definitions": Forms(), "as chosen": usual, **each}.items():
-        decoder.codec.forms = forms
+    for name, fast_paths in {"definitions": FastPaths(), "as chosen": usual, **each}.items():
+        decoder.codec.fast_paths = fast_paths
         seconds, images = _decode(decoder, latents)
         wanted = images if wanted is None else wanted
         error = off(images, wanted)
         chosen[name] = seconds
         row: dict[str, Any] = {"forms": name, "seconds": seconds, "error": error}
-        record.append("forms", row | {"on": [n for n, on in vars(forms).items() if on]})
+        record.append("forms", row | {"on": [n for n, on in vars(fast_paths).items() if on]})
         record.check(f"images with {name}", error, RELATIVE_NORM[options.dtype])
     plain, fast = (1e3 * chosen[name] for name in ("definitions", "as chosen"))
     record.say(f"a decode takes {plain:.1f} ms by definition, {fast:.1f} as chosen")
@@ -88,12 +92,12 @@ def _convolutions(record: Record, decoder: WanDecoder, latents: Tensor) -> None:
         if isinstance(module, Convolution)
     }
     hooks = [conv.register_forward_pre_hook(keep) for conv in convolutions]
-    decoder.codec.forms = Forms()  # in which hooks see every layer
+    decoder.codec.fast_paths = FastPaths()  # in which hooks see every layer
     try:
         _, state = decoder.decode(latents, None)
         decoder.decode(latents, state)
     finally:
-        decoder.codec.forms = None
+        decoder.codec.fast_paths = None
         for hook in hooks:
             hook.remove()
     place: dict[str, Any] = {

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import reference
-from .kernels.availability import in_onednn, wants_joining
+from .kernels.availability import gains_from_fusing, in_onednn
 from .kernels.reference import Rows
 from .operations import is_plain_linear, is_watched
 
 
-def lay_together(*layers: nn.Module) -> None:
+def fuse_projections(*layers: nn.Module) -> None:
     """Lay out the layers' weights one behind the other, and their biases; no value changes.
 
     Nothing happens where no product of theirs would be joint.
     """
     plain = [layer for layer in layers if is_plain_linear(layer) and layer.bias is not None]
-    if len(plain) < len(layers) or not all(wants_joining(layer.weight) for layer in plain):
+    if len(plain) < len(layers) or not all(gains_from_fusing(layer.weight) for layer in plain):
         return
     for parts in ([layer.weight for layer in plain], [layer.bias for layer in plain]):
         joint = torch.cat([part.detach() for part in parts])
@@ -33,7 +33,7 @@ def lay_together(*layers: nn.Module) -> None:
             part.data = place
 
 
-def joint_linear(x: Tensor | Rows, *layers: nn.Module) -> tuple[Tensor, ...] | None:
+def fused_linear(x: Tensor | Rows, *layers: nn.Module) -> tuple[Tensor, ...] | None:
     """What each layer makes of x, [..., I] -> [..., O] each, views of one product.
 
     None where there is none: the weights do not lie together, or who multiplies gains nothing.

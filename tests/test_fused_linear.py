@@ -15,12 +15,12 @@ from torch import nn
 from rf_core.config import CacheConfig
 from rf_core.fast.graphs import GraphedModel, TraceCapture
 from rf_core.fast.quantise import quantise_linears
-from rf_core.joint import joint_linear, lay_together
+from rf_core.fused_linear import fuse_projections, fused_linear
 from rf_core.kernels import availability, onednn
 from rf_core.kernels.reference import FP8, Rows, quantise_rows
 from rf_core.layers import SelfAttention
 from rf_core.measure import counts
-from rf_core.measure.profile import marked
+from rf_core.measure.profile import instrumented
 from rf_core.memory.offload import stream_layers
 from rf_core.model import WanModel
 from rf_core.operations import Linear
@@ -35,7 +35,7 @@ def joint_products(monkeypatch) -> list[tuple[int, ...]]:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(availability, "onednn_multiplies", lambda: True)
-    monkeypatch.setattr(availability, "_LEAST_FOR_ONEDNN", LEAST)
+    monkeypatch.setattr(availability, "_MIN_FOR_ONEDNN", LEAST)
     made, product = [], onednn.linear
 
     def spy(x, weight, bias, *, gelu):
@@ -52,7 +52,7 @@ def three(width: int = 48) -> list[Linear]:
 
 
 def together() -> list[Linear]:
-    lay_together(*(layers := three()))
+    fuse_projections(*(layers := three()))
     return layers
 
 
@@ -63,7 +63,7 @@ def tokens(number: int = 18) -> torch.Tensor:
 def laid_out(model: WanModel) -> WanModel:
     for part in model.modules():
         if isinstance(part, SelfAttention):
-            lay_together(part.q, part.k, part.v)
+            fuse_projections(part.q, part.k, part.v)
     return model
 
 
@@ -75,7 +75,7 @@ def latents_of(model, chunks: int = 5) -> torch.Tensor:
 @torch.no_grad()
 def test_layers_that_lie_together_are_one_product(joint_products):
     wanted = [layer(tokens()) for layer in three()]
-    found = joint_linear(tokens(), *together())
+    found = fused_linear(tokens(), *together())
     torch.testing.assert_close(found, tuple(wanted), atol=1e-6, rtol=1e-6)
     assert joint_products == [(144, 48)]
 
@@ -95,7 +95,7 @@ def test_a_change_in_place_is_seen():
     layers[1].weight.mul_(3)
     layers[2].bias.add_(1)
     layers[0].load_state_dict(three()[2].state_dict())
-    found = joint_linear(tokens(), *layers)
+    found = fused_linear(tokens(), *layers)
     assert found is not None
     wanted = tuple(layer(tokens()) for layer in layers)
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
@@ -181,9 +181,9 @@ PARTED += [
 @pytest.mark.parametrize("part", PARTED)
 def test_layers_that_are_parted_run_one_by_one(part):
     layers = together()
-    assert joint_linear(tokens(), *layers) is not None
+    assert fused_linear(tokens(), *layers) is not None
     part(layers)
-    assert joint_linear(tokens(), *layers) is None
+    assert fused_linear(tokens(), *layers) is None
 
 
 @torch.no_grad()
@@ -193,19 +193,19 @@ def test_neighbours_by_chance_are_not_read_as_one():
     for layer, place in zip(layers, memory, strict=True):
         layer.weight.data = torch.from_numpy(place).view(48, 48)
     assert layers[1].weight.data_ptr() == layers[0].weight.data_ptr() + layers[0].weight.nbytes
-    assert joint_linear(tokens(), *layers) is None
+    assert fused_linear(tokens(), *layers) is None
 
 
 @torch.no_grad()
 def test_what_gains_nothing_by_one_product_has_none(monkeypatch):
     layers, x = together(), tokens()
-    assert joint_linear(tokens(6), *layers) is None
-    assert joint_linear(x.double(), *layers) is None
-    assert joint_linear(Rows(*quantise_rows(x, FP8), x.dtype), *layers) is None
+    assert fused_linear(tokens(6), *layers) is None
+    assert fused_linear(x.double(), *layers) is None
+    assert fused_linear(Rows(*quantise_rows(x, FP8), x.dtype), *layers) is None
     with torch.enable_grad():
-        assert joint_linear(x, *layers) is None
+        assert fused_linear(x, *layers) is None
     monkeypatch.setattr(availability, "onednn_multiplies", lambda: False)
-    assert joint_linear(x, *layers) is None
+    assert fused_linear(x, *layers) is None
 
 
 @pytest.mark.parametrize("why", ["another dtype", "wide", "no bias", "no oneDNN", "a host's"])
@@ -220,7 +220,7 @@ def test_weights_stay_where_no_product_would_be_joint(monkeypatch, why):
     elif why == "a host's":
         be_a_host(layers)
     places = [layer.weight.data_ptr() for layer in layers]
-    lay_together(*layers)
+    fuse_projections(*layers)
     assert places == [layer.weight.data_ptr() for layer in layers]
 
 
@@ -284,7 +284,7 @@ def test_one_product_is_timed_as_the_layers_it_stands_for():
     seen = []
     borders = SimpleNamespace(begin=seen.append, end=lambda: None)
     stream = tiny.stream(model=laid_out(tiny.model()))
-    with marked(stream, borders):
+    with instrumented(stream, borders):
         stream.step()
     products = len(tiny.TWO_STEPS.steps) * tiny.CONFIG.num_layers * 2  # one of three, and o's
     assert seen.count(counts.SELF_LINEARS) == products

@@ -16,10 +16,10 @@ from rf_core.decoders import codec as codec_module
 from rf_core.decoders import vae as vae_module
 from rf_core.decoders.codec import (
     Codec,
-    Forms,
+    FastPaths,
     convolve,
-    convolve_doubled,
     convolve_in_phases,
+    convolve_upsampled,
     put_channels_last,
 )
 from rf_core.decoders.decoder import WanDecoder
@@ -27,8 +27,8 @@ from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE, multiplied_attention
 from rf_core.memory.live_bytes import peak_bytes
 
-ON_A_CARD = Forms.on(torch.device("cuda"))
-FORMS = [field.name for field in fields(Forms)]
+ON_A_CARD = FastPaths.on(torch.device("cuda"))
+FORMS = [field.name for field in fields(FastPaths)]
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -48,8 +48,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def streamed(codec: Codec, forms: Forms) -> Tensor:
-    codec.forms, state, made = forms, None, []
+def streamed(codec: Codec, fast_paths: FastPaths) -> Tensor:
+    codec.fast_paths, state, made = fast_paths, None, []
     for chunk in range(2):
         latents = random(1, 16, 3, 4, 5, seed=chunk).to(next(codec.parameters()))
         pixels, state = codec.decode_chunk(latents, state)
@@ -66,8 +66,8 @@ def error(got: Tensor, exact: Tensor) -> float:
 @torch.no_grad()
 def test_a_stream_is_the_same_in_every_form(make, name: str) -> None:
     codec = make()
-    got = streamed(codec, replace(Forms(), **{name: True}))
-    torch.testing.assert_close(got, streamed(codec, Forms()), atol=1e-5, rtol=1e-4)
+    got = streamed(codec, replace(FastPaths(), **{name: True}))
+    torch.testing.assert_close(got, streamed(codec, FastPaths()), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
@@ -75,26 +75,26 @@ def test_a_stream_is_the_same_in_every_form(make, name: str) -> None:
 @pytest.mark.parametrize("name", FORMS)
 @torch.no_grad()
 def test_on_a_card_every_form_is_as_near_to_exact_as_the_definition(make, name: str) -> None:
-    exact = streamed(make().double(), Forms())
+    exact = streamed(make().double(), FastPaths())
     codec = make().to("cuda", torch.bfloat16)
     put_channels_last(codec)
     plain, got = (
-        error(streamed(codec, forms).cpu(), exact)
-        for forms in (Forms(), replace(Forms(), **{name: True}))
+        error(streamed(codec, fast_paths).cpu(), exact)
+        for fast_paths in (FastPaths(), replace(FastPaths(), **{name: True}))
     )
     assert 0 < got < 1.5 * plain < 0.1
 
 
 def test_a_codec_takes_the_forms_of_the_device_or_those_it_was_given() -> None:
     codec, x = small_vae(), torch.zeros(1)
-    assert codec.forms_for(x) == Forms.on(torch.device("cpu")) != ON_A_CARD
-    codec.forms = Forms(fill_outputs=True)
-    assert codec.forms_for(x) == codec.forms_for(x.to("meta")) == codec.forms
+    assert codec.fast_paths_for(x) == FastPaths.on(torch.device("cpu")) != ON_A_CARD
+    codec.fast_paths = FastPaths(fill_outputs=True)
+    assert codec.fast_paths_for(x) == codec.fast_paths_for(x.to("meta")) == codec.fast_paths
 
 
-def test_ghosts_of_a_card_take_the_forms_of_a_card_and_other_devices_none() -> None:
-    assert Forms.on(torch.device("meta")) == ON_A_CARD != Forms()
-    assert Forms.on(torch.device("mps")) == Forms()
+def test_meta_tensors_take_the_fast_paths_of_a_card_and_other_devices_none() -> None:
+    assert FastPaths.on(torch.device("meta")) == ON_A_CARD != FastPaths()
+    assert FastPaths.on(torch.device("mps")) == FastPaths()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -124,7 +124,7 @@ def test_folding_in_half_precision_costs_no_more_than_rounding_weights_does() ->
     exact = F.conv2d(
         F.interpolate(x.double(), scale_factor=2), conv.weight.double(), conv.bias.double(), 1, 1
     )
-    folded, plain = convolve_in_phases(conv, x), convolve_doubled(conv, x, Forms())
+    folded, plain = convolve_in_phases(conv, x), convolve_upsampled(conv, x, FastPaths())
     assert 0 < error(folded, exact) < 2 * error(plain, exact) < 0.01
 
 
@@ -155,7 +155,7 @@ def test_filled_outputs_come_in_eights_and_are_cut_off_again(monkeypatch, conv) 
         return run(conv, x, weight, bias)
 
     monkeypatch.setattr(codec_module, "convolve_with", watched)
-    torch.testing.assert_close(convolve(conv, x, Forms(fill_outputs=True)), expected)
+    torch.testing.assert_close(convolve(conv, x, FastPaths(fill_outputs=True)), expected)
     assert seen == [8]
 
 
@@ -259,12 +259,12 @@ def test_convolutions_are_tuned_after_the_first_chunk_and_what_was_set_is_restor
         return decode(latents, state)
 
     monkeypatch.setattr(decoder.codec, "decode_chunk", watched)
-    decoder.codec.forms = Forms(tune_convolutions=True)
+    decoder.codec.fast_paths = FastPaths(tune_convolutions=True)
     with pytest.raises(MemoryError):
         decoder.decode(random(1, 16, 5, 2, 2), None)
     assert seen == [False, True, True] and not torch.backends.cudnn.benchmark
 
-    decoder.codec.forms = None
+    decoder.codec.fast_paths = None
     with pytest.raises(MemoryError):
         decoder.decode(random(1, 16, 2, 2, 2), None)
     assert not seen[-1]
