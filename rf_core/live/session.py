@@ -224,9 +224,7 @@ class Session:
     def abandon(self, why: str) -> None:
         """End a suspended session that nobody will resume; all that was made is whole."""
         try:
-            with ExitStack() as ends:
-                ends.callback(self._end_log)
-                ends.callback(self._presenter.close)
+            self._close()
         finally:
             self._say_goodbye(why)
 
@@ -247,8 +245,7 @@ class Session:
         why: str | None = None
         try:
             with ExitStack() as ends:
-                ends.callback(self._end_log)
-                ends.callback(self._presenter.close)
+                ends.callback(self._close)
                 with self._maker:
                     left = self._run(self._watched(on_pass), on_idle, until)
                 if left:
@@ -363,6 +360,13 @@ class Session:
     def _write(self, entry: LogEntry) -> None:
         if self._log is not None:
             self._log.write(entry)
+
+    def _close(self) -> None:
+        """End the recording, and then the log."""
+        try:
+            self._presenter.close()
+        finally:
+            self._end_log()
 
     def _end_log(self) -> None:
         if self._log is not None:
