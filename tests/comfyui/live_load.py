@@ -252,7 +252,7 @@ def faults(load: Load, log: list[dict[str, Any]]) -> Iterator[str]:
         yield f"memory grows by {slope(load.memory)} MB a minute"
     if load.refused_at_once:
         yield f"not taken: {load.refused_at_once[0]}"
-    if "Traceback" in load.live.server.log:
+    if load.live.server.tracebacks():
         yield "there is a traceback in the server's log"
     if load.live.token in load.live.server.log:
         yield "the token is in the server's log"

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ class Server:
     def log(self) -> str:
         """Everything it has printed."""
         return self.log_path.read_text(errors="replace")
+
+    def tracebacks(self, since: int = 0) -> list[str]:
+        """Those it has printed after so many characters of its log, each with what led to it."""
+        parts = self.log[since:].split("Traceback (most recent call last)")
+        return [f"{before[-300:]}Traceback{after[:3000]}" for before, after in pairwise(parts)]
 
     @property
     def output(self) -> Path:
