@@ -59,7 +59,8 @@ from ..rf_core.kv_cache import KeyValues
 from ..rf_core.measure.counts import stream_bytes
 from ..rf_core.model import PromptContext, TimeContext, WanModel, fingerprint_of
 from ..rf_core.text import byte_ids, clean_prompt
-from ..rf_core.weights.checkpoint import Checkpoint, read_checkpoint, require_finite
+from ..rf_core.weights.checkpoint import Checkpoint, read_checkpoint
+from ..rf_core.weights.checks import require_finite
 from ..rf_core.weights.lora import fit_file, read_lora
 from ..rf_core.weights.lora_merge import Adapter, change
 from . import names

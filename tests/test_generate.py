@@ -264,7 +264,7 @@ def test_a_start_that_cannot_be_read_is_named_before_anything_is_loaded(
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:1000])
     first.save(tmp_path / "animated.webp", save_all=True, append_images=[second])
     (tmp_path / "text.png").write_text("a red circle\n")
-    monkeypatch.setattr("rf_core.commands.load", lambda plan: pytest.fail("loaded"))
+    monkeypatch.setattr("rf_core.commands.generate.load", lambda plan: pytest.fail("loaded"))
     more = ("--prompt", "x", "--chunks", "2", "--start", str(tmp_path / name))
     assert main(arguments(weights, tmp_path / "a.mp4", *more)) == 1
     error = capsys.readouterr().err
@@ -468,7 +468,7 @@ WRONG = [
 def test_a_bad_option_gets_one_clear_sentence_before_anything_is_loaded(
     wrong, message, weights, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("rf_core.commands.load", lambda plan: pytest.fail("loaded"))
+    monkeypatch.setattr("rf_core.commands.generate.load", lambda plan: pytest.fail("loaded"))
     assert main(arguments(weights, tmp_path / "a.mp4", *wrong)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -555,7 +555,7 @@ def test_a_run_that_overwrites_and_is_stopped_before_its_first_chunk_leaves_the_
     def stopped_at_once(*arguments):
         return generate_module.generate(*arguments[:4], stopped=lambda: True)
 
-    monkeypatch.setattr("rf_core.commands.generate", stopped_at_once)
+    monkeypatch.setattr("rf_core.commands.generate.generate", stopped_at_once)
     again = ("--prompt", "x", "--seed", "2", "--overwrite")
     assert main(arguments(weights, output, *again)) == 130
     assert "stopped; nothing was written" in capsys.readouterr().out

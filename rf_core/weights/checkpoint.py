@@ -13,9 +13,8 @@ so runs the released sizes only.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,16 +24,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import operations
-from ..config import WAN_1_3B, WAN_14B, CacheConfig, ModelConfig, SamplerConfig
+from ..config import CacheConfig, ModelConfig, SamplerConfig
 from ..fused_linear import fuse_projections
 from ..layers import SelfAttention
 from ..model import WanModel
 from ..ranges import LARGEST_SIDE
 from ..writing import whole_file
 from . import layouts
+from .checks import (
+    count_layers,
+    dtype_name,
+    family,
+    require_finite,
+    require_keys,
+    require_shapes,
+    require_size,
+    require_text_to_video,
+    without_counters,
+)
 from .files import CheckpointError as CheckpointError
-from .files import WeightFile, parse_json, read_weights, shorten
+from .files import WeightFile, parse_json, read_weights
 from .lora import Lora, apply_loras
+from .submodels import prefix_on_disk, take_submodel
 
 SETTINGS_KEY = "reward_forcing"
 SETTINGS_FORMAT = 1
@@ -116,18 +127,18 @@ def read_checkpoint(
     for every file that is not a complete text-to-video Wan.
     """
     file = read_weights(path)
-    name, prefix, tensors, submodels = _take_submodel(file, submodel)
+    name, prefix, tensors, submodels = take_submodel(file, submodel)
     names = "diffusers" if layouts.is_diffusers(tensors) else "Wan"
     tensors = {layouts.from_diffusers(key): tensor for key, tensor in tensors.items()}
-    _require_text_to_video(file.path, tensors)
-    tensors = _without_counters(tensors)
-    _require_keys(file.path, tensors)
+    require_text_to_video(file.path, tensors)
+    tensors = without_counters(tensors)
+    require_keys(file.path, tensors)
     settings = _settings(file)
     config = _find_sizes(file, tensors, settings, num_heads)
-    _require_shapes(file.path, tensors, config)
+    require_shapes(file.path, tensors, config)
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
-        dtypes[_dtype_name(tensor.dtype)] += tensor.numel()
+        dtypes[dtype_name(tensor.dtype)] += tensor.numel()
     return Checkpoint(
         path=file.path,
         tensors=tensors,
@@ -139,7 +150,7 @@ def read_checkpoint(
         metadata=file.metadata,
         container=file.container,
         names=names,
-        prefix=_prefix_on_disk(file.tensors, prefix),
+        prefix=prefix_on_disk(file.tensors, prefix),
         submodel=name,
         submodels=submodels,
         dtypes=dict(dtypes.most_common()),
@@ -165,7 +176,7 @@ def load_student(
     """
     checkpoint = read_checkpoint(path, submodel=submodel, num_heads=num_heads)
     if expected is not None:
-        _require_size(checkpoint, expected)
+        require_size(checkpoint.path, checkpoint.config, expected)
     merged = apply_loras(checkpoint.tensors, loras)
     tensors = {key: merged.pop(key).to(device=device, dtype=dtype) for key in list(merged)}
     require_finite(checkpoint.path, tensors)
@@ -200,8 +211,8 @@ def write_checkpoint(
         raise CheckpointError(f"{path}: checkpoints are written as .safetensors; change the name")
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: its folder does not exist; create it first")
-    _require_keys(path, tensors)
-    _require_shapes(path, tensors, config)
+    require_keys(path, tensors)
+    require_shapes(path, tensors, config)
     settings = {
         "format": SETTINGS_FORMAT,
         "model": asdict(config),
@@ -259,17 +270,6 @@ def convert(
     return read_checkpoint(target)
 
 
-def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """CheckpointError, with the few first names, where a weight is NaN or infinite."""
-    bad = [key for key, tensor in tensors.items() if not _is_finite(tensor)]
-    if bad:
-        dtype = _dtype_name(tensors[bad[0]].dtype)
-        raise CheckpointError(
-            f"{path}: holds NaN or infinite weights in {dtype} in {len(bad)} of its tensors "
-            f"({shorten(bad)}); the file is damaged, its training diverged, or it needs bfloat16"
-        )
-
-
 def describe(checkpoint: Checkpoint) -> str:
     """What `inspect` prints: a table of everything found."""
     c = checkpoint.config
@@ -300,14 +300,6 @@ def describe(checkpoint: Checkpoint) -> str:
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
 
 
-def family(config: ModelConfig) -> str:
-    """A size's name: `Wan 2.1 T2V 1.3B`, or its width and depth where it has none."""
-    for name, preset in (("1.3B", WAN_1_3B), ("14B", WAN_14B)):
-        if config == preset:
-            return f"Wan 2.1 T2V {name}"
-    return f"Wan of width {config.dim} and {config.num_layers} layers"
-
-
 def _describe_cache(cache: CacheConfig | None) -> str:
     if cache is None:
         return "not recorded; the published settings apply"
@@ -321,158 +313,6 @@ def _describe_sampler(sampler: SamplerConfig | None) -> str:
     if sampler is None:
         return "not recorded; the published settings apply"
     return f"steps {', '.join(map(str, sampler.steps))}, shift {sampler.shift:g}"
-
-
-def _take_submodel(
-    file: WeightFile, wanted: str | None
-) -> tuple[str, str, dict[str, Tensor], tuple[str, ...]]:
-    tensors = {layouts.unwrap(key): tensor for key, tensor in file.tensors.items()}
-    prefixes = _find_networks(file.path, tensors)
-    by_name = {layouts.submodel_name(prefix): prefix for prefix in prefixes}
-    if len(by_name) > 1 and by_name.get(""):  # `model` beside an `ema` is a name
-        by_name = {name or prefix[:-1]: prefix for name, prefix in by_name.items()}
-    if len(by_name) < len(prefixes) or len(tensors) < len(file.tensors):
-        raise CheckpointError(
-            f"{file.path}: holds the same network under several prefixes "
-            f"({shorten(prefixes)}); save one of them alone"
-        )
-    name = _choose(file.path, list(by_name), wanted)
-    prefix = by_name[name]
-    nested = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
-    own = {
-        key[len(prefix) :]: tensor
-        for key, tensor in tensors.items()
-        if key.startswith(prefix) and not key.startswith(nested)
-    }
-    return name, prefix, own, tuple(by_name)
-
-
-def _find_networks(path: Path, keys: Mapping[str, Tensor]) -> list[str]:
-    if layouts.is_lora(keys):
-        raise CheckpointError(f"{path}: is a LoRA, not a model; give it with --lora {path}:1.0")
-    if prefixes := layouts.wan_prefixes(keys):
-        return prefixes
-    kind = layouts.other_model(keys)
-    raise CheckpointError(
-        f"{path}: is {kind}, not a Wan text-to-video model; give the model's own file"
-        if kind is not None
-        else f"{path}: holds no Wan model; its tensors are named {shorten(list(keys))}"
-    )
-
-
-def _choose(path: Path, names: list[str], wanted: str | None) -> str:
-    listed = ", ".join(name or "one without a name" for name in names)
-    if wanted is not None:
-        if wanted not in names:
-            raise CheckpointError(
-                f"{path}: has no sub-model {wanted!r}; it holds {listed}: choose one of those"
-            )
-        return wanted
-    if len(names) == 1:
-        return names[0]
-    ranks = {name: rank for name in names if (rank := layouts.preference(name)) is not None}
-    first = [name for name, rank in ranks.items() if rank == min(ranks.values())]
-    if len(first) == 1:
-        return first[0]
-    raise CheckpointError(f"{path}: holds several networks ({listed}); say which is the student")
-
-
-def _prefix_on_disk(keys: Iterable[str], prefix: str) -> str:
-    marker = prefix + "blocks."
-    key = next(key for key in keys if layouts.unwrap(key).startswith(marker))
-    return key[: key.index("blocks.")]
-
-
-def _require_text_to_video(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    kind = layouts.wan_variant(tensors)
-    patch, head = tensors.get("patch_embedding.weight"), tensors.get("head.head.bias")
-    if kind is None and patch is not None and head is not None and patch.ndim == 5:
-        read, written = patch.shape[1], head.numel() // patch.shape[2:].numel()
-        if read > written:
-            kind = f"an image-to-video Wan (it reads {read} channels and writes {written})"
-    if kind is not None:
-        raise CheckpointError(f"{path}: is {kind}; only text-to-video Wan models can stream here")
-    expected = _expected_keys(tensors)
-    weights = [key for key in tensors if key in expected]
-    if (quantised := layouts.quantised(tensors, weights)) is not None:
-        raise CheckpointError(
-            f"{path}: has quantised weights ({quantised}), which are not supported; use the bf16 "
-            "or fp16 file, or plain fp8"
-        )
-    for key in weights:
-        if tensors[key].dtype not in layouts.FLOATS:
-            raise CheckpointError(
-                f"{path}: {key} is made of {_dtype_name(tensors[key].dtype)}, which no weight is; "
-                "use the bf16 or fp16 file"
-            )
-
-
-def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the whole numbers beside weights, which trainers count steps in."""
-    expected = _expected_keys(tensors)
-    return {k: t for k, t in tensors.items() if k in expected or t.is_floating_point()}
-
-
-def _expected_keys(tensors: Iterable[str]) -> set[str]:
-    # Names depend on the number of layers alone; any width will do, and a file may name millions.
-    tiny = ModelConfig(dim=2, ffn_dim=2, freq_dim=2, text_dim=2, num_heads=1, num_layers=1)
-    layers = range(_count_layers(tensors))
-    return {re.sub(r"^blocks\.0", f"blocks.{n}", key) for key in _shapes(tiny) for n in layers}
-
-
-def _require_keys(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    expected = _expected_keys(tensors)
-    missing = sorted(expected - tensors.keys())
-    unexpected = sorted(tensors.keys() - expected)
-    if missing or unexpected:
-        found = [
-            f"{len(keys)} {label} ({shorten(keys)})"
-            for label, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
-        raise CheckpointError(
-            f"{path}: is incomplete or no plain text-to-video Wan; of its tensors "
-            f"{' and '.join(found)}: use another file"
-        )
-
-
-def _require_shapes(path: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
-    wrong = [
-        f"{key} is {list(tensors[key].shape)} instead of {list(shape)}"
-        for key, shape in _shapes(config).items()
-        if tensors[key].shape != shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{path}: {len(wrong)} of its shapes do not fit {family(config)} "
-            f"({shorten(wrong)}); the file is damaged or not a plain Wan model"
-        )
-
-
-def _require_size(checkpoint: Checkpoint, expected: ModelConfig) -> None:
-    found = asdict(checkpoint.config)
-    differences = [
-        f"{name} {found[name]} instead of {wanted}"
-        for name, wanted in asdict(expected).items()
-        if found[name] != wanted
-    ]
-    if differences:
-        raise CheckpointError(
-            f"{checkpoint.path}: is {family(checkpoint.config)} where {family(expected)} is needed "
-            f"({', '.join(differences)}); give a checkpoint of that size"
-        )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # Extremes carry NaN along and take a single pass, 30 times faster than isfinite on every
-    # element (bf16, one core); fp8 has no arithmetic of its own.
-    low, high = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
-    return bool(low.isfinite() & high.isfinite())
-
-
-def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    state = WanModel(config, device="meta").state_dict()
-    return {key: tensor.shape for key, tensor in state.items()}
 
 
 def _find_sizes(
@@ -496,7 +336,7 @@ def _find_sizes(
         "in_dim": patch.shape[1],
         "out_dim": tensors["head.head.bias"].numel() // patch.shape[2:].numel(),
         "num_heads": num_heads or recorded.get("num_heads") or _usual_heads(file.path, dim),
-        "num_layers": _count_layers(tensors),
+        "num_layers": count_layers(tensors),
         "patch_size": tuple(patch.shape[2:]),
     }
     config = _parse(file.path, ModelConfig, {**recorded, **sizes})
@@ -511,10 +351,6 @@ def _usual_heads(path: Path, dim: int) -> int:
             f"(released models have {HEAD_DIM} channels a head); give it as num_heads"
         )
     return dim // HEAD_DIM
-
-
-def _count_layers(keys: Iterable[str]) -> int:
-    return len({key.split(".")[1] for key in keys if key.startswith("blocks.")})
 
 
 def _recorded_sizes(file: WeightFile, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -565,7 +401,3 @@ def _parse_size(path: Path, values: object) -> tuple[int, int] | None:
         case [int(height), int(width)] if min(height, width) > 0 and max(values) <= LARGEST_SIDE:
             return height, width
     raise CheckpointError(f"{path}: has an unusable size {values!r}; it is [height, width]")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
