@@ -10,6 +10,39 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from training.world.excerpts import (
+    ExcerptConfig,
+    Excerpts,
+    Prompts,
+    draw_excerpts,
+    pasts,
+)
+from training.world.muon import orthogonalise
+from training.world.ode_pairs import (
+    EulerConfig,
+    Pairs,
+    PairsConfig,
+    integrate,
+    read_pairs,
+    sample,
+    write_pairs,
+)
+from training.world.train_student import (
+    StudentConfig,
+    draw_batch,
+    regression_losses,
+    train_student,
+)
+from training.world.train_teacher import (
+    Draw,
+    Phase,
+    TeacherConfig,
+    clip_loss,
+    excerpt_loss,
+    make_optimisers,
+    new_model,
+    train_teacher,
+)
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rf_core.config import CacheConfig, Grid, ModelConfig
@@ -28,40 +61,7 @@ from training.world.evaluate import (
     format_report,
     switch_prompts,
 )
-from training.world.excerpts import (
-    ExcerptConfig,
-    Excerpts,
-    Prompts,
-    draw_excerpts,
-    pasts,
-)
-from training.world.muon import orthogonalise
-from training.world.ode_pairs import (
-    EulerConfig,
-    Pairs,
-    PairsConfig,
-    integrate,
-    read_pairs,
-    sample,
-    write_pairs,
-)
 from training.world.scenes import parse_caption, place_all, render
-from training.world.train_student import (
-    StudentConfig,
-    draw_batch,
-    regression_losses,
-    train_student,
-)
-from training.world.train_teacher import (
-    Draw,
-    Phase,
-    TeacherConfig,
-    clip_loss,
-    excerpt_loss,
-    make_optimisers,
-    new_model,
-    train_teacher,
-)
 from training.world.train_text import (
     ATTRIBUTES,
     TextTrainConfig,

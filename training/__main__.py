@@ -29,13 +29,12 @@ from .run.config import to_json
 from .run.distributed import processes, rank, world_size
 from .run.folder import checkpoints, made, read_config
 from .run.options import add_config_arguments, config_of
-from .stages import evaluation, regression, trajectories
+from .stages import evaluation, regression, teacher, trajectories
 from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
 from .stages.export import export
 from .stages.re_dmd import check_files, distil, origin_of, provenance, sizes_of
 from .stages.recipes import PRESETS, DistilConfig, with_sink
 from .stages.trainer import Report, numbers_of
-from .world import __main__ as world
 
 STRIP_PROMPT = "a red circle moves left"
 SIZES = {"1.3b": WAN_1_3B, "14b": WAN_14B}
@@ -131,11 +130,6 @@ def run_videoalign(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_teacher(args: argparse.Namespace) -> int:
-    """Train the miniature's teacher; for Wan the published weights are the teacher."""
-    return world.main(["teacher", "--out", str(args.out), *args.rest])
-
-
 def run_claims_study(args: argparse.Namespace) -> int:
     """Train and measure the arms that are missing, then print what they say."""
     check_numbers(args, seeds=(1, MANY))
@@ -179,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     redmd.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     redmd.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
     add_config_arguments(redmd, PRESETS)
+    teach = commands.add_parser("teacher", help="train a teacher, or teach it to continue clips")
+    teacher.add_teacher_arguments(teach)
+    teach.set_defaults(command=teacher.run_teacher)
     pairs = commands.add_parser("ode_pairs", help="follow the teacher's ODE")
     trajectories.add_pairs_arguments(pairs)
     pairs.set_defaults(command=trajectories.run_pairs)
@@ -208,10 +205,6 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("release", type=Path, help="folder with model_config.json and checkpoint-*")
     judge.add_argument("base", help="Qwen2-VL-2B-Instruct: a folder or a hub id")
     judge.add_argument("out", type=Path, help="folder to write")
-    teacher = commands.add_parser("teacher", help="train the miniature's teacher")
-    teacher.set_defaults(command=run_teacher)
-    teacher.add_argument("--out", type=Path, required=True, help="folder with vae, text and clips")
-    teacher.add_argument("rest", nargs=argparse.REMAINDER, help="as of `training.world teacher`")
     claims = commands.add_parser("claims", help="the paper's ablations in miniature")
     claims.set_defaults(command=run_claims_study)
     claims.add_argument("--out", type=Path, required=True, help="where runs and results go")
