@@ -37,6 +37,7 @@ from training.run.optimise import OptimiserConfig
 from training.stages import teacher as stage
 from training.stages.regression import (
     INIT_PRESETS,
+    Batch,
     InitConfig,
     InitTrainer,
     draw_batch,
@@ -174,6 +175,52 @@ def test_an_excerpt_sees_exactly_what_a_stream_would():
         cache.advance()
         torch.testing.assert_close(model(chunk, at[:, :F], prompts.first, cache), found)
         model(target, torch.zeros(4, F), prompts.first, cache)
+
+
+def test_it_computes_what_the_miniature_s_own_trainers_did():
+    """The numbers are theirs, of the revision before their stages became these."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(7, 4, tiny.CONFIG.in_dim, F, *SIZE, generator=generator)
+    opening, second, before, later, *noisy = drawn
+    targets, noise = torch.cat([opening, second, later], 2), torch.cat(noisy, 2)
+    generator.manual_seed(1)
+    blurred = [x + 0.1 * torch.randn(x.shape, generator=generator) for x in (opening, before)]
+    stale = torch.rand(4, generator=generator) < 0.6
+    embeds, changed = (torch.cat([tiny.prompt(i + n) for i in range(4)]) for n in (0, 10))
+    seen = Excerpts(
+        opening=blurred[0],
+        before=blurred[1],
+        stranger=blurred[0].roll(1, 0),  # theirs was the next of the batch
+        recached=torch.tensor([True, False, True, False]),
+        later_embeds=changed,
+        stranger_embeds=embeds.roll(1, 0),
+        stale=torch.rand(4, generator=generator) * stale,
+    )
+    model, steps = tiny.model(), torch.tensor([[0, 1, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1]])
+    timesteps = sampling_timesteps(tiny.TWO_STEPS)
+    near = {"atol": 0, "rtol": 1e-5}
+
+    batch = Batch(noisy=noise, step_BN=steps, clean=targets, embeds=embeds, excerpts=seen)
+    errors = regression_errors(model, batch, timesteps, INIT).mean(0)
+    torch.testing.assert_close(errors, torch.tensor([4.686201, 4.287281, 4.471437]), **near)
+    taught = TeacherBatch(
+        latents=targets,
+        noise=noise,
+        timestep_BN=timesteps[steps],
+        dropped_BN=torch.zeros(4, 3, dtype=torch.bool),
+        embeds=embeds,
+        excerpts=seen,
+    )
+    error = teacher_errors(model, taught, GREY).mean()
+    torch.testing.assert_close(error, torch.tensor(4.923848), **near)
+    config = replace(PAIRS, steps=4, shift=12.0, guidance=2.5)
+    points, ends = follow(model, noise, embeds, GREY, config, excerpts=seen)
+    for found, theirs in (
+        (ends, [4.006864, 3.820107, 4.03622]),
+        (points[:, 1], [1.125583, 1.149982, 1.126285]),
+    ):
+        squares = torch.stack([part.square().mean() for part in found.split(F, 2)])
+        torch.testing.assert_close(squares, torch.tensor(theirs), **near)
 
 
 def test_a_changed_prompt_shows_another_clip_and_keeps_the_past():

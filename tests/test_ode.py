@@ -22,7 +22,7 @@ from rf_core.config import CacheConfig, Grid, SamplerConfig
 from rf_core.kv_cache import KVCache
 from rf_core.options import DEMO
 from rf_core.rope import apply_rope, rope_table
-from rf_core.scheduler import flow_to_x0, integrate, sampling_timesteps
+from rf_core.scheduler import euler_levels, flow_to_x0, integrate, sampling_timesteps
 from rf_core.stream import Stream
 from rf_core.weights.checkpoint import load_student, write_checkpoint
 from training.data.embeddings import MemoryEmbeds
@@ -146,6 +146,21 @@ def test_points_lie_on_the_trajectory_where_the_student_will_be():
         torch.testing.assert_close(point, (1 - level) * x0 + level * noise)
     curved, _ = integrate(lambda x, level: x, noise, levels_of(replace(PAIRS, steps=2000)), kept)
     torch.testing.assert_close(curved, noise * torch.e**-1, rtol=3e-3, atol=0)
+
+
+def test_a_trajectory_through_given_levels_is_the_same_walk_with_more_steps():
+    assert euler_levels(2, 1.0) == [1.0, 0.5, 0.0]
+    assert euler_levels(2, 1.0, [0.5, 0.75]) == [1.0, 0.75, 0.5, 0.0]
+    model, noise = tiny.model(), clip()[0][:, :, :3]
+    prompt = model.prompt_context(tiny.prompt(batch=2))
+
+    def flow(x: Tensor, level: float) -> Tensor:
+        return model(x, torch.full((2, 3), 1000 * level), prompt)
+
+    end, (middle,) = integrate(flow, noise, euler_levels(2, 1.0), [0.5])
+    half = noise - 0.5 * flow(noise, 1.0)
+    torch.testing.assert_close(middle, half)
+    torch.testing.assert_close(end, half - 0.5 * flow(half, 0.5))
 
 
 def test_guidance_is_the_unconditional_flow_plus_s_times_the_difference():
