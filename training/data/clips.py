@@ -44,7 +44,7 @@ class ClipSource(Protocol):
         ...
 
     def captions(self, rows: Sequence[int], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
-        """Their prompts, as texts and encoded [N, S, D]; seeds choose among phrasings."""
+        """Their prompts, as texts and encoded [N, S, D], on the CPU; seeds choose the words."""
         ...
 
 

@@ -6,8 +6,7 @@ Shards are safetensors with the config that made them, and functions of it and t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -210,60 +209,48 @@ class Pairs:
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""
-        return self._joined(rows, ["clean"])["clean"].float()
+        return torch.stack([self._row(row)[0]["clean"] for row in rows]).float()
 
     def captions(self, rows: Sequence[int], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
         """See `ClipSource`; each has one prompt."""
-        prompts = [prompt for prompt, _ in map(self._words, rows)]
-        return prompts, self._joined(rows, ["embeds"])["embeds"]
+        tensors, prompts, _ = zip(*map(self._row, rows), strict=True)
+        return list(prompts), _stacked("embeds", tensors)
 
     def rows(self, numbers: Sequence[int]) -> Trajectories:
         """Some of them, as stored."""
-        excerpts = STORED if self.config.follows == "excerpts" else ()
-        found = self._joined(numbers, ["points", "clean", "embeds", *excerpts])
-        prompts, places = zip(*map(self._words, numbers), strict=True)
+        rows, prompts, places = zip(*map(self._row, numbers), strict=True)
+        found = {name: _stacked(name, rows) for name in rows[0]}
+        excerpts = {name: found.pop(name) for name in STORED if name in found}
         return Trajectories(
-            points=found["points"],
-            clean=found["clean"],
-            embeds=found["embeds"],
             prompts=list(prompts),
             numbers=list(places),
-            excerpts=Excerpts(**{name: found[name] for name in STORED}) if excerpts else None,
+            excerpts=Excerpts(**excerpts) if excerpts else None,
+            **found,
         )
 
-    def _joined(self, numbers: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
-        rows = [self._row(number, names) for number in numbers]
-        return {name: _stacked([row[name] for row in rows], name) for name in names}
-
-    def _row(self, number: int, names: Sequence[str]) -> dict[str, Tensor]:
-        path, tensors, _, place = self._place(number)
-        with _whole(path):
-            return {name: tensors[name][place] for name in names}
-
-    def _words(self, number: int) -> tuple[str, int]:
-        path, _, note, place = self._place(number)
-        with _whole(path):
-            return note["prompts"][place], note["numbers"][place]
-
-    def _place(self, number: int) -> tuple[Path, Mapping[str, Tensor], dict[str, Any], int]:
+    def _row(self, number: int) -> tuple[dict[str, Tensor], str, int]:
         shard, place = divmod(number, self.config.shard)
         path = self.shards[shard]
         if path not in self._open:
             self._open[path] = (read_weights(path).tensors, _note(path))  # mapped, and read by rows
-        return path, *self._open[path], place
+        tensors, note = self._open[path]
+        names = (
+            "points",
+            "clean",
+            "embeds",
+            *(STORED if self.config.follows == "excerpts" else ()),
+        )
+        try:
+            rows = {name: tensors[name][place] for name in names}
+            return rows, note["prompts"][place], note["numbers"][place]
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{path} is no whole shard of trajectories; make it again") from error
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"{path} is no whole shard of trajectories; make it again") from error
-
-
-def _stacked(rows: Sequence[Tensor], name: str) -> Tensor:
+def _stacked(name: str, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """Prompts are padded with zeros to the longest."""
-    return pad_sequence(list(rows), batch_first=True) if "embeds" in name else torch.stack(rows)
+    found = [row[name] for row in rows]
+    return pad_sequence(found, batch_first=True) if "embeds" in name else torch.stack(found)
 
 
 def refuse_other(path: Path, config: PairsConfig, origin: Origin) -> None:

@@ -27,6 +27,7 @@ from rf_core.model import PromptContext, WanModel
 from rf_core.ranges import MANY, check_numbers
 
 from .causal import Layers, Slot, no_past
+from .tensors import Tensors
 
 KINDS = ("opening", "second", "later")
 
@@ -48,7 +49,7 @@ class ExcerptConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Excerpts:
+class Excerpts(Tensors):
     """What the three chunks of N excerpts see; chunks are [N, C, F, h, w]."""
 
     opening: Tensor
@@ -65,15 +66,6 @@ class Excerpts:
     """The prompt of the other clip, [N, S, D]."""
     stale: Tensor | None = None
     """How much of the sink is the other clip's, [N]; None where no sink is stale."""
-
-    def to(self, device: torch.device) -> Excerpts:
-        """The same on another device, latents in float32."""
-        return Excerpts(
-            **{
-                name: each.to(device, torch.float32 if name in LATENTS else each.dtype)
-                for name, each in self.tensors().items()
-            }
-        )
 
     def part(self, rows: slice) -> Excerpts:
         """Some of them."""

@@ -31,18 +31,18 @@ from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from ..data.pairs import Pairs
 from ..objective.causal import chunk_errors, predict_clip
 from ..objective.excerpts import KINDS, Excerpts, Prompts, excerpt_flow, pasts, shown
+from ..objective.tensors import Tensors
 from ..run.config import to_json
 from ..run.draws import generator_of, prompt_numbers
 from ..run.folder import STUDENT, to_go_on_from
 from ..run.networks import PlacementConfig, open_network
 from ..run.optimise import OptimiserConfig
-from ..run.options import add_config_arguments, config_of
+from ..run.options import add_config_arguments, add_run_arguments, config_of
 from .export import file_hash, write_student
 from .supervised import (
     Report,
     SupervisedConfig,
     SupervisedTrainer,
-    add_run_arguments,
     micro_batches,
     network_size,
     run_stage,
@@ -118,7 +118,7 @@ INIT_PRESETS: Mapping[str, Callable[[], InitConfig]] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Batch(Tensors):
     """B clips, each of their N chunks at a timestep of its own."""
 
     noisy: Tensor
@@ -131,11 +131,6 @@ class Batch:
     """Prompts, [B, S, D]."""
     excerpts: Excerpts | None = None
     """What the chunks see, where they are those of excerpts."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
-        present = {name: each for name, each in vars(self).items() if each is not None}
-        return Batch(**{name: each.to(device) for name, each in present.items()})
 
 
 def draw_steps(

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rf_core.config import SPATIAL_FACTOR
 from rf_core.model import WanModel
@@ -33,6 +32,7 @@ from ..run.folder import begin, checkpoint_path, forget_old, naming_the_last_goo
 from ..run.journal import Journal
 from ..run.networks import PlacementConfig, placement_dtype
 from ..run.optimise import OptimiserConfig, Trained
+from ..run.options import say, show_progress, told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,12 +259,6 @@ def _checkpoint(
     forget_old(out, trainer.config.keep)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--out` and `--resume`."""
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-
-
 def run_stage(
     args: argparse.Namespace,
     config: SupervisedConfig,
@@ -274,14 +268,12 @@ def run_stage(
     """Run a stage on the processes there are, and show how it goes."""
     check_folder_writable(args.out)
     with processes(args.device) as device:
-        first = rank() == 0
-        if first:
-            print(to_json(config), flush=True)  # noqa: T201
-        with tqdm(total=config.updates, unit="update", disable=not first) as bar:
-            for report in begun(device):
-                bar.update(report.update + 1 - bar.n)
-                told = (f"{name} {value:.4g}" for name, value in report.numbers().items())
-                bar.write(f"{report.update}: {', '.join(told)}")
-    if first:
-        print(f"{args.out}: the averaged weights are in {file}")  # noqa: T201
+        say(to_json(config))
+        steps = ((each.update + 1, _line(each)) for each in begun(device))
+        show_progress(config.updates, "update", steps)
+        say(f"{args.out}: the averaged weights are in {file}")
     return 0
+
+
+def _line(report: Report) -> str:
+    return f"{report.update}: {told(report.numbers())}"

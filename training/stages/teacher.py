@@ -41,17 +41,17 @@ from ..objective.excerpts import (
     pasts,
     shown,
 )
+from ..objective.tensors import Tensors
 from ..run.draws import generator_of
 from ..run.folder import TEACHER, to_go_on_from
 from ..run.networks import PlacementConfig, new_network, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
-from ..run.options import add_config_arguments, config_of
+from ..run.options import add_config_arguments, add_run_arguments, config_of
 from .export import file_hash, write_student
 from .supervised import (
     Report,
     SupervisedConfig,
     SupervisedTrainer,
-    add_run_arguments,
     micro_batches,
     network_size,
     run_stage,
@@ -171,7 +171,7 @@ TEACHER_PRESETS: Mapping[str, Callable[[], TeacherConfig]] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherBatch:
+class TeacherBatch(Tensors):
     """B clips, each of their N parts at a timestep of its own: N is 3 for excerpts, or 1."""
 
     latents: Tensor
@@ -186,11 +186,6 @@ class TeacherBatch:
     """Prompts, [B, S, D]."""
     excerpts: Excerpts | None = None
     """What the chunks see, where they are those of excerpts."""
-
-    def to(self, device: torch.device) -> TeacherBatch:
-        """The same on another device."""
-        present = {name: each for name, each in vars(self).items() if each is not None}
-        return TeacherBatch(**{name: each.to(device) for name, each in present.items()})
 
 
 def draw_batch(

@@ -17,17 +17,16 @@ a run that was cut off goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, WAN_SIZE, SamplerConfig
-from rf_core.model import PromptContext, WanModel
+from rf_core.model import PromptContext, WanModel, fingerprint_of
 from rf_core.options import DEMO
 from rf_core.ranges import check_folder_writable
 from rf_core.scheduler import euler_levels, integrate, sampling_timesteps
@@ -48,13 +47,13 @@ from ..data.pairs import (
     write_shard,
 )
 from ..data.prompts import check_no_prompt_files, check_prompt_files, wan_data
-from ..objective.excerpts import KINDS, Excerpts, Prompts, excerpt_flow, pasts, shown
+from ..objective.excerpts import KINDS, LATENTS, Excerpts, Prompts, excerpt_flow, pasts, shown
 from ..run.config import to_json
 from ..run.distributed import barrier, gathered, processes, rank, world_size
 from ..run.draws import generator_of, prompt_numbers
 from ..run.folder import CONFIG
 from ..run.networks import PlacementConfig, open_network, placement_dtype
-from ..run.options import add_config_arguments, config_of
+from ..run.options import add_config_arguments, config_of, say, show_progress
 
 _ROLE = "ode_pairs"
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -230,6 +229,9 @@ def make_shard(
     """The trajectories of one shard; `uncond` is [1, S, D] on the teacher's device."""
     clips = range(number * config.shard, (number + 1) * config.shard)
     begun, parts = begin(clips), []
+    if begun.excerpts is not None:  # followed as it is kept
+        kept = {name: _stored(getattr(begun.excerpts, name), config) for name in LATENTS}
+        begun = replace(begun, excerpts=replace(begun.excerpts, **kept))
     for start in range(0, config.shard, config.batch):
         part = slice(start, start + config.batch)
         noise = torch.stack([_noise(config, clip) for clip in clips[part]])
@@ -251,7 +253,7 @@ def _stored(latents: Tensor, config: PairsConfig) -> Tensor:
     kept = latents.to(_STORED[config.stored])
     if not kept.isfinite().all():
         raise FloatingPointError(
-            f"the teacher's latents are not finite in {config.stored}: they reach "
+            f"the latents are not finite in {config.stored}: they reach "
             f"{float(latents.abs().max()):.4g}; check teacher and guidance, or set stored=bfloat16"
         )
     return kept
@@ -272,9 +274,7 @@ def teacher_path(config: PairsConfig) -> Path:
 
 def fingerprint(path: Path) -> str:
     """A network's file in few letters, the same for every dtype it may be stored in."""
-    weight = read_checkpoint(path).tensors["blocks.0.modulation"]
-    data = weight.to(torch.bfloat16).float().numpy().tobytes()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    return fingerprint_of(read_checkpoint(path).tensors["blocks.0.modulation"])
 
 
 def _open_source(config: PairsConfig, device: torch.device) -> ClipSource | None:
@@ -311,12 +311,8 @@ def run_pairs(args: argparse.Namespace) -> int:
     config = config_of(args, PairsConfig, PAIRS_PRESETS)
     check_folder_writable(args.out)
     with processes(args.device) as device:
-        first = rank() == 0
-        if first:
-            print(to_json(config), flush=True)  # noqa: T201
-        with tqdm(total=config.clips, unit="clip", disable=not first) as bar:
-            for done in write_pairs(config, args.out, device):
-                bar.update(done - bar.n)
-    if first:
-        print(f"{args.out}: {config.clips} trajectories")  # noqa: T201
+        say(to_json(config))
+        shards = ((done, "") for done in write_pairs(config, args.out, device))
+        show_progress(config.clips, "clip", shards)
+        say(f"{args.out}: {config.clips} trajectories")
     return 0

@@ -188,4 +188,4 @@ class CaptionedClips:
             caption(self.clips.scenes[row], np.random.default_rng(seed))
             for row, seed in zip(rows, seeds, strict=True)
         ]
-        return texts, self.encoder.encode(texts)
+        return texts, self.encoder.encode(texts).cpu()
