@@ -86,10 +86,9 @@ def shown(
 ) -> Excerpts:
     """Excerpts as a network sees them: noise on past chunks, and some sinks stale."""
     chunks = torch.stack([getattr(excerpts, name).float() for name in LATENTS])
-    drawn = [(torch.randn(chunks[:, 0].shape, generator=g), *torch.rand(2, generator=g))
-             for g in generators]  # fmt: skip
-    noise, stale, share = (torch.stack(each) for each in zip(*drawn, strict=True))
-    chunks = chunks + config.context_noise * noise.transpose(0, 1)
+    noise = [torch.randn(chunks[:, 0].shape, generator=each) for each in generators]
+    stale, share = torch.stack([torch.rand(2, generator=each) for each in generators], dim=1)
+    chunks = chunks + config.context_noise * torch.stack(noise, dim=1)
     return replace(
         excerpts,
         **dict(zip(LATENTS, chunks, strict=True)),
@@ -104,9 +103,11 @@ class Prompts:
     first: PromptContext
     """Of the opening and the second chunk."""
     later: PromptContext
+    """Of the later chunk."""
     before: PromptContext
-    """Of the chunk before the later one."""
+    """Of the chunk before it."""
     stranger: PromptContext | None
+    """Of the other clip, where sinks are stale."""
 
     @classmethod
     def read(

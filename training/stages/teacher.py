@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -277,7 +278,9 @@ class TeacherTrainer(SupervisedTrainer):
         """`teacher` is placed and sharded already; `no_prompt` is [1, S, D]."""
         super().__init__(config, teacher, NAMES, len(source))
         self.source, self.no_prompt, self.device = source, no_prompt.to(device), device
-        for batch in set(map(config.batch_at, range(config.updates))):
+        sizes = [config.batch_at(update) for update in range(config.updates)]
+        self.starts = list(accumulate(sizes, initial=0))  # clips seen before each update
+        for batch in set(sizes):
             micro_batches(batch, config.micro_batch)  # refuses what cannot be shared out
 
     def batch(self) -> int:
@@ -286,7 +289,7 @@ class TeacherTrainer(SupervisedTrainer):
 
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`: of chunks, or of whole clips."""
-        before = sum(map(self.config.batch_at, range(self.update)))
+        before = self.starts[self.update]
         batch = draw_batch(self.source, self.config, self.update, before, samples)
         errors = teacher_errors(self.network, batch.to(self.device), self.no_prompt, self.dtype)
         first = NAMES.index("whole") if self.config.kind_at(self.update) == "whole" else 0

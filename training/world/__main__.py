@@ -56,6 +56,10 @@ def _check(args: argparse.Namespace) -> None:
     check_numbers(args, **counts, threads=(1, 4096), minutes=(0, MANY), seed=(0, 2**63 - 1))
     check_numbers(args, guidance=(-1000.0, 1000.0))
     check_folder_writable(args.out)
+    for name in ("teacher", "student"):
+        path = getattr(args, name)
+        if path is not None and not path.exists():
+            raise ValueError(f"{name} is {path}, which is not there")
 
 
 def run_vae(args: argparse.Namespace, files: Files) -> None:
