@@ -42,6 +42,7 @@ from training.stages.regression import (
     InitTrainer,
     draw_batch,
     draw_steps,
+    init_student,
     regression_errors,
 )
 from training.stages.supervised import SupervisedTrainer
@@ -643,6 +644,8 @@ def test_folders_and_clips_that_do_not_fit_are_refused(tmp_path, pairs):
     with pytest.raises(ValueError, match=r"source holds 6 clips there and 4 here"):
         next(write_pairs(replace(other, teacher=weights, source=clips), tmp_path / "other", CPU))
 
+    with pytest.raises(ValueError, match="reads 16 channels; the trajectories have 4"):
+        next(init_student(replace(INIT, pairs=folder), tmp_path / "run", CPU))
     with pytest.raises(ValueError, match=r"whose past is clean; set context=clean"):
         student(pairs, replace(INIT, context="noisy"))
     with pytest.raises(ValueError, match=r"cache.window_frames is 12; set it to 9"):

@@ -27,6 +27,7 @@ from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.ranges import check_numbers
 from rf_core.scheduler import flow_to_x0, sampling_timesteps
+from rf_core.weights.checkpoint import read_checkpoint
 
 from ..data.pairs import Pairs
 from ..objective.causal import chunk_errors, predict_clip
@@ -287,6 +288,12 @@ def init_student(
     """
     start, pairs = start_path(config), Pairs.open(config.pairs)
     check_pairs(config, pairs)
+    reads, channels = read_checkpoint(start).config.in_dim, pairs.config.latents[0]
+    if reads != channels:
+        raise ValueError(
+            f"start is {start}, which reads {reads} channels; the trajectories have {channels}: "
+            "give it those of its own VAE"
+        )
     saved = to_go_on_from(config, out, resume)
     offload = config.placement.offload == "all"
     student = open_network(start, config.placement, device, trained=True, offload=offload)
