@@ -7,10 +7,15 @@ sigma' = shift sigma / (1 + (shift - 1) sigma) (Esser et al. 2024, eq. 23).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from .config import NUM_TRAIN_TIMESTEPS, SamplerConfig
+
+_SAME_LEVEL = 1e-6  # of a grid and of a schedule: one is rounded to float32
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -22,6 +27,35 @@ def sampling_timesteps(config: SamplerConfig) -> Tensor:
     """The warped denoising timesteps, [steps] in float32, high to low."""
     sigma = torch.tensor(config.steps, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
     return (shift_sigma(sigma, config.shift) * NUM_TRAIN_TIMESTEPS).float()
+
+
+def euler_levels(steps: int, shift: float, through: Sequence[float] = ()) -> list[float]:
+    """Noise levels from 1 to 0: `steps` + 1 of a shifted grid, and those of `through`.
+
+    A level of `through` takes the place of its equal, which rounding may have set apart.
+    """
+    wanted = torch.tensor(through, dtype=torch.float64)
+    grid = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    equal = (grid[:, None] - wanted).abs() <= _SAME_LEVEL
+    return torch.cat([grid[~equal.any(dim=1)], wanted]).sort(descending=True).values.tolist()
+
+
+def integrate(
+    flow: Callable[[Tensor, float], Tensor],
+    noise: Tensor,
+    levels: Sequence[float],
+    kept: Sequence[float] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """Follow `flow(x, level)` from noise down `levels` by Euler steps; the last level is 0.
+
+    Returns the end, and where it was at each of `kept`, which are levels.
+    """
+    x, points = noise, {}
+    for level, after in pairwise(levels):
+        if level in kept:
+            points[level] = x
+        x = x + (after - level) * flow(x, level)
+    return x, [points[level] for level in kept]
 
 
 def training_sigmas(shift: float) -> Tensor:

@@ -88,6 +88,7 @@ def test_a_process_without_a_console_runs(monkeypatch, tmp_path):
         (training.main, ["export", "圆", "a.safetensors"]),
         (training.main, ["estimate", "--set", "data.prompts=圆"]),
         (world.main, ["release", "--out", "圆"]),
+        (world.main, ["evaluate", "--student", "圆.safetensors"]),
     ],
 )
 def test_no_command_ends_by_what_it_prints(main, arguments, monkeypatch, tmp_path):

@@ -65,7 +65,7 @@ def test_the_demo_is_small_and_says_how_it_was_made():
             metadata = file.metadata()
         settings = json.loads(metadata.get("reward_forcing", "{}"))
         provenance = settings.get("provenance") or json.loads(metadata["provenance"])
-        assert provenance["command"].startswith("python -m training.world")
+        assert provenance["command"].startswith("python -m training")
         assert "seed" in provenance["config"]
 
 

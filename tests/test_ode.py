@@ -22,10 +22,11 @@ from rf_core.config import CacheConfig, Grid, SamplerConfig
 from rf_core.kv_cache import KVCache
 from rf_core.options import DEMO
 from rf_core.rope import apply_rope, rope_table
-from rf_core.scheduler import flow_to_x0, sampling_timesteps
+from rf_core.scheduler import euler_levels, flow_to_x0, integrate, sampling_timesteps
 from rf_core.stream import Stream
 from rf_core.weights.checkpoint import load_student, write_checkpoint
 from training.data.embeddings import MemoryEmbeds
+from training.data.pairs import Origin, Pairs, PairsConfig, Trajectories, shard_path, write_shard
 from training.data.prompts import DataConfig
 from training.objective.causal import Window, predict_clip
 from training.run.config import changed
@@ -47,19 +48,14 @@ from training.stages.regression import (
 from training.stages.trainer import OptimiserConfig
 from training.stages.trajectories import (
     PAIRS_PRESETS,
-    Pairs,
-    PairsConfig,
-    Trajectories,
     add_pairs_arguments,
-    euler_levels,
     follow,
-    integrate,
+    levels_of,
     make_shard,
     run_pairs,
-    shard_path,
     student_levels,
+    with_prompts,
     write_pairs,
-    write_shard,
 )
 
 CPU = torch.device("cpu")
@@ -73,6 +69,7 @@ PAIRS = PairsConfig(
     shard=2,
     stored="float16",
 )
+MAKER = Origin(teacher="teacher")
 INIT = InitConfig(
     cache=tiny.window(6, 2, decay=0.9),
     optimiser=OptimiserConfig(rate=1e-3, betas=(0.9, 0.999)),
@@ -91,7 +88,7 @@ def folder(tmp_path) -> Path:
     out = tmp_path / "pairs"
     out.mkdir()
     for number in range(PAIRS.clips // PAIRS.shard):
-        write_shard(shard_path(out, number), trajectories(number), PAIRS, number, "teacher")
+        write_shard(shard_path(out, number), trajectories(number), PAIRS, number, MAKER)
     return out
 
 
@@ -115,7 +112,7 @@ def trainer(folder: Path, config: InitConfig = INIT) -> InitTrainer:
 
 
 def weights(run: InitTrainer) -> list[Tensor]:
-    return [p.detach().clone() for p in (*run.student.parameters(), *run.average.tensors.values())]
+    return [p.detach().clone() for p in (*run.network.parameters(), *run.average.tensors.values())]
 
 
 def clip(seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -128,7 +125,7 @@ def clip(seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 def test_the_student_s_timesteps_are_levels_of_the_teacher_s_grid_and_none_is_doubled():
     config = PairsConfig()
-    published, plain = euler_levels(config), euler_levels(replace(config, shift=5.0))
+    published, plain = levels_of(config), levels_of(replace(config, shift=5.0))
     wanted = student_levels(config.sampler)
     assert torch.equal(
         (torch.tensor(wanted).double() * 1000).float(), sampling_timesteps(config.sampler)
@@ -142,13 +139,28 @@ def test_the_student_s_timesteps_are_levels_of_the_teacher_s_grid_and_none_is_do
 
 def test_points_lie_on_the_trajectory_where_the_student_will_be():
     noise, x0 = torch.randn(2, 3, 4, 6, *SIZE, generator=torch.Generator().manual_seed(0)).double()
-    levels, kept = euler_levels(PAIRS), student_levels(PAIRS.sampler)
-    points, end = integrate(lambda x, level: noise - x0, noise, levels, kept)
+    levels, kept = levels_of(PAIRS), student_levels(PAIRS.sampler)
+    end, points = integrate(lambda x, level: noise - x0, noise, levels, kept)
     torch.testing.assert_close(end, x0)
-    for point, level in zip(points.unbind(1), kept, strict=True):
+    for point, level in zip(points, kept, strict=True):
         torch.testing.assert_close(point, (1 - level) * x0 + level * noise)
-    _, curved = integrate(lambda x, level: x, noise, euler_levels(replace(PAIRS, steps=2000)), kept)
+    curved, _ = integrate(lambda x, level: x, noise, levels_of(replace(PAIRS, steps=2000)), kept)
     torch.testing.assert_close(curved, noise * torch.e**-1, rtol=3e-3, atol=0)
+
+
+def test_a_trajectory_through_given_levels_is_the_same_walk_with_more_steps():
+    assert euler_levels(2, 1.0) == [1.0, 0.5, 0.0]
+    assert euler_levels(2, 1.0, [0.5, 0.75]) == [1.0, 0.75, 0.5, 0.0]
+    model, noise = tiny.model(), clip()[0][:, :, :3]
+    prompt = model.prompt_context(tiny.prompt(batch=2))
+
+    def flow(x: Tensor, level: float) -> Tensor:
+        return model(x, torch.full((2, 3), 1000 * level), prompt)
+
+    end, (middle,) = integrate(flow, noise, euler_levels(2, 1.0), [0.5])
+    half = noise - 0.5 * flow(noise, 1.0)
+    torch.testing.assert_close(middle, half)
+    torch.testing.assert_close(end, half - 0.5 * flow(half, 0.5))
 
 
 def test_guidance_is_the_unconditional_flow_plus_s_times_the_difference():
@@ -177,7 +189,9 @@ def test_a_shard_does_not_depend_on_the_batch_nor_on_the_other_shards():
     teacher, embeds = tiny.model(seed=1), MemoryEmbeds(tiny.prompt(batch=3))
     config = replace(PAIRS, steps=2, latents=(4, 3, *SIZE))
     made = [
-        make_shard(teacher, ["a", "b", "c"], embeds, tiny.prompt(9), each, number)
+        make_shard(
+            teacher, with_prompts(["a", "b", "c"], embeds, each), tiny.prompt(9), each, number
+        )
         for each, number in (
             (config, 1),
             (replace(config, batch=2), 1),
@@ -198,7 +212,8 @@ def test_latents_that_overflow_are_not_stored():
     teacher = tiny.model(seed=1)
     teacher.head.head.bias.fill_(1e6)
     config = replace(PAIRS, steps=2, latents=(4, 3, *SIZE))
-    arguments = (teacher, ["a"], MemoryEmbeds(tiny.prompt()), tiny.prompt(9))
+    begin = with_prompts(["a"], MemoryEmbeds(tiny.prompt()), config)
+    arguments = (teacher, begin, tiny.prompt(9))
     with pytest.raises(FloatingPointError, match=r"not finite in float16.* set stored=bfloat16"):
         make_shard(*arguments, config, 0)
     assert make_shard(*arguments, replace(config, stored="bfloat16"), 0).clean.isfinite().all()
@@ -232,7 +247,7 @@ def test_a_half_written_shard_is_never_taken_for_one(tmp_path, monkeypatch):
         "pathlib.Path.unlink", lambda *_, **__: None
     )  # who is killed tidies nothing
     with pytest.raises(OSError, match="killed"):
-        write_shard(shard_path(tmp_path, 0), trajectories(0), PAIRS, 0, "teacher")
+        write_shard(shard_path(tmp_path, 0), trajectories(0), PAIRS, 0, MAKER)
     assert list(tmp_path.iterdir())  # something was written
     with pytest.raises(ValueError, match="holds no trajectories; make some"):
         Pairs.open(tmp_path)
@@ -443,20 +458,20 @@ def test_micro_batches_change_nothing_but_rounding(folder, context):
     for first, second in zip(one, whole, strict=True):
         assert first.loss == pytest.approx(second.loss, rel=1e-5)
         assert first.norm == pytest.approx(second.norm, rel=1e-3)
-        assert first.step_losses == pytest.approx(second.step_losses, rel=1e-4)
+        assert first.losses == pytest.approx(second.losses, rel=1e-4)
 
 
 def test_a_report_tells_the_loss_at_each_timestep(folder):
     run = trainer(folder)
     batch = draw_batch(run.pairs, INIT, 0, range(4))
     with torch.no_grad():
-        errors = regression_errors(run.student, batch, run.timesteps, INIT)
+        errors = regression_errors(run.network, batch, run.timesteps, INIT)
     report = run.step()
     assert report.loss == pytest.approx(float(errors.mean()), rel=1e-5)
     for number, name in enumerate(("1000", "833")):
         expected = float(errors[batch.step_BN == number].mean())
-        assert report.step_losses[name] == pytest.approx(expected, rel=1e-5)
-        assert report.numbers()[f"loss/t{name}"] == report.step_losses[name]
+        assert report.losses[f"t{name}"] == pytest.approx(expected, rel=1e-5)
+        assert report.numbers()[f"loss/t{name}"] == report.losses[f"t{name}"]
 
 
 def test_the_student_learns_the_trajectories(folder):
@@ -473,15 +488,15 @@ def test_a_resumed_regression_goes_on_bit_for_bit(folder, tmp_path):
     second.load(tmp_path / "at2")
     assert [second.step() for _ in range(2)] == reports[2:]
     assert all(map(torch.equal, weights(second), weights(whole)))
-    write_shard(shard_path(folder, 3), trajectories(3), PAIRS, 3, "teacher")
-    with pytest.raises(ValueError, match=r"trained on 6 trajectories; .* holds 8"):
+    write_shard(shard_path(folder, 3), trajectories(3), PAIRS, 3, MAKER)
+    with pytest.raises(ValueError, match=r"trained on 6 clips; there are 8 now"):
         trainer(folder).load(tmp_path / "at2")
 
 
 def test_a_regression_that_breaks_down_says_so(folder):
     run = trainer(folder)
     with torch.no_grad():
-        run.student.head.head.bias.fill_(torch.nan)
+        run.network.head.head.bias.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"loss is nan at update 0; lower optimiser\.rate"):
         run.step()
 
@@ -501,7 +516,7 @@ def test_impossible_regressions_are_refused(folder, tmp_path):
         next(init_student(replace(INIT, start=Path("nowhere.safetensors")), tmp_path, CPU))
     with pytest.raises(ValueError, match="holds no trajectories"):
         next(init_student(replace(INIT, pairs=tmp_path / "none"), tmp_path, CPU))
-    write_shard(shard_path(folder, 3), trajectories(3), replace(PAIRS, seed=5), 3, "teacher")
+    write_shard(shard_path(folder, 3), trajectories(3), replace(PAIRS, seed=5), 3, MAKER)
     with pytest.raises(ValueError, match=r"pairs-000003.*: seed is 5 there and 0 here"):
         Pairs.open(folder)
 
@@ -551,7 +566,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
         if case == "noisy":
             run.save(folder.parent / "at1")
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        whole = get_model_state_dict(run.student, options=options)
+        whole = get_model_state_dict(run.network, options=options)
         results[case] = ((report.loss, report.norm), whole)
     if rank == 0:
         torch.save((counts, results), folder.parent / "results.pt")
@@ -585,7 +600,7 @@ def test_two_processes_do_what_one_does_and_one_goes_on_from_their_checkpoint(fo
         exact = case != "bfloat16"
         assert found == pytest.approx((report.loss, report.norm), rel=1e-4 if exact else 0.1), case
         assert exact or found[0] != report.loss
-        for name, weight in run.student.state_dict().items():
+        for name, weight in run.network.state_dict().items():
             near = {"atol": 3e-4, "rtol": 1e-2} if exact else {"atol": 5e-3, "rtol": 0.1}
             torch.testing.assert_close(others[name], weight, **near)
         if case == "noisy":
@@ -608,19 +623,20 @@ def test_the_miniature_goes_from_trajectories_to_a_student_that_streams(tmp_path
     pairs, out, prompts = tmp_path / "pairs", tmp_path / "init", tmp_path / "prompts.txt"
     prompts.write_text("a red square\na blue circle moves left\n")
     small = settings("clips=4", "shard=2", "batch=2", "steps=2", "latents=[16, 6, 8, 8]")
+    small += settings("follows=clips", "source=null")
     small += settings(f"data.prompts={json.dumps([str(prompts)])}")
     assert called(add_pairs_arguments, run_pairs, "--out", pairs, *small) == 0
-    assert '"guidance": 2.5' in capsys.readouterr().out
+    assert '"guidance": 2.0' in capsys.readouterr().out
     before = {path: path.read_bytes() for path in pairs.glob("pairs-*")}
     shard_path(pairs, 1).unlink()  # as after a kill
     assert called(add_pairs_arguments, run_pairs, "--out", pairs, *small) == 0
     assert {path: path.read_bytes() for path in pairs.glob("pairs-*")} == before and len(
         before
     ) == 2
-    with pytest.raises(ValueError, match=r"guidance is 2\.5 there and 3\.0 here"):
+    with pytest.raises(ValueError, match=r"guidance is 2\.0 there and 3\.0 here"):
         called(add_pairs_arguments, run_pairs, "--out", pairs, *small, "--set", "guidance=3")
 
-    short = ["--pairs", pairs, *settings("updates=2", "batch=2", "micro_batch=1")]
+    short = ["--pairs", pairs, *settings("updates=2", "batch=2", "micro_batch=1", "context=noisy")]
     short += settings("checkpoint_every=1", "keep=1", "tensorboard=false", "ema_from=0")
     short += settings("cache.window_frames=3", "cache.sink_frames=0")  # the first chunk leaves
     assert called(add_init_arguments, run_init, "--out", out, *short) == 0

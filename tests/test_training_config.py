@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,9 @@ from training.objective.weights import WeightConfig
 from training.run.config import build, changed, from_json, to_json
 from training.run.folder import CONFIG, read_config
 from training.run.journal import read_journal
-from training.stages.recipes import DistilConfig
+from training.stages.recipes import PRESETS, DistilConfig
+from training.stages.regression import INIT_PRESETS, InitConfig
+from training.stages.trajectories import PAIRS_PRESETS, PairsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,22 @@ class Outer:
     limit: int | None = None
     where: Path = Path("runs")
     fast: bool = False
+
+
+SAVED = Path(__file__).parent / "data" / "saved" / "training_configs.json"  # of 26 November 2026
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "presets"),
+    [
+        ("ode_pairs", PairsConfig, PAIRS_PRESETS),
+        ("ode_init", InitConfig, INIT_PRESETS),
+        ("re_dmd", DistilConfig, PRESETS),
+    ],
+)
+def test_configs_of_runs_that_were_begun_before_open_as_what_they_were(recipe, kind, presets):
+    saved = json.loads(SAVED.read_text(encoding="utf-8"))[recipe]
+    assert from_json(kind, json.dumps(saved)) == presets["wan"]()
 
 
 def test_a_config_survives_json():

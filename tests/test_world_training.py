@@ -3,65 +3,39 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from rf_core.config import CacheConfig, Grid, ModelConfig
+from rf_core.config import ModelConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
-from rf_core.kv_cache import KVCache
 from rf_core.model import WanModel
-from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.text import BYTE_VOCAB_SIZE, UMT5Encoder, byte_ids
 from training.world.budget import Budget, Every, run
-from training.world.clips import Clips, ClipsConfig, read_clips, scene_of, write_clips
+from training.world.clips import (
+    CaptionedClips,
+    Clips,
+    ClipsConfig,
+    read_clips,
+    scene_of,
+    write_clips,
+)
 from training.world.evaluate import (
+    EulerConfig,
     EvaluateConfig,
     accuracy_of,
     evaluate,
     evaluation_prompts,
     format_report,
+    sample,
     switch_prompts,
 )
-from training.world.excerpts import (
-    ExcerptConfig,
-    Excerpts,
-    Prompts,
-    draw_excerpts,
-    pasts,
-)
-from training.world.muon import orthogonalise
-from training.world.ode_pairs import (
-    EulerConfig,
-    Pairs,
-    PairsConfig,
-    integrate,
-    read_pairs,
-    sample,
-    write_pairs,
-)
 from training.world.scenes import parse_caption, place_all, render
-from training.world.train_student import (
-    StudentConfig,
-    draw_batch,
-    regression_losses,
-    train_student,
-)
-from training.world.train_teacher import (
-    Draw,
-    Phase,
-    TeacherConfig,
-    clip_loss,
-    excerpt_loss,
-    make_optimisers,
-    new_model,
-    train_teacher,
-)
 from training.world.train_text import (
     ATTRIBUTES,
     TextTrainConfig,
@@ -77,7 +51,6 @@ MICRO = ModelConfig(
     dim=24, ffn_dim=48, freq_dim=16, text_dim=8, text_len=96, num_heads=2, num_layers=2
 )
 MICRO_VAE = VAEConfig(dim=2, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
-PLAIN = ExcerptConfig(switch_share=0.0, context_noise=0.0, stale_sink_share=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -92,31 +65,7 @@ def encoder() -> UMT5Encoder:
 
 @pytest.fixture
 def model() -> WanModel:
-    return lively(new_model(MICRO, 0)).requires_grad_(False)
-
-
-def lively(model: WanModel) -> WanModel:
-    """A network whose head is not zero, so that all of it shows in the output."""
-    torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    return model
-
-
-def some_clips(count: int = 6) -> Clips:
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(count, 16, 15, 8, 8, generator=generator).half()
-    return Clips(latents=latents, scenes=[scene_of(0, index) for index in range(count)])
-
-
-def some_excerpts(count: int = 4, config: ExcerptConfig = PLAIN) -> Excerpts:
-    rows, others = list(range(count)), [5] * count
-    return draw_excerpts(some_clips(), rows, others, np.random.default_rng(0), config)
-
-
-def some_pairs(count: int = 4) -> Pairs:
-    excerpts = some_excerpts(count)
-    generator = torch.Generator().manual_seed(2)
-    *points, clean = torch.randn(5, *excerpts.targets.shape, generator=generator)
-    return Pairs(excerpts=excerpts, points=torch.stack(points), clean=clean)
+    return tiny.model(MICRO)
 
 
 def test_every_token_of_a_clause_is_labelled_with_its_own_clause() -> None:
@@ -193,28 +142,6 @@ def test_every_says_yes_once_a_period() -> None:
     assert answers == [False, True, False, True]
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8)])
-def test_orthogonalised_matrices_keep_their_directions_and_lose_their_scale(
-    shape: tuple[int, int],
-) -> None:
-    torch.manual_seed(0)
-    matrices = torch.randn(3, *shape) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
-    result = orthogonalise(matrices)
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    along = torch.diagonal(u.mT @ result @ v.mT, dim1=1, dim2=2)
-    assert along.min() > 0.5 and along.max() < 1.3
-
-
-def test_muon_takes_the_blocks_matrices_and_adam_all_the_rest() -> None:
-    model = new_model(MICRO, 0)
-    muon, adam = make_optimisers(model, 1e-3, 1e-3, 0.0)
-    matrices = muon.param_groups[0]["params"]
-    others = adam.param_groups[0]["params"]
-    assert len(matrices) == MICRO.num_layers * 10
-    assert all(matrix.ndim == 2 for matrix in matrices)
-    assert len(matrices) + len(others) == len(list(model.parameters()))
-
-
 def test_clips_are_the_same_however_often_a_run_is_cut_off(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = WanVAE(MICRO_VAE).eval().requires_grad_(False)
@@ -232,49 +159,14 @@ def test_clips_are_the_same_however_often_a_run_is_cut_off(tmp_path: Path) -> No
         read_clips(tmp_path)
 
 
-def test_a_few_steps_of_the_teacher_lower_its_loss_and_repeat_exactly(
-    encoder: UMT5Encoder,
-) -> None:
-    clips = replace(some_clips(), latents=torch.randn(1, 16, 1, 8, 8).expand(6, -1, 15, -1, -1))
-    config = TeacherConfig(
-        model=MICRO,
-        budget=Budget(steps=30, warmup_steps=0),
-        matrix_rate=2e-2,
-        other_rate=2e-2,
-        opening_batch=4,
-        excerpt_batch=3,
-        whole_batch=2,
-        phases=(
-            Phase(until=0.5, kinds=("opening",)),
-            Phase(until=1, kinds=("excerpt", "excerpt", "whole")),
-        ),
-    )
-    calls: list[int] = []
-    trained = train_teacher(config, clips, encoder, lambda training: calls.append(training.steps))
-    again = train_teacher(config, clips, encoder)
-
-    def losses(model: WanModel) -> list[float]:
-        torch.manual_seed(1)
-        draw = Draw(config, clips)
-        excerpt = excerpt_loss(model, encoder, draw.excerpts(), config, draw.rng)
-        whole = clip_loss(model, encoder, *draw.clips("whole"), config, draw.rng)
-        return [excerpt.item(), whole.item()]
-
-    assert calls == [30] and trained.samples == 15 * 4 + 10 * 3 + 5 * 2
-    before, after = losses(new_model(MICRO, 0)), losses(trained.model)
-    assert all(b < 0.9 * a for a, b in zip(before, after, strict=True)), (before, after)
-    assert after == losses(again.model)
-    assert after != losses(trained.average)
-
-
 def test_the_sampler_follows_the_flow_and_guidance_extrapolates(
     model: WanModel, encoder: UMT5Encoder
 ) -> None:
-    noise = torch.randn(1, 16, 2, 8, 8)
+    noise = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(3))
     prompt, empty = (model.prompt_context(encoder.encode([text])) for text in ("a red", ""))
 
     def one_step(guidance: float) -> Tensor:
-        return integrate(model, noise, prompt, empty, EulerConfig(steps=1, guidance=guidance))[0]
+        return sample(model, encoder, ["a red"], EulerConfig(steps=1, guidance=guidance), 2, seed=3)
 
     full = torch.full((1, 2), 1000.0)
     conditional, plain = (noise - model(noise, full, context) for context in (prompt, empty))
@@ -282,157 +174,20 @@ def test_the_sampler_follows_the_flow_and_guidance_extrapolates(
     torch.testing.assert_close(one_step(3.0), plain + 3 * (conditional - plain))
 
 
-def test_trajectories_resume_and_lead_from_their_noise_to_their_chunks(
-    model: WanModel, encoder: UMT5Encoder, tmp_path: Path
+def test_captions_are_worded_by_their_seeds_and_clips_told_apart_by_their_things(
+    encoder: UMT5Encoder,
 ) -> None:
-    clips = some_clips()
-    config = PairsConfig(num_excerpts=5, shard=2, euler=EulerConfig(steps=2), excerpts=PLAIN)
-    assert list(write_pairs(model, encoder, clips, config, tmp_path / "whole")) == [2, 4, 5]
-    parts = write_pairs(model, encoder, clips, config, tmp_path / "parts")
-    next(parts)
-    parts.close()
-    list(write_pairs(model, encoder, clips, config, tmp_path / "parts"))
-    whole, again = read_pairs(tmp_path / "whole"), read_pairs(tmp_path / "parts")
-    assert torch.equal(whole.points, again.points) and torch.equal(whole.clean, again.clean)
-    assert whole.points.shape == (4, 3, 5, 16, 3, 8, 8) and len(whole.excerpts) == 5
-
-    excerpts = whole.excerpts.rows(range(5))
-    prompts = Prompts.read(model, encoder, excerpts)
-    empty = model.prompt_context(encoder.encode([""] * 5))
-    past = pasts(model, excerpts, prompts, PLAIN)[2]
-    levels = (sampling_timesteps(config.sampler) / 1000).tolist()
-    noise = whole.points[0, 2].float()
-    led, points = integrate(model, noise, prompts.later, empty, config.euler, past, levels)
-    close = {"atol": 1e-2, "rtol": 1e-2}
-    torch.testing.assert_close(led, whole.clean[2].float(), **close)
-    torch.testing.assert_close(torch.stack(points), whole.points[:, 2].float(), **close)
-    assert torch.equal(points[0], noise)
-
-
-def test_a_trajectory_through_given_levels_is_the_same_walk_with_more_steps(
-    model: WanModel, encoder: UMT5Encoder
-) -> None:
-    config = EulerConfig(steps=2, shift=1.0, guidance=1.0)
-    assert config.sigmas().tolist() == [1.0, 0.5, 0.0]
-    assert config.sigmas([0.5, 0.75]).tolist() == [1.0, 0.75, 0.5, 0.0]
-    noise = torch.randn(1, 16, 1, 8, 8)
-    prompt = model.prompt_context(encoder.encode(["a red"]))
-    end, (middle,) = integrate(model, noise, prompt, prompt, config, through=[0.5])
-    half = noise - 0.5 * model(noise, torch.full((1, 1), 1000.0), prompt)
-    torch.testing.assert_close(middle, half)
-    torch.testing.assert_close(end, half - 0.5 * model(half, torch.full((1, 1), 500.0), prompt))
-
-
-def test_an_excerpt_sees_exactly_what_a_stream_would(model: WanModel, encoder: UMT5Encoder) -> None:
-    excerpts = replace(some_excerpts(), before=some_excerpts().second)
-    prompts = Prompts.read(model, encoder, excerpts)
-    cache = KVCache.allocate(
-        CacheConfig(),
-        num_layers=MICRO.num_layers,
-        batch=4,
-        grid=Grid(height=4, width=4),
-        num_heads=MICRO.num_heads,
-        head_dim=MICRO.head_dim,
-        dtype=torch.float32,
-        device="cpu",
-    )
-    timestep_BF = torch.full((4, 3), 625.0)
-    for target, past in zip(excerpts.targets, pasts(model, excerpts, prompts, PLAIN), strict=True):
-        noisy = torch.randn_like(target)
-        cache.advance()
-        streamed = model(noisy, timestep_BF, prompts.first, cache)
-        torch.testing.assert_close(model(noisy, timestep_BF, prompts.first, past), streamed)
-        model(target, torch.zeros(4, 3), prompts.first, cache)
-
-
-def test_a_changed_prompt_shows_another_scene_and_keeps_the_past() -> None:
-    clips, config = some_clips(), ExcerptConfig(switch_share=0.5)
-    rng = np.random.default_rng(0)
-    rows, others = [0] * 40, [3] * 40
-    excerpts = draw_excerpts(clips, rows, others, rng, config)
-    chunks = [clips.latents[:, :, start : start + 3].float() for start in range(0, 15, 3)]
-    switched = 0
-    for index in range(40):
-        before = [torch.equal(excerpts.before[index], chunk[0]) for chunk in chunks]
-        own = [torch.equal(excerpts.later[index], chunk[0]) for chunk in chunks]
-        other = [torch.equal(excerpts.later[index], chunk[3]) for chunk in chunks]
-        colours = [parse_caption(text)[0].colour for text in (excerpts.later_prompts[index],)]
-        assert parse_caption(excerpts.prompts[index])[0].colour == clips.scenes[0][0].colour
-        if any(own):
-            assert own.index(True) == before.index(True) + 1
-            assert excerpts.later_prompts[index] == excerpts.prompts[index]
-        else:
-            assert other.index(True) >= 1  # no opening follows anything
-            assert colours == [clips.scenes[3][0].colour]
-            switched += 1
-    assert 10 < switched < 30
-
-
-def test_a_stale_sink_and_context_noise_change_the_past_alone(
-    model: WanModel, encoder: UMT5Encoder
-) -> None:
-    excerpts = some_excerpts()
-    prompts = Prompts.read(model, encoder, excerpts)
-    clean = pasts(model, excerpts, prompts, PLAIN)
-    stale = pasts(model, excerpts, prompts, replace(PLAIN, stale_sink_share=1.0))
-    noisy = pasts(model, excerpts, prompts, replace(PLAIN, context_noise=0.1))
-    for layer in range(MICRO.num_layers):
-        assert torch.equal(stale[1].chunks[0][layer][0], clean[1].chunks[0][layer][0])
-        assert not torch.equal(stale[2].chunks[0][layer][0], clean[2].chunks[0][layer][0])
-        assert torch.equal(stale[2].chunks[1][layer][0], clean[2].chunks[1][layer][0])
-        assert not torch.equal(noisy[2].chunks[1][layer][0], clean[2].chunks[1][layer][0])
-
-
-def test_the_regression_equals_one_written_out(model: WanModel, encoder: UMT5Encoder) -> None:
-    config, pairs = StudentConfig(excerpts=PLAIN), some_pairs()
-    rows = [2, 0, 3, 1]
-    batch = draw_batch(pairs, rows, config, np.random.default_rng(0))
-    prompts = Prompts.read(model, encoder, batch.excerpts)
-    past_of = pasts(model, batch.excerpts, prompts, PLAIN)
-    timesteps = sampling_timesteps(config.sampler).tolist()
-    got = regression_losses(model, encoder, batch, config)
-    for kind in range(3):
-        errors = []
-        for place, row in enumerate(rows):
-            step = timesteps.index(float(batch.timestep[kind, place]))
-            noisy = torch.zeros_like(batch.noisy[kind])
-            noisy[place] = pairs.points[step, kind, row]
-            timestep_BF = torch.full((4, 3), timesteps[step])
-            prompt = (prompts.first, prompts.first, prompts.later)[kind]
-            flow = model(noisy, timestep_BF, prompt, past_of[kind])
-            x0 = flow_to_x0(flow, noisy, timestep_BF)
-            errors.append((x0[place] - pairs.clean[kind, row]).square().mean())
-        torch.testing.assert_close(got[kind], torch.stack(errors).mean())
-    assert len(batch.timestep.unique()) == 4
-
-
-def test_a_few_steps_of_the_student_lower_its_loss(encoder: UMT5Encoder) -> None:
-    config = StudentConfig(
-        batch=4, budget=Budget(steps=20, warmup_steps=0), matrix_rate=1e-2, other_rate=1e-2
-    )
-    teacher = lively(new_model(MICRO, 0))
-
-    def losses(model: WanModel) -> list[float]:
-        torch.manual_seed(1)
-        batch = draw_batch(some_pairs(), [0, 1, 2, 3], config, np.random.default_rng(1))
-        return regression_losses(model, encoder, batch, config).tolist()
-
-    before = losses(teacher)
-    trained = train_student(config, teacher, some_pairs(), encoder)
-    after = losses(trained.model)
-    assert all(b < 0.95 * a for a, b in zip(before, after, strict=True)), (before, after)
-    assert trained.steps == 20
-
-
-def test_gradients_reach_every_weight_and_the_past(encoder: UMT5Encoder) -> None:
-    model = lively(new_model(MICRO, 0))
-    config = StudentConfig()
-    batch = draw_batch(some_pairs(), [0, 1], config, np.random.default_rng(0))
-    excerpts = replace(batch.excerpts, before=batch.excerpts.before.requires_grad_(True))
-    batch = replace(batch, excerpts=excerpts)
-    regression_losses(model, encoder, batch, config).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    assert excerpts.before.grad is not None and excerpts.before.grad.abs().sum() > 0
+    latents = torch.randn(12, 16, 9, 8, 8).half()
+    scenes = [scene_of(0, index) for index in range(12)]
+    clips = CaptionedClips(Clips(latents=latents, scenes=scenes), encoder)
+    assert len(clips) == 12 and clips.shape == (16, 9, 8, 8)
+    one, two = clips.groups
+    assert sorted([*one, *two]) == list(range(12)) and {len(scenes[row]) for row in two} == {2}
+    texts, embeds = clips.captions([3, 3, 3, 3, 3, 3], [0, 0, 1, 2, 3, 4])
+    assert texts[0] == texts[1] and len(set(texts)) > 1
+    assert torch.equal(embeds, encoder.encode(texts))
+    assert {parse_caption(text)[0].colour for text in texts} == {scenes[3][0].colour}
+    assert torch.equal(clips.latents([5, 2]), latents[[5, 2]].float())
 
 
 def test_true_videos_are_scored_right_and_counted_by_kind() -> None:

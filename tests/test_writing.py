@@ -19,9 +19,9 @@ from rf_core.model import WanModel
 from rf_core.video import VideoFormat, VideoWriter, remux
 from rf_core.weights.checkpoint import write_checkpoint
 from rf_core.writing import WriteError, whole_file, write_text
+from training.data.pairs import Origin, PairsConfig, Trajectories, write_shard
 from training.run import checkpointing
 from training.run.folder import begin
-from training.stages.trajectories import PairsConfig, Trajectories, write_shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,7 +128,9 @@ def write_everything(folder: Path) -> None:
         points=torch.ones(1, 2), clean=torch.ones(1, 2), embeds=torch.ones(1, 2), prompts=["a"],
         numbers=[0],
     )  # fmt: skip
-    write_shard(folder / "pairs.safetensors", trajectories, PairsConfig(), 0, "teacher")
+    write_shard(
+        folder / "pairs.safetensors", trajectories, PairsConfig(), 0, Origin(teacher="teacher")
+    )
     checkpointing.save({"average": {"a": torch.ones(3)}}, folder / "update_000001")
     begin(PairsConfig(), folder / "run")
 

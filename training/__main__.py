@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from rf_core.attention import check_device
 from rf_core.config import WAN_1_3B, WAN_14B
@@ -26,16 +25,22 @@ from .claims.report import motion_plot, report, strips
 from .objective.verify import KINDS
 from .rewards.videoalign import convert
 from .run.config import to_json
-from .run.distributed import processes, rank, world_size
+from .run.distributed import processes, world_size
 from .run.folder import checkpoints, made, read_config
-from .run.options import add_config_arguments, config_of
-from .stages import evaluation, regression, trajectories
+from .run.options import (
+    add_config_arguments,
+    add_run_arguments,
+    config_of,
+    say,
+    show_progress,
+    told,
+)
+from .stages import evaluation, regression, teacher, trajectories
 from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
 from .stages.export import export
 from .stages.re_dmd import check_files, distil, origin_of, provenance, sizes_of
 from .stages.recipes import PRESETS, DistilConfig, with_sink
-from .stages.trainer import Report, numbers_of
-from .world import __main__ as world
+from .stages.trainer import numbers_of
 
 STRIP_PROMPT = "a red circle moves left"
 SIZES = {"1.3b": WAN_1_3B, "14b": WAN_14B}
@@ -71,16 +76,11 @@ def run_redmd(args: argparse.Namespace) -> int:
     config = _config(args)
     check_folder_writable(args.out)
     with processes(args.device) as device:
-        first = rank() == 0
-        if first:
-            print(to_json(config))
-            print(_estimated(config, sizes_of(config), world_size(), device), flush=True)
-        with tqdm(total=config.run.updates, unit="update", disable=not first) as bar:
-            for report in distil(config, args.out, device, resume=args.resume):
-                bar.update(report.update + 1 - bar.n)
-                bar.write(_line(report))
-    if first:
-        print(f"{args.out}: the averaged weights are in {', '.join(made(args.out))}")
+        say(f"{to_json(config)}\n{_estimated(config, sizes_of(config), world_size(), device)}")
+        reports = distil(config, args.out, device, resume=args.resume)
+        steps = ((each.update + 1, told(numbers_of(each))) for each in reports)
+        show_progress(config.run.updates, "update", steps)
+        say(f"{args.out}: the averaged weights are in {', '.join(made(args.out))}")
     return 0
 
 
@@ -131,11 +131,6 @@ def run_videoalign(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_teacher(args: argparse.Namespace) -> int:
-    """Train the miniature's teacher; for Wan the published weights are the teacher."""
-    return world.main(["teacher", "--out", str(args.out), *args.rest])
-
-
 def run_claims_study(args: argparse.Namespace) -> int:
     """Train and measure the arms that are missing, then print what they say."""
     check_numbers(args, seeds=(1, MANY))
@@ -157,14 +152,6 @@ def _config(args: argparse.Namespace) -> DistilConfig:
     return with_sink(config, args.sink) if args.sink else config
 
 
-def _line(report: Report) -> str:
-    return ", ".join(f"{name} {_told(value)}" for name, value in numbers_of(report).items())
-
-
-def _told(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -175,10 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--dtype", choices=DTYPES, default="float32")
     redmd = commands.add_parser("re_dmd", help="distil a student")
     redmd.set_defaults(command=run_redmd)
-    redmd.add_argument("--out", type=Path, required=True, help="the run's folder")
-    redmd.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    add_run_arguments(redmd)
     redmd.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
     add_config_arguments(redmd, PRESETS)
+    teach = commands.add_parser("teacher", help="train a teacher, or teach it to continue clips")
+    teacher.add_teacher_arguments(teach)
+    teach.set_defaults(command=teacher.run_teacher)
     pairs = commands.add_parser("ode_pairs", help="follow the teacher's ODE")
     trajectories.add_pairs_arguments(pairs)
     pairs.set_defaults(command=trajectories.run_pairs)
@@ -208,10 +197,6 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("release", type=Path, help="folder with model_config.json and checkpoint-*")
     judge.add_argument("base", help="Qwen2-VL-2B-Instruct: a folder or a hub id")
     judge.add_argument("out", type=Path, help="folder to write")
-    teacher = commands.add_parser("teacher", help="train the miniature's teacher")
-    teacher.set_defaults(command=run_teacher)
-    teacher.add_argument("--out", type=Path, required=True, help="folder with vae, text and clips")
-    teacher.add_argument("rest", nargs=argparse.REMAINDER, help="as of `training.world teacher`")
     claims = commands.add_parser("claims", help="the paper's ablations in miniature")
     claims.set_defaults(command=run_claims_study)
     claims.add_argument("--out", type=Path, required=True, help="where runs and results go")

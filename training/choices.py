@@ -1,4 +1,4 @@
-"""What is chosen by name: the reward, and the data set and metric where a run names none.
+"""What is chosen by name: the reward, the clips of a folder, a data set and a metric.
 
 The one place that knows both the general code and what is plugged into it, the miniature world
 included. Below it, data, evaluation and rewards know their Protocols alone.
@@ -12,17 +12,25 @@ from typing import Literal
 
 import torch
 
-from .data.prompts import DataSet
+from rf_core.text import load_text_encoder
+
+from .data.clips import ClipSource
+from .data.embeddings import encoder_path
+from .data.pairs import Pairs, shards_of
+from .data.prompts import DataConfig, DataSet
 from .evaluation.metric import PromptMetric
 from .rewards.flow_motion import FlowMotionReward
 from .rewards.judges import Reward
 from .rewards.videoalign import load_videoalign
 from .world.captions import Captions
+from .world.clips import CaptionedClips, read_clips, shards_of_clips
 from .world.metric import TrackerMetric
 from .world.reward import TrackerReward
 
 DATA_SET: DataSet = Captions()
 """Whose prompts are shown where no prompt file is given: the bundled demo's."""
+CLIPS = Path("runs/world/clips")
+"""Where `python -m training.world clips` leaves its clips."""
 METRIC: PromptMetric = TrackerMetric()
 """What measures whether videos keep the prompts it can read."""
 
@@ -53,3 +61,22 @@ def open_reward(config: RewardConfig, device: torch.device) -> Reward | None:
         return FlowMotionReward()
     assert config.path is not None
     return load_videoalign(config.path, device, torch.bfloat16, published=config.published_frames)
+
+
+def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSource:
+    """The clips of a folder: the miniature world's, or the ends of trajectories of whole clips.
+
+    ValueError for a folder that holds neither.
+    """
+    if shards_of_clips(folder):
+        encoder = load_text_encoder(encoder_path(data), device=device, dtype=torch.float32)
+        return CaptionedClips(read_clips(folder), encoder)
+    if not shards_of(folder):
+        raise ValueError(
+            f"{folder} holds no clips; make some with `python -m training.world clips`, or give "
+            "whole clips of `python -m training ode_pairs`"
+        )
+    pairs = Pairs.open(folder)
+    if pairs.config.follows != "clips":
+        raise ValueError(f"{folder} holds trajectories of excerpts; give those of whole clips")
+    return pairs

@@ -33,9 +33,8 @@ from ..run.folder import STUDENT, checkpoints
 from ..stages.re_dmd import distil
 from ..stages.recipes import DistilConfig, miniature
 from ..world.clips import decode_latents, num_images, scene_of
-from ..world.evaluate import ATTRIBUTES, EvaluateConfig, Streams
+from ..world.evaluate import ATTRIBUTES, EulerConfig, EvaluateConfig, Streams, sample
 from ..world.metric import caption_measures
-from ..world.ode_pairs import EulerConfig, sample
 from ..world.scenes import all_captions, caption, parse_caption, place_all, render
 from ..world.stages import Files, open_encoder, open_network, open_vae
 from ..world.tracker import drift

@@ -1,1 +1,1 @@
-"""Prompts and their embeddings."""
+"""Prompts and their embeddings, clips and what is cut from them, trajectories on disk."""

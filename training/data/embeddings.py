@@ -154,6 +154,11 @@ def place_encoder(encoder: UMT5Encoder, device: torch.device) -> UMT5Encoder:
     return encoder
 
 
+def encoder_path(config: DataConfig) -> str:
+    """The text encoder that a config names, or the bundled demo's."""
+    return config.text_encoder or str(DEMO / "text_encoder.safetensors")
+
+
 def open_prompts(
     config: DataConfig, own: DataSet, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[str], PromptEmbeds, Tensor]:
@@ -162,26 +167,39 @@ def open_prompts(
     Where the config names no prompt file, they are the data set's `own`. The encoder is opened only
     where an embedding is missing, and let go of again.
     """
-    encoder_path = config.text_encoder or str(DEMO / "text_encoder.safetensors")
     if not config.prompts:
         prompts = own.to_train_on()[: config.limit]
-        encoder = load_text_encoder(encoder_path, device=device, dtype=dtype)
+        encoder = load_text_encoder(encoder_path(config), device=device, dtype=dtype)
         embeds = MemoryEmbeds(torch.cat([encoder.encode([text]) for text in prompts]).cpu())
         return prompts, embeds, encoder.encode([config.negative])
     prompts = read_prompts(config)
-    folder = config.cache or folder
-    found, missing = cached_embeds(prompts, encoder_path, folder)
-    plain, no_plain = cached_embeds([config.negative], encoder_path, folder)
-    if missing or no_plain:
-        encoder = load_text_encoder(encoder_path, device="cpu", dtype=dtype)
-        encoder = place_encoder(encoder, device)
-        for texts, cache, numbers in (
-            ([config.negative], plain, no_plain),
-            (prompts, found, missing),
-        ):
-            for done in encode_missing(encoder, texts, cache, numbers, config.encode_batch):
-                _log.info("prompts encoded: %d of %d shards", done, len(numbers))
+    plain, found = _open_texts([[config.negative], prompts], config, folder, device, dtype)
+    return prompts, found, plain.embeds([0])
+
+
+def open_negative(
+    config: DataConfig, folder: Path, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The embedding of the negative prompt alone, [1, S, D]."""
+    (plain,) = _open_texts([[config.negative]], config, folder, device, dtype)
+    return plain.embeds([0])
+
+
+def _open_texts(
+    texts: Sequence[Sequence[str]],
+    config: DataConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[CachedEmbeds]:
+    path, folder = encoder_path(config), config.cache or folder
+    found = [cached_embeds(each, path, folder) for each in texts]
+    if any(missing for _, missing in found):
+        encoder = place_encoder(load_text_encoder(path, device="cpu", dtype=dtype), device)
+        for some, (cache, missing) in zip(texts, found, strict=True):
+            for done in encode_missing(encoder, some, cache, missing, config.encode_batch):
+                _log.info("prompts encoded: %d of %d shards", done, len(missing))
         del encoder
         gc.collect()  # a sharded one refers to itself
         empty_caches()
-    return prompts, found, plain.embeds([0])
+    return [cache for cache, _ in found]

@@ -73,6 +73,15 @@ def check_prompt_files(config: DataConfig) -> None:
             raise ValueError(f"data.prompts names {path}, which is not there")
 
 
+def check_no_prompt_files(config: DataConfig) -> None:
+    """ValueError for prompt files where clips come with prompts of their own."""
+    if config.prompts:
+        raise ValueError(
+            f"data.prompts names {config.prompts[0]}, but clips have prompts of their own; "
+            "set data.prompts=[]"
+        )
+
+
 def read_prompts(config: DataConfig) -> list[str]:
     """Every prompt once, in order of first appearance; what is left out is logged.
 

@@ -27,6 +27,11 @@ Layers = tuple[tuple[Frames, Frames], ...]
 """Keys and values of latent frames in every layer."""
 
 
+def no_past(num_layers: int) -> Layers:
+    """What a first chunk sees."""
+    return (((), ()),) * num_layers
+
+
 class Slot:
     """One pass over one chunk: what it sees of earlier ones, and what it leaves (`KeyValues`).
 
@@ -46,6 +51,15 @@ class Slot:
     def layer(self, index: int) -> LayerSlot:
         """The window of one layer."""
         return LayerSlot(self, index)
+
+    def followed(self) -> Layers:
+        """The window with what the pass has left at its end."""
+        own = (self.own[layer] for layer in range(len(self.past)))
+        tokens = self.grid.frame_tokens
+        return tuple(
+            ((*keys, *k.split(tokens, dim=1)), (*values, *v.split(tokens, dim=1)))
+            for (keys, values), (k, v) in zip(self.past, own, strict=True)
+        )
 
 
 class LayerSlot:
@@ -83,7 +97,7 @@ class Window:
     @classmethod
     def empty(cls, config: CacheConfig, num_layers: int, grid: Grid) -> Window:
         """The window before the first chunk."""
-        return cls(config=config, grid=grid, layers=(((), ()),) * num_layers)
+        return cls(config=config, grid=grid, layers=no_past(num_layers))
 
     @property
     def num_frames(self) -> int:
@@ -107,13 +121,7 @@ class Window:
 
     def followed_by(self, slot: Slot) -> Window:
         """With what a pass has left at the end."""
-        own = (slot.own[layer] for layer in range(len(self.layers)))
-        tokens = self.grid.frame_tokens
-        layers = tuple(
-            ((*keys, *k.split(tokens, dim=1)), (*values, *v.split(tokens, dim=1)))
-            for (keys, values), (k, v) in zip(self.layers, own, strict=True)
-        )
-        return replace(self, layers=layers)
+        return replace(self, layers=slot.followed())
 
     def _without(self, frames: Frames, count: int, *, keys: bool) -> Frames:
         c = self.config

@@ -24,6 +24,7 @@ from rf_core.scheduler import add_noise, flow_to_x0
 
 from .losses import critic_loss, generator_loss, guided, matching_direction
 from .rollout import Draws, Rollout, roll_out
+from .tensors import Tensors
 from .weights import WeightConfig
 
 Weigher = Callable[[Tensor, int], Tensor]
@@ -87,17 +88,13 @@ class Prompts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noising:
+class Noising(Tensors):
     """Where scores are compared: the random part of a judgement."""
 
     noise: Tensor
     """As the latents, [B, C, F, h, w]."""
     timestep_B: Tensor
     """One a sample, of 1000."""
-
-    def to(self, device: torch.device) -> Noising:
-        """The same on another device."""
-        return Noising(noise=self.noise.to(device), timestep_B=self.timestep_B.to(device))
 
     def apply(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """The noised latents and their timesteps [B, F]."""

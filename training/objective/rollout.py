@@ -10,7 +10,7 @@ and no gradient leaks from a chunk into the ones before it. Window, evictions an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -22,6 +22,8 @@ from rf_core.kv_cache import KeyValues, KVCache
 from rf_core.layers import PromptKV
 from rf_core.model import PromptContext, WanModel
 from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
+
+from .tensors import Tensors
 
 T = TypeVar("T", bound=KeyValues)
 
@@ -41,7 +43,7 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draws:
+class Draws(Tensors):
     """The random part of a rollout; the same draws give the same rollout."""
 
     noise: Tensor
@@ -50,10 +52,6 @@ class Draws:
     """What goes back in between passes, [steps - 1, B, C, F, h, w]."""
     exit_step: int
     """The pass that ends every chunk, from 0; shared by all chunks, samples and ranks."""
-
-    def to(self, device: torch.device) -> Draws:
-        """The same on another device."""
-        return replace(self, noise=self.noise.to(device), renoise=self.renoise.to(device))
 
 
 def draw(

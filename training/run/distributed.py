@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
@@ -172,7 +172,7 @@ def reshard(network: nn.Module) -> None:
             module.reshard()
 
 
-def clip_gradients(network: nn.Module, largest: float) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
     """Scale gradients down to a norm; returns what it was. RuntimeError for one that is NaN."""
-    norm = nn.utils.clip_grad_norm_(network.parameters(), largest, error_if_nonfinite=True)
+    norm = nn.utils.clip_grad_norm_(parameters, largest, error_if_nonfinite=True)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

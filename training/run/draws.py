@@ -73,7 +73,7 @@ def noising_draws(
 
 def prompt_numbers(
     seed: int,
-    role: Role,
+    role: str,
     update: int,
     samples: Sequence[int],
     batch: int,

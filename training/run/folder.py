@@ -16,6 +16,7 @@ from .distributed import barrier, of_the_first, rank
 
 T = TypeVar("T")
 CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"
+TEACHER = "teacher.safetensors"
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
@@ -84,7 +85,7 @@ def forget_old(out: Path, keep: int) -> None:
 
 def made(out: Path) -> list[str]:
     """Names of the weights a run's folder holds."""
-    return [name for name in (STUDENT, LORA) if (out / name).exists()]
+    return [name for name in (TEACHER, STUDENT, LORA) if (out / name).exists()]
 
 
 @contextmanager

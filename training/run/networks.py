@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
@@ -62,9 +62,35 @@ def open_network(
     adapters, which are then all that is trained. Every process calls this together.
     """
     source = read_checkpoint(path)
-    network = _empty(source.config, torch.float32 if trained else DTYPES[placement.dtype])
+    return _placed(source.config, source.tensors, placement, device, trained, offload, lora, seed)
+
+
+def new_network(
+    config: ModelConfig, placement: PlacementConfig, device: torch.device, *, seed: int
+) -> WanModel:
+    """A freshly drawn network, placed and ready to be trained; every process draws the same."""
+    model = WanModel(config)
+    generator = torch.Generator().manual_seed(seed)
+    model.initialise(generator)
+    # Wan's small text embedding is meant for thousands of inputs; at 64 it would drown the prompt.
+    for layer in (model.text_embedding[0], model.text_embedding[2]):
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
+    tensors, offload = model.state_dict(), placement.offload == "all"
+    return _placed(config, tensors, placement, device, True, offload, None, seed)
+
+
+def _placed(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    placement: PlacementConfig,
+    device: torch.device,
+    trained: bool,
+    offload: bool,
+    lora: LoRAConfig | None,
+    seed: int,
+) -> WanModel:
+    network = _empty(config, torch.float32 if trained else DTYPES[placement.dtype])
     network.requires_grad_(trained and lora is None)
-    tensors: Mapping[str, Tensor] = source.tensors
     if lora is not None:
         add_adapters(network, lora)
         tensors = renamed_base(network, tensors) | adapter_weights(network, seed)

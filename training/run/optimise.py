@@ -1,10 +1,11 @@
-"""A network with its optimiser: its steps, what a checkpoint keeps of it, and how it goes on."""
+"""A network with its optimisers: their steps, what a checkpoint keeps, and how they go on."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from rf_core.model import WanModel
 from rf_core.ranges import MANY, check_numbers
 
+from ..muon import Muon
 from .distributed import clip_gradients, reshard
 
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -23,59 +25,87 @@ _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
-    """AdamW; defaults are the published ones of Re-DMD."""
+    """AdamW, and Muon for matrices where asked; defaults are the published ones of Re-DMD."""
 
     rate: float
     """Learning rate."""
     betas: tuple[float, float] = (0.0, 0.999)
     """Decay of the two moments."""
     weight_decay: float = 0.01
-    """Decoupled weight decay."""
+    """Decoupled weight decay; with Muon, of its matrices alone."""
     clip_norm: float = 10.0
-    """Largest norm of the gradients."""
+    """Largest norm of AdamW's gradients; Muon's steps have no length of their own."""
+    matrix_rate: float | None = None
+    """Muon's learning rate, for the blocks' matrices; None for AdamW alone."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What becomes of the rates over the run: `cosine` takes them down to a hundredth."""
+    warmup: int = 0
+    """Updates over which they rise."""
 
     def __post_init__(self) -> None:
         check_numbers(self, rate=(0, 1000.0), clip_norm=(0, MANY), weight_decay=(0, 1000.0))
+        check_numbers(self, matrix_rate=(0, 1000.0), warmup=(0, MANY))
         if not (self.rate and self.clip_norm):
             raise ValueError(f"rate {self.rate} and clip_norm {self.clip_norm} must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; give two decays in [0, 1)")
 
+    def factor(self, update: int, updates: int) -> float:
+        """What the rates are multiplied by at one of so many updates."""
+        rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "constant":
+            return rise
+        return rise * (0.01 + 0.99 * (1 + math.cos(math.pi * min(update / updates, 1.0))) / 2)
+
 
 class Trained:
-    """The parameters of a network that require gradients, and their AdamW."""
+    """The parameters of a network that require gradients, and their optimisers."""
 
     def __init__(self, network: WanModel, config: OptimiserConfig) -> None:
-        self.network, self.clip_norm = network, config.clip_norm
-        self.optimiser = torch.optim.AdamW(
-            [p for p in network.parameters() if p.requires_grad],
-            lr=config.rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
+        self.network, self.config = network, config
+        named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        muon = config.matrix_rate is not None
+        matrices = [p for name, p in named if muon and name.startswith("blocks.") and p.ndim == 2]
+        chosen = {id(each) for each in matrices}
+        self.others = [p for _, p in named if id(p) not in chosen]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                self.others,
+                lr=config.rate,
+                betas=config.betas,
+                weight_decay=0.0 if muon else config.weight_decay,
+            )
+        ]
+        if config.matrix_rate is not None:
+            decay = config.weight_decay
+            self.optimisers.append(Muon(matrices, lr=config.matrix_rate, weight_decay=decay))
+        self.rates = [config.rate, config.matrix_rate]
 
-    def descend(self) -> float:
+    def descend(self, factor: float = 1.0) -> float:
         """One step down the gradients, which are then let go; returns their norm before clipping.
 
-        RuntimeError for a gradient that is not finite.
+        `factor` multiplies the rates. RuntimeError for a gradient that is not finite.
         """
-        norm = clip_gradients(self.network, self.clip_norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        norm = clip_gradients(self.others, self.config.clip_norm)
+        for optimiser, rate in zip(self.optimisers, self.rates, strict=False):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         reshard(self.network)
         return norm
 
     def state(self) -> dict[str, Any]:
         """Weights and moments as nested dictionaries of tensors; rates are the config's."""
-        model, optimiser = get_state_dict(self.network, self.optimiser, options=_TRAINED_ONLY)
+        model, optimiser = get_state_dict(self.network, self.optimisers, options=_TRAINED_ONLY)
         return {"model": model, "moments": optimiser["state"]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
-        _, live = get_state_dict(self.network, self.optimiser, options=_TRAINED_ONLY)
+        _, live = get_state_dict(self.network, self.optimisers, options=_TRAINED_ONLY)
         set_state_dict(
             self.network,
-            self.optimiser,
+            self.optimisers,
             model_state_dict=state["model"],
             optim_state_dict=live | {"state": state["moments"]},
             options=_TRAINED_ONLY,

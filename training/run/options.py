@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from rf_core.attention import check_device
 from rf_core.prompt_files import text_lines
 
 from .config import changed, from_json
+from .distributed import rank
 
 T = TypeVar("T")
 
@@ -29,6 +31,12 @@ def add_config_arguments(
     parser.add_argument("--device", default=default, help="cpu or cuda")
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--out` and `--resume`."""
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+
+
 def config_of(args: argparse.Namespace, kind: type[T], presets: Mapping[str, Callable[[], T]]) -> T:
     """The config that a command line names, with its changes."""
     check_device(args.device, torch.float32, "sdpa")
@@ -37,3 +45,24 @@ def config_of(args: argparse.Namespace, kind: type[T], presets: Mapping[str, Cal
     else:
         config = presets[args.preset]()
     return changed(config, args.set)
+
+
+def say(text: str) -> None:
+    """Print, in the first process alone."""
+    if rank() == 0:
+        print(text, flush=True)  # noqa: T201
+
+
+def show_progress(total: int, unit: str, steps: Iterable[tuple[int, str]]) -> None:
+    """A bar over steps, each of which says how much is done and, in a line, what it found."""
+    with tqdm(total=total, unit=unit, disable=rank() != 0) as bar:
+        for done, line in steps:
+            bar.update(done - bar.n)
+            if line and rank() == 0:
+                bar.write(line)
+
+
+def told(numbers: Mapping[str, object]) -> str:
+    """Numbers with their names, in a line."""
+    values = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in numbers.values())
+    return ", ".join(f"{name} {value}" for name, value in zip(numbers, values, strict=True))

@@ -1,1 +1,1 @@
-"""What makes students: trajectories, regression, Re-DMD, and what is done with them."""
+"""What makes teachers and students, and what is done with them."""

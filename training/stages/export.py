@@ -30,12 +30,15 @@ Weights = Literal["average", "student"]
 def write_student(
     path: Path,
     student: WanModel,
-    cache: CacheConfig,
-    sampler: SamplerConfig,
+    cache: CacheConfig | None,
+    sampler: SamplerConfig | None,
     size: tuple[int, int],
     note: Mapping[str, Any],
 ) -> None:
-    """Write a student that may be sharded; every process calls this, the first one writes."""
+    """Write a student that may be sharded, or a teacher, which has no cache and no sampler.
+
+    Every process calls this, the first one writes.
+    """
     tensors = _whole(student)
     if rank() == 0:
         write_checkpoint(path, tensors, student.config, cache, sampler, size=size, provenance=note)

@@ -203,7 +203,9 @@ class Trainer:
                 total += float(loss.detach())
         total = summed(total)
         self._check(role, number, total)
-        norm = self.trained[role].descend()
+        trained, c = self.trained[role], self.config
+        updates = c.updates * (c.critic_ratio if role == "critic" else 1)
+        norm = trained.descend(trained.config.factor(number, updates))
         return _Step(total, norm, weighing and weighing.log())
 
     def _check(self, role: Role, number: int, loss: float) -> None:

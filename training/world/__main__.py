@@ -1,8 +1,9 @@
-"""The miniature world's command line, from nothing to the demo model.
+"""The miniature world's command line: its data, and what its models show.
 
-`python -m training.world vae | text | clips | teacher | ode | student | evaluate | release | all`.
-Each stage reads what the ones before left in the output folder, takes a budget in minutes or
-steps, writes its result as it goes on, and records how it was made.
+`python -m training.world vae | text | clips | evaluate | release`. Each stage reads what the ones
+before left in the output folder, takes a budget in minutes or steps, writes its result as it goes
+on, and records how it was made. Between clips and evaluation, the recipes of `python -m training`
+make teacher and student.
 """
 
 from __future__ import annotations
@@ -24,11 +25,8 @@ from rf_core.ranges import MANY, check_folder_writable, check_numbers
 from . import stages
 from .budget import Budget
 from .clips import ClipsConfig
-from .evaluate import EvaluateConfig, format_report
-from .ode_pairs import EulerConfig, PairsConfig
+from .evaluate import EulerConfig, EvaluateConfig, format_report
 from .stages import Files
-from .train_student import StudentConfig
-from .train_teacher import TeacherConfig
 from .train_text import TextTrainConfig
 from .train_vae import VAETrainConfig, train_vae
 
@@ -37,17 +35,16 @@ DEMO = Path(__file__).parents[2] / "rf_core" / "demo"
 
 @forgiving_console()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage, or all; 0 when it went well, 1 on an error of the user's."""
+    """Run one stage; 0 when it went well, 1 on an error of the user's."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     args = _parser().parse_args(arguments)
-    files = Files(args.out)
+    files = Files(args.out, args.teacher, args.student)
     try:
         _check(args)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         args.out.mkdir(parents=True, exist_ok=True)
-        for stage in STAGES if args.stage == "all" else (args.stage,):
-            STAGES[stage](args, files)
+        STAGES[args.stage](args, files)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -59,6 +56,10 @@ def _check(args: argparse.Namespace) -> None:
     check_numbers(args, **counts, threads=(1, 4096), minutes=(0, MANY), seed=(0, 2**63 - 1))
     check_numbers(args, guidance=(-1000.0, 1000.0))
     check_folder_writable(args.out)
+    for name in ("teacher", "student"):
+        path = getattr(args, name)
+        if path is not None and not path.exists():
+            raise ValueError(f"{name} is {path}, which is not there")
 
 
 def run_vae(args: argparse.Namespace, files: Files) -> None:
@@ -80,30 +81,9 @@ def run_clips(args: argparse.Namespace, files: Files) -> None:
     stages.make_clips(files, replace(defaults, num_clips=args.count or defaults.num_clips))
 
 
-def run_teacher(args: argparse.Namespace, files: Files) -> None:
-    """Train the teacher, on the clips that are there."""
-    config = TeacherConfig(seed=args.seed or 0)
-    if args.start:  # what openings alone teach, it knows
-        config = replace(config, phases=config.phases[1:], matrix_rate=config.matrix_rate / 1.5)
-    stages.make_teacher(files, replace(config, budget=_budget(args, config.budget)), args.start)
-
-
-def run_ode(args: argparse.Namespace, files: Files) -> None:
-    """Follow the teacher's ODE."""
-    config = PairsConfig(euler=_euler(args), minutes=args.minutes, part=args.part)
-    count = args.count or config.num_excerpts
-    stages.make_pairs(files, replace(config, num_excerpts=count))
-
-
-def run_student(args: argparse.Namespace, files: Files) -> None:
-    """Train the student on the trajectories that are there."""
-    config = StudentConfig(seed=args.seed or 0)
-    stages.make_student(files, replace(config, budget=_budget(args, config.budget)), args.start)
-
-
 def run_evaluate(args: argparse.Namespace, files: Files) -> None:
     """Measure what is there, or the demo where nothing has been trained, and print it."""
-    measured = files if files.vae.exists() else Files(args.demo)
+    measured = files if files.vae.exists() else replace(files, folder=args.demo)
     print(f"measuring the networks in {measured.folder}")
     report = stages.make_report(measured, EvaluateConfig(), _euler(args), files.report)
     print(format_report(report))
@@ -122,9 +102,6 @@ STAGES: dict[str, Stage] = {
     "vae": run_vae,
     "text": run_text,
     "clips": run_clips,
-    "teacher": run_teacher,
-    "ode": run_ode,
-    "student": run_student,
     "evaluate": run_evaluate,
     "release": run_release,
 }
@@ -155,14 +132,18 @@ def _part(text: str) -> tuple[int, int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.world", description=__doc__)
-    parser.add_argument("stage", choices=(*STAGES, "all"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, default=Path("runs/world"), help="where results go")
     parser.add_argument("--minutes", type=float, help="wall-clock limit of the stage")
     parser.add_argument("--steps", type=int, help="optimiser steps at most")
-    parser.add_argument("--count", type=int, help="clips or trajectories at most")
+    parser.add_argument("--count", type=int, help="clips at most")
     parser.add_argument("--part", type=_part, default=(0, 1), help="i/n: every n-th clip shard")
     parser.add_argument("--seed", type=int, help="seed of the training stages (default 0)")
-    parser.add_argument("--start", type=Path, help="checkpoint to go on from, not from scratch")
+    parser.add_argument("--start", type=Path, help="VAE to go on from, not from scratch")
+    parser.add_argument(
+        "--teacher", type=Path, help="what is measured or released (default: OUT's)"
+    )
+    parser.add_argument("--student", type=Path, help="the same of the student")
     parser.add_argument("--guidance", type=float, help="the teacher's guidance")
     parser.add_argument("--euler-steps", type=int, help="the teacher's sampling steps")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")

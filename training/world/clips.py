@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from rf_core.config import TEMPORAL_FACTOR
 from rf_core.decoders.vae import WanVAE
 from rf_core.numbered import numbered
+from rf_core.text import TextEncoder
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file
 
@@ -126,9 +128,14 @@ def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata)
 
 
+def shards_of_clips(folder: Path) -> list[Path]:
+    """The shards of encoded clips that a folder holds."""
+    return [path for _, path in numbered(folder, _shard_name)]
+
+
 def read_clips(folder: Path) -> Clips:
     """Every shard of `folder`; ValueError where there is none."""
-    paths = [path for _, path in numbered(folder, _shard_name)]
+    paths = shards_of_clips(folder)
     if not paths:
         raise ValueError(f"{folder} holds no clips; run `python -m training.world clips` first")
     latents, scenes = [], []
@@ -144,3 +151,41 @@ def read_clips(folder: Path) -> Clips:
 def captions(scenes: list[Scene], rng: np.random.Generator | None = None) -> list[str]:
     """One caption a scene; `rng` picks among the phrasings."""
     return [caption(scene, rng) for scene in scenes]
+
+
+@dataclass(frozen=True)
+class CaptionedClips:
+    """Encoded clips with captions, which are worded and encoded anew each time they are asked for.
+
+    Kinds are clips of one thing and clips of two.
+    """
+
+    clips: Clips
+    encoder: TextEncoder
+
+    def __len__(self) -> int:
+        return len(self.clips.scenes)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a clip's latents: channels, frames, rows, columns."""
+        _, channels, frames, rows, columns = self.clips.latents.shape
+        return channels, frames, rows, columns
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Rows by the number of things they show."""
+        counts = [len(scene) for scene in self.clips.scenes]
+        return [[row for row, n in enumerate(counts) if n == kind] for kind in sorted(set(counts))]
+
+    def latents(self, rows: Sequence[int]) -> Tensor:
+        """Some clips, [N, C, F, h, w] in float32."""
+        return self.clips.latents[list(rows)].float()
+
+    def captions(self, rows: Sequence[int], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
+        """Captions, and the same encoded [N, S, D]; seeds choose the words."""
+        texts = [
+            caption(self.clips.scenes[row], np.random.default_rng(seed))
+            for row, seed in zip(rows, seeds, strict=True)
+        ]
+        return texts, self.encoder.encode(texts).cpu()

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.decoders.vae import WanVAE
 from rf_core.decoders.vae_files import load_vae
 from rf_core.model import WanModel
@@ -31,41 +30,28 @@ from .clips import (
     ClipsConfig,
     lay_out_channels_last,
     num_images,
-    read_clips,
     scene_of,
     write_clips,
 )
-from .evaluate import (
-    EvaluateConfig,
-    Report,
-    Streams,
-    accuracy,
-    accuracy_of,
-    evaluate,
-    evaluation_prompts,
-)
-from .ode_pairs import EulerConfig, PairsConfig, read_pairs, sample, write_pairs
-from .scenes import SIZE
-from .train_student import StudentConfig, train_student
-from .train_teacher import TeacherConfig, Training, train_teacher
+from .evaluate import EulerConfig, EvaluateConfig, Report, evaluate
 from .train_text import TextTrainConfig, train_text
 from .train_vae import FILE_NAME as VAE_FILE_NAME
 from .train_vae import PROVENANCE_KEY, latent_colours
 
 _log = logging.getLogger(__name__)
-
-PREVIEW = EvaluateConfig(single=16, double=6, chunks=5, seed=4)
-"""What a network in training is tried on."""
-
-MANY_STEPS = SamplerConfig(steps=tuple(range(1000, 0, -50)))
-"""A schedule fine enough for the teacher to stream by, without guidance."""
+COLOUR_SEED = 4  # of the scenes that colours of latents are fitted to
+RECIPES = {"teacher": "teacher", "student": "ode_init"}
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where the stages leave their results."""
+    """Where results are: of the world's own stages in one folder, of the recipes where they say."""
 
     folder: Path
+    made_teacher: Path | None = None
+    """None for `teacher.safetensors` in the folder."""
+    made_student: Path | None = None
+    """The same of the student."""
 
     @property
     def vae(self) -> Path:
@@ -81,15 +67,11 @@ class Files:
 
     @property
     def teacher(self) -> Path:
-        return self.folder / "teacher.safetensors"
-
-    @property
-    def trajectories(self) -> Path:
-        return self.folder / "trajectories"
+        return self.made_teacher or self.folder / "teacher.safetensors"
 
     @property
     def student(self) -> Path:
-        return self.folder / "student.safetensors"
+        return self.made_student or self.folder / "student.safetensors"
 
     @property
     def report(self) -> Path:
@@ -111,79 +93,6 @@ def make_clips(files: Files, config: ClipsConfig) -> None:
     vae = open_vae(files)
     for count in write_clips(vae, config, files.clips):
         _log.info("%d clips", count)
-
-
-def make_teacher(files: Files, config: TeacherConfig, start: Path | None = None) -> None:
-    """Train and write the teacher, anew or from a checkpoint; tries it at every checkpoint."""
-    vae, encoder, clock = open_vae(files), open_encoder(files), time.monotonic()
-    clips = read_clips(files.clips)
-    _log.info("%d clips", len(clips.scenes))
-    about = provenance("teacher", config, clock, [files.vae, files.text])
-    if start:
-        about["started_from"] = {"sha256": file_hash(start)} | read_checkpoint(start).provenance
-
-    def checkpoint(training: Training) -> None:
-        found = {
-            "whole": preview(vae, encoder, training.average),
-            "streamed": preview_stream(vae, encoder, training.average, MANY_STEPS),
-        }
-        note = about | progress(training, clock) | {"clips": len(clips.scenes), "preview": found}
-        write_network(files.teacher, training.average, note)
-        _log.info("%d steps, loss %.4f, %s", training.steps, training.loss, found)
-
-    first = open_network(start) if start else None
-    train_teacher(config, clips, encoder, checkpoint, first)
-
-
-def preview(vae: WanVAE, encoder: UMT5Encoder, teacher: WanModel) -> dict[str, str]:
-    """The teacher's accuracy on whole clips of a few captions."""
-    prompts = evaluation_prompts(PREVIEW)
-    latents = sample(teacher, encoder, prompts, EulerConfig(steps=16), PREVIEW.frames, PREVIEW.seed)
-    return _counts(accuracy(vae, latents, prompts))
-
-
-def preview_stream(
-    vae: WanVAE, encoder: UMT5Encoder, student: WanModel, sampler: SamplerConfig
-) -> dict[str, str]:
-    """The accuracy of short streams of a few captions."""
-    prompts = evaluation_prompts(PREVIEW)
-    streams = Streams(student, encoder, vae, PREVIEW, sampler=sampler)
-    return _counts(accuracy_of(streams.videos(prompts, PREVIEW.chunks), prompts))
-
-
-def _counts(report: Report) -> dict[str, str]:
-    return {name: f"{count['right']}/{count['of']}" for name, count in report["all"].items()}
-
-
-def make_pairs(files: Files, config: PairsConfig) -> None:
-    """Follow the teacher's ODE from noise to chunks."""
-    teacher, encoder, clips = (
-        open_network(files.teacher),
-        open_encoder(files),
-        read_clips(files.clips),
-    )
-    for count in write_pairs(teacher, encoder, clips, config, files.trajectories):
-        _log.info("%d excerpts", count)
-
-
-def make_student(files: Files, config: StudentConfig, start: Path | None = None) -> None:
-    """Train and write the student, from the teacher or from a checkpoint of its own."""
-    vae, encoder, clock = open_vae(files), open_encoder(files), time.monotonic()
-    pairs = read_pairs(files.trajectories)
-    counts = {"excerpts": len(pairs.excerpts)}
-    _log.info("%s", counts)
-    origin = start or files.teacher
-    about = provenance("student", config, clock, [files.vae, files.text, origin])
-    if start:
-        about["started_from"] = {"sha256": file_hash(start)} | read_checkpoint(start).provenance
-
-    def checkpoint(training: Training) -> None:
-        found = preview_stream(vae, encoder, training.average, config.sampler)
-        note = about | progress(training, clock) | counts | {"preview": found}
-        write_network(files.student, training.average, note, config.cache, config.sampler)
-        _log.info("%d steps, loss %.4f, %s", training.steps, training.loss, found)
-
-    train_student(config, open_network(origin), pairs, encoder, checkpoint)
 
 
 def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig, path: Path) -> Report:
@@ -217,14 +126,14 @@ def release(files: Files, demo: Path) -> dict[str, int]:
     demo.mkdir(parents=True, exist_ok=True)
     for path in (files.vae, files.text):
         (demo / path.name).write_bytes(path.read_bytes())
-    scenes = [scene_of(PREVIEW.seed, index) for index in range(16)]
-    colours = latent_colours(open_vae(files), scenes, num_images(PREVIEW.frames))
+    scenes = [scene_of(COLOUR_SEED, index) for index in range(16)]
+    colours = latent_colours(open_vae(files), scenes, num_images(EvaluateConfig.frames))
     add_metadata(demo / files.vae.name, {"latent_rgb": json.dumps(colours)})
-    for path in (files.teacher, files.student):
-        made = read_checkpoint(path)
-        tensors = {name: tensor.half() for name, tensor in made.tensors.items()}
+    for name, path in (("teacher", files.teacher), ("student", files.student)):
+        made = read_checkpoint(_made(path, name))
+        tensors = {key: tensor.half() for key, tensor in made.tensors.items()}
         write_checkpoint(
-            demo / path.name,
+            demo / f"{name}.safetensors",
             tensors,
             made.config,
             made.cache,
@@ -251,19 +160,6 @@ def open_network(path: Path) -> WanModel:
     return load_student(_made(path, path.stem), device="cpu", dtype=torch.float32)[0]
 
 
-def write_network(
-    path: Path,
-    network: WanModel,
-    note: dict[str, Any],
-    cache: CacheConfig | None = None,
-    sampler: SamplerConfig | None = None,
-) -> None:
-    """Write a teacher (no cache) or a student."""
-    tensors = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    size = (SIZE, SIZE)
-    write_checkpoint(path, tensors, network.config, cache, sampler, size=size, provenance=note)
-
-
 def provenance(stage: str, config: Any, clock: float, parents: Iterable[Path]) -> dict[str, Any]:
     """How a file is made, as plain JSON."""
     return {
@@ -273,16 +169,6 @@ def provenance(stage: str, config: Any, clock: float, parents: Iterable[Path]) -
         "threads": torch.get_num_threads(),
         "minutes": round((time.monotonic() - clock) / 60, 2),
         "made_from": {path.name: file_hash(path) for path in parents},
-    }
-
-
-def progress(training: Training, clock: float) -> dict[str, Any]:
-    """How far a training has come."""
-    return {
-        "steps": training.steps,
-        "samples": training.samples,
-        "loss": round(training.loss, 6),
-        "minutes": round((time.monotonic() - clock) / 60, 2),
     }
 
 
@@ -300,5 +186,6 @@ def add_metadata(path: Path, extra: dict[str, str]) -> None:
 
 def _made(path: Path, stage: str) -> Path:
     if not path.exists():
-        raise ValueError(f"{path} is missing; run `python -m training.world {stage}` first")
+        recipe = f" {RECIPES[stage]}" if stage in RECIPES else f".world {stage}"
+        raise ValueError(f"{path} is missing; run `python -m training{recipe}` first, or name it")
     return path

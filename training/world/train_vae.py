@@ -33,8 +33,8 @@ from rf_core.decoders.vae_files import vae_metadata
 from rf_core.weights.files import read_weights
 from rf_core.writing import whole_file
 
+from ..muon import Muon
 from .budget import Budget, Every, run
-from .muon import Muon
 from .scenes import BACKGROUND, SIZE, Scene, caption, render, sample_scene
 from .tracker import score
 

@@ -3,6 +3,9 @@
 Small transformers learn the same in about half the steps of AdamW. torch's own version runs its
 iteration in bfloat16, which CPUs emulate; this one stays in the gradient's dtype and treats all
 matrices of a shape at once. Vectors, embeddings and the output head belong to AdamW.
+
+Under FSDP every process gathers a matrix's momentum and computes the whole step, of which it takes
+its share: the same numbers, at the cost of repeated work.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients, from the reference
 NUM_ITERATIONS = 5
+AT_ONCE = 2**26
+"""Entries of the matrices that are treated together, which bounds the memory of a step."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -41,8 +47,10 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     by_shape[matrix.shape].append(matrix)
-            for matrices in by_shape.values():
-                self._step_shape(matrices, group)
+            for shape, matrices in by_shape.items():
+                some = max(1, AT_ONCE // shape.numel())
+                for start in range(0, len(matrices), some):
+                    self._step_shape(matrices[start : start + some], group)
 
     def _step_shape(self, matrices: list[Tensor], group: dict[str, float]) -> None:
         updates = []
@@ -50,11 +58,24 @@ class Muon(torch.optim.Optimizer):
             assert matrix.grad is not None
             momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
             momentum.lerp_(matrix.grad, 1 - group["momentum"])
-            updates.append(matrix.grad.lerp(momentum, group["momentum"]))
+            updates.append(_whole(matrix.grad.lerp(momentum, group["momentum"])))
         rate = group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5
         for matrix, update in zip(matrices, orthogonalise(torch.stack(updates)), strict=True):
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            matrix.add_(update, alpha=-rate)
+            matrix.add_(_share(update, matrix), alpha=-rate)
+
+
+def _whole(matrix: Tensor) -> Tensor:
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def _share(whole: Tensor, of: Tensor) -> Tensor:
+    """A matrix cut as `of` is."""
+    if not isinstance(of, DTensor):
+        return whole
+    mesh = of.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, of.placements)
 
 
 def orthogonalise(matrices_NOI: Tensor) -> Tensor:

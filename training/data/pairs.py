@@ -1,0 +1,277 @@
+"""Trajectories of a teacher on disk: what `ode_pairs` writes and `ode_init` reads.
+
+Shards are safetensors with the config that made them, and functions of it and their number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rf_core.config import SamplerConfig
+from rf_core.numbered import numbered
+from rf_core.ranges import check_numbers
+from rf_core.weights.files import parse_json, read_weights
+from rf_core.writing import whole_file
+
+from ..objective.excerpts import KINDS, STORED, ExcerptConfig, Excerpts
+from ..run.config import difference, from_json, to_json
+from ..run.networks import PlacementConfig
+from .clips import Conditions, Groups
+from .prompts import DataConfig
+
+NOTE = "ode_pairs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Which trajectories, and how they are made."""
+
+    follows: Literal["clips", "excerpts"] = "clips"
+    """What a trajectory leads to: `clips`, whole clips of a prompt (published); `excerpts`, three
+    chunks with a clean past, so that a causal student sees all that each depends on."""
+    source: Path | None = None
+    """Folder of the clips that excerpts are cut from."""
+    excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
+    """How they are."""
+    teacher: Path | None = None
+    """The bidirectional network that is followed; None for the bundled demo's."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts and their encoder; `negative` is what guidance leads away from."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """How the teacher is held."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The student's schedule, at whose timesteps points are kept."""
+    steps: int = 48
+    """Euler steps (published); levels of the student that are not among them come on top."""
+    shift: float = 8.0
+    """Flow shift of the grid: published, by Wan's default. Others use the student's 5."""
+    guidance: float = 6.0
+    """Classifier-free guidance (published), as uncond + s (cond - uncond): 1 is none."""
+    latents: tuple[int, int, int, int] = (16, 21, 60, 104)
+    """One clip, or the three chunks of an excerpt: channels, frames, rows, columns."""
+    clips: int = 16000
+    """Trajectories (arXiv 2512.04678: 16k); prompts, or clips, come in turn, in shuffled order."""
+    shard: int = 16
+    """Clips in a file."""
+    batch: int = 1
+    """Clips followed at a time."""
+    stored: Literal["float16", "bfloat16"] = "float16"
+    """What latents are kept in."""
+    seed: int = 0
+    """Of noise and of the order of prompts."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.shard, self.batch, self.clips, *self.latents) < 1:
+            raise ValueError(
+                f"steps {self.steps}, latents {self.latents}, clips {self.clips}, shard "
+                f"{self.shard} and batch {self.batch} must be 1 or more"
+            )
+        if self.clips % self.shard:
+            raise ValueError(
+                f"clips is {self.clips}; give whole shards of {self.shard}, such as "
+                f"{-(-self.clips // self.shard) * self.shard}"
+            )
+        if self.follows == "excerpts" and self.latents[1] % len(KINDS):
+            raise ValueError(
+                f"latents have {self.latents[1]} frames; excerpts are {len(KINDS)} chunks, so give "
+                f"a multiple of {len(KINDS)}"
+            )
+        check_numbers(self, shift=(0.01, 1000.0), guidance=(-1000.0, 1000.0), seed=(0, 2**63 - 1))
+
+
+FREE = (
+    "teacher",
+    "source",
+    "clips",
+    "batch",
+    "data.cache",
+    "data.encode_batch",
+    "placement.checkpointing",
+    "placement.compile",
+    "placement.offload",
+    "placement.reshard",
+)
+"""Fields that may change between runs into one folder: no trajectory depends on them. The teacher
+is known by its weights and clips by their number, not by where they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectories(Conditions):
+    """Trajectories of N clips, or of the three chunks of N excerpts."""
+
+    points: Tensor
+    """Where they pass the student's K timesteps, the highest first, [N, K, C, F, h, w]."""
+    clean: Tensor
+    """Where they end, [N, C, F, h, w]."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a shard keeps, by name."""
+        seen = self.excerpts.tensors() if self.excerpts else {}
+        return {"points": self.points, "clean": self.clean, "embeds": self.embeds, **seen}
+
+
+def shard_path(out: Path, number: int) -> Path:
+    """The file of a shard."""
+    return out / _shard_name(number)
+
+
+def _shard_name(number: int) -> str:
+    return f"pairs-{number:06}.safetensors"
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The shards of trajectories that a folder holds."""
+    return [path for _, path in numbered(folder, _shard_name)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What trajectories are made from."""
+
+    teacher: str
+    """The teacher's fingerprint."""
+    clips: int | None = None
+    """How many clips excerpts are cut from."""
+
+
+def write_shard(
+    path: Path, made: Trajectories, config: PairsConfig, number: int, origin: Origin
+) -> None:
+    """Write a shard, which is whole once it exists."""
+    note = {
+        "config": json.loads(to_json(config)),
+        "shard": number,
+        "teacher": origin.teacher,
+        "source": origin.clips,
+        "prompts": made.prompts,
+        "numbers": made.numbers,
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in made.tensors().items()}
+    with whole_file(path) as part:
+        save_file(tensors, part, {NOTE: json.dumps(note)})
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A folder of trajectories, read as they are asked for.
+
+    Those of whole clips are a `ClipSource`: the teacher's own clips.
+    """
+
+    shards: tuple[Path, ...]
+    """Its files."""
+    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> Pairs:
+        """The shards that are there; ValueError for none, or for some that do not belong."""
+        pairs = cls(tuple(shards_of(folder)))
+        if not pairs.shards:
+            raise ValueError(
+                f"{folder} holds no trajectories; make some with `python -m training ode_pairs`"
+            )
+        for path in pairs.shards:
+            refuse_other(path, pairs.config, pairs.origin)
+        return pairs
+
+    def __len__(self) -> int:
+        return len(self.shards) * self.config.shard
+
+    @cached_property
+    def config(self) -> PairsConfig:
+        """What they were made with."""
+        return from_json(PairsConfig, json.dumps(_note(self.shards[0])["config"]))
+
+    @cached_property
+    def origin(self) -> Origin:
+        """What they were made from."""
+        return _origin(_note(self.shards[0]))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """See `ClipSource`."""
+        return self.config.latents
+
+    @property
+    def groups(self) -> Groups:
+        """See `ClipSource`."""
+        return (range(len(self)),)
+
+    def latents(self, rows: Sequence[int]) -> Tensor:
+        """See `ClipSource`."""
+        return torch.stack([self._row(row)[0]["clean"] for row in rows]).float()
+
+    def captions(self, rows: Sequence[int], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
+        """See `ClipSource`; each has one prompt."""
+        tensors, prompts, _ = zip(*map(self._row, rows), strict=True)
+        return list(prompts), _stacked("embeds", tensors)
+
+    def rows(self, numbers: Sequence[int]) -> Trajectories:
+        """Some of them, as stored."""
+        rows, prompts, places = zip(*map(self._row, numbers), strict=True)
+        found = {name: _stacked(name, rows) for name in rows[0]}
+        excerpts = {name: found.pop(name) for name in STORED if name in found}
+        return Trajectories(
+            prompts=list(prompts),
+            numbers=list(places),
+            excerpts=Excerpts(**excerpts) if excerpts else None,
+            **found,
+        )
+
+    def _row(self, number: int) -> tuple[dict[str, Tensor], str, int]:
+        shard, place = divmod(number, self.config.shard)
+        path = self.shards[shard]
+        if path not in self._open:
+            self._open[path] = (read_weights(path).tensors, _note(path))  # mapped, and read by rows
+        tensors, note = self._open[path]
+        names = (
+            "points",
+            "clean",
+            "embeds",
+            *(STORED if self.config.follows == "excerpts" else ()),
+        )
+        try:
+            rows = {name: tensors[name][place] for name in names}
+            return rows, note["prompts"][place], note["numbers"][place]
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{path} is no whole shard of trajectories; make it again") from error
+
+
+def _stacked(name: str, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Prompts are padded with zeros to the longest."""
+    found = [row[name] for row in rows]
+    return pad_sequence(found, batch_first=True) if "embeds" in name else torch.stack(found)
+
+
+def refuse_other(path: Path, config: PairsConfig, origin: Origin) -> None:
+    """ValueError, with the first difference, for a shard of another config or made from others."""
+    note = _note(path)
+    apart = difference(from_json(PairsConfig, json.dumps(note["config"])), config, FREE)
+    there = _origin(note)
+    if apart is None and there.teacher != origin.teacher:
+        apart = f"teacher's weights are {there.teacher} there and {origin.teacher} here"
+    if apart is None and there.clips != origin.clips:
+        apart = f"source holds {there.clips} clips there and {origin.clips} here"
+    if apart is not None:
+        raise ValueError(f"{path} was made with another config: {apart}; choose another folder")
+
+
+def _origin(note: Mapping[str, Any]) -> Origin:
+    return Origin(teacher=str(note["teacher"]), clips=note.get("source"))  # older ones lack it
+
+
+def _note(path: Path) -> dict[str, Any]:
+    metadata = read_weights(path).metadata
+    if NOTE not in metadata:
+        raise ValueError(f"{path} is no shard of trajectories: its metadata lack {NOTE}")
+    return parse_json(path, metadata[NOTE])

@@ -1,0 +1,279 @@
+"""What the stages share that learn from given targets: updates, checkpoints, and the run's folder.
+
+In the folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to go on from) and, at every
+checkpoint, the averaged weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rf_core.config import SPATIAL_FACTOR
+from rf_core.model import WanModel
+from rf_core.ranges import MANY, check_folder_writable, check_numbers
+
+from ..run import checkpointing
+from ..run.config import to_json
+from ..run.distributed import gathered, my_samples, processes, rank, world_size
+from ..run.ema import WeightAverage
+from ..run.folder import begin, checkpoint_path, forget_old, naming_the_last_good
+from ..run.journal import Journal
+from ..run.networks import PlacementConfig, placement_dtype
+from ..run.optimise import OptimiserConfig, Trained
+from ..run.options import say, show_progress, told
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """How a run of such a stage goes."""
+
+    optimiser: OptimiserConfig
+    """Rates and their schedule."""
+    updates: int = 3000
+    """Optimiser steps."""
+    batch: int = 64
+    """Clips an update, over all processes and micro-batches; ours, as Re-DMD's total."""
+    micro_batch: int = 1
+    """Clips at a time."""
+    ema: float = 0.99
+    """Decay of the averaged weights, an update; this and the next as in Re-DMD."""
+    ema_from: int | None = 200
+    """Update at which averaging begins; until then the average is the network itself. None to
+    begin at once with a short memory that grows: update n decays by (1 + n) / (10 + n) at most."""
+    seed: int = 0
+    """Of everything random."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """How the network is held."""
+    checkpoint_every: int = 100
+    """Updates between checkpoints."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+    tensorboard: bool = True
+    """Whether TensorBoard's files are written, where it is installed."""
+    wandb: str | None = None
+    """Project of Weights & Biases; None for none."""
+
+    def __post_init__(self) -> None:
+        counts = (self.updates, self.batch, self.micro_batch, self.checkpoint_every, self.keep)
+        if min(counts) < 1:
+            raise ValueError(
+                f"updates, batch, micro_batch, checkpoint_every and keep are {counts}; "
+                "each must be 1 or more"
+            )
+        check_numbers(self, seed=(0, 2**63 - 1), ema_from=(0, MANY))
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
+
+    def decay(self, update: int) -> float:
+        """Of the average, at an update."""
+        if self.ema_from is None:
+            return min(self.ema, (1 + update) / (10 + update))
+        return self.ema if update >= self.ema_from else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an update did."""
+
+    update: int
+    loss: float
+    """Mean squared error over everything."""
+    norm: float
+    """Of the gradients that are clipped, before that."""
+    losses: Mapping[str, float]
+    """The loss of what is told apart, by name."""
+
+    def numbers(self) -> dict[str, float]:
+        """As flat names and numbers."""
+        each = {f"loss/{name}": value for name, value in self.losses.items()}
+        return {"loss": self.loss, "norm": self.norm, **each}
+
+
+class SupervisedTrainer(ABC):
+    """A network with all that a run changes."""
+
+    command: str
+    """What makes its file."""
+    file: str
+    """The averaged weights' name in the run's folder."""
+
+    def __init__(
+        self, config: SupervisedConfig, network: WanModel, names: Sequence[str], clips: int
+    ) -> None:
+        """`network` is placed and sharded already; losses are told apart by `names`."""
+        self.config, self.network, self.names, self.clips = config, network, names, clips
+        self.dtype = placement_dtype(config.placement)
+        self.average = WeightAverage(network)
+        self.trained = Trained(network, config.optimiser)
+        self.update = 0
+
+    @abstractmethod
+    def errors(self, samples: range) -> tuple[Tensor, Tensor]:
+        """Errors of some samples of the update, [B, N], and under which name each is told."""
+
+    @abstractmethod
+    def write(self, path: Path, note: Mapping[str, Any]) -> None:
+        """Write the network, as it is, with a note of how it was made."""
+
+    @abstractmethod
+    def origin(self) -> dict[str, Any]:
+        """What it is made from, as plain JSON."""
+
+    def batch(self) -> int:
+        """Samples of the update."""
+        return self.config.batch
+
+    def step(self) -> Report:
+        """One update, and the average. FloatingPointError where the loss is not finite."""
+        c = self.config
+        sums = self._gradients()
+        loss = float(sums[0].sum() / sums[1].sum())
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss:.4g} at update {self.update}; lower optimiser.rate"
+            )
+        norm = self.trained.descend(c.optimiser.factor(self.update, c.updates))
+        self.average.follow(c.decay(self.update))
+        self.update += 1
+        each = zip(self.names, *sums.tolist(), strict=True)
+        return Report(
+            update=self.update - 1,
+            loss=loss,
+            norm=norm,
+            losses={name: total / count for name, total, count in each if count},
+        )
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, the network has its averaged weights."""
+        return self.average.applied()
+
+    def save(self, folder: Path) -> None:
+        """Write everything to go on from; `folder` is complete once it exists."""
+        checkpointing.save(self._state(), folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` has written, on however many processes.
+
+        ValueError where there were more or fewer clips: their order would be another one.
+        """
+        state = self._state()
+        checkpointing.load(state, folder)
+        if int(state["clips"]) != self.clips:
+            raise ValueError(
+                f"{folder} was trained on {int(state['clips'])} clips; there are {self.clips} now: "
+                "give it the same, or begin anew"
+            )
+        self.trained.load(state["student"])
+        self.update = int(state["update"])
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "average": self.average.tensors,
+            "update": torch.tensor(self.update),
+            "clips": torch.tensor(self.clips),
+            "student": self.trained.state(),  # whatever is trained: the name of saved runs
+        }
+
+    def _gradients(self) -> Tensor:
+        """Accumulates an update's gradients; sums and counts of errors a name, [2, K]."""
+        batch = self.batch()
+        sums = torch.zeros(2, len(self.names), dtype=torch.float64)
+        for samples in micro_batches(batch, self.config.micro_batch):
+            errors, which = self.errors(samples)
+            # FSDP averages over processes, where losses are shares of a sum.
+            share = errors.mean(dim=1).sum() / batch * world_size()
+            share.backward()
+            found = errors.detach().double().cpu().flatten()
+            sums[0].index_add_(0, which.cpu().flatten(), found)
+            sums[1].index_add_(0, which.cpu().flatten(), torch.ones_like(found))
+        return gathered(sums[None]).sum(dim=0)
+
+
+def micro_batches(batch: int, micro_batch: int) -> list[range]:
+    """This process's samples, `micro_batch` at a time or all where there are fewer."""
+    return my_samples(batch, min(micro_batch, max(1, batch // world_size())))
+
+
+def network_size(latents: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the videos of latents [C, F, h, w]."""
+    *_, rows, columns = latents
+    return rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR
+
+
+def train(trainer: SupervisedTrainer, out: Path, saved: Path | None) -> Iterator[Report]:
+    """Run it in its folder, from a checkpoint if there is one, yielding a report an update.
+
+    FloatingPointError, with the last good checkpoint named, where the run breaks down.
+    """
+    config, clock = trainer.config, time.monotonic()
+    if saved is not None:
+        trainer.load(saved)
+    begin(config, out)
+    origin = trainer.origin() if rank() == 0 else {}  # every byte is read: once, by who writes
+    with Journal(
+        out,
+        first_update=trainer.update,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        config=config,
+    ) as journal:
+        while trainer.update < config.updates:
+            began = time.perf_counter()
+            with naming_the_last_good(out):
+                report = trainer.step()
+            journal.write(
+                report.update, report.numbers() | {"seconds": time.perf_counter() - began}
+            )
+            if trainer.update % config.checkpoint_every == 0 or trainer.update == config.updates:
+                _checkpoint(trainer, out, clock, origin)
+            yield report
+
+
+def _checkpoint(
+    trainer: SupervisedTrainer, out: Path, clock: float, origin: Mapping[str, Any]
+) -> None:
+    trainer.save(checkpoint_path(out, trainer.update))
+    note = {
+        "command": trainer.command,
+        "config": json.loads(to_json(trainer.config)),
+        "updates": trainer.update,
+        "processes": world_size(),
+        "torch": str(torch.__version__),
+        **origin,
+        "minutes_since_start_or_resume": round((time.monotonic() - clock) / 60, 2),
+    }
+    with trainer.averaged():
+        trainer.write(out / trainer.file, note)
+    forget_old(out, trainer.config.keep)
+
+
+def run_stage(
+    args: argparse.Namespace,
+    config: SupervisedConfig,
+    begun: Callable[[torch.device], Iterator[Report]],
+    file: str,
+) -> int:
+    """Run a stage on the processes there are, and show how it goes."""
+    check_folder_writable(args.out)
+    with processes(args.device) as device:
+        say(to_json(config))
+        steps = ((each.update + 1, _line(each)) for each in begun(device))
+        show_progress(config.updates, "update", steps)
+        say(f"{args.out}: the averaged weights are in {file}")
+    return 0
+
+
+def _line(report: Report) -> str:
+    return f"{report.update}: {told(report.numbers())}"

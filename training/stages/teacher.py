@@ -1,0 +1,367 @@
+"""The teacher's training by flow matching: on whole clips, and on chunks with a clean past.
+
+One network learns both to denoise whole clips, in which all frames see each other, as Wan does, and
+to continue a stream chunk by chunk from a clean past, as the student will. The second is what makes
+its trajectories teachable: in a whole clip the first chunk hangs on the noise of all later ones,
+which a causal student cannot see, so that its regression falls to a mean (Causal Forcing, arXiv
+2602.02214, argues this). A new network may see openings alone at first (a clip's first frames are a
+clip of their own, as the VAE is causal), which cost least; a trained one needs none of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rf_core.config import NUM_TRAIN_TIMESTEPS, CacheConfig, ModelConfig
+from rf_core.model import PromptContext, WanModel
+from rf_core.ranges import LARGEST_WINDOW, check_numbers
+from rf_core.scheduler import add_noise, shift_sigma
+from rf_core.weights.checkpoint import read_checkpoint
+
+from ..choices import CLIPS, open_clips
+from ..data.clips import ClipSource, Groups, check_excerpts, draw_excerpts, draw_seeds, row_of
+from ..data.embeddings import open_negative
+from ..data.prompts import DataConfig, check_no_prompt_files
+from ..objective.causal import chunk_errors
+from ..objective.excerpts import (
+    KINDS,
+    ExcerptConfig,
+    Excerpts,
+    Prompts,
+    choose,
+    excerpt_flow,
+    pasts,
+    shown,
+)
+from ..objective.tensors import Tensors
+from ..run.draws import generator_of
+from ..run.folder import TEACHER, to_go_on_from
+from ..run.networks import PlacementConfig, new_network, open_network, placement_dtype
+from ..run.optimise import OptimiserConfig
+from ..run.options import add_config_arguments, add_run_arguments, config_of
+from .export import file_hash, write_student
+from .supervised import (
+    Report,
+    SupervisedConfig,
+    SupervisedTrainer,
+    micro_batches,
+    network_size,
+    run_stage,
+    train,
+)
+
+_ROLE = "teacher"
+Kind = Literal["opening", "excerpt", "whole"]
+"""What an update is taught on: first chunks, chunks with their past, or whole clips."""
+NAMES = (*KINDS, "whole")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of the run."""
+
+    until: float
+    """Share of the updates at which it ends; 1 for the last."""
+    kinds: tuple[Kind, ...]
+    """What the updates see, in turn."""
+
+
+CONTINUE = Phase(until=1.0, kinds=("excerpt", "excerpt", "whole"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(SupervisedConfig):
+    """The teacher's training. Nothing here is published: the numbers are ours."""
+
+    source: Path = CLIPS
+    """Folder of clips: the miniature world's, or whole clips of `ode_pairs`."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text encoder, and what stands for no prompt: `negative`."""
+    start: Path | None = None
+    """What it begins as; None for a new network."""
+    model: ModelConfig | None = None
+    """Sizes of the network; None for those of `start`."""
+    phases: tuple[Phase, ...] = (CONTINUE,)
+    """What is seen over the run."""
+    opening_batch: int = 64
+    """Openings an update; `batch` is that of excerpts and of whole clips."""
+    chunk_frames: int = CacheConfig.chunk_frames
+    """Latent frames of a chunk, as of the student's cache."""
+    excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
+    """How excerpts are drawn and shown."""
+    balanced: bool = False
+    """Whether kinds of clip come equally often, where the source tells them apart."""
+    shift: float = 5.0
+    """Flow shift of the training timesteps."""
+    prompt_dropout: float = 0.1
+    """Share of prompts replaced by the one that stands for none, for guidance."""
+    optimiser: OptimiserConfig = field(
+        default_factory=lambda: OptimiserConfig(rate=1e-5, betas=(0.9, 0.999), clip_norm=1.0)
+    )
+    """Rates and their schedule."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, shift=(0.01, 1000.0), prompt_dropout=(0, 1))
+        check_numbers(self, opening_batch=(1, 10**9), chunk_frames=(1, LARGEST_WINDOW))
+        ends = [phase.until for phase in self.phases]
+        if not ends or ends[-1] != 1 or ends != sorted(ends) or ends[0] <= 0:
+            raise ValueError(f"phases end at {ends}; give shares that rise to 1")
+        if not all(phase.kinds for phase in self.phases):
+            raise ValueError("a phase has no kinds; name what its updates see")
+
+    def kind_at(self, update: int) -> Kind:
+        """What an update sees."""
+        phase = next(each for each in self.phases if update / self.updates < each.until)
+        return phase.kinds[update % len(phase.kinds)]
+
+    def batch_at(self, update: int) -> int:
+        """How many an update sees."""
+        return self.opening_batch if self.kind_at(update) == "opening" else self.batch
+
+
+def miniature_teacher() -> TeacherConfig:
+    """The bundled demo's teacher, from nothing: an hour on a laptop."""
+    return TeacherConfig(
+        model=ModelConfig(
+            dim=160, ffn_dim=640, freq_dim=128, text_dim=64, text_len=96, num_heads=4, num_layers=5
+        ),
+        phases=(Phase(until=0.3, kinds=("opening",)), CONTINUE),
+        balanced=True,
+        optimiser=OptimiserConfig(
+            rate=6e-3,
+            betas=(0.9, 0.95),
+            clip_norm=1.0,
+            matrix_rate=1.5e-2,
+            schedule="cosine",
+            warmup=100,
+        ),
+        updates=2588,
+        batch=16,
+        micro_batch=64,
+        ema=0.999,
+        ema_from=None,
+    )
+
+
+def wan_teacher() -> TeacherConfig:
+    """Wan 2.1 1.3B learns to continue from a clean past; change the files to where yours are.
+
+    Its clips are its own, whole clips of `ode_pairs`, so that no video need be encoded.
+    """
+    return TeacherConfig(
+        source=Path("runs/pairs"),
+        start=Path("models/wan2.1_t2v_1.3B.safetensors"),
+        data=DataConfig(text_encoder="google/umt5-xxl"),
+        placement=PlacementConfig(dtype="bfloat16", checkpointing=True),
+    )
+
+
+TEACHER_PRESETS: Mapping[str, Callable[[], TeacherConfig]] = MappingProxyType(
+    {"miniature": miniature_teacher, "wan": wan_teacher}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherBatch(Tensors):
+    """B clips, each of their N parts at a timestep of its own: N is 3 for excerpts, or 1."""
+
+    latents: Tensor
+    """Clean, [B, C, F, h, w]."""
+    noise: Tensor
+    """The same shape."""
+    timestep_BN: Tensor
+    """Of the parts."""
+    dropped_BN: Tensor
+    """Whether a part's prompt is left out."""
+    embeds: Tensor
+    """Prompts, [B, S, D]."""
+    excerpts: Excerpts | None = None
+    """What the chunks see, where they are those of excerpts."""
+
+
+def draw_batch(
+    source: ClipSource, config: TeacherConfig, update: int, before: int, samples: Sequence[int]
+) -> TeacherBatch:
+    """Those samples of an update, a function of the seed, whoever asks.
+
+    `before` is how many clips the updates before it have seen.
+    """
+    c, kind, batch = config, config.kind_at(update), config.batch_at(update)
+    groups: Groups = source.groups if c.balanced else (range(len(source)),)
+    rows = [row_of(groups, c.seed, _ROLE, before + each) for each in samples]
+
+    def generators(what: str) -> list[torch.Generator]:
+        return [generator_of(c.seed, _ROLE, update, each, what) for each in samples]
+
+    seen = None
+    if kind == "excerpt":
+        drawn = generators("excerpt")
+        latents, given = draw_excerpts(source, rows, groups, c.excerpts, drawn, c.chunk_frames)
+        assert given.excerpts is not None
+        embeds, seen = given.embeds, shown(given.excerpts, c.excerpts, generators("past"))
+    else:
+        latents = source.latents(rows)
+        latents = latents if kind == "whole" else latents[:, :, : c.chunk_frames]
+        _, embeds = source.captions(rows, draw_seeds(generators("caption")))
+    parts = len(KINDS) if kind == "excerpt" else 1
+    drawn = generators("noise")
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=each) for each in drawn])
+    within, dropped = torch.stack([torch.rand(2, parts, generator=g) for g in drawn], dim=1)
+    # One draw in each of as many equal parts as there are samples: an update covers the range.
+    strata = [
+        torch.randperm(batch, generator=generator_of(c.seed, _ROLE, update, "strata", part))
+        for part in range(parts)
+    ]
+    uniform = (torch.stack(strata, dim=1)[list(samples)] + within) / batch
+    return TeacherBatch(
+        latents=latents,
+        noise=noise,
+        timestep_BN=shift_sigma(uniform, c.shift) * NUM_TRAIN_TIMESTEPS,
+        dropped_BN=dropped < c.prompt_dropout,
+        embeds=embeds,
+        excerpts=seen,
+    )
+
+
+def teacher_errors(
+    model: WanModel, batch: TeacherBatch, no_prompt: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Mean squared error of the flow of every part, [B, N] (Lipman et al. 2022).
+
+    `no_prompt` is [1, S, D]; `dtype` is what the network computes in.
+    """
+    dtype = dtype or model.patch_embedding.weight.dtype
+    size = batch.latents.shape[2] // batch.timestep_BN.shape[1]
+    timestep_BF = batch.timestep_BN.repeat_interleave(size, dim=1)
+    noisy = add_noise(batch.latents, batch.noise, timestep_BF)
+    empty = model.prompt_context(no_prompt.to(dtype))
+
+    def dropped(contexts: Sequence[PromptContext]) -> list[PromptContext]:
+        masks = batch.dropped_BN.unbind(1)
+        return [choose(mask, empty, each) for mask, each in zip(masks, contexts, strict=True)]
+
+    if batch.excerpts is None:
+        (prompt,) = dropped([model.prompt_context(batch.embeds.to(dtype))])
+        flow = model(noisy.to(dtype), timestep_BF, prompt).float()
+    else:
+        read = Prompts.read(model, batch.embeds, batch.excerpts, dtype)
+        past = pasts(model, batch.excerpts, read, dtype=dtype)
+        prompts = dropped(read.of_targets)
+        flow = excerpt_flow(model, noisy, timestep_BF, prompts, past, dtype=dtype)
+    return chunk_errors(flow, batch.noise - batch.latents, size)
+
+
+class TeacherTrainer(SupervisedTrainer):
+    """The teacher with all that its training changes."""
+
+    config: TeacherConfig
+    command, file = "python -m training teacher", TEACHER
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        teacher: WanModel,
+        source: ClipSource,
+        no_prompt: Tensor,
+        device: torch.device,
+    ) -> None:
+        """`teacher` is placed and sharded already; `no_prompt` is [1, S, D]."""
+        super().__init__(config, teacher, NAMES, len(source))
+        self.source, self.no_prompt, self.device = source, no_prompt.to(device), device
+        sizes = [config.batch_at(update) for update in range(config.updates)]
+        self.starts = list(accumulate(sizes, initial=0))  # clips seen before each update
+        for batch in set(sizes):
+            micro_batches(batch, config.micro_batch)  # refuses what cannot be shared out
+
+    def batch(self) -> int:
+        """See `SupervisedTrainer`."""
+        return self.config.batch_at(self.update)
+
+    def errors(self, samples: range) -> tuple[Tensor, Tensor]:
+        """See `SupervisedTrainer`: of chunks, or of whole clips."""
+        before = self.starts[self.update]
+        batch = draw_batch(self.source, self.config, self.update, before, samples)
+        errors = teacher_errors(self.network, batch.to(self.device), self.no_prompt, self.dtype)
+        first = NAMES.index("whole") if self.config.kind_at(self.update) == "whole" else 0
+        return errors, torch.arange(first, first + errors.shape[1]).expand_as(errors)
+
+    def write(self, path: Path, note: Mapping[str, Any]) -> None:
+        """See `SupervisedTrainer`."""
+        write_student(path, self.network, None, None, network_size(self.source.shape), note)
+
+    def origin(self) -> dict[str, Any]:
+        """See `SupervisedTrainer`."""
+        start = self.config.start
+        made_from = {} if start is None else {"start": file_hash(start)}
+        return {"made_from": made_from, "clips": len(self.source)}
+
+
+def train_teacher(
+    config: TeacherConfig, out: Path, device: torch.device, *, resume: bool = False
+) -> Iterator[Report]:
+    """Train a teacher, yielding a report an update.
+
+    ValueError, before any weight is read, where a file is missing or `out` holds another run;
+    FloatingPointError, with the last good checkpoint named, where the run breaks down.
+    """
+    model = sizes_of(config)
+    check_no_prompt_files(config.data)
+    source = open_clips(config.source, config.data, device)
+    if source.shape[0] != model.in_dim:
+        raise ValueError(
+            f"{config.source} holds latents of {source.shape[0]} channels; the network reads "
+            f"{model.in_dim}: give it clips of its own VAE"
+        )
+    check_excerpts(source, config.chunk_frames)
+    saved = to_go_on_from(config, out, resume)
+    dtype, placement = placement_dtype(config.placement), config.placement
+    no_prompt = open_negative(config.data, out / "embeddings", device, dtype)
+    if config.start is None:
+        network = new_network(model, placement, device, seed=config.seed)
+    else:
+        offload = placement.offload == "all"
+        network = open_network(config.start, placement, device, trained=True, offload=offload)
+    yield from train(TeacherTrainer(config, network, source, no_prompt, device), out, saved)
+
+
+def sizes_of(config: TeacherConfig) -> ModelConfig:
+    """Sizes of the network; ValueError where they are not said, or said to be two."""
+    if config.start is None:
+        if config.model is None:
+            raise ValueError("neither start nor model is given; name a file, or give its sizes")
+        return config.model
+    if not config.start.exists():
+        raise ValueError(f"start is {config.start}, which is not there")
+    found = read_checkpoint(config.start).config
+    if config.model not in (None, found):
+        raise ValueError(
+            f"start is {config.start}, of other sizes than model; set model=null for its own"
+        )
+    return found
+
+
+def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `teacher`."""
+    add_run_arguments(parser)
+    add_config_arguments(parser, TEACHER_PRESETS)
+
+
+def run_teacher(args: argparse.Namespace) -> int:
+    """Train a teacher."""
+    config = config_of(args, TeacherConfig, TEACHER_PRESETS)
+    return run_stage(
+        args,
+        config,
+        lambda device: train_teacher(config, args.out, device, resume=args.resume),
+        TEACHER,
+    )
