@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from .server import PATIENCE
+
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -104,14 +106,12 @@ def drawn(page: Any) -> Any:
 
 def wait_for_graph(page: Any) -> None:
     """Until the frontend has opened its own graph, which would replace ours."""
-    page.wait_for_function("window.comfyAPI?.app?.app?.graph !== undefined", timeout=120_000)
+    page.wait_for_function("window.comfyAPI?.app?.app?.graph !== undefined")
     page.wait_for_function(
         "Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100",
-        timeout=120_000,
     )
     page.wait_for_function(
         "window.comfyAPI.app.app.extensionManager?.workflow?.activeWorkflow?.isLoaded",
-        timeout=120_000,
     )
 
 
@@ -131,6 +131,7 @@ def open_browsers(number: int) -> Iterator[list[Any]]:
                 args=list(FLAGS),
                 viewport={"width": 1920, "height": 1080},
             )
+            browser.set_default_timeout(1000 * PATIENCE)
             ends.callback(browser.close)
             browsers.append(browser)
         yield browsers

@@ -23,6 +23,7 @@ import aiohttp
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 180
 RUN_SECONDS = 300
+PATIENCE = 180  # seconds to wait for what must come: a fault alone takes them, a busy machine some
 
 
 def comfy_root() -> Path | None:
@@ -116,7 +117,7 @@ class Server:
     def stop(self) -> None:
         """End it."""
         self.process.terminate()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=PATIENCE)
 
     def get(self, path: str) -> Any:
         """A JSON answer."""

@@ -120,4 +120,4 @@ def test_the_demo_opens_as_an_app_and_runs(server: Server) -> None:
             assert page.get_by_text(name, exact=True).last.is_visible()
         assert not page.get_by_text("keep_latents", exact=True).last.is_visible()
         page.get_by_role("button", name="Run", exact=True).first.click()
-        page.wait_for_selector("video:visible", timeout=120_000)
+        page.wait_for_selector("video:visible")

@@ -98,10 +98,10 @@ def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow_nor_stay_tal
         for run in range(3):
             page.evaluate(SEED, 100 + 10 * vue_nodes + run)  # nothing is cached
             page.evaluate(QUEUE)
-            page.wait_for_function(f"({SHOWN})() > 3", timeout=180_000)  # they move
+            page.wait_for_function(f"({SHOWN})() > 3")  # they move
             page.screenshot(path=tmp_path / f"making-{run}.png")
-            page.wait_for_function(ENDED, timeout=180_000)
-            page.wait_for_selector("video", timeout=30_000)
+            page.wait_for_function(ENDED)
+            page.wait_for_selector("video")
             page.wait_for_timeout(20_000 if run == 1 else 3_000)
             height, widgets = page.evaluate(NODE)
             heights.append(height)
@@ -134,9 +134,9 @@ def test_cancel_leaves_the_video_as_far_as_it_came_on_its_node(
         page.evaluate(SEED, 300 + vue_nodes)
         page.evaluate(FIT)
         page.evaluate(QUEUE)
-        page.wait_for_function(f"({SHOWN})() > 3", timeout=180_000)
+        page.wait_for_function(f"({SHOWN})() > 3")
         page.get_by_role("button", name="Cancel current run").first.click()
-        page.wait_for_selector("video", timeout=60_000)
+        page.wait_for_selector("video")
         page.wait_for_timeout(3000)
         page.screenshot(path=Path(os.environ.get("RF_SCREENSHOT", tmp_path / "stopped.png")))
         text = page.get_by_text("stopped: ").inner_text()

@@ -103,13 +103,12 @@ def test_after_a_run_nothing_is_covered(server: Server, vue_nodes: bool, tmp_pat
             page.evaluate(OPEN, loaded(GRAPHS[name]))
             page.evaluate(FIT)
             page.evaluate(QUEUE)
-            page.wait_for_function(ENDED, timeout=180_000)
+            page.wait_for_function(ENDED)
             samplers = sum(n.type == "RFStreamingSampler" for n in GRAPHS[name].nodes.values())
             page.wait_for_function(
                 "(n) => [...document.querySelectorAll('video')].filter((v) => v.videoWidth)"
                 ".length === n",
                 arg=samplers,
-                timeout=60_000,
             )
             seen = drawn(page)
             page.screenshot(path=tmp_path / f"{name}.png")

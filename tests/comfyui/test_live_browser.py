@@ -18,12 +18,11 @@ import pytest
 from .browser import FIT, chromium, open_browsers, open_frontend, use_renderer, wait_for_graph
 from .files import LORA
 from .prompts import demo_prompt
-from .server import Server
+from .server import PATIENCE, Server
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
 
 RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "vue"])
-WAIT = 30_000
 TEXT = "a red square moves right"
 SEEDS = count(1)  # what was made already is not made again
 SPAN, PAST = 32, 0.66
@@ -103,7 +102,7 @@ COUNT = """
 """
 
 
-def wait_until(is_so: Callable[[], Any], seconds: float = 30) -> Any:
+def wait_until(is_so: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """What it says once it says something true."""
     end = time.monotonic() + seconds
     while not (said := is_so()):
@@ -227,7 +226,7 @@ def live(
         try:
             page.evaluate(QUEUE)
             session = Live(server, page)
-            page.wait_for_selector(".rf-live", timeout=WAIT)
+            page.wait_for_selector(".rf-live")
             session.wait_for_chunk(3)
             page.evaluate(FIT)
             page.wait_for_timeout(1000)
@@ -350,7 +349,7 @@ def test_a_browser_without_media_source_shows_moving_pictures(
         browser.add_init_script("delete window.MediaSource; delete window.ManagedMediaSource")
         with live(server, False, browser) as session:
             image = session.view.locator(".rf-screen img")
-            image.wait_for(timeout=WAIT)
+            image.wait_for()
             assert session.view.locator("video").count() == 0
             wait_until(lambda: image.evaluate("(image) => image.naturalWidth") == 64)
             before = image.evaluate(PIXELS)
@@ -432,7 +431,7 @@ def test_a_page_that_is_loaded_again_finds_its_stream_and_plays_on(
         page.wait_for_timeout(2000)  # the frontend saves its draft
         page.reload()
         wait_for_graph(page)
-        page.wait_for_selector(".rf-live", timeout=WAIT)
+        page.wait_for_selector(".rf-live")
         page.wait_for_timeout(3000)
         page.evaluate(FIT)
         assert session.kept["session"] == kept["session"]
@@ -452,8 +451,8 @@ def test_stop_leaves_text_and_video_on_a_node_of_its_usual_height(
         page, alive = session.page, session.page.evaluate(HEIGHT)
         saved = page.evaluate(SAVED)
         session.stop()
-        page.wait_for_selector(".rf-live", state="detached", timeout=WAIT)
-        page.wait_for_selector("video", timeout=WAIT)
+        page.wait_for_selector(".rf-live", state="detached")
+        page.wait_for_selector("video")
         page.wait_for_timeout(3000)
         session.look(f"stopped-{name}", tmp_path)
         after = page.evaluate(SAVED)
@@ -497,7 +496,7 @@ def test_a_run_that_is_done_before_its_stream_says_so_is_forgotten(server: Serve
         done = {"node": session.kept["node"], "output": {}}
         publish = "(done) => window.comfyAPI.api.api.dispatchCustomEvent('executed', done)"
         session.page.evaluate(publish, done)
-        session.page.wait_for_selector(".rf-live", state="detached", timeout=WAIT)
+        session.page.wait_for_selector(".rf-live", state="detached")
         assert session.page.evaluate(KEPT) == []
 
 
@@ -513,7 +512,7 @@ def test_two_browsers_play_one_stream_and_both_steer_it(server: Server, tmp_path
         other = two.new_page()
         other.on("pageerror", lambda error: errors.append(str(error)))
         other.goto(link)
-        other.wait_for_selector(".rf-badge[data-kind=on]", timeout=WAIT)
+        other.wait_for_selector(".rf-badge[data-kind=on]")
         second = Live(server, other)
         other.wait_for_timeout(3000)
         session.wait_for_pictures()
@@ -543,7 +542,7 @@ def test_a_wrong_token_shows_a_sentence(server: Server, tmp_path: Path) -> None:
         page, link = session.page, f"{server.address}/extensions/ComfyUI-RewardForcing/live.html"
         other = page.context.new_page()
         other.goto(f"{link}#session={session.kept['session']}&token=wrong")
-        other.wait_for_selector(".rf-badge[data-kind=over]", timeout=WAIT)
+        other.wait_for_selector(".rf-badge[data-kind=over]")
         assert "token" in other.locator(".rf-badge").inner_text()
         assert not other.locator(".rf-steer").is_visible()
         Live(server, other).look("wrong", tmp_path)
@@ -575,7 +574,7 @@ def test_the_view_speaks_chinese_where_the_frontend_does(server: Server, tmp_pat
             other.add_init_script("Object.defineProperty(navigator, 'language', {value: 'zh-CN'})")
             link = f"{server.address}/extensions/ComfyUI-RewardForcing/live.html"
             other.goto(f"{link}#session={kept['session']}&token={kept['token']}")
-            other.wait_for_selector(".rf-badge[data-kind=on]", timeout=WAIT)
+            other.wait_for_selector(".rf-badge[data-kind=on]")
             second = Live(server, other)
             assert other.title() == "实时视频流" and not_chinese(second.view) == []
             second.look("zh-page", tmp_path)

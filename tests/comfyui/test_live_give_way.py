@@ -12,10 +12,9 @@ import pytest
 from .live import ENDS, Live, begun, client_of, finished, live_prompt, queued, read_events, video_of
 from .live_load import files_of, hashes
 from .prompts import Prompt, demo_prompt
-from .server import Server
+from .server import RUN_SECONDS, Server
 from .video import images_of
 
-RUN_SECONDS = 60
 _seeds = count(1)
 RED = "a red circle moves left slowly"
 

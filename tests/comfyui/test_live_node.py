@@ -24,6 +24,7 @@ from rf_core.state import Snapshot
 
 from .conftest import PACK
 from .files import DEMO, write_changed, write_lora
+from .server import PATIENCE
 from .video import images_of
 
 BLUE = "a blue square moves up quickly"
@@ -82,7 +83,7 @@ class Playing:
         """Wait for its end; what it gives."""
         if commands:
             self.ask(*commands)
-        self._thread.join(timeout=120)
+        self._thread.join(timeout=PATIENCE)
         assert not self._thread.is_alive()
         if self.error is not None:
             raise self.error
