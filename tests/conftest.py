@@ -1,10 +1,25 @@
 """One thread for every test: sums are then added in one order, here and in child processes."""
 
+import gc
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton, which reads this once
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_is_no_garbage() -> None:
+    """What earlier modules have imported is not searched again: torch alone is 500,000 objects, and
+    every run of a command collects garbage once its text encoder is let go of."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """So that nothing is said to leak at the end."""
+    gc.unfreeze()

@@ -375,7 +375,7 @@ def prompt_of(lengths: tuple[int, ...], text_len: int, heads: int, head_dim: int
 
 @needs_triton
 @pytest.mark.parametrize("tokens", [6, 130])  # fewer than a tile has, and more
-@pytest.mark.parametrize(("heads", "head_dim"), [*SIZES, (4, 40)])
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 12), (3, 128), (4, 40)])  # a program a head
 @each_dtype
 def test_the_prompt_is_attended_to_as_often_as_its_keys_count(
     triton_kernels, dtype, heads, head_dim, tokens

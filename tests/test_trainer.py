@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import spawn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rf_core.config import SamplerConfig
@@ -147,7 +147,7 @@ def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
     one = trainer(replace(CONFIG, micro_batch=1))
     expected = [one.step() for _ in range(4)]
 
-    mp.spawn(run_rank, (2, tmp_path, False), nprocs=2)
+    spawn(run_rank, (2, tmp_path, False), nprocs=2)
     reports, _ = torch.load(tmp_path / "resultFalse.pt", weights_only=False)
     for first, second in zip(reports, expected, strict=False):
         assert first.generator_loss == pytest.approx(second.generator_loss, rel=1e-4)
@@ -158,7 +158,7 @@ def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
     average = read_part(tmp_path / "at2", "average")  # of chunks of two processes
     assert all(torch.equal(average[name], t) for name, t in alone.average.tensors.items())
     alone.step(), alone.step()
-    mp.spawn(run_rank, (4, tmp_path, True), nprocs=4)
+    spawn(run_rank, (4, tmp_path, True), nprocs=4)
     _, four = torch.load(tmp_path / "resultTrue.pt", weights_only=False)
     for name, weight in one.networks.student.state_dict().items():
         for other in (alone.networks.student.state_dict()[name], four[name]):
