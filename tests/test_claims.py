@@ -19,6 +19,8 @@ from training.claims.report import motion_plot, read_results, report, strips
 from training.run.config import changed
 from training.stages.recipes import miniature
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ClaimsConfig(free=2, named=1, double=1, chunks=3, long=1, long_chunks=10, between=1)
 QUICK = (
     "run.updates=2",

@@ -15,6 +15,8 @@ from rf_core import __main__ as engine
 from rf_core.console import forgiving_console
 from rf_core.video import read_metadata
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PROMPT = "红色的圆 🔴 moves left"
 

@@ -110,6 +110,7 @@ def encode_rank(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_sharded_encoder_write_what_one_does(tmp_path, monkeypatch):
     prompt_file(tmp_path)
     spawn(encode_rank, (2, tmp_path), nprocs=2)

@@ -178,6 +178,7 @@ def started(weights, clip, output, change, *more) -> int:
     return main(arguments(weights, output, *given, *more))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["soft", "recache", "blend 2", "cut"])
 def test_a_change_within_the_start_clip_acts_after_it_and_is_told(
     mode, weights, clip, tmp_path, capsys
@@ -206,6 +207,7 @@ def test_a_change_within_the_start_clip_acts_after_it_and_is_told(
         (tmp_path / "within.mp4").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "mode"),
     [(1, "soft"), (2, "recache"), (1, "blend 2"), (2, "cut"), (3, "cut"), (4, "blend 2")],
@@ -333,6 +335,7 @@ def undisturbed(weights, tmp_path_factory) -> tuple[Path, np.ndarray]:
     return timeline, images_of(output)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_killed_run_plays_and_resumes_to_the_very_same_images(weights, undisturbed, tmp_path):
     timeline, expected = undisturbed
@@ -347,6 +350,7 @@ def test_a_killed_run_plays_and_resumes_to_the_very_same_images(weights, undistu
     assert not list(tmp_path.glob("*.state*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a child")
 def test_ctrl_c_closes_the_file_and_resume_goes_on_from_the_pass_it_hit(
     weights, undisturbed, tmp_path
@@ -361,6 +365,7 @@ def test_ctrl_c_closes_the_file_and_resume_goes_on_from_the_pass_it_hit(
     assert np.array_equal(images_of(output), expected)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_length_goes_on_until_it_is_stopped(weights, tmp_path):
     output = tmp_path / "a.mp4"
     began = time.monotonic()
@@ -538,6 +543,7 @@ def test_bench_prints_flat_memory_and_time_and_writes_json(tmp_path, capsys):
 unix = pytest.mark.skipif(sys.platform == "win32", reason="sends signals to a child")
 
 
+@pytest.mark.slow
 @unix
 def test_an_overwritten_run_that_is_killed_at_once_goes_on_as_itself_and_names_its_own_seed(
     weights, tmp_path, monkeypatch, capsys

@@ -22,6 +22,8 @@ from training.run.optimise import OptimiserConfig
 from training.stages.export import write_student
 from training.stages.trainer import RunConfig, Trainer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 RATE = OptimiserConfig(rate=1e-3)
 CONFIG = RunConfig(

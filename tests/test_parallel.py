@@ -26,6 +26,8 @@ from rf_core.fast.parallel import (
 from rf_core.state import Snapshot
 from rf_core.stream import Stream
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CONFIG = replace(tiny.CONFIG, num_heads=6)
 GRID = Grid(height=2, width=3)  # a 32x48 picture's: two processes take rows, three columns

@@ -24,6 +24,8 @@ from training.run.journal import read_journal
 from training.stages.re_dmd import distil
 from training.stages.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     "run.updates=2",
     "run.critic_ratio=1",

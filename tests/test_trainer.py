@@ -47,6 +47,7 @@ def weights(run: Trainer) -> list[torch.Tensor]:
     return [*trained, *(t.clone() for t in run.average.tensors.values())]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
     whole = trainer()
     reports = [whole.step() for _ in range(4)]
@@ -143,6 +144,7 @@ def run_rank(rank: int, world: int, folder: Path, go_on: bool) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(tmp_path):
     one = trainer(replace(CONFIG, micro_batch=1))
     expected = [one.step() for _ in range(4)]
