@@ -44,6 +44,7 @@ def manifest_of(folder: Path) -> list[dict]:
     return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_manifest_is_none(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "out")
     for name in ("manifest-0 (copy).jsonl", "manifest-0_old.jsonl", "manifest-00.jsonl"):
@@ -93,6 +94,7 @@ def test_a_video_of_a_batch_is_the_one_its_prompt_and_seed_give_alone(finished, 
     assert not np.array_equal(same_prompt, expected)  # a duplicate has a seed of its own
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_videos_out_and_make_what_one_makes(
     finished, tmp_path, monkeypatch, capsys
 ):
@@ -106,6 +108,7 @@ def test_two_processes_share_the_videos_out_and_make_what_one_makes(
     assert len(list((tmp_path / "out").glob("manifest-*.jsonl"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_killed_batch_goes_on_without_repeating_or_skipping_a_video(
     finished, tmp_path, monkeypatch, capsys
@@ -142,6 +145,7 @@ def test_a_kill_between_the_manifest_and_the_name_lists_the_video_once(finished,
     assert len(manifest_of(out)) == 1
 
 
+@pytest.mark.slow
 def test_more_seeds_add_takes_and_more_lines_add_videos_to_what_is_there(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(out, prompt_file(tmp_path, "one"))) == 0

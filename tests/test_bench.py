@@ -27,6 +27,7 @@ from rf_core.measure.workload import WorkloadOptions, load_workload, randomise
 SMALL = {"height": 16, "width": 16}
 
 
+@pytest.mark.slow
 def test_each_decoder_is_measured_on_top_of_the_network():
     result = bench(BenchOptions(chunks=14, decoder="both", **SMALL))
     assert list(result["decoders"]) == ["wan", "taehv"]
@@ -48,6 +49,7 @@ def test_without_a_decoder_the_latents_are_what_comes_first():
     assert result["seconds_per_100_chunks"] is None  # too few for a slope
 
 
+@pytest.mark.slow
 def test_every_measurement_is_reported_as_it_is_taken():
     seen = []
     options = BenchOptions(chunks=3, decoder="taehv", **SMALL)
@@ -95,6 +97,7 @@ def test_every_mode_stands_beside_a_plain_chunk():
     assert all(cost["slowest"] >= cost["first"] > 0 for cost in costs.values())
 
 
+@pytest.mark.slow
 def test_text_encoding_is_counted_apart_and_its_encoder_is_gone_before_the_stream(monkeypatch):
     asked = []
 
@@ -227,6 +230,7 @@ def test_a_card_without_nvidia_smi_is_still_named(card, monkeypatch):
     assert facts["gpu"] is None and format_machine(facts)[0] == ("device", "H")
 
 
+@pytest.mark.slow
 def test_the_command_takes_every_flag_and_writes_json(tmp_path, capsys):
     path = tmp_path / "bench.json"
     small = ["--chunks", "2", "--width", "16", "--height", "16", "--device", "cpu"]

@@ -167,6 +167,7 @@ def test_stages_are_chosen_in_the_order_given():
     assert chosen(None) == STAGES and len({stage.name for stage in STAGES}) == len(STAGES)
 
 
+@pytest.mark.slow
 def test_a_real_stage_ends_and_says_what_it_measured(tmp_path, capsys):
     assert main(["card", str(tmp_path), "--size", "tiny", "--only", "facts,published"]) == 0
     stages = json.loads((tmp_path / "card.json").read_text())["stages"]

@@ -381,6 +381,7 @@ def test_a_checkpoint_of_another_size_is_refused_with_both_sizes(tmp_path):
     assert "num_layers 2 instead of 30" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_14b_wan_is_named_where_a_small_one_is_expected(tmp_path):
     # A file with a hole in it for 14B parameters takes no disk.
     big = ModelConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)

@@ -19,8 +19,17 @@ from training.claims.report import motion_plot, read_results, report, strips
 from training.run.config import changed
 from training.stages.recipes import miniature
 
-CONFIG = ClaimsConfig(free=2, named=1, double=1, long=1, long_chunks=10, between=1)
-QUICK = ("run.updates=2", "run.critic_ratio=1", "run.redmd.batch=2", "run.micro_batch=2")
+pytestmark = pytest.mark.slow
+
+CONFIG = ClaimsConfig(free=2, named=1, double=1, chunks=3, long=1, long_chunks=10, between=1)
+QUICK = (
+    "run.updates=2",
+    "run.critic_ratio=1",
+    "run.redmd.batch=2",
+    "run.micro_batch=2",
+    "run.latents=[16, 12, 8, 8]",  # a chunk more than the window holds
+    "data.limit=3",
+)
 
 
 @pytest.fixture(scope="module")

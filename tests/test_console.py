@@ -15,6 +15,8 @@ from rf_core import __main__ as engine
 from rf_core.console import forgiving_console
 from rf_core.video import read_metadata
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PROMPT = "红色的圆 🔴 moves left"
 
@@ -24,15 +26,36 @@ def command(prompt: str, output: Path) -> list[str]:
     return [sys.executable, "-m", "rf_core", "generate", *own]
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp1252:strict"])
+def in_a_process(encoding: str, arguments: list[str], monkeypatch) -> tuple[int, bytes, bytes]:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def in_this_one(encoding: str, arguments: list[str], monkeypatch) -> tuple[int, bytes, bytes]:
+    """With the streams that Python opens for `PYTHONIOENCODING`."""
+    name, _, errors = encoding.partition(":")
+    out = io.TextIOWrapper(io.BytesIO(), encoding=name, errors=errors or "strict")
+    log = io.TextIOWrapper(io.BytesIO(), encoding=name, errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", log)
+    code = engine.main(arguments[3:])
+    out.flush(), log.flush()
+    return code, out.buffer.getvalue(), log.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "run"),
+    [("cp1252", in_a_process), ("ascii", in_this_one), ("cp1252:strict", in_this_one)],
+    ids=["cp1252", "ascii", "cp1252:strict"],
+)
 def test_a_console_that_lacks_the_prompt_s_characters_gets_escapes_and_the_video_is_made(
-    tmp_path, encoding
+    tmp_path, encoding, run, monkeypatch
 ):
     output = tmp_path / "圆.mp4"
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(PROMPT, output), cwd=ROOT, env=environment, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert rb"\u7ea2\u8272\u7684\u5706 \U0001f534 moves left" in done.stdout
+    code, out, errors = run(encoding, command(PROMPT, output), monkeypatch)
+    assert (code, errors) == (0, b"")
+    assert rb"\u7ea2\u8272\u7684\u5706 \U0001f534 moves left" in out
     assert read_metadata(output)["title"] == PROMPT
 
 

@@ -191,6 +191,7 @@ def test_decoder_work_grows_with_the_picture():
     assert large > 4 * small  # four times the convolutions, sixteen times the attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [CacheConfig(), CacheConfig(window_frames=21)], ids=["9", "21"])
 def test_what_a_host_is_told_at_no_cost_is_near_what_is_counted(keep):
     sizes = Sizes(

@@ -362,6 +362,7 @@ def files_of(
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_damaged_students_end_in_a_sentence(tmp_path):
     files = files_of(tmp_path, weights_of())
     write_checkpoint(
@@ -399,6 +400,7 @@ def test_damaged_sidecars_and_indexes_end_in_a_sentence(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vae", "taehv"])
 def test_damaged_decoders_end_in_a_sentence(tmp_path, kind):
     torch.manual_seed(0)
@@ -469,6 +471,7 @@ def write_png(path: Path, width: int, height: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "height", "said"),
     [

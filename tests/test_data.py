@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import spawn
 
 import training.data.embeddings as data
 from rf_core.options import DEMO
@@ -110,9 +110,10 @@ def encode_rank(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_sharded_encoder_write_what_one_does(tmp_path, monkeypatch):
     prompt_file(tmp_path)
-    mp.spawn(encode_rank, (2, tmp_path), nprocs=2)
+    spawn(encode_rank, (2, tmp_path), nprocs=2)
     monkeypatch.setattr(data, "SHARD_PROMPTS", 2)
     name = str(DEMO / "text_encoder.safetensors")
     cache, missing = cached_embeds(TEXTS, name, tmp_path / "e")

@@ -37,6 +37,7 @@ def video(tmp_path_factory) -> torch.Tensor:
     return images_of(output)
 
 
+@pytest.mark.slow
 def test_make_demo_streams_ten_seconds(video):
     assert video.shape[1:] == (3, 64, 64)
     assert 160 <= len(video) < 172

@@ -60,6 +60,7 @@ def test_the_demo_stays_in_float32_on_every_cpu_and_cards_compute_in_bfloat16(mo
     assert devices.preferred_dtype("mps", WAN_1_3B) == torch.float32
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_a_run_would_compute_in(monkeypatch, capsys):
     monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
 

@@ -109,6 +109,7 @@ def test_a_choice_says_in_a_line_what_it_knows():
     assert str(Choice(name="sdpa")) == "attention sdpa"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "planted",
     [
@@ -251,6 +252,7 @@ def test_on_a_card_exact_backends_are_measured():
     assert choice.errors[choice.name] <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "MATH"])
 def test_a_forced_kernel_gives_what_torch_s_own_choice_does(backend):
     q, k, v = (torch.randn(1, n, 2, 16) for n in (5, 11, 11))

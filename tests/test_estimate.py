@@ -71,6 +71,7 @@ def test_recomputed_blocks_keep_far_less():
     assert recomputed < plain / 3
 
 
+@pytest.mark.slow
 def test_memory_is_shared_out_and_the_published_batch_over_64_cards_is_the_papers_time():
     one, eight = (estimate(wan(), WAN, processes) for processes in (1, 8))
     trained = 16 * num_parameters(WAN_1_3B)
@@ -83,6 +84,7 @@ def test_memory_is_shared_out_and_the_published_batch_over_64_cards_is_the_paper
     assert 100e12 < needed < 500e12
 
 
+@pytest.mark.slow
 def test_choices_show_in_the_count():
     def count(*settings: str) -> estimates.Estimate:
         return estimate(changed(wan(), settings), WAN, 8)
@@ -98,6 +100,7 @@ def test_choices_show_in_the_count():
     assert long.bytes < 1.5 * plain.bytes  # a window at a time
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_totals(capsys):
     assert main(["estimate", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

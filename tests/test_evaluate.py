@@ -99,6 +99,7 @@ def report_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_videos_are_those_the_command_line_generates_and_the_measures_theirs(tmp_path, capsys):
     model, out = DEMO / "student.safetensors", tmp_path / "out"
     short = ("--chunks", "1", "--window-images", "4", "--num-prompts", "1", "--seeds", "2")
@@ -148,6 +149,7 @@ def test_a_finished_evaluation_makes_nothing_again(world, drawn, tmp_path):
     assert (tmp_path / "out" / "report.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_more_seeds_are_added_to_what_is_there(world, drawn, tmp_path):
     command(*world)
     assert report_of(tmp_path / "out")["seeds"] == 1
@@ -156,6 +158,7 @@ def test_more_seeds_are_added_to_what_is_there(world, drawn, tmp_path):
     assert sorted(drawn) == [(name, number, 1) for name in ("first", "second") for number in (0, 1)]
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on_to_the_report_of_an_undisturbed_one(
     world, drawn, tmp_path, monkeypatch, capsys
 ):
@@ -198,6 +201,7 @@ def test_a_record_is_never_half_written(world, drawn, tmp_path, monkeypatch):
     assert command(*world) == 0
 
 
+@pytest.mark.slow
 def test_a_record_that_is_written_again_leaves_its_readers_the_old_one(world, drawn, tmp_path):
     command(*world)
     record, held = tmp_path / "out" / "first" / "0000-0.json", tmp_path / "held.json"
@@ -392,6 +396,7 @@ def fake_vbench(folder: Path, prompts: Sequence[str]) -> tuple[types.ModuleType,
     return module, calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 def test_vbench_is_given_its_own_file_names_and_read_into_the_report(
     world, drawn, tmp_path, monkeypatch, capsys, own

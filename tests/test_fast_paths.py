@@ -230,6 +230,7 @@ def test_on_a_card_no_residual_block_takes_a_pass_for_a_bias_or_a_shortcut(monke
     assert sorted(ran) == ["add_in_place"] * 4 + ["causal_norm_silu"] * (2 * len(blocks) + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [3, 1])
 def test_what_is_planned_for_a_card_without_fused_kernels_is_enough_with_them(
     monkeypatch, group: int

@@ -262,6 +262,7 @@ def test_joint_products_are_recorded_to_the_bit(joint_products):
     assert torch.equal(made, latents_of(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["fp8", "streamed", "compiled", "cast"])
 def test_whoever_changes_a_network_gets_what_it_gets_of_weights_apart(joint_products, change):
     def changed(model: WanModel) -> WanModel:

@@ -73,6 +73,7 @@ def latents_of(stream: Stream, chunks: int = 6, switch_at: int | None = None) ->
     return torch.cat(made, dim=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch_at", [None, 2, 4])
 @pytest.mark.parametrize("keep_rotated", [True, False])
 def test_replayed_passes_make_the_video_that_plain_passes_make(graphed, switch_at, keep_rotated):
@@ -83,6 +84,7 @@ def test_replayed_passes_make_the_video_that_plain_passes_make(graphed, switch_a
     assert recorder.replayed > recorder.captured
 
 
+@pytest.mark.slow
 def test_each_form_of_a_pass_is_captured_once_and_serves_the_next_stream(graphed):
     model, recorder = graphed
     first = latents_of(stream_of(model, 0))
@@ -111,6 +113,7 @@ def test_prompts_of_any_length_are_served_by_the_same_passes(graphed):
     assert recorder.captured == 4  # denoising and clean passes, while the window holds 3 and 6
 
 
+@pytest.mark.slow
 def test_streams_that_live_at_once_have_caches_of_their_own(graphed):
     model, _ = graphed
     streams = [stream_of(model, 0), stream_of(model, 1)]
@@ -122,6 +125,7 @@ def test_streams_that_live_at_once_have_caches_of_their_own(graphed):
         assert torch.equal(torch.cat(chunks, dim=2), alone)
 
 
+@pytest.mark.slow
 def test_a_fork_runs_uncaptured_and_a_restored_stream_captured(graphed):
     model, recorder = graphed
     stream = stream_of(model)
@@ -173,6 +177,7 @@ def test_a_pass_takes_over_its_inputs_in_few_copies():
     assert counted == [4, 1, 2, 4]
 
 
+@pytest.mark.slow
 def test_another_size_lets_go_of_what_was_captured(graphed):
     model, recorder = graphed
     latents_of(stream_of(model), 3)
@@ -339,6 +344,7 @@ def test_passes_in_bfloat16_are_recorded_to_the_bit_on_a_cpu():
     assert torch.equal(made, latents_of(stream_of(plain)))
 
 
+@pytest.mark.slow
 def test_passes_with_products_by_onednn_are_recorded_too(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
@@ -404,6 +410,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_weights_that_lie_elsewhere_are_recorded_anew(change):
     network, recorder = tiny.model(), TraceRecorder()
@@ -421,6 +428,7 @@ def test_weights_that_lie_elsewhere_are_recorded_anew(change):
     assert recorder.captured == 2 * captured
 
 
+@pytest.mark.slow
 def test_weights_changed_where_they_lie_are_followed_without_recording_anew():
     network, recorder = tiny.model(), TraceRecorder()
     graphed = GraphedModel(network, recorder)
@@ -433,6 +441,7 @@ def test_weights_changed_where_they_lie_are_followed_without_recording_anew():
     assert not torch.equal(before, expected) and recorder.captured == captured
 
 
+@pytest.mark.slow
 def test_weights_exchanged_within_a_stream_count_from_the_next_pass():
     network = tiny.model()
     streams = [stream_of(GraphedModel(network, TraceRecorder())), stream_of(plain := tiny.model())]
@@ -476,6 +485,7 @@ class Slow(Recorder):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Slow, TraceRecorder])
 def test_streams_in_threads_of_their_own_make_what_each_makes_alone(kind):
     model, made = GraphedModel(tiny.model(), kind()), {}

@@ -265,6 +265,7 @@ LIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "why"), LIES.values(), ids=LIES)
 def test_an_index_that_lies_is_refused_before_anything_is_allocated(folder, change, why):
     index = index_of(folder)

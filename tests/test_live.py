@@ -251,6 +251,7 @@ def drawn(draw: random.Random, chunks: int) -> Script:
     return script
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(TRIES))
 def test_any_session_is_a_stream_that_was_driven_so_and_its_log_makes_it_again(
     number: int, tmp_path: Path
@@ -604,6 +605,7 @@ def test_commands_of_three_clients_are_each_answered_once_in_order() -> None:
     assert not of_kind(seen, Refused) and not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_two_thousand_chunks_that_nobody_reads(tmp_path: Path) -> None:
     config = replace(tiny.CONFIG, num_layers=1)
     stream = tiny.stream(
@@ -834,6 +836,7 @@ def images_in(path: Path) -> Tensor:
     return to_uint8(read_images(path, width=48, height=32)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wan", "taehv"])
 def test_every_branch_is_a_whole_file_and_a_replay_writes_the_same_bytes(
     kind: str, tmp_path: Path

@@ -154,6 +154,7 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return pipe
 
 
+@pytest.mark.slow
 def test_prompts_and_a_branch_through_a_pipe_are_what_a_timeline_makes_and_replay_to_the_byte(
     tmp_path: Path,
 ) -> None:
@@ -189,6 +190,7 @@ def test_prompts_and_a_branch_through_a_pipe_are_what_a_timeline_makes_and_repla
         assert np.array_equal(made, images_of(whole)[: len(made)]), name
 
 
+@pytest.mark.slow
 @posix
 def test_on_a_terminal_a_typed_line_takes_hold_ctrl_d_ends_nothing_and_ctrl_c_keeps_it(
     tmp_path: Path,
@@ -215,6 +217,7 @@ def test_on_a_terminal_a_typed_line_takes_hold_ctrl_d_ends_nothing_and_ctrl_c_ke
     assert b"moof" not in data and data.index(b"moov") < data.index(b"mdat")
 
 
+@pytest.mark.slow
 @posix
 def test_ctrl_c_ends_a_pause(tmp_path: Path) -> None:
     with live(tmp_path / "take.mp4") as running:
@@ -224,6 +227,7 @@ def test_ctrl_c_ends_a_pause(tmp_path: Path) -> None:
         running.wait_for(r"^\[2\] applied at chunk")
 
 
+@pytest.mark.slow
 @posix
 def test_a_second_ctrl_c_ends_the_pass_and_what_is_made_is_whole_and_replays(
     piped: Callable[[str], None],
@@ -251,6 +255,7 @@ def test_a_second_ctrl_c_ends_the_pass_and_what_is_made_is_whole_and_replays(
     assert (replayed(output) / "take.mp4").read_bytes() == output.read_bytes()
 
 
+@pytest.mark.slow
 @posix
 def test_of_a_session_that_is_killed_the_file_plays_and_the_log_makes_it_again(
     tmp_path: Path,
@@ -279,6 +284,7 @@ def sent(address: str, *words: Any) -> bytes:
     return builder.build().dgram
 
 
+@pytest.mark.slow
 def test_osc_steers_it_and_random_datagrams_do_nothing(tmp_path: Path) -> None:
     output, draw = tmp_path / "take.mp4", random.Random(0)
     with live(output, "--osc", "0") as running, socket.socket(type=socket.SOCK_DGRAM) as sender:
@@ -320,6 +326,7 @@ def test_a_pause_that_nothing_can_end_any_more_is_ended_and_the_length_is_reache
     assert len(images_of(tmp_path / "a.mp4")) == 33
 
 
+@pytest.mark.slow
 def test_a_timeline_is_what_is_to_come_and_its_prompts_can_be_moved_and_dropped(
     piped: Callable[[str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,6 +350,7 @@ def test_what_is_no_line_of_text_is_refused_and_the_rest_is_read(
     assert "[2] received: prompt [soft] last\n" in out
 
 
+@pytest.mark.slow
 def test_a_start_picture_stands_at_the_head_and_is_replayed(
     piped: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -411,6 +419,7 @@ def test_a_strength_that_overflows_is_refused_and_changes_nothing(ink: Path) -> 
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_live_strength_is_in_the_picture_and_in_the_replay(
     piped: Callable[[str], None], ink: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -450,6 +459,7 @@ def log(piped: Callable[[str], None], tmp_path: Path) -> Path:
     return tmp_path / "take.jsonl"
 
 
+@pytest.mark.slow
 def test_an_edited_log_is_refused_for_what_it_is_and_makes_another_video_where_that_is_wanted(
     log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -483,6 +493,7 @@ def test_an_option_that_says_nothing_there_is_refused(
     assert why in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--seed=1", "--width=64", "--window=9", "--chunks=3"])
 def test_what_the_log_holds_is_not_given_again(
     option: str, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -492,6 +503,7 @@ def test_what_the_log_holds_is_not_given_again(
     assert "the log holds it; leave it out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_log_that_is_damaged_or_of_another_kind_is_a_sentence(
     log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -532,6 +544,7 @@ def test_files_of_another_take_are_not_written_over_unasked(
     assert (tmp_path / "take-night.mp4").read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_on_a_card_a_text_encoder_that_stays_is_counted_with_the_stream() -> None:
     timeline = PromptTimeline().append(0, "s", Switch(), "x")
     options = Options(timeline=timeline, output=Path("a.mp4"), keeps_text=True)

@@ -199,6 +199,7 @@ def test_drift_compares_the_first_window_with_the_last_and_tells_what_changed():
     assert faded.late == look((texture * gain)[30:])
 
 
+@pytest.mark.slow
 def test_drift_spreads_the_sharpness_of_all_whole_windows():
     texture = waves(1, 32, 32, (0, 0)).expand(10, -1, -1, -1)
     video = torch.cat([0.5 + strength * (texture - 0.5) for strength in (1.0, 0.5, 0.9)])

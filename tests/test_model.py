@@ -233,6 +233,7 @@ def test_impossible_sizes_are_refused(wrong):
         ModelConfig(**wrong)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_does_not_make_the_rotary_table_in_every_pass():
     graphs, model = [], tiny.model()
 

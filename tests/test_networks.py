@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import spawn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rf_core.config import SamplerConfig
@@ -21,6 +21,8 @@ from training.run.networks import PlacementConfig, open_network, placement_dtype
 from training.run.optimise import OptimiserConfig
 from training.stages.export import write_student
 from training.stages.trainer import RunConfig, Trainer
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 RATE = OptimiserConfig(rate=1e-3)
@@ -135,7 +137,7 @@ CASES = {
 
 
 def test_two_processes_open_and_train_what_one_does_in_every_placement(files):
-    mp.spawn(run_rank, (2, files, list(CASES)), nprocs=2)
+    spawn(run_rank, (2, files, list(CASES)), nprocs=2)
     results = torch.load(files / "results.pt", weights_only=True)
     expected, weights = one_step(files, PlacementConfig())
     losses = [report.generator_loss for report in expected]

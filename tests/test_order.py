@@ -182,6 +182,7 @@ def test_a_decay_that_is_no_fraction_changes_nothing(decay: float) -> None:
 # A chunk that is not made.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["the stream", "a fork", "a snapshot", "a file"])
 @pytest.mark.parametrize("name", CACHES)
 def test_a_stopped_chunk_may_be_followed_by_a_recache(name: str, keep: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import spawn
 from test_generate import images_of
 from torch import Tensor
 
@@ -25,6 +25,8 @@ from rf_core.fast.parallel import (
 )
 from rf_core.state import Snapshot
 from rf_core.stream import Stream
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 CONFIG = replace(tiny.CONFIG, num_heads=6)
@@ -94,7 +96,7 @@ def alone(tmp_path_factory) -> tuple[Path, Tensor]:
 def spread(request, alone) -> tuple[int, list[dict[str, Tensor]]]:
     """What each of two processes (rows), and of three (columns), has found."""
     folder, _ = alone
-    mp.spawn(run_rank, (request.param, folder), nprocs=request.param)
+    spawn(run_rank, (request.param, folder), nprocs=request.param)
     paths = [folder / f"found-{request.param}-{rank}.pt" for rank in range(request.param)]
     return request.param, [torch.load(path, weights_only=True) for path in paths]
 

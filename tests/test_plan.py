@@ -39,6 +39,8 @@ from rf_core.prompts import parse_timeline
 from rf_core.stream import Stream
 from rf_core.weights.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 MIDDLE = ModelConfig(dim=192, ffn_dim=768, text_dim=512, text_len=64, num_heads=3, num_layers=4)
 SMALL_VAE = VAEConfig(dim=24)
 SIZES = {

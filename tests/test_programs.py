@@ -31,6 +31,8 @@ from rf_core.model import WanModel
 from rf_core.state import Snapshot
 from rf_core.stream import Chunk, OnPass, Stream
 
+pytestmark = pytest.mark.slow
+
 TRIES = int(os.environ.get("RF_FUZZ", "8"))
 SEED = int(os.environ.get("RF_FUZZ_SEED", "1"))
 ROUNDING = 1e-5

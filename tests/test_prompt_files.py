@@ -47,6 +47,7 @@ def test_a_text_file_has_a_prompt_a_line_whatever_editor_saved_it(tmp_path, cont
         assert found.prompts == prompts and found.left_out is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -150,6 +151,7 @@ def test_another_column_can_be_named(tmp_path):
     assert read(tmp_path, "p.jsonl", lines, column="caption").prompts == {1: "c"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [20261126])
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".jsonl"])
 def test_damaged_files_give_prompts_or_one_sentence(tmp_path, suffix, seed):

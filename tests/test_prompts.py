@@ -753,6 +753,7 @@ def test_random_parts_read_back_equal_to_what_was_written() -> None:
         assert parse_timeline(timeline.to_text()) == timeline
 
 
+@pytest.mark.slow
 def test_random_text_is_read_or_refused_with_a_place_in_it() -> None:
     rng = random.Random(2)
     pieces = [*WORDS, "\n", "\n", " ", "\t", "0s", "8s", "+4s", ":", "[", "]", "blend 3", "-", ".5"]

@@ -216,6 +216,7 @@ def number(x: Tensor) -> Tensor:
     return x.float().nan_to_num(-1)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.usefixtures("fp8_rounds_as_on_a_card", "round_as_a_card_does")
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
@@ -280,6 +281,7 @@ def compile_for_cards() -> None:
         assert "e4m3x2" in compiled(triton_norms._norm, capability, constants, **kinds)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_compile_for_cards_that_multiply_fp8(tmp_path):
     root = Path(__file__).parents[1]
@@ -467,6 +469,7 @@ def test_rows_are_made_once_for_all_that_read_them(monkeypatch):
     assert counts == [6 * tiny.CONFIG.num_layers, 8 * tiny.CONFIG.num_layers]
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.usefixtures("fp8_rounds_as_on_a_card", "round_as_a_card_does")
 @each_dtype

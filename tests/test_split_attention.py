@@ -148,6 +148,7 @@ def test_samples_whose_keys_lie_apart_are_attended_to_whole(seven_processors, mo
         assert len(calls) == launches
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_block_attends_split_in_one_graph(seven_processors):
     config = ModelConfig(dim=48, num_heads=3, ffn_dim=32, text_len=6)

@@ -171,6 +171,7 @@ def test_a_fork_of_a_fork_goes_on_like_its_parent():
     assert torch.equal(latents_of(parent, 3), latents_of(twin, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulator", ["reference", "float32"])
 def test_a_stream_restored_in_a_fresh_process_goes_on_bit_for_bit(tmp_path, accumulator):
     cache = tiny.window(9, 3, accumulator=accumulator)
@@ -278,6 +279,7 @@ def test_files_that_are_no_snapshot_are_refused_in_a_sentence(tmp_path):
             Snapshot.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_rotated", [True, False])
 def test_compiled_blocks_stream_the_same_over_evictions_and_switches(keep_rotated):
     options = {"cache": tiny.window(9, 3), "keep_rotated": keep_rotated}

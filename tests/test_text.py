@@ -476,6 +476,7 @@ class CountingEncoder:
         return torch.tensor([[[float(len(prompt))]] for prompt in prompts])
 
 
+@pytest.mark.slow
 def test_the_cache_encodes_each_prompt_once_and_frees_the_encoder() -> None:
     made = []
 

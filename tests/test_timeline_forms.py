@@ -710,6 +710,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["", "0s: a\n", "[0s] ", "{'0': '", "00:00 --> 00:05 "])
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_the_longest_text_of_anything_takes_no_time(piece: str, before: str) -> None:

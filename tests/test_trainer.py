@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import spawn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rf_core.config import SamplerConfig
@@ -47,6 +47,7 @@ def weights(run: Trainer) -> list[torch.Tensor]:
     return [*trained, *(t.clone() for t in run.average.tensors.values())]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
     whole = trainer()
     reports = [whole.step() for _ in range(4)]
@@ -143,11 +144,12 @@ def run_rank(rank: int, world: int, folder: Path, go_on: bool) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(tmp_path):
     one = trainer(replace(CONFIG, micro_batch=1))
     expected = [one.step() for _ in range(4)]
 
-    mp.spawn(run_rank, (2, tmp_path, False), nprocs=2)
+    spawn(run_rank, (2, tmp_path, False), nprocs=2)
     reports, _ = torch.load(tmp_path / "resultFalse.pt", weights_only=False)
     for first, second in zip(reports, expected, strict=False):
         assert first.generator_loss == pytest.approx(second.generator_loss, rel=1e-4)
@@ -158,7 +160,7 @@ def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
     average = read_part(tmp_path / "at2", "average")  # of chunks of two processes
     assert all(torch.equal(average[name], t) for name, t in alone.average.tensors.items())
     alone.step(), alone.step()
-    mp.spawn(run_rank, (4, tmp_path, True), nprocs=4)
+    spawn(run_rank, (4, tmp_path, True), nprocs=4)
     _, four = torch.load(tmp_path / "resultTrue.pt", weights_only=False)
     for name, weight in one.networks.student.state_dict().items():
         for other in (alone.networks.student.state_dict()[name], four[name]):

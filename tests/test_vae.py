@@ -190,6 +190,7 @@ def slow_convolutions(run: Callable[[], object]) -> int:
     return sum(event.count for event in slow if event.input_shapes[1][2:] == [3, 3, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 def test_one_small_sample_is_not_convolved_the_slow_way() -> None:
     vae = tiny_vae()

@@ -35,6 +35,7 @@ def test_verify_fails_on_a_changed_file_and_names_the_output(tmp_path, capsys):
     assert "FAIL changed.safetensors flow" in out and "1 outputs disagree" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_verify_holds_half_precision_to_its_rounding(dtype):
     with torch.no_grad():

@@ -108,6 +108,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_plays_to_its_last_finished_chunk_and_resumes_exactly(tmp_path: Path) -> None:
     def chunk(first: int) -> Tensor:
         generator = torch.Generator().manual_seed(first)
