@@ -192,7 +192,7 @@ BREAKS_DOWN = """
 import os, sys, torch
 from unittest.mock import patch
 import torch.distributed as dist
-from training.run.distributed import processes
+from training.run.distributed import process_group
 
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 begin = dist.init_process_group
@@ -202,7 +202,7 @@ with (
     patch("torch.cuda.set_device"),
     patch.object(dist, "init_process_group", on_the_cpu),
     patch.object(dist, "destroy_process_group", lambda: print("waits")),
-    processes("cuda"),
+    process_group("cuda"),
 ):
     raise ValueError("the reward is NaN")
 """

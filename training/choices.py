@@ -20,7 +20,7 @@ from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
 from .evaluation.metric import PromptMetric
 from .rewards.flow_motion import FlowMotionReward
-from .rewards.judges import Reward
+from .rewards.reward import Reward
 from .rewards.videoalign import load_videoalign
 from .world.captions import Captions
 from .world.clips import CaptionedClips, read_clips, shards_of_clips
@@ -77,6 +77,6 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
             "whole clips of `python -m training ode_pairs`"
         )
     pairs = Pairs.open(folder)
-    if pairs.config.follows != "clips":
+    if pairs.config.kind != "clips":
         raise ValueError(f"{folder} holds trajectories of excerpts; give those of whole clips")
     return pairs

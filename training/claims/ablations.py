@@ -159,7 +159,7 @@ def folder_of(out: Path, arm: Arm, seed: int) -> Path:
     return out / _slug(f"{arm.name} {seed}")
 
 
-def sink_of(result: Mapping[str, Any]) -> tuple[CacheConfig, SamplerConfig]:
+def streaming_config(result: Mapping[str, Any]) -> tuple[CacheConfig, SamplerConfig]:
     """The cache and the schedule a result's student streams with."""
     redmd = build(DistilConfig, result["config"]).run.redmd
     return redmd.cache, redmd.sampler

@@ -27,7 +27,7 @@ from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
 from rf_core.weights.files import read_weights
 from rf_core.writing import whole_file
 
-from ..run.distributed import barrier, of_the_first, rank, shard_modules, world_size
+from ..run.distributed import barrier, broadcast_from_rank_0, rank, shard_modules, world_size
 from .prompts import DataConfig, DataSet, read_prompts
 
 _log = logging.getLogger(__name__)
@@ -73,9 +73,9 @@ class CachedEmbeds:
 
     def embeds(self, numbers: Sequence[int]) -> Tensor:
         """Some of them, [B, S, D], padded with zeros to the longest."""
-        return pad_sequence([self._one(number) for number in numbers], batch_first=True)
+        return pad_sequence([self._load(number) for number in numbers], batch_first=True)
 
-    def _one(self, number: int) -> Tensor:
+    def _load(self, number: int) -> Tensor:
         shard, place = divmod(number, SHARD_PROMPTS)
         path = self.shards[shard]
         if path not in self._open:
@@ -102,7 +102,7 @@ def cached_embeds(
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         paths.append(folder / f"embeds-{digest}.safetensors")
     missing = [number for number, path in enumerate(paths) if not path.exists()]
-    return CachedEmbeds(tuple(paths), len(prompts)), of_the_first(missing)
+    return CachedEmbeds(tuple(paths), len(prompts)), broadcast_from_rank_0(missing)
 
 
 def encode_missing(
@@ -168,7 +168,7 @@ def open_prompts(
     where an embedding is missing, and let go of again.
     """
     if not config.prompts:
-        prompts = own.to_train_on()[: config.limit]
+        prompts = own.training_prompts()[: config.limit]
         encoder = load_text_encoder(encoder_path(config), device=device, dtype=dtype)
         embeds = MemoryEmbeds(torch.cat([encoder.encode([text]) for text in prompts]).cpu())
         return prompts, embeds, encoder.encode([config.negative])

@@ -23,7 +23,7 @@ from rf_core.ranges import check_numbers
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file
 
-from ..objective.excerpts import KINDS, STORED, ExcerptConfig, Excerpts
+from ..objective.excerpts import KINDS, SAVED_FIELDS, ExcerptConfig, Excerpts
 from ..run.config import difference, from_json, to_json
 from ..run.networks import PlacementConfig
 from .clips import Conditions, Groups
@@ -36,7 +36,7 @@ NOTE = "ode_pairs"
 class PairsConfig:
     """Which trajectories, and how they are made."""
 
-    follows: Literal["clips", "excerpts"] = "clips"
+    kind: Literal["clips", "excerpts"] = "clips"
     """What a trajectory leads to: `clips`, whole clips of a prompt (published); `excerpts`, three
     chunks with a clean past, so that a causal student sees all that each depends on."""
     source: Path | None = None
@@ -81,7 +81,7 @@ class PairsConfig:
                 f"clips is {self.clips}; give whole shards of {self.shard}, such as "
                 f"{-(-self.clips // self.shard) * self.shard}"
             )
-        if self.follows == "excerpts" and self.latents[1] % len(KINDS):
+        if self.kind == "excerpts" and self.latents[1] % len(KINDS):
             raise ValueError(
                 f"latents have {self.latents[1]} frames; excerpts are {len(KINDS)} chunks, so give "
                 f"a multiple of {len(KINDS)}"
@@ -89,7 +89,7 @@ class PairsConfig:
         check_numbers(self, shift=(0.01, 1000.0), guidance=(-1000.0, 1000.0), seed=(0, 2**63 - 1))
 
 
-FREE = (
+MAY_DIFFER = (
     "teacher",
     "source",
     "clips",
@@ -145,7 +145,7 @@ class Origin:
 
 
 def write_shard(
-    path: Path, made: Trajectories, config: PairsConfig, number: int, origin: Origin
+    path: Path, trajectories: Trajectories, config: PairsConfig, number: int, origin: Origin
 ) -> None:
     """Write a shard, which is whole once it exists."""
     note = {
@@ -153,10 +153,10 @@ def write_shard(
         "shard": number,
         "teacher": origin.teacher,
         "source": origin.clips,
-        "prompts": made.prompts,
-        "numbers": made.numbers,
+        "prompts": trajectories.prompts,
+        "numbers": trajectories.numbers,
     }
-    tensors = {name: tensor.contiguous() for name, tensor in made.tensors().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in trajectories.tensors().items()}
     with whole_file(path) as part:
         save_file(tensors, part, {NOTE: json.dumps(note)})
 
@@ -181,7 +181,7 @@ class Pairs:
                 f"{folder} holds no trajectories; make some with `python -m training ode_pairs`"
             )
         for path in pairs.shards:
-            refuse_other(path, pairs.config, pairs.origin)
+            check_shard(path, pairs.config, pairs.origin)
         return pairs
 
     def __len__(self) -> int:
@@ -220,7 +220,7 @@ class Pairs:
         """Some of them, as stored."""
         rows, prompts, places = zip(*map(self._row, numbers), strict=True)
         found = {name: _stacked(name, rows) for name in rows[0]}
-        excerpts = {name: found.pop(name) for name in STORED if name in found}
+        excerpts = {name: found.pop(name) for name in SAVED_FIELDS if name in found}
         return Trajectories(
             prompts=list(prompts),
             numbers=list(places),
@@ -238,7 +238,7 @@ class Pairs:
             "points",
             "clean",
             "embeds",
-            *(STORED if self.config.follows == "excerpts" else ()),
+            *(SAVED_FIELDS if self.config.kind == "excerpts" else ()),
         )
         try:
             rows = {name: tensors[name][place] for name in names}
@@ -253,17 +253,17 @@ def _stacked(name: str, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
     return pad_sequence(found, batch_first=True) if "embeds" in name else torch.stack(found)
 
 
-def refuse_other(path: Path, config: PairsConfig, origin: Origin) -> None:
+def check_shard(path: Path, config: PairsConfig, origin: Origin) -> None:
     """ValueError, with the first difference, for a shard of another config or made from others."""
     note = _note(path)
-    apart = difference(from_json(PairsConfig, json.dumps(note["config"])), config, FREE)
-    there = _origin(note)
-    if apart is None and there.teacher != origin.teacher:
-        apart = f"teacher's weights are {there.teacher} there and {origin.teacher} here"
-    if apart is None and there.clips != origin.clips:
-        apart = f"source holds {there.clips} clips there and {origin.clips} here"
-    if apart is not None:
-        raise ValueError(f"{path} was made with another config: {apart}; choose another folder")
+    mismatch = difference(from_json(PairsConfig, json.dumps(note["config"])), config, MAY_DIFFER)
+    saved = _origin(note)
+    if mismatch is None and saved.teacher != origin.teacher:
+        mismatch = f"teacher's weights are {saved.teacher} there and {origin.teacher} here"
+    if mismatch is None and saved.clips != origin.clips:
+        mismatch = f"source holds {saved.clips} clips there and {origin.clips} here"
+    if mismatch is not None:
+        raise ValueError(f"{path} was made with another config: {mismatch}; choose another folder")
 
 
 def _origin(note: Mapping[str, Any]) -> Origin:

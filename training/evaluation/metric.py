@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-Measured = dict[str, float | None]
+Measures = dict[str, float | None]
 """Measures by name; None where a video has none."""
 
 
@@ -23,10 +23,10 @@ class PromptMetric(Protocol):
     legend: str
     """What they mean."""
 
-    def fits(self, prompts: Iterable[str], size: tuple[int, int]) -> bool:
+    def supports(self, prompts: Iterable[str], size: tuple[int, int]) -> bool:
         """Whether it can read all of these prompts, and videos of this height and width."""
         ...
 
-    def __call__(self, video: Tensor, prompt: str) -> Measured:
+    def __call__(self, video: Tensor, prompt: str) -> Measures:
         """Measures of a video [T, 3, H, W] in [0, 1]."""
         ...

@@ -23,11 +23,11 @@ from rf_core.ranges import check_numbers
 from rf_core.scheduler import add_noise, flow_to_x0
 
 from .losses import critic_loss, generator_loss, guided, matching_direction
-from .rollout import Draws, Rollout, roll_out
+from .rollout import Rollout, RolloutDraws, roll_out
 from .tensors import Tensors
 from .weights import WeightConfig
 
-Weigher = Callable[[Tensor, int], Tensor]
+WeightFn = Callable[[Tensor, int], Tensor]
 """Weights [B] of a window's clean latents, given the window's number."""
 Anchor = Callable[[Tensor], Tensor]
 """The last of some latent frames [B, C, F, h, w] as the first frame of a clip, [B, C, 1, h, w]."""
@@ -88,7 +88,7 @@ class Prompts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noising(Tensors):
+class ScoreNoise(Tensors):
     """Where scores are compared: the random part of a judgement."""
 
     noise: Tensor
@@ -134,21 +134,21 @@ class Networks:
 def generator_losses(
     networks: Networks,
     prompts: Prompts,
-    draws: Draws,
-    noisings: Sequence[Noising],
+    draws: RolloutDraws,
+    score_noises: Sequence[ScoreNoise],
     config: ReDMDConfig,
-    weigher: Weigher | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Iterator[Tensor]:
     """A scalar loss a window, each to be called backward on before the next is asked for.
 
-    Rolls out, compares scores at one noised point a sample (`noisings`, one a window), and weighs
-    samples; `weigher` None is plain distribution matching.
+    Rolls out, compares scores at one noised point a sample, and weights samples by `weight_fn`.
+    `score_noises` has one entry a window; `weight_fn` None is plain distribution matching.
     """
     n = networks
     windows = _windows(n, prompts, draws, config, supervised=True)
-    for index, (rollout, noising) in enumerate(zip(windows, noisings, strict=True)):
-        x0, mask = _judged(rollout, n.anchor)
-        noisy, timestep = noising.apply(x0)
+    for index, (rollout, score_noise) in enumerate(zip(windows, score_noises, strict=True)):
+        x0, mask = _anchored(rollout, n.anchor)
+        noisy, timestep = score_noise.apply(x0)
         with torch.no_grad():
             fake = n.predict_x0(n.critic, noisy, timestep, prompts.cond)
             real = guided(
@@ -158,38 +158,38 @@ def generator_losses(
             )
         direction = matching_direction(x0, fake, real)
         losses = generator_loss(rollout.latents, direction, mask)
-        if weigher is not None:
-            losses = weigher(x0, index).to(losses) * losses
-        yield losses.sum() / (config.batch * len(noisings))
+        if weight_fn is not None:
+            losses = weight_fn(x0, index).to(losses) * losses
+        yield losses.sum() / (config.batch * len(score_noises))
 
 
 def critic_losses(
     networks: Networks,
     prompts: Prompts,
-    draws: Draws,
-    noisings: Sequence[Noising],
+    draws: RolloutDraws,
+    score_noises: Sequence[ScoreNoise],
     config: ReDMDConfig,
-    weigher: Weigher | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Iterator[Tensor]:
     """As `generator_losses`, of the critic on a rollout without gradient."""
     n = networks
     windows = _windows(n, prompts, draws, config, supervised=False)
-    for index, (rollout, noising) in enumerate(zip(windows, noisings, strict=True)):
-        x0, _ = _judged(rollout, n.anchor)
-        noisy, timestep = noising.apply(x0)
+    for index, (rollout, score_noise) in enumerate(zip(windows, score_noises, strict=True)):
+        x0, _ = _anchored(rollout, n.anchor)
+        noisy, timestep = score_noise.apply(x0)
         flow = n.predict_flow(n.critic, noisy, timestep, prompts.cond)
-        losses = critic_loss(flow.float(), x0, noising.noise)
-        if weigher is not None:
-            losses = weigher(x0, index).to(losses) * losses
-        yield losses.sum() / (config.batch * len(noisings))
+        losses = critic_loss(flow.float(), x0, score_noise.noise)
+        if weight_fn is not None:
+            losses = weight_fn(x0, index).to(losses) * losses
+        yield losses.sum() / (config.batch * len(score_noises))
 
 
-def judged_latents(
-    networks: Networks, prompts: Prompts, draws: Draws, config: ReDMDConfig
+def rollout_latents(
+    networks: Networks, prompts: Prompts, draws: RolloutDraws, config: ReDMDConfig
 ) -> Iterator[Tensor]:
     """What a reward sees of a rollout: each window's clean latents, without gradient."""
     for rollout in _windows(networks, prompts, draws, config, supervised=False):
-        yield _judged(rollout, networks.anchor)[0]
+        yield _anchored(rollout, networks.anchor)[0]
 
 
 def num_windows(frames: int, config: ReDMDConfig) -> int:
@@ -204,7 +204,7 @@ def num_windows(frames: int, config: ReDMDConfig) -> int:
 
 
 def _windows(
-    networks: Networks, prompts: Prompts, draws: Draws, config: ReDMDConfig, supervised: bool
+    networks: Networks, prompts: Prompts, draws: RolloutDraws, config: ReDMDConfig, supervised: bool
 ) -> Iterator[Rollout]:
     windows = num_windows(draws.noise.shape[2], config)
     return roll_out(
@@ -221,7 +221,7 @@ def _windows(
 
 
 @torch.no_grad()
-def _judged(rollout: Rollout, anchor: Anchor | None) -> tuple[Tensor, Tensor | None]:
+def _anchored(rollout: Rollout, anchor: Anchor | None) -> tuple[Tensor, Tensor | None]:
     """A window's latents as teacher, critic and reward see them, and where the loss counts."""
     x0 = rollout.latents.detach()
     if anchor is None or not rollout.past.shape[2]:

@@ -53,14 +53,14 @@ class WeightConfig:
             raise ValueError(f"best_of is {self.best_of}; give 1 for no choice, or more")
 
     @property
-    def of_batch(self) -> bool:
+    def depends_on_batch(self) -> bool:
         """Whether a sample's weight depends on the other samples of its update."""
         tied = (self.baseline, self.unit) != ("none", "none") or self.effective_share is not None
         return tied or self.mean_one or self.best_of > 1 or self.shuffled
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weighed:
+class SampleWeights:
     """An update's weights, and what a log should say of them."""
 
     weights: Tensor
@@ -72,7 +72,7 @@ class Weighed:
     """Of the weights over their mean: 10 %, 50 % and 90 %."""
 
 
-def weigh(score_N: Tensor, config: WeightConfig, sign: int = 1) -> Weighed:
+def sample_weights(score_N: Tensor, config: WeightConfig, sign: int = 1) -> SampleWeights:
     """Weights of an update's scores; ValueError for a score that is not finite.
 
     `sign` -1 weighs by exp(-beta r).
@@ -84,7 +84,7 @@ def weigh(score_N: Tensor, config: WeightConfig, sign: int = 1) -> Weighed:
         weights = weights.roll(1)
     relative = weights / weights.mean()
     low, median, high = relative.quantile(weights.new_tensor([0.1, 0.5, 0.9])).tolist()
-    return Weighed(
+    return SampleWeights(
         weights=(relative if config.mean_one else weights).float(),
         mean_score=float(score_N.mean()),
         effective_share=float(effective_samples(weights)) / len(score_N),

@@ -71,11 +71,11 @@ def changed(config: T, settings: Sequence[str]) -> T:
     return build(type(config), data)
 
 
-def difference(before: Any, now: Any, free: Sequence[str] = ()) -> str | None:
+def difference(before: Any, now: Any, may_differ: Sequence[str] = ()) -> str | None:
     """What sets two configs apart, in words that name the first field; None where nothing does."""
     old, new = (_flat(json.loads(to_json(each))) for each in (before, now))
     for name in [*old, *(each for each in new if each not in old)]:
-        if name not in free and old.get(name) != new.get(name):
+        if name not in may_differ and old.get(name) != new.get(name):
             return f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
     return None
 

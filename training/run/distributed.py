@@ -42,7 +42,7 @@ def rank() -> int:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[torch.device]:
+def process_group(device: str) -> Iterator[torch.device]:
     """The process group that `torchrun` asks for, if it does; gives this process' device.
 
     `device` is a kind, cpu or cuda. Without torchrun there is a single process and no group.
@@ -58,14 +58,14 @@ def processes(device: str) -> Iterator[torch.device]:
         yield torch.device(place)
     except BaseException as error:
         if device == "cuda":
-            _leave(error)
+            _exit_process(error)
         dist.destroy_process_group()
         raise
     barrier()
     dist.destroy_process_group()
 
 
-def _leave(error: BaseException) -> NoReturn:
+def _exit_process(error: BaseException) -> NoReturn:
     """End this process, having said why: NCCL's own end waits for those that wait for this one."""
     if isinstance(error, ValueError | OSError | FloatingPointError):
         sys.stderr.write(f"error: {error}\n")
@@ -116,7 +116,7 @@ def shard_modules(network: nn.Module, parts: Iterable[nn.Module], device: str) -
     fully_shard(network, mesh=mesh)
 
 
-def my_samples(batch: int, micro_batch: int) -> list[range]:
+def local_micro_batches(batch: int, micro_batch: int) -> list[range]:
     """This process's micro-batches of the samples 0 to batch - 1.
 
     ValueError where they cannot be shared out evenly.
@@ -132,7 +132,7 @@ def my_samples(batch: int, micro_batch: int) -> list[range]:
     return [range(i, i + micro_batch) for i in range(first, first + share, micro_batch)]
 
 
-def summed(value: float) -> float:
+def all_reduce_sum(value: float) -> float:
     """The sum over processes."""
     if not dist.is_initialized():
         return value
@@ -141,7 +141,7 @@ def summed(value: float) -> float:
     return float(total)
 
 
-def gathered(values: Tensor) -> Tensor:
+def all_gather(values: Tensor) -> Tensor:
     """Every process' values [n, ...] one after the other, in order of rank."""
     if not dist.is_initialized():
         return values
@@ -150,13 +150,13 @@ def gathered(values: Tensor) -> Tensor:
     return torch.cat(every)
 
 
-def of_the_first(value: T) -> T:
+def broadcast_from_rank_0(value: T) -> T:
     """The first process' value, in all: each may see a shared disk at another moment."""
     if not dist.is_initialized():
         return value
-    told = [value]
-    dist.broadcast_object_list(told)
-    return told[0]
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def barrier() -> None:
@@ -172,7 +172,7 @@ def reshard(network: nn.Module) -> None:
             module.reshard()
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Scale gradients down to a norm; returns what it was. RuntimeError for one that is NaN."""
-    norm = nn.utils.clip_grad_norm_(parameters, largest, error_if_nonfinite=True)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -17,43 +17,45 @@ import torch
 from rf_core.config import SamplerConfig
 
 from ..objective.losses import matching_timesteps
-from ..objective.redmd import Noising, ReDMDConfig
-from ..objective.rollout import Draws
+from ..objective.redmd import ReDMDConfig, ScoreNoise
+from ..objective.rollout import RolloutDraws
 
 Role = Literal["generator", "critic"]
 """Whose update it is: each rolls out afresh."""
 
 
-def generator_of(*key: object) -> torch.Generator:
+def seeded_generator(*key: object) -> torch.Generator:
     """A CPU generator named by its key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
-def rollout_draws(
+def draw_rollout(
     seed: int,
     role: Role,
     update: int,
     samples: Sequence[int],
     shape: tuple[int, ...],
     sampler: SamplerConfig,
-) -> Draws:
+) -> RolloutDraws:
     """Draws of some samples of an update; `shape` is one sample's latents, [C, F, h, w]."""
     steps = len(sampler.steps)
     each = [
-        torch.randn((steps, *shape), generator=generator_of(seed, role, update, sample, "rollout"))
+        torch.randn(
+            (steps, *shape), generator=seeded_generator(seed, role, update, sample, "rollout")
+        )
         for sample in samples
     ]
     noise, *renoise = torch.stack(each, dim=1)
-    exits = generator_of(seed, role, update, "exit")
-    return Draws(
+    exits = seeded_generator(seed, role, update, "exit")
+    return RolloutDraws(
         noise=noise,
         renoise=torch.stack(renoise) if renoise else noise.new_empty((0, *noise.shape)),
         exit_step=int(torch.randint(steps, (), generator=exits)),
     )
 
 
-def noising_draws(
+def draw_score_noise(
     seed: int,
     role: Role,
     update: int,
@@ -61,17 +63,17 @@ def noising_draws(
     shape: tuple[int, ...],
     config: ReDMDConfig,
     window: int = 0,
-) -> Noising:
+) -> ScoreNoise:
     """Where a window of those samples is judged; `shape` is the window's, [C, F, h, w]."""
     noises, timesteps = [], []
     for sample in samples:
-        generator = generator_of(seed, role, update, sample, "noising", window)
+        generator = seeded_generator(seed, role, update, sample, "noising", window)
         noises.append(torch.randn(shape, generator=generator))
         timesteps.append(matching_timesteps(1, config.shift, config.bounds, generator))
-    return Noising(noise=torch.stack(noises), timestep_B=torch.cat(timesteps))
+    return ScoreNoise(noise=torch.stack(noises), timestep_B=torch.cat(timesteps))
 
 
-def prompt_numbers(
+def shuffled_indices(
     seed: int,
     role: str,
     update: int,
@@ -87,6 +89,6 @@ def prompt_numbers(
     numbers = []
     for sample in samples:
         epoch, place = divmod((update * batch + sample) // copies, num_prompts)
-        order = torch.randperm(num_prompts, generator=generator_of(seed, role, epoch, "order"))
+        order = torch.randperm(num_prompts, generator=seeded_generator(seed, role, epoch, "order"))
         numbers.append(int(order[place]))
     return numbers

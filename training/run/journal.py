@@ -32,7 +32,7 @@ class Journal:
         self._board = _tensorboard(folder, first_update) if self.active and tensorboard else None
         self._wandb = _wandb(wandb, folder, config) if self.active and wandb else None
         if self.active:
-            _forget_from(self.path, first_update)
+            _drop_from(self.path, first_update)
 
     def __enter__(self) -> Journal:
         return self
@@ -73,7 +73,7 @@ def read_journal(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _forget_from(path: Path, update: int) -> None:
+def _drop_from(path: Path, update: int) -> None:
     kept = [line for line in read_journal(path) if line["update"] < update]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     if path.exists() or text:

@@ -13,7 +13,7 @@ from rf_core.model import WanModel
 from rf_core.ranges import MANY, check_numbers
 from rf_core.weights.lora import merge_lora
 
-from .draws import generator_of
+from .draws import seeded_generator
 
 BASE = ".base_layer"  # peft's name for what a layer was before it got its adapter
 ADAPTER = ".default"  # and of an adapter that was given no name
@@ -58,7 +58,7 @@ def adapter_weights(network: WanModel, seed: int) -> dict[str, Tensor]:
     for name, parameter in network.named_parameters():
         if ".lora_A." in name:
             bound = math.sqrt(1 / parameter.shape[1])  # Kaiming with a = sqrt(5)
-            uniform = torch.rand(parameter.shape, generator=generator_of(seed, "lora", name))
+            uniform = torch.rand(parameter.shape, generator=seeded_generator(seed, "lora", name))
             weights[name] = bound * (2 * uniform - 1)
         elif ".lora_B." in name:
             weights[name] = torch.zeros(parameter.shape)

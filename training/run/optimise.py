@@ -50,7 +50,7 @@ class OptimiserConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; give two decays in [0, 1)")
 
-    def factor(self, update: int, updates: int) -> float:
+    def rate_factor(self, update: int, updates: int) -> float:
         """What the rates are multiplied by at one of so many updates."""
         rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
         if self.schedule == "constant":
@@ -58,7 +58,7 @@ class OptimiserConfig:
         return rise * (0.01 + 0.99 * (1 + math.cos(math.pi * min(update / updates, 1.0))) / 2)
 
 
-class Trained:
+class TrainedNetwork:
     """The parameters of a network that require gradients, and their optimisers."""
 
     def __init__(self, network: WanModel, config: OptimiserConfig) -> None:
@@ -81,15 +81,15 @@ class Trained:
             self.optimisers.append(Muon(matrices, lr=config.matrix_rate, weight_decay=decay))
         self.rates = [config.rate, config.matrix_rate]
 
-    def descend(self, factor: float = 1.0) -> float:
+    def step(self, rate_factor: float = 1.0) -> float:
         """One step down the gradients, which are then let go; returns their norm before clipping.
 
-        `factor` multiplies the rates. RuntimeError for a gradient that is not finite.
+        `rate_factor` multiplies the rates. RuntimeError for a gradient that is not finite.
         """
         norm = clip_gradients(self.others, self.config.clip_norm)
         for optimiser, rate in zip(self.optimisers, self.rates, strict=False):
             for group in optimiser.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = rate * rate_factor
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         reshard(self.network)

@@ -37,7 +37,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
 
-def config_of(args: argparse.Namespace, kind: type[T], presets: Mapping[str, Callable[[], T]]) -> T:
+def config_from_args(
+    args: argparse.Namespace, kind: type[T], presets: Mapping[str, Callable[[], T]]
+) -> T:
     """The config that a command line names, with its changes."""
     check_device(args.device, torch.float32, "sdpa")
     if args.config is not None:
@@ -47,7 +49,7 @@ def config_of(args: argparse.Namespace, kind: type[T], presets: Mapping[str, Cal
     return changed(config, args.set)
 
 
-def say(text: str) -> None:
+def print_rank_0(text: str) -> None:
     """Print, in the first process alone."""
     if rank() == 0:
         print(text, flush=True)  # noqa: T201
@@ -62,7 +64,7 @@ def show_progress(total: int, unit: str, steps: Iterable[tuple[int, str]]) -> No
                 bar.write(line)
 
 
-def told(numbers: Mapping[str, object]) -> str:
+def format_numbers(numbers: Mapping[str, object]) -> str:
     """Numbers with their names, in a line."""
     values = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in numbers.values())
     return ", ".join(f"{name} {value}" for name, value in zip(numbers, values, strict=True))

@@ -31,14 +31,21 @@ from rf_core.weights.checkpoint import read_checkpoint
 
 from ..data.pairs import Pairs
 from ..objective.causal import chunk_errors, predict_clip
-from ..objective.excerpts import KINDS, Excerpts, Prompts, excerpt_flow, pasts, shown
+from ..objective.excerpts import (
+    KINDS,
+    ExcerptPrompts,
+    Excerpts,
+    augment_past,
+    excerpt_flow,
+    past_kv,
+)
 from ..objective.tensors import Tensors
 from ..run.config import to_json
-from ..run.draws import generator_of, prompt_numbers
-from ..run.folder import STUDENT, to_go_on_from
+from ..run.draws import seeded_generator, shuffled_indices
+from ..run.folder import STUDENT, checkpoint_to_resume
 from ..run.networks import PlacementConfig, open_network
 from ..run.optimise import OptimiserConfig
-from ..run.options import add_config_arguments, add_run_arguments, config_of
+from ..run.options import add_config_arguments, add_run_arguments, config_from_args
 from .export import file_hash, write_student
 from .supervised import (
     Report,
@@ -151,31 +158,31 @@ def draw_steps(
         later = torch.randint(1, max(2, num_steps), (chunks,), generator=generator)
         return later.where(~first, 0).clamp(max=num_steps - 1)
 
-    return torch.stack([drawn(generator_of(seed, _ROLE, update, each)) for each in samples])
+    return torch.stack([drawn(seeded_generator(seed, _ROLE, update, each)) for each in samples])
 
 
 def draw_batch(pairs: Pairs, config: InitConfig, update: int, samples: Sequence[int]) -> Batch:
     """Those samples of an update: a function of the seed, whoever asks; latents in float32."""
-    clips = prompt_numbers(config.seed, "generator", update, samples, config.batch, len(pairs))
-    found = pairs.rows(clips)
-    size, (num_steps, *_) = config.cache.chunk_frames, found.points.shape[1:]
-    chunks = found.clean.shape[2] // size
+    clips = shuffled_indices(config.seed, "generator", update, samples, config.batch, len(pairs))
+    trajectories = pairs.rows(clips)
+    size, (num_steps, *_) = config.cache.chunk_frames, trajectories.points.shape[1:]
+    chunks = trajectories.clean.shape[2] // size
     share = config.first_step_share
     steps = draw_steps(config.seed, update, samples, chunks, num_steps, share)
-    seen = None
-    if found.excerpts is not None:
-        drawn = [generator_of(config.seed, _ROLE, update, each, "past") for each in samples]
-        seen = shown(found.excerpts, pairs.config.excerpts, drawn)
+    excerpts = None
+    if trajectories.excerpts is not None:
+        drawn = [seeded_generator(config.seed, _ROLE, update, each, "past") for each in samples]
+        excerpts = augment_past(trajectories.excerpts, pairs.config.excerpts, drawn)
     return Batch(
-        noisy=at_steps(found.points, steps, size).float(),
+        noisy=select_steps(trajectories.points, steps, size).float(),
         step_BN=steps,
-        clean=found.clean.float(),
-        embeds=found.embeds,
-        excerpts=seen,
+        clean=trajectories.clean.float(),
+        embeds=trajectories.embeds,
+        excerpts=excerpts,
     )
 
 
-def at_steps(points: Tensor, step_BN: Tensor, chunk_frames: int) -> Tensor:
+def select_steps(points: Tensor, step_BN: Tensor, chunk_frames: int) -> Tensor:
     """Every chunk at its own point of the trajectory: [B, K, C, F, h, w] to [B, C, F, h, w]."""
     step_BF = step_BN.repeat_interleave(chunk_frames, dim=1)
     index = step_BF[:, None, None, :, None, None].expand(-1, 1, *points.shape[2:])
@@ -209,9 +216,9 @@ def regression_errors(
             **options,
         )
     else:
-        prompts = Prompts.read(student, batch.embeds, batch.excerpts, dtype)
-        past = pasts(student, batch.excerpts, prompts, **options)
-        flow = excerpt_flow(student, batch.noisy, timestep_BF, prompts.of_targets, past, **options)
+        prompts = ExcerptPrompts.from_embeds(student, batch.embeds, batch.excerpts, dtype)
+        past = past_kv(student, batch.excerpts, prompts, **options)
+        flow = excerpt_flow(student, batch.noisy, timestep_BF, prompts.by_chunk, past, **options)
         x0 = flow_to_x0(flow, batch.noisy, timestep_BF)
     return chunk_errors(x0, batch.clean, size)
 
@@ -242,8 +249,8 @@ class InitTrainer(SupervisedTrainer):
 
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
         """See `SupervisedTrainer`."""
-        made, size = self.pairs.config, network_size(self.pairs.config.latents)
-        write_student(path, self.network, self.config.cache, made.sampler, size, note)
+        pairs_config, size = self.pairs.config, network_size(self.pairs.config.latents)
+        write_student(path, self.network, self.config.cache, pairs_config.sampler, size, note)
 
     def origin(self) -> dict[str, Any]:
         """See `SupervisedTrainer`."""
@@ -260,15 +267,19 @@ class InitTrainer(SupervisedTrainer):
 def check_pairs(config: InitConfig, pairs: Pairs) -> None:
     """ValueError for trajectories that the config cannot learn from."""
     c, frames, size = config.cache, pairs.config.latents[1], config.cache.chunk_frames
-    if pairs.config.follows == "clips":
+    if pairs.config.kind == "clips":
         if frames % size:
             raise ValueError(
                 f"the clips have {frames} latent frames; set cache.chunk_frames, now {size}, to "
                 "one of their divisors, or make other clips"
             )
         return
-    wanted = {"chunk": frames // len(KINDS), "window": frames, "sink": frames // len(KINDS)}
-    for name, value in wanted.items():
+    expected = {
+        "chunk": frames // len(KINDS),
+        "window": frames,
+        "sink": frames // len(KINDS),
+    }
+    for name, value in expected.items():
         if (given := getattr(c, f"{name}_frames")) != value:
             raise ValueError(
                 f"the trajectories are excerpts of {len(KINDS)} chunks, the first of which is the "
@@ -288,13 +299,13 @@ def init_student(
     """
     start, pairs = start_path(config), Pairs.open(config.pairs)
     check_pairs(config, pairs)
-    reads, channels = read_checkpoint(start).config.in_dim, pairs.config.latents[0]
-    if reads != channels:
+    in_channels, channels = read_checkpoint(start).config.in_dim, pairs.config.latents[0]
+    if in_channels != channels:
         raise ValueError(
-            f"start is {start}, which reads {reads} channels; the trajectories have {channels}: "
-            "give it those of its own VAE"
+            f"start is {start}, which reads {in_channels} channels; the trajectories have "
+            f"{channels}: give it those of its own VAE"
         )
-    saved = to_go_on_from(config, out, resume)
+    saved = checkpoint_to_resume(config, out, resume)
     offload = config.placement.offload == "all"
     student = open_network(start, config.placement, device, trained=True, offload=offload)
     yield from train(InitTrainer(config, student, pairs, device), out, saved)
@@ -317,7 +328,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_init(args: argparse.Namespace) -> int:
     """Make a causal student of a network by regression on trajectories."""
-    config = replace(config_of(args, InitConfig, INIT_PRESETS), pairs=args.pairs)
+    config = replace(config_from_args(args, InitConfig, INIT_PRESETS), pairs=args.pairs)
     return run_stage(
         args,
         config,

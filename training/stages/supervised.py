@@ -26,13 +26,18 @@ from rf_core.ranges import MANY, check_folder_writable, check_numbers
 
 from ..run import checkpointing
 from ..run.config import to_json
-from ..run.distributed import gathered, my_samples, processes, rank, world_size
+from ..run.distributed import all_gather, local_micro_batches, process_group, rank, world_size
 from ..run.ema import WeightAverage
-from ..run.folder import begin, checkpoint_path, forget_old, naming_the_last_good
+from ..run.folder import (
+    checkpoint_path,
+    create_run_folder,
+    delete_old_checkpoints,
+    name_last_checkpoint_on_error,
+)
 from ..run.journal import Journal
 from ..run.networks import PlacementConfig, placement_dtype
-from ..run.optimise import OptimiserConfig, Trained
-from ..run.options import say, show_progress, told
+from ..run.optimise import OptimiserConfig, TrainedNetwork
+from ..run.options import format_numbers, print_rank_0, show_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +121,7 @@ class SupervisedTrainer(ABC):
         self.config, self.network, self.names, self.clips = config, network, names, clips
         self.dtype = placement_dtype(config.placement)
         self.average = WeightAverage(network)
-        self.trained = Trained(network, config.optimiser)
+        self.trained = TrainedNetwork(network, config.optimiser)
         self.update = 0
 
     @abstractmethod
@@ -144,8 +149,8 @@ class SupervisedTrainer(ABC):
             raise FloatingPointError(
                 f"the loss is {loss:.4g} at update {self.update}; lower optimiser.rate"
             )
-        norm = self.trained.descend(c.optimiser.factor(self.update, c.updates))
-        self.average.follow(c.decay(self.update))
+        norm = self.trained.step(c.optimiser.rate_factor(self.update, c.updates))
+        self.average.update(c.decay(self.update))
         self.update += 1
         each = zip(self.names, *sums.tolist(), strict=True)
         return Report(
@@ -195,15 +200,15 @@ class SupervisedTrainer(ABC):
             # FSDP averages over processes, where losses are shares of a sum.
             share = errors.mean(dim=1).sum() / batch * world_size()
             share.backward()
-            found = errors.detach().double().cpu().flatten()
-            sums[0].index_add_(0, which.cpu().flatten(), found)
-            sums[1].index_add_(0, which.cpu().flatten(), torch.ones_like(found))
-        return gathered(sums[None]).sum(dim=0)
+            values = errors.detach().double().cpu().flatten()
+            sums[0].index_add_(0, which.cpu().flatten(), values)
+            sums[1].index_add_(0, which.cpu().flatten(), torch.ones_like(values))
+        return all_gather(sums[None]).sum(dim=0)
 
 
 def micro_batches(batch: int, micro_batch: int) -> list[range]:
     """This process's samples, `micro_batch` at a time or all where there are fewer."""
-    return my_samples(batch, min(micro_batch, max(1, batch // world_size())))
+    return local_micro_batches(batch, min(micro_batch, max(1, batch // world_size())))
 
 
 def network_size(latents: Sequence[int]) -> tuple[int, int]:
@@ -220,7 +225,7 @@ def train(trainer: SupervisedTrainer, out: Path, saved: Path | None) -> Iterator
     config, clock = trainer.config, time.monotonic()
     if saved is not None:
         trainer.load(saved)
-    begin(config, out)
+    create_run_folder(config, out)
     origin = trainer.origin() if rank() == 0 else {}  # every byte is read: once, by who writes
     with Journal(
         out,
@@ -231,7 +236,7 @@ def train(trainer: SupervisedTrainer, out: Path, saved: Path | None) -> Iterator
     ) as journal:
         while trainer.update < config.updates:
             began = time.perf_counter()
-            with naming_the_last_good(out):
+            with name_last_checkpoint_on_error(out):
                 report = trainer.step()
             journal.write(
                 report.update, report.numbers() | {"seconds": time.perf_counter() - began}
@@ -256,24 +261,24 @@ def _checkpoint(
     }
     with trainer.averaged():
         trainer.write(out / trainer.file, note)
-    forget_old(out, trainer.config.keep)
+    delete_old_checkpoints(out, trainer.config.keep)
 
 
 def run_stage(
     args: argparse.Namespace,
     config: SupervisedConfig,
-    begun: Callable[[torch.device], Iterator[Report]],
+    start: Callable[[torch.device], Iterator[Report]],
     file: str,
 ) -> int:
     """Run a stage on the processes there are, and show how it goes."""
     check_folder_writable(args.out)
-    with processes(args.device) as device:
-        say(to_json(config))
-        steps = ((each.update + 1, _line(each)) for each in begun(device))
+    with process_group(args.device) as device:
+        print_rank_0(to_json(config))
+        steps = ((each.update + 1, _line(each)) for each in start(device))
         show_progress(config.updates, "update", steps)
-        say(f"{args.out}: the averaged weights are in {file}")
+        print_rank_0(f"{args.out}: the averaged weights are in {file}")
     return 0
 
 
 def _line(report: Report) -> str:
-    return f"{report.update}: {told(report.numbers())}"
+    return f"{report.update}: {format_numbers(report.numbers())}"

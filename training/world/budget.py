@@ -62,7 +62,7 @@ def run(budget: Budget, optimisers: list[torch.optim.Optimizer]) -> Iterator[tup
         step += 1
 
 
-class Every:
+class Periodic:
     """Says yes once per so many minutes; the first time after one period."""
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -84,7 +84,7 @@ def decode_latents(vae: WanVAE, latents: Tensor, batch: int = 2) -> Tensor:
     return torch.cat([from_wan(vae.decode(part.float())) for part in latents.split(batch)])
 
 
-def lay_out_channels_last(vae: WanVAE) -> WanVAE:
+def to_channels_last(vae: WanVAE) -> WanVAE:
     """The same VAE with its kernels in the order CPUs convolve fastest in."""
     for weight in vae.parameters():
         if weight.ndim == 5:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rf_core.decoders.decoder import Decoder
 
 from ..objective.redmd import Anchor
-from ..run.weighing import Judge
+from ..run.reward_weights import LatentReward
 
 
 class Reward(Protocol):
@@ -22,21 +22,21 @@ class Reward(Protocol):
         ...
 
 
-def judge_by(
+def latent_reward(
     reward: Reward,
     name: str,
     score: str,
     decoder: Decoder,
     prompts: list[str],
     device: torch.device,
-) -> Judge:
+) -> LatentReward:
     """One score of a run's clean latents, by the reward of that name; decodes a sample at a time.
 
     ValueError, once it judges, where the reward gives no such score.
     """
 
     @torch.no_grad()
-    def judge(x0: Tensor, numbers: list[int]) -> Tensor:
+    def score_latents(x0: Tensor, numbers: list[int]) -> Tensor:
         parts = [decoder.decode(each, None)[0] for each in x0.split(1)]
         texts = [prompts[number] for number in numbers]
         scores = reward(torch.cat(parts), texts)
@@ -44,7 +44,7 @@ def judge_by(
             raise ValueError(f"reward.score is {score!r}; {name} gives {', '.join(scores)}")
         return scores[score].to(device)
 
-    return judge
+    return score_latents
 
 
 def image_anchor(decoder: Decoder | None) -> Anchor:
