@@ -16,7 +16,7 @@ from training.claims.ablations import (
     run_claims,
 )
 from training.claims.report import motion_plot, read_results, report, strips
-from training.run.config import changed
+from training.run.config import apply_overrides
 from training.stages.recipes import miniature
 
 CONFIG = ClaimsConfig(free=2, named=1, double=1, long=1, long_chunks=10, between=1)
@@ -36,7 +36,9 @@ def finished(tmp_path_factory):
 
 
 def test_every_arm_is_a_run_that_can_be_and_differs_from_the_others():
-    configs = {name: changed(miniature(), [*COMMON, *arm.settings]) for name, arm in ARMS.items()}
+    configs = {
+        name: apply_overrides(miniature(), [*COMMON, *arm.settings]) for name, arm in ARMS.items()
+    }
     assert len({repr(config) for config in configs.values()}) == len(ARMS)
     for config in configs.values():
         chunks = config.run.latents[1] // config.run.redmd.cache.chunk_frames

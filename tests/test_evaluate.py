@@ -83,7 +83,7 @@ def drawn(monkeypatch) -> list[tuple[str, int, int]]:
             with VideoWriter(path, VideoFormat(width=64, height=64)) as writer:
                 writer.write(to_uint8(render([scene], 21)[0]))
             made.append((candidate.name, number, seed))
-            evaluate._finish(candidate, number, seed, estimate)
+            evaluate._measure_and_record(candidate, number, seed, estimate)
             yield path
 
     def change(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ from training.objective.excerpts import (
     excerpt_flow,
     past_kv,
 )
-from training.run.config import changed
+from training.run.config import apply_overrides
 from training.run.distributed import shard
 from training.run.draws import seeded_generator
 from training.run.journal import read_journal
@@ -678,7 +678,7 @@ def test_folders_and_clips_that_do_not_fit_are_refused(tmp_path, pairs):
 
 def test_presets_survive_json_and_are_the_demo_s_numbers():
     for preset in TEACHER_PRESETS.values():
-        assert changed(preset(), []) == preset()
+        assert apply_overrides(preset(), []) == preset()
     made = load_student(DEMO / "teacher.safetensors", device="cpu", dtype=torch.float32)[1]
     told, ours = made.provenance["config"], TEACHER_PRESETS["miniature"]()
     assert ours.model == made.config and ours.updates == made.provenance["steps"]

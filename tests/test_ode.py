@@ -29,7 +29,7 @@ from training.data.embeddings import MemoryEmbeds
 from training.data.pairs import Origin, Pairs, PairsConfig, Trajectories, shard_path, write_shard
 from training.data.prompts import DataConfig
 from training.objective.causal import Window, predict_clip
-from training.run.config import changed
+from training.run.config import apply_overrides
 from training.run.distributed import shard
 from training.run.journal import read_journal
 from training.run.networks import PlacementConfig, prepare
@@ -525,7 +525,7 @@ def test_impossible_regressions_are_refused(folder, tmp_path):
 
 def test_presets_are_the_published_numbers_and_survive_json():
     for preset in (*PAIRS_PRESETS.values(), *INIT_PRESETS.values()):
-        assert changed(preset(), []) == preset()
+        assert apply_overrides(preset(), []) == preset()
     pairs, init = PAIRS_PRESETS["wan"](), INIT_PRESETS["wan"]()
     assert (pairs.steps, pairs.shift, pairs.guidance, pairs.clips) == (48, 8.0, 6.0, 16000)
     assert pairs.latents == (16, 21, 60, 104) and init.optimiser.rate == 2e-6
@@ -650,7 +650,7 @@ def test_the_miniature_goes_from_trajectories_to_a_student_that_streams(tmp_path
     with pytest.raises(ValueError, match="another config: updates is 2 there and 3 here"):
         called(add_init_arguments, run_init, "--out", out, *longer)
 
-    config = changed(
+    config = apply_overrides(
         replace(INIT_PRESETS["miniature"](), pairs=pairs), [w for w in short[2:] if w != "--set"]
     )
     begun = init_student(config, tmp_path / "cut", CPU)

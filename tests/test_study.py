@@ -152,12 +152,12 @@ def test_either_model_is_on_the_left_in_half_of_the_pairs_and_leads_at_random(fo
 
 
 def test_fewer_pairs_can_be_asked_for(folders, tmp_path):
-    key = write_study(folders, tmp_path / "page.html", most=2)
+    key = write_study(folders, tmp_path / "page.html", max_pairs=2)
     pairs = json.loads(key.read_text())["pairs"].values()
     two = Counter(frozenset((pair["left"], pair["right"])) for pair in pairs)
     assert len(two) == 3 and set(two.values()) == {2}
     with pytest.raises(ValueError, match="give 1 or more"):
-        write_study(folders, tmp_path / "page.html", most=0)
+        write_study(folders, tmp_path / "page.html", max_pairs=0)
 
 
 def test_only_prompts_and_seeds_that_both_have_are_compared(folders, tmp_path):

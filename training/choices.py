@@ -1,7 +1,7 @@
-"""What is chosen by name: the reward, the clips of a folder, a data set and a metric.
+"""Choice by name: the reward, the clips of a folder, a data set and a metric.
 
-The one place that knows both the general code and what is plugged into it, the miniature world
-included. Below it, data, evaluation and rewards know their Protocols alone.
+The one module that imports both the general code and its implementations, the miniature world
+among them. Data, evaluation and rewards depend on Protocols alone.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .world.metric import TrackerMetric
 from .world.reward import TrackerReward
 
 DATA_SET: DataSet = Captions()
-"""Whose prompts are shown where no prompt file is given: the bundled demo's."""
+"""Gives the prompts where there is no prompt file: the bundled demo's."""
 CLIPS = Path("runs/world/clips")
 """Where `python -m training.world clips` leaves its clips."""
 METRIC: PromptMetric = TrackerMetric()
-"""What measures whether videos keep the prompts it can read."""
+"""Measures whether videos match their prompts, for prompts that it can parse."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """What weighs samples."""
+    """The reward that weights samples."""
 
     kind: Literal["none", "tracker", "flow", "videoalign"] = "none"
     """`none` is plain distribution matching; `tracker` knows the miniature world alone."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients, from the reference
 NUM_ITERATIONS = 5
 MAX_ENTRIES = 2**26
-"""Entries of the matrices that are treated together, which bounds the memory of a step."""
+"""Largest number of entries of the matrices in one batch; it bounds the memory of a step."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -70,7 +70,7 @@ def _full_tensor(matrix: Tensor) -> Tensor:
 
 
 def _shard_like(whole: Tensor, of: Tensor) -> Tensor:
-    """A matrix cut as `of` is."""
+    """The shard of a full matrix that this process holds of `of`."""
     if not isinstance(of, DTensor):
         return whole
     mesh = of.device_mesh

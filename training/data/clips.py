@@ -23,7 +23,7 @@ Groups = Sequence[Sequence[int]]
 
 
 class ClipSource(Protocol):
-    """Clips as latents, with prompts that say what they show."""
+    """Clips as latents, with prompts that describe them."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -36,7 +36,7 @@ class ClipSource(Protocol):
 
     @property
     def groups(self) -> Groups:
-        """Kinds of clip that may be drawn evenly; one group where there is one kind."""
+        """Rows by kind of clip, for balanced draws; a single group where kinds do not matter."""
         ...
 
     def latents(self, rows: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Prompts' embeddings: encoded once, kept on disk.
 
 Embeddings lie in shards of safetensors, each of them as long as its prompt; a shard is a function
-of its prompts and the encoder, so encoding is shared out over processes and goes on where it
+of its prompts and the encoder, so encoding is shared out over processes and continues where it
 stopped.
 """
 
@@ -139,7 +139,7 @@ def _write(path: Path, embeds: Sequence[Tensor]) -> None:
 
 
 def _trimmed(embeds_SD: Tensor) -> Tensor:
-    """Without the zeros at its end, which whoever reads it pads again."""
+    """Without the zeros at its end; readers pad it again."""
     used = embeds_SD.abs().amax(1).nonzero()
     length = int(used[-1]) + 1 if len(used) else 1
     return embeds_SD[:length].clone()
@@ -165,7 +165,7 @@ def open_prompts(
     """Prompts, their embeddings, and that of the negative prompt, [1, S, D].
 
     Where the config names no prompt file, they are the data set's `own`. The encoder is opened only
-    where an embedding is missing, and let go of again.
+    where an embedding is missing, and freed afterwards.
     """
     if not config.prompts:
         prompts = own.training_prompts()[: config.limit]

@@ -37,14 +37,14 @@ class PairsConfig:
     """Which trajectories, and how they are made."""
 
     kind: Literal["clips", "excerpts"] = "clips"
-    """What a trajectory leads to: `clips`, whole clips of a prompt (published); `excerpts`, three
-    chunks with a clean past, so that a causal student sees all that each depends on."""
+    """Trajectories of what: `clips`, whole clips of a prompt (published); `excerpts`, three chunks
+    with a clean past, so that a causal student sees all that each depends on."""
     source: Path | None = None
     """Folder of the clips that excerpts are cut from."""
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
-    """How they are."""
+    """How excerpts are drawn and augmented."""
     teacher: Path | None = None
-    """The bidirectional network that is followed; None for the bundled demo's."""
+    """The bidirectional network that generates them; None for the bundled demo's."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts and their encoder; `negative` is what guidance leads away from."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -64,9 +64,9 @@ class PairsConfig:
     shard: int = 16
     """Clips in a file."""
     batch: int = 1
-    """Clips followed at a time."""
+    """Clips integrated at a time."""
     stored: Literal["float16", "bfloat16"] = "float16"
-    """What latents are kept in."""
+    """The dtype of stored latents."""
     seed: int = 0
     """Of noise and of the order of prompts."""
 
@@ -110,9 +110,9 @@ class Trajectories(Conditions):
     """Trajectories of N clips, or of the three chunks of N excerpts."""
 
     points: Tensor
-    """Where they pass the student's K timesteps, the highest first, [N, K, C, F, h, w]."""
+    """Latents at the student's K timesteps, the highest first, [N, K, C, F, h, w]."""
     clean: Tensor
-    """Where they end, [N, C, F, h, w]."""
+    """Clean latents at the end, [N, C, F, h, w]."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What a shard keeps, by name."""
@@ -163,9 +163,9 @@ def write_shard(
 
 @dataclass(frozen=True)
 class Pairs:
-    """A folder of trajectories, read as they are asked for.
+    """A folder of trajectories, which are read on demand.
 
-    Those of whole clips are a `ClipSource`: the teacher's own clips.
+    Where they are of whole clips, it is a `ClipSource` of the clips that the teacher has made.
     """
 
     shards: tuple[Path, ...]
@@ -174,7 +174,7 @@ class Pairs:
 
     @classmethod
     def open(cls, folder: Path) -> Pairs:
-        """The shards that are there; ValueError for none, or for some that do not belong."""
+        """Open a folder; ValueError where it holds no shards, or shards of different configs."""
         pairs = cls(tuple(shards_of(folder)))
         if not pairs.shards:
             raise ValueError(
@@ -254,7 +254,7 @@ def _stacked(name: str, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
 
 def check_shard(path: Path, config: PairsConfig, origin: Origin) -> None:
-    """ValueError, with the first difference, for a shard of another config or made from others."""
+    """ValueError, with the first difference, for a shard of another config, teacher or clips."""
     note = _note(path)
     mismatch = difference(from_json(PairsConfig, json.dumps(note["config"])), config, MAY_DIFFER)
     saved = _origin(note)

@@ -1,8 +1,8 @@
 """Videos of checkpoints on the same prompts and seeds, made and measured.
 
 Each model streams every prompt with every seed through rf_core, as `python -m rf_core generate`
-does, into OUT/NAME/PROMPT-SEED.mp4. Beside a finished video lies its JSON, written last: what
-there is of them is done, and only what is missing is made.
+does, into OUT/NAME/PROMPT-SEED.mp4. A finished video has a JSON record beside it,
+written last; only videos without one are made.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Candidate:
 
     @cached_property
     def file_digests(self) -> dict[str, str]:
-        """What its files are known again by."""
+        """Hashes of its files, by which a record recognises them."""
         files = self.plan.options.files
         places = {"model": files.model, "vae": files.vae, "text_encoder": files.text_encoder}
         return {f"{name}_file": file_digest(Path(path)) for name, path in places.items()}
@@ -158,7 +158,7 @@ class Candidate:
 
     @cached_property
     def measured_with(self) -> dict[str, Any]:
-        """What its videos are measured with."""
+        """Settings of the measurements, as records keep them."""
         evaluation, size = self.evaluation, (self.plan.height, self.plan.width)
         weights = evaluation.flow_weights
         settings = {
@@ -187,7 +187,7 @@ def check(evaluation: Evaluation) -> list[Candidate]:
 
 
 def missing_jobs(candidate: Candidate, share: slice) -> list[tuple[int, int]]:
-    """What is to be made or measured of a share of the prompts, as prompt numbers and seeds."""
+    """Prompt numbers and seeds, of a share of the prompts, that are not yet measured."""
     mine = set(list(candidate.evaluation.prompts)[share])
     jobs = [job for job in candidate.evaluation.jobs if job[0] in mine]
     return [job for job in jobs if not _measured(candidate, *job)]
@@ -196,7 +196,7 @@ def missing_jobs(candidate: Candidate, share: slice) -> list[tuple[int, int]]:
 def make_videos(
     candidate: Candidate, jobs: Sequence[tuple[int, int]], estimate: FlowEstimator
 ) -> Iterator[Path]:
-    """Make and measure videos, and give each as it is done.
+    """Generate and measure videos; yields each path when it is done.
 
     Finished videos, whose measures alone are of other settings, are only measured again. For the
     others networks are loaded; the text encoder comes first and is gone before.
@@ -219,7 +219,7 @@ def open_flow_estimator(evaluation: Evaluation) -> FlowEstimator:
 
 
 def read_records(candidate: Candidate) -> list[dict[str, Any]] | None:
-    """What is known of every video, in the order of `jobs`; None while some are missing."""
+    """The records of all videos, in the order of `jobs`; None while some are missing."""
     jobs = candidate.evaluation.jobs
     found = [_record(candidate, *job) for job in jobs if _measured(candidate, *job)]
     return found if len(found) == len(jobs) else None  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What an evaluation asks of prompts that can be checked from a video's pixels."""
+"""The Protocol of a metric that checks a video against its prompt, from pixels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Measures = dict[str, float | None]
 
 
 class PromptMetric(Protocol):
-    """Measures whether a video keeps its prompt, where it can read both."""
+    """Measures whether a video matches its prompt."""
 
     name: str
-    """What records call it by."""
+    """Its key in records."""
     title: str
     """Of its table in the report."""
     columns: tuple[str, ...]
@@ -24,7 +24,7 @@ class PromptMetric(Protocol):
     """What they mean."""
 
     def supports(self, prompts: Iterable[str], size: tuple[int, int]) -> bool:
-        """Whether it can read all of these prompts, and videos of this height and width."""
+        """Whether it can parse all of these prompts and measure videos of this height and width."""
         ...
 
     def __call__(self, video: Tensor, prompt: str) -> Measures:

@@ -70,7 +70,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class PairwiseResult:
-    """How one model stands against another on one question, all raters together."""
+    """Answers of all raters to one question about one model against another."""
 
     first: str
     second: str
@@ -91,7 +91,7 @@ class PairwiseResult:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % of the win rate, by Wilson. It takes answers for independent."""
+        """Wilson's 95 % interval of the win rate. It assumes independent answers."""
         return wilson(self.wins, self.wins + self.losses)
 
 
@@ -147,10 +147,10 @@ def write_study(
 
 
 def study_results(answers: Sequence[Path], key: Path) -> list[PairwiseResult]:
-    """How every two models stand, question by question, from the raters' CSV files.
+    """Count the answers of the raters' CSV files for every two models and every question.
 
     A file that is given twice counts once. ValueError for a file of another study, for one that
-    is no answer sheet, and where one rater says two things of one pair.
+    is no answer sheet, and where a rater gives two answers to one question about a pair.
     """
     study_key = _read_key(key)
     recorded: dict[tuple[str, str, str], str] = {}

@@ -19,7 +19,7 @@ VBENCH_ANY_PROMPT = (
 
 
 def vbench_scores(candidate: Candidate) -> dict[str, float]:
-    """VBench's averages by dimension, read where it has run since the videos were made, else made.
+    """VBench's averages by dimension: read where it has run on these videos, else computed.
 
     By the package `vbench`: all dimensions where every prompt is one of its own, else those that
     take any. ValueError, which says how to go on, without the package.

@@ -1,8 +1,8 @@
 """A clip through the causal student under autograd: the streaming window as part of the graph.
 
 `KVCache` overwrites memory that is allocated once, which autograd cannot follow. Here the same
-window is made of values: frames enter it as the network made them, leave into the sink by the
-cache's own average, and gradients go back along every one of those ways.
+window is immutable: the frames of a chunk are appended, evicted frames are averaged into the sink
+as the cache does it, and gradients flow back through both.
 
 Letters: B batch, L tokens of a chunk, T tokens of a frame, H heads, D channels of a head, N chunks.
 """
@@ -28,14 +28,14 @@ LayersKV = tuple[tuple[FramesKV, FramesKV], ...]
 
 
 def empty_past(num_layers: int) -> LayersKV:
-    """What a first chunk sees."""
+    """The empty window that the first chunk sees."""
     return (((), ()),) * num_layers
 
 
 class ChunkKV:
-    """One pass over one chunk: what it sees of earlier ones, and what it leaves (`KeyValues`).
+    """Keys and values of one pass over a chunk: those of the past, and its own (`KeyValues`).
 
-    No dataclass: FSDP would look into it for tensors, and hand every block a copy of its own.
+    Not a dataclass: FSDP would search it for tensors and give every block a copy.
     """
 
     def __init__(self, past: LayersKV, grid: Grid) -> None:
@@ -53,7 +53,7 @@ class ChunkKV:
         return LayerKV(self, index)
 
     def extended(self) -> LayersKV:
-        """The window with what the pass has left at its end."""
+        """The window with the chunk's own keys and values appended."""
         own = (self.own[layer] for layer in range(len(self.past)))
         tokens = self.grid.frame_tokens
         return tuple(
@@ -69,9 +69,9 @@ class LayerKV:
         self.chunk_kv, self.index = chunk_kv, index
 
     def extend(self, k_BLHD: Tensor, rotated_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """The window's rotated keys, and values, with the chunk's at the end; gradients pass.
+        """The window's rotated keys, and its values, with the chunk's appended; differentiable.
 
-        What the pass leaves is what it was first given: a recomputation changes nothing.
+        The first call of a pass stores the chunk's keys and values; a recomputation does not.
         """
         self.chunk_kv.own.setdefault(self.index, (k_BLHD, v_BLHD))
         keys, values = self.chunk_kv.past[self.index]
@@ -85,7 +85,7 @@ class LayerKV:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Frames in the order sink, previous chunks; a value, of which a chunk makes the next one."""
+    """An immutable window of keys and values: sink frames first, then those of past chunks."""
 
     config: CacheConfig
     """Window, sink and decay, as of `KVCache`."""
@@ -105,7 +105,7 @@ class Window:
         return len(self.layers[0][0])
 
     def evicted(self) -> Window:
-        """With room for a chunk: the oldest frames past the window have left into the sink."""
+        """With room for a chunk: frames that no longer fit are averaged into the sink."""
         overflow = self.num_frames + self.config.chunk_frames - self.config.window_frames
         if overflow <= 0:
             return self
@@ -116,11 +116,11 @@ class Window:
         return replace(self, layers=layers)
 
     def chunk_kv(self) -> ChunkKV:
-        """Of one pass over the chunk that comes next; `evicted` has made room for it."""
+        """For a pass over the next chunk; call `evicted` first."""
         return ChunkKV(self.layers, self.grid)
 
     def appended(self, chunk_kv: ChunkKV) -> Window:
-        """With what a pass has left at the end."""
+        """With the keys and values of a pass at its end."""
         return replace(self, layers=chunk_kv.extended())
 
     def _evict(self, frames: FramesKV, count: int, *, keys: bool) -> FramesKV:

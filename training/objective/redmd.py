@@ -50,11 +50,11 @@ class ReDMDConfig:
     bounds: tuple[float, float] = (20.0, 980.0)
     """Those timesteps' range, of 1000."""
     window_chunks: int = 7
-    """Chunks judged together; a longer rollout is whole windows of them."""
+    """Chunks that teacher and critic see at once; a longer rollout is whole windows of them."""
     weigh: Literal["generator", "critic"] = "generator"
-    """Whose loss a reward weighs: the generator's with exp(beta r), as published, which leaves the
-    fixed point where it is; or the critic's with exp(-beta r), which moves it to the teacher's
-    distribution tilted by exp(beta r)."""
+    """Which loss the reward weights. The generator's with exp(beta r), as published, leaves the
+    fixed point where it is; the critic's with exp(-beta r) moves it to the teacher's distribution
+    tilted by exp(beta r)."""
     batch: int = 8
     """Samples an update, over all ranks and micro-batches."""
 
@@ -89,7 +89,7 @@ class Prompts:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreNoise(Tensors):
-    """Where scores are compared: the random part of a judgement."""
+    """Random noise and timesteps at which the scores of critic and teacher are compared."""
 
     noise: Tensor
     """As the latents, [B, C, F, h, w]."""
@@ -110,7 +110,7 @@ class Networks:
     teacher: WanModel
     critic: WanModel
     anchor: Anchor | None = None
-    """How a later window's first frame is shown; None shows it as it is."""
+    """Re-encodes the first frame of later windows; None leaves it as it is."""
     attention: Attention = sdpa
     dtype: torch.dtype | None = None
     """What they compute in; None for that of their weights."""
@@ -187,7 +187,7 @@ def critic_losses(
 def rollout_latents(
     networks: Networks, prompts: Prompts, draws: RolloutDraws, config: ReDMDConfig
 ) -> Iterator[Tensor]:
-    """What a reward sees of a rollout: each window's clean latents, without gradient."""
+    """The clean latents of each window of a rollout, as a reward scores them; no gradient."""
     for rollout in _windows(networks, prompts, draws, config, supervised=False):
         yield _anchored(rollout, networks.anchor)[0]
 
@@ -222,7 +222,7 @@ def _windows(
 
 @torch.no_grad()
 def _anchored(rollout: Rollout, anchor: Anchor | None) -> tuple[Tensor, Tensor | None]:
-    """A window's latents as teacher, critic and reward see them, and where the loss counts."""
+    """A window's latents with an anchored first frame, and the mask of where the loss counts."""
     x0 = rollout.latents.detach()
     if anchor is None or not rollout.past.shape[2]:
         return x0, None

@@ -30,16 +30,16 @@ T = TypeVar("T", bound=KeyValues)
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A window of what a rollout made: some chunks that follow each other."""
+    """A window of a rollout: consecutive chunks."""
 
     latents: Tensor
     """Clean latents [B, C, F, h, w], with gradient where the window is supervised."""
     past: Tensor
     """The clean latents of the chunk before it, without gradient; no frames for the first."""
     timestep: float
-    """The exit step's: how noised the input of that last pass was."""
+    """Of the exit step, at which the last pass denoises."""
     num_evictions: int
-    """How often the cache has given frames to the sink so far."""
+    """How often the cache has evicted frames into the sink so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,9 @@ class RolloutDraws(Tensors):
     noise: Tensor
     """What chunks start from, [B, C, F, h, w], F whole chunks."""
     renoise: Tensor
-    """What goes back in between passes, [steps - 1, B, C, F, h, w]."""
+    """Noise that is added again between passes, [steps - 1, B, C, F, h, w]."""
     exit_step: int
-    """The pass that ends every chunk, from 0; shared by all chunks, samples and ranks."""
+    """The last denoising step of every chunk, from 0; shared by all chunks, samples and ranks."""
 
 
 def random_draws(
@@ -128,12 +128,12 @@ def roll_out(
 
 
 def detached(prompt: PromptContext) -> PromptContext:
-    """The same prompt, through which no gradient goes."""
+    """The same prompt without gradient."""
     return tuple(PromptKV(kv.k_BSHD.detach(), kv.v_BSHD.detach()) for kv in prompt)
 
 
 class _Student:
-    """The network in the middle of a rollout, with one reading of the prompt."""
+    """The student and its cache during one window, with the prompt's keys and values."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
-"""From scores to weights: how much a finished sample counts.
+"""Reward weights: how much each sample counts in the loss.
 
 The weight of a sample is exp(beta r) of one score of a reward
 (Reward Forcing, arXiv 2512.04678, sec. 3.3; beta = 2 is the paper's temperature 1/2).
 Raw exponentials of a score of unit variance leave little of a batch: `effective_samples` says how
-much, and the fields below are what can be done about it.
+much; the fields below normalise them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class WeightConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleWeights:
-    """An update's weights, and what a log should say of them."""
+    """The weights of an update's samples, with statistics for the log."""
 
     weights: Tensor
     """[N]"""

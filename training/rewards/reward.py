@@ -1,4 +1,4 @@
-"""From latents to scores: a reward, shown what the decoder makes of them."""
+"""Rewards of videos, and of latents through the decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..run.reward_weights import LatentReward
 
 
 class Reward(Protocol):
-    """Judges finished videos."""
+    """Scores finished videos."""
 
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Scores [B] by name, of videos [B, T, 3, H, W] in [0, 1] and their prompts."""
@@ -30,9 +30,10 @@ def latent_reward(
     prompts: list[str],
     device: torch.device,
 ) -> LatentReward:
-    """One score of a run's clean latents, by the reward of that name; decodes a sample at a time.
+    """One score of a reward as a function of clean latents; decodes a sample at a time.
 
-    ValueError, once it judges, where the reward gives no such score.
+    `name` is the reward's, for messages. The function raises ValueError where the reward has no
+    such score.
     """
 
     @torch.no_grad()
@@ -48,7 +49,7 @@ def latent_reward(
 
 
 def image_anchor(decoder: Decoder | None) -> Anchor:
-    """The last image of some latent frames, encoded as the first frame of a clip."""
+    """Decode latent frames, and encode their last image as the first frame of a clip."""
     assert decoder is not None
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from rf_core.numbered import numbered
 from rf_core.weights.files import WeightFile, read_json, read_weights
 from rf_core.writing import whole_file
 
-from ..run.config import build, from_json, to_json
+from ..run.config import from_dict, from_json, to_json
 from .videoalign_network import Network
 from .videoalign_text import REWARD_TOKENS, SCORES, load_tokenizer
 
@@ -227,7 +227,7 @@ def _read_settings(path: Path, token_ids: list[int]) -> tuple[VideoAlignConfig, 
         if found != expected:
             raise ValueError(f"{path}: {name} is {found!r}; only {expected!r} can be converted")
     root = math.sqrt(rank) if lora.get("use_rslora") else rank
-    return build(VideoAlignConfig, values, str(path)), rank, alpha / root
+    return from_dict(VideoAlignConfig, values, str(path)), rank, alpha / root
 
 
 def _converted(

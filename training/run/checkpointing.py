@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: torch's distributed checkpoints, of tensors alone.
+"""Checkpoints to resume from: torch's distributed checkpoints, of tensors alone.
 
 Written by any number of processes and read by any other. PyTorch would unpickle the index, and
 what else a checkpoint holds beside tensors, without a guard; here `index` reads the one, and there
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 def save(state: Mapping[str, Any], folder: Path) -> None:
     """Write a nested dictionary of tensors; `folder` is complete once it exists.
 
-    What else bears its name is somebody's, and moved aside. WriteError for a full disk.
+    Anything else of that name is renamed, not deleted. WriteError for a full disk.
     """
     unfinished = folder.with_name(f"{folder.name}.partial")
     if rank() == 0:
@@ -56,19 +56,19 @@ def save(state: Mapping[str, Any], folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder is a checkpoint, and all of it is there: its index is written last."""
+    """Whether a folder is a complete checkpoint; its index is written last."""
     return not folder.is_symlink() and (folder / INDEX).is_file()
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint; a kill in here leaves nothing that passes for one."""
+    """Delete a checkpoint. If this is interrupted, what is left is not taken for a checkpoint."""
     (folder / INDEX).unlink()
     _delete_folder(folder)
 
 
 def _raise_write_error(folder: Path, unfinished: Path, error: dcp.CheckpointException) -> NoReturn:
-    # It holds every process' failure, and is no Exception. PyTorch's writer says of a full disk
-    # that its position in the file is unexpected.
+    # The error holds every process' failure and is no Exception. On a full disk, PyTorch's writer
+    # reports an unexpected position in the file.
     failures = [failure for failure, _ in error.failures.values()]
     for failure in failures:
         if not isinstance(failure, OSError) and "inline_container" not in str(failure):
@@ -97,7 +97,7 @@ def _move_aside(path: Path) -> None:
 
 
 def load(state: dict[str, Any], folder: Path) -> None:
-    """Fill the tensors of `state` from a checkpoint; ValueError where it is none, or another's."""
+    """Fill the tensors of `state` from a checkpoint; ValueError where it does not fit."""
     reader = _Reader(folder, _index(folder))
     try:
         with _without_warnings():
@@ -106,11 +106,11 @@ def load(state: dict[str, Any], folder: Path) -> None:
         failures = [failure for failure, _ in error.failures.values()]
         if not all(isinstance(each, ValueError | RuntimeError) for each in failures):
             raise
-        raise ValueError(f"{folder} cannot be gone on from: {failures[0]}") from error
+        raise ValueError(f"{folder} cannot be resumed from: {failures[0]}") from error
 
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:
-    """The tensors under `part`, such as `average`, whole and by name, without a process group."""
+    """The full tensors under `part`, such as `average`, by name; needs no process group."""
     index = _index(folder)
     found = {
         name.removeprefix(f"{part}."): _read_whole(folder, index, name)

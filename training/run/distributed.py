@@ -1,7 +1,7 @@
-"""Many processes: networks sharded by FSDP2, samples shared out, numbers added up.
+"""Many processes: FSDP2 for networks, a share of the samples each, sums and gathers.
 
-Every function does nothing in a single process. Parameters are sharded block by block; a block's
-other ways in (`prompt_kv`, `modulations`, `write_cache`) gather them as its forward does.
+In a single process every function does nothing. Parameters are sharded block by block; a block's
+other entry points (`prompt_kv`, `modulations`, `write_cache`) gather them as its forward does.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def rank() -> int:
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """The process group that `torchrun` asks for, if it does; gives this process' device.
+    """Within it, the process group that `torchrun` asks for; yields this process' device.
 
-    `device` is a kind, cpu or cuda. Without torchrun there is a single process and no group.
+    `device` is `cpu` or `cuda`. Without torchrun there is a single process and no group.
     """
     if "RANK" not in os.environ:
         yield torch.device(device)
@@ -66,7 +66,7 @@ def process_group(device: str) -> Iterator[torch.device]:
 
 
 def _exit_process(error: BaseException) -> NoReturn:
-    """End this process, having said why: NCCL's own end waits for those that wait for this one."""
+    """Print the error and exit at once: destroying an NCCL group would wait for the others."""
     if isinstance(error, ValueError | OSError | FloatingPointError):
         sys.stderr.write(f"error: {error}\n")
     else:
@@ -142,7 +142,7 @@ def all_reduce_sum(value: float) -> float:
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """Every process' values [n, ...] one after the other, in order of rank."""
+    """The values [n, ...] of all processes, concatenated in the order of ranks."""
     if not dist.is_initialized():
         return values
     every = [torch.empty_like(values) for _ in range(world_size())]
@@ -151,7 +151,7 @@ def all_gather(values: Tensor) -> Tensor:
 
 
 def broadcast_from_rank_0(value: T) -> T:
-    """The first process' value, in all: each may see a shared disk at another moment."""
+    """The first process' value, on all: processes may see a shared disk at different moments."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -166,13 +166,13 @@ def barrier() -> None:
 
 
 def reshard(network: nn.Module) -> None:
-    """Forget gathered weights, after those they were gathered from have changed."""
+    """Free gathered weights after their shards have changed, so that they are gathered again."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Scale gradients down to a norm; returns what it was. RuntimeError for one that is NaN."""
+    """Clip gradients to a norm; returns the norm before. RuntimeError where it is not finite."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -1,9 +1,8 @@
 """Everything random in a run, as a function of (seed, role, update, sample) alone.
 
-No generator lives on between updates, so there is no random state to save: a run that goes on from
-a checkpoint, on as many processes as there are now, draws what the uninterrupted run would have.
-The exit step is a function of (seed, role, update), the same for all samples on all ranks, without
-a word between them.
+No generator is kept between updates, so there is no random state to save. A resumed run draws what
+the uninterrupted run would have drawn, on any number of processes. The exit step is a function of
+(seed, role, update): the same for all samples on all ranks, without communication.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from ..objective.redmd import ReDMDConfig, ScoreNoise
 from ..objective.rollout import RolloutDraws
 
 Role = Literal["generator", "critic"]
-"""Whose update it is: each rolls out afresh."""
+"""Which network is updated; each has rollouts of its own."""
 
 
 def seeded_generator(*key: object) -> torch.Generator:
-    """A CPU generator named by its key."""
+    """A CPU generator, seeded by a hash of the key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
@@ -38,7 +37,7 @@ def draw_rollout(
     shape: tuple[int, ...],
     sampler: SamplerConfig,
 ) -> RolloutDraws:
-    """Draws of some samples of an update; `shape` is one sample's latents, [C, F, h, w]."""
+    """Random draws of the rollouts of some samples; `shape` is one sample's, [C, F, h, w]."""
     steps = len(sampler.steps)
     each = [
         torch.randn(
@@ -64,7 +63,7 @@ def draw_score_noise(
     config: ReDMDConfig,
     window: int = 0,
 ) -> ScoreNoise:
-    """Where a window of those samples is judged; `shape` is the window's, [C, F, h, w]."""
+    """Noise and timesteps at which scores of a window are compared; `shape` is [C, F, h, w]."""
     noises, timesteps = [], []
     for sample in samples:
         generator = seeded_generator(seed, role, update, sample, "noising", window)
@@ -82,9 +81,9 @@ def shuffled_indices(
     num_prompts: int,
     copies: int = 1,
 ) -> list[int]:
-    """Which prompts those samples show: a new shuffle every time all have been seen.
+    """The prompt of each of those samples, as its number: shuffled anew every epoch.
 
-    Each prompt is shown by `copies` neighbouring samples.
+    `copies` neighbouring samples share a prompt.
     """
     numbers = []
     for sample in samples:

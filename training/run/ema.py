@@ -1,4 +1,4 @@
-"""A moving average of the weights that are trained, kept as plain tensors.
+"""An exponential moving average (EMA) of the trained weights, kept as plain tensors.
 
 Under FSDP2 they are sharded as the weights are, so the average costs a share of them on each
 process, and a checkpoint saves and reshards it like any other state.

@@ -1,7 +1,7 @@
-"""What a run says of itself: a line of JSON an update, TensorBoard, Weights & Biases.
+"""A run's log: a line of JSON an update, TensorBoard, Weights & Biases.
 
-Only the first process writes. `log.jsonl` is the record: a run that goes on from a checkpoint first
-drops what it had written after it, so the file reads as one uninterrupted run.
+Only the first process writes. A resumed run first drops the lines of `log.jsonl` after its
+checkpoint, so that the file reads as one uninterrupted run.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def _wandb(project: str, folder: Path, config: Any) -> Any:
         raise ValueError(
             f"output.wandb is {project!r}, but wandb is not installed; pip install wandb"
         ) from None
-    known = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # to be gone on with
+    # A resumed run has the same id, and continues the same curves.
+    known = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     options = {"id": known, "resume": "allow", "config": asdict(config)}
     return wandb.init(project=project, dir=str(folder), **options)

@@ -46,14 +46,14 @@ def add_adapters(network: WanModel, config: LoRAConfig) -> None:
 
 
 def renamed_base(network: WanModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A plain network's tensors under the names they have beside adapters."""
+    """A plain network's tensors under the names that peft gives them once adapters are added."""
     held = network.state_dict().keys()
     names = {name.replace(BASE, ""): name for name in held if ".lora_" not in name}
     return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def adapter_weights(network: WanModel, seed: int) -> dict[str, Tensor]:
-    """Adapters as they begin: A as peft draws it, B nought; a function of seed and name."""
+    """Initial adapters: A drawn as peft does, B zero; a function of seed and name."""
     weights = {}
     for name, parameter in network.named_parameters():
         if ".lora_A." in name:

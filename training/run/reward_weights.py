@@ -1,9 +1,9 @@
-"""The weights of one update, which belong to all of its samples together.
+"""Reward weights of the samples of one update.
 
-A weight may depend on every sample of an update (its mean, its best), while samples come in
-micro-batches on many processes. Where an update is a single micro-batch a process, scores are
-exchanged as they come; otherwise they are all found first, by rollouts without gradient, and
-looked up as the same rollouts come again under autograd.
+A weight may depend on all samples of an update (their mean, the best of them), but samples come in
+micro-batches on many processes. With a single micro-batch a process, scores are gathered as they
+are computed. Otherwise all are computed first, by rollouts without gradient, and looked up when
+the same rollouts are repeated under autograd.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LatentReward = Callable[[Tensor, list[int]], Tensor]
 
 
 class RewardWeights:
-    """Scores and weights of an update, a window at a time."""
+    """Scores and weights of an update, for each window of the rollout."""
 
     def __init__(self, reward: LatentReward, config: ReDMDConfig, windows: int) -> None:
         self.reward, self.config = reward, config
@@ -30,12 +30,12 @@ class RewardWeights:
         self.precomputed: list[SampleWeights] | None = None
 
     def set_scores(self, scores: Sequence[Tensor]) -> None:
-        """Take all of this process' scores, [windows, B] a micro-batch, before any is weighed."""
+        """Set all scores of this process before any loss: [windows, B] for each micro-batch."""
         self.scores = [[row] for row in torch.cat(list(scores), dim=1)]
         self.precomputed = self._window_weights()
 
-    def of(self, samples: range, numbers: list[int]) -> WeightFn:
-        """Weights of a micro-batch of the update."""
+    def for_samples(self, samples: range, numbers: list[int]) -> WeightFn:
+        """The weights of a micro-batch, whose prompts have those numbers."""
 
         def weight_fn(x0: Tensor, window: int) -> Tensor:
             if self.precomputed is not None:
@@ -50,7 +50,7 @@ class RewardWeights:
         return weight_fn
 
     def log(self) -> SampleWeights:
-        """The update's weights; of a rollout of many windows, the last one's."""
+        """The weights to log: those of the last window."""
         return (self.precomputed or self._window_weights())[-1]
 
     def _window_weights(self) -> list[SampleWeights]:

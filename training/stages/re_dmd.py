@@ -1,6 +1,6 @@
-"""The `re_dmd` recipe at work: opens what a config names, trains, and leaves a student behind.
+"""The `re_dmd` stage: opens the files of a config, trains, and writes a student.
 
-In the run's folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to go on from),
+In the run's folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to resume from),
 `validation` and, at every checkpoint, `student.safetensors` or, of an adapter,
 `lora.safetensors`.
 """
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Run:
-    """A distillation with everything opened."""
+    """A distillation with its files opened."""
 
     config: DistilConfig
     trainer: Trainer

@@ -81,7 +81,7 @@ class DistilConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts and their encoder."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """The judge."""
+    """The reward."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """How networks are held."""
     student_lora: LoRAConfig | None = None

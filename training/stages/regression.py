@@ -1,11 +1,11 @@
-"""Regression on the teacher's trajectories: what makes a causal few-step student of a network.
+"""Regression on the teacher's trajectories, which makes a network a causal few-step student.
 
-Each chunk of a clip is shown where its trajectory passes one of the student's timesteps, drawn for
-every chunk by itself, through the window a stream would have, and the student is asked where the
-trajectory ends (CausVid, arXiv 2412.07772, sec. 4.2; Self Forcing, arXiv 2506.08009; Reward
-Forcing, arXiv 2512.04678, starts from such a student). The published code sees the whole past under
-a causal mask; window, sink and evictions are ours, and with a window as long as the clip the two
-are the same. Of excerpts, each chunk sees its own clean past.
+The input is a chunk's trajectory at one of the student's timesteps, drawn for every chunk by
+itself; the target is the end of the trajectory (CausVid, arXiv 2412.07772, sec. 4.2; Self Forcing,
+arXiv 2506.08009; Reward Forcing, arXiv 2512.04678, starts from such a student). The published code
+attends to the whole past under a causal mask; here a chunk attends to the window that a stream
+would have, with its sink and evictions. With a window as long as the clip the two are the same. In
+excerpts, each chunk attends to its own clean past.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from .supervised import (
     SupervisedConfig,
     SupervisedTrainer,
     micro_batches,
-    network_size,
     run_stage,
     train,
+    video_size,
 )
 
 _ROLE = "ode_init"
@@ -70,7 +70,7 @@ class InitConfig(SupervisedConfig):
     pairs: Path = Path("pairs")
     """Folder of `ode_pairs`."""
     start: Path | None = None
-    """What the student begins as, best the teacher itself; None for the bundled demo's teacher."""
+    """File of the initial weights, best the teacher's; None for the bundled demo's teacher."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Window and sink a chunk sees its past through. Published: a window as long as the clip; by
     default the one the student will stream with, which is ours."""
@@ -79,7 +79,7 @@ class InitConfig(SupervisedConfig):
     noise level (published); `clean`, passes at timestep 0 over the trajectories' ends, as a stream
     leaves them (teacher forcing), which take twice the time. The past of excerpts is clean."""
     first_step_share: float | None = None
-    """Share of chunks shown at the first timestep, the hardest; the others share the rest evenly.
+    """Share of chunks at the first timestep, the hardest; the others share the rest evenly.
     None for all evenly (published)."""
     optimiser: OptimiserConfig = field(
         default_factory=lambda: OptimiserConfig(rate=2e-6, betas=(0.9, 0.999))
@@ -130,9 +130,9 @@ class Batch(Tensors):
     """B clips, each of their N chunks at a timestep of its own."""
 
     noisy: Tensor
-    """Where the chunks' trajectories are, [B, C, F, h, w]."""
+    """Trajectories at the chunks' timesteps, [B, C, F, h, w]."""
     step_BN: Tensor
-    """Which of the student's timesteps that is, from 0."""
+    """Index of the student's timestep, from 0."""
     clean: Tensor
     """Where they end, [B, C, F, h, w]."""
     embeds: Tensor
@@ -149,7 +149,7 @@ def draw_steps(
     num_steps: int,
     first_step_share: float | None = None,
 ) -> Tensor:
-    """Which timestep each chunk of those samples is shown at, [B, N]; see `first_step_share`."""
+    """Index of the timestep of each chunk of those samples, [B, N]; see `first_step_share`."""
 
     def drawn(generator: torch.Generator) -> Tensor:
         if first_step_share is None:
@@ -162,7 +162,7 @@ def draw_steps(
 
 
 def draw_batch(pairs: Pairs, config: InitConfig, update: int, samples: Sequence[int]) -> Batch:
-    """Those samples of an update: a function of the seed, whoever asks; latents in float32."""
+    """Some samples of an update: a function of the seed, on whatever process; float32 latents."""
     clips = shuffled_indices(config.seed, "generator", update, samples, config.batch, len(pairs))
     trajectories = pairs.rows(clips)
     size, (num_steps, *_) = config.cache.chunk_frames, trajectories.points.shape[1:]
@@ -224,7 +224,7 @@ def regression_errors(
 
 
 class InitTrainer(SupervisedTrainer):
-    """The student with all that the regression changes."""
+    """The student with the state of the regression."""
 
     config: InitConfig
     command, file = "python -m training ode_init", STUDENT
@@ -249,7 +249,7 @@ class InitTrainer(SupervisedTrainer):
 
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
         """See `SupervisedTrainer`."""
-        pairs_config, size = self.pairs.config, network_size(self.pairs.config.latents)
+        pairs_config, size = self.pairs.config, video_size(self.pairs.config.latents)
         write_student(path, self.network, self.config.cache, pairs_config.sampler, size, note)
 
     def origin(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What the stages share that learn from given targets: updates, checkpoints, and the run's folder.
+"""The training loop of the stages with given targets: updates, checkpoints, the run's folder.
 
-In the folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to go on from) and, at every
+In the folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to resume from) and, at every
 checkpoint, the averaged weights.
 """
 
@@ -42,7 +42,7 @@ from ..run.options import format_numbers, print_rank_0, show_progress
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
-    """How a run of such a stage goes."""
+    """Options of such a run."""
 
     optimiser: OptimiserConfig
     """Rates and their schedule."""
@@ -98,7 +98,7 @@ class Report:
     norm: float
     """Of the gradients that are clipped, before that."""
     losses: Mapping[str, float]
-    """The loss of what is told apart, by name."""
+    """Mean loss by name: of kinds of chunk, or of timesteps."""
 
     def numbers(self) -> dict[str, float]:
         """As flat names and numbers."""
@@ -117,7 +117,7 @@ class SupervisedTrainer(ABC):
     def __init__(
         self, config: SupervisedConfig, network: WanModel, names: Sequence[str], clips: int
     ) -> None:
-        """`network` is placed and sharded already; losses are told apart by `names`."""
+        """`network` is placed and sharded already; losses are logged under `names`."""
         self.config, self.network, self.names, self.clips = config, network, names, clips
         self.dtype = placement_dtype(config.placement)
         self.average = WeightAverage(network)
@@ -126,7 +126,7 @@ class SupervisedTrainer(ABC):
 
     @abstractmethod
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
-        """Errors of some samples of the update, [B, N], and under which name each is told."""
+        """Errors of some samples of the update, [B, N], and the index of each in `names`."""
 
     @abstractmethod
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
@@ -134,7 +134,7 @@ class SupervisedTrainer(ABC):
 
     @abstractmethod
     def origin(self) -> dict[str, Any]:
-        """What it is made from, as plain JSON."""
+        """Provenance: the files it is made from, as plain JSON."""
 
     def batch(self) -> int:
         """Samples of the update."""
@@ -165,20 +165,20 @@ class SupervisedTrainer(ABC):
         return self.average.applied()
 
     def save(self, folder: Path) -> None:
-        """Write everything to go on from; `folder` is complete once it exists."""
+        """Write a checkpoint; `folder` is complete once it exists."""
         checkpointing.save(self._state(), folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` has written, on however many processes.
+        """Resume from what `save` has written, on any number of processes.
 
-        ValueError where there were more or fewer clips: their order would be another one.
+        ValueError where the number of clips differs: their order would be different.
         """
         state = self._state()
         checkpointing.load(state, folder)
         if int(state["clips"]) != self.clips:
             raise ValueError(
                 f"{folder} was trained on {int(state['clips'])} clips; there are {self.clips} now: "
-                "give it the same, or begin anew"
+                "give it the same, or start a new run"
             )
         self.trained.load(state["student"])
         self.update = int(state["update"])
@@ -211,14 +211,14 @@ def micro_batches(batch: int, micro_batch: int) -> list[range]:
     return local_micro_batches(batch, min(micro_batch, max(1, batch // world_size())))
 
 
-def network_size(latents: Sequence[int]) -> tuple[int, int]:
+def video_size(latents: Sequence[int]) -> tuple[int, int]:
     """Height and width of the videos of latents [C, F, h, w]."""
     *_, rows, columns = latents
     return rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR
 
 
 def train(trainer: SupervisedTrainer, out: Path, saved: Path | None) -> Iterator[Report]:
-    """Run it in its folder, from a checkpoint if there is one, yielding a report an update.
+    """Train in the folder `out`, from the checkpoint `saved` if given; yields a report an update.
 
     FloatingPointError, with the last good checkpoint named, where the run breaks down.
     """
@@ -270,7 +270,7 @@ def run_stage(
     start: Callable[[torch.device], Iterator[Report]],
     file: str,
 ) -> int:
-    """Run a stage on the processes there are, and show how it goes."""
+    """Run a stage on all processes, with a progress bar; `start` begins it on a device."""
     check_folder_writable(args.out)
     with process_group(args.device) as device:
         print_rank_0(to_json(config))

@@ -2,10 +2,10 @@
 
 One network learns both to denoise whole clips, in which all frames see each other, as Wan does, and
 to continue a stream chunk by chunk from a clean past, as the student will. The second is what makes
-its trajectories teachable: in a whole clip the first chunk hangs on the noise of all later ones,
-which a causal student cannot see, so that its regression falls to a mean (Causal Forcing, arXiv
-2602.02214, argues this). A new network may see openings alone at first (a clip's first frames are a
-clip of their own, as the VAE is causal), which cost least; a trained one needs none of that.
+its trajectories learnable: in a whole clip the first chunk depends on the noise of all later ones,
+which a causal student cannot see, so that its regression collapses to a mean (Causal Forcing, arXiv
+2602.02214, argues this). A new network may train on openings alone at first, which cost least: the
+VAE is causal, so the first frames of a clip are a clip too. A trained network can leave that out.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ from .supervised import (
     SupervisedConfig,
     SupervisedTrainer,
     micro_batches,
-    network_size,
     run_stage,
     train,
+    video_size,
 )
 
 _ROLE = "teacher"
 Kind = Literal["opening", "excerpt", "whole"]
-"""What an update is taught on: first chunks, chunks with their past, or whole clips."""
+"""What an update trains on: first chunks, chunks with their past, or whole clips."""
 LOSS_NAMES = (*KINDS, "whole")
 
 
@@ -72,7 +72,7 @@ class Phase:
     until: float
     """Share of the updates at which it ends; 1 for the last."""
     kinds: tuple[Kind, ...]
-    """What the updates see, in turn."""
+    """What the updates train on, in turn."""
 
 
 CONTINUE = Phase(until=1.0, kinds=("excerpt", "excerpt", "whole"))
@@ -87,17 +87,17 @@ class TeacherConfig(SupervisedConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """The text encoder, and what stands for no prompt: `negative`."""
     start: Path | None = None
-    """What it begins as; None for a new network."""
+    """File of the initial weights; None for a new network."""
     model: ModelConfig | None = None
     """Sizes of the network; None for those of `start`."""
     phases: tuple[Phase, ...] = (CONTINUE,)
-    """What is seen over the run."""
+    """What updates train on over the run."""
     opening_batch: int = 64
     """Openings an update; `batch` is that of excerpts and of whole clips."""
     chunk_frames: int = CacheConfig.chunk_frames
     """Latent frames of a chunk, as of the student's cache."""
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
-    """How excerpts are drawn and shown."""
+    """How excerpts are drawn and augmented."""
     balanced: bool = False
     """Whether kinds of clip come equally often, where the source tells them apart."""
     shift: float = 5.0
@@ -120,12 +120,12 @@ class TeacherConfig(SupervisedConfig):
             raise ValueError("a phase has no kinds; name what its updates see")
 
     def kind_at(self, update: int) -> Kind:
-        """What an update sees."""
+        """What an update trains on."""
         phase = next(each for each in self.phases if update / self.updates < each.until)
         return phase.kinds[update % len(phase.kinds)]
 
     def batch_at(self, update: int) -> int:
-        """How many an update sees."""
+        """Batch size of an update."""
         return self.opening_batch if self.kind_at(update) == "opening" else self.batch
 
 
@@ -192,9 +192,9 @@ class TeacherBatch(Tensors):
 def draw_batch(
     source: ClipSource, config: TeacherConfig, update: int, before: int, samples: Sequence[int]
 ) -> TeacherBatch:
-    """Those samples of an update, a function of the seed, whoever asks.
+    """Some samples of an update: a function of the seed, on whatever process.
 
-    `before` is how many clips the updates before it have seen.
+    `before` is the number of clips in all earlier updates.
     """
     c, kind, batch = config, config.kind_at(update), config.batch_at(update)
     groups: Groups = source.groups if c.balanced else (range(len(source)),)
@@ -267,7 +267,7 @@ def teacher_errors(
 
 
 class TeacherTrainer(SupervisedTrainer):
-    """The teacher with all that its training changes."""
+    """The teacher with the state of its training."""
 
     config: TeacherConfig
     command, file = "python -m training teacher", TEACHER
@@ -302,7 +302,7 @@ class TeacherTrainer(SupervisedTrainer):
 
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
         """See `SupervisedTrainer`."""
-        write_student(path, self.network, None, None, network_size(self.source.shape), note)
+        write_student(path, self.network, None, None, video_size(self.source.shape), note)
 
     def origin(self) -> dict[str, Any]:
         """See `SupervisedTrainer`."""
@@ -340,7 +340,7 @@ def train_teacher(
 
 
 def read_model_config(config: TeacherConfig) -> ModelConfig:
-    """Sizes of the network; ValueError where they are not said, or said to be two."""
+    """Sizes of the network; ValueError where `start` and `model` give none, or two different."""
     if config.start is None:
         if config.model is None:
             raise ValueError("neither start nor model is given; name a file, or give its sizes")

@@ -1,8 +1,8 @@
-"""The Re-DMD run: critic and generator in turn, averaged weights, checkpoints to go on from.
+"""The Re-DMD run: critic and generator in turn, averaged weights, checkpoints.
 
 One update of the generator follows `critic_ratio` updates of the critic, as in DMD2 (arXiv
-2405.14867). What is random is a function of the update's number (`draws`), so a checkpoint holds
-weights, optimisers and that number, and nothing else.
+2405.14867). All randomness is a function of the update's number (`run.draws`), so a checkpoint
+holds weights, optimisers and that number alone.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ class Report:
     critic_norm: float
     """The same, mean over the critic's updates."""
     rewards: SampleWeights | None
-    """Weights of the last update a reward weighed; None without a reward."""
+    """Weights of the last update with a reward; None without one."""
 
 
 def report_numbers(report: Report) -> dict[str, float]:
-    """A report as flat names and numbers."""
+    """A report as a flat dictionary for the log."""
     values = {k: v for k, v in asdict(report).items() if isinstance(v, float)}
     if report.rewards is not None:
         weighted = report.rewards
@@ -133,7 +133,7 @@ class _Step:
 
 
 class Trainer:
-    """Student, critic and teacher with all that a run changes."""
+    """Student, critic and teacher with the state of a run."""
 
     def __init__(
         self,
@@ -176,11 +176,11 @@ class Trainer:
         return self.average.applied()
 
     def save(self, folder: Path) -> None:
-        """Write everything to go on from; `folder` is complete once it exists."""
+        """Write a checkpoint; `folder` is complete once it exists."""
         checkpointing.save(self._state(), folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` has written, on however many processes."""
+        """Resume from what `save` has written, on any number of processes."""
         state = self._state()
         checkpointing.load(state, folder)
         for role, trained in self.trained.items():
@@ -196,7 +196,7 @@ class Trainer:
         total, reward_weights = 0.0, self._reward_weights(role, number)
         for samples in self.micro_batches:
             batch = self._batch(role, number, samples)
-            weight_fn = reward_weights and reward_weights.of(samples, batch.numbers)
+            weight_fn = reward_weights and reward_weights.for_samples(samples, batch.numbers)
             for loss in losses(self.networks, *batch.drawn, self.config.redmd, weight_fn):
                 # FSDP averages over processes, where losses are shares of a sum.
                 (loss * world_size()).backward()
@@ -250,7 +250,7 @@ class Trainer:
         return reward_weights
 
     def _scores(self, role: Role, number: int, samples: range) -> Tensor:
-        """Scores [windows, samples] of a micro-batch, before its own turn comes."""
+        """Scores [windows, B] of a micro-batch, computed ahead of its losses."""
         batch = self._batch(role, number, samples)
         assert self.reward is not None
         prompts, draws, _ = batch.drawn

@@ -1,17 +1,17 @@
 """The teacher's ODE trajectories: what `ode_init` teaches the causal student.
 
-The teacher walks from noise to clean latents in small Euler steps (CausVid, arXiv 2412.07772,
-sec. 4.2). Its end is kept, with the points where it passes the student's own timesteps: these are
-levels of the grid, so that the points are exact. The published code keeps grid steps 0, 12, 24, 36
-of 48, which are the student's timesteps at shift 5 alone.
+The teacher integrates from noise to clean latents in small Euler steps (CausVid, arXiv 2412.07772,
+sec. 4.2). The end is stored, with the points at the student's own timesteps: these are levels of
+the grid, so that the points are exact. The published code keeps grid steps 0, 12, 24, 36 of 48,
+which are the student's timesteps at shift 5 alone.
 
-It walks whole clips, as published, or the chunks of excerpts with their past in sight. In a whole
-clip the first chunk hangs on the noise of all later ones, which a causal student cannot see, so
-that its regression falls to a mean (Causal Forcing, arXiv 2602.02214, argues this); in an excerpt
-each point leads to one end alone.
+Trajectories are those of whole clips, as published, or of excerpts, whose chunks see their past.
+In a whole clip the first chunk depends on the noise of all later ones, which a causal student
+cannot see, so that its regression collapses to a mean (Causal Forcing, arXiv 2602.02214, argues
+this). In an excerpt each point leads to one end alone.
 
 Shards are safetensors, and functions of the config and their number. Processes share them out, and
-a run that was cut off goes on where it stopped.
+an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations

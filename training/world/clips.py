@@ -1,7 +1,7 @@
 """Training clips: scenes of the world, encoded once by the trained VAE and kept as latents.
 
-Scene i of a seed is the same on every machine. Shards are written one by one, so a run that was
-cut off goes on where it stopped, and one with a time limit keeps what it has.
+Scene i of a seed is the same on every machine. Shards are written one by one, so an
+interrupted run continues where it stopped, and one with a time limit keeps what it has.
 """
 
 from __future__ import annotations
@@ -155,9 +155,9 @@ def captions(scenes: list[Scene], rng: np.random.Generator | None = None) -> lis
 
 @dataclass(frozen=True)
 class CaptionedClips:
-    """Encoded clips with captions, which are worded and encoded anew each time they are asked for.
+    """Encoded clips as a `ClipSource`. Captions are phrased and encoded anew at every call.
 
-    Kinds are clips of one thing and clips of two.
+    Groups are clips of one thing and clips of two.
     """
 
     clips: Clips

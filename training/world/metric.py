@@ -32,7 +32,7 @@ class TrackerMetric:
 
 
 def caption_measures(video: Tensor, caption: str) -> dict[str, float | None]:
-    """How a video [T, 3, SIZE, SIZE] of the miniature world keeps its caption.
+    """Whether a video [T, 3, SIZE, SIZE] of the miniature world matches its caption.
 
     `colour`, `shape`, `direction`, `speed` are 1 or 0, as `training.world.tracker.score` has them;
     `speed` is None where the caption names none, `measured_speed` where nothing shows.

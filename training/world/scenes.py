@@ -56,7 +56,7 @@ _CLAUSE = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
-    """What a caption says of one shape."""
+    """The attributes of one shape, as a caption names them."""
 
     colour: str
     """A key of `PALETTE`."""
@@ -70,7 +70,7 @@ class Attributes:
 
 @dataclass(frozen=True, kw_only=True)
 class Thing(Attributes):
-    """One moving shape: what its caption says, with the numbers to draw it."""
+    """One moving shape: its attributes, with speed and position to draw it."""
 
     speed: float
     """Shape sizes a latent frame."""
@@ -101,7 +101,7 @@ def caption(scene: Sequence[Attributes], rng: np.random.Generator | None = None)
 
 
 def parse_caption(text: str) -> list[Attributes]:
-    """What a caption asks for, shape by shape; ValueError with the known words otherwise."""
+    """The attributes of each shape of a caption; ValueError lists the known words."""
     attributes = []
     for clause in text.lower().strip().rstrip(".").split(" and "):
         match = _CLAUSE.fullmatch(" ".join(clause.split()))

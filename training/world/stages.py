@@ -45,7 +45,7 @@ RECIPES = {"teacher": "teacher", "student": "ode_init"}
 
 @dataclass(frozen=True)
 class Files:
-    """Where results are: of the world's own stages in one folder, of the recipes where they say."""
+    """Files of the results: those of the world's own stages lie in `folder`."""
 
     folder: Path
     teacher_file: Path | None = None

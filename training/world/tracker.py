@@ -74,7 +74,7 @@ class Track:
 
 @dataclass(frozen=True, kw_only=True)
 class Detections:
-    """What every image shows of every colour. T images, C colours, S shapes."""
+    """Measurements of every colour in every image. T images, C colours, S shapes."""
 
     area: Tensor
     """[T, C] pixels."""
@@ -84,13 +84,13 @@ class Detections:
     """[T, C, S] correlation with each outline; 0 where the colour is absent."""
 
     def __getitem__(self, images: slice) -> Detections:
-        """The sightings of some of the images."""
+        """The detections of some of the images."""
         return Detections(area=self.area[images], centre=self.centre[images], fit=self.fit[images])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far the pictures of one window have strayed from the world's look. 0 is faithful."""
+    """How far the images of one window differ from the world's colours and shapes; 0 for none."""
 
     start_image: int
     """The window's first image."""
@@ -166,7 +166,7 @@ def track(video: Tensor) -> list[Track]:
 
 
 def tracks_of(detections: Detections) -> list[Track]:
-    """The tracks that sightings add up to, one per colour that shows, largest first."""
+    """Join detections to tracks, one per colour that shows, largest first."""
     share = (detections.area >= _MIN_AREA).float().mean(dim=0)
     present = [index for index, seen in enumerate(share.tolist()) if seen >= _MIN_SHARE]
     tracks = [_track_colour(detections, index) for index in present]
@@ -231,7 +231,7 @@ def score(video: Tensor, caption: str) -> dict[str, float]:
 
 
 def score_tracks(tracks: Sequence[Track], targets: Sequence[Attributes]) -> dict[str, float]:
-    """`score` for tracks and a parsed caption; a thing of a wrong colour is asked the rest."""
+    """`score` for tracks and a parsed caption. A wrong colour does not make the rest wrong."""
     pairs = _pair(tracks, targets)
     complete = len(pairs) == len(targets)
     speeds = [seen.speed for seen, _ in pairs]
@@ -247,7 +247,7 @@ def score_tracks(tracks: Sequence[Track], targets: Sequence[Attributes]) -> dict
 
 
 def _pair(tracks: Sequence[Track], targets: Sequence[Attributes]) -> list[tuple[Track, Attributes]]:
-    """Tracks with the thing they stand for: by colour, then what is left over in order."""
+    """Match tracks to targets: by colour, then the remaining ones in order."""
     by_colour = {seen.colour: seen for seen in tracks}
     pairs = [(by_colour[target.colour], target) for target in targets if target.colour in by_colour]
     named = {target.colour for target in targets}
