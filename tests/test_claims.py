@@ -46,7 +46,7 @@ def test_every_arm_is_a_run_that_can_be_and_differs_from_the_others():
         assert chunks > window  # the sink is fed in training
     assert configs["tilted critic"].run.redmd.weigh == "critic"
     assert configs["Re-DMD, as published"].run.redmd.weights.beta == 2.0
-    assert not configs["Re-DMD, as published"].run.redmd.weights.of_batch
+    assert not configs["Re-DMD, as published"].run.redmd.weights.depends_on_batch
 
 
 def test_results_are_of_each_video_and_of_the_way_there(finished):

@@ -267,7 +267,9 @@ def test_presets_are_the_published_numbers_and_survive_json():
     published = wan()
     assert published.run.latents == (16, 21, 60, 104) and published.run.updates == 600 // 5
     assert published.run.generator.rate == 2e-6 and published.run.critic.rate == 4e-7
-    assert published.run.redmd.weights.beta == 2.0 and not published.run.redmd.weights.of_batch
+    assert (
+        published.run.redmd.weights.beta == 2.0 and not published.run.redmd.weights.depends_on_batch
+    )
     with pytest.raises(ValueError, match=r"give reward\.path"):
         apply_overrides(published, ["reward.path=null"])
 

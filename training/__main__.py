@@ -169,13 +169,15 @@ def _parser() -> argparse.ArgumentParser:
     add_run_arguments(redmd)
     redmd.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
     add_config_arguments(redmd, PRESETS)
-    teach = commands.add_parser("teacher", help="train a teacher, or teach it to continue clips")
+    teach = commands.add_parser(
+        "teacher", help="train a teacher, or fine-tune it to continue clips"
+    )
     teacher.add_teacher_arguments(teach)
     teach.set_defaults(command=teacher.run_teacher)
-    pairs = commands.add_parser("ode_pairs", help="follow the teacher's ODE")
+    pairs = commands.add_parser("ode_pairs", help="sample the teacher's ODE trajectories")
     trajectories.add_pairs_arguments(pairs)
     pairs.set_defaults(command=trajectories.run_pairs)
-    init = commands.add_parser("ode_init", help="teach a causal student those trajectories")
+    init = commands.add_parser("ode_init", help="train a causal student on those trajectories")
     regression.add_init_arguments(init)
     init.set_defaults(command=regression.run_init)
     counting = commands.add_parser("estimate", help="memory and operations of a re_dmd run")

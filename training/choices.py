@@ -30,7 +30,7 @@ from .world.reward import TrackerReward
 DATA_SET: DataSet = Captions()
 """Gives the prompts where there is no prompt file: the bundled demo's."""
 CLIPS = Path("runs/world/clips")
-"""Where `python -m training.world clips` leaves its clips."""
+"""The folder that `python -m training.world clips` writes."""
 METRIC: PromptMetric = TrackerMetric()
 """Measures whether videos match their prompts, for prompts that it can parse."""
 

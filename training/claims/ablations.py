@@ -181,7 +181,7 @@ class Measurer:
         self.prompts = prompts_of(config)
 
     def references(self) -> Mapping[str, Any]:
-        """What the arms stand beside: true videos, the teacher, the student they begin as."""
+        """What arms are compared with: true videos, the teacher, the student before training."""
         return {
             "true videos": lambda: self.measure(self._true()),
             "teacher": lambda: self.measure(self._teacher()),

@@ -53,13 +53,13 @@ class Conditions:
     """What N clips are generated from or trained on, besides latents."""
 
     numbers: list[int]
-    """Their places among all prompts, or clips, of the run."""
+    """The number of each one's prompt, or clip, among all of the run."""
     prompts: list[str]
-    """What they show."""
+    """Prompts, as text."""
     embeds: Tensor
-    """The same encoded and padded with zeros to the longest, [N, S, D]."""
+    """Prompts, encoded and padded with zeros to the longest, [N, S, D]."""
     excerpts: Excerpts | None = None
-    """What their chunks see, where they are excerpts; a whole clip's chunks see each other."""
+    """The pasts of chunks, where the clips are excerpts; None for whole clips."""
 
 
 @dataclass(frozen=True, kw_only=True)

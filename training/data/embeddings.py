@@ -42,7 +42,7 @@ class PromptEmbeds(Protocol):
         ...
 
     def embeds(self, numbers: Sequence[int]) -> Tensor:
-        """Some of them, [B, S, D]."""
+        """Embeddings of some prompts by their numbers, [B, S, D]."""
         ...
 
 
@@ -56,7 +56,7 @@ class MemoryEmbeds:
         return len(self.tensor)
 
     def embeds(self, numbers: Sequence[int]) -> Tensor:
-        """Some of them, [B, S, D]."""
+        """Embeddings of some prompts by their numbers, [B, S, D]."""
         return self.tensor[list(numbers)]
 
 
@@ -72,7 +72,7 @@ class CachedEmbeds:
         return self.count
 
     def embeds(self, numbers: Sequence[int]) -> Tensor:
-        """Some of them, [B, S, D], padded with zeros to the longest."""
+        """Embeddings of some prompts by number, [B, S, D], padded with zeros to the longest."""
         return pad_sequence([self._load(number) for number in numbers], batch_first=True)
 
     def _load(self, number: int) -> Tensor:

@@ -115,7 +115,7 @@ class Trajectories(Conditions):
     """Clean latents at the end, [N, C, F, h, w]."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a shard keeps, by name."""
+        """The tensors of a shard, by name."""
         seen = self.excerpts.tensors() if self.excerpts else {}
         return {"points": self.points, "clean": self.clean, "embeds": self.embeds, **seen}
 
@@ -189,12 +189,12 @@ class Pairs:
 
     @cached_property
     def config(self) -> PairsConfig:
-        """What they were made with."""
+        """The config that they were made with."""
         return from_json(PairsConfig, json.dumps(_note(self.shards[0])["config"]))
 
     @cached_property
     def origin(self) -> Origin:
-        """What they were made from."""
+        """The teacher and the clips that they were made from."""
         return _origin(_note(self.shards[0]))
 
     @property
@@ -217,7 +217,7 @@ class Pairs:
         return list(prompts), _stacked("embeds", tensors)
 
     def rows(self, numbers: Sequence[int]) -> Trajectories:
-        """Some of them, as stored."""
+        """Some trajectories by their numbers, in their stored dtype."""
         rows, prompts, places = zip(*map(self._row, numbers), strict=True)
         found = {name: _stacked(name, rows) for name in rows[0]}
         excerpts = {name: found.pop(name) for name in SAVED_FIELDS if name in found}

@@ -92,7 +92,7 @@ class Candidate:
 
     @property
     def folder(self) -> Path:
-        """Where its videos go."""
+        """The folder of its videos."""
         return self.evaluation.out / self.name
 
     @cached_property
@@ -143,7 +143,7 @@ class Candidate:
         return self.folder / f"{number:04d}-{seed}.mp4"
 
     def settings(self, number: int, seed: int) -> dict[str, Any]:
-        """What a video was made with, as JSON has it."""
+        """The settings that a video is made with, as plain JSON."""
         run = self.plan_of(number, seed)
         options = run.options
         settings = {

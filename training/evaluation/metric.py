@@ -17,11 +17,11 @@ class PromptMetric(Protocol):
     name: str
     """Its key in records."""
     title: str
-    """Of its table in the report."""
+    """Title of its table in the report."""
     columns: tuple[str, ...]
-    """Names of the measures there."""
+    """Names of the measures in that table."""
     legend: str
-    """What they mean."""
+    """What the columns mean, in a sentence below the table."""
 
     def supports(self, prompts: Iterable[str], size: tuple[int, int]) -> bool:
         """Whether it can parse all of these prompts and measure videos of this height and width."""

@@ -90,9 +90,9 @@ class Window:
     config: CacheConfig
     """Window, sink and decay, as of `KVCache`."""
     grid: Grid
-    """Tokens of a frame."""
+    """Token grid of a frame."""
     layers: LayersKV
-    """What it holds."""
+    """Keys and values of its frames, in every layer."""
 
     @classmethod
     def empty(cls, config: CacheConfig, num_layers: int, grid: Grid) -> Window:

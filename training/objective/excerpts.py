@@ -101,13 +101,13 @@ class ExcerptPrompts:
     """Cross-attention keys and values of a batch's prompts, by the chunk that reads them."""
 
     first: PromptContext
-    """Of the opening and the second chunk."""
+    """The prompt of the opening and of the second chunk."""
     later: PromptContext
-    """Of the later chunk."""
+    """The prompt of the later chunk."""
     before: PromptContext
-    """Of the chunk before it."""
+    """The prompt of the chunk before the later one."""
     other_opening: PromptContext | None
-    """Of the other clip, where sinks are stale."""
+    """The prompt of the other clip; None where no sink is stale."""
 
     @classmethod
     def from_embeds(

@@ -1,6 +1,6 @@
 """One update of Re-DMD: the generator's losses on a rollout, and the critic's.
 
-The teacher and the critic are bidirectional networks that see a window of the rollout; both judge
+The teacher and the critic are bidirectional networks that see a window of the rollout; both score
 it at one noised point a sample. A rollout of many windows is supervised a window at a time, as
 LongLive does (arXiv 2509.22622), so that cache and sink are trained as they are used. Losses are
 sums over samples divided by `config.batch`, whatever the size of a micro-batch: gradients
@@ -113,7 +113,7 @@ class Networks:
     """Re-encodes the first frame of later windows; None leaves it as it is."""
     attention: Attention = sdpa
     dtype: torch.dtype | None = None
-    """What they compute in; None for that of their weights."""
+    """The dtype they compute in; None for that of their weights."""
 
     def predict_flow(
         self, network: WanModel, noisy: Tensor, timestep_BF: Tensor, prompt_embeds: Tensor

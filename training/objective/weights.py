@@ -75,7 +75,7 @@ class SampleWeights:
 def sample_weights(score_N: Tensor, config: WeightConfig, sign: int = 1) -> SampleWeights:
     """Weights of an update's scores; ValueError for a score that is not finite.
 
-    `sign` -1 weighs by exp(-beta r).
+    `sign` -1 weights by exp(-beta r).
     """
     if not score_N.isfinite().all():
         raise ValueError(f"the reward gave {score_N.tolist()}; a score must be finite")

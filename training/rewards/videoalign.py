@@ -2,7 +2,7 @@
 
 Qwen2-VL-2B reads a few frames of a video and a questionnaire with the prompt in it; a linear head
 on the last hidden states gives a score at each of three added tokens (Liu et al., arXiv 2501.13918;
-code and weights of KwaiVGI/VideoAlign, MIT). Motion quality is what Re-DMD weighs samples by.
+code and weights of KwaiVGI/VideoAlign, MIT). Motion quality is what Re-DMD weights samples by.
 `convert` makes a folder of the release, once; `load_videoalign` opens it. transformers and
 tokenizers are imported only then; torchvision is never needed.
 """
@@ -47,7 +47,7 @@ class VideoAlignReward:
     config: VideoAlignConfig
     """The release's constants."""
     fps: float = FPS
-    """Frames a second of the videos judged, of which `config.fps` are looked at."""
+    """Frames a second of the videos scored, of which `config.fps` are looked at."""
     published: bool = False
     """Whether videos are fed as by the published Reward Forcing trainer: pixels scaled to
     [-255, 255] by mistake, and every frame. Scores are then others than VideoAlign's. (`Overall`

@@ -1,4 +1,4 @@
-"""What every recipe's command line has: where its config comes from, and what it runs on."""
+"""Command-line options of every recipe: its config, its folder, its device; and its output."""
 
 from __future__ import annotations
 

@@ -134,11 +134,11 @@ class Batch(Tensors):
     step_BN: Tensor
     """Index of the student's timestep, from 0."""
     clean: Tensor
-    """Where they end, [B, C, F, h, w]."""
+    """Clean latents at the ends of the trajectories, [B, C, F, h, w]."""
     embeds: Tensor
     """Prompts, [B, S, D]."""
     excerpts: Excerpts | None = None
-    """What the chunks see, where they are those of excerpts."""
+    """The pasts of the chunks, where they are those of excerpts."""
 
 
 def draw_steps(
@@ -312,7 +312,7 @@ def init_student(
 
 
 def start_path(config: InitConfig) -> Path:
-    """What the student begins as; ValueError where it is not there."""
+    """The file of the student's initial weights; ValueError where it does not exist."""
     path = config.start or DEMO / "teacher.safetensors"
     if not path.exists():
         raise ValueError(f"start is {path}, which is not there")

@@ -110,7 +110,7 @@ class SupervisedTrainer(ABC):
     """A network with all that a run changes."""
 
     command: str
-    """What makes its file."""
+    """The command that makes its file, for provenance."""
     file: str
     """The averaged weights' name in the run's folder."""
 

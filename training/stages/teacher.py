@@ -180,13 +180,13 @@ class TeacherBatch(Tensors):
     noise: Tensor
     """The same shape."""
     timestep_BN: Tensor
-    """Of the parts."""
+    """Timestep of each part, [B, N]."""
     dropped_BN: Tensor
-    """Whether a part's prompt is left out."""
+    """Whether a part's prompt is dropped, for guidance, bool [B, N]."""
     embeds: Tensor
     """Prompts, [B, S, D]."""
     excerpts: Excerpts | None = None
-    """What the chunks see, where they are those of excerpts."""
+    """The pasts of the chunks, where they are those of excerpts."""
 
 
 def draw_batch(

@@ -100,9 +100,9 @@ class Report:
     critic_loss: float
     """Mean over the critic's updates."""
     generator_norm: float
-    """Of its gradients, before clipping."""
+    """Norm of the generator's gradients, before clipping."""
     critic_norm: float
-    """The same, mean over the critic's updates."""
+    """The same of the critic, mean over its updates."""
     rewards: SampleWeights | None
     """Weights of the last update with a reward; None without one."""
 

@@ -55,7 +55,7 @@ class Clips:
     latents: Tensor
     """Normalised latents [N, C, F, h, w], float16."""
     scenes: list[Scene]
-    """What is seen; captions and true speeds follow from it."""
+    """The scene of each clip, from which captions and true speeds are derived."""
 
 
 def num_images(frames: int) -> int:

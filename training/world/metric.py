@@ -1,4 +1,4 @@
-"""The miniature world's exact judge as a metric: whether a video keeps its caption."""
+"""The miniature world's exact tracker as a metric: whether a video matches its caption."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def _direction(x: float, y: float) -> tuple[str, float]:
 
 
 def score(video: Tensor, caption: str) -> dict[str, float]:
-    """How a video [T, 3, SIZE, SIZE] keeps its caption, attribute by attribute.
+    """Whether a video [T, 3, SIZE, SIZE] matches its caption, attribute by attribute.
 
     `colour` (just the named ones show), `shape`, `direction` and `speed` are 1.0 or 0.0 and ask it
     of every thing; where the caption leaves the speed open, it need only move. `measured_speed` is
