@@ -42,7 +42,7 @@ def checkpoint_to_resume(config: Any, out: Path, resume: bool) -> Path | None:
     saved, weights = broadcast_from_rank_0((checkpoints(out), saved_weights(out)))
     if not saved and weights:
         raise ValueError(
-            f"{out} holds {weights[0]} but no checkpoint, so its run cannot be "
+            f"{out} holds {weights[0]} and no checkpoint, so its run cannot be "
             "resumed; move it away, or choose another folder"
         )
     if not saved:
@@ -55,7 +55,7 @@ def checkpoint_to_resume(config: Any, out: Path, resume: bool) -> Path | None:
     mismatch = difference(before, config)
     if mismatch is not None:
         raise ValueError(
-            f"{out} was started with another config: {mismatch}; "
+            f"{out} was begun with another config: {mismatch}; "
             f"--resume it with --config {out / CONFIG}"
         )
     return saved[-1][1]
