@@ -16,7 +16,7 @@ from training.claims.ablations import (
     run_claims,
 )
 from training.claims.report import motion_plot, read_results, report, strips
-from training.run.config import changed
+from training.run.config import apply_overrides
 from training.stages.recipes import miniature
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,9 @@ def finished(tmp_path_factory):
 
 
 def test_every_arm_is_a_run_that_can_be_and_differs_from_the_others():
-    configs = {name: changed(miniature(), [*COMMON, *arm.settings]) for name, arm in ARMS.items()}
+    configs = {
+        name: apply_overrides(miniature(), [*COMMON, *arm.settings]) for name, arm in ARMS.items()
+    }
     assert len({repr(config) for config in configs.values()}) == len(ARMS)
     for config in configs.values():
         chunks = config.run.latents[1] // config.run.redmd.cache.chunk_frames
@@ -53,7 +55,7 @@ def test_every_arm_is_a_run_that_can_be_and_differs_from_the_others():
         assert chunks > window  # the sink is fed in training
     assert configs["tilted critic"].run.redmd.weigh == "critic"
     assert configs["Re-DMD, as published"].run.redmd.weights.beta == 2.0
-    assert not configs["Re-DMD, as published"].run.redmd.weights.of_batch
+    assert not configs["Re-DMD, as published"].run.redmd.weights.depends_on_batch
 
 
 def test_results_are_of_each_video_and_of_the_way_there(finished):

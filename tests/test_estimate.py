@@ -11,7 +11,7 @@ from rf_core.config import WAN_1_3B, WAN_14B, Grid
 from rf_core.kv_cache import KVSnapshot
 from rf_core.measure.counts import num_parameters
 from training.__main__ import main
-from training.run.config import changed
+from training.run.config import apply_overrides
 from training.run.networks import PlacementConfig
 from training.stages.estimate import Sizes, estimate, saved_bytes
 from training.stages.recipes import wan
@@ -87,7 +87,7 @@ def test_memory_is_shared_out_and_the_published_batch_over_64_cards_is_the_paper
 @pytest.mark.slow
 def test_choices_show_in_the_count():
     def count(*settings: str) -> estimates.Estimate:
-        return estimate(changed(wan(), settings), WAN, 8)
+        return estimate(apply_overrides(wan(), settings), WAN, 8)
 
     plain = count()
     adapters = count("student_lora={}", "critic_lora={}")

@@ -26,14 +26,14 @@ from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
 from training.evaluation import evaluate
 from training.evaluation.evaluate import file_digest
 from training.evaluation.report import interval_of, summary_of
-from training.evaluation.vbench_scores import VBENCH_FREE
+from training.evaluation.vbench_scores import VBENCH_ANY_PROMPT
 from training.measures.metrics import measure
 from training.stages.evaluation import (
     add_arguments,
-    device_of,
+    local_device,
     pick_prompts,
+    prompt_share,
     run,
-    share_of,
 )
 from training.world.metric import caption_measures
 from training.world.scenes import all_captions, parse_caption, place_all, render
@@ -83,7 +83,7 @@ def drawn(monkeypatch) -> list[tuple[str, int, int]]:
             with VideoWriter(path, VideoFormat(width=64, height=64)) as writer:
                 writer.write(to_uint8(render([scene], 21)[0]))
             made.append((candidate.name, number, seed))
-            evaluate._finish(candidate, number, seed, estimate)
+            evaluate._measure_and_record(candidate, number, seed, estimate)
             yield path
 
     def change(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -269,12 +269,12 @@ def test_processes_share_the_prompts_and_the_last_collects(
 
 
 def test_every_prompt_belongs_to_one_process_and_cuda_to_one_card_each():
-    parts = [range(10)[share_of({"RANK": str(r), "WORLD_SIZE": "4"})] for r in range(4)]
+    parts = [range(10)[prompt_share({"RANK": str(r), "WORLD_SIZE": "4"})] for r in range(4)]
     assert sorted(number for part in parts for number in part) == list(range(10))
-    assert range(10)[share_of({})] == range(10)
-    assert device_of("cuda", {"LOCAL_RANK": "3"}) == "cuda:3"
-    assert [device_of(d, {"LOCAL_RANK": "3"}) for d in ("cuda:1", "cpu")] == ["cuda:1", "cpu"]
-    assert device_of("cuda", {}) == "cuda"
+    assert range(10)[prompt_share({})] == range(10)
+    assert local_device("cuda", {"LOCAL_RANK": "3"}) == "cuda:3"
+    assert [local_device(d, {"LOCAL_RANK": "3"}) for d in ("cuda:1", "cpu")] == ["cuda:1", "cpu"]
+    assert local_device("cuda", {}) == "cuda"
 
 
 def test_videos_too_short_for_two_windows_are_refused_before_any_is_made(world, drawn):
@@ -406,7 +406,7 @@ def test_vbench_is_given_its_own_file_names_and_read_into_the_report(
     monkeypatch.setitem(sys.modules, "vbench", module)
     assert command(*world, "--seeds", "2", "--vbench") == 0
     files = sorted(f"{prompt}-{seed}.mp4" for prompt in (RED, BLUE) for seed in (0, 1))
-    expected = (None, "vbench_standard") if own else (list(VBENCH_FREE), "custom_input")
+    expected = (None, "vbench_standard") if own else (list(VBENCH_ANY_PROMPT), "custom_input")
     assert calls == [(files, *expected)] * 2
     link = tmp_path / "out" / "first" / "vbench" / f"{BLUE}-1.mp4"
     assert link.read_bytes() == (tmp_path / "out" / "first" / "0001-1.mp4").read_bytes()

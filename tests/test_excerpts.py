@@ -24,13 +24,20 @@ from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
 from rf_core.weights.checkpoint import load_student, write_checkpoint
 from training.__main__ import main
 from training.choices import open_clips
-from training.data.clips import Cut, cut_excerpts, draw_excerpts, row_of
+from training.data.clips import ExcerptIndices, draw_clip, draw_excerpts, gather_excerpts
 from training.data.pairs import Origin, Pairs, PairsConfig, Trajectories, shard_path, write_shard
 from training.data.prompts import DataConfig
-from training.objective.excerpts import ExcerptConfig, Excerpts, Prompts, excerpt_flow, pasts, shown
-from training.run.config import changed
+from training.objective.excerpts import (
+    ExcerptConfig,
+    ExcerptPrompts,
+    Excerpts,
+    augment_past,
+    excerpt_flow,
+    past_kv,
+)
+from training.run.config import apply_overrides
 from training.run.distributed import shard
-from training.run.draws import generator_of
+from training.run.draws import seeded_generator
 from training.run.journal import read_journal
 from training.run.networks import PlacementConfig, prepare
 from training.run.optimise import OptimiserConfig
@@ -56,11 +63,11 @@ from training.stages.teacher import (
     train_teacher,
 )
 from training.stages.trajectories import (
+    excerpt_conditions,
     fingerprint,
-    follow,
     make_shard,
+    sample_trajectories,
     student_levels,
-    with_excerpts,
     write_pairs,
 )
 
@@ -69,7 +76,7 @@ SIZE, F = (4, 6), 3
 PLAIN = ExcerptConfig(switch_share=0.0, context_noise=0.0, stale_sink_share=0.0)
 GREY = tiny.prompt(77)  # stands for no prompt
 PAIRS = PairsConfig(
-    follows="excerpts",
+    kind="excerpts",
     sampler=tiny.TWO_STEPS,
     latents=(tiny.CONFIG.in_dim, 3 * F, *SIZE),
     steps=2,
@@ -126,7 +133,7 @@ class Toys:
         return range(2), range(2, self.count)
 
     def latents(self, rows: Sequence[int]) -> Tensor:
-        each = [torch.randn(self.shape, generator=generator_of("toy", row)) for row in rows]
+        each = [torch.randn(self.shape, generator=seeded_generator("toy", row)) for row in rows]
         return torch.stack(each)
 
     def captions(self, rows: Sequence[int], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
@@ -138,7 +145,7 @@ CLIPS = Toys()
 
 
 def drawn(count: int, config: ExcerptConfig = PLAIN, rows: Sequence[int] | None = None):
-    each = [generator_of("draw", place) for place in range(count)]
+    each = [seeded_generator("draw", place) for place in range(count)]
     groups = (range(len(CLIPS)),)
     return draw_excerpts(CLIPS, rows or range(count), groups, config, each, F)
 
@@ -146,13 +153,15 @@ def drawn(count: int, config: ExcerptConfig = PLAIN, rows: Sequence[int] | None 
 def some_excerpts(count: int = 4, config: ExcerptConfig = PLAIN) -> tuple[Tensor, Tensor, Excerpts]:
     targets, given = drawn(count, replace(config, switch_share=0.5))
     assert given.excerpts is not None
-    seen = shown(given.excerpts, config, [generator_of("past", place) for place in range(count)])
+    seen = augment_past(
+        given.excerpts, config, [seeded_generator("past", place) for place in range(count)]
+    )
     return targets, given.embeds, seen
 
 
 def read(model, embeds: Tensor, seen: Excerpts):
-    prompts = Prompts.read(model, embeds, seen, torch.float32)
-    return prompts, pasts(model, seen, prompts, dtype=torch.float32)
+    prompts = ExcerptPrompts.from_embeds(model, embeds, seen, torch.float32)
+    return prompts, past_kv(model, seen, prompts, dtype=torch.float32)
 
 
 def test_an_excerpt_sees_exactly_what_a_stream_would():
@@ -171,7 +180,7 @@ def test_an_excerpt_sees_exactly_what_a_stream_would():
         device="cpu",
     )
     at, noisy = torch.full((4, 3 * F), 625.0), torch.randn_like(targets)
-    flow = excerpt_flow(model, noisy, at, prompts.of_targets, past, dtype=torch.float32)
+    flow = excerpt_flow(model, noisy, at, prompts.by_chunk, past, dtype=torch.float32)
     for chunk, found, target in zip(*(x.split(F, 2) for x in (noisy, flow, targets)), strict=True):
         cache.advance()
         torch.testing.assert_close(model(chunk, at[:, :F], prompts.first, cache), found)
@@ -191,11 +200,11 @@ def test_it_computes_what_the_miniature_s_own_trainers_did():
     seen = Excerpts(
         opening=blurred[0],
         before=blurred[1],
-        stranger=blurred[0].roll(1, 0),  # theirs was the next of the batch
+        other_opening=blurred[0].roll(1, 0),  # theirs was the next of the batch
         recached=torch.tensor([True, False, True, False]),
         later_embeds=changed,
-        stranger_embeds=embeds.roll(1, 0),
-        stale=torch.rand(4, generator=generator) * stale,
+        other_embeds=embeds.roll(1, 0),
+        sink_mix=torch.rand(4, generator=generator) * stale,
     )
     model, steps = tiny.model(), torch.tensor([[0, 1, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1]])
     timesteps = sampling_timesteps(tiny.TWO_STEPS)
@@ -215,7 +224,7 @@ def test_it_computes_what_the_miniature_s_own_trainers_did():
     error = teacher_errors(model, taught, GREY).mean()
     torch.testing.assert_close(error, torch.tensor(4.923848), **near)
     config = replace(PAIRS, steps=4, shift=12.0, guidance=2.5)
-    points, ends = follow(model, noise, embeds, GREY, config, excerpts=seen)
+    points, ends = sample_trajectories(model, noise, embeds, GREY, config, excerpts=seen)
     for found, theirs in (
         (ends, [4.006864, 3.820107, 4.03622]),
         (points[:, 1], [1.125583, 1.149982, 1.126285]),
@@ -246,10 +255,10 @@ def test_a_changed_prompt_shows_another_clip_and_keeps_the_past():
             continue
         switched += 1
         wiped += bool(seen.recached[place])
-        strange = [torch.equal(seen.stranger[place], chunks[c][0]) for c in range(6)]
+        strange = [torch.equal(seen.other_opening[place], chunks[c][0]) for c in range(6)]
         assert strange.count(True) == 1
-        stranger = tiny.prompt(strange.index(True))[0]
-        assert torch.equal(seen.stranger_embeds[place], stranger)
+        other = tiny.prompt(strange.index(True))[0]
+        assert torch.equal(seen.other_embeds[place], other)
     assert 18 < switched < 42 and 0 < wiped < switched
     straight = drawn(20, PLAIN)[1]
     assert torch.equal(straight.excerpts.later_embeds, straight.embeds)
@@ -265,12 +274,14 @@ def test_a_stale_sink_and_context_noise_change_the_past_alone():
 
     stale, with_stale = past(stale_sink_share=1.0)
     noisy, with_noise = past(context_noise=0.1)
-    assert clean.stale is None and ((stale.stale > 0) & (stale.stale < 1)).all()
+    assert clean.sink_mix is None and ((stale.sink_mix > 0) & (stale.sink_mix < 1)).all()
     assert torch.equal(stale.before, clean.before) and torch.equal(stale.recached, noisy.recached)
     blur = (noisy.before - clean.before).std()
     assert 0.08 < float(blur) < 0.12
-    sink = read(model, embeds, replace(stale, stale=torch.ones(4)))[1].layers[2]
-    other = read(model, stale.stranger_embeds, replace(clean, opening=stale.stranger))[1].layers[1]
+    sink = read(model, embeds, replace(stale, sink_mix=torch.ones(4)))[1].layers[2]
+    other = read(model, stale.other_embeds, replace(clean, opening=stale.other_opening))[1].layers[
+        1
+    ]
     for layer in range(tiny.CONFIG.num_layers):
         for kind in (0, 1):  # keys and values
             first, later = (plain.layers[i][layer][kind] for i in (1, 2))
@@ -293,18 +304,18 @@ def test_what_an_excerpt_sees_is_its_own_draw_whatever_comes_beside_it():
 
 
 def test_groups_take_turns_and_no_clip_comes_again_before_every_other_of_its_group():
-    rows = [row_of(CLIPS.groups, 0, "teacher", index) for index in range(16)]
+    rows = [draw_clip(CLIPS.groups, 0, "teacher", index) for index in range(16)]
     assert all(row < 2 for row in rows[::2]) and all(row >= 2 for row in rows[1::2])
     for few in (rows[0:4:2], rows[4:8:2], rows[1:9:2], rows[9:16:2]):
         assert len(set(few)) == len(few)
-    even = [row_of((range(6),), 0, "teacher", index) for index in range(12)]
+    even = [draw_clip((range(6),), 0, "teacher", index) for index in range(12)]
     assert len(set(even[:6])) == len(set(even[6:])) == 6 and even[:6] != even[6:]
 
 
 def made_pairs(out: Path, maker: str = "teacher") -> PairsConfig:
     """Trajectories of a tiny teacher's excerpts."""
     out.mkdir()
-    begin, origin = with_excerpts(CLIPS, PAIRS), Origin(teacher=maker, clips=len(CLIPS))
+    begin, origin = excerpt_conditions(CLIPS, PAIRS), Origin(teacher=maker, clips=len(CLIPS))
     for number in range(PAIRS.clips // PAIRS.shard):
         made = make_shard(tiny.model(seed=1), begin, GREY, PAIRS, number)
         write_shard(shard_path(out, number), made, PAIRS, number, origin)
@@ -322,14 +333,19 @@ def test_trajectories_of_excerpts_lead_from_their_noise_to_their_chunks(pairs):
     rows = pairs.rows(range(6))
     assert rows.points.shape == (6, 2, 4, 9, *SIZE) and rows.clean.shape == (6, 4, 9, *SIZE)
     assert pairs.origin == Origin(teacher="teacher", clips=6) and len(set(rows.numbers)) == 6
-    model, drawn = tiny.model(seed=1), [generator_of(0, "ode_pairs", i, "past") for i in range(6)]
-    seen = shown(rows.excerpts, PAIRS.excerpts, drawn)
+    model, drawn = (
+        tiny.model(seed=1),
+        [seeded_generator(0, "ode_pairs", i, "past") for i in range(6)],
+    )
+    seen = augment_past(rows.excerpts, PAIRS.excerpts, drawn)
     noise = rows.points[:, 0].float()
-    points, end = follow(model, noise, rows.embeds, GREY, PAIRS, excerpts=seen)
+    points, end = sample_trajectories(model, noise, rows.embeds, GREY, PAIRS, excerpts=seen)
     near = {"atol": 2e-2, "rtol": 2e-2}
     torch.testing.assert_close(points, rows.points.float(), **near)
     torch.testing.assert_close(end, rows.clean.float(), **near)
-    plain = follow(model, noise, rows.embeds, GREY, replace(PAIRS, guidance=1.0), excerpts=seen)
+    plain = sample_trajectories(
+        model, noise, rows.embeds, GREY, replace(PAIRS, guidance=1.0), excerpts=seen
+    )
     assert not torch.allclose(plain[1], end, atol=0.1)
     # The same walk, written out for the second chunk, which sees the opening under guidance too.
     prompts, past = read(model, rows.embeds, seen)
@@ -339,7 +355,7 @@ def test_trajectories_of_excerpts_lead_from_their_noise_to_their_chunks(pairs):
     for level, after in pairwise(sorted({*levels, 1.0, bent, 0.0}, reverse=True)):
         cond, uncond = (
             excerpt_flow(model, x, 1000 * level * at, each, past, dtype=torch.float32)
-            for each in (prompts.of_targets, (empty,) * 3)
+            for each in (prompts.by_chunk, (empty,) * 3)
         )
         x = x + (after - level) * (uncond + PAIRS.guidance * (cond - uncond))
     torch.testing.assert_close(end, x, atol=1e-4, rtol=1e-4)
@@ -347,7 +363,7 @@ def test_trajectories_of_excerpts_lead_from_their_noise_to_their_chunks(pairs):
 
 def test_a_shard_of_excerpts_depends_on_neither_batch_nor_process(pairs):
     config = replace(PAIRS, batch=2)
-    again = make_shard(tiny.model(seed=1), with_excerpts(CLIPS, config), GREY, config, 1)
+    again = make_shard(tiny.model(seed=1), excerpt_conditions(CLIPS, config), GREY, config, 1)
     rows = pairs.rows([2, 3])
     assert again.prompts == rows.prompts and again.numbers == rows.numbers
     torch.testing.assert_close(again.clean, rows.clean, atol=2e-3, rtol=2e-3)
@@ -364,7 +380,7 @@ def test_the_regression_on_excerpts_equals_one_written_out(pairs):
     assert batch.step_BN.unique().tolist() == [0, 1]
     for step, timestep in enumerate(timesteps):
         at = torch.full((4, 9), float(timestep))
-        flow = excerpt_flow(model, batch.noisy, at, prompts.of_targets, past, dtype=torch.float32)
+        flow = excerpt_flow(model, batch.noisy, at, prompts.by_chunk, past, dtype=torch.float32)
         each = (flow_to_x0(flow, batch.noisy, at) - batch.clean).square()
         expected = torch.stack([part.mean((1, 2, 3, 4)) for part in each.split(F, 2)], dim=1)
         here = batch.step_BN == step
@@ -450,7 +466,7 @@ def test_the_teacher_s_error_is_that_of_the_flow_and_dropped_prompts_are_left_ou
     at = timestep_BN.repeat_interleave(F, dim=1)
     noisy = add_noise(targets, noise, at)
     prompts, past = read(model, embeds, seen)
-    flow = excerpt_flow(model, noisy, at, prompts.of_targets, past, dtype=torch.float32)
+    flow = excerpt_flow(model, noisy, at, prompts.by_chunk, past, dtype=torch.float32)
     parts = (flow - (noise - targets)).square().split(F, 2)
     torch.testing.assert_close(kept, torch.stack([p.mean((1, 2, 3, 4)) for p in parts], dim=1))
     assert torch.equal(found[~dropped], kept[~dropped]) and not torch.equal(found, kept)
@@ -583,7 +599,7 @@ def whole_clips(out: Path, config: PairsConfig) -> Path:
     return out
 
 
-WHOLE = replace(PAIRS, follows="clips", latents=(tiny.CONFIG.in_dim, 4 * F, *SIZE), clips=4)
+WHOLE = replace(PAIRS, kind="clips", latents=(tiny.CONFIG.in_dim, 4 * F, *SIZE), clips=4)
 
 
 def test_trajectories_of_whole_clips_are_clips_to_cut_from(tmp_path):
@@ -592,8 +608,10 @@ def test_trajectories_of_whole_clips_are_clips_to_cut_from(tmp_path):
     texts, embeds = source.captions([3, 0], [0, 0])
     assert texts == ["b", "a"] and embeds.shape[1] == 5 and not embeds[1, 4:].any()
     assert torch.equal(source.latents([1]), CLIPS.latents([1]).half().float())
-    cut = Cut(row=0, at=1, other=3, after=3, switched=True, recached=False, stranger=1)
-    targets, given = cut_excerpts(source, [cut], [[0, 0, 0]], F)
+    cut = ExcerptIndices(
+        clip=0, before=1, switch_clip=3, later=3, switched=True, recached=False, sink_clip=1
+    )
+    targets, given = gather_excerpts(source, [cut], [[0, 0, 0]], F)
     assert torch.equal(targets[0, :, 2 * F :], CLIPS.latents([2]).half().float()[0, :, 3 * F :])
     assert given.excerpts.later_embeds.shape[1] == 5
     run = TeacherTrainer(
@@ -660,7 +678,7 @@ def test_folders_and_clips_that_do_not_fit_are_refused(tmp_path, pairs):
 
 def test_presets_survive_json_and_are_the_demo_s_numbers():
     for preset in TEACHER_PRESETS.values():
-        assert changed(preset(), []) == preset()
+        assert apply_overrides(preset(), []) == preset()
     made = load_student(DEMO / "teacher.safetensors", device="cpu", dtype=torch.float32)[1]
     told, ours = made.provenance["config"], TEACHER_PRESETS["miniature"]()
     assert ours.model == made.config and ours.updates == made.provenance["steps"]
@@ -675,7 +693,7 @@ def test_presets_survive_json_and_are_the_demo_s_numbers():
 
 
 def test_the_miniature_goes_from_clips_to_a_student(tmp_path, capsys):
-    latents = torch.randn(4, 16, 9, 8, 8, generator=generator_of("clips")).half()
+    latents = torch.randn(4, 16, 9, 8, 8, generator=seeded_generator("clips")).half()
     clips, runs = tmp_path / "clips", {name: tmp_path / name for name in ("t", "p", "i")}
     clips.mkdir()
     note = json.dumps({"seed": 1, "start": 0})

@@ -301,7 +301,7 @@ def test_a_chunk_that_is_another_tensor_is_refused(folder, change):
 
 def test_another_run_s_checkpoint_is_refused_in_a_sentence(folder):
     for change in ({"more": torch.ones(3)}, {"average": {"a.weight": torch.ones(7, 4)}}):
-        with pytest.raises(ValueError, match="cannot be gone on from") as caught:
+        with pytest.raises(ValueError, match="cannot be resumed from") as caught:
             load(state_of() | change, folder)
         assert "\n" not in str(caught.value)
 

@@ -18,8 +18,8 @@ from training.measures.metrics import (
     first_frame_copy,
     flicker,
     flow,
+    image_statistics,
     is_dynamic,
-    look,
     lucas_kanade,
     measure,
     motion,
@@ -176,7 +176,7 @@ def test_a_look_gives_colour_contrast_and_saturation_in_per_cent():
     image = torch.zeros(10, 3, 8, 8)
     image[:, 0] = 0.5
     image[:, 1, :, 4:] = 1.0
-    found = look(image)
+    found = image_statistics(image)
     assert (found.red, found.green, found.blue) == pytest.approx((50, 50, 0))
     assert found.contrast == pytest.approx(58.7 / 2, abs=1e-3)
     assert found.saturation == pytest.approx((50 + 100) / 2)
@@ -196,7 +196,7 @@ def test_drift_compares_the_first_window_with_the_last_and_tells_what_changed():
     assert faded.sharpness_std > 0.3
     early, late = (torch.tensor([x.red, x.green, x.blue]) for x in (faded.early, faded.late))
     assert faded.colour_shift == pytest.approx(float((late - early).norm()), rel=1e-5)
-    assert faded.late == look((texture * gain)[30:])
+    assert faded.late == image_statistics((texture * gain)[30:])
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_drift_spreads_the_sharpness_of_all_whole_windows():
     texture = waves(1, 32, 32, (0, 0)).expand(10, -1, -1, -1)
     video = torch.cat([0.5 + strength * (texture - 0.5) for strength in (1.0, 0.5, 0.9)])
     video = torch.cat([video, torch.zeros(9, 3, 32, 32)])  # no whole window: left out
-    each = [look(video[at : at + 10]).sharpness for at in (0, 10, 20)]
+    each = [image_statistics(video[at : at + 10]).sharpness for at in (0, 10, 20)]
     assert drift(video, 10).sharpness_std == pytest.approx(np.std(each))
 
 

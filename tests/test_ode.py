@@ -29,7 +29,7 @@ from training.data.embeddings import MemoryEmbeds
 from training.data.pairs import Origin, Pairs, PairsConfig, Trajectories, shard_path, write_shard
 from training.data.prompts import DataConfig
 from training.objective.causal import Window, predict_clip
-from training.run.config import changed
+from training.run.config import apply_overrides
 from training.run.distributed import shard
 from training.run.journal import read_journal
 from training.run.networks import PlacementConfig, prepare
@@ -39,22 +39,22 @@ from training.stages.regression import (
     InitConfig,
     InitTrainer,
     add_init_arguments,
-    at_steps,
     draw_batch,
     init_student,
     regression_errors,
     run_init,
+    select_steps,
 )
 from training.stages.trainer import OptimiserConfig
 from training.stages.trajectories import (
     PAIRS_PRESETS,
     add_pairs_arguments,
-    follow,
     levels_of,
     make_shard,
+    prompt_conditions,
     run_pairs,
+    sample_trajectories,
     student_levels,
-    with_prompts,
     write_pairs,
 )
 
@@ -167,7 +167,7 @@ def test_guidance_is_the_unconditional_flow_plus_s_times_the_difference():
     teacher, noise = tiny.model(seed=1), clip()[0][:, :, :3]
     config = replace(PAIRS, steps=2, shift=1.0, guidance=3.0, sampler=SamplerConfig(shift=1.0))
     cond, uncond = tiny.prompt(1, batch=2), tiny.prompt(9)
-    points, end = follow(teacher, noise, cond, uncond, config)
+    points, end = sample_trajectories(teacher, noise, cond, uncond, config)
 
     def flow(x: Tensor, level: float, embeds: Tensor) -> Tensor:
         at = torch.full((2, 3), 1000 * level)
@@ -180,8 +180,10 @@ def test_guidance_is_the_unconditional_flow_plus_s_times_the_difference():
         x = x - 0.25 * (plain + 3 * (flow(x, level, cond) - plain))
     torch.testing.assert_close(end, x)
     torch.testing.assert_close(points, torch.stack(passed, dim=1))
-    unguided = follow(teacher, noise, cond, uncond, replace(config, guidance=1.0))[1]
-    without = follow(teacher, noise, cond, 0 * uncond, replace(config, guidance=1.0))[1]
+    unguided = sample_trajectories(teacher, noise, cond, uncond, replace(config, guidance=1.0))[1]
+    without = sample_trajectories(teacher, noise, cond, 0 * uncond, replace(config, guidance=1.0))[
+        1
+    ]
     assert torch.equal(unguided, without) and not torch.allclose(unguided, end)
 
 
@@ -190,7 +192,7 @@ def test_a_shard_does_not_depend_on_the_batch_nor_on_the_other_shards():
     config = replace(PAIRS, steps=2, latents=(4, 3, *SIZE))
     made = [
         make_shard(
-            teacher, with_prompts(["a", "b", "c"], embeds, each), tiny.prompt(9), each, number
+            teacher, prompt_conditions(["a", "b", "c"], embeds, each), tiny.prompt(9), each, number
         )
         for each, number in (
             (config, 1),
@@ -212,7 +214,7 @@ def test_latents_that_overflow_are_not_stored():
     teacher = tiny.model(seed=1)
     teacher.head.head.bias.fill_(1e6)
     config = replace(PAIRS, steps=2, latents=(4, 3, *SIZE))
-    begin = with_prompts(["a"], MemoryEmbeds(tiny.prompt()), config)
+    begin = prompt_conditions(["a"], MemoryEmbeds(tiny.prompt()), config)
     arguments = (teacher, begin, tiny.prompt(9))
     with pytest.raises(FloatingPointError, match=r"not finite in float16.* set stored=bfloat16"):
         make_shard(*arguments, config, 0)
@@ -349,18 +351,18 @@ def test_each_chunk_reads_to_the_bit_what_the_streaming_cache_would_hold(config,
     for x, at in zip(noisy.to(dtype).split(3, 2), timestep_BF.split(3, 1), strict=True):
         cache.advance()
         model(x, at, prompt, cache)
-        window = window.opened()
-        slot = window.slot()
-        model(x, at, prompt, slot)
-        assert slot.context_frames == cache.context_frames
+        window = window.evicted()
+        chunk_kv = window.chunk_kv()
+        model(x, at, prompt, chunk_kv)
+        assert chunk_kv.context_frames == cache.context_frames
         held = cache.num_frames * TOKENS
         for layer in range(tiny.CONFIG.num_layers):
-            k, v = slot.own[layer]
+            k, v = chunk_kv.own[layer]
             rope = rope_table(9, GRID, tiny.CONFIG.head_dim).tokens(held - 3 * TOKENS, held)
-            rotated, v = slot.layer(layer).extend(k, apply_rope(k, rope), v)
+            rotated, v = chunk_kv.layer(layer).extend(k, apply_rope(k, rope), v)
             assert torch.equal(rotated, cache.rotated_NBWHD[layer, :, :held])
             assert torch.equal(v, cache.v_NBWHD[layer, :, :held])
-        window = window.followed_by(slot)
+        window = window.appended(chunk_kv)
     assert cache.num_evictions > 0
 
 
@@ -442,7 +444,7 @@ def test_every_chunk_is_shown_at_a_timestep_of_its_own_whoever_draws_it(folder):
         assert len({each.numpy().tobytes() for each in epoch}) == 6
     assert not torch.equal(shown[:6], shown[6:12])
     points = torch.randn(2, 3, 4, 6, 1, 1)
-    mixed = at_steps(points, torch.tensor([[2, 0], [1, 1]]), 3)
+    mixed = select_steps(points, torch.tensor([[2, 0], [1, 1]]), 3)
     assert torch.equal(mixed[0, :, :3], points[0, 2, :, :3])
     assert torch.equal(mixed[0, :, 3:], points[0, 0, :, 3:])
     assert torch.equal(mixed[1], points[1, 1])
@@ -523,7 +525,7 @@ def test_impossible_regressions_are_refused(folder, tmp_path):
 
 def test_presets_are_the_published_numbers_and_survive_json():
     for preset in (*PAIRS_PRESETS.values(), *INIT_PRESETS.values()):
-        assert changed(preset(), []) == preset()
+        assert apply_overrides(preset(), []) == preset()
     pairs, init = PAIRS_PRESETS["wan"](), INIT_PRESETS["wan"]()
     assert (pairs.steps, pairs.shift, pairs.guidance, pairs.clips) == (48, 8.0, 6.0, 16000)
     assert pairs.latents == (16, 21, 60, 104) and init.optimiser.rate == 2e-6
@@ -623,7 +625,7 @@ def test_the_miniature_goes_from_trajectories_to_a_student_that_streams(tmp_path
     pairs, out, prompts = tmp_path / "pairs", tmp_path / "init", tmp_path / "prompts.txt"
     prompts.write_text("a red square\na blue circle moves left\n")
     small = settings("clips=4", "shard=2", "batch=2", "steps=2", "latents=[16, 6, 8, 8]")
-    small += settings("follows=clips", "source=null")
+    small += settings("kind=clips", "source=null")
     small += settings(f"data.prompts={json.dumps([str(prompts)])}")
     assert called(add_pairs_arguments, run_pairs, "--out", pairs, *small) == 0
     assert '"guidance": 2.0' in capsys.readouterr().out
@@ -648,7 +650,7 @@ def test_the_miniature_goes_from_trajectories_to_a_student_that_streams(tmp_path
     with pytest.raises(ValueError, match="another config: updates is 2 there and 3 here"):
         called(add_init_arguments, run_init, "--out", out, *longer)
 
-    config = changed(
+    config = apply_overrides(
         replace(INIT_PRESETS["miniature"](), pairs=pairs), [w for w in short[2:] if w != "--set"]
     )
     begun = init_student(config, tmp_path / "cut", CPU)

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from training.muon import Muon, orthogonalise
-from training.run.optimise import OptimiserConfig, Trained
+from training.run.optimise import OptimiserConfig, TrainedNetwork
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8)])
@@ -22,20 +22,20 @@ def test_orthogonalised_matrices_keep_their_directions_and_lose_their_scale(shap
 
 def test_muon_takes_the_blocks_matrices_and_adam_all_the_rest():
     model = tiny.model().requires_grad_(True)
-    trained = Trained(model, OptimiserConfig(rate=1e-3, matrix_rate=1e-2, weight_decay=0.5))
+    trained = TrainedNetwork(model, OptimiserConfig(rate=1e-3, matrix_rate=1e-2, weight_decay=0.5))
     adam, muon = (each.param_groups[0] for each in trained.optimisers)
     assert len(muon["params"]) == tiny.CONFIG.num_layers * 10
     assert all(matrix.ndim == 2 for matrix in muon["params"])
     assert len(muon["params"]) + len(adam["params"]) == len(list(model.parameters()))
     assert (adam["weight_decay"], muon["weight_decay"]) == (0.0, 0.5)
-    (alone,) = Trained(model, OptimiserConfig(rate=1e-3)).optimisers
+    (alone,) = TrainedNetwork(model, OptimiserConfig(rate=1e-3)).optimisers
     assert len(alone.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
 def test_muon_steps_alike_however_many_matrices_are_treated_at_once(monkeypatch):
     found = []
     for at_once in (1, 2**20):
-        monkeypatch.setattr("training.muon.AT_ONCE", at_once)
+        monkeypatch.setattr("training.muon.MAX_ENTRIES", at_once)
         torch.manual_seed(0)
         matrices = [torch.nn.Parameter(torch.randn(6, 8)) for _ in range(3)]
         optimiser = Muon(matrices, lr=0.1)
@@ -48,23 +48,26 @@ def test_muon_steps_alike_however_many_matrices_are_treated_at_once(monkeypatch)
 
 def test_rates_are_constant_as_published_or_fall_by_a_cosine_after_a_rise():
     constant = OptimiserConfig(rate=1.0)
-    assert {constant.factor(update, 100) for update in range(100)} == {1.0}
+    assert {constant.rate_factor(update, 100) for update in range(100)} == {1.0}
     cosine = OptimiserConfig(rate=1.0, schedule="cosine", warmup=10)
-    assert cosine.factor(0, 100) == pytest.approx(0.1, rel=1e-2)
-    assert cosine.factor(50, 100) == pytest.approx(0.505)
-    assert cosine.factor(100, 100) == pytest.approx(0.01)
+    assert cosine.rate_factor(0, 100) == pytest.approx(0.1, rel=1e-2)
+    assert cosine.rate_factor(50, 100) == pytest.approx(0.505)
+    assert cosine.rate_factor(100, 100) == pytest.approx(0.01)
     rising = OptimiserConfig(rate=1.0, warmup=4)
-    assert [rising.factor(update, 9) for update in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [rising.rate_factor(update, 9) for update in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_a_step_is_taken_at_its_rate_and_leaves_no_gradient():
     def moved(factor: float) -> torch.Tensor:
         model = tiny.model().requires_grad_(True)
         config = OptimiserConfig(rate=1e-3, matrix_rate=1e-2, weight_decay=0.0)
-        trained, before = Trained(model, config), model.blocks[0].ffn[0].weight.detach().clone()
+        trained, before = (
+            TrainedNetwork(model, config),
+            model.blocks[0].ffn[0].weight.detach().clone(),
+        )
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        trained.descend(factor)
+        trained.step(factor)
         assert all(parameter.grad is None for parameter in model.parameters())
         return model.blocks[0].ffn[0].weight.detach() - before
 

@@ -18,7 +18,7 @@ from rf_core.measure.bench import BenchOptions
 from rf_core.memory.footprint import Sizes
 from rf_core.ranges import check_folder_writable, check_numbers, check_writable
 from training.data.prompts import DataConfig
-from training.run.config import build, from_json
+from training.run.config import from_dict, from_json
 from training.stages.recipes import DistilConfig, OutputConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -41,7 +41,7 @@ def test_both_ends_of_a_range_and_what_is_not_asked_for_pass(value):
     [
         (lambda: SamplerConfig(shift=NAN), "shift is nan"),
         (lambda: CacheConfig(window_frames=1025), "window_frames is 1025; give .* from 1 to 1024"),
-        (lambda: build(CacheConfig, {"window_frames": 10**9}), "window_frames is 1000000000"),
+        (lambda: from_dict(CacheConfig, {"window_frames": 10**9}), "window_frames is 1000000000"),
         (lambda: Sizes(model=commands.ModelConfig(), height=0, width=64), "height is 0"),
         (lambda: Sizes(model=commands.ModelConfig(), height=64, width=64, batch=0), "batch is 0"),
         (lambda: BenchOptions(width=0), "width is 0"),
@@ -49,8 +49,11 @@ def test_both_ends_of_a_range_and_what_is_not_asked_for_pass(value):
         (lambda: OutputConfig(checkpoint_minutes=NAN), "checkpoint_minutes is nan"),
         (lambda: DataConfig(encode_batch=0), "encode_batch is 0"),
         (lambda: DataConfig(limit=-1), "limit is -1"),
-        (lambda: build(DistilConfig, {"run": {"runaway": NAN}}), "config.run.runaway is nan"),
-        (lambda: build(DistilConfig, {"run": {"runaway": 10**400}}), "config.run.runaway is inf"),
+        (lambda: from_dict(DistilConfig, {"run": {"runaway": NAN}}), "config.run.runaway is nan"),
+        (
+            lambda: from_dict(DistilConfig, {"run": {"runaway": 10**400}}),
+            "config.run.runaway is inf",
+        ),
         (
             lambda: from_json(DistilConfig, '{"run": {"redmd": {"shift": -1}}}'),
             "config.run.redmd: shift is -1.0; give a number from 0.01",
@@ -59,8 +62,8 @@ def test_both_ends_of_a_range_and_what_is_not_asked_for_pass(value):
             lambda: from_json(DistilConfig, '{"run": {"redmd": {"guidance": NaN}}}'),
             "config.run.redmd.guidance is nan; give a finite number",
         ),
-        (lambda: build(DistilConfig, {"run": {"generator": {"rate": -1.0}}}), "rate is -1.0"),
-        (lambda: build(DistilConfig, {"run": {"seed": -1}}), "config.run: seed is -1"),
+        (lambda: from_dict(DistilConfig, {"run": {"generator": {"rate": -1.0}}}), "rate is -1.0"),
+        (lambda: from_dict(DistilConfig, {"run": {"seed": -1}}), "config.run: seed is -1"),
     ],
 )
 def test_settings_are_checked_where_they_are_kept(make, named):

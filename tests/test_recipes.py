@@ -18,7 +18,7 @@ from rf_core.weights.lora import Lora
 from rf_core.writing import WriteError
 from training.__main__ import main
 from training.run import checkpointing
-from training.run.config import changed
+from training.run.config import apply_overrides
 from training.run.folder import checkpoints
 from training.run.journal import read_journal
 from training.stages.re_dmd import distil
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def small(*more: str) -> DistilConfig:
-    return changed(miniature(), [*SETTINGS, *more])
+    return apply_overrides(miniature(), [*SETTINGS, *more])
 
 
 def weights_of(path):
@@ -100,7 +100,7 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a run at update 1; --resume"):
         next(distil(config, tmp_path, CPU))
     with pytest.raises(ValueError, match="begun with another config"):
-        next(distil(changed(config, ["run.seed=1"]), tmp_path, CPU, resume=True))
+        next(distil(apply_overrides(config, ["run.seed=1"]), tmp_path, CPU, resume=True))
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -171,7 +171,7 @@ def test_weights_of_a_run_without_checkpoints_are_not_taken_for_those_of_a_new_o
     list(distil(config, tmp_path, CPU))
     shutil.rmtree(tmp_path / "update_000001")
     with pytest.raises(ValueError, match=r"holds student\.safetensors and no checkpoint"):
-        next(distil(changed(config, ["run.seed=1"]), tmp_path, CPU))
+        next(distil(apply_overrides(config, ["run.seed=1"]), tmp_path, CPU))
 
 
 def test_a_checkpoint_is_written_after_some_time_as_well(tmp_path):
@@ -194,7 +194,7 @@ BREAKS_DOWN = """
 import os, sys, torch
 from unittest.mock import patch
 import torch.distributed as dist
-from training.run.distributed import processes
+from training.run.distributed import process_group
 
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 begin = dist.init_process_group
@@ -204,7 +204,7 @@ with (
     patch("torch.cuda.set_device"),
     patch.object(dist, "init_process_group", on_the_cpu),
     patch.object(dist, "destroy_process_group", lambda: print("waits")),
-    processes("cuda"),
+    process_group("cuda"),
 ):
     raise ValueError("the reward is NaN")
 """
@@ -265,13 +265,15 @@ def test_what_cannot_run_is_refused_in_one_sentence(tmp_path, capsys, settings, 
 
 def test_presets_are_the_published_numbers_and_survive_json():
     for preset in PRESETS.values():
-        assert changed(preset(), []) == preset()
+        assert apply_overrides(preset(), []) == preset()
     published = wan()
     assert published.run.latents == (16, 21, 60, 104) and published.run.updates == 600 // 5
     assert published.run.generator.rate == 2e-6 and published.run.critic.rate == 4e-7
-    assert published.run.redmd.weights.beta == 2.0 and not published.run.redmd.weights.of_batch
+    assert (
+        published.run.redmd.weights.beta == 2.0 and not published.run.redmd.weights.depends_on_batch
+    )
     with pytest.raises(ValueError, match=r"give reward\.path"):
-        changed(published, ["reward.path=null"])
+        apply_overrides(published, ["reward.path=null"])
 
 
 def test_sinks_are_three_caches():

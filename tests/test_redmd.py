@@ -12,17 +12,17 @@ from rf_core.config import SamplerConfig
 from rf_core.scheduler import add_noise, flow_to_x0
 from training.objective.redmd import (
     Networks,
-    Noising,
     Prompts,
     ReDMDConfig,
+    ScoreNoise,
     critic_losses,
     generator_losses,
-    judged_latents,
     num_windows,
+    rollout_latents,
 )
-from training.objective.rollout import Draws, draw, roll_out
-from training.objective.weights import WeightConfig, weigh
-from training.run.draws import noising_draws
+from training.objective.rollout import RolloutDraws, random_draws, roll_out
+from training.objective.weights import WeightConfig, sample_weights
+from training.run.draws import draw_score_noise
 from training.world.reward import TrackerReward
 from training.world.scenes import parse_caption, place_all, render
 
@@ -45,23 +45,25 @@ def batch():
 
 def batch_of(shape, config: ReDMDConfig = CONFIG):
     prompts = Prompts(cond=tiny.prompt(batch=2), uncond=tiny.prompt(7))
-    draws = draw(shape, config.sampler, torch.Generator().manual_seed(0))
+    draws = random_draws(shape, config.sampler, torch.Generator().manual_seed(0))
     windows = num_windows(shape[2], config)
     window = (shape[1], shape[2] // windows, *shape[3:])
-    noisings = [
-        noising_draws(0, "generator", 0, range(2), window, config, index)
+    score_noises = [
+        draw_score_noise(0, "generator", 0, range(2), window, config, index)
         for index in range(windows)
     ]
-    return prompts, draws, noisings
+    return prompts, draws, score_noises
 
 
 def sample(batch, b: int):
-    prompts, draws, noisings = batch
+    prompts, draws, score_noises = batch
     one = slice(b, b + 1)
     return (
         Prompts(cond=prompts.cond[one], uncond=prompts.uncond),
-        Draws(noise=draws.noise[one], renoise=draws.renoise[:, one], exit_step=draws.exit_step),
-        [Noising(noise=n.noise[one], timestep_B=n.timestep_B[one]) for n in noisings],
+        RolloutDraws(
+            noise=draws.noise[one], renoise=draws.renoise[:, one], exit_step=draws.exit_step
+        ),
+        [ScoreNoise(noise=n.noise[one], timestep_B=n.timestep_B[one]) for n in score_noises],
     )
 
 
@@ -84,19 +86,19 @@ def rewards(x0: torch.Tensor) -> torch.Tensor:
 
 
 def published(x0: torch.Tensor, window: int) -> torch.Tensor:
-    return weigh(rewards(x0), WeightConfig()).weights
+    return sample_weights(rewards(x0), WeightConfig()).weights
 
 
 def test_the_generator_s_gradient_is_the_weighed_direction_through_the_rollout(networks, batch):
     student, teacher, critic = networks.student, networks.teacher, networks.critic
-    prompts, draws, (noising,) = batch
+    prompts, draws, (score_noise,) = batch
     backward(generator_losses(networks, *batch, CONFIG, published))
     found = gradients(student)
 
     (rollout,) = roll_out(student, prompts.cond, draws, CONFIG.sampler, CONFIG.cache)
     x0 = rollout.latents
-    at = noising.timestep_B[:, None].expand(-1, SHAPE[2])
-    noisy = add_noise(x0.detach(), noising.noise, at)
+    at = score_noise.timestep_B[:, None].expand(-1, SHAPE[2])
+    noisy = add_noise(x0.detach(), score_noise.noise, at)
 
     def guess(model, embeds):
         with torch.no_grad():
@@ -162,20 +164,20 @@ LONG = replace(CONFIG, window_chunks=2)
 
 def test_a_long_rollout_is_judged_window_by_window_as_shorter_clips(networks):
     """The losses of windows are those of clips that begin where the windows do."""
-    prompts, draws, noisings = batch_of((2, tiny.CONFIG.in_dim, 18, 4, 6), LONG)
-    assert len(noisings) == 3
+    prompts, draws, score_noises = batch_of((2, tiny.CONFIG.in_dim, 18, 4, 6), LONG)
+    assert len(score_noises) == 3
     losses = [
-        float(loss.detach()) for loss in critic_losses(networks, prompts, draws, noisings, LONG)
+        float(loss.detach()) for loss in critic_losses(networks, prompts, draws, score_noises, LONG)
     ]
     made = roll_out(
         networks.student, prompts.cond, draws, LONG.sampler, LONG.cache, supervised=False
     )
     (rollout,) = made
-    for index, noising in enumerate(noisings):
+    for index, score_noise in enumerate(score_noises):
         x0 = rollout.latents[:, :, 6 * index : 6 * index + 6]
-        noisy, at = noising.apply(x0)
+        noisy, at = score_noise.apply(x0)
         flow = networks.predict_flow(networks.critic, noisy, at, prompts.cond)
-        expected = (flow - (noising.noise - x0)).square().flatten(1).mean(1).sum() / (2 * 3)
+        expected = (flow - (score_noise.noise - x0)).square().flatten(1).mean(1).sum() / (2 * 3)
         assert losses[index] == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
@@ -188,8 +190,8 @@ def test_the_first_frame_of_a_later_window_is_an_anchor_that_is_not_supervised(n
 
     batch = batch_of((2, tiny.CONFIG.in_dim, 12, 4, 6), LONG)
     anchored = replace(networks, anchor=anchor)
-    first, second = judged_latents(anchored, *batch[:2], LONG)
-    plain = list(judged_latents(networks, *batch[:2], LONG))
+    first, second = rollout_latents(anchored, *batch[:2], LONG)
+    plain = list(rollout_latents(networks, *batch[:2], LONG))
     assert torch.equal(first, plain[0]) and torch.equal(second[:, :, 1:], plain[1][:, :, 1:])
     assert (second[:, :, 0] == 7).all()
     torch.testing.assert_close(seen[0], torch.cat([plain[0][:, :, -3:], plain[1][:, :, :1]], 2))
@@ -200,13 +202,15 @@ def test_the_first_frame_of_a_later_window_is_an_anchor_that_is_not_supervised(n
 
 def test_weights_are_published_unless_asked_otherwise():
     scores = torch.tensor([0.0, 1.0, 2.0])
-    torch.testing.assert_close(weigh(scores, WeightConfig()).weights, (2 * scores).exp())
-    tamed = weigh(scores, WeightConfig(baseline="batch", unit="batch", limit=0.5, mean_one=True))
+    torch.testing.assert_close(sample_weights(scores, WeightConfig()).weights, (2 * scores).exp())
+    tamed = sample_weights(
+        scores, WeightConfig(baseline="batch", unit="batch", limit=0.5, mean_one=True)
+    )
     assert tamed.weights.mean() == pytest.approx(1.0)
     ratio = float(tamed.weights[2] / tamed.weights[0])
     assert ratio == pytest.approx(math.exp(2.0), rel=1e-4)
-    assert tamed.effective_share > weigh(scores, WeightConfig()).effective_share
-    assert weigh(scores, WeightConfig(beta=0.0)).effective_share == 1.0
+    assert tamed.effective_share > sample_weights(scores, WeightConfig()).effective_share
+    assert sample_weights(scores, WeightConfig(beta=0.0)).effective_share == 1.0
 
 
 def test_the_tracker_rewards_measured_speed_and_what_the_caption_says():
@@ -231,7 +235,7 @@ def test_impossible_settings_and_scores_are_refused():
     with pytest.raises(ValueError, match="bounds"):
         ReDMDConfig(bounds=(900.0, 20.0))
     with pytest.raises(ValueError, match="finite"):
-        weigh(torch.tensor([0.0, math.nan]), WeightConfig())
+        sample_weights(torch.tensor([0.0, math.nan]), WeightConfig())
     with pytest.raises(ValueError, match=r"effective_share is 1\.5"):
         WeightConfig(effective_share=1.5)
     with pytest.raises(ValueError, match=r"whole groups of weights\.best_of 3"):
@@ -244,23 +248,25 @@ def test_impossible_settings_and_scores_are_refused():
 def test_beta_is_found_for_an_effective_share_of_the_batch(sign):
     scores = torch.randn(16, generator=torch.Generator().manual_seed(0))
     for share in (0.3, 0.5, 0.9):
-        found = weigh(scores, WeightConfig(effective_share=share, mean_one=True), sign)
+        found = sample_weights(scores, WeightConfig(effective_share=share, mean_one=True), sign)
         assert found.effective_share == pytest.approx(share, abs=1e-3)
         assert found.weights.mean() == pytest.approx(1.0)
         assert found.weights.argmax() == (sign * scores).argmax()
-    alike = weigh(torch.ones(4), WeightConfig(effective_share=0.5))
+    alike = sample_weights(torch.ones(4), WeightConfig(effective_share=0.5))
     assert alike.effective_share == 1.0
 
 
 def test_only_the_best_of_each_group_counts_and_for_all_of_it():
     scores = torch.tensor([0.0, 2.0, 5.0, 4.0])
     config = WeightConfig(best_of=2)
-    assert weigh(scores, config).weights.tolist() == [0.0, 2.0, 2.0, 0.0]
-    assert weigh(scores, config, -1).weights.tolist() == [2.0, 0.0, 0.0, 2.0]
+    assert sample_weights(scores, config).weights.tolist() == [0.0, 2.0, 2.0, 0.0]
+    assert sample_weights(scores, config, -1).weights.tolist() == [2.0, 0.0, 0.0, 2.0]
 
 
 def test_shuffled_weights_are_the_same_weights_of_other_samples():
     scores = torch.tensor([0.0, 1.0, 2.0])
-    plain, control = (weigh(scores, WeightConfig(shuffled=s)).weights for s in (False, True))
+    plain, control = (
+        sample_weights(scores, WeightConfig(shuffled=s)).weights for s in (False, True)
+    )
     assert torch.equal(plain.sort().values, control.sort().values)
     assert not torch.equal(plain, control)

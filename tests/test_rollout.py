@@ -11,27 +11,27 @@ from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.layers import Block
 from rf_core.model import WanModel
 from rf_core.stream import chunk_noise
-from training.objective.rollout import Draws, Rollout, draw, roll_out
+from training.objective.rollout import Rollout, RolloutDraws, random_draws, roll_out
 
 CHUNKS = 6  # the window of 9 holds three: three evictions
 SIZE = (4, 6)
 SAMPLER = SamplerConfig(steps=(1000, 700, 400))
 
 
-def draws_of(seeds: list[int], exit_step: int, chunks: int = CHUNKS) -> Draws:
+def draws_of(seeds: list[int], exit_step: int, chunks: int = CHUNKS) -> RolloutDraws:
     """What a stream of these seeds draws."""
     shape = (tiny.CONFIG.in_dim, 3, *SIZE)
     each = [chunk_noise(seeds, n, shape, len(SAMPLER.steps)) for n in range(chunks)]
     noise = torch.cat([chunk[0] for chunk in each], dim=2)
     renoise = torch.stack([torch.cat(step, dim=2) for step in zip(*each, strict=True)][1:])
-    return Draws(noise=noise, renoise=renoise, exit_step=exit_step)
+    return RolloutDraws(noise=noise, renoise=renoise, exit_step=exit_step)
 
 
 def trainable(seed: int = 0) -> WanModel:
     return tiny.model(seed=seed).requires_grad_(True)
 
 
-def rolled(model: WanModel, draws: Draws, cache: CacheConfig, **options: object) -> Rollout:
+def rolled(model: WanModel, draws: RolloutDraws, cache: CacheConfig, **options: object) -> Rollout:
     batch = draws.noise.shape[0]
     prompt = tiny.prompt().expand(batch, -1, -1)
     (rollout,) = roll_out(model, prompt, draws, SAMPLER, cache, **options)
@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_each_exit_pass_with_its_past_held_fixed(exit_st
     whole = gradients(model, loss)
     parts: dict[str, torch.Tensor] = {}
     for chunk in range(CHUNKS):  # the last chunk's part alone, of rollouts that end there
-        shorter = Draws(
+        shorter = RolloutDraws(
             noise=draws.noise[:, :, : 3 * (chunk + 1)],
             renoise=draws.renoise[:, :, :, : 3 * (chunk + 1)],
             exit_step=exit_step,
@@ -150,13 +150,15 @@ def test_a_batch_is_the_sum_of_its_samples():
 
 def test_draws_are_a_function_of_their_generator_and_exit_anywhere():
     shape = (1, 4, 3, *SIZE)
-    first, second = (draw(shape, SAMPLER, torch.Generator().manual_seed(3)) for _ in range(2))
+    first, second = (
+        random_draws(shape, SAMPLER, torch.Generator().manual_seed(3)) for _ in range(2)
+    )
     assert torch.equal(first.noise, second.noise) and torch.equal(first.renoise, second.renoise)
     generator = torch.Generator().manual_seed(0)
-    assert {draw(shape, SAMPLER, generator).exit_step for _ in range(40)} == {0, 1, 2}
+    assert {random_draws(shape, SAMPLER, generator).exit_step for _ in range(40)} == {0, 1, 2}
 
 
 def test_noise_that_is_not_whole_chunks_is_refused():
-    draws = draw((1, 4, 7, *SIZE), SAMPLER)
+    draws = random_draws((1, 4, 7, *SIZE), SAMPLER)
     with pytest.raises(ValueError, match="7 latent frames is not whole windows"):
         rolled(trainable(), draws, tiny.window(9, 3))

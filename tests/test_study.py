@@ -19,8 +19,8 @@ import torch
 from rf_core.video import VideoFormat, VideoWriter, read_images, read_metadata, to_uint8
 from training.evaluation.study import (
     QUESTIONS,
-    clips_of,
-    format_standings,
+    finished_clips,
+    format_study_results,
     study_results,
     wilson,
     write_study,
@@ -55,10 +55,10 @@ def add_video(folder: Path, number: int, seed: int, level: float, prompt: str = 
 
 def test_a_copy_of_a_record_is_none(folders, tmp_path):
     folder = shutil.copytree(folders[0], tmp_path / "copied")
-    before = clips_of(folder)
+    before = finished_clips(folder)
     for name in ("0000-0 (copy)", "0000-0_backup", "notes"):
         shutil.copy(folder / "0000-0.json", folder / f"{name}.json")
-    assert clips_of(folder) == before
+    assert finished_clips(folder) == before
 
 
 def read_page(page: Path) -> dict[str, Any]:
@@ -152,12 +152,12 @@ def test_either_model_is_on_the_left_in_half_of_the_pairs_and_leads_at_random(fo
 
 
 def test_fewer_pairs_can_be_asked_for(folders, tmp_path):
-    key = write_study(folders, tmp_path / "page.html", most=2)
+    key = write_study(folders, tmp_path / "page.html", max_pairs=2)
     pairs = json.loads(key.read_text())["pairs"].values()
     two = Counter(frozenset((pair["left"], pair["right"])) for pair in pairs)
     assert len(two) == 3 and set(two.values()) == {2}
     with pytest.raises(ValueError, match="give 1 or more"):
-        write_study(folders, tmp_path / "page.html", most=0)
+        write_study(folders, tmp_path / "page.html", max_pairs=0)
 
 
 def test_only_prompts_and_seeds_that_both_have_are_compared(folders, tmp_path):
@@ -277,7 +277,7 @@ def test_the_table_leaves_the_rate_open_where_all_are_ties(page, tmp_path):
     )
     found = study_results([sheet], page.with_suffix(".key.json"))
     assert math.isnan(found[0].win_rate)
-    ties, wins = format_standings(found).splitlines()[2:]
+    ties, wins = format_study_results(found).splitlines()[2:]
     assert ties == "| alpha-model | beta-model | dynamics | 0 | 0 | 4 | - | 1 |"
     assert wins == (
         "| alpha-model | beta-model | visual quality | 4 | 0 | 0 | 1.000 [0.510, 1.000] | 1 |"

@@ -15,7 +15,7 @@ from training.data.embeddings import MemoryEmbeds
 from training.objective.redmd import Networks, ReDMDConfig
 from training.run.checkpointing import read_part
 from training.run.distributed import shard
-from training.run.draws import noising_draws, prompt_numbers, rollout_draws
+from training.run.draws import draw_rollout, draw_score_noise, shuffled_indices
 from training.run.optimise import OptimiserConfig
 from training.stages.trainer import RunConfig, Trainer
 
@@ -33,12 +33,12 @@ CONFIG = RunConfig(
 )
 
 
-def trainer(config: RunConfig = CONFIG, judge=None) -> Trainer:
+def trainer(config: RunConfig = CONFIG, reward=None) -> Trainer:
     student, teacher, critic = (tiny.model(seed=seed) for seed in (0, 1, 1))
     for network in (student.requires_grad_(True), teacher, critic.requires_grad_(True)):
         shard(network, "cpu")
     networks = Networks(student=student, teacher=teacher, critic=critic)
-    return Trainer(config, networks, MemoryEmbeds(tiny.prompt(batch=6)), tiny.prompt(9), judge)
+    return Trainer(config, networks, MemoryEmbeds(tiny.prompt(batch=6)), tiny.prompt(9), reward)
 
 
 def weights(run: Trainer) -> list[torch.Tensor]:
@@ -97,12 +97,12 @@ def test_the_average_is_the_student_until_averaging_begins_and_then_follows_it()
 def test_rewards_reach_the_log_and_see_their_prompts():
     seen = []
 
-    def judge(x0, numbers):
+    def reward(x0, numbers):
         seen.append(numbers)
         return torch.tensor([float(n) for n in numbers]) / 10
 
-    report = trainer(judge=judge).step()
-    expected = prompt_numbers(0, "generator", 0, range(4), 4, 6)
+    report = trainer(reward=reward).step()
+    expected = shuffled_indices(0, "generator", 0, range(4), 4, 6)
     assert [n for numbers in seen for n in numbers] == expected
     assert report.rewards.mean_score == pytest.approx(sum(expected) / 40)
     assert 0 < report.rewards.effective_share < 1
@@ -169,13 +169,15 @@ def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
 
 def test_draws_do_not_depend_on_how_samples_are_shared_out():
     shape = CONFIG.latents
-    whole = rollout_draws(0, "critic", 3, range(4), shape, REDMD.sampler)
-    part = rollout_draws(0, "critic", 3, [2, 3], shape, REDMD.sampler)
+    whole = draw_rollout(0, "critic", 3, range(4), shape, REDMD.sampler)
+    part = draw_rollout(0, "critic", 3, [2, 3], shape, REDMD.sampler)
     assert torch.equal(whole.noise[2:], part.noise)
     assert torch.equal(whole.renoise[:, 2:], part.renoise) and whole.exit_step == part.exit_step
-    judged = noising_draws(0, "critic", 3, range(4), shape, REDMD)
-    assert torch.equal(judged.noise[2:], noising_draws(0, "critic", 3, [2, 3], shape, REDMD).noise)
-    other = rollout_draws(0, "generator", 3, range(4), shape, REDMD.sampler)
+    judged = draw_score_noise(0, "critic", 3, range(4), shape, REDMD)
+    assert torch.equal(
+        judged.noise[2:], draw_score_noise(0, "critic", 3, [2, 3], shape, REDMD).noise
+    )
+    other = draw_rollout(0, "generator", 3, range(4), shape, REDMD.sampler)
     assert not torch.equal(whole.noise, other.noise)
 
 
@@ -184,7 +186,7 @@ def test_every_prompt_is_seen_once_an_epoch_in_an_order_of_its_own():
         [
             n
             for update in range(3)
-            for n in prompt_numbers(0, "critic", e * 3 + update, range(2), 2, 6)
+            for n in shuffled_indices(0, "critic", e * 3 + update, range(2), 2, 6)
         ]
         for e in range(3)
     ]

@@ -10,7 +10,7 @@ import pytest
 from rf_core.config import CacheConfig
 from training.objective.redmd import ReDMDConfig
 from training.objective.weights import WeightConfig
-from training.run.config import build, changed, from_json, to_json
+from training.run.config import apply_overrides, from_dict, from_json, to_json
 from training.run.folder import CONFIG, read_config
 from training.run.journal import read_journal
 from training.stages.recipes import PRESETS, DistilConfig
@@ -63,15 +63,15 @@ def test_a_config_survives_json():
 
 
 def test_settings_of_a_command_line_change_single_fields():
-    config = changed(
+    config = apply_overrides(
         Outer(name="x"),
         ["inner.rate=2e-6", "kind=b", "steps=[5, 6, 7]", "limit=9", "fast=true", "name=plain text"],
     )
     assert config == Outer(
         name="plain text", kind="b", inner=Inner(rate=2e-6), steps=(5, 6, 7), limit=9, fast=True
     )
-    assert changed(config, ["limit=null"]).limit is None
-    assert changed(config, ["inner.rate=1"]).inner.rate == 1.0
+    assert apply_overrides(config, ["limit=null"]).limit is None
+    assert apply_overrides(config, ["inner.rate=1"]).inner.rate == 1.0
 
 
 @pytest.mark.parametrize(
@@ -91,16 +91,16 @@ def test_settings_of_a_command_line_change_single_fields():
 )
 def test_what_does_not_fit_is_refused_by_name(data, said):
     with pytest.raises(ValueError, match=said):
-        build(Outer, data)
+        from_dict(Outer, data)
 
 
 def test_impossible_values_are_refused_where_they_stand():
     with pytest.raises(ValueError, match=r"config\.weights: beta is -1"):
-        changed(ReDMDConfig(), ["weights.beta=-1"])
+        apply_overrides(ReDMDConfig(), ["weights.beta=-1"])
     with pytest.raises(ValueError, match="no group of fields weight"):
-        changed(ReDMDConfig(), ["weight.beta=1"])
+        apply_overrides(ReDMDConfig(), ["weight.beta=1"])
     with pytest.raises(ValueError, match=r"field\.name=value"):
-        changed(ReDMDConfig(), ["beta"])
+        apply_overrides(ReDMDConfig(), ["beta"])
     with pytest.raises(ValueError, match="not JSON"):
         from_json(ReDMDConfig, "{")
 

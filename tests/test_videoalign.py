@@ -31,10 +31,10 @@ from training.rewards.videoalign_frames import (
     frame_numbers,
     frame_size,
     patches,
-    sampled,
-    sampled_as_published,
+    sample_frames,
+    sample_frames_as_published,
 )
-from training.rewards.videoalign_network import set_angles
+from training.rewards.videoalign_network import set_rotary_frequencies
 from training.rewards.videoalign_text import DETAILED_SPECIAL, REWARD_TOKENS, chat, load_tokenizer
 from training.run.config import from_json
 
@@ -439,7 +439,7 @@ def test_resized_frames_are_whole_numbers_within_a_level_of_pillow_s(shape):
     videos = (
         clips(height=shape[0], width=shape[1])[:1] / 2 + 0.25
     )  # Pillow clips between its passes
-    frames = sampled(videos, 16, 2.0, (252, 420))[0]
+    frames = sample_frames(videos, 16, 2.0, (252, 420))[0]
     assert torch.equal(frames, frames.round())
     for frame, number in zip(frames, (0, 6, 13, 19), strict=True):
         bytes_ = (videos[0, number] * 255).round().byte().permute(1, 2, 0).numpy()
@@ -459,10 +459,10 @@ def test_pixels_are_cut_into_patches_as_the_release_cuts_them(toy):
 
 def test_the_published_form_sees_every_frame_with_pixels_below_zero():
     videos = clips()[:, :5]
-    frames = sampled_as_published(videos, (36, 60))
+    frames = sample_frames_as_published(videos, (36, 60))
     assert frames.shape[1] == 6 and torch.equal(frames[:, 5], frames[:, 4])
     torch.testing.assert_close(frames[:, :5], videos * 510 - 255, rtol=0, atol=1e-3)
-    values, grid = patches(sampled_as_published(videos, (28, 28)))
+    values, grid = patches(sample_frames_as_published(videos, (28, 28)))
     assert grid.tolist() == [[3, 2, 2]] * 2 and values.shape == (24, 3 * 2 * 14 * 14)
 
 
@@ -504,7 +504,7 @@ def test_the_scores_are_those_the_released_code_gives(toy):
 
 def test_angles_that_are_not_rounded_give_other_scores(toy):
     exact = load_videoalign(toy.out, **ON_CPU)
-    set_angles(exact.network, torch.float32)
+    set_rotary_frequencies(exact.network, torch.float32)
     found, expected = exact(clips(), PROMPTS), toy.reward(clips(), PROMPTS)
     assert (found["MQ"] - expected["MQ"]).abs().max() > 0.01
 

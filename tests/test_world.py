@@ -22,9 +22,9 @@ from training.world.scenes import (
     SHAPE_SIZE,
     SIZE,
     SPEED_RANGES,
+    Attributes,
     Scene,
     Thing,
-    Wanted,
     all_captions,
     caption,
     parse_caption,
@@ -83,7 +83,7 @@ def test_all_captions_are_distinct_and_cover_every_combination() -> None:
     captions = all_captions()
     assert len(set(captions)) == len(captions) == 6 * 3 * 4 * 3
     wanted = {parse_caption(text)[0] for text in captions}
-    assert Wanted(colour="cyan", shape="square", direction="up", speed_name="slowly") in wanted
+    assert Attributes(colour="cyan", shape="square", direction="up", speed_name="slowly") in wanted
     assert len(wanted) == len(captions)
 
 

@@ -16,7 +16,7 @@ from rf_core.config import ModelConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
 from rf_core.model import WanModel
 from rf_core.text import BYTE_VOCAB_SIZE, UMT5Encoder, byte_ids
-from training.world.budget import Budget, Every, run
+from training.world.budget import Budget, Periodic, run
 from training.world.clips import (
     CaptionedClips,
     Clips,
@@ -135,7 +135,7 @@ def test_a_run_takes_every_step_and_leaves_no_gradient() -> None:
 
 def test_every_says_yes_once_a_period() -> None:
     now = [0.0]
-    due = Every(1.0, clock=lambda: now[0])
+    due = Periodic(1.0, clock=lambda: now[0])
     answers = []
     for now[0] in (30.0, 61.0, 62.0, 121.5):
         answers.append(due())

@@ -21,7 +21,7 @@ from rf_core.weights.checkpoint import write_checkpoint
 from rf_core.writing import WriteError, whole_file, write_text
 from training.data.pairs import Origin, PairsConfig, Trajectories, write_shard
 from training.run import checkpointing
-from training.run.folder import begin
+from training.run.folder import create_run_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,7 +132,7 @@ def write_everything(folder: Path) -> None:
         folder / "pairs.safetensors", trajectories, PairsConfig(), 0, Origin(teacher="teacher")
     )
     checkpointing.save({"average": {"a": torch.ones(3)}}, folder / "update_000001")
-    begin(PairsConfig(), folder / "run")
+    create_run_folder(PairsConfig(), folder / "run")
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

@@ -25,22 +25,22 @@ from .claims.report import motion_plot, report, strips
 from .objective.verify import KINDS
 from .rewards.videoalign import convert
 from .run.config import to_json
-from .run.distributed import processes, world_size
-from .run.folder import checkpoints, made, read_config
+from .run.distributed import process_group, world_size
+from .run.folder import checkpoints, read_config, saved_weights
 from .run.options import (
     add_config_arguments,
     add_run_arguments,
-    config_of,
-    say,
+    config_from_args,
+    format_numbers,
+    print_rank_0,
     show_progress,
-    told,
 )
 from .stages import evaluation, regression, teacher, trajectories
 from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
 from .stages.export import export
-from .stages.re_dmd import check_files, distil, origin_of, provenance, sizes_of
+from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
 from .stages.recipes import PRESETS, DistilConfig, with_sink
-from .stages.trainer import numbers_of
+from .stages.trainer import report_numbers
 
 STRIP_PROMPT = "a red circle moves left"
 SIZES = {"1.3b": WAN_1_3B, "14b": WAN_14B}
@@ -75,12 +75,16 @@ def run_redmd(args: argparse.Namespace) -> int:
     """Distil a student."""
     config = _config(args)
     check_folder_writable(args.out)
-    with processes(args.device) as device:
-        say(f"{to_json(config)}\n{_estimated(config, sizes_of(config), world_size(), device)}")
+    with process_group(args.device) as device:
+        print_rank_0(
+            f"{to_json(config)}\n{_estimated(config, read_sizes(config), world_size(), device)}"
+        )
         reports = distil(config, args.out, device, resume=args.resume)
-        steps = ((each.update + 1, told(numbers_of(each))) for each in reports)
+        steps = ((each.update + 1, format_numbers(report_numbers(each))) for each in reports)
         show_progress(config.run.updates, "update", steps)
-        say(f"{args.out}: the averaged weights are in {', '.join(made(args.out))}")
+        print_rank_0(
+            f"{args.out}: the averaged weights are in {', '.join(saved_weights(args.out))}"
+        )
     return 0
 
 
@@ -89,7 +93,7 @@ def run_estimate(args: argparse.Namespace) -> int:
     check_numbers(args, processes=(1, MANY))
     config = _config(args)
     given = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
-    sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(sizes_of(config), **given)
+    sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(read_sizes(config), **given)
     print(_estimated(config, sizes, args.processes, torch.device(args.device)))
     return 0
 
@@ -148,7 +152,7 @@ def run_claims_study(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> DistilConfig:
-    config = config_of(args, DistilConfig, PRESETS)
+    config = config_from_args(args, DistilConfig, PRESETS)
     return with_sink(config, args.sink) if args.sink else config
 
 
@@ -165,13 +169,15 @@ def _parser() -> argparse.ArgumentParser:
     add_run_arguments(redmd)
     redmd.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
     add_config_arguments(redmd, PRESETS)
-    teach = commands.add_parser("teacher", help="train a teacher, or teach it to continue clips")
+    teach = commands.add_parser(
+        "teacher", help="train a teacher, or fine-tune it to continue clips"
+    )
     teacher.add_teacher_arguments(teach)
     teach.set_defaults(command=teacher.run_teacher)
-    pairs = commands.add_parser("ode_pairs", help="follow the teacher's ODE")
+    pairs = commands.add_parser("ode_pairs", help="sample the teacher's ODE trajectories")
     trajectories.add_pairs_arguments(pairs)
     pairs.set_defaults(command=trajectories.run_pairs)
-    init = commands.add_parser("ode_init", help="teach a causal student those trajectories")
+    init = commands.add_parser("ode_init", help="train a causal student on those trajectories")
     regression.add_init_arguments(init)
     init.set_defaults(command=regression.run_init)
     counting = commands.add_parser("estimate", help="memory and operations of a re_dmd run")
@@ -192,11 +198,13 @@ def _parser() -> argparse.ArgumentParser:
     measure = commands.add_parser("evaluate", help="measure checkpoints, or compare them blind")
     evaluation.add_arguments(measure)
     measure.set_defaults(command=evaluation.run)
-    judge = commands.add_parser("videoalign", help="convert a VideoAlign release, once")
-    judge.set_defaults(command=run_videoalign)
-    judge.add_argument("release", type=Path, help="folder with model_config.json and checkpoint-*")
-    judge.add_argument("base", help="Qwen2-VL-2B-Instruct: a folder or a hub id")
-    judge.add_argument("out", type=Path, help="folder to write")
+    videoalign = commands.add_parser("videoalign", help="convert a VideoAlign release, once")
+    videoalign.set_defaults(command=run_videoalign)
+    videoalign.add_argument(
+        "release", type=Path, help="folder with model_config.json and checkpoint-*"
+    )
+    videoalign.add_argument("base", help="Qwen2-VL-2B-Instruct: a folder or a hub id")
+    videoalign.add_argument("out", type=Path, help="folder to write")
     claims = commands.add_parser("claims", help="the paper's ablations in miniature")
     claims.set_defaults(command=run_claims_study)
     claims.add_argument("--out", type=Path, required=True, help="where runs and results go")

@@ -1,7 +1,7 @@
-"""What is chosen by name: the reward, the clips of a folder, a data set and a metric.
+"""Choice by name: the reward, the clips of a folder, a data set and a metric.
 
-The one place that knows both the general code and what is plugged into it, the miniature world
-included. Below it, data, evaluation and rewards know their Protocols alone.
+The one module that imports both the general code and its implementations, the miniature world
+among them. Data, evaluation and rewards depend on Protocols alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
 from .evaluation.metric import PromptMetric
 from .rewards.flow_motion import FlowMotionReward
-from .rewards.judges import Reward
+from .rewards.reward import Reward
 from .rewards.videoalign import load_videoalign
 from .world.captions import Captions
 from .world.clips import CaptionedClips, read_clips, shards_of_clips
@@ -28,16 +28,16 @@ from .world.metric import TrackerMetric
 from .world.reward import TrackerReward
 
 DATA_SET: DataSet = Captions()
-"""Whose prompts are shown where no prompt file is given: the bundled demo's."""
+"""Gives the prompts where there is no prompt file: the bundled demo's."""
 CLIPS = Path("runs/world/clips")
-"""Where `python -m training.world clips` leaves its clips."""
+"""The folder that `python -m training.world clips` writes."""
 METRIC: PromptMetric = TrackerMetric()
-"""What measures whether videos keep the prompts it can read."""
+"""Measures whether videos match their prompts, for prompts that it can parse."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """What weighs samples."""
+    """The reward that weights samples."""
 
     kind: Literal["none", "tracker", "flow", "videoalign"] = "none"
     """`none` is plain distribution matching; `tracker` knows the miniature world alone."""
@@ -77,6 +77,6 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
             "whole clips of `python -m training ode_pairs`"
         )
     pairs = Pairs.open(folder)
-    if pairs.config.follows != "clips":
+    if pairs.config.kind != "clips":
         raise ValueError(f"{folder} holds trajectories of excerpts; give those of whole clips")
     return pairs

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients, from the reference
 NUM_ITERATIONS = 5
-AT_ONCE = 2**26
-"""Entries of the matrices that are treated together, which bounds the memory of a step."""
+MAX_ENTRIES = 2**26
+"""Largest number of entries of the matrices in one batch; it bounds the memory of a step."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     by_shape[matrix.shape].append(matrix)
             for shape, matrices in by_shape.items():
-                some = max(1, AT_ONCE // shape.numel())
+                some = max(1, MAX_ENTRIES // shape.numel())
                 for start in range(0, len(matrices), some):
                     self._step_shape(matrices[start : start + some], group)
 
@@ -58,19 +58,19 @@ class Muon(torch.optim.Optimizer):
             assert matrix.grad is not None
             momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
             momentum.lerp_(matrix.grad, 1 - group["momentum"])
-            updates.append(_whole(matrix.grad.lerp(momentum, group["momentum"])))
+            updates.append(_full_tensor(matrix.grad.lerp(momentum, group["momentum"])))
         rate = group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5
         for matrix, update in zip(matrices, orthogonalise(torch.stack(updates)), strict=True):
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            matrix.add_(_share(update, matrix), alpha=-rate)
+            matrix.add_(_shard_like(update, matrix), alpha=-rate)
 
 
-def _whole(matrix: Tensor) -> Tensor:
+def _full_tensor(matrix: Tensor) -> Tensor:
     return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
 
-def _share(whole: Tensor, of: Tensor) -> Tensor:
-    """A matrix cut as `of` is."""
+def _shard_like(whole: Tensor, of: Tensor) -> Tensor:
+    """The shard of a full matrix that this process holds of `of`."""
     if not isinstance(of, DTensor):
         return whole
     mesh = of.device_mesh

@@ -3,7 +3,7 @@
 Every arm distils the bundled student from the same start, with the same prompts, for the same
 number of updates; arms differ by the settings below and nothing else. All numbers come from the
 exact tracker or from measures that need no model. An arm and seed that is finished is not run
-again, so the command goes on where it stopped and takes more seeds later.
+again, so the command continues where it stopped and takes more seeds later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rf_core.writing import write_text
 
 from ..measures.metrics import first_frame_copy, flicker, motion
 from ..run.checkpointing import read_part
-from ..run.config import build, changed, to_json
+from ..run.config import apply_overrides, from_dict, to_json
 from ..run.folder import STUDENT, checkpoints
 from ..stages.re_dmd import distil
 from ..stages.recipes import DistilConfig, miniature
@@ -132,7 +132,7 @@ def run_claims(
 
 
 def _run_arm(out: Path, arm: Arm, seed: int, measurer: Measurer) -> dict[str, Any]:
-    config = changed(miniature(), [*COMMON, f"run.seed={seed}", *arm.settings])
+    config = apply_overrides(miniature(), [*COMMON, f"run.seed={seed}", *arm.settings])
     folder = folder_of(out, arm, seed)
     for report in distil(config, folder, torch.device("cpu"), resume=bool(checkpoints(folder))):
         _log.info("%s, seed %d: update %d", arm.name, seed, report.update)
@@ -159,9 +159,9 @@ def folder_of(out: Path, arm: Arm, seed: int) -> Path:
     return out / _slug(f"{arm.name} {seed}")
 
 
-def sink_of(result: Mapping[str, Any]) -> tuple[CacheConfig, SamplerConfig]:
+def streaming_config(result: Mapping[str, Any]) -> tuple[CacheConfig, SamplerConfig]:
     """The cache and the schedule a result's student streams with."""
-    redmd = build(DistilConfig, result["config"]).run.redmd
+    redmd = from_dict(DistilConfig, result["config"]).run.redmd
     return redmd.cache, redmd.sampler
 
 
@@ -181,7 +181,7 @@ class Measurer:
         self.prompts = prompts_of(config)
 
     def references(self) -> Mapping[str, Any]:
-        """What the arms stand beside: true videos, the teacher, the student they begin as."""
+        """What arms are compared with: true videos, the teacher, the student before training."""
         return {
             "true videos": lambda: self.measure(self._true()),
             "teacher": lambda: self.measure(self._teacher()),

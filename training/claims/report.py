@@ -29,7 +29,7 @@ from .ablations import (
     Measurer,
     folder_of,
     result_path,
-    sink_of,
+    streaming_config,
 )
 
 Result = Mapping[str, Any]
@@ -200,7 +200,7 @@ def strips(out: Path, measurer: Measurer, prompt: str, images: int = 8) -> Image
         if name in ARMS:
             path = folder_of(out, ARMS[name], results[0]["seed"]) / STUDENT
             student, _ = load_student(path, device="cpu", dtype=torch.float32)
-            (video,) = measurer.videos([prompt], student, *sink_of(results[0]))
+            (video,) = measurer.videos([prompt], student, *streaming_config(results[0]))
             rows.append(_row(video, images))
     return Image.fromarray(torch.cat(rows).numpy())
 

@@ -1,7 +1,7 @@
 """Clips to learn from, as latents with prompts, and the excerpts that are cut from them.
 
-What a folder of clips is, `training.choices` knows: the miniature world's, or trajectories of whole
-clips, which end in clips of the teacher's own.
+`training.choices` opens a folder of clips. It holds clips of the miniature world, or trajectories
+of whole clips, which end in clips that the teacher has made.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..objective.excerpts import KINDS, ExcerptConfig, Excerpts
-from ..run.draws import prompt_numbers
+from ..run.draws import shuffled_indices
 
-_CLIPS = ("row", "other", "stranger")
+_CLIPS = ("clip", "switch_clip", "sink_clip")
 Groups = Sequence[Sequence[int]]
 """Rows by kind of clip."""
 
 
 class ClipSource(Protocol):
-    """Clips as latents, with prompts that say what they show."""
+    """Clips as latents, with prompts that describe them."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -36,7 +36,7 @@ class ClipSource(Protocol):
 
     @property
     def groups(self) -> Groups:
-        """Kinds of clip that may be drawn evenly; one group where there is one kind."""
+        """Rows by kind of clip, for balanced draws; a single group where kinds do not matter."""
         ...
 
     def latents(self, rows: Sequence[int]) -> Tensor:
@@ -50,51 +50,53 @@ class ClipSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What N clips are made, or learnt, from."""
+    """What N clips are generated from or trained on, besides latents."""
 
     numbers: list[int]
-    """Their places among all prompts, or clips, of the run."""
+    """The number of each one's prompt, or clip, among all of the run."""
     prompts: list[str]
-    """What they show."""
+    """Prompts, as text."""
     embeds: Tensor
-    """The same encoded and padded with zeros to the longest, [N, S, D]."""
+    """Prompts, encoded and padded with zeros to the longest, [N, S, D]."""
     excerpts: Excerpts | None = None
-    """What their chunks see, where they are excerpts; a whole clip's chunks see each other."""
+    """The pasts of chunks, where the clips are excerpts; None for whole clips."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """Which chunks an excerpt is made of."""
+class ExcerptIndices:
+    """Which clips and chunks an excerpt is made of, by their numbers."""
 
-    row: int
-    """The clip."""
-    at: int
+    clip: int
+    """The clip it is cut from."""
+    before: int
     """The chunk before the later one."""
-    other: int
-    """The clip that a changed prompt asks for."""
-    after: int
-    """The later chunk, of either clip."""
+    switch_clip: int
+    """The clip that shows the new prompt, where the prompt changes."""
+    later: int
+    """The later chunk: of `switch_clip` where the prompt changes, else of `clip`."""
     switched: bool
-    """Whether the prompt changes."""
+    """Whether the prompt changes before the later chunk."""
     recached: bool
-    """Whether the past is then run under the new one."""
-    stranger: int
-    """The clip of a stale sink."""
+    """Whether `before` is then run under the new prompt."""
+    sink_clip: int
+    """The clip whose first chunk a stale sink is mixed with."""
 
 
-def row_of(groups: Groups, seed: int, role: str, index: int) -> int:
-    """The clip that is drawn in turn `index`: groups take turns, and of each no clip comes again
-    before every other has been seen."""
+def draw_clip(groups: Groups, seed: int, role: str, index: int) -> int:
+    """The clip of draw `index`.
+
+    Groups take turns. Each goes through all of its clips, in a new order every time.
+    """
     turn, which = divmod(index, len(groups))
     group = groups[which]
-    (place,) = prompt_numbers(seed, f"{role}/{which}", 0, [turn], 1, len(group))
+    (place,) = shuffled_indices(seed, f"{role}/{which}", 0, [turn], 1, len(group))
     return group[place]
 
 
-def draw_cut(
+def draw_excerpt(
     row: int, groups: Groups, chunks: int, config: ExcerptConfig, generator: torch.Generator
-) -> Cut:
-    """An excerpt of a clip of so many chunks."""
+) -> ExcerptIndices:
+    """Draw an excerpt of clip `row`; every clip has so many chunks."""
 
     def below(limit: int, least: int = 0) -> int:
         return int(torch.randint(least, limit, (), generator=generator))
@@ -104,50 +106,53 @@ def draw_cut(
         return group[below(len(group))]
 
     switched = float(torch.rand((), generator=generator)) < config.switch_share
-    at, after = below(chunks - 1, 1), below(chunks, 1)
-    return Cut(
-        row=row,
-        at=at,
-        other=any_clip(),
-        after=after if switched else at + 1,
+    before, later = below(chunks - 1, 1), below(chunks, 1)
+    return ExcerptIndices(
+        clip=row,
+        before=before,
+        switch_clip=any_clip(),
+        later=later if switched else before + 1,
         switched=switched,
         recached=bool(below(2)),
-        stranger=any_clip(),
+        sink_clip=any_clip(),
     )
 
 
-def cut_excerpts(
-    source: ClipSource, cuts: Sequence[Cut], seeds: Sequence[Sequence[int]], size: int
+def gather_excerpts(
+    source: ClipSource, indices: Sequence[ExcerptIndices], seeds: Sequence[Sequence[int]], size: int
 ) -> tuple[Tensor, Conditions]:
-    """The three chunks of excerpts one after another, [N, C, 3 F, h, w], and what they see.
+    """The three chunks of N excerpts in a row, [N, C, 3 F, h, w], with their prompts and pasts.
 
-    `seeds` are three for each: of the prompts of clip, other clip and stranger; `size` is a chunk's
-    latent frames.
+    `seeds` has three numbers an excerpt, which choose the captions of `clip`, `switch_clip` and
+    `sink_clip`. `size` is the latent frames of a chunk, F.
     """
-    rows, others, strangers = ([getattr(cut, name) for cut in cuts] for name in _CLIPS)
-    own, other = source.latents(rows), source.latents(others)
+    rows, switch_rows, sink_rows = ([getattr(each, name) for each in indices] for name in _CLIPS)
+    own, switch = source.latents(rows), source.latents(switch_rows)
 
     def chunks(clips: Sequence[Tensor], places: Sequence[int]) -> Tensor:
         pairs = zip(clips, places, strict=True)
         return torch.stack([clip[:, at * size : (at + 1) * size] for clip, at in pairs])
 
-    after = [b if cut.switched else a for a, b, cut in zip(own, other, cuts, strict=True)]
-    texts, (embeds, changed, strange) = zip(
+    switched = [each.switched for each in indices]
+    later = [b if new else a for a, b, new in zip(own, switch, switched, strict=True)]
+    texts, (embeds, switch_embeds, sink_embeds) = zip(
         *(
             source.captions(clips, [each[i] for each in seeds])
-            for i, clips in enumerate((rows, others, strangers))
+            for i, clips in enumerate((rows, switch_rows, sink_rows))
         ),
         strict=True,
     )
-    asked = [b if cut.switched else a for a, b, cut in zip(embeds, changed, cuts, strict=True)]
-    targets = torch.cat([own[:, :, : 2 * size], chunks(after, [cut.after for cut in cuts])], dim=2)
+    pairs = zip(embeds, switch_embeds, switched, strict=True)
+    later_embeds = [b if new else a for a, b, new in pairs]
+    last = chunks(later, [each.later for each in indices])
+    targets = torch.cat([own[:, :, : 2 * size], last], dim=2)
     excerpts = Excerpts(
         opening=own[:, :, :size],
-        before=chunks(own, [cut.at for cut in cuts]),
-        stranger=source.latents(strangers)[:, :, :size],
-        recached=torch.tensor([cut.recached for cut in cuts]),
-        later_embeds=pad_sequence(asked, batch_first=True),
-        stranger_embeds=strange,
+        before=chunks(own, [each.before for each in indices]),
+        other_opening=source.latents(sink_rows)[:, :, :size],
+        recached=torch.tensor([each.recached for each in indices]),
+        later_embeds=pad_sequence(later_embeds, batch_first=True),
+        other_embeds=sink_embeds,
     )
     return targets, Conditions(numbers=rows, prompts=texts[0], embeds=embeds, excerpts=excerpts)
 
@@ -160,16 +165,16 @@ def draw_excerpts(
     generators: Sequence[torch.Generator],
     chunk_frames: int,
 ) -> tuple[Tensor, Conditions]:
-    """Excerpts of clips, each a function of its generator; as `cut_excerpts` gives them."""
+    """Draw an excerpt of each clip in `rows`, by its generator; returns as `gather_excerpts`."""
     chunks = source.shape[1] // chunk_frames
     pairs = zip(rows, generators, strict=True)
-    cuts = [draw_cut(row, groups, chunks, config, each) for row, each in pairs]
+    indices = [draw_excerpt(row, groups, chunks, config, each) for row, each in pairs]
     seeds = [draw_seeds([each] * len(_CLIPS)) for each in generators]
-    return cut_excerpts(source, cuts, seeds, chunk_frames)
+    return gather_excerpts(source, indices, seeds, chunk_frames)
 
 
 def draw_seeds(generators: Sequence[torch.Generator]) -> list[int]:
-    """A seed of each generator, to choose a caption by."""
+    """A random seed from each generator, to choose a caption with."""
     return [int(torch.randint(2**31, (), generator=each)) for each in generators]
 
 

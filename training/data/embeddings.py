@@ -1,7 +1,7 @@
 """Prompts' embeddings: encoded once, kept on disk.
 
 Embeddings lie in shards of safetensors, each of them as long as its prompt; a shard is a function
-of its prompts and the encoder, so encoding is shared out over processes and goes on where it
+of its prompts and the encoder, so encoding is shared out over processes and continues where it
 stopped.
 """
 
@@ -27,7 +27,7 @@ from rf_core.text import TextEncoder, UMT5Encoder, load_text_encoder
 from rf_core.weights.files import read_weights
 from rf_core.writing import whole_file
 
-from ..run.distributed import barrier, of_the_first, rank, shard_modules, world_size
+from ..run.distributed import barrier, broadcast_from_rank_0, rank, shard_modules, world_size
 from .prompts import DataConfig, DataSet, read_prompts
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class PromptEmbeds(Protocol):
         ...
 
     def embeds(self, numbers: Sequence[int]) -> Tensor:
-        """Some of them, [B, S, D]."""
+        """Embeddings of some prompts by their numbers, [B, S, D]."""
         ...
 
 
@@ -56,7 +56,7 @@ class MemoryEmbeds:
         return len(self.tensor)
 
     def embeds(self, numbers: Sequence[int]) -> Tensor:
-        """Some of them, [B, S, D]."""
+        """Embeddings of some prompts by their numbers, [B, S, D]."""
         return self.tensor[list(numbers)]
 
 
@@ -72,10 +72,10 @@ class CachedEmbeds:
         return self.count
 
     def embeds(self, numbers: Sequence[int]) -> Tensor:
-        """Some of them, [B, S, D], padded with zeros to the longest."""
-        return pad_sequence([self._one(number) for number in numbers], batch_first=True)
+        """Embeddings of some prompts by number, [B, S, D], padded with zeros to the longest."""
+        return pad_sequence([self._load(number) for number in numbers], batch_first=True)
 
-    def _one(self, number: int) -> Tensor:
+    def _load(self, number: int) -> Tensor:
         shard, place = divmod(number, SHARD_PROMPTS)
         path = self.shards[shard]
         if path not in self._open:
@@ -102,7 +102,7 @@ def cached_embeds(
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         paths.append(folder / f"embeds-{digest}.safetensors")
     missing = [number for number, path in enumerate(paths) if not path.exists()]
-    return CachedEmbeds(tuple(paths), len(prompts)), of_the_first(missing)
+    return CachedEmbeds(tuple(paths), len(prompts)), broadcast_from_rank_0(missing)
 
 
 def encode_missing(
@@ -139,7 +139,7 @@ def _write(path: Path, embeds: Sequence[Tensor]) -> None:
 
 
 def _trimmed(embeds_SD: Tensor) -> Tensor:
-    """Without the zeros at its end, which whoever reads it pads again."""
+    """Without the zeros at its end; readers pad it again."""
     used = embeds_SD.abs().amax(1).nonzero()
     length = int(used[-1]) + 1 if len(used) else 1
     return embeds_SD[:length].clone()
@@ -165,10 +165,10 @@ def open_prompts(
     """Prompts, their embeddings, and that of the negative prompt, [1, S, D].
 
     Where the config names no prompt file, they are the data set's `own`. The encoder is opened only
-    where an embedding is missing, and let go of again.
+    where an embedding is missing, and freed afterwards.
     """
     if not config.prompts:
-        prompts = own.to_train_on()[: config.limit]
+        prompts = own.training_prompts()[: config.limit]
         encoder = load_text_encoder(encoder_path(config), device=device, dtype=dtype)
         embeds = MemoryEmbeds(torch.cat([encoder.encode([text]) for text in prompts]).cpu())
         return prompts, embeds, encoder.encode([config.negative])

@@ -23,7 +23,7 @@ from rf_core.ranges import check_numbers
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file
 
-from ..objective.excerpts import KINDS, STORED, ExcerptConfig, Excerpts
+from ..objective.excerpts import KINDS, SAVED_FIELDS, ExcerptConfig, Excerpts
 from ..run.config import difference, from_json, to_json
 from ..run.networks import PlacementConfig
 from .clips import Conditions, Groups
@@ -36,15 +36,15 @@ NOTE = "ode_pairs"
 class PairsConfig:
     """Which trajectories, and how they are made."""
 
-    follows: Literal["clips", "excerpts"] = "clips"
-    """What a trajectory leads to: `clips`, whole clips of a prompt (published); `excerpts`, three
-    chunks with a clean past, so that a causal student sees all that each depends on."""
+    kind: Literal["clips", "excerpts"] = "clips"
+    """Trajectories of what: `clips`, whole clips of a prompt (published); `excerpts`, three chunks
+    with a clean past, so that a causal student sees all that each depends on."""
     source: Path | None = None
     """Folder of the clips that excerpts are cut from."""
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
-    """How they are."""
+    """How excerpts are drawn and augmented."""
     teacher: Path | None = None
-    """The bidirectional network that is followed; None for the bundled demo's."""
+    """The bidirectional network that generates them; None for the bundled demo's."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts and their encoder; `negative` is what guidance leads away from."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -64,9 +64,9 @@ class PairsConfig:
     shard: int = 16
     """Clips in a file."""
     batch: int = 1
-    """Clips followed at a time."""
+    """Clips integrated at a time."""
     stored: Literal["float16", "bfloat16"] = "float16"
-    """What latents are kept in."""
+    """The dtype of stored latents."""
     seed: int = 0
     """Of noise and of the order of prompts."""
 
@@ -81,7 +81,7 @@ class PairsConfig:
                 f"clips is {self.clips}; give whole shards of {self.shard}, such as "
                 f"{-(-self.clips // self.shard) * self.shard}"
             )
-        if self.follows == "excerpts" and self.latents[1] % len(KINDS):
+        if self.kind == "excerpts" and self.latents[1] % len(KINDS):
             raise ValueError(
                 f"latents have {self.latents[1]} frames; excerpts are {len(KINDS)} chunks, so give "
                 f"a multiple of {len(KINDS)}"
@@ -89,7 +89,7 @@ class PairsConfig:
         check_numbers(self, shift=(0.01, 1000.0), guidance=(-1000.0, 1000.0), seed=(0, 2**63 - 1))
 
 
-FREE = (
+MAY_DIFFER = (
     "teacher",
     "source",
     "clips",
@@ -110,12 +110,12 @@ class Trajectories(Conditions):
     """Trajectories of N clips, or of the three chunks of N excerpts."""
 
     points: Tensor
-    """Where they pass the student's K timesteps, the highest first, [N, K, C, F, h, w]."""
+    """Latents at the student's K timesteps, the highest first, [N, K, C, F, h, w]."""
     clean: Tensor
-    """Where they end, [N, C, F, h, w]."""
+    """Clean latents at the end, [N, C, F, h, w]."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a shard keeps, by name."""
+        """The tensors of a shard, by name."""
         seen = self.excerpts.tensors() if self.excerpts else {}
         return {"points": self.points, "clean": self.clean, "embeds": self.embeds, **seen}
 
@@ -145,7 +145,7 @@ class Origin:
 
 
 def write_shard(
-    path: Path, made: Trajectories, config: PairsConfig, number: int, origin: Origin
+    path: Path, trajectories: Trajectories, config: PairsConfig, number: int, origin: Origin
 ) -> None:
     """Write a shard, which is whole once it exists."""
     note = {
@@ -153,19 +153,19 @@ def write_shard(
         "shard": number,
         "teacher": origin.teacher,
         "source": origin.clips,
-        "prompts": made.prompts,
-        "numbers": made.numbers,
+        "prompts": trajectories.prompts,
+        "numbers": trajectories.numbers,
     }
-    tensors = {name: tensor.contiguous() for name, tensor in made.tensors().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in trajectories.tensors().items()}
     with whole_file(path) as part:
         save_file(tensors, part, {NOTE: json.dumps(note)})
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A folder of trajectories, read as they are asked for.
+    """A folder of trajectories, which are read on demand.
 
-    Those of whole clips are a `ClipSource`: the teacher's own clips.
+    Where they are of whole clips, it is a `ClipSource` of the clips that the teacher has made.
     """
 
     shards: tuple[Path, ...]
@@ -174,14 +174,14 @@ class Pairs:
 
     @classmethod
     def open(cls, folder: Path) -> Pairs:
-        """The shards that are there; ValueError for none, or for some that do not belong."""
+        """Open a folder; ValueError where it holds no shards, or shards of different configs."""
         pairs = cls(tuple(shards_of(folder)))
         if not pairs.shards:
             raise ValueError(
                 f"{folder} holds no trajectories; make some with `python -m training ode_pairs`"
             )
         for path in pairs.shards:
-            refuse_other(path, pairs.config, pairs.origin)
+            check_shard(path, pairs.config, pairs.origin)
         return pairs
 
     def __len__(self) -> int:
@@ -189,12 +189,12 @@ class Pairs:
 
     @cached_property
     def config(self) -> PairsConfig:
-        """What they were made with."""
+        """The config that they were made with."""
         return from_json(PairsConfig, json.dumps(_note(self.shards[0])["config"]))
 
     @cached_property
     def origin(self) -> Origin:
-        """What they were made from."""
+        """The teacher and the clips that they were made from."""
         return _origin(_note(self.shards[0]))
 
     @property
@@ -217,10 +217,10 @@ class Pairs:
         return list(prompts), _stacked("embeds", tensors)
 
     def rows(self, numbers: Sequence[int]) -> Trajectories:
-        """Some of them, as stored."""
+        """Some trajectories by their numbers, in their stored dtype."""
         rows, prompts, places = zip(*map(self._row, numbers), strict=True)
         found = {name: _stacked(name, rows) for name in rows[0]}
-        excerpts = {name: found.pop(name) for name in STORED if name in found}
+        excerpts = {name: found.pop(name) for name in SAVED_FIELDS if name in found}
         return Trajectories(
             prompts=list(prompts),
             numbers=list(places),
@@ -238,7 +238,7 @@ class Pairs:
             "points",
             "clean",
             "embeds",
-            *(STORED if self.config.follows == "excerpts" else ()),
+            *(SAVED_FIELDS if self.config.kind == "excerpts" else ()),
         )
         try:
             rows = {name: tensors[name][place] for name in names}
@@ -253,17 +253,17 @@ def _stacked(name: str, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
     return pad_sequence(found, batch_first=True) if "embeds" in name else torch.stack(found)
 
 
-def refuse_other(path: Path, config: PairsConfig, origin: Origin) -> None:
-    """ValueError, with the first difference, for a shard of another config or made from others."""
+def check_shard(path: Path, config: PairsConfig, origin: Origin) -> None:
+    """ValueError, with the first difference, for a shard of another config, teacher or clips."""
     note = _note(path)
-    apart = difference(from_json(PairsConfig, json.dumps(note["config"])), config, FREE)
-    there = _origin(note)
-    if apart is None and there.teacher != origin.teacher:
-        apart = f"teacher's weights are {there.teacher} there and {origin.teacher} here"
-    if apart is None and there.clips != origin.clips:
-        apart = f"source holds {there.clips} clips there and {origin.clips} here"
-    if apart is not None:
-        raise ValueError(f"{path} was made with another config: {apart}; choose another folder")
+    mismatch = difference(from_json(PairsConfig, json.dumps(note["config"])), config, MAY_DIFFER)
+    saved = _origin(note)
+    if mismatch is None and saved.teacher != origin.teacher:
+        mismatch = f"teacher's weights are {saved.teacher} there and {origin.teacher} here"
+    if mismatch is None and saved.clips != origin.clips:
+        mismatch = f"source holds {saved.clips} clips there and {origin.clips} here"
+    if mismatch is not None:
+        raise ValueError(f"{path} was made with another config: {mismatch}; choose another folder")
 
 
 def _origin(note: Mapping[str, Any]) -> Origin:

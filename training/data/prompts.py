@@ -57,11 +57,11 @@ def wan_data() -> DataConfig:
 class DataSet(Protocol):
     """A data set that writes its own prompts."""
 
-    def to_train_on(self) -> list[str]:
+    def training_prompts(self) -> list[str]:
         """Those that students are trained on."""
         ...
 
-    def to_measure_by(self) -> list[str]:
+    def evaluation_prompts(self) -> list[str]:
         """Those that students are measured by."""
         ...
 
@@ -90,10 +90,10 @@ def read_prompts(config: DataConfig) -> list[str]:
     files = [read_prompt_file(path, config.column) for path in config.prompts]
     found = [text for file in files for text in file.prompts.values()]
     prompts = list(dict.fromkeys(found))
-    told = [file.left_out for file in files if file.left_out]
+    notes = [file.left_out for file in files if file.left_out]
     if len(prompts) < len(found):
-        told.append(f"{len(found) - len(prompts)} of {len(found)} prompts repeat one before")
+        notes.append(f"{len(found) - len(prompts)} of {len(found)} prompts repeat one before")
     if rank() == 0:
-        for line in told:
+        for line in notes:
             _log.warning("%s", line)
     return prompts[: config.limit]

@@ -1,8 +1,8 @@
 """Videos of checkpoints on the same prompts and seeds, made and measured.
 
 Each model streams every prompt with every seed through rf_core, as `python -m rf_core generate`
-does, into OUT/NAME/PROMPT-SEED.mp4. Beside a finished video lies its JSON, written last: what
-there is of them is done, and only what is missing is made.
+does, into OUT/NAME/PROMPT-SEED.mp4. A finished video has a JSON record beside it,
+written last; only videos without one are made.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rf_core.writing import write_text
 
 from ..measures.flow import FlowName, flow_estimator
 from ..measures.metrics import FlowEstimator, measure, windows
-from .metric import Measured, PromptMetric
+from .metric import Measures, PromptMetric
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SECONDS = 5.0  # the paper's short videos
@@ -92,7 +92,7 @@ class Candidate:
 
     @property
     def folder(self) -> Path:
-        """Where its videos go."""
+        """The folder of its videos."""
         return self.evaluation.out / self.name
 
     @cached_property
@@ -123,8 +123,8 @@ class Candidate:
         )
 
     @cached_property
-    def marks(self) -> dict[str, str]:
-        """What its files are known again by."""
+    def file_digests(self) -> dict[str, str]:
+        """Hashes of its files, by which a record recognises them."""
         files = self.plan.options.files
         places = {"model": files.model, "vae": files.vae, "text_encoder": files.text_encoder}
         return {f"{name}_file": file_digest(Path(path)) for name, path in places.items()}
@@ -143,12 +143,12 @@ class Candidate:
         return self.folder / f"{number:04d}-{seed}.mp4"
 
     def settings(self, number: int, seed: int) -> dict[str, Any]:
-        """What a video was made with, as JSON has it."""
+        """The settings that a video is made with, as plain JSON."""
         run = self.plan_of(number, seed)
         options = run.options
         settings = {
             **run.record(),
-            **self.marks,
+            **self.file_digests,
             "chunks": run.total,
             "dtype": self.evaluation.dtype,
             "attention": options.attention,
@@ -157,8 +157,8 @@ class Candidate:
         return json.loads(json.dumps(settings))
 
     @cached_property
-    def measuring(self) -> dict[str, Any]:
-        """What its videos are measured with."""
+    def measured_with(self) -> dict[str, Any]:
+        """Settings of the measurements, as records keep them."""
         evaluation, size = self.evaluation, (self.plan.height, self.plan.width)
         weights = evaluation.flow_weights
         settings = {
@@ -167,7 +167,7 @@ class Candidate:
             "flow_file": weights and file_digest(weights),
         }
         if metric := evaluation.metric:
-            settings[metric.name] = metric.fits(evaluation.prompts.values(), size)
+            settings[metric.name] = metric.supports(evaluation.prompts.values(), size)
         return settings
 
 
@@ -178,25 +178,25 @@ def check(evaluation: Evaluation) -> list[Candidate]:
     """
     candidates = [Candidate(name, evaluation) for name in evaluation.models]
     for candidate in candidates:
-        settled = candidate.plan
-        assert settled.total is not None
-        windows(settled.clock.images_before(settled.total), evaluation.window_images)
+        run_plan = candidate.plan
+        assert run_plan.total is not None
+        windows(run_plan.clock.images_before(run_plan.total), evaluation.window_images)
         for number, seed in evaluation.jobs:
             _check_settings(candidate, number, seed)
     return candidates
 
 
-def missing(candidate: Candidate, share: slice) -> list[tuple[int, int]]:
-    """What is to be made or measured of a share of the prompts, as prompt numbers and seeds."""
+def missing_jobs(candidate: Candidate, share: slice) -> list[tuple[int, int]]:
+    """Prompt numbers and seeds, of a share of the prompts, that are not yet measured."""
     mine = set(list(candidate.evaluation.prompts)[share])
     jobs = [job for job in candidate.evaluation.jobs if job[0] in mine]
     return [job for job in jobs if not _measured(candidate, *job)]
 
 
-def make(
+def make_videos(
     candidate: Candidate, jobs: Sequence[tuple[int, int]], estimate: FlowEstimator
 ) -> Iterator[Path]:
-    """Make and measure videos, and give each as it is done.
+    """Generate and measure videos; yields each path when it is done.
 
     Finished videos, whose measures alone are of other settings, are only measured again. For the
     others networks are loaded; the text encoder comes first and is gone before.
@@ -204,7 +204,7 @@ def make(
     todo = []
     for number, seed in jobs:
         if _record(candidate, number, seed) and candidate.video(number, seed).is_file():
-            _finish(candidate, number, seed, estimate)
+            _measure_and_record(candidate, number, seed, estimate)
             yield candidate.video(number, seed)
         else:
             todo.append((number, seed))
@@ -212,14 +212,14 @@ def make(
         yield from _make(candidate, todo, estimate)
 
 
-def estimator_of(evaluation: Evaluation) -> FlowEstimator:
+def open_flow_estimator(evaluation: Evaluation) -> FlowEstimator:
     """The optical flow that motion is measured by."""
     device = _measuring_device(evaluation.device)
     return flow_estimator(evaluation.flow, evaluation.flow_weights, device)
 
 
-def records_of(candidate: Candidate) -> list[dict[str, Any]] | None:
-    """What is known of every video, in the order of `jobs`; None while some are missing."""
+def read_records(candidate: Candidate) -> list[dict[str, Any]] | None:
+    """The records of all videos, in the order of `jobs`; None while some are missing."""
     jobs = candidate.evaluation.jobs
     found = [_record(candidate, *job) for job in jobs if _measured(candidate, *job)]
     return found if len(found) == len(jobs) else None  # type: ignore[return-value]
@@ -243,19 +243,21 @@ def _make(
         # A record that outlived its video would pass for one of half a video after a kill.
         candidate.video(number, seed).with_suffix(".json").unlink(missing_ok=True)
         generate(run, open_stream(run, model, decoder, embeds), embeds)
-        _finish(candidate, number, seed, estimate)
+        _measure_and_record(candidate, number, seed, estimate)
         yield candidate.video(number, seed)
 
 
-def _finish(candidate: Candidate, number: int, seed: int, estimate: FlowEstimator) -> None:
+def _measure_and_record(
+    candidate: Candidate, number: int, seed: int, estimate: FlowEstimator
+) -> None:
     """Measure a video and write its record, which marks it as done."""
-    settled, path = candidate.plan, candidate.video(number, seed)
+    run_plan, path = candidate.plan, candidate.video(number, seed)
     prompt = candidate.evaluation.prompts[number]
-    video = read_images(path, width=settled.width, height=settled.height)[0]
-    measuring, metric = candidate.measuring, candidate.evaluation.metric
-    on_device = video.to(_measuring_device(settled.options.device))
-    measures: Measured = dict(measure(on_device, measuring["window_images"], estimate))
-    if metric and measuring[metric.name]:
+    video = read_images(path, width=run_plan.width, height=run_plan.height)[0]
+    measured_with, metric = candidate.measured_with, candidate.evaluation.metric
+    on_device = video.to(_measuring_device(run_plan.options.device))
+    measures: Measures = dict(measure(on_device, measured_with["window_images"], estimate))
+    if metric and measured_with[metric.name]:
         measures |= metric(video, prompt)
     record = {
         "prompt_number": number,
@@ -263,7 +265,7 @@ def _finish(candidate: Candidate, number: int, seed: int, estimate: FlowEstimato
         "prompt": prompt,
         "images": len(video),
         "made_with": candidate.settings(number, seed),
-        "measured_with": measuring,
+        "measured_with": measured_with,
         "measures": measures,
     }
     write_text(path.with_suffix(".json"), json.dumps(record, indent=1))
@@ -282,7 +284,7 @@ def _record(candidate: Candidate, number: int, seed: int) -> dict[str, Any] | No
 
 def _measured(candidate: Candidate, number: int, seed: int) -> bool:
     record = _record(candidate, number, seed)
-    return record is not None and record["measured_with"] == candidate.measuring
+    return record is not None and record["measured_with"] == candidate.measured_with
 
 
 def _check_settings(candidate: Candidate, number: int, seed: int) -> None:

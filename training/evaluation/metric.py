@@ -1,4 +1,4 @@
-"""What an evaluation asks of prompts that can be checked from a video's pixels."""
+"""The Protocol of a metric that checks a video against its prompt, from pixels."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Protocol
 
 from torch import Tensor
 
-Measured = dict[str, float | None]
+Measures = dict[str, float | None]
 """Measures by name; None where a video has none."""
 
 
 class PromptMetric(Protocol):
-    """Measures whether a video keeps its prompt, where it can read both."""
+    """Measures whether a video matches its prompt."""
 
     name: str
-    """What records call it by."""
+    """Its key in records."""
     title: str
-    """Of its table in the report."""
+    """Title of its table in the report."""
     columns: tuple[str, ...]
-    """Names of the measures there."""
+    """Names of the measures in that table."""
     legend: str
-    """What they mean."""
+    """What the columns mean, in a sentence below the table."""
 
-    def fits(self, prompts: Iterable[str], size: tuple[int, int]) -> bool:
-        """Whether it can read all of these prompts, and videos of this height and width."""
+    def supports(self, prompts: Iterable[str], size: tuple[int, int]) -> bool:
+        """Whether it can parse all of these prompts and measure videos of this height and width."""
         ...
 
-    def __call__(self, video: Tensor, prompt: str) -> Measured:
+    def __call__(self, video: Tensor, prompt: str) -> Measures:
         """Measures of a video [T, 3, H, W] in [0, 1]."""
         ...

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .evaluate import Candidate, records_of
+from .evaluate import Candidate, read_records
 from .metric import PromptMetric
 
 RESAMPLES = 2000  # of a bootstrap
@@ -64,14 +64,14 @@ class Interval:
 
 def collect(candidates: Sequence[Candidate]) -> dict[str, Any] | None:
     """The report as plain JSON; None while videos are missing."""
-    records = {each.name: records_of(each) for each in candidates}
+    records = {each.name: read_records(each) for each in candidates}
     if any(rows is None for rows in records.values()):
         return None
     evaluation = candidates[0].evaluation
     return {
         "prompts": len(evaluation.prompts),
         "seeds": evaluation.seeds,
-        "measured_with": {each.name: each.measuring for each in candidates},
+        "measured_with": {each.name: each.measured_with for each in candidates},
         "models": {name: summary_of(rows or []) for name, rows in records.items()},
     }
 

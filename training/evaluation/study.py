@@ -69,8 +69,8 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
-    """How one model stands against another on one question, all raters together."""
+class PairwiseResult:
+    """Answers of all raters to one question about one model against another."""
 
     first: str
     second: str
@@ -91,11 +91,11 @@ class Standing:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % of the win rate, by Wilson. It takes answers for independent."""
+        """Wilson's 95 % interval of the win rate. It assumes independent answers."""
         return wilson(self.wins, self.wins + self.losses)
 
 
-def clips_of(folder: Path) -> Clips:
+def finished_clips(folder: Path) -> Clips:
     """The finished videos in an evaluation's folder of one model, by prompt number and seed."""
     clips: Clips = {}
     for path in sorted(folder.glob("*.json")):
@@ -116,7 +116,7 @@ def clips_of(folder: Path) -> Clips:
 
 
 def write_study(
-    folders: Sequence[Path], page: Path, seed: int = 0, most: int | None = None
+    folders: Sequence[Path], page: Path, seed: int = 0, max_pairs: int | None = None
 ) -> Path:
     """Write the page, and beside it its key, whose path is returned.
 
@@ -124,7 +124,7 @@ def write_study(
         folders: of `python -m training evaluate`, one a model; their names are the models'.
         page: the HTML file; it holds all videos, a third larger than their files.
         seed: of the order of the pairs and of their sides. Keep it to yourself.
-        most: pairs of videos of each two models, drawn at random; by default all there are.
+        max_pairs: pairs of videos of each two models, drawn at random; by default all there are.
 
     Raises:
         ValueError: less than two models, two of one name, nothing they have in common, a video
@@ -132,7 +132,7 @@ def write_study(
     """
     clips = _by_model(folders)
     rng = np.random.default_rng(seed)
-    comparisons = _comparisons(clips, rng, most)
+    comparisons = _comparisons(clips, rng, max_pairs)
     shown, videos = _page_data(comparisons, clips)
     data = {"pairs": shown, "questions": _questions(), "videos": videos}
     study = hashlib.blake2b(json.dumps(data).encode(), digest_size=5).hexdigest()
@@ -141,31 +141,31 @@ def write_study(
     write_text(page, _TEMPLATE.read_text(encoding="utf-8").replace("__STUDY__", text))
     pairs = {row["id"]: asdict(each) for row, each in zip(shown, comparisons, strict=True)}
     key = page.with_suffix(".key.json")
-    about = {"study": study, "models": sorted(clips), "pairs": pairs}
-    write_text(key, json.dumps(about, indent=1))
+    study_key = {"study": study, "models": sorted(clips), "pairs": pairs}
+    write_text(key, json.dumps(study_key, indent=1))
     return key
 
 
-def study_results(answers: Sequence[Path], key: Path) -> list[Standing]:
-    """How every two models stand, question by question, from the raters' CSV files.
+def study_results(answers: Sequence[Path], key: Path) -> list[PairwiseResult]:
+    """Count the answers of the raters' CSV files for every two models and every question.
 
     A file that is given twice counts once. ValueError for a file of another study, for one that
-    is no answer sheet, and where one rater says two things of one pair.
+    is no answer sheet, and where a rater gives two answers to one question about a pair.
     """
-    about = _read_key(key)
-    given: dict[tuple[str, str, str], str] = {}
+    study_key = _read_key(key)
+    recorded: dict[tuple[str, str, str], str] = {}
     for path in answers:
-        _take_answers(path, about, given)
-    if not given:
+        _read_answers(path, study_key, recorded)
+    if not recorded:
         raise ValueError("there are no answers; give the CSV files that the raters downloaded")
     votes: dict[tuple[str, str, str], Counter[str | None]] = {}
     raters: dict[tuple[str, str, str], set[str]] = {}
-    for (rater, pair, question), answer in given.items():
-        first, second, vote = _vote(about["pairs"][pair], answer)
+    for (rater, pair, question), answer in recorded.items():
+        first, second, vote = _vote(study_key["pairs"][pair], answer)
         votes.setdefault((first, second, question), Counter())[vote] += 1
         raters.setdefault((first, second, question), set()).add(rater)
     return [
-        Standing(
+        PairwiseResult(
             first=first,
             second=second,
             question=question,
@@ -174,19 +174,19 @@ def study_results(answers: Sequence[Path], key: Path) -> list[Standing]:
             ties=votes[first, second, question][None],
             raters=len(raters[first, second, question]),
         )
-        for first, second in combinations(about["models"], 2)
+        for first, second in combinations(study_key["models"], 2)
         for question in QUESTIONS
         if (first, second, question) in votes
     ]
 
 
-def format_standings(standings: Sequence[Standing]) -> str:
+def format_study_results(results: Sequence[PairwiseResult]) -> str:
     """A Markdown table of `study_results`."""
     lines = [
         "| model | against | question | wins | losses | ties | win rate [95 %] | raters |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for each in standings:
+    for each in results:
         low, high = each.interval
         rate = "-" if math.isnan(each.win_rate) else f"{each.win_rate:.3f} [{low:.3f}, {high:.3f}]"
         question = each.question.replace("_", " ")
@@ -209,7 +209,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def _by_model(folders: Sequence[Path]) -> dict[str, Clips]:
-    clips = {folder.name: clips_of(folder) for folder in folders}
+    clips = {folder.name: finished_clips(folder) for folder in folders}
     if len(clips) < 2 or len(clips) < len(folders):
         raise ValueError(
             f"the study compares {', '.join(folder.name for folder in folders) or 'nothing'}; "
@@ -219,15 +219,17 @@ def _by_model(folders: Sequence[Path]) -> dict[str, Clips]:
 
 
 def _comparisons(
-    clips: dict[str, Clips], rng: np.random.Generator, most: int | None
+    clips: dict[str, Clips], rng: np.random.Generator, max_pairs: int | None
 ) -> list[Comparison]:
     """Pairs in the order they are shown; of two models either is on the left in half of theirs."""
-    if most is not None and most < 1:
-        raise ValueError(f"the study would have {most} pairs of each two models; give 1 or more")
+    if max_pairs is not None and max_pairs < 1:
+        raise ValueError(
+            f"the study would have {max_pairs} pairs of each two models; give 1 or more"
+        )
     found = []
     for pair in combinations(sorted(clips), 2):
         common = _common(*pair, clips)
-        chosen = [common[i] for i in rng.permutation(len(common))[:most]]
+        chosen = [common[i] for i in rng.permutation(len(common))[:max_pairs]]
         for turn, (number, seed) in enumerate(chosen, start=int(rng.integers(2))):
             left, right = pair if turn % 2 else pair[::-1]
             found.append(Comparison(left=left, right=right, prompt_number=number, seed=seed))
@@ -284,49 +286,49 @@ def _data_uri(path: Path) -> str:
 
 def _read_key(key: Path) -> dict[str, Any]:
     try:
-        about: dict[str, Any] = json.loads(key.read_text(encoding="utf-8"))
-        if not {"study", "models", "pairs"} <= set(about):
+        study_key: dict[str, Any] = json.loads(key.read_text(encoding="utf-8"))
+        if not {"study", "models", "pairs"} <= set(study_key):
             raise ValueError("it lacks study, models or pairs")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{key} is not the key of a study ({error}); give the .key.json beside its page"
         ) from None
-    return about
+    return study_key
 
 
-def _take_answers(
-    path: Path, about: dict[str, Any], given: dict[tuple[str, str, str], str]
+def _read_answers(
+    path: Path, study_key: dict[str, Any], recorded: dict[tuple[str, str, str], str]
 ) -> None:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         if not set(_COLUMNS) <= set(reader.fieldnames or ()):
             raise ValueError(f"{path} lacks columns; an answer sheet has {', '.join(_COLUMNS)}")
         for row in reader:
-            _take_answer(f"{path}, line {reader.line_num}", row, about, given)
+            _record_answer(f"{path}, line {reader.line_num}", row, study_key, recorded)
 
 
-def _take_answer(
+def _record_answer(
     where: str,
     row: dict[str, str],
-    about: dict[str, Any],
-    given: dict[tuple[str, str, str], str],
+    study_key: dict[str, Any],
+    recorded: dict[tuple[str, str, str], str],
 ) -> None:
-    if row["study"] != about["study"]:
+    if row["study"] != study_key["study"]:
         raise ValueError(
-            f"{where}: this is study {row['study']}, the key is of {about['study']}; "
+            f"{where}: this is study {row['study']}, the key is of {study_key['study']}; "
             "give the key that was written with the page"
         )
-    known = {"pair": about["pairs"], "question": QUESTIONS, "answer": ANSWERS}
+    known = {"pair": study_key["pairs"], "question": QUESTIONS, "answer": ANSWERS}
     for column, values in known.items():
         if row[column] not in values:
             raise ValueError(
                 f"{where}: the study has no {column} {row[column]!r}; give the file as downloaded"
             )
     at = (row["rater"], row["pair"], row["question"])
-    if given.setdefault(at, row["answer"]) != row["answer"]:
+    if recorded.setdefault(at, row["answer"]) != row["answer"]:
         raise ValueError(
             f"{where}: rater {at[0]} answers {at[2]} of pair {at[1]} with {row['answer']}, and in "
-            f"another place with {given[at]}; give the rater's newest file alone"
+            f"another place with {recorded[at]}; give the rater's newest file alone"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from .evaluate import Candidate
 
-VBENCH_FREE = (
+VBENCH_ANY_PROMPT = (
     *("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree"),
     *("aesthetic_quality", "imaging_quality"),
 )
@@ -19,7 +19,7 @@ VBENCH_FREE = (
 
 
 def vbench_scores(candidate: Candidate) -> dict[str, float]:
-    """VBench's averages by dimension, read where it has run since the videos were made, else made.
+    """VBench's averages by dimension: read where it has run on these videos, else computed.
 
     By the package `vbench`: all dimensions where every prompt is one of its own, else those that
     take any. ValueError, which says how to go on, without the package.
@@ -27,7 +27,7 @@ def vbench_scores(candidate: Candidate) -> dict[str, float]:
     scores = _vbench_results(candidate)
     if scores:
         return scores
-    folder, results = lay_out_for_vbench(candidate), candidate.folder / "vbench_results"
+    folder, results = link_for_vbench(candidate), candidate.folder / "vbench_results"
     try:
         import vbench
     except ImportError:
@@ -35,22 +35,22 @@ def vbench_scores(candidate: Candidate) -> dict[str, float]:
             "--vbench needs the package vbench, which is not installed here and wants older "
             "packages than this project: install it in an environment of its own, run there "
             f"`vbench evaluate --videos_path {folder} --output_path {results} --mode custom_input "
-            f"--dimension {' '.join(VBENCH_FREE)}`, then this command again"
+            f"--dimension {' '.join(VBENCH_ANY_PROMPT)}`, then this command again"
         ) from None
     info = Path(vbench.__file__).with_name("VBench_full_info.json")
     known = {each["prompt_en"] for each in json.loads(info.read_text(encoding="utf-8"))}
     own = known.issuperset(candidate.evaluation.prompts.values())
-    judge = vbench.VBench(torch.device(candidate.evaluation.device), str(info), str(results))
-    judge.evaluate(
+    benchmark = vbench.VBench(torch.device(candidate.evaluation.device), str(info), str(results))
+    benchmark.evaluate(
         videos_path=str(folder),
         name=candidate.name,
-        dimension_list=None if own else list(VBENCH_FREE),
+        dimension_list=None if own else list(VBENCH_ANY_PROMPT),
         mode="vbench_standard" if own else "custom_input",
     )
     return _vbench_results(candidate)
 
 
-def lay_out_for_vbench(candidate: Candidate) -> Path:
+def link_for_vbench(candidate: Candidate) -> Path:
     """A folder of the videos as VBench names them, `PROMPT-INDEX.mp4`; links where they can be.
 
     ValueError for a prompt that cannot be a file's name.

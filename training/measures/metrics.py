@@ -151,7 +151,7 @@ def first_frame_copy(video: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class ImageStatistics:
     """The statistics of some images, each in per cent of the full range."""
 
     red: float
@@ -172,9 +172,9 @@ class Look:
 class Drift:
     """How the look of a video changes from window to window."""
 
-    early: Look
+    early: ImageStatistics
     """The first window."""
-    late: Look
+    late: ImageStatistics
     """The last whole window."""
     sharpness_std: float
     """Standard deviation of the windows' sharpness, in its unit: a stand-in, see `drift`."""
@@ -195,9 +195,11 @@ def drift(video: Tensor, window_images: int) -> Drift:
     less than two windows.
     """
     _check(video)
-    looks = [look(video[part]) for part in windows(len(video), window_images)]
-    sharpness = torch.tensor([each.sharpness for each in looks], dtype=torch.float64)
-    return Drift(early=looks[0], late=looks[-1], sharpness_std=float(sharpness.std(correction=0)))
+    statistics = [image_statistics(video[part]) for part in windows(len(video), window_images)]
+    sharpness = torch.tensor([each.sharpness for each in statistics], dtype=torch.float64)
+    return Drift(
+        early=statistics[0], late=statistics[-1], sharpness_std=float(sharpness.std(correction=0))
+    )
 
 
 def windows(num_images: int, window_images: int) -> list[slice]:
@@ -211,11 +213,13 @@ def windows(num_images: int, window_images: int) -> list[slice]:
     return [slice(i * window_images, (i + 1) * window_images) for i in range(count)]
 
 
-def look(images: Tensor) -> Look:
+def image_statistics(images: Tensor) -> ImageStatistics:
     """The statistics of images [T, 3, H, W] in [0, 1]."""
-    parts = torch.cat([_looks(part.float()) for part in images.split(GROUP)])
+    parts = torch.cat([_statistics(part.float()) for part in images.split(GROUP)])
     means = (100 * parts.cpu().double().mean(0)).tolist()
-    return Look(**dict(zip((each.name for each in fields(Look)), means, strict=True)))
+    return ImageStatistics(
+        **dict(zip((each.name for each in fields(ImageStatistics)), means, strict=True))
+    )
 
 
 def measure(
@@ -348,8 +352,8 @@ def _ssim(images: Tensor, other: Tensor) -> Tensor:
     return (alike / ((mean**2 + other_mean**2 + low) * (spread + high))).mean(dim=(1, 2))
 
 
-def _looks(images: Tensor) -> Tensor:
-    """Per image the six numbers of a `Look` in their order, [T, 6] in [0, 1]."""
+def _statistics(images: Tensor) -> Tensor:
+    """Per image the six numbers of a `ImageStatistics` in their order, [T, 6] in [0, 1]."""
     luma = _luma(images)
     along_x, along_y = _gradient(luma)
     columns = [

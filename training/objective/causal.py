@@ -1,8 +1,8 @@
 """A clip through the causal student under autograd: the streaming window as part of the graph.
 
 `KVCache` overwrites memory that is allocated once, which autograd cannot follow. Here the same
-window is made of values: frames enter it as the network made them, leave into the sink by the
-cache's own average, and gradients go back along every one of those ways.
+window is immutable: the frames of a chunk are appended, evicted frames are averaged into the sink
+as the cache does it, and gradients flow back through both.
 
 Letters: B batch, L tokens of a chunk, T tokens of a frame, H heads, D channels of a head, N chunks.
 """
@@ -21,24 +21,24 @@ from rf_core.model import PromptContext, WanModel
 from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import flow_to_x0
 
-Frames = tuple[Tensor, ...]
+FramesKV = tuple[Tensor, ...]
 """Keys, or values, of latent frames in one layer, [B, T, H, D] each."""
-Layers = tuple[tuple[Frames, Frames], ...]
+LayersKV = tuple[tuple[FramesKV, FramesKV], ...]
 """Keys and values of latent frames in every layer."""
 
 
-def no_past(num_layers: int) -> Layers:
-    """What a first chunk sees."""
+def empty_past(num_layers: int) -> LayersKV:
+    """The empty window that the first chunk sees."""
     return (((), ()),) * num_layers
 
 
-class Slot:
-    """One pass over one chunk: what it sees of earlier ones, and what it leaves (`KeyValues`).
+class ChunkKV:
+    """Keys and values of one pass over a chunk: those of the past, and its own (`KeyValues`).
 
-    No dataclass: FSDP would look into it for tensors, and hand every block a copy of its own.
+    Not a dataclass: FSDP would search it for tensors and give every block a copy.
     """
 
-    def __init__(self, past: Layers, grid: Grid) -> None:
+    def __init__(self, past: LayersKV, grid: Grid) -> None:
         """`past` is the window before the chunk, `grid` that of its frames."""
         self.past, self.grid = past, grid
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, [B, L, H, D] each
@@ -48,12 +48,12 @@ class Slot:
         """Latent frames of the window that lie before the chunk."""
         return len(self.past[0][0])
 
-    def layer(self, index: int) -> LayerSlot:
+    def layer(self, index: int) -> LayerKV:
         """The window of one layer."""
-        return LayerSlot(self, index)
+        return LayerKV(self, index)
 
-    def followed(self) -> Layers:
-        """The window with what the pass has left at its end."""
+    def extended(self) -> LayersKV:
+        """The window with the chunk's own keys and values appended."""
         own = (self.own[layer] for layer in range(len(self.past)))
         tokens = self.grid.frame_tokens
         return tuple(
@@ -62,68 +62,68 @@ class Slot:
         )
 
 
-class LayerSlot:
-    """One layer of a `Slot`."""
+class LayerKV:
+    """One layer of a `ChunkKV`."""
 
-    def __init__(self, slot: Slot, index: int) -> None:
-        self.slot, self.index = slot, index
+    def __init__(self, chunk_kv: ChunkKV, index: int) -> None:
+        self.chunk_kv, self.index = chunk_kv, index
 
     def extend(self, k_BLHD: Tensor, rotated_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """The window's rotated keys, and values, with the chunk's at the end; gradients pass.
+        """The window's rotated keys, and its values, with the chunk's appended; differentiable.
 
-        What the pass leaves is what it was first given: a recomputation changes nothing.
+        The first call of a pass stores the chunk's keys and values; a recomputation does not.
         """
-        self.slot.own.setdefault(self.index, (k_BLHD, v_BLHD))
-        keys, values = self.slot.past[self.index]
+        self.chunk_kv.own.setdefault(self.index, (k_BLHD, v_BLHD))
+        keys, values = self.chunk_kv.past[self.index]
         if not keys:
             return rotated_BLHD, v_BLHD
         context = torch.cat(keys, dim=1).to(k_BLHD.dtype)
-        rope = rope_table(len(keys), self.slot.grid, k_BLHD.shape[-1], k_BLHD.device)
+        rope = rope_table(len(keys), self.chunk_kv.grid, k_BLHD.shape[-1], k_BLHD.device)
         rotated = torch.cat([apply_rope(context, rope), rotated_BLHD], dim=1)
         return rotated, torch.cat([*(v.to(v_BLHD.dtype) for v in values), v_BLHD], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Frames in the order sink, previous chunks; a value, of which a chunk makes the next one."""
+    """An immutable window of keys and values: sink frames first, then those of past chunks."""
 
     config: CacheConfig
     """Window, sink and decay, as of `KVCache`."""
     grid: Grid
-    """Tokens of a frame."""
-    layers: Layers
-    """What it holds."""
+    """Token grid of a frame."""
+    layers: LayersKV
+    """Keys and values of its frames, in every layer."""
 
     @classmethod
     def empty(cls, config: CacheConfig, num_layers: int, grid: Grid) -> Window:
         """The window before the first chunk."""
-        return cls(config=config, grid=grid, layers=no_past(num_layers))
+        return cls(config=config, grid=grid, layers=empty_past(num_layers))
 
     @property
     def num_frames(self) -> int:
         """Latent frames in it."""
         return len(self.layers[0][0])
 
-    def opened(self) -> Window:
-        """With room for a chunk: the oldest frames past the window have left into the sink."""
+    def evicted(self) -> Window:
+        """With room for a chunk: frames that no longer fit are averaged into the sink."""
         overflow = self.num_frames + self.config.chunk_frames - self.config.window_frames
         if overflow <= 0:
             return self
         layers = tuple(
-            (self._without(keys, overflow, keys=True), self._without(values, overflow, keys=False))
+            (self._evict(keys, overflow, keys=True), self._evict(values, overflow, keys=False))
             for keys, values in self.layers
         )
         return replace(self, layers=layers)
 
-    def slot(self) -> Slot:
-        """Of one pass over the chunk that comes next; `opened` has made room for it."""
-        return Slot(self.layers, self.grid)
+    def chunk_kv(self) -> ChunkKV:
+        """For a pass over the next chunk; call `evicted` first."""
+        return ChunkKV(self.layers, self.grid)
 
-    def followed_by(self, slot: Slot) -> Window:
-        """With what a pass has left at the end."""
-        return replace(self, layers=slot.followed())
+    def appended(self, chunk_kv: ChunkKV) -> Window:
+        """With the keys and values of a pass at its end."""
+        return replace(self, layers=chunk_kv.extended())
 
-    def _without(self, frames: Frames, count: int, *, keys: bool) -> Frames:
+    def _evict(self, frames: FramesKV, count: int, *, keys: bool) -> FramesKV:
         c = self.config
         sink, gone = frames[: c.sink_frames], frames[c.sink_frames : c.sink_frames + count]
         if sink and c.decay < 1:
@@ -159,21 +159,21 @@ def predict_clip(
         raise ValueError(f"a clip of {frames} latent frames is not whole chunks of {size}")
     dtype = dtype or model.patch_embedding.weight.dtype
     grid = Grid.of_latents(*noisy.shape[-2:], model.config.patch_size)
-    window, guesses = Window.empty(config, model.config.num_layers, grid), []
+    window, predictions = Window.empty(config, model.config.num_layers, grid), []
     for start in range(0, frames, size):
-        window = window.opened()
+        window = window.evicted()
         x, at = noisy[:, :, start : start + size], timestep_BF[:, start : start + size]
-        slot = window.slot()
-        x0 = flow_to_x0(model(x.to(dtype), at, prompt, slot, attention), x, at)
+        chunk_kv = window.chunk_kv()
+        x0 = flow_to_x0(model(x.to(dtype), at, prompt, chunk_kv, attention), x, at)
         if clean is not None and start + size < frames:
-            slot, known = window.slot(), clean[:, :, start : start + size].to(dtype)
-            unread = model(known, torch.zeros_like(at), prompt, slot, attention)
+            chunk_kv, known = window.chunk_kv(), clean[:, :, start : start + size].to(dtype)
+            unused = model(known, torch.zeros_like(at), prompt, chunk_kv, attention)
             # FSDP gathers weights for a backward pass where it enters by the network's output. This
             # one enters by keys and values; the output must be a part of the graph all the same.
-            x0 = x0 + 0 * unread.float().mean()
-        guesses.append(x0)
-        window = window.followed_by(slot)
-    return torch.cat(guesses, dim=2)
+            x0 = x0 + 0 * unused.float().mean()
+        predictions.append(x0)
+        window = window.appended(chunk_kv)
+    return torch.cat(predictions, dim=2)
 
 
 def chunk_errors(x0: Tensor, target: Tensor, chunk_frames: int) -> Tensor:

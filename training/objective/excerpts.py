@@ -1,4 +1,4 @@
-"""Excerpts: single chunks of a stream, each with what the stream lets it see of its past.
+"""Excerpts: single chunks of a stream, each with the past that a stream would keep for it.
 
 A network learns to continue from three kinds of chunk:
 
@@ -26,7 +26,7 @@ from rf_core.layers import PromptKV
 from rf_core.model import PromptContext, WanModel
 from rf_core.ranges import MANY, check_numbers
 
-from .causal import Layers, Slot, no_past
+from .causal import ChunkKV, LayersKV, empty_past
 from .tensors import Tensors
 
 KINDS = ("opening", "second", "later")
@@ -50,88 +50,90 @@ class ExcerptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Excerpts(Tensors):
-    """What the three chunks of N excerpts see; chunks are [N, C, F, h, w]."""
+    """The past of the three chunks of N excerpts; every chunk is [N, C, F, h, w]."""
 
     opening: Tensor
     """The first chunk of the clip."""
     before: Tensor
     """The chunk before the later one."""
-    stranger: Tensor
-    """The first chunk of another clip, for sinks that are stale."""
+    other_opening: Tensor
+    """The first chunk of another clip: what a stale sink is mixed with."""
     recached: Tensor
     """Whether `before` is run under the later chunk's prompt, bool [N]."""
     later_embeds: Tensor
     """The prompt of the later chunk, [N, S, D]."""
-    stranger_embeds: Tensor
+    other_embeds: Tensor
     """The prompt of the other clip, [N, S, D]."""
-    stale: Tensor | None = None
-    """How much of the sink is the other clip's, [N]; None where no sink is stale."""
+    sink_mix: Tensor | None = None
+    """The other clip's share of the sink, [N] in [0, 1]; None where no sink is stale."""
 
-    def part(self, rows: slice) -> Excerpts:
-        """Some of them."""
+    def select(self, rows: slice) -> Excerpts:
+        """Some of the N excerpts."""
         return Excerpts(**{name: each[rows] for name, each in self.tensors().items()})
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What there is, by name."""
+        """The tensors that are not None, by field name."""
         every = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: tensor for name, tensor in every.items() if tensor is not None}
 
 
-LATENTS = ("opening", "before", "stranger")
-STORED = (*LATENTS, "recached", "later_embeds", "stranger_embeds")
+LATENT_FIELDS = ("opening", "before", "other_opening")
+SAVED_FIELDS = (*LATENT_FIELDS, "recached", "later_embeds", "other_embeds")
 
 
-def shown(
+def augment_past(
     excerpts: Excerpts, config: ExcerptConfig, generators: Sequence[torch.Generator]
 ) -> Excerpts:
-    """Excerpts as a network sees them: noise on past chunks, and some sinks stale."""
-    chunks = torch.stack([getattr(excerpts, name).float() for name in LATENTS])
+    """Add noise to past chunks and make some sinks stale; one generator an excerpt."""
+    chunks = torch.stack([getattr(excerpts, name).float() for name in LATENT_FIELDS])
     noise = [torch.randn(chunks[:, 0].shape, generator=each) for each in generators]
     stale, share = torch.stack([torch.rand(2, generator=each) for each in generators], dim=1)
     chunks = chunks + config.context_noise * torch.stack(noise, dim=1)
     return replace(
         excerpts,
-        **dict(zip(LATENTS, chunks, strict=True)),
-        stale=share * (stale < config.stale_sink_share) if config.stale_sink_share else None,
+        **dict(zip(LATENT_FIELDS, chunks, strict=True)),
+        sink_mix=share * (stale < config.stale_sink_share) if config.stale_sink_share else None,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """The prompts of a batch of excerpts, read by one network."""
+class ExcerptPrompts:
+    """Cross-attention keys and values of a batch's prompts, by the chunk that reads them."""
 
     first: PromptContext
-    """Of the opening and the second chunk."""
+    """The prompt of the opening and of the second chunk."""
     later: PromptContext
-    """Of the later chunk."""
+    """The prompt of the later chunk."""
     before: PromptContext
-    """Of the chunk before it."""
-    stranger: PromptContext | None
-    """Of the other clip, where sinks are stale."""
+    """The prompt of the chunk before the later one."""
+    other_opening: PromptContext | None
+    """The prompt of the other clip; None where no sink is stale."""
 
     @classmethod
-    def read(
+    def from_embeds(
         cls, model: WanModel, embeds: Tensor, excerpts: Excerpts, dtype: torch.dtype
-    ) -> Prompts:
-        """`embeds` are the clips' prompts, [N, S, D]; `dtype` is what the network computes in."""
+    ) -> ExcerptPrompts:
+        """From the clips' prompts, [N, S, D]; `dtype` is what the network computes in."""
         first = model.prompt_context(embeds.to(dtype))
         later = model.prompt_context(excerpts.later_embeds.to(dtype))
-        stale = excerpts.stale is not None
+        other = None
+        if excerpts.sink_mix is not None:
+            other = model.prompt_context(excerpts.other_embeds.to(dtype))
         return cls(
             first=first,
             later=later,
-            before=choose(excerpts.recached, later, first),
-            stranger=model.prompt_context(excerpts.stranger_embeds.to(dtype)) if stale else None,
+            before=select_prompt(excerpts.recached, later, first),
+            other_opening=other,
         )
 
     @property
-    def of_targets(self) -> tuple[PromptContext, PromptContext, PromptContext]:
-        """In the order of `KINDS`."""
+    def by_chunk(self) -> tuple[PromptContext, PromptContext, PromptContext]:
+        """The prompts of the three chunks, in the order of `KINDS`."""
         return self.first, self.first, self.later
 
 
-def choose(which_B: Tensor, yes: PromptContext, no: PromptContext) -> PromptContext:
-    """Sample by sample one of two prompts."""
+def select_prompt(which_B: Tensor, yes: PromptContext, no: PromptContext) -> PromptContext:
+    """`yes` for the samples where `which_B` is true, `no` for the others."""
     mask = which_B[:, None, None, None]
     return tuple(
         PromptKV(torch.where(mask, a.k_BSHD, b.k_BSHD), torch.where(mask, a.v_BSHD, b.v_BSHD))
@@ -140,51 +142,51 @@ def choose(which_B: Tensor, yes: PromptContext, no: PromptContext) -> PromptCont
 
 
 @dataclass(frozen=True)
-class Pasts:
-    """What each kind of chunk sees of earlier ones."""
+class PastKV:
+    """Keys and values of the past that each kind of chunk attends to."""
 
-    layers: tuple[Layers, Layers, Layers]
+    layers: tuple[LayersKV, LayersKV, LayersKV]
     """Keys and values, in the order of `KINDS`."""
-    unread: Tensor
-    """Zero, made of the passes' outputs."""
+    zero: Tensor
+    """A scalar 0 that depends on the outputs of the clean passes; add it to the loss's graph."""
 
 
-def pasts(
+def past_kv(
     model: WanModel,
     excerpts: Excerpts,
-    prompts: Prompts,
+    prompts: ExcerptPrompts,
     *,
     attention: Attention = sdpa,
     dtype: torch.dtype,
-) -> Pasts:
-    """The pasts of excerpts, by clean passes over the chunks before; gradients pass into those."""
+) -> PastKV:
+    """Run clean passes over the past chunks of excerpts. Gradients go back through these passes."""
     grid = Grid.of_latents(*excerpts.opening.shape[-2:], model.config.patch_size)
-    nothing, outputs = no_past(model.config.num_layers), []
+    empty, outputs = empty_past(model.config.num_layers), []
 
-    def after(latents: Tensor, prompt: PromptContext, past: Layers) -> Layers:
-        slot, at = Slot(past, grid), latents.new_zeros(latents.shape[0], latents.shape[2])
-        outputs.append(model(latents.to(dtype), at, prompt, slot, attention))
-        return slot.followed()
+    def after(latents: Tensor, prompt: PromptContext, past: LayersKV) -> LayersKV:
+        chunk_kv, at = ChunkKV(past, grid), latents.new_zeros(latents.shape[0], latents.shape[2])
+        outputs.append(model(latents.to(dtype), at, prompt, chunk_kv, attention))
+        return chunk_kv.extended()
 
-    opening = after(excerpts.opening, prompts.first, nothing)
+    opening = after(excerpts.opening, prompts.first, empty)
     before = after(excerpts.before, prompts.before, opening)
-    if excerpts.stale is not None:
-        assert prompts.stranger is not None
-        other = after(excerpts.stranger, prompts.stranger, nothing)
-        before = _with_sink(before, other, excerpts.stale)
+    if excerpts.sink_mix is not None:
+        assert prompts.other_opening is not None
+        other = after(excerpts.other_opening, prompts.other_opening, empty)
+        before = _with_sink(before, other, excerpts.sink_mix)
     # FSDP gathers weights for a backward pass where it enters by the network's output. This one
     # enters by keys and values; outputs must be a part of the graph all the same.
-    unread = 0 * torch.stack([each.float().mean() for each in outputs]).sum()
-    return Pasts((nothing, opening, before), unread)
+    zero = 0 * torch.stack([each.float().mean() for each in outputs]).sum()
+    return PastKV((empty, opening, before), zero)
 
 
-def _with_sink(window: Layers, other: Layers, share_B: Tensor) -> Layers:
-    """A window whose first frames are mixed with those of another."""
+def _with_sink(window: LayersKV, other: LayersKV, share_B: Tensor) -> LayersKV:
+    """The window with its sink frames interpolated towards `other`, by a share for each sample."""
 
-    def mixed(frames: Sequence[Tensor], strange: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def mixed(frames: Sequence[Tensor], other_frames: Sequence[Tensor]) -> tuple[Tensor, ...]:
         share = share_B[:, None, None, None].to(frames[0])
-        pairs = zip(frames, strange, strict=False)  # the window goes on behind its sink
-        return (*(torch.lerp(x, y, share) for x, y in pairs), *frames[len(strange) :])
+        pairs = zip(frames, other_frames, strict=False)  # the window goes on behind its sink
+        return (*(torch.lerp(x, y, share) for x, y in pairs), *frames[len(other_frames) :])
 
     return tuple(
         (mixed(keys, other_keys), mixed(values, other_values))
@@ -197,7 +199,7 @@ def excerpt_flow(
     x: Tensor,
     timestep_BF: Tensor,
     prompts: Sequence[PromptContext],
-    past: Pasts,
+    past: PastKV,
     *,
     attention: Attention = sdpa,
     dtype: torch.dtype,
@@ -206,9 +208,14 @@ def excerpt_flow(
 
     `prompts` are the three chunks', in the order of `KINDS`.
     """
-    grid, size = Grid.of_latents(*x.shape[-2:], model.config.patch_size), x.shape[2] // len(KINDS)
+    grid, size = (
+        Grid.of_latents(*x.shape[-2:], model.config.patch_size),
+        x.shape[2] // len(KINDS),
+    )
     chunks = zip(
         x.to(dtype).split(size, 2), timestep_BF.split(size, 1), prompts, past.layers, strict=True
     )
-    flows = [model(each, at, kv, Slot(layers, grid), attention) for each, at, kv, layers in chunks]
-    return torch.cat(flows, dim=2).float() + past.unread
+    flows = [
+        model(each, at, kv, ChunkKV(layers, grid), attention) for each, at, kv, layers in chunks
+    ]
+    return torch.cat(flows, dim=2).float() + past.zero

@@ -1,12 +1,12 @@
 """The losses of Re-DMD, as pure functions of tensors.
 
 Distribution matching (DMD, arXiv 2311.18828) moves a generated sample x0 along the difference of
-two scores at the same noised point: the critic's, which has learnt what the student makes, and the
-teacher's. Re-DMD (Reward Forcing, arXiv 2512.04678, sec. 3.3) weighs each sample by its reward. The
-critic learns by flow matching on what the student makes.
+two scores at the same noised point: the critic's, which has learnt the student's distribution, and
+the teacher's. Re-DMD (Reward Forcing, arXiv 2512.04678, sec. 3.3) weights each sample by its
+reward. The critic learns by flow matching on the student's samples.
 
 Latents are [B, C, F, h, w] in any order of the last four; a mask of their shape is true where the
-loss counts. Every loss is [B]: weigh, then average.
+loss counts. Every loss is [B]: weight, then average.
 """
 
 from __future__ import annotations

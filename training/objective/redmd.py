@@ -1,6 +1,6 @@
 """One update of Re-DMD: the generator's losses on a rollout, and the critic's.
 
-The teacher and the critic are bidirectional networks that see a window of the rollout; both judge
+The teacher and the critic are bidirectional networks that see a window of the rollout; both score
 it at one noised point a sample. A rollout of many windows is supervised a window at a time, as
 LongLive does (arXiv 2509.22622), so that cache and sink are trained as they are used. Losses are
 sums over samples divided by `config.batch`, whatever the size of a micro-batch: gradients
@@ -23,11 +23,11 @@ from rf_core.ranges import check_numbers
 from rf_core.scheduler import add_noise, flow_to_x0
 
 from .losses import critic_loss, generator_loss, guided, matching_direction
-from .rollout import Draws, Rollout, roll_out
+from .rollout import Rollout, RolloutDraws, roll_out
 from .tensors import Tensors
 from .weights import WeightConfig
 
-Weigher = Callable[[Tensor, int], Tensor]
+WeightFn = Callable[[Tensor, int], Tensor]
 """Weights [B] of a window's clean latents, given the window's number."""
 Anchor = Callable[[Tensor], Tensor]
 """The last of some latent frames [B, C, F, h, w] as the first frame of a clip, [B, C, 1, h, w]."""
@@ -50,11 +50,11 @@ class ReDMDConfig:
     bounds: tuple[float, float] = (20.0, 980.0)
     """Those timesteps' range, of 1000."""
     window_chunks: int = 7
-    """Chunks judged together; a longer rollout is whole windows of them."""
+    """Chunks that teacher and critic see at once; a longer rollout is whole windows of them."""
     weigh: Literal["generator", "critic"] = "generator"
-    """Whose loss a reward weighs: the generator's with exp(beta r), as published, which leaves the
-    fixed point where it is; or the critic's with exp(-beta r), which moves it to the teacher's
-    distribution tilted by exp(beta r)."""
+    """Which loss the reward weights. The generator's with exp(beta r), as published, leaves the
+    fixed point where it is; the critic's with exp(-beta r) moves it to the teacher's distribution
+    tilted by exp(beta r)."""
     batch: int = 8
     """Samples an update, over all ranks and micro-batches."""
 
@@ -88,8 +88,8 @@ class Prompts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noising(Tensors):
-    """Where scores are compared: the random part of a judgement."""
+class ScoreNoise(Tensors):
+    """Random noise and timesteps at which the scores of critic and teacher are compared."""
 
     noise: Tensor
     """As the latents, [B, C, F, h, w]."""
@@ -110,10 +110,10 @@ class Networks:
     teacher: WanModel
     critic: WanModel
     anchor: Anchor | None = None
-    """How a later window's first frame is shown; None shows it as it is."""
+    """Re-encodes the first frame of later windows; None leaves it as it is."""
     attention: Attention = sdpa
     dtype: torch.dtype | None = None
-    """What they compute in; None for that of their weights."""
+    """The dtype they compute in; None for that of their weights."""
 
     def predict_flow(
         self, network: WanModel, noisy: Tensor, timestep_BF: Tensor, prompt_embeds: Tensor
@@ -134,21 +134,21 @@ class Networks:
 def generator_losses(
     networks: Networks,
     prompts: Prompts,
-    draws: Draws,
-    noisings: Sequence[Noising],
+    draws: RolloutDraws,
+    score_noises: Sequence[ScoreNoise],
     config: ReDMDConfig,
-    weigher: Weigher | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Iterator[Tensor]:
     """A scalar loss a window, each to be called backward on before the next is asked for.
 
-    Rolls out, compares scores at one noised point a sample (`noisings`, one a window), and weighs
-    samples; `weigher` None is plain distribution matching.
+    Rolls out, compares scores at one noised point a sample, and weights samples by `weight_fn`.
+    `score_noises` has one entry a window; `weight_fn` None is plain distribution matching.
     """
     n = networks
     windows = _windows(n, prompts, draws, config, supervised=True)
-    for index, (rollout, noising) in enumerate(zip(windows, noisings, strict=True)):
-        x0, mask = _judged(rollout, n.anchor)
-        noisy, timestep = noising.apply(x0)
+    for index, (rollout, score_noise) in enumerate(zip(windows, score_noises, strict=True)):
+        x0, mask = _anchored(rollout, n.anchor)
+        noisy, timestep = score_noise.apply(x0)
         with torch.no_grad():
             fake = n.predict_x0(n.critic, noisy, timestep, prompts.cond)
             real = guided(
@@ -158,38 +158,38 @@ def generator_losses(
             )
         direction = matching_direction(x0, fake, real)
         losses = generator_loss(rollout.latents, direction, mask)
-        if weigher is not None:
-            losses = weigher(x0, index).to(losses) * losses
-        yield losses.sum() / (config.batch * len(noisings))
+        if weight_fn is not None:
+            losses = weight_fn(x0, index).to(losses) * losses
+        yield losses.sum() / (config.batch * len(score_noises))
 
 
 def critic_losses(
     networks: Networks,
     prompts: Prompts,
-    draws: Draws,
-    noisings: Sequence[Noising],
+    draws: RolloutDraws,
+    score_noises: Sequence[ScoreNoise],
     config: ReDMDConfig,
-    weigher: Weigher | None = None,
+    weight_fn: WeightFn | None = None,
 ) -> Iterator[Tensor]:
     """As `generator_losses`, of the critic on a rollout without gradient."""
     n = networks
     windows = _windows(n, prompts, draws, config, supervised=False)
-    for index, (rollout, noising) in enumerate(zip(windows, noisings, strict=True)):
-        x0, _ = _judged(rollout, n.anchor)
-        noisy, timestep = noising.apply(x0)
+    for index, (rollout, score_noise) in enumerate(zip(windows, score_noises, strict=True)):
+        x0, _ = _anchored(rollout, n.anchor)
+        noisy, timestep = score_noise.apply(x0)
         flow = n.predict_flow(n.critic, noisy, timestep, prompts.cond)
-        losses = critic_loss(flow.float(), x0, noising.noise)
-        if weigher is not None:
-            losses = weigher(x0, index).to(losses) * losses
-        yield losses.sum() / (config.batch * len(noisings))
+        losses = critic_loss(flow.float(), x0, score_noise.noise)
+        if weight_fn is not None:
+            losses = weight_fn(x0, index).to(losses) * losses
+        yield losses.sum() / (config.batch * len(score_noises))
 
 
-def judged_latents(
-    networks: Networks, prompts: Prompts, draws: Draws, config: ReDMDConfig
+def rollout_latents(
+    networks: Networks, prompts: Prompts, draws: RolloutDraws, config: ReDMDConfig
 ) -> Iterator[Tensor]:
-    """What a reward sees of a rollout: each window's clean latents, without gradient."""
+    """The clean latents of each window of a rollout, as a reward scores them; no gradient."""
     for rollout in _windows(networks, prompts, draws, config, supervised=False):
-        yield _judged(rollout, networks.anchor)[0]
+        yield _anchored(rollout, networks.anchor)[0]
 
 
 def num_windows(frames: int, config: ReDMDConfig) -> int:
@@ -204,7 +204,7 @@ def num_windows(frames: int, config: ReDMDConfig) -> int:
 
 
 def _windows(
-    networks: Networks, prompts: Prompts, draws: Draws, config: ReDMDConfig, supervised: bool
+    networks: Networks, prompts: Prompts, draws: RolloutDraws, config: ReDMDConfig, supervised: bool
 ) -> Iterator[Rollout]:
     windows = num_windows(draws.noise.shape[2], config)
     return roll_out(
@@ -221,8 +221,8 @@ def _windows(
 
 
 @torch.no_grad()
-def _judged(rollout: Rollout, anchor: Anchor | None) -> tuple[Tensor, Tensor | None]:
-    """A window's latents as teacher, critic and reward see them, and where the loss counts."""
+def _anchored(rollout: Rollout, anchor: Anchor | None) -> tuple[Tensor, Tensor | None]:
+    """A window's latents with an anchored first frame, and the mask of where the loss counts."""
     x0 = rollout.latents.detach()
     if anchor is None or not rollout.past.shape[2]:
         return x0, None

@@ -30,39 +30,39 @@ T = TypeVar("T", bound=KeyValues)
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A window of what a rollout made: some chunks that follow each other."""
+    """A window of a rollout: consecutive chunks."""
 
     latents: Tensor
     """Clean latents [B, C, F, h, w], with gradient where the window is supervised."""
     past: Tensor
     """The clean latents of the chunk before it, without gradient; no frames for the first."""
     timestep: float
-    """The exit step's: how noised the input of that last pass was."""
+    """Of the exit step, at which the last pass denoises."""
     num_evictions: int
-    """How often the cache has given frames to the sink so far."""
+    """How often the cache has evicted frames into the sink so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draws(Tensors):
+class RolloutDraws(Tensors):
     """The random part of a rollout; the same draws give the same rollout."""
 
     noise: Tensor
     """What chunks start from, [B, C, F, h, w], F whole chunks."""
     renoise: Tensor
-    """What goes back in between passes, [steps - 1, B, C, F, h, w]."""
+    """Noise that is added again between passes, [steps - 1, B, C, F, h, w]."""
     exit_step: int
-    """The pass that ends every chunk, from 0; shared by all chunks, samples and ranks."""
+    """The last denoising step of every chunk, from 0; shared by all chunks, samples and ranks."""
 
 
-def draw(
+def random_draws(
     shape: tuple[int, ...], sampler: SamplerConfig, generator: torch.Generator | None = None
-) -> Draws:
+) -> RolloutDraws:
     """Noise for latents of `shape` [B, C, F, h, w] and a uniform exit step.
 
     Seed the generator per rank, then share the exit step over ranks.
     """
     steps = len(sampler.steps)
-    return Draws(
+    return RolloutDraws(
         noise=torch.randn(shape, generator=generator),
         renoise=torch.randn((steps - 1, *shape), generator=generator),
         exit_step=int(torch.randint(steps, (), generator=generator)),
@@ -72,7 +72,7 @@ def draw(
 def roll_out(
     model: WanModel,
     prompt_embeds: Tensor,
-    draws: Draws,
+    draws: RolloutDraws,
     sampler: SamplerConfig,
     cache_config: CacheConfig,
     *,
@@ -114,7 +114,9 @@ def roll_out(
     past = draws.noise[:, :, :0]
     for first in range(0, len(parts), per_window):
         student = _Student(model, prompt_embeds.to(dtype), cache, attention, dtype, supervised)
-        chunks = [student.make(*part, timesteps) for part in parts[first : first + per_window]]
+        chunks = [
+            student.next_chunk(*part, timesteps) for part in parts[first : first + per_window]
+        ]
         latents = torch.cat(chunks, dim=2)
         yield Rollout(
             latents=latents,
@@ -126,12 +128,12 @@ def roll_out(
 
 
 def detached(prompt: PromptContext) -> PromptContext:
-    """The same prompt, through which no gradient goes."""
+    """The same prompt without gradient."""
     return tuple(PromptKV(kv.k_BSHD.detach(), kv.v_BSHD.detach()) for kv in prompt)
 
 
 class _Student:
-    """The network in the middle of a rollout, with one reading of the prompt."""
+    """The student and its cache during one window, with the prompt's keys and values."""
 
     def __init__(
         self,
@@ -146,35 +148,37 @@ class _Student:
         self.supervised = supervised
         with torch.set_grad_enabled(supervised):
             self.prompt = model.prompt_context(prompt_embeds)
-        self.still = detached(self.prompt)
+        self.detached_prompt = detached(self.prompt)
 
-    def make(self, noise: Tensor, renoise: Tensor, timesteps: Sequence[float]) -> Tensor:
+    def next_chunk(self, noise: Tensor, renoise: Tensor, timesteps: Sequence[float]) -> Tensor:
         """The next chunk, with gradient through the last of `timesteps`' passes."""
         self.cache.advance()
         x = noise
         with torch.no_grad():
             for step, timestep in enumerate(timesteps[:-1]):
-                x0 = self._guess(x, timestep, self.still, self.cache)
-                x = add_noise(x0, renoise[step], _everywhere(x0, timesteps[step + 1]))
+                x0 = self._predict_x0(x, timestep, self.detached_prompt, self.cache)
+                x = add_noise(x0, renoise[step], _all_frames(x0, timesteps[step + 1]))
         with torch.set_grad_enabled(self.supervised):
             context = self.cache.snapshot() if self.supervised else self.cache
-            x0 = self._guess(x, timesteps[-1], self.prompt, context)
+            x0 = self._predict_x0(x, timesteps[-1], self.prompt, context)
         with torch.no_grad():
             clean = x0.detach()
             self.model.write_cache(
-                clean.to(self.dtype), *self._seen(clean, 0.0, self.still, self.cache)
+                clean.to(self.dtype), *self._inputs(clean, 0.0, self.detached_prompt, self.cache)
             )
         return x0
 
-    def _guess(self, x: Tensor, timestep: float, prompt: PromptContext, cache: KeyValues) -> Tensor:
-        flow = self.model(x.to(self.dtype), *self._seen(x, timestep, prompt, cache))
-        return flow_to_x0(flow, x, _everywhere(x, timestep))
+    def _predict_x0(
+        self, x: Tensor, timestep: float, prompt: PromptContext, cache: KeyValues
+    ) -> Tensor:
+        flow = self.model(x.to(self.dtype), *self._inputs(x, timestep, prompt, cache))
+        return flow_to_x0(flow, x, _all_frames(x, timestep))
 
-    def _seen(
+    def _inputs(
         self, x: Tensor, timestep: float, prompt: PromptContext, cache: T
     ) -> tuple[Tensor, PromptContext, T, Attention]:
-        return _everywhere(x, timestep), prompt, cache, self.attention
+        return _all_frames(x, timestep), prompt, cache, self.attention
 
 
-def _everywhere(x: Tensor, timestep: float) -> Tensor:
+def _all_frames(x: Tensor, timestep: float) -> Tensor:
     return x.new_full((x.shape[0], x.shape[2]), timestep)

@@ -11,7 +11,7 @@ T = TypeVar("T", bound="Tensors")
 
 
 class Tensors:
-    """Base of such a dataclass, whose fields may be tensors, others of its kind, or anything."""
+    """Base of such a dataclass. Fields with a `to` method are moved, others are kept."""
 
     def to(self: T, device: torch.device) -> T:
         """The same on another device."""

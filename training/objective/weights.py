@@ -1,9 +1,9 @@
-"""From scores to weights: how much a finished sample counts.
+"""Reward weights: how much each sample counts in the loss.
 
 The weight of a sample is exp(beta r) of one score of a reward
 (Reward Forcing, arXiv 2512.04678, sec. 3.3; beta = 2 is the paper's temperature 1/2).
 Raw exponentials of a score of unit variance leave little of a batch: `effective_samples` says how
-much, and the fields below are what can be done about it.
+much; the fields below normalise them.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class WeightConfig:
             raise ValueError(f"best_of is {self.best_of}; give 1 for no choice, or more")
 
     @property
-    def of_batch(self) -> bool:
+    def depends_on_batch(self) -> bool:
         """Whether a sample's weight depends on the other samples of its update."""
         tied = (self.baseline, self.unit) != ("none", "none") or self.effective_share is not None
         return tied or self.mean_one or self.best_of > 1 or self.shuffled
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weighed:
-    """An update's weights, and what a log should say of them."""
+class SampleWeights:
+    """The weights of an update's samples, with statistics for the log."""
 
     weights: Tensor
     """[N]"""
@@ -72,10 +72,10 @@ class Weighed:
     """Of the weights over their mean: 10 %, 50 % and 90 %."""
 
 
-def weigh(score_N: Tensor, config: WeightConfig, sign: int = 1) -> Weighed:
+def sample_weights(score_N: Tensor, config: WeightConfig, sign: int = 1) -> SampleWeights:
     """Weights of an update's scores; ValueError for a score that is not finite.
 
-    `sign` -1 weighs by exp(-beta r).
+    `sign` -1 weights by exp(-beta r).
     """
     if not score_N.isfinite().all():
         raise ValueError(f"the reward gave {score_N.tolist()}; a score must be finite")
@@ -84,7 +84,7 @@ def weigh(score_N: Tensor, config: WeightConfig, sign: int = 1) -> Weighed:
         weights = weights.roll(1)
     relative = weights / weights.mean()
     low, median, high = relative.quantile(weights.new_tensor([0.1, 0.5, 0.9])).tolist()
-    return Weighed(
+    return SampleWeights(
         weights=(relative if config.mean_one else weights).float(),
         mean_score=float(score_N.mean()),
         effective_share=float(effective_samples(weights)) / len(score_N),

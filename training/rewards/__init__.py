@@ -1,1 +1,1 @@
-"""What samples are worth: the rewards, and the judge that shows them latents."""
+"""Rewards of videos, and of latents through the decoder."""

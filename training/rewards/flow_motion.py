@@ -14,7 +14,7 @@ class FlowMotionReward:
     """Motion as a `Reward`: scores `motion` and `mean_motion`, in pixels an image.
 
     They grow with speed alone, camera shake and flashing included, and with the picture's size:
-    weigh them with a baseline and unit of the batch (`training.objective.weights.WeightConfig`).
+    normalise them by the batch (`baseline`, `unit` of `training.objective.weights.WeightConfig`).
     """
 
     def __init__(self, estimate: FlowEstimator = lucas_kanade) -> None:

@@ -2,7 +2,7 @@
 
 Qwen2-VL-2B reads a few frames of a video and a questionnaire with the prompt in it; a linear head
 on the last hidden states gives a score at each of three added tokens (Liu et al., arXiv 2501.13918;
-code and weights of KwaiVGI/VideoAlign, MIT). Motion quality is what Re-DMD weighs samples by.
+code and weights of KwaiVGI/VideoAlign, MIT). Motion quality is what Re-DMD weights samples by.
 `convert` makes a folder of the release, once; `load_videoalign` opens it. transformers and
 tokenizers are imported only then; torchvision is never needed.
 """
@@ -28,8 +28,8 @@ from .videoalign_files import (
     require_fit,
 )
 from .videoalign_files import convert as convert
-from .videoalign_frames import frame_size, patches, sampled, sampled_as_published
-from .videoalign_network import Network, set_angles
+from .videoalign_frames import frame_size, patches, sample_frames, sample_frames_as_published
+from .videoalign_network import Network, set_rotary_frequencies
 from .videoalign_text import REWARD_TOKENS, SCORES, VIDEO_TOKEN, chat, load_tokenizer, token_ids
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class VideoAlignReward:
     config: VideoAlignConfig
     """The release's constants."""
     fps: float = FPS
-    """Frames a second of the videos judged, of which `config.fps` are looked at."""
+    """Frames a second of the videos scored, of which `config.fps` are looked at."""
     published: bool = False
     """Whether videos are fed as by the published Reward Forcing trainer: pixels scaled to
     [-255, 255] by mistake, and every frame. Scores are then others than VideoAlign's. (`Overall`
@@ -83,9 +83,9 @@ class VideoAlignReward:
         patch, merge = vision.patch_size, vision.spatial_merge_size
         size = frame_size(*videos.shape[-2:], self.config.max_pixels, patch * merge)
         if self.published:
-            frames = sampled_as_published(videos, size)
+            frames = sample_frames_as_published(videos, size)
         else:
-            frames = sampled(videos, self.fps, self.config.fps, size)
+            frames = sample_frames(videos, self.fps, self.config.fps, size)
         return patches(frames, patch, merge)
 
     def text_inputs(self, prompts: Sequence[str], grid: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def load_videoalign(
         network = Network(base)
     placed = {name: tensor.to(device, dtype) for name, tensor in file.tensors.items()}
     network.load_state_dict(placed, strict=True, assign=True)
-    set_angles(network, getattr(torch, config.angles))
+    set_rotary_frequencies(network, getattr(torch, config.angles))
     network.to(device).eval().requires_grad_(False)
     return VideoAlignReward(
         network=network, tokenizer=tokenizer, config=config, fps=fps, published=published

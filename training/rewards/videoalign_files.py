@@ -26,7 +26,7 @@ from rf_core.numbered import numbered
 from rf_core.weights.files import WeightFile, read_json, read_weights
 from rf_core.writing import whole_file
 
-from ..run.config import build, from_json, to_json
+from ..run.config import from_dict, from_json, to_json
 from .videoalign_network import Network
 from .videoalign_text import REWARD_TOKENS, SCORES, load_tokenizer
 
@@ -103,7 +103,7 @@ def convert(
     tokenizer = load_tokenizer(folder)
     ids = [tokenizer.token_to_id(token) for token in REWARD_TOKENS]
     config, rank, scale = _read_settings(release / "model_config.json", ids)
-    weights = _plain(path, read_weights(path).tensors, rank, scale, dtype)
+    weights = _converted(path, read_weights(path).tensors, rank, scale, dtype)
     if EMBEDDING in weights and len(weights[EMBEDDING]) != tokenizer.get_vocab_size():
         raise ValueError(
             f"{path} knows {len(weights[EMBEDDING])} tokens, the tokenizer in {folder} "
@@ -223,14 +223,14 @@ def _read_settings(path: Path, token_ids: list[int]) -> tuple[VideoAlignConfig, 
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} lacks {error}; it is not VideoReward's") from error
-    for found, wanted, name in known:
-        if found != wanted:
-            raise ValueError(f"{path}: {name} is {found!r}; only {wanted!r} can be converted")
+    for found, expected, name in known:
+        if found != expected:
+            raise ValueError(f"{path}: {name} is {found!r}; only {expected!r} can be converted")
     root = math.sqrt(rank) if lora.get("use_rslora") else rank
-    return build(VideoAlignConfig, values, str(path)), rank, alpha / root
+    return from_dict(VideoAlignConfig, values, str(path)), rank, alpha / root
 
 
-def _plain(
+def _converted(
     path: Path, tensors: Mapping[str, Tensor], rank: int, scale: float, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Weights by today's names, PEFT's parts made one; without the tied output embedding."""
@@ -243,7 +243,7 @@ def _plain(
             parts[f"{name}.{match['leaf']}"][match["part"] or "plain"] = tensor
     weights = {}
     for name, found in parts.items():
-        weights[name] = _one(path, name, found, rank, scale).to(dtype).contiguous()
+        weights[name] = _merge_parts(path, name, found, rank, scale).to(dtype).contiguous()
     return weights
 
 
@@ -260,7 +260,9 @@ def _name(path: Path, module: str) -> str | None:
     raise ValueError(f"{path} holds {module}, which is no part of a Qwen2-VL of transformers 4.45")
 
 
-def _one(path: Path, name: str, parts: dict[str, Tensor], rank: int, scale: float) -> Tensor:
+def _merge_parts(
+    path: Path, name: str, parts: dict[str, Tensor], rank: int, scale: float
+) -> Tensor:
     """One weight of its parts: plain, trained in full, or W + scale B A."""
     match sorted(parts):
         case ["plain"] | ["base_layer"]:

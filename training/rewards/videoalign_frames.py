@@ -30,8 +30,8 @@ def num_frames(total: int, video_fps: float, fps: float) -> int:
     if total < TEMPORAL_PATCH:
         raise ValueError(f"the video has {total} frames; a reward needs at least {TEMPORAL_PATCH}")
     most = math.floor(min(MAX_FRAMES, total) / TEMPORAL_PATCH) * TEMPORAL_PATCH
-    wanted = min(max(total / video_fps * fps, MIN_FRAMES), most)
-    return round(wanted / TEMPORAL_PATCH) * TEMPORAL_PATCH
+    expected = min(max(total / video_fps * fps, MIN_FRAMES), most)
+    return round(expected / TEMPORAL_PATCH) * TEMPORAL_PATCH
 
 
 def frame_numbers(total: int, video_fps: float, fps: float) -> Tensor:
@@ -57,7 +57,7 @@ def frame_size(height: int, width: int, max_pixels: int, factor: int = 28) -> tu
     return sides[0], sides[1]
 
 
-def sampled(videos: Tensor, video_fps: float, fps: float, size: tuple[int, int]) -> Tensor:
+def sample_frames(videos: Tensor, video_fps: float, fps: float, size: tuple[int, int]) -> Tensor:
     """Frames [B, N, 3, h, w], whole numbers in [0, 255], of videos [B, T, 3, H, W] in [0, 1].
 
     As from a video file: 8 bits before and after resizing.
@@ -67,7 +67,7 @@ def sampled(videos: Tensor, video_fps: float, fps: float, size: tuple[int, int])
     return _resized((frames.clamp(0, 1) * 255).round(), size).round().clamp(0, 255)
 
 
-def sampled_as_published(videos: Tensor, size: tuple[int, int]) -> Tensor:
+def sample_frames_as_published(videos: Tensor, size: tuple[int, int]) -> Tensor:
     """Frames [B, N, 3, h, w] in [-255, 255] of videos [B, T, 3, H, W] in [0, 1], N even.
 
     The published Reward Forcing trainer's mistake, kept for comparison: it takes pixels in [-1, 1]

@@ -66,7 +66,7 @@ class Network(nn.Module):
         return read.float() @ self.rm_head.weight.float().T
 
 
-def set_angles(network: Network, dtype: torch.dtype) -> None:
+def set_rotary_frequencies(network: Network, dtype: torch.dtype) -> None:
     """Rotary frequencies, which no file holds, with the rounding of a model cast to `dtype`."""
     model = network.model
     rotary = type(model.language_model.rotary_emb)(config=model.config.text_config).to(dtype)

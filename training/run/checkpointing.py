@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: torch's distributed checkpoints, of tensors alone.
+"""Checkpoints to resume from: torch's distributed checkpoints, of tensors alone.
 
 Written by any number of processes and read by any other. PyTorch would unpickle the index, and
 what else a checkpoint holds beside tensors, without a guard; here `index` reads the one, and there
@@ -30,7 +30,7 @@ from torch.futures import Future
 from rf_core.writing import WriteError
 
 from .distributed import barrier, rank
-from .index import INDEX, cut, read_chunk, read_index
+from .index import INDEX, narrow_tensor, read_chunk, read_index
 
 _log = logging.getLogger(__name__)
 
@@ -38,43 +38,43 @@ _log = logging.getLogger(__name__)
 def save(state: Mapping[str, Any], folder: Path) -> None:
     """Write a nested dictionary of tensors; `folder` is complete once it exists.
 
-    What else bears its name is somebody's, and moved aside. WriteError for a full disk.
+    Anything else of that name is renamed, not deleted. WriteError for a full disk.
     """
     unfinished = folder.with_name(f"{folder.name}.partial")
     if rank() == 0:
-        _forget(unfinished)  # of a run that was killed in here, with more processes perhaps
+        _delete_folder(unfinished)  # of a run that was killed in here, with more processes perhaps
     barrier()
     try:
-        with _quiet():
+        with _without_warnings():
             dcp.save(dict(state), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:
-        _raise_unwritten(folder, unfinished, error)
+        _raise_write_error(folder, unfinished, error)
     if rank() == 0:
         _move_aside(folder)
         unfinished.rename(folder)
     barrier()
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a folder is a checkpoint, and all of it is there: its index is written last."""
+def is_complete(folder: Path) -> bool:
+    """Whether a folder is a complete checkpoint; its index is written last."""
     return not folder.is_symlink() and (folder / INDEX).is_file()
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint; a kill in here leaves nothing that passes for one."""
+    """Delete a checkpoint. If this is interrupted, what is left is not taken for a checkpoint."""
     (folder / INDEX).unlink()
-    _forget(folder)
+    _delete_folder(folder)
 
 
-def _raise_unwritten(folder: Path, unfinished: Path, error: dcp.CheckpointException) -> NoReturn:
-    # It holds every process' failure, and is no Exception. PyTorch's writer says of a full disk
-    # that its position in the file is unexpected.
+def _raise_write_error(folder: Path, unfinished: Path, error: dcp.CheckpointException) -> NoReturn:
+    # The error holds every process' failure and is no Exception. On a full disk, PyTorch's writer
+    # reports an unexpected position in the file.
     failures = [failure for failure, _ in error.failures.values()]
     for failure in failures:
         if not isinstance(failure, OSError) and "inline_container" not in str(failure):
             raise error
     if rank() == 0:
-        _forget(unfinished)
+        _delete_folder(unfinished)
     known = [each.strerror for each in failures if isinstance(each, OSError) and each.strerror]
     raise WriteError(
         f"{folder} could not be written ({known[0] if known else 'as on a full disk'}); make room, "
@@ -82,7 +82,7 @@ def _raise_unwritten(folder: Path, unfinished: Path, error: dcp.CheckpointExcept
     ) from error
 
 
-def _forget(folder: Path) -> None:
+def _delete_folder(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
 
@@ -97,20 +97,20 @@ def _move_aside(path: Path) -> None:
 
 
 def load(state: dict[str, Any], folder: Path) -> None:
-    """Fill the tensors of `state` from a checkpoint; ValueError where it is none, or another's."""
+    """Fill the tensors of `state` from a checkpoint; ValueError where it does not fit."""
     reader = _Reader(folder, _index(folder))
     try:
-        with _quiet():
+        with _without_warnings():
             dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:  # every process' failure, and no Exception
         failures = [failure for failure, _ in error.failures.values()]
         if not all(isinstance(each, ValueError | RuntimeError) for each in failures):
             raise
-        raise ValueError(f"{folder} cannot be gone on from: {failures[0]}") from error
+        raise ValueError(f"{folder} cannot be resumed from: {failures[0]}") from error
 
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:
-    """The tensors under `part`, such as `average`, whole and by name, without a process group."""
+    """The full tensors under `part`, such as `average`, by name; needs no process group."""
     index = _index(folder)
     found = {
         name.removeprefix(f"{part}."): _read_whole(folder, index, name)
@@ -123,7 +123,7 @@ def read_part(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def _index(folder: Path) -> Metadata:
-    if not is_whole(folder):
+    if not is_complete(folder):
         raise ValueError(f"{folder} is no checkpoint of a run")
     return read_index(folder)
 
@@ -133,12 +133,12 @@ def _read_whole(folder: Path, index: Metadata, name: str) -> Tensor:
     whole = torch.empty(entry.size, dtype=entry.properties.dtype)
     for chunk in entry.chunks:
         part = read_chunk(folder, index, name, chunk.offsets)
-        cut(whole, chunk.offsets, chunk.sizes).copy_(part)
+        narrow_tensor(whole, chunk.offsets, chunk.sizes).copy_(part)
     return whole
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -159,7 +159,7 @@ class _Reader(FileSystemReader):
             name, offset = item.storage_index.fqn, item.storage_index.offset
             chunk = read_chunk(Path(self.path), self._index, name, offset)
             target = planner.resolve_tensor(item).detach()
-            target.copy_(cut(chunk, item.storage_offsets, item.lengths))
+            target.copy_(narrow_tensor(chunk, item.storage_offsets, item.lengths))
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)

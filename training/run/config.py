@@ -1,4 +1,4 @@
-"""Typed configs to plain JSON and back, and changed from a command line.
+"""Typed configs: to plain JSON and back, with overrides from a command line.
 
 A run's config is one frozen dataclass of dataclasses. It is printed in full, saved with every
 checkpoint, and read again strictly: an unknown field, a value of the wrong kind or an impossible
@@ -31,11 +31,15 @@ def from_json(kind: type[T], text: str) -> T:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the config is not JSON: {error}") from None
-    return build(kind, data)
+    return from_dict(kind, data)
 
 
-def build(kind: type[T], data: Any, at: str = "config") -> T:
-    """A dataclass of `kind` from plain values; fields that are not given keep their defaults."""
+def from_dict(kind: type[T], data: Any, at: str = "config") -> T:
+    """A dataclass of `kind` from plain values. Missing fields take their defaults.
+
+    `at` is the path of the value in the config, for messages. ValueError names a field that does
+    not fit.
+    """
     if not isinstance(data, Mapping):
         raise ValueError(f"{at} is {data!r}; give the fields of {kind.__name__}")
     hints = get_type_hints(kind)
@@ -54,7 +58,7 @@ def build(kind: type[T], data: Any, at: str = "config") -> T:
         raise ValueError(f"{at}: {str(error).partition(') ')[2] or error}") from None
 
 
-def changed(config: T, settings: Sequence[str]) -> T:
+def apply_overrides(config: T, settings: Sequence[str]) -> T:
     """The config with `path.to.field=value` settings; values are JSON, or plain text."""
     data = json.loads(to_json(config))
     for setting in settings:
@@ -68,14 +72,17 @@ def changed(config: T, settings: Sequence[str]) -> T:
                 raise ValueError(f"{path}: there is no group of fields {parent}")
             place = place[parent]
         place[name] = _read(text)
-    return build(type(config), data)
+    return from_dict(type(config), data)
 
 
-def difference(before: Any, now: Any, free: Sequence[str] = ()) -> str | None:
-    """What sets two configs apart, in words that name the first field; None where nothing does."""
+def difference(before: Any, now: Any, may_differ: Sequence[str] = ()) -> str | None:
+    """The first field in which two configs differ, as a message; None where they are equal.
+
+    Fields named in `may_differ` are not compared.
+    """
     old, new = (_flat(json.loads(to_json(each))) for each in (before, now))
     for name in [*old, *(each for each in new if each not in old)]:
-        if name not in free and old.get(name) != new.get(name):
+        if name not in may_differ and old.get(name) != new.get(name):
             return f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
     return None
 
@@ -98,7 +105,7 @@ def _read(text: str) -> Any:
 def _value(kind: Any, value: Any, at: str) -> Any:
     origin, options = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
-        return build(kind, value, at)  # type: ignore[arg-type]
+        return from_dict(kind, value, at)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
         if value is None and type(None) in options:
             return None

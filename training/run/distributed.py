@@ -1,7 +1,7 @@
-"""Many processes: networks sharded by FSDP2, samples shared out, numbers added up.
+"""Many processes: FSDP2 for networks, a share of the samples each, sums and gathers.
 
-Every function does nothing in a single process. Parameters are sharded block by block; a block's
-other ways in (`prompt_kv`, `modulations`, `write_cache`) gather them as its forward does.
+In a single process every function does nothing. Parameters are sharded block by block; a block's
+other entry points (`prompt_kv`, `modulations`, `write_cache`) gather them as its forward does.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def rank() -> int:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[torch.device]:
-    """The process group that `torchrun` asks for, if it does; gives this process' device.
+def process_group(device: str) -> Iterator[torch.device]:
+    """Within it, the process group that `torchrun` asks for; yields this process' device.
 
-    `device` is a kind, cpu or cuda. Without torchrun there is a single process and no group.
+    `device` is `cpu` or `cuda`. Without torchrun there is a single process and no group.
     """
     if "RANK" not in os.environ:
         yield torch.device(device)
@@ -58,15 +58,15 @@ def processes(device: str) -> Iterator[torch.device]:
         yield torch.device(place)
     except BaseException as error:
         if device == "cuda":
-            _leave(error)
+            _exit_process(error)
         dist.destroy_process_group()
         raise
     barrier()
     dist.destroy_process_group()
 
 
-def _leave(error: BaseException) -> NoReturn:
-    """End this process, having said why: NCCL's own end waits for those that wait for this one."""
+def _exit_process(error: BaseException) -> NoReturn:
+    """Print the error and exit at once: destroying an NCCL group would wait for the others."""
     if isinstance(error, ValueError | OSError | FloatingPointError):
         sys.stderr.write(f"error: {error}\n")
     else:
@@ -116,7 +116,7 @@ def shard_modules(network: nn.Module, parts: Iterable[nn.Module], device: str) -
     fully_shard(network, mesh=mesh)
 
 
-def my_samples(batch: int, micro_batch: int) -> list[range]:
+def local_micro_batches(batch: int, micro_batch: int) -> list[range]:
     """This process's micro-batches of the samples 0 to batch - 1.
 
     ValueError where they cannot be shared out evenly.
@@ -132,7 +132,7 @@ def my_samples(batch: int, micro_batch: int) -> list[range]:
     return [range(i, i + micro_batch) for i in range(first, first + share, micro_batch)]
 
 
-def summed(value: float) -> float:
+def all_reduce_sum(value: float) -> float:
     """The sum over processes."""
     if not dist.is_initialized():
         return value
@@ -141,8 +141,8 @@ def summed(value: float) -> float:
     return float(total)
 
 
-def gathered(values: Tensor) -> Tensor:
-    """Every process' values [n, ...] one after the other, in order of rank."""
+def all_gather(values: Tensor) -> Tensor:
+    """The values [n, ...] of all processes, concatenated in the order of ranks."""
     if not dist.is_initialized():
         return values
     every = [torch.empty_like(values) for _ in range(world_size())]
@@ -150,13 +150,13 @@ def gathered(values: Tensor) -> Tensor:
     return torch.cat(every)
 
 
-def of_the_first(value: T) -> T:
-    """The first process' value, in all: each may see a shared disk at another moment."""
+def broadcast_from_rank_0(value: T) -> T:
+    """The first process' value, on all: processes may see a shared disk at different moments."""
     if not dist.is_initialized():
         return value
-    told = [value]
-    dist.broadcast_object_list(told)
-    return told[0]
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def barrier() -> None:
@@ -166,13 +166,13 @@ def barrier() -> None:
 
 
 def reshard(network: nn.Module) -> None:
-    """Forget gathered weights, after those they were gathered from have changed."""
+    """Free gathered weights after their shards have changed, so that they are gathered again."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
-    """Scale gradients down to a norm; returns what it was. RuntimeError for one that is NaN."""
-    norm = nn.utils.clip_grad_norm_(parameters, largest, error_if_nonfinite=True)
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Clip gradients to a norm; returns the norm before. RuntimeError where it is not finite."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

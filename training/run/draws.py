@@ -1,9 +1,8 @@
 """Everything random in a run, as a function of (seed, role, update, sample) alone.
 
-No generator lives on between updates, so there is no random state to save: a run that goes on from
-a checkpoint, on as many processes as there are now, draws what the uninterrupted run would have.
-The exit step is a function of (seed, role, update), the same for all samples on all ranks, without
-a word between them.
+No generator is kept between updates, so there is no random state to save. A resumed run draws what
+the uninterrupted run would have drawn, on any number of processes. The exit step is a function of
+(seed, role, update): the same for all samples on all ranks, without communication.
 """
 
 from __future__ import annotations
@@ -17,43 +16,45 @@ import torch
 from rf_core.config import SamplerConfig
 
 from ..objective.losses import matching_timesteps
-from ..objective.redmd import Noising, ReDMDConfig
-from ..objective.rollout import Draws
+from ..objective.redmd import ReDMDConfig, ScoreNoise
+from ..objective.rollout import RolloutDraws
 
 Role = Literal["generator", "critic"]
-"""Whose update it is: each rolls out afresh."""
+"""Which network is updated; each has rollouts of its own."""
 
 
-def generator_of(*key: object) -> torch.Generator:
-    """A CPU generator named by its key."""
+def seeded_generator(*key: object) -> torch.Generator:
+    """A CPU generator, seeded by a hash of the key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
-def rollout_draws(
+def draw_rollout(
     seed: int,
     role: Role,
     update: int,
     samples: Sequence[int],
     shape: tuple[int, ...],
     sampler: SamplerConfig,
-) -> Draws:
-    """Draws of some samples of an update; `shape` is one sample's latents, [C, F, h, w]."""
+) -> RolloutDraws:
+    """Random draws of the rollouts of some samples; `shape` is one sample's, [C, F, h, w]."""
     steps = len(sampler.steps)
     each = [
-        torch.randn((steps, *shape), generator=generator_of(seed, role, update, sample, "rollout"))
+        torch.randn(
+            (steps, *shape), generator=seeded_generator(seed, role, update, sample, "rollout")
+        )
         for sample in samples
     ]
     noise, *renoise = torch.stack(each, dim=1)
-    exits = generator_of(seed, role, update, "exit")
-    return Draws(
+    exits = seeded_generator(seed, role, update, "exit")
+    return RolloutDraws(
         noise=noise,
         renoise=torch.stack(renoise) if renoise else noise.new_empty((0, *noise.shape)),
         exit_step=int(torch.randint(steps, (), generator=exits)),
     )
 
 
-def noising_draws(
+def draw_score_noise(
     seed: int,
     role: Role,
     update: int,
@@ -61,17 +62,17 @@ def noising_draws(
     shape: tuple[int, ...],
     config: ReDMDConfig,
     window: int = 0,
-) -> Noising:
-    """Where a window of those samples is judged; `shape` is the window's, [C, F, h, w]."""
+) -> ScoreNoise:
+    """Noise and timesteps at which scores of a window are compared; `shape` is [C, F, h, w]."""
     noises, timesteps = [], []
     for sample in samples:
-        generator = generator_of(seed, role, update, sample, "noising", window)
+        generator = seeded_generator(seed, role, update, sample, "noising", window)
         noises.append(torch.randn(shape, generator=generator))
         timesteps.append(matching_timesteps(1, config.shift, config.bounds, generator))
-    return Noising(noise=torch.stack(noises), timestep_B=torch.cat(timesteps))
+    return ScoreNoise(noise=torch.stack(noises), timestep_B=torch.cat(timesteps))
 
 
-def prompt_numbers(
+def shuffled_indices(
     seed: int,
     role: str,
     update: int,
@@ -80,13 +81,13 @@ def prompt_numbers(
     num_prompts: int,
     copies: int = 1,
 ) -> list[int]:
-    """Which prompts those samples show: a new shuffle every time all have been seen.
+    """The prompt of each of those samples, as its number: shuffled anew every epoch.
 
-    Each prompt is shown by `copies` neighbouring samples.
+    `copies` neighbouring samples share a prompt.
     """
     numbers = []
     for sample in samples:
         epoch, place = divmod((update * batch + sample) // copies, num_prompts)
-        order = torch.randperm(num_prompts, generator=generator_of(seed, role, epoch, "order"))
+        order = torch.randperm(num_prompts, generator=seeded_generator(seed, role, epoch, "order"))
         numbers.append(int(order[place]))
     return numbers

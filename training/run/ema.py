@@ -1,4 +1,4 @@
-"""A moving average of the weights that are trained, kept as plain tensors.
+"""An exponential moving average (EMA) of the trained weights, kept as plain tensors.
 
 Under FSDP2 they are sharded as the weights are, so the average costs a share of them on each
 process, and a checkpoint saves and reshards it like any other state.
@@ -23,7 +23,7 @@ class WeightAverage:
         self.tensors = {name: p.detach().clone() for name, p in trainable(network)}
 
     @torch.no_grad()
-    def follow(self, decay: float) -> None:
+    def update(self, decay: float) -> None:
         """average <- decay * average + (1 - decay) * weights."""
         for name, parameter in trainable(self.network):
             self.tensors[name].lerp_(parameter.detach(), 1 - decay)
@@ -31,14 +31,14 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it, the network has the average for weights."""
-        self._exchange()
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _swap(self) -> None:
         reshard(self.network)  # after a forward without a backward the root's are gathered still
         for name, parameter in trainable(self.network):
             held = parameter.detach().clone()

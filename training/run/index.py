@@ -75,7 +75,7 @@ def read_chunk(folder: Path, index: Metadata, name: str, offsets: torch.Size) ->
     return found
 
 
-def cut(tensor: Tensor, offsets: torch.Size, sizes: torch.Size) -> Tensor:
+def narrow_tensor(tensor: Tensor, offsets: torch.Size, sizes: torch.Size) -> Tensor:
     """The part of a tensor that begins at `offsets`, as a view."""
     ends = zip(offsets, sizes, strict=True)
     return tensor[tuple(slice(begin, begin + size) for begin, size in ends)]

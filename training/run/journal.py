@@ -1,7 +1,7 @@
-"""What a run says of itself: a line of JSON an update, TensorBoard, Weights & Biases.
+"""A run's log: a line of JSON an update, TensorBoard, Weights & Biases.
 
-Only the first process writes. `log.jsonl` is the record: a run that goes on from a checkpoint first
-drops what it had written after it, so the file reads as one uninterrupted run.
+Only the first process writes. A resumed run first drops the lines of `log.jsonl` after its
+checkpoint, so that the file reads as one uninterrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Journal:
         self._board = _tensorboard(folder, first_update) if self.active and tensorboard else None
         self._wandb = _wandb(wandb, folder, config) if self.active and wandb else None
         if self.active:
-            _forget_from(self.path, first_update)
+            _drop_from(self.path, first_update)
 
     def __enter__(self) -> Journal:
         return self
@@ -73,7 +73,7 @@ def read_journal(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _forget_from(path: Path, update: int) -> None:
+def _drop_from(path: Path, update: int) -> None:
     kept = [line for line in read_journal(path) if line["update"] < update]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     if path.exists() or text:
@@ -96,6 +96,7 @@ def _wandb(project: str, folder: Path, config: Any) -> Any:
         raise ValueError(
             f"output.wandb is {project!r}, but wandb is not installed; pip install wandb"
         ) from None
-    known = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # to be gone on with
+    # A resumed run has the same id, and continues the same curves.
+    known = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     options = {"id": known, "resume": "allow", "config": asdict(config)}
     return wandb.init(project=project, dir=str(folder), **options)

@@ -13,7 +13,7 @@ from rf_core.model import WanModel
 from rf_core.ranges import MANY, check_numbers
 from rf_core.weights.lora import merge_lora
 
-from .draws import generator_of
+from .draws import seeded_generator
 
 BASE = ".base_layer"  # peft's name for what a layer was before it got its adapter
 ADAPTER = ".default"  # and of an adapter that was given no name
@@ -46,19 +46,19 @@ def add_adapters(network: WanModel, config: LoRAConfig) -> None:
 
 
 def renamed_base(network: WanModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A plain network's tensors under the names they have beside adapters."""
+    """A plain network's tensors under the names that peft gives them once adapters are added."""
     held = network.state_dict().keys()
     names = {name.replace(BASE, ""): name for name in held if ".lora_" not in name}
     return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def adapter_weights(network: WanModel, seed: int) -> dict[str, Tensor]:
-    """Adapters as they begin: A as peft draws it, B nought; a function of seed and name."""
+    """Initial adapters: A drawn as peft does, B zero; a function of seed and name."""
     weights = {}
     for name, parameter in network.named_parameters():
         if ".lora_A." in name:
             bound = math.sqrt(1 / parameter.shape[1])  # Kaiming with a = sqrt(5)
-            uniform = torch.rand(parameter.shape, generator=generator_of(seed, "lora", name))
+            uniform = torch.rand(parameter.shape, generator=seeded_generator(seed, "lora", name))
             weights[name] = bound * (2 * uniform - 1)
         elif ".lora_B." in name:
             weights[name] = torch.zeros(parameter.shape)

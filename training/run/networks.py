@@ -33,7 +33,7 @@ class PlacementConfig:
     """Where and how networks are held and run."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What they compute in. Weights that are trained, gradients and moments stay in float32;
+    """The dtype they compute in. Weights that are trained, gradients and moments stay in float32;
     bfloat16 needs a process group, which `torchrun` gives, as FSDP2 does the casting."""
     checkpointing: bool = False
     """Whether blocks are recomputed in the backward pass: less memory, a third more time."""

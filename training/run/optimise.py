@@ -1,4 +1,4 @@
-"""A network with its optimisers: their steps, what a checkpoint keeps, and how they go on."""
+"""A network with its optimisers: a step, and their state in checkpoints."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class OptimiserConfig:
     matrix_rate: float | None = None
     """Muon's learning rate, for the blocks' matrices; None for AdamW alone."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """What becomes of the rates over the run: `cosine` takes them down to a hundredth."""
+    """Schedule of the rates over the run: `cosine` decays them to a hundredth."""
     warmup: int = 0
-    """Updates over which they rise."""
+    """Updates of linear warm-up."""
 
     def __post_init__(self) -> None:
         check_numbers(self, rate=(0, 1000.0), clip_norm=(0, MANY), weight_decay=(0, 1000.0))
@@ -50,15 +50,15 @@ class OptimiserConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; give two decays in [0, 1)")
 
-    def factor(self, update: int, updates: int) -> float:
-        """What the rates are multiplied by at one of so many updates."""
+    def rate_factor(self, update: int, updates: int) -> float:
+        """Factor on the learning rates at `update` of a run of `updates`."""
         rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
         if self.schedule == "constant":
             return rise
         return rise * (0.01 + 0.99 * (1 + math.cos(math.pi * min(update / updates, 1.0))) / 2)
 
 
-class Trained:
+class TrainedNetwork:
     """The parameters of a network that require gradients, and their optimisers."""
 
     def __init__(self, network: WanModel, config: OptimiserConfig) -> None:
@@ -81,15 +81,15 @@ class Trained:
             self.optimisers.append(Muon(matrices, lr=config.matrix_rate, weight_decay=decay))
         self.rates = [config.rate, config.matrix_rate]
 
-    def descend(self, factor: float = 1.0) -> float:
-        """One step down the gradients, which are then let go; returns their norm before clipping.
+    def step(self, rate_factor: float = 1.0) -> float:
+        """One optimiser step; clears the gradients and returns their norm before clipping.
 
-        `factor` multiplies the rates. RuntimeError for a gradient that is not finite.
+        `rate_factor` multiplies the rates. RuntimeError for a gradient that is not finite.
         """
         norm = clip_gradients(self.others, self.config.clip_norm)
         for optimiser, rate in zip(self.optimisers, self.rates, strict=False):
             for group in optimiser.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = rate * rate_factor
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         reshard(self.network)
@@ -101,7 +101,7 @@ class Trained:
         return {"model": model, "moments": optimiser["state"]}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` has returned."""
         _, live = get_state_dict(self.network, self.optimisers, options=_TRAINED_ONLY)
         set_state_dict(
             self.network,

@@ -1,4 +1,4 @@
-"""What every recipe's command line has: where its config comes from, and what it runs on."""
+"""Command-line options of every recipe: its config, its folder, its device; and its output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from rf_core.attention import check_device
 from rf_core.prompt_files import text_lines
 
-from .config import changed, from_json
+from .config import apply_overrides, from_json
 from .distributed import rank
 
 T = TypeVar("T")
@@ -34,27 +34,29 @@ def add_config_arguments(
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """`--out` and `--resume`."""
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint")
 
 
-def config_of(args: argparse.Namespace, kind: type[T], presets: Mapping[str, Callable[[], T]]) -> T:
-    """The config that a command line names, with its changes."""
+def config_from_args(
+    args: argparse.Namespace, kind: type[T], presets: Mapping[str, Callable[[], T]]
+) -> T:
+    """The config of a command line: its preset or file, with the `--set` overrides."""
     check_device(args.device, torch.float32, "sdpa")
     if args.config is not None:
         config = from_json(kind, "".join(text_lines(args.config, "config")))
     else:
         config = presets[args.preset]()
-    return changed(config, args.set)
+    return apply_overrides(config, args.set)
 
 
-def say(text: str) -> None:
+def print_rank_0(text: str) -> None:
     """Print, in the first process alone."""
     if rank() == 0:
         print(text, flush=True)  # noqa: T201
 
 
 def show_progress(total: int, unit: str, steps: Iterable[tuple[int, str]]) -> None:
-    """A bar over steps, each of which says how much is done and, in a line, what it found."""
+    """A progress bar over steps: how much of `total` is done, and a line to print or none."""
     with tqdm(total=total, unit=unit, disable=rank() != 0) as bar:
         for done, line in steps:
             bar.update(done - bar.n)
@@ -62,7 +64,7 @@ def show_progress(total: int, unit: str, steps: Iterable[tuple[int, str]]) -> No
                 bar.write(line)
 
 
-def told(numbers: Mapping[str, object]) -> str:
-    """Numbers with their names, in a line."""
+def format_numbers(numbers: Mapping[str, object]) -> str:
+    """Numbers with their names, as one line."""
     values = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in numbers.values())
     return ", ".join(f"{name} {value}" for name, value in zip(numbers, values, strict=True))

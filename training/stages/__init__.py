@@ -1,1 +1,1 @@
-"""What makes teachers and students, and what is done with them."""
+"""The stages: teacher, trajectories, regression, Re-DMD, export, evaluation."""

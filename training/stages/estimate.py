@@ -109,7 +109,7 @@ def _memory(config: DistilConfig, sizes: Sizes, processes: int) -> dict[str, int
         "gathered weights": _gathered(config.placement, sizes, processes),
         "KV cache": _cache(config, sizes),
         "kept for the backward pass": max(
-            _kept_by_rollout(config, sizes), _kept_by_critic(config, sizes)
+            _rollout_activations(config, sizes), _critic_activations(config, sizes)
         ),
     }
 
@@ -125,7 +125,7 @@ def _trained(size: ModelConfig, lora: Any, processes: int, average: bool) -> int
 def _targets(size: ModelConfig, pattern: str) -> list[Tensor]:
     return [
         parameter
-        for name, parameter in _ghost(size, torch.float32).named_parameters()
+        for name, parameter in _meta_model(size, torch.float32).named_parameters()
         if name.endswith(".weight") and re.fullmatch(pattern, name.removesuffix(".weight"))
     ]
 
@@ -147,7 +147,7 @@ def _cache(config: DistilConfig, sizes: Sizes) -> int:
     return whole * config.run.micro_batch
 
 
-def _kept_by_rollout(config: DistilConfig, sizes: Sizes) -> int:
+def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
     cache, grid = config.run.redmd.cache, _grid(config, sizes)
     chunks = config.run.window_latents[1] // cache.chunk_frames
     before = config.run.windows > 1  # the longest windows begin with a full cache
@@ -164,7 +164,7 @@ def _kept_by_rollout(config: DistilConfig, sizes: Sizes) -> int:
     return config.run.micro_batch * sum(each[context] for context in contexts)
 
 
-def _kept_by_critic(config: DistilConfig, sizes: Sizes) -> int:
+def _critic_activations(config: DistilConfig, sizes: Sizes) -> int:
     frames = config.run.window_latents[1]
     one = saved_bytes(sizes.critic, config.placement, _grid(config, sizes), frames, None)
     return config.run.micro_batch * one
@@ -205,7 +205,7 @@ def _per_block(
     one, two = (
         _saved(
             prepare(
-                _ghost(replace(size, num_layers=layers), dtype).requires_grad_(True),
+                _meta_model(replace(size, num_layers=layers), dtype).requires_grad_(True),
                 placement,
                 trained=True,
             ),
@@ -219,7 +219,7 @@ def _per_block(
     return 2 * one - two, two - one
 
 
-def _ghost(size: ModelConfig, dtype: torch.dtype) -> WanModel:
+def _meta_model(size: ModelConfig, dtype: torch.dtype) -> WanModel:
     with torch.device("meta"):
         return WanModel(size, dtype=dtype)
 
@@ -247,13 +247,13 @@ def _saved(
         shape = (size.num_layers, 1, tokens, size.num_heads, size.head_dim)
         k, v = (torch.empty(shape, device="meta", dtype=dtype) for _ in range(2))
         cache = KVSnapshot(k, v, context_frames)
-    with _noting(network) as storages:
-        network(x, at, prompt, cache, _Fused.apply)
+    with _saved_storages(network) as storages:
+        network(x, at, prompt, cache, _FusedAttention.apply)
     return sum(storages.values())
 
 
 @contextmanager
-def _noting(network: WanModel) -> Iterator[dict[int, int]]:
+def _saved_storages(network: WanModel) -> Iterator[dict[int, int]]:
     """Bytes of every storage that autograd keeps within it, weights left out."""
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
     found: dict[int, int] = {}
@@ -270,7 +270,7 @@ def _noting(network: WanModel) -> Iterator[dict[int, int]]:
         yield found
 
 
-class _Fused(torch.autograd.Function):
+class _FusedAttention(torch.autograd.Function):
     """Attention that keeps what a fused kernel keeps; its result means nothing."""
 
     @staticmethod
@@ -290,8 +290,8 @@ def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
     windows, frames = run.windows, run.window_latents[1]
     chunks = run.latents[1] // redmd.cache.chunk_frames
     student = _pass(sizes.student, redmd.cache, grid)
-    judge = {
-        name: windows * _pass(size, _whole(frames), grid)
+    score_pass = {
+        name: windows * _pass(size, _bidirectional(frames), grid)
         for name, size in (("teacher", sizes.teacher), ("critic", sizes.critic))
     }
     backward = 3 if config.placement.checkpointing else 2
@@ -300,8 +300,8 @@ def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
     return {
         "rollouts": (1 + ratio) * rollout,
         "generator's backward passes": chunks * backward * student,
-        "scores": judge["critic"] + 2 * judge["teacher"],
-        "critic's passes": ratio * (1 + backward) * judge["critic"],
+        "scores": score_pass["critic"] + 2 * score_pass["teacher"],
+        "critic's passes": ratio * (1 + backward) * score_pass["critic"],
     }
 
 
@@ -315,7 +315,7 @@ def _pass(size: ModelConfig, cache: CacheConfig, grid: Grid) -> int:
     return total(pass_work(size, cache, grid, context_frames=context)).flops
 
 
-def _whole(frames: int) -> CacheConfig:
+def _bidirectional(frames: int) -> CacheConfig:
     return CacheConfig(window_frames=frames, chunk_frames=frames, sink_frames=0)
 
 

@@ -32,12 +32,12 @@ from ..evaluation.evaluate import (
     Candidate,
     Evaluation,
     check,
-    estimator_of,
-    make,
-    missing,
+    make_videos,
+    missing_jobs,
+    open_flow_estimator,
 )
 from ..evaluation.report import collect, format_report
-from ..evaluation.study import format_standings, study_results, write_study
+from ..evaluation.study import format_study_results, study_results, write_study
 from ..evaluation.vbench_scores import vbench_scores
 from ..measures.flow import FlowName
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.study_results:
         if args.key is None:
             raise ValueError("--study-results needs the --key that lies beside the study's page")
-        print(format_standings(study_results(args.study_results, args.key)))  # noqa: T201
+        print(format_study_results(study_results(args.study_results, args.key)))  # noqa: T201
         return 0
     evaluation = _evaluation(args)
     _check_extras(args, evaluation)
@@ -94,21 +94,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def pick_prompts(prompts: Sequence[str], most: int | None) -> dict[int, str]:
+def pick_prompts(prompts: Sequence[str], limit: int | None) -> dict[int, str]:
     """Prompts by number: all, or so many, drawn alike every time; more begin with the fewer."""
-    if most is not None and most < 1:
-        raise ValueError(f"{most} prompts are asked for; evaluate on at least 1")
-    order = np.random.default_rng(_PICK_SEED).permutation(len(prompts))[:most]
+    if limit is not None and limit < 1:
+        raise ValueError(f"{limit} prompts are asked for; evaluate on at least 1")
+    order = np.random.default_rng(_PICK_SEED).permutation(len(prompts))[:limit]
     return {int(number): prompts[number] for number in sorted(order)}
 
 
-def share_of(environment: Mapping[str, str]) -> slice:
+def prompt_share(environment: Mapping[str, str]) -> slice:
     """This process's share of the prompts, by torchrun's RANK and WORLD_SIZE."""
     rank, count = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     return slice(rank, None, count)
 
 
-def device_of(device: str, environment: Mapping[str, str]) -> str:
+def local_device(device: str, environment: Mapping[str, str]) -> str:
     """The card of this process: torchrun's LOCAL_RANK, unless one is named."""
     local = environment.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "cuda" and local is not None else device
@@ -116,10 +116,10 @@ def device_of(device: str, environment: Mapping[str, str]) -> str:
 
 def _make_all(candidates: Sequence[Candidate]) -> None:
     evaluation = candidates[0].evaluation
-    estimate = estimator_of(evaluation)
+    estimate = open_flow_estimator(evaluation)
     for candidate in candidates:
-        jobs = missing(candidate, share_of(os.environ))
-        for done, path in enumerate(make(candidate, jobs, estimate), start=1):
+        jobs = missing_jobs(candidate, prompt_share(os.environ))
+        for done, path in enumerate(make_videos(candidate, jobs, estimate), start=1):
             print(f"{candidate.name} {done}/{len(jobs)}: {path}", flush=True)  # noqa: T201
 
 
@@ -139,10 +139,10 @@ def _check_extras(args: argparse.Namespace, evaluation: Evaluation) -> None:
 def _evaluation(args: argparse.Namespace) -> Evaluation:
     if args.out is None:
         raise ValueError("videos and measures need a folder; give --out DIR")
-    prompts = DATA_SET.to_measure_by()
+    prompts = DATA_SET.evaluation_prompts()
     if args.prompts is not None:
         prompts = read_prompts(DataConfig(prompts=(args.prompts,)))
-    device = device_of(args.device, os.environ)
+    device = local_device(args.device, os.environ)
     make_current(device)
     return Evaluation(
         models=_models(args.model or [str(DEMO / "student.safetensors")]),

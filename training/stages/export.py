@@ -39,7 +39,7 @@ def write_student(
 
     Every process calls this, the first one writes.
     """
-    tensors = _whole(student)
+    tensors = _full_state_dict(student)
     if rank() == 0:
         write_checkpoint(path, tensors, student.config, cache, sampler, size=size, provenance=note)
 
@@ -48,7 +48,7 @@ def write_adapter(
     path: Path, student: WanModel, config: LoRAConfig, note: Mapping[str, Any]
 ) -> None:
     """The same of a student's adapter alone, under the names ComfyUI's loader maps."""
-    tensors = _whole(student)
+    tensors = _full_state_dict(student)
     if rank() == 0:
         _save_adapter(path, tensors, config, note)
 
@@ -102,7 +102,7 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _whole(student: WanModel) -> dict[str, Tensor]:
+def _full_state_dict(student: WanModel) -> dict[str, Tensor]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {name: t.detach() for name, t in get_model_state_dict(student, options=options).items()}
 

@@ -1,6 +1,6 @@
-"""The `re_dmd` recipe at work: opens what a config names, trains, and leaves a student behind.
+"""The `re_dmd` stage: opens the files of a config, trains, and writes a student.
 
-In the run's folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to go on from),
+In the run's folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to resume from),
 `validation` and, at every checkpoint, `student.safetensors` or, of an adapter,
 `lora.safetensors`.
 """
@@ -28,25 +28,25 @@ from ..choices import DATA_SET, RewardConfig, open_reward
 from ..data.embeddings import open_prompts
 from ..data.prompts import check_prompt_files
 from ..objective.redmd import Networks
-from ..rewards.judges import image_anchor, judge_by
+from ..rewards.reward import image_anchor, latent_reward
 from ..run.config import to_json
-from ..run.distributed import of_the_first, rank, world_size
+from ..run.distributed import broadcast_from_rank_0, rank, world_size
 from ..run.folder import (
     LORA,
     STUDENT,
-    begin,
     checkpoint_path,
-    forget_old,
-    naming_the_last_good,
-    to_go_on_from,
+    checkpoint_to_resume,
+    create_run_folder,
+    delete_old_checkpoints,
+    name_last_checkpoint_on_error,
 )
 from ..run.journal import Journal
 from ..run.networks import open_network, placement_dtype
-from ..run.weighing import Judge
+from ..run.reward_weights import LatentReward
 from .estimate import Sizes
 from .export import file_hash, write_adapter, write_student
 from .recipes import DistilConfig
-from .trainer import Report, Trainer, numbers_of
+from .trainer import Report, Trainer, report_numbers
 from .validation import validate
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Run:
-    """A distillation with everything opened."""
+    """A distillation with its files opened."""
 
     config: DistilConfig
     trainer: Trainer
@@ -77,12 +77,12 @@ def distil(
     FloatingPointError, with the last good checkpoint named, where the run breaks down.
     """
     files = check_files(config)
-    sizes_of(config)
-    saved = to_go_on_from(config, out, resume)
+    read_sizes(config)
+    saved = checkpoint_to_resume(config, out, resume)
     run = _open(config, files, out, device)
     if saved is not None:
         run.trainer.load(saved)
-    begin(config, out)
+    create_run_folder(config, out)
     with ExitStack() as stack:
         journal = stack.enter_context(
             Journal(
@@ -114,7 +114,7 @@ def check_files(config: DistilConfig) -> dict[str, Path]:
     return found
 
 
-def sizes_of(config: DistilConfig) -> Sizes:
+def read_sizes(config: DistilConfig) -> Sizes:
     """The sizes of a run's networks, read from their files.
 
     ValueError where they cannot work together on the run's latents.
@@ -136,9 +136,9 @@ def sizes_of(config: DistilConfig) -> Sizes:
 def _update(run: Run, journal: Journal) -> Report:
     trainer, output = run.trainer, run.config.output
     clock = time.perf_counter()
-    with naming_the_last_good(run.out):
+    with name_last_checkpoint_on_error(run.out):
         report = trainer.step()
-    numbers = numbers_of(report) | {"seconds": time.perf_counter() - clock}
+    numbers = report_numbers(report) | {"seconds": time.perf_counter() - clock}
     last = trainer.update == run.config.run.updates
     if output.validate_every and (trainer.update % output.validate_every == 0 or last):
         numbers |= _validate(run)
@@ -151,7 +151,7 @@ def _update(run: Run, journal: Journal) -> Report:
 
 def _is_overdue(run: Run) -> bool:
     minutes = (time.monotonic() - run.saved) / 60
-    return of_the_first(minutes >= run.config.output.checkpoint_minutes)
+    return broadcast_from_rank_0(minutes >= run.config.output.checkpoint_minutes)
 
 
 def _checkpoint(run: Run) -> None:
@@ -167,7 +167,7 @@ def _checkpoint(run: Run) -> None:
             *_, rows, columns = config.run.latents
             size = (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
             write_student(out / STUDENT, student, redmd.cache, redmd.sampler, size, note)
-    forget_old(out, config.output.keep)
+    delete_old_checkpoints(out, config.output.keep)
 
 
 def origin_of(files: dict[str, Path]) -> dict[str, str]:
@@ -215,8 +215,8 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
         group = config.run.redmd.cache.chunk_frames
         decoder = load_decoder(files["vae"], device, dtype, group)
     networks = _open_networks(config, files, device, decoder)
-    judge = _open_judge(config.reward, decoder, prompts, device)
-    trainer = Trainer(config.run, networks, embeds, uncond.to(device), judge)
+    reward = _open_reward(config.reward, decoder, prompts, device)
+    trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward)
     return Run(
         config=config,
         trainer=trainer,
@@ -244,14 +244,14 @@ def _open_networks(
     )
 
 
-def _open_judge(
+def _open_reward(
     config: RewardConfig, decoder: Decoder | None, prompts: list[str], device: torch.device
-) -> Judge | None:
+) -> LatentReward | None:
     reward = open_reward(config, device)
     if reward is None:
         return None
     assert decoder is not None
-    return judge_by(reward, config.kind, config.score, decoder, prompts, device)
+    return latent_reward(reward, config.kind, config.score, decoder, prompts, device)
 
 
 def _needs_pixels(config: DistilConfig) -> bool:

@@ -38,7 +38,7 @@ class FilesConfig:
     teacher: Path | None = None
     """The bidirectional network whose distribution is matched."""
     critic: Path | None = None
-    """What the critic begins as; None for the teacher's file."""
+    """Initial weights of the critic; None for the teacher's file."""
     vae: Path | None = None
     """Wan VAE or TAEHV, for rewards, anchors and validation."""
 
@@ -81,7 +81,7 @@ class DistilConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts and their encoder."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """The judge."""
+    """The reward."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """How networks are held."""
     student_lora: LoRAConfig | None = None
@@ -145,7 +145,7 @@ PRESETS: Mapping[str, Callable[[], DistilConfig]] = MappingProxyType(
 
 
 def with_sink(config: DistilConfig, sink: Sink) -> DistilConfig:
-    """The same run with another sink: fed by the moving average, left as it was, or none."""
+    """The same run with another sink: a moving average, the first frames as they are, or none."""
     cache = config.run.redmd.cache
     changes = {"ema": {}, "static": {"decay": 1.0}, "none": {"sink_frames": 0}}[sink]
     redmd = replace(config.run.redmd, cache=replace(cache, **changes))

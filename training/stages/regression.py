@@ -1,11 +1,11 @@
-"""Regression on the teacher's trajectories: what makes a causal few-step student of a network.
+"""Regression on the teacher's trajectories, which makes a network a causal few-step student.
 
-Each chunk of a clip is shown where its trajectory passes one of the student's timesteps, drawn for
-every chunk by itself, through the window a stream would have, and the student is asked where the
-trajectory ends (CausVid, arXiv 2412.07772, sec. 4.2; Self Forcing, arXiv 2506.08009; Reward
-Forcing, arXiv 2512.04678, starts from such a student). The published code sees the whole past under
-a causal mask; window, sink and evictions are ours, and with a window as long as the clip the two
-are the same. Of excerpts, each chunk sees its own clean past.
+The input is a chunk's trajectory at one of the student's timesteps, drawn for every chunk by
+itself; the target is the end of the trajectory (CausVid, arXiv 2412.07772, sec. 4.2; Self Forcing,
+arXiv 2506.08009; Reward Forcing, arXiv 2512.04678, starts from such a student). The published code
+attends to the whole past under a causal mask; here a chunk attends to the window that a stream
+would have, with its sink and evictions. With a window as long as the clip the two are the same. In
+excerpts, each chunk attends to its own clean past.
 """
 
 from __future__ import annotations
@@ -31,23 +31,30 @@ from rf_core.weights.checkpoint import read_checkpoint
 
 from ..data.pairs import Pairs
 from ..objective.causal import chunk_errors, predict_clip
-from ..objective.excerpts import KINDS, Excerpts, Prompts, excerpt_flow, pasts, shown
+from ..objective.excerpts import (
+    KINDS,
+    ExcerptPrompts,
+    Excerpts,
+    augment_past,
+    excerpt_flow,
+    past_kv,
+)
 from ..objective.tensors import Tensors
 from ..run.config import to_json
-from ..run.draws import generator_of, prompt_numbers
-from ..run.folder import STUDENT, to_go_on_from
+from ..run.draws import seeded_generator, shuffled_indices
+from ..run.folder import STUDENT, checkpoint_to_resume
 from ..run.networks import PlacementConfig, open_network
 from ..run.optimise import OptimiserConfig
-from ..run.options import add_config_arguments, add_run_arguments, config_of
+from ..run.options import add_config_arguments, add_run_arguments, config_from_args
 from .export import file_hash, write_student
 from .supervised import (
     Report,
     SupervisedConfig,
     SupervisedTrainer,
     micro_batches,
-    network_size,
     run_stage,
     train,
+    video_size,
 )
 
 _ROLE = "ode_init"
@@ -63,7 +70,7 @@ class InitConfig(SupervisedConfig):
     pairs: Path = Path("pairs")
     """Folder of `ode_pairs`."""
     start: Path | None = None
-    """What the student begins as, best the teacher itself; None for the bundled demo's teacher."""
+    """File of the initial weights, best the teacher's; None for the bundled demo's teacher."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Window and sink a chunk sees its past through. Published: a window as long as the clip; by
     default the one the student will stream with, which is ours."""
@@ -72,7 +79,7 @@ class InitConfig(SupervisedConfig):
     noise level (published); `clean`, passes at timestep 0 over the trajectories' ends, as a stream
     leaves them (teacher forcing), which take twice the time. The past of excerpts is clean."""
     first_step_share: float | None = None
-    """Share of chunks shown at the first timestep, the hardest; the others share the rest evenly.
+    """Share of chunks at the first timestep, the hardest; the others share the rest evenly.
     None for all evenly (published)."""
     optimiser: OptimiserConfig = field(
         default_factory=lambda: OptimiserConfig(rate=2e-6, betas=(0.9, 0.999))
@@ -123,15 +130,15 @@ class Batch(Tensors):
     """B clips, each of their N chunks at a timestep of its own."""
 
     noisy: Tensor
-    """Where the chunks' trajectories are, [B, C, F, h, w]."""
+    """Trajectories at the chunks' timesteps, [B, C, F, h, w]."""
     step_BN: Tensor
-    """Which of the student's timesteps that is, from 0."""
+    """Index of the student's timestep, from 0."""
     clean: Tensor
-    """Where they end, [B, C, F, h, w]."""
+    """Clean latents at the ends of the trajectories, [B, C, F, h, w]."""
     embeds: Tensor
     """Prompts, [B, S, D]."""
     excerpts: Excerpts | None = None
-    """What the chunks see, where they are those of excerpts."""
+    """The pasts of the chunks, where they are those of excerpts."""
 
 
 def draw_steps(
@@ -142,7 +149,7 @@ def draw_steps(
     num_steps: int,
     first_step_share: float | None = None,
 ) -> Tensor:
-    """Which timestep each chunk of those samples is shown at, [B, N]; see `first_step_share`."""
+    """Index of the timestep of each chunk of those samples, [B, N]; see `first_step_share`."""
 
     def drawn(generator: torch.Generator) -> Tensor:
         if first_step_share is None:
@@ -151,31 +158,31 @@ def draw_steps(
         later = torch.randint(1, max(2, num_steps), (chunks,), generator=generator)
         return later.where(~first, 0).clamp(max=num_steps - 1)
 
-    return torch.stack([drawn(generator_of(seed, _ROLE, update, each)) for each in samples])
+    return torch.stack([drawn(seeded_generator(seed, _ROLE, update, each)) for each in samples])
 
 
 def draw_batch(pairs: Pairs, config: InitConfig, update: int, samples: Sequence[int]) -> Batch:
-    """Those samples of an update: a function of the seed, whoever asks; latents in float32."""
-    clips = prompt_numbers(config.seed, "generator", update, samples, config.batch, len(pairs))
-    found = pairs.rows(clips)
-    size, (num_steps, *_) = config.cache.chunk_frames, found.points.shape[1:]
-    chunks = found.clean.shape[2] // size
+    """Some samples of an update: a function of the seed, on whatever process; float32 latents."""
+    clips = shuffled_indices(config.seed, "generator", update, samples, config.batch, len(pairs))
+    trajectories = pairs.rows(clips)
+    size, (num_steps, *_) = config.cache.chunk_frames, trajectories.points.shape[1:]
+    chunks = trajectories.clean.shape[2] // size
     share = config.first_step_share
     steps = draw_steps(config.seed, update, samples, chunks, num_steps, share)
-    seen = None
-    if found.excerpts is not None:
-        drawn = [generator_of(config.seed, _ROLE, update, each, "past") for each in samples]
-        seen = shown(found.excerpts, pairs.config.excerpts, drawn)
+    excerpts = None
+    if trajectories.excerpts is not None:
+        drawn = [seeded_generator(config.seed, _ROLE, update, each, "past") for each in samples]
+        excerpts = augment_past(trajectories.excerpts, pairs.config.excerpts, drawn)
     return Batch(
-        noisy=at_steps(found.points, steps, size).float(),
+        noisy=select_steps(trajectories.points, steps, size).float(),
         step_BN=steps,
-        clean=found.clean.float(),
-        embeds=found.embeds,
-        excerpts=seen,
+        clean=trajectories.clean.float(),
+        embeds=trajectories.embeds,
+        excerpts=excerpts,
     )
 
 
-def at_steps(points: Tensor, step_BN: Tensor, chunk_frames: int) -> Tensor:
+def select_steps(points: Tensor, step_BN: Tensor, chunk_frames: int) -> Tensor:
     """Every chunk at its own point of the trajectory: [B, K, C, F, h, w] to [B, C, F, h, w]."""
     step_BF = step_BN.repeat_interleave(chunk_frames, dim=1)
     index = step_BF[:, None, None, :, None, None].expand(-1, 1, *points.shape[2:])
@@ -209,15 +216,15 @@ def regression_errors(
             **options,
         )
     else:
-        prompts = Prompts.read(student, batch.embeds, batch.excerpts, dtype)
-        past = pasts(student, batch.excerpts, prompts, **options)
-        flow = excerpt_flow(student, batch.noisy, timestep_BF, prompts.of_targets, past, **options)
+        prompts = ExcerptPrompts.from_embeds(student, batch.embeds, batch.excerpts, dtype)
+        past = past_kv(student, batch.excerpts, prompts, **options)
+        flow = excerpt_flow(student, batch.noisy, timestep_BF, prompts.by_chunk, past, **options)
         x0 = flow_to_x0(flow, batch.noisy, timestep_BF)
     return chunk_errors(x0, batch.clean, size)
 
 
 class InitTrainer(SupervisedTrainer):
-    """The student with all that the regression changes."""
+    """The student with the state of the regression."""
 
     config: InitConfig
     command, file = "python -m training ode_init", STUDENT
@@ -242,8 +249,8 @@ class InitTrainer(SupervisedTrainer):
 
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
         """See `SupervisedTrainer`."""
-        made, size = self.pairs.config, network_size(self.pairs.config.latents)
-        write_student(path, self.network, self.config.cache, made.sampler, size, note)
+        pairs_config, size = self.pairs.config, video_size(self.pairs.config.latents)
+        write_student(path, self.network, self.config.cache, pairs_config.sampler, size, note)
 
     def origin(self) -> dict[str, Any]:
         """See `SupervisedTrainer`."""
@@ -260,15 +267,19 @@ class InitTrainer(SupervisedTrainer):
 def check_pairs(config: InitConfig, pairs: Pairs) -> None:
     """ValueError for trajectories that the config cannot learn from."""
     c, frames, size = config.cache, pairs.config.latents[1], config.cache.chunk_frames
-    if pairs.config.follows == "clips":
+    if pairs.config.kind == "clips":
         if frames % size:
             raise ValueError(
                 f"the clips have {frames} latent frames; set cache.chunk_frames, now {size}, to "
                 "one of their divisors, or make other clips"
             )
         return
-    wanted = {"chunk": frames // len(KINDS), "window": frames, "sink": frames // len(KINDS)}
-    for name, value in wanted.items():
+    expected = {
+        "chunk": frames // len(KINDS),
+        "window": frames,
+        "sink": frames // len(KINDS),
+    }
+    for name, value in expected.items():
         if (given := getattr(c, f"{name}_frames")) != value:
             raise ValueError(
                 f"the trajectories are excerpts of {len(KINDS)} chunks, the first of which is the "
@@ -288,20 +299,20 @@ def init_student(
     """
     start, pairs = start_path(config), Pairs.open(config.pairs)
     check_pairs(config, pairs)
-    reads, channels = read_checkpoint(start).config.in_dim, pairs.config.latents[0]
-    if reads != channels:
+    in_channels, channels = read_checkpoint(start).config.in_dim, pairs.config.latents[0]
+    if in_channels != channels:
         raise ValueError(
-            f"start is {start}, which reads {reads} channels; the trajectories have {channels}: "
-            "give it those of its own VAE"
+            f"start is {start}, which reads {in_channels} channels; the trajectories have "
+            f"{channels}: give it those of its own VAE"
         )
-    saved = to_go_on_from(config, out, resume)
+    saved = checkpoint_to_resume(config, out, resume)
     offload = config.placement.offload == "all"
     student = open_network(start, config.placement, device, trained=True, offload=offload)
     yield from train(InitTrainer(config, student, pairs, device), out, saved)
 
 
 def start_path(config: InitConfig) -> Path:
-    """What the student begins as; ValueError where it is not there."""
+    """The file of the student's initial weights; ValueError where it does not exist."""
     path = config.start or DEMO / "teacher.safetensors"
     if not path.exists():
         raise ValueError(f"start is {path}, which is not there")
@@ -317,7 +328,7 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_init(args: argparse.Namespace) -> int:
     """Make a causal student of a network by regression on trajectories."""
-    config = replace(config_of(args, InitConfig, INIT_PRESETS), pairs=args.pairs)
+    config = replace(config_from_args(args, InitConfig, INIT_PRESETS), pairs=args.pairs)
     return run_stage(
         args,
         config,

@@ -1,6 +1,6 @@
-"""What the stages share that learn from given targets: updates, checkpoints, and the run's folder.
+"""The training loop of the stages with given targets: updates, checkpoints, the run's folder.
 
-In the folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to go on from) and, at every
+In the folder: `config.json`, `log.jsonl`, `update_N` (checkpoints to resume from) and, at every
 checkpoint, the averaged weights.
 """
 
@@ -26,18 +26,23 @@ from rf_core.ranges import MANY, check_folder_writable, check_numbers
 
 from ..run import checkpointing
 from ..run.config import to_json
-from ..run.distributed import gathered, my_samples, processes, rank, world_size
+from ..run.distributed import all_gather, local_micro_batches, process_group, rank, world_size
 from ..run.ema import WeightAverage
-from ..run.folder import begin, checkpoint_path, forget_old, naming_the_last_good
+from ..run.folder import (
+    checkpoint_path,
+    create_run_folder,
+    delete_old_checkpoints,
+    name_last_checkpoint_on_error,
+)
 from ..run.journal import Journal
 from ..run.networks import PlacementConfig, placement_dtype
-from ..run.optimise import OptimiserConfig, Trained
-from ..run.options import say, show_progress, told
+from ..run.optimise import OptimiserConfig, TrainedNetwork
+from ..run.options import format_numbers, print_rank_0, show_progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
-    """How a run of such a stage goes."""
+    """Options of such a run."""
 
     optimiser: OptimiserConfig
     """Rates and their schedule."""
@@ -93,7 +98,7 @@ class Report:
     norm: float
     """Of the gradients that are clipped, before that."""
     losses: Mapping[str, float]
-    """The loss of what is told apart, by name."""
+    """Mean loss by name: of kinds of chunk, or of timesteps."""
 
     def numbers(self) -> dict[str, float]:
         """As flat names and numbers."""
@@ -105,23 +110,23 @@ class SupervisedTrainer(ABC):
     """A network with all that a run changes."""
 
     command: str
-    """What makes its file."""
+    """The command that makes its file, for provenance."""
     file: str
     """The averaged weights' name in the run's folder."""
 
     def __init__(
         self, config: SupervisedConfig, network: WanModel, names: Sequence[str], clips: int
     ) -> None:
-        """`network` is placed and sharded already; losses are told apart by `names`."""
+        """`network` is placed and sharded already; losses are logged under `names`."""
         self.config, self.network, self.names, self.clips = config, network, names, clips
         self.dtype = placement_dtype(config.placement)
         self.average = WeightAverage(network)
-        self.trained = Trained(network, config.optimiser)
+        self.trained = TrainedNetwork(network, config.optimiser)
         self.update = 0
 
     @abstractmethod
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
-        """Errors of some samples of the update, [B, N], and under which name each is told."""
+        """Errors of some samples of the update, [B, N], and the index of each in `names`."""
 
     @abstractmethod
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
@@ -129,7 +134,7 @@ class SupervisedTrainer(ABC):
 
     @abstractmethod
     def origin(self) -> dict[str, Any]:
-        """What it is made from, as plain JSON."""
+        """Provenance: the files it is made from, as plain JSON."""
 
     def batch(self) -> int:
         """Samples of the update."""
@@ -144,8 +149,8 @@ class SupervisedTrainer(ABC):
             raise FloatingPointError(
                 f"the loss is {loss:.4g} at update {self.update}; lower optimiser.rate"
             )
-        norm = self.trained.descend(c.optimiser.factor(self.update, c.updates))
-        self.average.follow(c.decay(self.update))
+        norm = self.trained.step(c.optimiser.rate_factor(self.update, c.updates))
+        self.average.update(c.decay(self.update))
         self.update += 1
         each = zip(self.names, *sums.tolist(), strict=True)
         return Report(
@@ -160,20 +165,20 @@ class SupervisedTrainer(ABC):
         return self.average.applied()
 
     def save(self, folder: Path) -> None:
-        """Write everything to go on from; `folder` is complete once it exists."""
+        """Write a checkpoint; `folder` is complete once it exists."""
         checkpointing.save(self._state(), folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` has written, on however many processes.
+        """Resume from what `save` has written, on any number of processes.
 
-        ValueError where there were more or fewer clips: their order would be another one.
+        ValueError where the number of clips differs: their order would be different.
         """
         state = self._state()
         checkpointing.load(state, folder)
         if int(state["clips"]) != self.clips:
             raise ValueError(
                 f"{folder} was trained on {int(state['clips'])} clips; there are {self.clips} now: "
-                "give it the same, or begin anew"
+                "give it the same, or start a new run"
             )
         self.trained.load(state["student"])
         self.update = int(state["update"])
@@ -195,32 +200,32 @@ class SupervisedTrainer(ABC):
             # FSDP averages over processes, where losses are shares of a sum.
             share = errors.mean(dim=1).sum() / batch * world_size()
             share.backward()
-            found = errors.detach().double().cpu().flatten()
-            sums[0].index_add_(0, which.cpu().flatten(), found)
-            sums[1].index_add_(0, which.cpu().flatten(), torch.ones_like(found))
-        return gathered(sums[None]).sum(dim=0)
+            values = errors.detach().double().cpu().flatten()
+            sums[0].index_add_(0, which.cpu().flatten(), values)
+            sums[1].index_add_(0, which.cpu().flatten(), torch.ones_like(values))
+        return all_gather(sums[None]).sum(dim=0)
 
 
 def micro_batches(batch: int, micro_batch: int) -> list[range]:
     """This process's samples, `micro_batch` at a time or all where there are fewer."""
-    return my_samples(batch, min(micro_batch, max(1, batch // world_size())))
+    return local_micro_batches(batch, min(micro_batch, max(1, batch // world_size())))
 
 
-def network_size(latents: Sequence[int]) -> tuple[int, int]:
+def video_size(latents: Sequence[int]) -> tuple[int, int]:
     """Height and width of the videos of latents [C, F, h, w]."""
     *_, rows, columns = latents
     return rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR
 
 
 def train(trainer: SupervisedTrainer, out: Path, saved: Path | None) -> Iterator[Report]:
-    """Run it in its folder, from a checkpoint if there is one, yielding a report an update.
+    """Train in the folder `out`, from the checkpoint `saved` if given; yields a report an update.
 
     FloatingPointError, with the last good checkpoint named, where the run breaks down.
     """
     config, clock = trainer.config, time.monotonic()
     if saved is not None:
         trainer.load(saved)
-    begin(config, out)
+    create_run_folder(config, out)
     origin = trainer.origin() if rank() == 0 else {}  # every byte is read: once, by who writes
     with Journal(
         out,
@@ -231,7 +236,7 @@ def train(trainer: SupervisedTrainer, out: Path, saved: Path | None) -> Iterator
     ) as journal:
         while trainer.update < config.updates:
             began = time.perf_counter()
-            with naming_the_last_good(out):
+            with name_last_checkpoint_on_error(out):
                 report = trainer.step()
             journal.write(
                 report.update, report.numbers() | {"seconds": time.perf_counter() - began}
@@ -256,24 +261,24 @@ def _checkpoint(
     }
     with trainer.averaged():
         trainer.write(out / trainer.file, note)
-    forget_old(out, trainer.config.keep)
+    delete_old_checkpoints(out, trainer.config.keep)
 
 
 def run_stage(
     args: argparse.Namespace,
     config: SupervisedConfig,
-    begun: Callable[[torch.device], Iterator[Report]],
+    start: Callable[[torch.device], Iterator[Report]],
     file: str,
 ) -> int:
-    """Run a stage on the processes there are, and show how it goes."""
+    """Run a stage on all processes, with a progress bar; `start` begins it on a device."""
     check_folder_writable(args.out)
-    with processes(args.device) as device:
-        say(to_json(config))
-        steps = ((each.update + 1, _line(each)) for each in begun(device))
+    with process_group(args.device) as device:
+        print_rank_0(to_json(config))
+        steps = ((each.update + 1, _line(each)) for each in start(device))
         show_progress(config.updates, "update", steps)
-        say(f"{args.out}: the averaged weights are in {file}")
+        print_rank_0(f"{args.out}: the averaged weights are in {file}")
     return 0
 
 
 def _line(report: Report) -> str:
-    return f"{report.update}: {told(report.numbers())}"
+    return f"{report.update}: {format_numbers(report.numbers())}"

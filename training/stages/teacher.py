@@ -2,10 +2,10 @@
 
 One network learns both to denoise whole clips, in which all frames see each other, as Wan does, and
 to continue a stream chunk by chunk from a clean past, as the student will. The second is what makes
-its trajectories teachable: in a whole clip the first chunk hangs on the noise of all later ones,
-which a causal student cannot see, so that its regression falls to a mean (Causal Forcing, arXiv
-2602.02214, argues this). A new network may see openings alone at first (a clip's first frames are a
-clip of their own, as the VAE is causal), which cost least; a trained one needs none of that.
+its trajectories learnable: in a whole clip the first chunk depends on the noise of all later ones,
+which a causal student cannot see, so that its regression collapses to a mean (Causal Forcing, arXiv
+2602.02214, argues this). A new network may train on openings alone at first, which cost least: the
+VAE is causal, so the first frames of a clip are a clip too. A trained network can leave that out.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from rf_core.scheduler import add_noise, shift_sigma
 from rf_core.weights.checkpoint import read_checkpoint
 
 from ..choices import CLIPS, open_clips
-from ..data.clips import ClipSource, Groups, check_excerpts, draw_excerpts, draw_seeds, row_of
+from ..data.clips import ClipSource, Groups, check_excerpts, draw_clip, draw_excerpts, draw_seeds
 from ..data.embeddings import open_negative
 from ..data.prompts import DataConfig, check_no_prompt_files
 from ..objective.causal import chunk_errors
 from ..objective.excerpts import (
     KINDS,
     ExcerptConfig,
+    ExcerptPrompts,
     Excerpts,
-    Prompts,
-    choose,
+    augment_past,
     excerpt_flow,
-    pasts,
-    shown,
+    past_kv,
+    select_prompt,
 )
 from ..objective.tensors import Tensors
-from ..run.draws import generator_of
-from ..run.folder import TEACHER, to_go_on_from
+from ..run.draws import seeded_generator
+from ..run.folder import TEACHER, checkpoint_to_resume
 from ..run.networks import PlacementConfig, new_network, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
-from ..run.options import add_config_arguments, add_run_arguments, config_of
+from ..run.options import add_config_arguments, add_run_arguments, config_from_args
 from .export import file_hash, write_student
 from .supervised import (
     Report,
     SupervisedConfig,
     SupervisedTrainer,
     micro_batches,
-    network_size,
     run_stage,
     train,
+    video_size,
 )
 
 _ROLE = "teacher"
 Kind = Literal["opening", "excerpt", "whole"]
-"""What an update is taught on: first chunks, chunks with their past, or whole clips."""
-NAMES = (*KINDS, "whole")
+"""What an update trains on: first chunks, chunks with their past, or whole clips."""
+LOSS_NAMES = (*KINDS, "whole")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Phase:
     until: float
     """Share of the updates at which it ends; 1 for the last."""
     kinds: tuple[Kind, ...]
-    """What the updates see, in turn."""
+    """What the updates train on, in turn."""
 
 
 CONTINUE = Phase(until=1.0, kinds=("excerpt", "excerpt", "whole"))
@@ -87,17 +87,17 @@ class TeacherConfig(SupervisedConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """The text encoder, and what stands for no prompt: `negative`."""
     start: Path | None = None
-    """What it begins as; None for a new network."""
+    """File of the initial weights; None for a new network."""
     model: ModelConfig | None = None
     """Sizes of the network; None for those of `start`."""
     phases: tuple[Phase, ...] = (CONTINUE,)
-    """What is seen over the run."""
+    """What updates train on over the run."""
     opening_batch: int = 64
     """Openings an update; `batch` is that of excerpts and of whole clips."""
     chunk_frames: int = CacheConfig.chunk_frames
     """Latent frames of a chunk, as of the student's cache."""
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
-    """How excerpts are drawn and shown."""
+    """How excerpts are drawn and augmented."""
     balanced: bool = False
     """Whether kinds of clip come equally often, where the source tells them apart."""
     shift: float = 5.0
@@ -120,12 +120,12 @@ class TeacherConfig(SupervisedConfig):
             raise ValueError("a phase has no kinds; name what its updates see")
 
     def kind_at(self, update: int) -> Kind:
-        """What an update sees."""
+        """What an update trains on."""
         phase = next(each for each in self.phases if update / self.updates < each.until)
         return phase.kinds[update % len(phase.kinds)]
 
     def batch_at(self, update: int) -> int:
-        """How many an update sees."""
+        """Batch size of an update."""
         return self.opening_batch if self.kind_at(update) == "opening" else self.batch
 
 
@@ -180,35 +180,38 @@ class TeacherBatch(Tensors):
     noise: Tensor
     """The same shape."""
     timestep_BN: Tensor
-    """Of the parts."""
+    """Timestep of each part, [B, N]."""
     dropped_BN: Tensor
-    """Whether a part's prompt is left out."""
+    """Whether a part's prompt is dropped, for guidance, bool [B, N]."""
     embeds: Tensor
     """Prompts, [B, S, D]."""
     excerpts: Excerpts | None = None
-    """What the chunks see, where they are those of excerpts."""
+    """The pasts of the chunks, where they are those of excerpts."""
 
 
 def draw_batch(
     source: ClipSource, config: TeacherConfig, update: int, before: int, samples: Sequence[int]
 ) -> TeacherBatch:
-    """Those samples of an update, a function of the seed, whoever asks.
+    """Some samples of an update: a function of the seed, on whatever process.
 
-    `before` is how many clips the updates before it have seen.
+    `before` is the number of clips in all earlier updates.
     """
     c, kind, batch = config, config.kind_at(update), config.batch_at(update)
     groups: Groups = source.groups if c.balanced else (range(len(source)),)
-    rows = [row_of(groups, c.seed, _ROLE, before + each) for each in samples]
+    rows = [draw_clip(groups, c.seed, _ROLE, before + each) for each in samples]
 
     def generators(what: str) -> list[torch.Generator]:
-        return [generator_of(c.seed, _ROLE, update, each, what) for each in samples]
+        return [seeded_generator(c.seed, _ROLE, update, each, what) for each in samples]
 
-    seen = None
+    excerpts = None
     if kind == "excerpt":
         drawn = generators("excerpt")
-        latents, given = draw_excerpts(source, rows, groups, c.excerpts, drawn, c.chunk_frames)
-        assert given.excerpts is not None
-        embeds, seen = given.embeds, shown(given.excerpts, c.excerpts, generators("past"))
+        latents, conditions = draw_excerpts(source, rows, groups, c.excerpts, drawn, c.chunk_frames)
+        assert conditions.excerpts is not None
+        embeds, excerpts = (
+            conditions.embeds,
+            augment_past(conditions.excerpts, c.excerpts, generators("past")),
+        )
     else:
         latents = source.latents(rows)
         latents = latents if kind == "whole" else latents[:, :, : c.chunk_frames]
@@ -219,7 +222,7 @@ def draw_batch(
     within, dropped = torch.stack([torch.rand(2, parts, generator=g) for g in drawn], dim=1)
     # One draw in each of as many equal parts as there are samples: an update covers the range.
     strata = [
-        torch.randperm(batch, generator=generator_of(c.seed, _ROLE, update, "strata", part))
+        torch.randperm(batch, generator=seeded_generator(c.seed, _ROLE, update, "strata", part))
         for part in range(parts)
     ]
     uniform = (torch.stack(strata, dim=1)[list(samples)] + within) / batch
@@ -229,40 +232,42 @@ def draw_batch(
         timestep_BN=shift_sigma(uniform, c.shift) * NUM_TRAIN_TIMESTEPS,
         dropped_BN=dropped < c.prompt_dropout,
         embeds=embeds,
-        excerpts=seen,
+        excerpts=excerpts,
     )
 
 
 def teacher_errors(
-    model: WanModel, batch: TeacherBatch, no_prompt: Tensor, dtype: torch.dtype | None = None
+    model: WanModel, batch: TeacherBatch, uncond: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Mean squared error of the flow of every part, [B, N] (Lipman et al. 2022).
 
-    `no_prompt` is [1, S, D]; `dtype` is what the network computes in.
+    `uncond` is [1, S, D]; `dtype` is what the network computes in.
     """
     dtype = dtype or model.patch_embedding.weight.dtype
     size = batch.latents.shape[2] // batch.timestep_BN.shape[1]
     timestep_BF = batch.timestep_BN.repeat_interleave(size, dim=1)
     noisy = add_noise(batch.latents, batch.noise, timestep_BF)
-    empty = model.prompt_context(no_prompt.to(dtype))
+    empty = model.prompt_context(uncond.to(dtype))
 
     def dropped(contexts: Sequence[PromptContext]) -> list[PromptContext]:
         masks = batch.dropped_BN.unbind(1)
-        return [choose(mask, empty, each) for mask, each in zip(masks, contexts, strict=True)]
+        return [
+            select_prompt(mask, empty, each) for mask, each in zip(masks, contexts, strict=True)
+        ]
 
     if batch.excerpts is None:
         (prompt,) = dropped([model.prompt_context(batch.embeds.to(dtype))])
         flow = model(noisy.to(dtype), timestep_BF, prompt).float()
     else:
-        read = Prompts.read(model, batch.embeds, batch.excerpts, dtype)
-        past = pasts(model, batch.excerpts, read, dtype=dtype)
-        prompts = dropped(read.of_targets)
+        excerpt_prompts = ExcerptPrompts.from_embeds(model, batch.embeds, batch.excerpts, dtype)
+        past = past_kv(model, batch.excerpts, excerpt_prompts, dtype=dtype)
+        prompts = dropped(excerpt_prompts.by_chunk)
         flow = excerpt_flow(model, noisy, timestep_BF, prompts, past, dtype=dtype)
     return chunk_errors(flow, batch.noise - batch.latents, size)
 
 
 class TeacherTrainer(SupervisedTrainer):
-    """The teacher with all that its training changes."""
+    """The teacher with the state of its training."""
 
     config: TeacherConfig
     command, file = "python -m training teacher", TEACHER
@@ -272,14 +277,14 @@ class TeacherTrainer(SupervisedTrainer):
         config: TeacherConfig,
         teacher: WanModel,
         source: ClipSource,
-        no_prompt: Tensor,
+        uncond: Tensor,
         device: torch.device,
     ) -> None:
-        """`teacher` is placed and sharded already; `no_prompt` is [1, S, D]."""
-        super().__init__(config, teacher, NAMES, len(source))
-        self.source, self.no_prompt, self.device = source, no_prompt.to(device), device
+        """`teacher` is placed and sharded already; `uncond` is [1, S, D]."""
+        super().__init__(config, teacher, LOSS_NAMES, len(source))
+        self.source, self.uncond, self.device = source, uncond.to(device), device
         sizes = [config.batch_at(update) for update in range(config.updates)]
-        self.starts = list(accumulate(sizes, initial=0))  # clips seen before each update
+        self.clips_before = list(accumulate(sizes, initial=0))  # clips seen before each update
         for batch in set(sizes):
             micro_batches(batch, config.micro_batch)  # refuses what cannot be shared out
 
@@ -289,15 +294,15 @@ class TeacherTrainer(SupervisedTrainer):
 
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`: of chunks, or of whole clips."""
-        before = self.starts[self.update]
+        before = self.clips_before[self.update]
         batch = draw_batch(self.source, self.config, self.update, before, samples)
-        errors = teacher_errors(self.network, batch.to(self.device), self.no_prompt, self.dtype)
-        first = NAMES.index("whole") if self.config.kind_at(self.update) == "whole" else 0
+        errors = teacher_errors(self.network, batch.to(self.device), self.uncond, self.dtype)
+        first = LOSS_NAMES.index("whole") if self.config.kind_at(self.update) == "whole" else 0
         return errors, torch.arange(first, first + errors.shape[1]).expand_as(errors)
 
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
         """See `SupervisedTrainer`."""
-        write_student(path, self.network, None, None, network_size(self.source.shape), note)
+        write_student(path, self.network, None, None, video_size(self.source.shape), note)
 
     def origin(self) -> dict[str, Any]:
         """See `SupervisedTrainer`."""
@@ -314,7 +319,7 @@ def train_teacher(
     ValueError, before any weight is read, where a file is missing or `out` holds another run;
     FloatingPointError, with the last good checkpoint named, where the run breaks down.
     """
-    model = sizes_of(config)
+    model = read_model_config(config)
     check_no_prompt_files(config.data)
     source = open_clips(config.source, config.data, device)
     if source.shape[0] != model.in_dim:
@@ -323,19 +328,19 @@ def train_teacher(
             f"{model.in_dim}: give it clips of its own VAE"
         )
     check_excerpts(source, config.chunk_frames)
-    saved = to_go_on_from(config, out, resume)
+    saved = checkpoint_to_resume(config, out, resume)
     dtype, placement = placement_dtype(config.placement), config.placement
-    no_prompt = open_negative(config.data, out / "embeddings", device, dtype)
+    uncond = open_negative(config.data, out / "embeddings", device, dtype)
     if config.start is None:
         network = new_network(model, placement, device, seed=config.seed)
     else:
         offload = placement.offload == "all"
         network = open_network(config.start, placement, device, trained=True, offload=offload)
-    yield from train(TeacherTrainer(config, network, source, no_prompt, device), out, saved)
+    yield from train(TeacherTrainer(config, network, source, uncond, device), out, saved)
 
 
-def sizes_of(config: TeacherConfig) -> ModelConfig:
-    """Sizes of the network; ValueError where they are not said, or said to be two."""
+def read_model_config(config: TeacherConfig) -> ModelConfig:
+    """Sizes of the network; ValueError where `start` and `model` give none, or two different."""
     if config.start is None:
         if config.model is None:
             raise ValueError("neither start nor model is given; name a file, or give its sizes")
@@ -358,7 +363,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_teacher(args: argparse.Namespace) -> int:
     """Train a teacher."""
-    config = config_of(args, TeacherConfig, TEACHER_PRESETS)
+    config = config_from_args(args, TeacherConfig, TEACHER_PRESETS)
     return run_stage(
         args,
         config,

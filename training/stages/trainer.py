@@ -1,8 +1,8 @@
-"""The Re-DMD run: critic and generator in turn, averaged weights, checkpoints to go on from.
+"""The Re-DMD run: critic and generator in turn, averaged weights, checkpoints.
 
 One update of the generator follows `critic_ratio` updates of the critic, as in DMD2 (arXiv
-2405.14867). What is random is a function of the update's number (`draws`), so a checkpoint holds
-weights, optimisers and that number, and nothing else.
+2405.14867). All randomness is a function of the update's number (`run.draws`), so a checkpoint
+holds weights, optimisers and that number alone.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from rf_core.ranges import MANY, check_numbers
 from ..data.embeddings import PromptEmbeds
 from ..objective.redmd import (
     Networks,
-    Noising,
     Prompts,
     ReDMDConfig,
+    ScoreNoise,
     critic_losses,
     generator_losses,
-    judged_latents,
     num_windows,
+    rollout_latents,
 )
-from ..objective.rollout import Draws
-from ..objective.weights import Weighed
+from ..objective.rollout import RolloutDraws
+from ..objective.weights import SampleWeights
 from ..run import checkpointing
-from ..run.distributed import my_samples, summed, world_size
-from ..run.draws import Role, noising_draws, prompt_numbers, rollout_draws
+from ..run.distributed import all_reduce_sum, local_micro_batches, world_size
+from ..run.draws import Role, draw_rollout, draw_score_noise, shuffled_indices
 from ..run.ema import WeightAverage
-from ..run.optimise import OptimiserConfig, Trained
-from ..run.weighing import Judge, Weighing
+from ..run.optimise import OptimiserConfig, TrainedNetwork
+from ..run.reward_weights import LatentReward, RewardWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,21 +100,21 @@ class Report:
     critic_loss: float
     """Mean over the critic's updates."""
     generator_norm: float
-    """Of its gradients, before clipping."""
+    """Norm of the generator's gradients, before clipping."""
     critic_norm: float
-    """The same, mean over the critic's updates."""
-    rewards: Weighed | None
-    """Weights of the last update a reward weighed; None without a reward."""
+    """The same of the critic, mean over its updates."""
+    rewards: SampleWeights | None
+    """Weights of the last update with a reward; None without one."""
 
 
-def numbers_of(report: Report) -> dict[str, float]:
-    """A report as flat names and numbers."""
+def report_numbers(report: Report) -> dict[str, float]:
+    """A report as a flat dictionary for the log."""
     values = {k: v for k, v in asdict(report).items() if isinstance(v, float)}
     if report.rewards is not None:
-        weighed = report.rewards
-        values["reward/mean_score"] = weighed.mean_score
-        values["reward/effective_share"] = weighed.effective_share
-        for name, value in zip(("p10", "p50", "p90"), weighed.quantiles, strict=True):
+        weighted = report.rewards
+        values["reward/mean_score"] = weighted.mean_score
+        values["reward/effective_share"] = weighted.effective_share
+        for name, value in zip(("p10", "p50", "p90"), weighted.quantiles, strict=True):
             values[f"reward/weight_{name}"] = value
     return values
 
@@ -122,18 +122,18 @@ def numbers_of(report: Report) -> dict[str, float]:
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
     numbers: list[int]
-    drawn: tuple[Prompts, Draws, list[Noising]]
+    drawn: tuple[Prompts, RolloutDraws, list[ScoreNoise]]
 
 
 @dataclass(frozen=True)
 class _Step:
     loss: float
     norm: float
-    rewards: Weighed | None
+    rewards: SampleWeights | None
 
 
 class Trainer:
-    """Student, critic and teacher with all that a run changes."""
+    """Student, critic and teacher with the state of a run."""
 
     def __init__(
         self,
@@ -141,34 +141,34 @@ class Trainer:
         networks: Networks,
         prompts: PromptEmbeds,
         uncond: Tensor,
-        judge: Judge | None = None,
+        reward: LatentReward | None = None,
     ) -> None:
         """`networks` are placed and sharded already; `uncond` is [1, S, D] on their device."""
-        self.config, self.networks, self.judge = config, networks, judge
+        self.config, self.networks, self.reward = config, networks, reward
         self.prompts, self.uncond = prompts, uncond
-        self.micro_batches = my_samples(config.redmd.batch, config.micro_batch)
+        self.micro_batches = local_micro_batches(config.redmd.batch, config.micro_batch)
         self.average = WeightAverage(networks.student)
-        self.trained: dict[Role, Trained] = {
-            "generator": Trained(networks.student, config.generator),
-            "critic": Trained(networks.critic, config.critic),
+        self.trained: dict[Role, TrainedNetwork] = {
+            "generator": TrainedNetwork(networks.student, config.generator),
+            "critic": TrainedNetwork(networks.critic, config.critic),
         }
         self.update = 0
 
     def step(self) -> Report:
         """The critic's updates, one of the generator, the average. FloatingPointError on a NaN."""
         ratio, c = self.config.critic_ratio, self.config
-        critic = [self._descend("critic", ratio * self.update + i) for i in range(ratio)]
-        generator = self._descend("generator", self.update)
+        critic = [self._train_step("critic", ratio * self.update + i) for i in range(ratio)]
+        generator = self._train_step("generator", self.update)
         self.update += 1
-        self.average.follow(c.ema if self.update > c.ema_from else 0.0)
-        weighed = generator if c.redmd.weigh == "generator" else critic[-1]
+        self.average.update(c.ema if self.update > c.ema_from else 0.0)
+        weighted = generator if c.redmd.weigh == "generator" else critic[-1]
         return Report(
             update=self.update - 1,
             generator_loss=generator.loss,
             critic_loss=sum(each.loss for each in critic) / ratio,
             generator_norm=generator.norm,
             critic_norm=sum(each.norm for each in critic) / ratio,
-            rewards=weighed.rewards,
+            rewards=weighted.rewards,
         )
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -176,11 +176,11 @@ class Trainer:
         return self.average.applied()
 
     def save(self, folder: Path) -> None:
-        """Write everything to go on from; `folder` is complete once it exists."""
+        """Write a checkpoint; `folder` is complete once it exists."""
         checkpointing.save(self._state(), folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` has written, on however many processes."""
+        """Resume from what `save` has written, on any number of processes."""
         state = self._state()
         checkpointing.load(state, folder)
         for role, trained in self.trained.items():
@@ -191,22 +191,22 @@ class Trainer:
         trained = {role: each.state() for role, each in self.trained.items()}
         return {"average": self.average.tensors, "update": torch.tensor(self.update), **trained}
 
-    def _descend(self, role: Role, number: int) -> _Step:
+    def _train_step(self, role: Role, number: int) -> _Step:
         losses = generator_losses if role == "generator" else critic_losses
-        total, weighing = 0.0, self._weighing(role, number)
+        total, reward_weights = 0.0, self._reward_weights(role, number)
         for samples in self.micro_batches:
             batch = self._batch(role, number, samples)
-            weigher = weighing and weighing.of(samples, batch.numbers)
-            for loss in losses(self.networks, *batch.drawn, self.config.redmd, weigher):
+            weight_fn = reward_weights and reward_weights.for_samples(samples, batch.numbers)
+            for loss in losses(self.networks, *batch.drawn, self.config.redmd, weight_fn):
                 # FSDP averages over processes, where losses are shares of a sum.
                 (loss * world_size()).backward()
                 total += float(loss.detach())
-        total = summed(total)
+        total = all_reduce_sum(total)
         self._check(role, number, total)
         trained, c = self.trained[role], self.config
         updates = c.updates * (c.critic_ratio if role == "critic" else 1)
-        norm = trained.descend(trained.config.factor(number, updates))
-        return _Step(total, norm, weighing and weighing.log())
+        norm = trained.step(trained.config.rate_factor(number, updates))
+        return _Step(total, norm, reward_weights and reward_weights.log())
 
     def _check(self, role: Role, number: int, loss: float) -> None:
         limit = self.config.runaway if role == "critic" else math.inf
@@ -217,7 +217,7 @@ class Trainer:
 
     def _batch(self, role: Role, number: int, samples: range) -> _Batch:
         c, device = self.config, self.uncond.device
-        numbers = prompt_numbers(
+        numbers = shuffled_indices(
             c.seed,
             role,
             number,
@@ -226,30 +226,33 @@ class Trainer:
             len(self.prompts),
             copies=c.redmd.weights.best_of,
         )
-        noisings = [
-            noising_draws(c.seed, role, number, samples, c.window_latents, c.redmd, window)
+        score_noises = [
+            draw_score_noise(c.seed, role, number, samples, c.window_latents, c.redmd, window)
             for window in range(c.windows)
         ]
-        draws = rollout_draws(c.seed, role, number, samples, c.latents, c.redmd.sampler)
+        draws = draw_rollout(c.seed, role, number, samples, c.latents, c.redmd.sampler)
         prompts = Prompts(cond=self.prompts.embeds(numbers).to(device), uncond=self.uncond)
-        drawn = prompts, draws.to(device), [each.to(device) for each in noisings]
+        drawn = prompts, draws.to(device), [each.to(device) for each in score_noises]
         return _Batch(numbers=numbers, drawn=drawn)
 
-    def _weighing(self, role: Role, number: int) -> Weighing | None:
+    def _reward_weights(self, role: Role, number: int) -> RewardWeights | None:
         redmd = self.config.redmd
-        if self.judge is None or redmd.weigh != role:
+        if self.reward is None or redmd.weigh != role:
             return None
-        weighing = Weighing(self.judge, redmd, self.config.windows)
-        if redmd.weights.of_batch and (len(self.micro_batches), self.config.windows) != (1, 1):
+        reward_weights = RewardWeights(self.reward, redmd, self.config.windows)
+        if redmd.weights.depends_on_batch and (len(self.micro_batches), self.config.windows) != (
+            1,
+            1,
+        ):
             with torch.no_grad():
                 scores = [self._scores(role, number, samples) for samples in self.micro_batches]
-            weighing.know(scores)
-        return weighing
+            reward_weights.set_scores(scores)
+        return reward_weights
 
     def _scores(self, role: Role, number: int, samples: range) -> Tensor:
-        """Scores [windows, samples] of a micro-batch, before its own turn comes."""
+        """Scores [windows, B] of a micro-batch, computed ahead of its losses."""
         batch = self._batch(role, number, samples)
-        assert self.judge is not None
+        assert self.reward is not None
         prompts, draws, _ = batch.drawn
-        made = judged_latents(self.networks, prompts, draws, self.config.redmd)
-        return torch.stack([self.judge(x0, batch.numbers) for x0 in made])
+        windows = rollout_latents(self.networks, prompts, draws, self.config.redmd)
+        return torch.stack([self.reward(x0, batch.numbers) for x0 in windows])

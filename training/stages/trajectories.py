@@ -1,17 +1,17 @@
 """The teacher's ODE trajectories: what `ode_init` teaches the causal student.
 
-The teacher walks from noise to clean latents in small Euler steps (CausVid, arXiv 2412.07772,
-sec. 4.2). Its end is kept, with the points where it passes the student's own timesteps: these are
-levels of the grid, so that the points are exact. The published code keeps grid steps 0, 12, 24, 36
-of 48, which are the student's timesteps at shift 5 alone.
+The teacher integrates from noise to clean latents in small Euler steps (CausVid, arXiv 2412.07772,
+sec. 4.2). The end is stored, with the points at the student's own timesteps: these are levels of
+the grid, so that the points are exact. The published code keeps grid steps 0, 12, 24, 36 of 48,
+which are the student's timesteps at shift 5 alone.
 
-It walks whole clips, as published, or the chunks of excerpts with their past in sight. In a whole
-clip the first chunk hangs on the noise of all later ones, which a causal student cannot see, so
-that its regression falls to a mean (Causal Forcing, arXiv 2602.02214, argues this); in an excerpt
-each point leads to one end alone.
+Trajectories are those of whole clips, as published, or of excerpts, whose chunks see their past.
+In a whole clip the first chunk depends on the noise of all later ones, which a causal student
+cannot see, so that its regression collapses to a mean (Causal Forcing, arXiv 2602.02214, argues
+this). In an excerpt each point leads to one end alone.
 
 Shards are safetensors, and functions of the config and their number. Processes share them out, and
-a run that was cut off goes on where it stopped.
+an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -35,30 +35,38 @@ from rf_core.weights.checkpoint import read_checkpoint
 from rf_core.writing import write_text
 
 from ..choices import CLIPS, DATA_SET, open_clips
-from ..data.clips import ClipSource, Conditions, check_excerpts, draw_excerpts, row_of
+from ..data.clips import ClipSource, Conditions, check_excerpts, draw_clip, draw_excerpts
 from ..data.embeddings import PromptEmbeds, open_negative, open_prompts
 from ..data.pairs import (
     Origin,
     PairsConfig,
     Trajectories,
-    refuse_other,
+    check_shard,
     shard_path,
     shards_of,
     write_shard,
 )
 from ..data.prompts import check_no_prompt_files, check_prompt_files, wan_data
-from ..objective.excerpts import KINDS, LATENTS, Excerpts, Prompts, excerpt_flow, pasts, shown
+from ..objective.excerpts import (
+    KINDS,
+    LATENT_FIELDS,
+    ExcerptPrompts,
+    Excerpts,
+    augment_past,
+    excerpt_flow,
+    past_kv,
+)
 from ..run.config import to_json
-from ..run.distributed import barrier, gathered, processes, rank, world_size
-from ..run.draws import generator_of, prompt_numbers
+from ..run.distributed import all_gather, barrier, process_group, rank, world_size
+from ..run.draws import seeded_generator, shuffled_indices
 from ..run.folder import CONFIG
 from ..run.networks import PlacementConfig, open_network, placement_dtype
-from ..run.options import add_config_arguments, config_of, say, show_progress
+from ..run.options import add_config_arguments, config_from_args, print_rank_0, show_progress
 
 _ROLE = "ode_pairs"
-_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-Begin = Callable[[Sequence[int]], Conditions]
-"""What the trajectories of those numbers begin with, beside noise."""
+_STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DrawConditions = Callable[[Sequence[int]], Conditions]
+"""Prompts, and excerpts where there are some, of the trajectories of those numbers."""
 
 
 def miniature_pairs() -> PairsConfig:
@@ -68,7 +76,7 @@ def miniature_pairs() -> PairsConfig:
     above a noise level of 0.9, and that is where the shift puts the steps.
     """
     return PairsConfig(
-        follows="excerpts",
+        kind="excerpts",
         source=CLIPS,
         steps=14,
         shift=12.0,
@@ -106,12 +114,12 @@ def student_levels(sampler: SamplerConfig) -> list[float]:
 
 
 def levels_of(config: PairsConfig) -> list[float]:
-    """Noise levels from 1 to 0: the shifted grid, with the student's in place of their equals."""
+    """Noise levels from 1 to 0: the shifted grid and the student's own levels, each once."""
     return euler_levels(config.steps, config.shift, student_levels(config.sampler))
 
 
 @torch.no_grad()
-def follow(
+def sample_trajectories(
     teacher: WanModel,
     noise: Tensor,
     cond: Tensor,
@@ -120,33 +128,34 @@ def follow(
     dtype: torch.dtype | None = None,
     excerpts: Excerpts | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's guided trajectories from noise [B, C, F, h, w].
+    """Integrate the teacher's guided ODE from noise [B, C, F, h, w] to clean latents.
 
-    Returns points [B, K, C, F, h, w], and ends. `cond` is [B, S, D], `uncond` [1 or B, S, D];
-    `dtype` is what the teacher computes in, by default that of its weights. Chunks of excerpts see
-    the same past with guidance and without.
+        Returns the latents at the student's K timesteps, [B, K, C, F, h, w],
+    and the clean latents. `cond` is [B, S, D], `uncond` [1 or B, S, D]. `dtype` is what the teacher
+    computes in, by default that of its weights. The past of excerpts is the same for both prompts.
     """
     dtype = dtype or teacher.patch_embedding.weight.dtype
     uncond = uncond.expand(len(noise), -1, -1).to(dtype)
-    plain = teacher.prompt_context(uncond) if config.guidance != 1 else None
+    uncond_prompt = teacher.prompt_context(uncond) if config.guidance != 1 else None
     if excerpts is None:
         prompts: Sequence[PromptContext] = (teacher.prompt_context(cond.to(dtype)),)
     else:
-        read = Prompts.read(teacher, cond, excerpts, dtype)
-        prompts, past = read.of_targets, pasts(teacher, excerpts, read, dtype=dtype)
+        excerpt_prompts = ExcerptPrompts.from_embeds(teacher, cond, excerpts, dtype)
+        prompts = excerpt_prompts.by_chunk
+        past = past_kv(teacher, excerpts, excerpt_prompts, dtype=dtype)
 
-    def predicted(x: Tensor, at: Tensor, prompts: Sequence[PromptContext]) -> Tensor:
+    def predict(x: Tensor, at: Tensor, prompts: Sequence[PromptContext]) -> Tensor:
         if excerpts is None:
             return teacher(x.to(dtype), at, prompts[0]).float()
         return excerpt_flow(teacher, x, at, prompts, past, dtype=dtype)
 
     def flow(x: Tensor, level: float) -> Tensor:
         at = x.new_full((x.shape[0], x.shape[2]), level * NUM_TRAIN_TIMESTEPS)
-        towards = predicted(x, at, prompts)
-        if plain is None:
-            return towards
-        away = predicted(x, at, (plain,) * len(prompts))
-        return away + config.guidance * (towards - away)
+        cond_flow = predict(x, at, prompts)
+        if uncond_prompt is None:
+            return cond_flow
+        uncond_flow = predict(x, at, (uncond_prompt,) * len(prompts))
+        return uncond_flow + config.guidance * (cond_flow - uncond_flow)
 
     end, points = integrate(flow, noise, levels_of(config), student_levels(config.sampler))
     return torch.stack(points, dim=1), end
@@ -162,7 +171,7 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
     source = _open_source(config, device)
     origin = Origin(teacher=fingerprint(path), clips=None if source is None else len(source))
     for shard in shards_of(out):
-        refuse_other(shard, config, origin)
+        check_shard(shard, config, origin)
     missing = _missing(config, out)
     done = config.clips - len(missing) * config.shard
     yield done
@@ -176,51 +185,55 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
         prompts, embeds, uncond = open_prompts(
             config.data, DATA_SET, out / "embeddings", device, dtype
         )
-        begin = with_prompts(prompts, embeds, config)
+        draw_conditions = prompt_conditions(prompts, embeds, config)
     else:
         uncond = open_negative(config.data, out / "embeddings", device, dtype)
-        begin = with_excerpts(source, config)
+        draw_conditions = excerpt_conditions(source, config)
     offload = config.placement.offload != "none"
     teacher = open_network(path, config.placement, device, trained=False, offload=offload)
     for first in range(0, len(missing), world_size()):
-        # Sharded networks run in step: a process without a shard left makes another's along.
+        # Sharded networks run in step: a process without a shard left computes one and drops it.
         place = first + rank()
         number = missing[min(place, len(missing) - 1)]
-        made = make_shard(teacher, begin, uncond.to(device), config, number, dtype)
+        trajectories = make_shard(
+            teacher, draw_conditions, uncond.to(device), config, number, dtype
+        )
         if place < len(missing):
-            write_shard(shard_path(out, number), made, config, number, origin)
+            write_shard(shard_path(out, number), trajectories, config, number, origin)
         done += config.shard * min(world_size(), len(missing) - first)
         yield done
     barrier()
 
 
-def with_prompts(prompts: Sequence[str], embeds: PromptEmbeds, config: PairsConfig) -> Begin:
-    """Whole clips of prompts."""
+def prompt_conditions(
+    prompts: Sequence[str], embeds: PromptEmbeds, config: PairsConfig
+) -> DrawConditions:
+    """Conditions of whole clips: a prompt each, in shuffled order."""
 
-    def begin(clips: Sequence[int]) -> Conditions:
-        numbers = prompt_numbers(config.seed, "generator", 0, clips, 1, len(prompts))
+    def draw_conditions(clips: Sequence[int]) -> Conditions:
+        numbers = shuffled_indices(config.seed, "generator", 0, clips, 1, len(prompts))
         texts = [prompts[each] for each in numbers]
         return Conditions(numbers=numbers, prompts=texts, embeds=embeds.embeds(numbers))
 
-    return begin
+    return draw_conditions
 
 
-def with_excerpts(source: ClipSource, config: PairsConfig) -> Begin:
-    """Excerpts of clips."""
+def excerpt_conditions(source: ClipSource, config: PairsConfig) -> DrawConditions:
+    """Conditions of excerpts that are drawn from clips."""
     groups = (range(len(source)),)
 
-    def begin(clips: Sequence[int]) -> Conditions:
-        rows = [row_of(groups, config.seed, _ROLE, clip) for clip in clips]
-        drawn = [generator_of(config.seed, _ROLE, clip, "excerpt") for clip in clips]
+    def draw_conditions(clips: Sequence[int]) -> Conditions:
+        rows = [draw_clip(groups, config.seed, _ROLE, clip) for clip in clips]
+        drawn = [seeded_generator(config.seed, _ROLE, clip, "excerpt") for clip in clips]
         size = config.latents[1] // len(KINDS)
         return draw_excerpts(source, rows, groups, config.excerpts, drawn, size)[1]
 
-    return begin
+    return draw_conditions
 
 
 def make_shard(
     teacher: WanModel,
-    begin: Begin,
+    draw_conditions: DrawConditions,
     uncond: Tensor,
     config: PairsConfig,
     number: int,
@@ -228,29 +241,42 @@ def make_shard(
 ) -> Trajectories:
     """The trajectories of one shard; `uncond` is [1, S, D] on the teacher's device."""
     clips = range(number * config.shard, (number + 1) * config.shard)
-    begun, parts = begin(clips), []
-    if begun.excerpts is not None:  # followed as it is kept
-        kept = {name: _stored(getattr(begun.excerpts, name), config) for name in LATENTS}
-        begun = replace(begun, excerpts=replace(begun.excerpts, **kept))
+    conditions, parts = draw_conditions(clips), []
+    if conditions.excerpts is not None:  # trajectories see the past in the dtype it is stored in
+        kept = {
+            name: _to_stored_dtype(getattr(conditions.excerpts, name), config)
+            for name in LATENT_FIELDS
+        }
+        conditions = replace(conditions, excerpts=replace(conditions.excerpts, **kept))
     for start in range(0, config.shard, config.batch):
         part = slice(start, start + config.batch)
         noise = torch.stack([_noise(config, clip) for clip in clips[part]])
-        seen = None
-        if begun.excerpts is not None:
-            drawn = [generator_of(config.seed, _ROLE, clip, "past") for clip in clips[part]]
-            seen = shown(begun.excerpts.part(part), config.excerpts, drawn).to(uncond.device)
-        prompt = begun.embeds[part].to(uncond)
-        parts.append(follow(teacher, noise.to(uncond.device), prompt, uncond, config, dtype, seen))
+        excerpts = None
+        if conditions.excerpts is not None:
+            drawn = [seeded_generator(config.seed, _ROLE, clip, "past") for clip in clips[part]]
+            excerpts = augment_past(conditions.excerpts.select(part), config.excerpts, drawn).to(
+                uncond.device
+            )
+        prompt = conditions.embeds[part].to(uncond)
+        parts.append(
+            sample_trajectories(
+                teacher, noise.to(uncond.device), prompt, uncond, config, dtype, excerpts
+            )
+        )
     points, clean = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
-    return Trajectories(points=_stored(points, config), clean=_stored(clean, config), **vars(begun))
+    return Trajectories(
+        points=_to_stored_dtype(points, config),
+        clean=_to_stored_dtype(clean, config),
+        **vars(conditions),
+    )
 
 
 def _noise(config: PairsConfig, clip: int) -> Tensor:
-    return torch.randn(config.latents, generator=generator_of(config.seed, _ROLE, clip))
+    return torch.randn(config.latents, generator=seeded_generator(config.seed, _ROLE, clip))
 
 
-def _stored(latents: Tensor, config: PairsConfig) -> Tensor:
-    kept = latents.to(_STORED[config.stored])
+def _to_stored_dtype(latents: Tensor, config: PairsConfig) -> Tensor:
+    kept = latents.to(_STORED_DTYPES[config.stored])
     if not kept.isfinite().all():
         raise FloatingPointError(
             f"the latents are not finite in {config.stored}: they reach "
@@ -260,25 +286,25 @@ def _stored(latents: Tensor, config: PairsConfig) -> Tensor:
 
 
 def teacher_path(config: PairsConfig) -> Path:
-    """Where the teacher is; ValueError where it, or a file of prompts, is not there."""
+    """The teacher's file. ValueError where it, or a prompt file, does not exist."""
     path = config.teacher or DEMO / "teacher.safetensors"
     if not path.exists():
         raise ValueError(f"teacher is {path}, which is not there")
-    if config.follows == "excerpts" and config.source is None:
-        raise ValueError("follows is excerpts; give source, a folder of clips to cut them from")
-    if config.follows == "excerpts":
+    if config.kind == "excerpts" and config.source is None:
+        raise ValueError("kind is excerpts; give source, a folder of clips to cut them from")
+    if config.kind == "excerpts":
         check_no_prompt_files(config.data)
     check_prompt_files(config.data)
     return path
 
 
 def fingerprint(path: Path) -> str:
-    """A network's file in few letters, the same for every dtype it may be stored in."""
+    """A short hash of a network's weights, the same for every dtype they may be stored in."""
     return fingerprint_of(read_checkpoint(path).tensors["blocks.0.modulation"])
 
 
 def _open_source(config: PairsConfig, device: torch.device) -> ClipSource | None:
-    if config.follows == "clips":
+    if config.kind == "clips":
         return None
     assert config.source is not None
     source = open_clips(config.source, config.data, device)
@@ -295,8 +321,8 @@ def _open_source(config: PairsConfig, device: torch.device) -> ClipSource | None
 def _missing(config: PairsConfig, out: Path) -> list[int]:
     shards = range(config.clips // config.shard)
     here = torch.tensor([not shard_path(out, number).exists() for number in shards])
-    # All take the first process' word: another may see its files late.
-    agreed = gathered(here)[: len(shards)]
+    # All processes use the first one's list: a shared disk may show new files late.
+    agreed = all_gather(here)[: len(shards)]
     return agreed.nonzero().flatten().tolist()
 
 
@@ -308,11 +334,11 @@ def add_pairs_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_pairs(args: argparse.Namespace) -> int:
     """Make the teacher's trajectories, or those that are missing."""
-    config = config_of(args, PairsConfig, PAIRS_PRESETS)
+    config = config_from_args(args, PairsConfig, PAIRS_PRESETS)
     check_folder_writable(args.out)
-    with processes(args.device) as device:
-        say(to_json(config))
+    with process_group(args.device) as device:
+        print_rank_0(to_json(config))
         shards = ((done, "") for done in write_pairs(config, args.out, device))
         show_progress(config.clips, "clip", shards)
-        say(f"{args.out}: {config.clips} trajectories")
+        print_rank_0(f"{args.out}: {config.clips} trajectories")
     return 0

@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, help="clips at most")
     parser.add_argument("--part", type=_part, default=(0, 1), help="i/n: every n-th clip shard")
     parser.add_argument("--seed", type=int, help="seed of the training stages (default 0)")
-    parser.add_argument("--start", type=Path, help="VAE to go on from, not from scratch")
+    parser.add_argument("--start", type=Path, help="VAE to continue from (default: from scratch)")
     parser.add_argument(
         "--teacher", type=Path, help="what is measured or released (default: OUT's)"
     )

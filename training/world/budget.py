@@ -1,4 +1,4 @@
-"""How long a run may take, in steps and in minutes, and the learning rate laid over it.
+"""The budget of a run in steps and minutes, and the learning rate scheduled over it.
 
 The miniature world trains on whatever machine is at hand, so a run ends when its steps or its
 minutes are spent, whichever comes first, and the cosine falls to its end just then.
@@ -62,15 +62,15 @@ def run(budget: Budget, optimisers: list[torch.optim.Optimizer]) -> Iterator[tup
         step += 1
 
 
-class Every:
-    """Says yes once per so many minutes; the first time after one period."""
+class Periodic:
+    """A timer that is true once every so many minutes, first after one period."""
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.period, self.clock = 60 * minutes, clock
         self.last = clock()
 
     def __call__(self) -> bool:
-        """Whether a period has passed since the last yes."""
+        """Whether a period has passed since it was last true."""
         if self.clock() - self.last < self.period:
             return False
         self.last = self.clock()

@@ -9,12 +9,12 @@ from .scenes import all_captions
 class Captions:
     """The prompts of the miniature world, which it writes itself."""
 
-    def to_train_on(self) -> list[str]:
+    def training_prompts(self) -> list[str]:
         """Every caption of one thing, then 64 of two."""
         doubles = (captions([scene_of(5, index)])[0] for index in range(6400))
         two = [text for text in doubles if " and " in text][:64]
         return [*all_captions(), *two]
 
-    def to_measure_by(self) -> list[str]:
+    def evaluation_prompts(self) -> list[str]:
         """Every caption of one thing."""
         return all_captions()

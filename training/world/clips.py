@@ -1,7 +1,7 @@
 """Training clips: scenes of the world, encoded once by the trained VAE and kept as latents.
 
-Scene i of a seed is the same on every machine. Shards are written one by one, so a run that was
-cut off goes on where it stopped, and one with a time limit keeps what it has.
+Scene i of a seed is the same on every machine. Shards are written one by one, so an
+interrupted run continues where it stopped, and one with a time limit keeps what it has.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Clips:
     latents: Tensor
     """Normalised latents [N, C, F, h, w], float16."""
     scenes: list[Scene]
-    """What is seen; captions and true speeds follow from it."""
+    """The scene of each clip, from which captions and true speeds are derived."""
 
 
 def num_images(frames: int) -> int:
@@ -84,7 +84,7 @@ def decode_latents(vae: WanVAE, latents: Tensor, batch: int = 2) -> Tensor:
     return torch.cat([from_wan(vae.decode(part.float())) for part in latents.split(batch)])
 
 
-def lay_out_channels_last(vae: WanVAE) -> WanVAE:
+def to_channels_last(vae: WanVAE) -> WanVAE:
     """The same VAE with its kernels in the order CPUs convolve fastest in."""
     for weight in vae.parameters():
         if weight.ndim == 5:
@@ -155,9 +155,9 @@ def captions(scenes: list[Scene], rng: np.random.Generator | None = None) -> lis
 
 @dataclass(frozen=True)
 class CaptionedClips:
-    """Encoded clips with captions, which are worded and encoded anew each time they are asked for.
+    """Encoded clips as a `ClipSource`. Captions are phrased and encoded anew at every call.
 
-    Kinds are clips of one thing and clips of two.
+    Groups are clips of one thing and clips of two.
     """
 
     clips: Clips

@@ -163,13 +163,13 @@ def accuracy_of(videos: Sequence[Tensor], prompts: Sequence[str]) -> Report:
     Speed counts where the caption names one; `free_speed` describes those that leave it open.
     """
     scores = [score(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
-    wanted = [parse_caption(prompt) for prompt in prompts]
+    targets = [parse_caption(prompt) for prompt in prompts]
     groups = {
         "all": range(len(prompts)),
-        "one": [i for i, things in enumerate(wanted) if len(things) == 1],
-        "two": [i for i, things in enumerate(wanted) if len(things) == 2],
+        "one": [i for i, things in enumerate(targets) if len(things) == 1],
+        "two": [i for i, things in enumerate(targets) if len(things) == 2],
     }
-    named = {i for i, things in enumerate(wanted) if any(t.speed_name for t in things)}
+    named = {i for i, things in enumerate(targets) if any(t.speed_name for t in things)}
     report: Report = {}
     for group, members in groups.items():
         speeds = [i for i in members if i in named]
@@ -181,7 +181,7 @@ def accuracy_of(videos: Sequence[Tensor], prompts: Sequence[str]) -> Report:
     free = [i for i in groups["one"] if i not in named]
     report["free_speed"] = _spread([scores[i]["measured_speed"] for i in free])
     for name in ("slowly", "quickly"):
-        rows = [i for i in groups["one"] if wanted[i][0].speed_name == name]
+        rows = [i for i in groups["one"] if targets[i][0].speed_name == name]
         report[f"{name}_speed"] = _spread([scores[i]["measured_speed"] for i in rows])
     return report
 
@@ -240,11 +240,11 @@ class Streams:
         videos: list[Tensor] = []
         for start in range(0, len(prompts), self.config.batch):
             stream = self.open(prompts[start : start + self.config.batch], seed=1000 + start)
-            videos += roll(stream, chunks).unbind()
+            videos += stream_images(stream, chunks).unbind()
         return videos
 
 
-def roll(stream: Stream, chunks: int) -> Tensor:
+def stream_images(stream: Stream, chunks: int) -> Tensor:
     """The images of a stream's next chunks, [B, T, 3, H, W]."""
     parts = []
     for _ in range(chunks):
@@ -284,9 +284,9 @@ def switch_report(streams: Streams, mode: str) -> Report:
     config = streams.config
     before, after = switch_prompts(config)
     stream = streams.open(before, seed=5000)
-    first = roll(stream, config.switch_after)
+    first = stream_images(stream, config.switch_after)
     stream.switch(streams.encoder.encode(after), mode)
-    videos = torch.cat([first, roll(stream, config.switch_chunks)], dim=1)
+    videos = torch.cat([first, stream_images(stream, config.switch_chunks)], dim=1)
     delays = [
         switch_delay(video, first.shape[1], prompt)
         for video, prompt in zip(videos, after, strict=True)

@@ -1,4 +1,4 @@
-"""The miniature world's exact judge as a metric: whether a video keeps its caption."""
+"""The miniature world's exact tracker as a metric: whether a video matches its caption."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from .scenes import DIRECTIONS, SIZE, Wanted, parse_caption
-from .tracker import Track, score_tracks, sight, tracks_of
+from .scenes import DIRECTIONS, SIZE, Attributes, parse_caption
+from .tracker import Track, detect, score_tracks, tracks_of
 
 
 class TrackerMetric:
@@ -22,7 +22,7 @@ class TrackerMetric:
         "latent frame, in all and along the caption's direction"
     )
 
-    def fits(self, prompts: Iterable[str], size: tuple[int, int]) -> bool:
+    def supports(self, prompts: Iterable[str], size: tuple[int, int]) -> bool:
         """Whether every prompt is a caption, and videos are of the world's size."""
         return size == (SIZE, SIZE) and all(map(_is_caption, prompts))
 
@@ -32,27 +32,27 @@ class TrackerMetric:
 
 
 def caption_measures(video: Tensor, caption: str) -> dict[str, float | None]:
-    """How a video [T, 3, SIZE, SIZE] of the miniature world keeps its caption.
+    """Whether a video [T, 3, SIZE, SIZE] of the miniature world matches its caption.
 
     `colour`, `shape`, `direction`, `speed` are 1 or 0, as `training.world.tracker.score` has them;
     `speed` is None where the caption names none, `measured_speed` where nothing shows.
     `speed_along` is in shape sizes a latent frame along the caption's direction, over its things:
     negative against it, 0 for one that does not show or moves sideways.
     """
-    wanted = parse_caption(caption)
-    tracks = tracks_of(sight(video))
-    found: dict[str, float | None] = dict(score_tracks(tracks, wanted))
-    if not any(each.speed_name for each in wanted):
+    targets = parse_caption(caption)
+    tracks = tracks_of(detect(video))
+    found: dict[str, float | None] = dict(score_tracks(tracks, targets))
+    if not any(each.speed_name for each in targets):
         found["speed"] = None
     found["measured_speed"] = _finite(found["measured_speed"])
-    along = [_speed_along(tracks, each) for each in wanted]
+    along = [_speed_along(tracks, each) for each in targets]
     return found | {"speed_along": sum(along) / len(along)}
 
 
-def _speed_along(tracks: Sequence[Track], wanted: Wanted) -> float:
-    x, y = DIRECTIONS[wanted.direction]
+def _speed_along(tracks: Sequence[Track], targets: Attributes) -> float:
+    x, y = DIRECTIONS[targets.direction]
     for seen in tracks:
-        if seen.colour == wanted.colour:
+        if seen.colour == targets.colour:
             seen_x, seen_y = DIRECTIONS.get(seen.direction, (0, 0))
             return seen.speed * (x * seen_x + y * seen_y)
     return 0.0

@@ -1,4 +1,4 @@
-"""The miniature world's exact judge as a reward."""
+"""The miniature world's exact tracker as a reward."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .tracker import score
 
 
 class TrackerReward:
-    """The miniature world's exact judge: `motion` is the measured speed, in sizes a latent frame.
+    """The miniature world's tracker as a `Reward`: scores `motion` and `caption`.
 
-    `caption` is the share of attributes that are right. A video in which nothing is seen moves 0.
+    `motion` is the measured speed, in shape sizes a latent frame; `caption` is the
+    share of attributes that are right. A video in which nothing is seen has motion 0.
     """
 
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

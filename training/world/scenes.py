@@ -55,8 +55,8 @@ _CLAUSE = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a caption says of one shape."""
+class Attributes:
+    """The attributes of one shape, as a caption names them."""
 
     colour: str
     """A key of `PALETTE`."""
@@ -69,8 +69,8 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing(Wanted):
-    """One moving shape: what its caption says, with the numbers to draw it."""
+class Thing(Attributes):
+    """One moving shape: its attributes, with speed and position to draw it."""
 
     speed: float
     """Shape sizes a latent frame."""
@@ -88,21 +88,21 @@ class Thing(Wanted):
 Scene = tuple[Thing, ...]
 
 
-def caption_of(wanted: Wanted, verb: str = VERBS[0]) -> str:
+def caption_of(attributes: Attributes, verb: str = VERBS[0]) -> str:
     """The clause for one shape: `a red circle moves left slowly`."""
-    adverb = f" {wanted.speed_name}" if wanted.speed_name else ""
-    return f"a {wanted.colour} {wanted.shape} {verb} {wanted.direction}{adverb}"
+    adverb = f" {attributes.speed_name}" if attributes.speed_name else ""
+    return f"a {attributes.colour} {attributes.shape} {verb} {attributes.direction}{adverb}"
 
 
-def caption(scene: Sequence[Wanted], rng: np.random.Generator | None = None) -> str:
+def caption(scene: Sequence[Attributes], rng: np.random.Generator | None = None) -> str:
     """The caption of a scene; `rng` picks the verbs, without it they are all `moves`."""
     verbs = [VERBS[rng.integers(len(VERBS))] if rng else VERBS[0] for _ in scene]
     return " and ".join(map(caption_of, scene, verbs))
 
 
-def parse_caption(text: str) -> list[Wanted]:
-    """What a caption asks for, shape by shape; ValueError with the known words otherwise."""
-    wanted = []
+def parse_caption(text: str) -> list[Attributes]:
+    """The attributes of each shape of a caption; ValueError lists the known words."""
+    attributes = []
     for clause in text.lower().strip().rstrip(".").split(" and "):
         match = _CLAUSE.fullmatch(" ".join(clause.split()))
         if match is None:
@@ -113,27 +113,29 @@ def parse_caption(text: str) -> list[Wanted]:
             )
         colour, shape, direction, speed = match.groups()
         name = next(known for known in SPEED_RANGES if known == speed)
-        wanted.append(Wanted(colour=colour, shape=shape, direction=direction, speed_name=name))
-    return wanted
+        attributes.append(
+            Attributes(colour=colour, shape=shape, direction=direction, speed_name=name)
+        )
+    return attributes
 
 
 def all_captions() -> list[str]:
     """Every caption of a single shape, in one phrasing: 6 x 3 x 4 x 3 of them."""
     return [
-        caption_of(Wanted(colour=colour, shape=shape, direction=direction, speed_name=speed))
+        caption_of(Attributes(colour=colour, shape=shape, direction=direction, speed_name=speed))
         for colour, shape, direction, speed in product(COLOURS, SHAPES, DIRECTIONS, SPEED_RANGES)
     ]
 
 
-def place(wanted: Wanted, rng: np.random.Generator) -> Thing:
+def place(attributes: Attributes, rng: np.random.Generator) -> Thing:
     """A thing that fits a caption: its speed drawn from the named range, its place anywhere."""
     x, y = rng.uniform(0, SIZE, 2)
     return Thing(
-        colour=wanted.colour,
-        shape=wanted.shape,
-        direction=wanted.direction,
-        speed_name=wanted.speed_name,
-        speed=float(rng.uniform(*SPEED_RANGES[wanted.speed_name])),
+        colour=attributes.colour,
+        shape=attributes.shape,
+        direction=attributes.direction,
+        speed_name=attributes.speed_name,
+        speed=float(rng.uniform(*SPEED_RANGES[attributes.speed_name])),
         position=(float(x), float(y)),
     )
 
@@ -145,13 +147,13 @@ def sample_scene(rng: np.random.Generator, two_shapes_share: float = TWO_SHAPES_
     return place_all([_sample_wanted(COLOURS[colour], rng) for colour in colours], rng)
 
 
-def place_all(wanted: Sequence[Wanted], rng: np.random.Generator) -> Scene:
+def place_all(attributes: Sequence[Attributes], rng: np.random.Generator) -> Scene:
     """A scene that fits a caption; things on one axis get lanes of their own.
 
     Without lanes, one of two things might hide behind the other for a whole video.
     """
     while True:
-        scene = tuple(place(each, rng) for each in wanted)
+        scene = tuple(place(each, rng) for each in attributes)
         if not any(_share_a_lane(a, b) for a, b in combinations(scene, 2)):
             return scene
 
@@ -162,9 +164,9 @@ def _share_a_lane(a: Thing, b: Thing) -> bool:
     return any(distance < LANE for distance in apart)
 
 
-def _sample_wanted(colour: str, rng: np.random.Generator) -> Wanted:
+def _sample_wanted(colour: str, rng: np.random.Generator) -> Attributes:
     named: Speed = "slowly" if rng.random() < 0.5 else "quickly"
-    return Wanted(
+    return Attributes(
         colour=colour,
         shape=SHAPES[rng.integers(len(SHAPES))],
         direction=tuple(DIRECTIONS)[rng.integers(len(DIRECTIONS))],
@@ -200,7 +202,7 @@ def _stamp(images: Tensor, videos: list[int], things: list[Thing], time: Tensor)
     corner = centre.floor() - _STAMP // 2
     pixels = corner[..., None] + torch.arange(_STAMP)  # [N, T, 2, stamp]
     dx, dy = (pixels + 0.5 - centre[..., None]).float().unbind(dim=2)
-    cover = coverage(things[0].shape, dx[..., None, :], dy[..., None])[:, :, None]
+    alpha = coverage(things[0].shape, dx[..., None, :], dy[..., None])[:, :, None]
 
     columns, rows = (pixels.long() % SIZE).unbind(dim=2)
     at = (
@@ -212,7 +214,7 @@ def _stamp(images: Tensor, videos: list[int], things: list[Thing], time: Tensor)
     )
     colours = torch.tensor([PALETTE[thing.colour] for thing in things])
     colour = rearrange(colours, "n c -> n 1 c 1 1")
-    images[at] = torch.lerp(images[at], colour, cover)
+    images[at] = torch.lerp(images[at], colour, alpha)
 
 
 def coverage(shape: str, dx: Tensor, dy: Tensor) -> Tensor:

@@ -28,9 +28,9 @@ from rf_core.writing import whole_file, write_text
 
 from .clips import (
     ClipsConfig,
-    lay_out_channels_last,
     num_images,
     scene_of,
+    to_channels_last,
     write_clips,
 )
 from .evaluate import EulerConfig, EvaluateConfig, Report, evaluate
@@ -45,12 +45,12 @@ RECIPES = {"teacher": "teacher", "student": "ode_init"}
 
 @dataclass(frozen=True)
 class Files:
-    """Where results are: of the world's own stages in one folder, of the recipes where they say."""
+    """Files of the results: those of the world's own stages lie in `folder`."""
 
     folder: Path
-    made_teacher: Path | None = None
+    teacher_file: Path | None = None
     """None for `teacher.safetensors` in the folder."""
-    made_student: Path | None = None
+    student_file: Path | None = None
     """The same of the student."""
 
     @property
@@ -67,11 +67,11 @@ class Files:
 
     @property
     def teacher(self) -> Path:
-        return self.made_teacher or self.folder / "teacher.safetensors"
+        return self.teacher_file or self.folder / "teacher.safetensors"
 
     @property
     def student(self) -> Path:
-        return self.made_student or self.folder / "student.safetensors"
+        return self.student_file or self.folder / "student.safetensors"
 
     @property
     def report(self) -> Path:
@@ -111,8 +111,10 @@ def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig, path: 
         settings.cache if settings else None,
         settings.sampler if settings else None,
     )
-    made = [path for path in (files.vae, files.text, files.teacher, files.student) if path.exists()]
-    report["made_by"] = provenance("evaluate", config, clock, made) | {"euler": asdict(euler)}
+    written = [
+        path for path in (files.vae, files.text, files.teacher, files.student) if path.exists()
+    ]
+    report["made_by"] = provenance("evaluate", config, clock, written) | {"euler": asdict(euler)}
     write_text(path, json.dumps(report, indent=1))
     return report
 
@@ -130,34 +132,34 @@ def release(files: Files, demo: Path) -> dict[str, int]:
     colours = latent_colours(open_vae(files), scenes, num_images(EvaluateConfig.frames))
     add_metadata(demo / files.vae.name, {"latent_rgb": json.dumps(colours)})
     for name, path in (("teacher", files.teacher), ("student", files.student)):
-        made = read_checkpoint(_made(path, name))
-        tensors = {key: tensor.half() for key, tensor in made.tensors.items()}
+        checkpoint = read_checkpoint(_require_file(path, name))
+        tensors = {key: tensor.half() for key, tensor in checkpoint.tensors.items()}
         write_checkpoint(
             demo / f"{name}.safetensors",
             tensors,
-            made.config,
-            made.cache,
-            made.sampler,
-            size=made.size,
-            provenance=made.provenance,
+            checkpoint.config,
+            checkpoint.cache,
+            checkpoint.sampler,
+            size=checkpoint.size,
+            provenance=checkpoint.provenance,
         )
     return {path.name: path.stat().st_size for path in sorted(demo.glob("*.safetensors"))}
 
 
 def open_vae(files: Files) -> WanVAE:
     """The VAE; ValueError where it has not been made."""
-    return lay_out_channels_last(load_vae(_made(files.vae, "vae")))
+    return to_channels_last(load_vae(_require_file(files.vae, "vae")))
 
 
 def open_encoder(files: Files) -> UMT5Encoder:
     """The text encoder; ValueError where it has not been made."""
-    path = _made(files.text, "text")
+    path = _require_file(files.text, "text")
     return load_text_encoder(path, device="cpu", dtype=torch.float32)
 
 
 def open_network(path: Path) -> WanModel:
     """A teacher or student in float32."""
-    return load_student(_made(path, path.stem), device="cpu", dtype=torch.float32)[0]
+    return load_student(_require_file(path, path.stem), device="cpu", dtype=torch.float32)[0]
 
 
 def provenance(stage: str, config: Any, clock: float, parents: Iterable[Path]) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def add_metadata(path: Path, extra: dict[str, str]) -> None:
         save_file(file.tensors, part, file.metadata | extra)
 
 
-def _made(path: Path, stage: str) -> Path:
+def _require_file(path: Path, stage: str) -> Path:
     if not path.exists():
         recipe = f" {RECIPES[stage]}" if stage in RECIPES else f".world {stage}"
         raise ValueError(f"{path} is missing; run `python -m training{recipe}` first, or name it")

@@ -27,7 +27,7 @@ from .scenes import (
     SHAPE_SIZE,
     SHAPES,
     SIZE,
-    Wanted,
+    Attributes,
     coverage,
     parse_caption,
 )
@@ -73,8 +73,8 @@ class Track:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sightings:
-    """What every image shows of every colour. T images, C colours, S shapes."""
+class Detections:
+    """Measurements of every colour in every image. T images, C colours, S shapes."""
 
     area: Tensor
     """[T, C] pixels."""
@@ -83,14 +83,14 @@ class Sightings:
     fit: Tensor
     """[T, C, S] correlation with each outline; 0 where the colour is absent."""
 
-    def __getitem__(self, images: slice) -> Sightings:
-        """The sightings of some of the images."""
-        return Sightings(area=self.area[images], centre=self.centre[images], fit=self.fit[images])
+    def __getitem__(self, images: slice) -> Detections:
+        """The detections of some of the images."""
+        return Detections(area=self.area[images], centre=self.centre[images], fit=self.fit[images])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far the pictures of one window have strayed from the world's look. 0 is faithful."""
+    """How far the images of one window differ from the world's colours and shapes; 0 for none."""
 
     start_image: int
     """The window's first image."""
@@ -104,7 +104,7 @@ class Drift:
     """Pixels of half coverage over pixels of the shapes; about 0.1 in a true video."""
 
 
-def cover(video: Tensor) -> Tensor:
+def colour_coverage(video: Tensor) -> Tensor:
     """How much of each pixel each colour covers: [T, 3, H, W] to [T, C, H, W], 0 or more.
 
     A pixel counts for one colour, the nearest in hue.
@@ -123,13 +123,13 @@ def cover(video: Tensor) -> Tensor:
     return covers
 
 
-def sight(video: Tensor) -> Sightings:
+def detect(video: Tensor) -> Detections:
     """Measure every colour in every image of a video [T, 3, SIZE, SIZE]."""
     if video.ndim != 4 or tuple(video.shape[1:]) != (3, SIZE, SIZE):
         raise ValueError(
             f"video has shape {tuple(video.shape)}; the tracker reads [T, 3, {SIZE}, {SIZE}]"
         )
-    amounts = cover(video)
+    amounts = colour_coverage(video)
     area = reduce(amounts > _INSIDE, "t c h w -> t c", "sum").float()
     weight = amounts * (amounts > _INSIDE / 2)
     centre = torch.stack([_circular_mean(weight.sum(2)), _circular_mean(weight.sum(3))], dim=-1)
@@ -137,7 +137,7 @@ def sight(video: Tensor) -> Sightings:
     shown = area >= _MIN_AREA
     if shown.any():
         fit[shown] = _outline_fit(amounts[shown], centre[shown])
-    return Sightings(area=area, centre=centre, fit=fit)
+    return Detections(area=area, centre=centre, fit=fit)
 
 
 def _circular_mean(weight: Tensor) -> Tensor:
@@ -162,23 +162,23 @@ def _outline_fit(amounts: Tensor, centre: Tensor) -> Tensor:
 
 def track(video: Tensor) -> list[Track]:
     """The tracks of a video [T, 3, SIZE, SIZE], one per colour that shows, largest first."""
-    return tracks_of(sight(video))
+    return tracks_of(detect(video))
 
 
-def tracks_of(sightings: Sightings) -> list[Track]:
-    """The tracks that sightings add up to, one per colour that shows, largest first."""
-    share = (sightings.area >= _MIN_AREA).float().mean(dim=0)
+def tracks_of(detections: Detections) -> list[Track]:
+    """Join detections to tracks, one per colour that shows, largest first."""
+    share = (detections.area >= _MIN_AREA).float().mean(dim=0)
     present = [index for index, seen in enumerate(share.tolist()) if seen >= _MIN_SHARE]
-    tracks = [_track_colour(sightings, index) for index in present]
+    tracks = [_track_colour(detections, index) for index in present]
     return sorted(tracks, key=lambda each: each.area, reverse=True)
 
 
-def _track_colour(sightings: Sightings, index: int) -> Track:
-    area = sightings.area[:, index]
+def _track_colour(detections: Detections, index: int) -> Track:
+    area = detections.area[:, index]
     shown = area >= _MIN_AREA
     whole = shown & (area >= _WHOLE * area[shown].quantile(0.9))
-    fits = sightings.fit[whole, index].median(dim=0).values
-    velocity = _velocity(sightings.centre[whole, index], whole.nonzero().flatten())
+    fits = detections.fit[whole, index].median(dim=0).values
+    velocity = _velocity(detections.centre[whole, index], whole.nonzero().flatten())
     direction, speed = _direction(*velocity.tolist())
     return Track(
         colour=COLOURS[index],
@@ -221,45 +221,45 @@ def _direction(x: float, y: float) -> tuple[str, float]:
 
 
 def score(video: Tensor, caption: str) -> dict[str, float]:
-    """How a video [T, 3, SIZE, SIZE] keeps its caption, attribute by attribute.
+    """Whether a video [T, 3, SIZE, SIZE] matches its caption, attribute by attribute.
 
     `colour` (just the named ones show), `shape`, `direction` and `speed` are 1.0 or 0.0 and ask it
     of every thing; where the caption leaves the speed open, it need only move. `measured_speed` is
     the mean in sizes a latent frame, nan where nothing shows.
     """
-    return score_tracks(tracks_of(sight(video)), parse_caption(caption))
+    return score_tracks(tracks_of(detect(video)), parse_caption(caption))
 
 
-def score_tracks(tracks: Sequence[Track], wanted: Sequence[Wanted]) -> dict[str, float]:
-    """`score` for tracks and a parsed caption; a thing of a wrong colour is asked the rest."""
-    pairs = _pair(tracks, wanted)
-    complete = len(pairs) == len(wanted)
+def score_tracks(tracks: Sequence[Track], targets: Sequence[Attributes]) -> dict[str, float]:
+    """`score` for tracks and a parsed caption. A wrong colour does not make the rest wrong."""
+    pairs = _pair(tracks, targets)
+    complete = len(pairs) == len(targets)
     speeds = [seen.speed for seen, _ in pairs]
-    named = sorted(want.colour for want in wanted)
-    held = {
+    named = sorted(target.colour for target in targets)
+    correct = {
         "colour": sorted(seen.colour for seen in tracks) == named,
-        "shape": complete and all(seen.shape == want.shape for seen, want in pairs),
-        "direction": complete and all(seen.direction == want.direction for seen, want in pairs),
-        "speed": complete and all(_speed_fits(seen.speed, want) for seen, want in pairs),
+        "shape": complete and all(seen.shape == target.shape for seen, target in pairs),
+        "direction": complete and all(seen.direction == target.direction for seen, target in pairs),
+        "speed": complete and all(_speed_fits(seen.speed, target) for seen, target in pairs),
     }
     measured = sum(speeds) / len(speeds) if speeds else math.nan
-    return {name: float(value) for name, value in held.items()} | {"measured_speed": measured}
+    return {name: float(value) for name, value in correct.items()} | {"measured_speed": measured}
 
 
-def _pair(tracks: Sequence[Track], wanted: Sequence[Wanted]) -> list[tuple[Track, Wanted]]:
-    """Tracks with the thing they stand for: by colour, then what is left over in order."""
+def _pair(tracks: Sequence[Track], targets: Sequence[Attributes]) -> list[tuple[Track, Attributes]]:
+    """Match tracks to targets: by colour, then the remaining ones in order."""
     by_colour = {seen.colour: seen for seen in tracks}
-    pairs = [(by_colour[want.colour], want) for want in wanted if want.colour in by_colour]
-    named = {want.colour for want in wanted}
+    pairs = [(by_colour[target.colour], target) for target in targets if target.colour in by_colour]
+    named = {target.colour for target in targets}
     spare = [seen for seen in tracks if seen.colour not in named]
-    missing = [want for want in wanted if want.colour not in by_colour]
+    missing = [target for target in targets if target.colour not in by_colour]
     return pairs + list(zip(spare, missing, strict=False))
 
 
-def _speed_fits(speed: float, want: Wanted) -> bool:
-    if want.speed_name == "slowly":
+def _speed_fits(speed: float, target: Attributes) -> bool:
+    if target.speed_name == "slowly":
         return STILL_LIMIT <= speed < SLOW_LIMIT
-    return speed > (QUICK_LIMIT if want.speed_name == "quickly" else STILL_LIMIT)
+    return speed > (QUICK_LIMIT if target.speed_name == "quickly" else STILL_LIMIT)
 
 
 def switch_delay(video: Tensor, switch_image: int, caption: str) -> int | None:
@@ -269,20 +269,20 @@ def switch_delay(video: Tensor, switch_image: int, caption: str) -> int | None:
     begins there, in its first `SWITCH_OPENING` images alone, and in `SWITCH_STAYS` of all later
     windows. A window alone would pass while old images are its minority.
     """
-    wanted = parse_caption(caption)
-    sightings = sight(video[switch_image:])
-    starts = range(len(sightings.area) - SWITCH_WINDOW + 1)
-    follows = [_follows(sightings[at : at + SWITCH_WINDOW], wanted) for at in starts]
+    targets = parse_caption(caption)
+    detections = detect(video[switch_image:])
+    starts = range(len(detections.area) - SWITCH_WINDOW + 1)
+    follows = [_follows(detections[at : at + SWITCH_WINDOW], targets) for at in starts]
     for delay in starts:
         stays = sum(follows[delay:]) >= SWITCH_STAYS * len(follows[delay:])
-        opening = sightings[delay : delay + SWITCH_OPENING]
-        if follows[delay] and stays and _follows(opening, wanted):
+        opening = detections[delay : delay + SWITCH_OPENING]
+        if follows[delay] and stays and _follows(opening, targets):
             return delay
     return None
 
 
-def _follows(sightings: Sightings, wanted: Sequence[Wanted]) -> bool:
-    scores = score_tracks(tracks_of(sightings), wanted)
+def _follows(detections: Detections, targets: Sequence[Attributes]) -> bool:
+    scores = score_tracks(tracks_of(detections), targets)
     return all(scores[attribute] == 1.0 for attribute in ("colour", "shape", "direction"))
 
 
@@ -295,7 +295,7 @@ def drift(video: Tensor, window_images: int) -> list[Drift]:
 
 
 def _drift(video: Tensor, start_image: int) -> Drift:
-    amounts = cover(video)
+    amounts = colour_coverage(video)
     total = amounts.sum(dim=1, keepdim=True)
     inside = -F.max_pool2d(-(amounts > _INSIDE).float(), 3, 1, 1) > 0
     outside = F.max_pool2d((total > _INSIDE / 2).float(), 7, 1, 3) == 0
@@ -307,7 +307,7 @@ def _drift(video: Tensor, start_image: int) -> Drift:
         start_image=start_image,
         palette_error=_mean(off_palette[inside]),
         background_error=_mean(off_background[outside[:, 0]]),
-        area_error=_area_error(tracks_of(sight(video))),
+        area_error=_area_error(tracks_of(detect(video))),
         softness=float(half),
     )
 

@@ -21,7 +21,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from rf_core.text import BYTE_VOCAB_SIZE, TextEncoder, UMT5Encoder, byte_ids
 
 from .budget import Budget, run
-from .scenes import COLOURS, DIRECTIONS, SHAPES, Wanted, caption, parse_caption, sample_scene
+from .scenes import COLOURS, DIRECTIONS, SHAPES, Attributes, caption, parse_caption, sample_scene
 
 SPEEDS = (None, "slowly", "quickly")
 ATTRIBUTES: dict[str, tuple[str | None, ...]] = {
@@ -78,17 +78,17 @@ def token_labels(text: str, length: int) -> dict[str, list[int]]:
     clauses = text.split(" and ")
     labels = {name: [_IGNORED] * length for name in (*ATTRIBUTES, "clause")}
     start = 0
-    for index, (clause, wanted) in enumerate(zip(clauses, parse_caption(text), strict=True)):
+    for index, (clause, attributes) in enumerate(zip(clauses, parse_caption(text), strict=True)):
         stop = start + len(clause.encode())
-        for name, classes in _classes(wanted).items():
+        for name, classes in _classes(attributes).items():
             labels[name][start:stop] = [classes] * (stop - start)
         labels["clause"][start:stop] = [index] * (stop - start)
         start = stop + len(b" and ")
     return labels
 
 
-def _classes(wanted: Wanted) -> dict[str, int]:
-    return {name: values.index(getattr(wanted, name)) for name, values in ATTRIBUTES.items()}
+def _classes(attributes: Attributes) -> dict[str, int]:
+    return {name: values.index(getattr(attributes, name)) for name, values in ATTRIBUTES.items()}
 
 
 def random_caption(rng: np.random.Generator) -> str:

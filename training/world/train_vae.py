@@ -34,7 +34,7 @@ from rf_core.weights.files import read_weights
 from rf_core.writing import whole_file
 
 from ..muon import Muon
-from .budget import Budget, Every, run
+from .budget import Budget, Periodic, run
 from .scenes import BACKGROUND, SIZE, Scene, caption, render, sample_scene
 from .tracker import score
 
@@ -139,7 +139,7 @@ def train_vae(config: VAETrainConfig, out: Path, start: Path | None = None) -> P
         vae.load_state_dict(read_weights(start).tensors)
     average.load_state_dict(vae.state_dict())
     matrices = _matrices(vae)
-    batches, save_now, step = sample_batches(config), Every(config.checkpoint_minutes), 0
+    batches, save_now, step = sample_batches(config), Periodic(config.checkpoint_minutes), 0
     for step, spent in run(config.budget, _optimisers(config, vae, matrices)):
         _average(average, vae, min(config.ema_decay, (1 + step) / (10 + step)))
         if save_now():

@@ -1,4 +1,4 @@
-"""From latents to scores: a reward, shown what the decoder makes of them."""
+"""Rewards of videos, and of latents through the decoder."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from torch import Tensor
 from rf_core.decoders.decoder import Decoder
 
 from ..objective.redmd import Anchor
-from ..run.weighing import Judge
+from ..run.reward_weights import LatentReward
 
 
 class Reward(Protocol):
-    """Judges finished videos."""
+    """Scores finished videos."""
 
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Scores [B] by name, of videos [B, T, 3, H, W] in [0, 1] and their prompts."""
         ...
 
 
-def judge_by(
+def latent_reward(
     reward: Reward,
     name: str,
     score: str,
     decoder: Decoder,
     prompts: list[str],
     device: torch.device,
-) -> Judge:
-    """One score of a run's clean latents, by the reward of that name; decodes a sample at a time.
+) -> LatentReward:
+    """One score of a reward as a function of clean latents; decodes a sample at a time.
 
-    ValueError, once it judges, where the reward gives no such score.
+    `name` is the reward's, for messages. The function raises ValueError where the reward has no
+    such score.
     """
 
     @torch.no_grad()
-    def judge(x0: Tensor, numbers: list[int]) -> Tensor:
+    def score_latents(x0: Tensor, numbers: list[int]) -> Tensor:
         parts = [decoder.decode(each, None)[0] for each in x0.split(1)]
         texts = [prompts[number] for number in numbers]
         scores = reward(torch.cat(parts), texts)
@@ -44,11 +45,11 @@ def judge_by(
             raise ValueError(f"reward.score is {score!r}; {name} gives {', '.join(scores)}")
         return scores[score].to(device)
 
-    return judge
+    return score_latents
 
 
 def image_anchor(decoder: Decoder | None) -> Anchor:
-    """The last image of some latent frames, encoded as the first frame of a clip."""
+    """Decode latent frames, and encode their last image as the first frame of a clip."""
     assert decoder is not None
 
     @torch.no_grad()
