@@ -13,7 +13,7 @@ import training.world.__main__ as world
 from rf_core import attention, commands
 from rf_core.__main__ import main
 from rf_core.attention import check_device
-from rf_core.config import CacheConfig, SamplerConfig
+from rf_core.config import CacheConfig, ModelConfig, SamplerConfig
 from rf_core.measure.bench import BenchOptions
 from rf_core.memory.footprint import Sizes
 from rf_core.ranges import check_folder_writable, check_numbers, check_writable
@@ -42,8 +42,8 @@ def test_both_ends_of_a_range_and_what_is_not_asked_for_pass(value):
         (lambda: SamplerConfig(shift=NAN), "shift is nan"),
         (lambda: CacheConfig(window_frames=1025), "window_frames is 1025; give .* from 1 to 1024"),
         (lambda: from_dict(CacheConfig, {"window_frames": 10**9}), "window_frames is 1000000000"),
-        (lambda: Sizes(model=commands.ModelConfig(), height=0, width=64), "height is 0"),
-        (lambda: Sizes(model=commands.ModelConfig(), height=64, width=64, batch=0), "batch is 0"),
+        (lambda: Sizes(model=ModelConfig(), height=0, width=64), "height is 0"),
+        (lambda: Sizes(model=ModelConfig(), height=64, width=64, batch=0), "batch is 0"),
         (lambda: BenchOptions(width=0), "width is 0"),
         (lambda: OutputConfig(checkpoint_every=0), "checkpoint_every is 0"),
         (lambda: OutputConfig(checkpoint_minutes=NAN), "checkpoint_minutes is nan"),
@@ -172,7 +172,7 @@ def test_a_place_that_takes_no_file_is_named_before_anything_is_loaded(
         check_writable(NOBODY_WRITES / "a.mp4")
     with pytest.raises(ValueError, match="nothing can be made in /proc/run: "):
         check_folder_writable(NOBODY_WRITES / "run")
-    monkeypatch.setattr(commands, "load", lambda plan: pytest.fail("loaded"))
+    monkeypatch.setattr("rf_core.commands.generate.load", lambda plan: pytest.fail("loaded"))
     output = ["--output", str(NOBODY_WRITES / "a.mp4")]
     assert main(["generate", "--prompt", "x", "--device", "cpu", *output]) == 1
     assert "/proc/a.mp4 cannot be written" in capsys.readouterr().err
