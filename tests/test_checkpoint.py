@@ -19,7 +19,7 @@ from rf_core.weights.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from rf_core.weights.layouts import from_diffusers, to_diffusers
+from rf_core.weights.layouts import DIFFUSERS, to_diffusers
 from rf_core.weights.lora import Lora
 
 ONE_HEAD = ModelConfig(
@@ -240,7 +240,7 @@ DIFFUSERS_NAMES = {
 
 @pytest.mark.parametrize(("theirs", "ours"), DIFFUSERS_NAMES.items())
 def test_diffusers_names_map_to_wans_and_back(theirs, ours):
-    assert from_diffusers(theirs) == ours
+    assert DIFFUSERS.to_wan(theirs) == ours
     assert to_diffusers(ours) == theirs
 
 

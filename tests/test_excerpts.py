@@ -557,6 +557,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_teach_what_one_does_and_one_goes_on_from_their_checkpoint(tmp_path):
     made_pairs(tmp_path / "pairs")
     mp.spawn(run_rank, (2, tmp_path), nprocs=2)

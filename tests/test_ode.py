@@ -576,6 +576,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_one_goes_on_from_their_checkpoint(folder):
     here = folder.parent
     write_checkpoint(

@@ -6,8 +6,10 @@ among them. Data, evaluation and rewards depend on Protocols alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -34,6 +36,15 @@ CLIPS = Path("runs/world/clips")
 METRIC: PromptMetric = TrackerMetric()
 """Measures whether videos match their prompts, for prompts that it can parse."""
 
+SCORES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "tracker": ("motion", "caption"),
+        "flow": ("motion", "mean_motion"),
+        "videoalign": ("MQ", "VQ", "TA", "Overall"),
+    }
+)
+"""What each kind of reward gives."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
@@ -42,13 +53,20 @@ class RewardConfig:
     kind: Literal["none", "tracker", "flow", "videoalign"] = "none"
     """`none` is plain distribution matching; `tracker` knows the miniature world alone."""
     score: str = "motion"
-    """Which of the reward's scores counts: tracker motion, caption; flow motion, mean_motion;
-    videoalign MQ, VQ, TA, Overall."""
+    """Which of the reward's scores counts; `SCORES` lists them."""
     path: Path | None = None
     """Folder of a converted VideoAlign."""
     published_frames: bool = False
     """Whether VideoAlign is shown frames as the published trainer does, every frame and scaled
     wrongly, rather than as it was trained."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "none" and self.score not in SCORES[self.kind]:
+            raise ValueError(
+                f"reward.score is {self.score!r}; {self.kind} gives {', '.join(SCORES[self.kind])}"
+            )
+        if self.kind == "videoalign" and self.path is None:
+            raise ValueError("reward.kind is videoalign; give reward.path, a converted folder")
 
 
 def open_reward(config: RewardConfig, device: torch.device) -> Reward | None:
@@ -59,7 +77,7 @@ def open_reward(config: RewardConfig, device: torch.device) -> Reward | None:
         return TrackerReward()
     if config.kind == "flow":
         return FlowMotionReward()
-    assert config.path is not None
+    assert config.kind == "videoalign" and config.path is not None, config
     return load_videoalign(config.path, device, torch.bfloat16, published=config.published_frames)
 
 

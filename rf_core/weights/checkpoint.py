@@ -78,7 +78,7 @@ class Checkpoint:
     container: str
     """Kind of file, and number of shards."""
     names: str
-    """Whose key names the file used: `Wan` or `diffusers`."""
+    """Whose key names the file used: `Wan`, or one of `layouts.KEY_NAMES`."""
     prefix: str
     """What stood before the bare names, sub-model included."""
     submodel: str
@@ -128,8 +128,8 @@ def read_checkpoint(
     """
     file = read_weights(path)
     name, prefix, tensors, submodels = take_submodel(file, submodel)
-    names = "diffusers" if layouts.is_diffusers(tensors) else "Wan"
-    tensors = {layouts.from_diffusers(key): tensor for key, tensor in tensors.items()}
+    if named := layouts.key_names(tensors):
+        tensors = {named.to_wan(key): tensor for key, tensor in tensors.items()}
     require_text_to_video(file.path, tensors)
     tensors = without_counters(tensors)
     require_keys(file.path, tensors)
@@ -149,7 +149,7 @@ def read_checkpoint(
         provenance=_parse_provenance(file.path, settings.get("provenance") or {}),
         metadata=file.metadata,
         container=file.container,
-        names=names,
+        names=named.name if named else "Wan",
         prefix=prefix_on_disk(file.tensors, prefix),
         submodel=name,
         submodels=submodels,

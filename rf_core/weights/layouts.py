@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -175,18 +176,43 @@ def submodel_name(prefix: str) -> str:
     return ".".join(parts)
 
 
-def is_diffusers(keys: Iterable[str]) -> bool:
-    """Whether bare keys are diffusers' WanTransformer3DModel's."""
-    return any(key.startswith("condition_embedder.") or ".attn1." in key for key in keys)
+@dataclass(frozen=True, kw_only=True)
+class KeyNames:
+    """What a library calls the tensors of the same network."""
+
+    name: str
+    """The library's, for people."""
+    mark: str
+    """A regular expression that some bare key of such a file matches, and none of Wan's."""
+    blocks: Mapping[str, str]
+    """Its name of a module within `blocks.N.` to Wan's, without `.weight` and the like."""
+    others: Mapping[str, str]
+    """The same outside the blocks."""
+
+    def to_wan(self, key: str) -> str:
+        """A bare name under Wan's name; another is returned as it is."""
+        return _rename(key, self.blocks, self.others)
 
 
-def from_diffusers(key: str) -> str:
-    """A bare diffusers name under Wan's name; a name of neither is returned as it is."""
-    return _rename(key, _BLOCK_NAMES, _OUTER_NAMES)
+DIFFUSERS = KeyNames(  # of WanTransformer3DModel
+    name="diffusers",
+    mark=r"^condition_embedder\.|\.attn1\.",
+    blocks=_BLOCK_NAMES,
+    others=_OUTER_NAMES,
+)
+KEY_NAMES = (DIFFUSERS,)
+"""Every naming but Wan's own that is read. A new one is a line here, with tables of its own."""
+
+
+def key_names(keys: Iterable[str]) -> KeyNames | None:
+    """Whose names bare keys are; None for Wan's own."""
+    keys = list(keys)
+    marked = (each for each in KEY_NAMES if any(re.search(each.mark, key) for key in keys))
+    return next(marked, None)
 
 
 def to_diffusers(key: str) -> str:
-    """The inverse of `from_diffusers`."""
+    """A Wan name under diffusers' name."""
     return _rename(key, _inverted(_BLOCK_NAMES), _inverted(_OUTER_NAMES))
 
 
@@ -312,7 +338,7 @@ def _first_match(keys: Collection[str], table: Iterable[tuple[str, str]]) -> str
     return None
 
 
-def _rename(key: str, block_names: dict[str, str], outer_names: dict[str, str]) -> str:
+def _rename(key: str, block_names: Mapping[str, str], outer_names: Mapping[str, str]) -> str:
     block = re.match(r"blocks\.\d+\.", key)
     start, names = (block[0], block_names) if block else ("", outer_names)
     rest = key[len(start) :]

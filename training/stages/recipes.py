@@ -94,10 +94,6 @@ class DistilConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     """Checkpoints, logs, videos."""
 
-    def __post_init__(self) -> None:
-        if self.reward.kind == "videoalign" and self.reward.path is None:
-            raise ValueError("reward.kind is videoalign; give reward.path, a converted folder")
-
 
 def miniature() -> DistilConfig:
     """The bundled demo's student, in minutes on a laptop."""
