@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention import BACKENDS, EXACT, PLAIN, Attention, available_backends
 from ..config import CacheConfig, Grid, ModelConfig
-from ..measure.stopwatch import seconds_of
+from .stopwatch import seconds_of
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..config import Grid
+from ..fast.stopwatch import Stopwatch
 from ..stream import Stream, chunk_noise
 from .machine import format_machine, machine
 from .published import Published
-from .stopwatch import Stopwatch
 from .table import format_table
 from .verify import RELATIVE_NORM
 from .workload import Workload, WorkloadOptions, load_workload

@@ -24,11 +24,11 @@ from torch import Tensor
 from ..config import TEMPORAL_FACTOR
 from ..decoders.decoder import Decoder, DecoderState
 from ..decoders.handoff import Handoff
+from ..fast.stopwatch import Stopwatch
 from ..state import Snapshot
 from ..stream import Stream
 from ..video import to_uint8
 from .machine import format_machine, machine
-from .stopwatch import Stopwatch
 from .table import format_table
 from .workload import DecoderName, Workload, WorkloadOptions, load_workload
 

@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, record_function
 from .. import kernels
 from ..attention import Attention
 from ..config import Grid
+from ..fast.stopwatch import Stopwatch, seconds_of, wait
 from ..fp8 import Fp8Linear
 from ..layers import Block, CountedPromptKV, CrossAttention, Head, SelfAttention
 from ..model import WanModel
@@ -48,7 +49,6 @@ from .counts import (
     decoder_work,
 )
 from .machine import format_machine, machine
-from .stopwatch import Stopwatch, seconds_of, wait
 from .table import format_table
 from .workload import Workload, WorkloadOptions, load_workload
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ..attention import sdpa
 from ..config import CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..fast.stopwatch import Stopwatch
 from ..model import WanModel
-from .stopwatch import Stopwatch
 
 REPOSITORY = "JaydenLyh/Reward-Forcing"
 _FILES = (

@@ -25,13 +25,13 @@ from ..decoders.vae import VAEConfig, WanVAE
 from ..fast.dispatch import Choice, choose_attention
 from ..fast.graphs import GraphedModel
 from ..fast.quantise import quantise_linears
+from ..fast.stopwatch import Stopwatch
 from ..model import Network, WanModel
 from ..options import Files
 from ..ranges import LARGEST_SIDE, check_numbers
 from ..stream import Stream, latent_size
 from ..text import TextEncoder, load_text_encoder
 from ..weights.checkpoint import load_student
-from .stopwatch import Stopwatch
 
 TINY = ModelConfig(
     dim=48,

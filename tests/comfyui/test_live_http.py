@@ -685,7 +685,9 @@ def test_the_documented_lines_start_steer_watch_and_stop_it(server: Server, tmp_
         "python docs/live_client.py", f"{sys.executable} {ROOT}/docs/live_client.py"
     )
     assert "curl" in lines and str(ROOT) in lines and server.address in lines
-    script = "set -eu\n" + lines.replace("# a while", "sleep 4 # a while") + "\nwait\n"
+    chunks = "$(grep -ao moof live.mp4 | wc -l)"
+    while_ = f"until [ {chunks} -ge 3 ]; do sleep 0.2; done"
+    script = f"set -eu\n{lines.replace('# a while', while_)}\nwait\n"
     done = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )

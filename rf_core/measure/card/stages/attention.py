@@ -10,9 +10,9 @@ import torch
 from ....attention import BACKENDS, PLAIN, available_backends
 from ....config import CacheConfig, Grid, ModelConfig
 from ....fast.dispatch import TOLERANCE, choose_attention, measure, stream_shapes
+from ....fast.stopwatch import captured, seconds_of
 from ....split_attention import TILE, plan_split, processors_of
 from ...counts import attention_work
-from ...stopwatch import captured, seconds_of
 from ...workload import RANDOM_SIZES
 from ..plan import Setting
 from ..record import Record

@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .... import kernels
 from ....config import CacheConfig, Grid, ModelConfig
 from ....decoders.vae import VAEConfig
+from ....fast.stopwatch import device_seconds
 from ....kernels import reference
 from ....kernels.availability import multiplies_fp8
 from ....kernels.reference import FP8
 from ....padding import log_counts
 from ....rope import Rope, rope_table
-from ...stopwatch import device_seconds
 from ...workload import RANDOM_SIZES
 from ..plan import Setting
 from ..record import Record

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ....decoders.handoff import Handoff
+from ....fast.stopwatch import Stopwatch
 from ....memory.footprint import DecoderConfig, Sizes
 from ....memory.plan import GB, fit
 from ...bench import growth
-from ...stopwatch import Stopwatch
 from ...workload import RANDOM_SIZES, Workload, WorkloadOptions, decoder_sizes, load_workload
 from ..plan import Setting
 from ..record import Record

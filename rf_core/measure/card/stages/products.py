@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .... import kernels
 from ....config import CacheConfig, ModelConfig
+from ....fast.stopwatch import device_seconds
 from ....fp8 import Fp8Linear, reference_product
 from ....kernels import reference
 from ....kernels.availability import multiplies_fp8
-from ...stopwatch import device_seconds
 from ...workload import RANDOM_SIZES, WEIGHT_STD
 from ..plan import Setting
 from ..record import Record

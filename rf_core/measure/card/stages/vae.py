@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ....decoders.codec import FastPaths
 from ....decoders.decoder import WanDecoder
-from ...stopwatch import Stopwatch, device_seconds
+from ....fast.stopwatch import Stopwatch, device_seconds
 from ...verify import RELATIVE_NORM
 from ...workload import WorkloadOptions, load_workload
 from ..plan import Setting
