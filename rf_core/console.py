@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 
 @contextmanager
@@ -22,6 +22,20 @@ def forgiving_console() -> Iterator[None]:
         with redirect_stdout(out), redirect_stderr(err):
             yield
             out.flush()
+
+
+def exit_process(code: int) -> NoReturn:
+    """End the process with a command's `code`.
+
+    Under torchrun without the interpreter's teardown: threads of gloo have been seen to abort in it
+    (SIGABRT), and torchrun then calls a run a failure that was finished.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 class _Forgiving:

@@ -135,3 +135,23 @@ def test_a_stop_while_torch_is_opened_is_one_word(
     monkeypatch.setattr(sys, "meta_path", [Stopping(), *sys.meta_path])
     assert engine.main(["generate"]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({}, "done\ntorn down\n"), ({"RANK": "0"}, "done\n")],
+    ids=["alone", "under torchrun"],
+)
+def test_a_process_of_torchrun_ends_without_the_interpreter_s_teardown(more, said):
+    script = (
+        "import atexit; from rf_core.console import exit_process\n"
+        "atexit.register(print, 'torn down'); print('done'); exit_process(3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if key != "RANK"} | more,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, said, "")

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import spawn
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -560,7 +560,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_teach_what_one_does_and_one_goes_on_from_their_checkpoint(tmp_path):
     made_pairs(tmp_path / "pairs")
-    mp.spawn(run_rank, (2, tmp_path), nprocs=2)
+    spawn(run_rank, (2, tmp_path), nprocs=2)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for case, config in CASES.items():
         run = teacher(replace(config, phases=EXCERPT, placement=PlacementConfig()))

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import spawn
 from reference import Reference
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -584,7 +584,7 @@ def test_two_processes_do_what_one_does_and_one_goes_on_from_their_checkpoint(fo
     )
     config = shared(here)
     list(write_pairs(config, here / "alone", CPU))
-    mp.spawn(run_rank, (2, folder), nprocs=2)
+    spawn(run_rank, (2, folder), nprocs=2)
     counts, results = torch.load(here / "results.pt", weights_only=True)
 
     assert counts == [0, 2, 3]  # in the last round the second process runs along

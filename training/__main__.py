@@ -15,7 +15,7 @@ import torch
 
 from rf_core.attention import check_device
 from rf_core.config import WAN_1_3B, WAN_14B
-from rf_core.console import forgiving_console
+from rf_core.console import exit_process, forgiving_console
 from rf_core.measure.verify import Backend, Comparison, verify_folder
 from rf_core.ranges import MANY, check_folder_writable, check_numbers, check_writable
 from rf_core.writing import write_text
@@ -214,4 +214,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())
