@@ -19,9 +19,7 @@ TRAINER_FLOOR_VENV := .venv-floor-training
 TRAINER_TESTS := grep -lE "^ *(from|import) training"
 ENGINE_TESTS := grep -LE "^ *(from|import) training"
 
-# Each process has a stretch of files of its own, so that what a file shares is made once, and takes
-# over from the others when it is done.
-IN_PARALLEL := --numprocesses auto --dist worksteal
+IN_PARALLEL := --numprocesses auto
 
 .PHONY: check test test-comfy test-floor rehearse coverage demo card lint clean
 

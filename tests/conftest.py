@@ -1,6 +1,5 @@
 """One thread for every test: sums are then added in one order, here and in child processes."""
 
-import gc
 import os
 from collections.abc import Generator
 
@@ -23,16 +22,3 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
     for kind in ("failed", "error"):
         for report in reporter.stats.get(kind, ()):
             reporter.write_line(f"{kind}: {report.nodeid}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported_is_no_garbage() -> None:
-    """What earlier modules have imported is not searched again: torch alone is 500,000 objects, and
-    every run of a command collects garbage once its text encoder is let go of."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    """So that nothing is said to leak at the end."""
-    gc.unfreeze()
