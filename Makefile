@@ -23,7 +23,7 @@ IN_PARALLEL := --numprocesses auto
 
 .PHONY: check test test-comfy test-floor rehearse coverage demo card lint clean
 
-# Lint and every test but the slow ones, in a minute. What took over a second is named: mark it slow.
+# Lint and every test but the slow ones. What took over a second is named: mark it slow.
 check: lint
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow" --durations 5 --durations-min 1
 

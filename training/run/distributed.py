@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from rf_core.console import exit_process
 from rf_core.model import WanModel
 
 T = TypeVar("T")
@@ -58,21 +59,20 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield torch.device(place)
     except BaseException as error:
         if device == "cuda":
-            _exit_process(error)
+            _exit_on(error)
         dist.destroy_process_group()
         raise
     barrier()
     dist.destroy_process_group()
 
 
-def _exit_process(error: BaseException) -> NoReturn:
+def _exit_on(error: BaseException) -> NoReturn:
     """Print the error and exit at once: destroying an NCCL group would wait for the others."""
     if isinstance(error, ValueError | OSError | FloatingPointError):
         sys.stderr.write(f"error: {error}\n")
     else:
         traceback.print_exception(error)
-    sys.stderr.flush()
-    os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    exit_process(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def shard(
