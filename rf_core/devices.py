@@ -66,6 +66,6 @@ def empty_caches() -> None:
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A host tensor on a device; a copy from pageable memory would wait for all its other work."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not host.is_pinned():
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

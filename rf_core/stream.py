@@ -504,7 +504,10 @@ class Stream:
     def _noise(self) -> Iterator[Tensor]:
         shape = (self.model.config.in_dim, self.cache_config.chunk_frames, *self.latent_size)
         seeds = [self.state.seed + sample for sample in range(self.batch)]
-        draws = noise_draws(seeds, self.state.num_chunks, shape, len(self.sampler.steps))
+        pinned = self.device.type == "cuda"  # drawn where a card copies from
+        draws = noise_draws(
+            seeds, self.state.num_chunks, shape, len(self.sampler.steps), pinned=pinned
+        )
         return (to_device(draw, self.device) for draw in draws)
 
     def _batched(self, prompt_embeds: Tensor) -> Tensor:
@@ -587,7 +590,12 @@ def chunk_noise(
 
 
 def noise_draws(
-    seeds: Sequence[int], chunk: int, shape: tuple[int, ...], num_draws: int
+    seeds: Sequence[int],
+    chunk: int,
+    shape: tuple[int, ...],
+    num_draws: int,
+    *,
+    pinned: bool = False,
 ) -> Iterator[Tensor]:
     """As `chunk_noise`, each drawn when it is asked for: a device works while the next is drawn."""
     generators = [_generator(seed, chunk) for seed in seeds]
@@ -596,7 +604,10 @@ def noise_draws(
         yield from torch.stack(samples, dim=1)
         return
     for _ in range(num_draws):
-        yield torch.stack([torch.randn(shape, generator=each) for each in generators])
+        draw = torch.empty((len(generators), *shape), pin_memory=pinned)
+        for sample, generator in zip(draw, generators, strict=True):
+            sample.normal_(generator=generator)
+        yield draw
 
 
 def _generator(seed: int, chunk: int) -> torch.Generator:

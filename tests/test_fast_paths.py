@@ -20,6 +20,7 @@ from rf_core.decoders.codec import (
     convolve,
     convolve_in_phases,
     convolve_upsampled,
+    convolve_with,
     put_channels_last,
 )
 from rf_core.decoders.decoder import WanDecoder
@@ -157,6 +158,40 @@ def test_filled_outputs_come_in_eights_and_are_cut_off_again(monkeypatch, conv) 
     monkeypatch.setattr(codec_module, "convolve_with", watched)
     torch.testing.assert_close(convolve(conv, x, FastPaths(fill_outputs=True)), expected)
     assert seen == [8]
+
+
+@torch.no_grad()
+def test_what_3d_convolutions_read_is_filled_up_with_zeros_and_its_past_is_not(monkeypatch) -> None:
+    vae = WanVAE(VAEConfig(dim=48, num_res_blocks=1), dtype=torch.bfloat16)
+    put_channels_last(vae)
+    latents, taken = random(1, 16, 2, 2, 3).bfloat16(), []
+    plain = vae.decode_chunk(latents, None)
+    monkeypatch.setattr(
+        codec_module,
+        "convolve_with",
+        lambda conv, x, *rest: (taken.append(x.shape[1]), convolve_with(conv, x, *rest))[1],
+    )
+    vae.fast_paths = FastPaths(fill_inputs=True)
+    filled = vae.decode_chunk(latents, None)
+    assert set(taken) == {64, 128}  # of 48 and 96 channels; 192 are as they were
+    torch.testing.assert_close(filled[0], plain[0], atol=0.02, rtol=0.02)
+    for key, past in plain[1].tensors.items():
+        assert filled[1].tensors[key].shape == past.shape
+        assert filled[1].tensors[key].stride() == past.stride()
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "taken"),
+    [
+        (96, torch.bfloat16, 128),
+        (96, torch.float32, 96),  # which cuDNN takes in fours
+        (128, torch.bfloat16, 128),
+        (16, torch.bfloat16, 16),  # four times the work is no gain
+    ],
+)
+def test_inputs_are_filled_where_it_is_little_and_helps(channels: int, dtype, taken: int) -> None:
+    conv, x = nn.Conv3d(channels, 3, 3), torch.empty(1, channels, 1, 1, 1, dtype=dtype)
+    assert codec_module.channels_for(conv, x, ON_A_CARD) == taken
 
 
 class Hosted:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rf_core import kv_cache
 from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
@@ -206,18 +208,32 @@ def test_a_stopped_chunk_may_be_followed_by_a_recache(name: str, keep: str, tmp_
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-def test_on_a_card_the_sink_is_held_by_the_host_and_put_back() -> None:
+@pytest.mark.parametrize(("room", "kind"), [(0, "cuda"), (float("inf"), "cpu")])
+def test_on_a_card_the_sink_is_held_where_there_is_room_and_put_back(
+    monkeypatch, room: float, kind: str
+) -> None:
+    monkeypatch.setattr(kv_cache, "ROOM", room)
+
     def run(stops: bool) -> Tensor:
         stream = tiny.stream(model=tiny.model().to("cuda"), cache=tiny.window(9, 3), batch=2)
         latents_of(stream, 5)
         if stops:
             stopped(stream, 2)
             held = stream.state.cache.sink_backup
-            assert held is not None and all(t.is_pinned() for t in held.tensors.values())
+            assert held is not None and {t.device.type for t in held.tensors.values()} == {kind}
+            assert all(t.is_pinned() for t in held.tensors.values() if kind == "cpu")
         stream.switch(tiny.prompt(1), "recache")
         return latents_of(stream, 3)
 
     assert torch.equal(run(True), run(False))
+
+
+@pytest.mark.parametrize(("free", "roomy"), [(7, False), (8, True)])
+def test_a_card_s_sink_is_held_beside_it_only_in_plenty_of_room(monkeypatch, free, roomy) -> None:
+    sink = SimpleNamespace(device=torch.device("cuda:1"), nbytes=2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
+    assert kv_cache._have_room_beside({"k": sink}) == roomy
+    assert kv_cache._have_room_beside({"k": torch.zeros(2)}) and kv_cache._have_room_beside({})
 
 
 def test_a_blend_starts_where_the_last_chunk_that_was_made_stood() -> None:

@@ -126,8 +126,8 @@ def test_noise_is_what_one_draw_of_all_of_it_gives(shape: tuple[int, ...]) -> No
 def test_noise_for_later_passes_is_drawn_when_the_pass_before_is_on_its_way(monkeypatch) -> None:
     events, draws = [], stream_module.noise_draws
 
-    def watched(*given: Any) -> Iterator[Tensor]:
-        for draw in draws(*given):
+    def watched(*given: Any, **how: Any) -> Iterator[Tensor]:
+        for draw in draws(*given, **how):
             events.append("draw")
             yield draw
 

@@ -25,6 +25,7 @@ from .codec import (
     LayerFactory,
     Operations,
     VAEState,
+    channels_for,
     check_scales,
     check_shape,
     check_video,
@@ -153,22 +154,26 @@ def _convolve_for_norm(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> Def
     return DeferredSum(_convolve(conv, x, fast_paths))
 
 
-def _activate(norm: nn.Module, x: DeferredSum, feat_cache: FeatureCache, key: str) -> Tensor:
+def _activate(
+    norm: nn.Module, conv: nn.Module, x: DeferredSum, feat_cache: FeatureCache, key: str
+) -> Tensor:
     """silu(norm(x)) for x [B, C, T, H, W], behind the two frames of it the stream had at `key`.
 
-    A shortcut that x still lacked is added on the way.
+    It is laid as `conv` reads it (`channels_for`). A shortcut that x lacked is added on the way.
     """
     if torch.is_grad_enabled():
         return feat_cache.extend(key, F.silu(norm(x.added())), _PAST_FRAMES)
     assert isinstance(norm, RMSNorm)
+    channels = x.out.shape[1]
+    size = channels_for(conv, x.out, feat_cache.fast_paths)
     if fused(x.out, norm.gamma):
-        room = feat_cache.allocate(key, x.out, _PAST_FRAMES)
-        _activate_fused(norm.gamma, x, room, feat_cache.fast_paths)
+        room = feat_cache.allocate(key, x.out, _PAST_FRAMES, size)
+        _activate_fused(norm.gamma, x, room[:, :channels], feat_cache.fast_paths)
     else:  # the norm comes first: beside the room it would raise the peak
         normed = norm(x.added())
-        room = feat_cache.allocate(key, x.out, _PAST_FRAMES)
-        torch.ops.aten.silu.out(normed, out=room[:, :, _PAST_FRAMES:])
-    feat_cache.store(key, room, _PAST_FRAMES)
+        room = feat_cache.allocate(key, x.out, _PAST_FRAMES, size)
+        torch.ops.aten.silu.out(normed, out=room[:, :channels, _PAST_FRAMES:])
+    feat_cache.store(key, room[:, :channels], _PAST_FRAMES)
     return room
 
 
@@ -200,10 +205,11 @@ class ResidualBlock(nn.Module):
     def forward(self, x: DeferredSum, feat_cache: FeatureCache) -> DeferredSum:
         """x [B, C, T, H, W] -> [B, C', T, H, W], to which the shortcut is still to be added."""
         out = x
-        for norm, conv in (("0", "2"), ("3", "6")):
-            room = _activate(self.residual[norm], out, feat_cache, f"{self.path}.residual.{conv}")
+        for norm, name in (("0", "2"), ("3", "6")):
+            conv, key = self.residual[name], f"{self.path}.residual.{name}"
+            room = _activate(self.residual[norm], conv, out, feat_cache, key)
             del out  # or it would be held while the next is made
-            out = _convolve_for_norm(self.residual[conv], room, feat_cache.fast_paths)
+            out = _convolve_for_norm(conv, room, feat_cache.fast_paths)
             del room
         shortcut = _convolve(self.shortcut, x.added(), feat_cache.fast_paths)
         return DeferredSum(out.out, out.bias, shortcut)
@@ -329,7 +335,8 @@ class Head(nn.Module):
     def forward(self, x: DeferredSum, feat_cache: FeatureCache) -> Tensor:
         """x [B, C, T, H, W] -> [B, C', T, H, W]."""
         norm, conv = self.children()
-        return _convolve(conv, _activate(norm, x, feat_cache, self.key), feat_cache.fast_paths)
+        room = _activate(norm, conv, x, feat_cache, self.key)
+        return _convolve(conv, room, feat_cache.fast_paths)
 
 
 def _next_path(path: str, blocks: nn.ModuleList) -> str:

@@ -164,8 +164,10 @@ class GraphedModel:
             self._forget_passes()
         memory = cache.k_NBWHD.data_ptr()
         form = (run, x.shape, memory, cache.context_frames, cache.slot_frames, attention)
-        self._uses[form] += 1
-        if self._uses[form] <= self._capture.patience:
+        # By thread, as libraries set themselves up for each: a form is recorded where it has run.
+        use = form, threading.get_ident()
+        self._uses[use] += 1
+        if self._uses[use] <= self._capture.patience:
             return None
         # Places of each stream's own: another's next pass, in its thread, leaves them alone.
         inputs = self._inputs.get((x.shape, memory))
@@ -246,10 +248,13 @@ class CudaCapture:
     copied before the next may write over it.
     """
 
-    patience = 0
+    patience = 1
+    """What runs once in a stream, as the clean passes while its window grows, runs as it is: to
+    record it takes twice as long. And whatever a library makes for new shapes is made by then."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._graphs = device, weakref.WeakSet[torch.cuda.CUDAGraph]()
+        self._set_up: set[int] = set()
         # Always the same one: libraries keep a workspace for each stream they have seen, and what
         # they first take during a capture would lie in its pool.
         self._stream = torch.cuda.Stream(device)
@@ -259,7 +264,7 @@ class CudaCapture:
         if not self._graphs:  # a pool whose graphs are gone cannot be captured into
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self._device):
-            self._first(run)
+            self._set_up_libraries(run)
             graph = torch.cuda.CUDAGraph()
             result = self._capture(graph, run)
         self._graphs.add(graph)
@@ -277,8 +282,10 @@ class CudaCapture:
             current.wait_stream(self._last)
         self._last = current
 
-    def _first(self, run: Run) -> None:
-        """In a first run libraries set themselves up."""
+    def _set_up_libraries(self, run: Run) -> None:
+        """They take their workspaces in the first run of a thread on this stream."""
+        if threading.get_ident() in self._set_up:
+            return
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         try:
@@ -286,6 +293,7 @@ class CudaCapture:
                 run()
         finally:
             current.wait_stream(self._stream)
+        self._set_up.add(threading.get_ident())
 
     def _capture(self, graph: torch.cuda.CUDAGraph, run: Run) -> Tensor:
         capture = torch.cuda.graph(

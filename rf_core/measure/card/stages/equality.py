@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from .... import kv_cache
 from ....attention import sdpa
 from ....decoders.handoff import Handoff
 from ....fast.graphs import GraphedModel
@@ -38,7 +41,8 @@ def run(record: Record, setting: Setting) -> None:
     parts: dict[str, Callable[[], None]] = {
         "recorded passes": lambda: _recorded(record, work),
         "handed-on images": lambda: _handed_on(record, work),
-        "a chunk that is stopped": lambda: _stopped(record, work),
+        "a stopped chunk, sink held on the card": lambda: _stopped(record, work, "card", 0),
+        "a stopped chunk, by the host": lambda: _stopped(record, work, "host", math.inf),
         "passes against float32": lambda: _passes(record, work),
         "recorded outputs of the published code": lambda: _golden(record, options.device),
     }
@@ -86,8 +90,15 @@ class _Stop(Exception):  # noqa: N818  # not an error
     pass
 
 
-def _stopped(record: Record, work: Workload) -> None:
+def _stopped(record: Record, work: Workload, holder: str, room: float) -> None:
     """A chunk given up once frames have left for it, and then a recache, against none given up."""
+    with patch.object(kv_cache, "ROOM", room):
+        differing = _differing_after_a_stop(work)
+    what = f"a stopped chunk, then a recache, the sink held by the {holder}"
+    record.check(f"{what}: differing latents", differing, 0)
+
+
+def _differing_after_a_stop(work: Workload) -> float:
     streams = [replace(work, decoders={}).stream() for _ in range(2)]
 
     def on_pass(kind: str, number: int) -> None:
@@ -103,8 +114,7 @@ def _stopped(record: Record, work: Workload) -> None:
                 stream.generate(on_pass)
         stream.switch(work.prompts[1], "recache")
         latents.append(stream.generate())
-    differing = float((latents[0] != latents[1]).sum())
-    record.check("a stopped chunk, then a recache: differing latents", differing, 0)
+    return float((latents[0] != latents[1]).sum())
 
 
 def _keep(images: list[Tensor], made: Tensor) -> None:
