@@ -239,6 +239,22 @@ def test_networks_that_graphs_cannot_hold_are_refused():
         GraphedModel(streamed)
 
 
+def test_a_card_records_what_recurs_and_in_the_thread_that_has_run_it():
+    recorder = Recorder()
+    recorder.patience = CudaCapture.patience
+    network = GraphedModel(tiny.model(), recorder)
+    latents_of(stream_of(network), 3)  # while the window grows, every clean pass is the only one
+    assert recorder.captured == 3  # denoising, three lengths
+    latents_of(stream_of(network), 1)
+    assert recorder.captured == 3
+    elsewhere = threading.Thread(target=lambda: latents_of(stream_of(network), 1))
+    replayed = recorder.replayed
+    elsewhere.start()
+    elsewhere.join()
+    steps = len(tiny.stream().sampler.steps)
+    assert recorder.replayed == replayed + steps - 1  # the first set its libraries up
+
+
 class Card:
     """Stands for torch.cuda and notes what a capture asks of it."""
 
