@@ -19,7 +19,9 @@ TRAINER_FLOOR_VENV := .venv-floor-training
 TRAINER_TESTS := grep -lE "^ *(from|import) training"
 ENGINE_TESTS := grep -LE "^ *(from|import) training"
 
-IN_PARALLEL := --numprocesses auto
+# Each process has a stretch of files of its own, so that what a file shares is made once, and takes
+# over from the others when it is done.
+IN_PARALLEL := --numprocesses auto --dist worksteal
 
 .PHONY: check test test-comfy test-floor rehearse coverage demo card lint clean
 

@@ -1,15 +1,20 @@
-"""One thread for every test: sums are then added in one order, here and in child processes."""
+"""One thread for every test: sums are then added in one order, here and in child processes.
 
+By the environment, as torch's own setting holds for the thread that sets it: in another, whose
+first operation is a product, MKL takes every core.
+"""
+
+import gc
 import os
 from collections.abc import Generator
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton, which reads this once
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-torch.set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -22,3 +27,16 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
     for kind in ("failed", "error"):
         for report in reporter.stats.get(kind, ()):
             reporter.write_line(f"{kind}: {report.nodeid}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_is_no_garbage() -> None:
+    """What earlier modules have imported is not searched again: torch alone is 500,000 objects, and
+    every run of a command collects garbage once its text encoder is let go of."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """So that nothing is said to leak at the end."""
+    gc.unfreeze()
