@@ -16,13 +16,22 @@ import torch
 from safetensors.torch import save_file
 
 from rf_core.__main__ import main
+from rf_core.config import WAN_1_3B
 from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
+from rf_core.fast import stopwatch
 from rf_core.measure import bench as bench_module
 from rf_core.measure import machine as machine_module
 from rf_core.measure import workload as workload_module
-from rf_core.measure.bench import BenchOptions, bench, first_image, format_bench, switch_costs
+from rf_core.measure.bench import (
+    BenchOptions,
+    bench,
+    first_image,
+    format_bench,
+    network_streamed_fps,
+    switch_costs,
+)
 from rf_core.measure.machine import format_machine, machine
-from rf_core.measure.workload import WorkloadOptions, load_workload, randomise
+from rf_core.measure.workload import WorkloadOptions, load_workload, prompt_tokens, randomise
 
 SMALL = {"height": 16, "width": 16}
 
@@ -36,7 +45,15 @@ def test_each_decoder_is_measured_on_top_of_the_network():
         assert found["decode_seconds"]["p50"] <= found["decode_seconds"]["max"]
     assert json.loads(json.dumps(result)) == json.loads(json.dumps(result, allow_nan=False))
     text = format_bench(result)
-    for row in ("+ wan decode", "+ taehv decode", "blend 3", "time growth", "first image"):
+    assert result["network_streamed_fps"] > 0
+    for row in (
+        "network, streamed",
+        "+ wan decode",
+        "+ taehv decode",
+        "blend 3",
+        "time growth",
+        "first image",
+    ):
         assert row in text
 
 
@@ -54,7 +71,7 @@ def test_every_measurement_is_reported_as_it_is_taken():
     seen = []
     options = BenchOptions(chunks=3, decoder="taehv", **SMALL)
     result = bench(options, lambda name, value: seen.append((name, value)))
-    after = ["memory", "switches", "taehv_streamed_fps"]
+    after = ["memory", "network_streamed_fps", "switches", "taehv_streamed_fps"]
     assert [name for name, _ in seen] == ["first_image", *["chunk"] * 3, *after]
     assert seen[0][1] == result["first_image"] and seen[-2][1] == result["switches"]
     chunks = [value for name, value in seen if name == "chunk"]
@@ -89,6 +106,34 @@ def test_a_switch_is_timed_until_it_is_over_and_leaves_the_stream_where_it_was(m
     assert counts == {"plain": 1, "soft": 1, "recache": 1, "blend 3": 4, "cut": 1}
 
 
+def test_a_streamed_network_is_waited_for_at_the_end_alone_and_left_where_it_was(monkeypatch):
+    stream, waits = tiny.stream(), []
+    stream.step()
+    stream.finish_clean_pass()
+    cache = stream.state.cache.clone()
+    monkeypatch.setattr(stopwatch, "wait_for_stream", lambda _: waits.append(made[0]))
+    made, generate = [0], stream.generate
+
+    def counting():
+        made[0] += 1
+        return generate()
+
+    monkeypatch.setattr(stream, "generate", counting)
+    assert network_streamed_fps(stream, 4) > 0
+    assert waits == [2, 6]  # two chunks that are not counted, then four
+    assert stream.state.num_chunks == 1
+    assert torch.equal(stream.state.cache.k_NBWHD, cache.k_NBWHD)
+
+
+def test_a_random_prompt_is_as_long_as_prompts_are_and_padded_with_zeros():
+    prompts = load_workload(WorkloadOptions(**SMALL)).prompts
+    assert prompt_tokens(WAN_1_3B) == 128
+    tokens = prompt_tokens(workload_module.TINY)
+    for embeds in prompts:
+        assert embeds.shape[1] == workload_module.TINY.text_len > tokens
+        assert embeds[:, :tokens].any(2).all() and not embeds[:, tokens:].any()
+
+
 def test_every_mode_stands_beside_a_plain_chunk():
     stream = tiny.stream()
     stream.step()
@@ -117,7 +162,7 @@ def test_text_encoding_is_counted_apart_and_its_encoder_is_gone_before_the_strea
     monkeypatch.setattr(bench_module, "load_workload", lambda options, one=[workload]: one.pop())
     del workload
     bench(BenchOptions(chunks=2, **SMALL), lambda *_: gone.append(encoder() is None))
-    assert gone == [False, True, True, True, True]  # the first image comes before the stream
+    assert gone == [False, *[True] * 5]  # the first image comes before the stream
 
 
 def test_compiling_is_counted_apart_and_meets_every_block(monkeypatch):

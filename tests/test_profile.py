@@ -17,9 +17,13 @@ from rf_core.measure import profile as profile_module
 from rf_core.measure.counts import Work
 from rf_core.measure.profile import (
     REST,
+    DeviceTime,
     ProfileOptions,
     Timeline,
+    busy_and_idle,
+    costliest_events,
     counted,
+    device_events,
     instrumented,
     kind_of,
     prompt_keys,
@@ -155,3 +159,35 @@ def test_counted_work_is_of_the_stream_s_own_sizes(size):
     assert parts[counts.FEED_FORWARD].flops == (
         5 * config.num_layers * 4 * tokens * config.dim * config.ffn_dim
     )
+
+
+def event(name: str, ts: float, dur: float) -> dict[str, object]:
+    return {"name": name, "ts": ts, "dur": dur}
+
+
+EVENTS = [
+    event("norm", 8e6, 2e6),  # after a gap of two seconds
+    event("product", 1e6, 3e6),
+    event("product", 2e6, 4e6),  # on another stream, beside the first
+    event("norm", 3e6, 1e6),  # within both
+    event("Memcpy DtoH (Device -> Pinned)", 0.0, 7e6),
+    event("Memset (Device)", 10e6, 1e6),
+]
+
+
+def test_a_card_is_idle_where_nothing_runs_but_copies_to_the_host():
+    found = busy_and_idle(EVENTS)
+    assert found == DeviceTime(span=10.0, busy=8.0, to_host=7.0) and found.idle == 2
+    assert busy_and_idle(EVENTS[4:5]) is busy_and_idle([]) is None
+
+
+def test_kernels_are_added_up_by_name():
+    assert costliest_events(EVENTS[:4], 1) == [{"name": "product", "calls": 2, "seconds": 7.0}]
+    assert [row["calls"] for row in costliest_events(EVENTS, 9)] == [2, 1, 2, 1]
+
+
+def test_of_a_trace_only_what_a_card_does_is_kept(monkeypatch):
+    assert device_events(lambda: torch.ones(4).sum(), "cpu") == []
+    monkeypatch.setattr(profile_module, "_ON_DEVICE", ("cpu_op",))
+    names = {found["name"] for found in device_events(lambda: torch.ones(4).sum(), "cpu")}
+    assert "aten::sum" in names

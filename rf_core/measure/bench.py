@@ -3,7 +3,8 @@
 Time to the first image, cold and warm; then every chunk's time in the network, in each decoder and
 on the way to bytes on the host; memory held and at its peak, and the slope of both over the length;
 what a change of prompt costs in each mode; what a snapshot takes. `measure.workload` says what is
-run. Outputs are checked to be finite. Device time is waited for wherever a time is taken.
+run. Outputs are checked to be finite. Device time is waited for wherever a time is taken; between
+chunks a run does not wait, so rates "streamed" are what it reaches.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .workload import DecoderName, Workload, WorkloadOptions, load_workload
 SWITCHES = ("soft", "recache", "blend 3", "cut")
 """Changes of prompt that are timed."""
 STREAMED = 10
-"""Chunks that are decoded beside the network, as a run does it, after two that are not counted."""
+"""Chunks that are made one after another, as a run does it, after two that are not counted."""
 REPEATS = 3
 """How often a warm start or a change of prompt is timed, for its median."""
 
@@ -78,11 +79,14 @@ def bench(options: BenchOptions, report: Report = lambda name, value: None) -> d
     clocks = machine(options.device)  # at once: they fall when the work ends
     peaks = _memory_peaks(options.device)
     report("memory", peaks)
+    num_streamed = min(STREAMED, options.chunks)
+    network_streamed = network_streamed_fps(stream, num_streamed)
+    report("network_streamed_fps", network_streamed)
     switches, snapshot = switch_costs(stream, workload.prompts), snapshot_costs(stream)
     report("switches", switches)
     streamed = {}
     for name, decoder in workload.decoders.items():  # last: the stream's own does not see these
-        streamed[name] = streamed_fps(stream, decoder, min(STREAMED, options.chunks))
+        streamed[name] = streamed_fps(stream, decoder, num_streamed)
         report(f"{name}_streamed_fps", streamed[name])
     growing = options.cache.window_frames // options.cache.chunk_frames + 1
     skipped = growing if options.chunks > 2 * growing else 1
@@ -92,6 +96,7 @@ def bench(options: BenchOptions, report: Report = lambda name, value: None) -> d
         "machine": clocks,
         "attention": workload.attention.plain(),
         "first_image": first,
+        "network_streamed_fps": network_streamed,
         **_rates(steady, streamed, options),
         "cache_bytes": stream.state.cache.nbytes,
         "weight_bytes": sum(p.nbytes for p in workload.model.parameters()),
@@ -136,6 +141,19 @@ def switch_costs(stream: Stream, prompts: Sequence[Tensor]) -> dict[str, dict[st
         }
     stream.restore(now)
     return costs
+
+
+def network_streamed_fps(stream: Stream, chunks: int) -> float:
+    """Images a second of the network as a run drives it: nobody waits between chunks, so a card
+    always has work queued. Two chunks more than are counted; the stream is left where it was."""
+    now = stream.snapshot()
+    for chunk in range(-2, chunks):
+        if chunk == 0:
+            watch = Stopwatch(stream.device)
+        stream.generate()
+    seconds = watch.lap()
+    stream.restore(now)
+    return chunks * stream.cache_config.chunk_frames * TEMPORAL_FACTOR / seconds
 
 
 def streamed_fps(stream: Stream, decoder: Decoder, chunks: int) -> float:
@@ -350,7 +368,11 @@ def _first_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _chunk_table(result: dict[str, Any]) -> list[str]:
-    rows = [_chunk_row("network", result["network_seconds"], result["network_fps"])]
+    streamed = f"{result['network_streamed_fps']:.1f}"
+    rows = [
+        _chunk_row("network", result["network_seconds"], result["network_fps"]),
+        ["network, streamed", "", "", "", streamed],
+    ]
     for name, found in result["decoders"].items():
         rows += [
             _chunk_row(f"+ {name} decode", found["decode_seconds"], found["fps"]),

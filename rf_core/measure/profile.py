@@ -11,9 +11,12 @@ Each kind stands beside its counted work (`rf_core.measure.counts`).
 
 from __future__ import annotations
 
+import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +77,12 @@ Of the linear layers those that are one product (`rf_core.fused_linear`); the ot
 NUM_OPERATORS = 12
 """Costliest operators listed."""
 
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of a trace's events that take a card's time."""
+_TO_HOST_EVENT = "DtoH"  # in the name of a copy to the host
+
+Event = dict[str, Any]
+"""One of a trace in Chrome's format: its times `ts` and `dur` are microseconds."""
 Result = TypeVar("Result")
 Timestamp = float | torch.cuda.Event
 
@@ -95,6 +104,23 @@ class ProfileOptions(WorkloadOptions):
             raise ValueError(f"kinds of work cannot be timed on {self.device}; use cpu or cuda")
         if len(self.decoders) > 1:
             raise ValueError("a profile is of one decoder; ask for wan or taehv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTime:
+    """What a card did in a span of time, in seconds."""
+
+    span: float
+    """From the first thing that it did to the end of the last."""
+    busy: float
+    """How much of it something ran."""
+    to_host: float
+    """How long copies to the host took, which run beside and count in neither."""
+
+    @property
+    def idle(self) -> float:
+        """How much of the span nothing ran."""
+        return self.span - self.busy
 
 
 class Borders(Protocol):
@@ -159,7 +185,7 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
     """Time by kind beside counted work, the costliest operators, and the trace on disk."""
     workload = load_workload(options)
     stream = workload.stream()
-    for _ in range(options.cache.window_frames // options.cache.chunk_frames + 1):
+    for _ in range(steady_after(stream)):
         play(stream)
     plain = _plain_seconds(stream, options)
     timeline = Timeline(options.device)
@@ -179,6 +205,11 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
         ),
         "operators": operators,
     }
+
+
+def steady_after(stream: Stream) -> int:
+    """Chunks until the window is full and has let one go."""
+    return stream.cache_config.window_frames // stream.cache_config.chunk_frames + 1
 
 
 def play(stream: Stream, borders: Borders | None = None) -> None:
@@ -348,6 +379,54 @@ def costliest(
         wait(device)
     kind = torch.device(device).type.upper()
     return _by_time(recorded, device, number, lambda event: event.device_type.name == kind)
+
+
+def device_events(call: Callable[[], Any], device: str | torch.device) -> list[Event]:
+    """What a card does for a call, as torch.profiler's trace has it; nothing elsewhere."""
+    wait(device)
+    with torch.profiler.profile(activities=_activities(device)) as recorded:
+        call()
+        wait(device)
+    with tempfile.TemporaryDirectory() as folder:
+        recorded.export_chrome_trace(str(path := Path(folder) / "trace.json"))
+        events: list[Event] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return [event for event in events if event.get("cat") in _ON_DEVICE]
+
+
+def busy_and_idle(events: Sequence[Event]) -> DeviceTime | None:
+    """How much of the time between a card's first event and its last it had something to do.
+
+    None where it had nothing to do at all.
+    """
+    copies = [event for event in events if _TO_HOST_EVENT in event["name"]]
+    work = [event for event in events if _TO_HOST_EVENT not in event["name"]]
+    if not work:
+        return None
+    begin = min(event["ts"] for event in work)
+    span = max(event["ts"] + event["dur"] for event in work) - begin
+    return DeviceTime(span=span / 1e6, busy=_covered(work), to_host=_covered(copies))
+
+
+def costliest_events(events: Sequence[Event], number: int) -> list[dict[str, Any]]:
+    """The events' names that take most time, as rows like those of `costliest`."""
+    calls = Counter(event["name"] for event in events)
+    spent = Counter[str]()
+    for event in events:
+        spent[event["name"]] += event["dur"]
+    return [
+        {"name": name, "calls": calls[name], "seconds": duration / 1e6}
+        for name, duration in spent.most_common(number)
+    ]
+
+
+def _covered(events: Sequence[Event]) -> float:
+    """Seconds in which at least one of the events runs."""
+    covered, reached = 0.0, -float("inf")
+    for event in sorted(events, key=lambda event: event["ts"]):
+        end = event["ts"] + event["dur"]
+        covered += max(0.0, end - max(reached, event["ts"]))
+        reached = max(reached, end)
+    return covered / 1e6
 
 
 def _trace(stream: Stream, options: ProfileOptions) -> list[dict[str, Any]]:

@@ -58,6 +58,9 @@ DECODERS: Mapping[str, tuple[DecoderName, ...]] = MappingProxyType(
     {"none": (), "wan": ("wan",), "taehv": ("taehv",), "both": ("wan", "taehv")}
 )
 WEIGHT_STD = 0.02
+PROMPT_TOKENS = 128
+"""Tokens of a random prompt. A language model writes out the prompts of the published code, which
+then have some 100 to 150."""
 PROMPTS = ("a red circle moves right slowly", "a blue square moves up quickly")
 
 
@@ -151,6 +154,11 @@ def decoder_sizes(size: str) -> Mapping[DecoderName, VAEConfig | TAEHVConfig]:
     return _TINY_DECODERS if size == "tiny" else _PUBLISHED_DECODERS
 
 
+def prompt_tokens(config: ModelConfig) -> int:
+    """Tokens of a network's random prompt: where less fits in, the share that it is of Wan's."""
+    return min(PROMPT_TOKENS, config.text_len // (WAN_1_3B.text_len // PROMPT_TOKENS))
+
+
 @torch.no_grad()
 def load_workload(options: WorkloadOptions) -> Workload:
     """Read or draw all weights. ValueError where a file does not fit."""
@@ -223,8 +231,10 @@ def _attention(options: WorkloadOptions, model: ModelConfig) -> Choice:
 def _prompt(number: int, config: ModelConfig, encoder: TextEncoder | None) -> Tensor:
     if encoder is not None:
         return encoder.encode([PROMPTS[number]])
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn((1, config.text_len, config.text_dim), generator=generator)
+    generator, tokens = torch.Generator().manual_seed(number), prompt_tokens(config)
+    embeds = torch.zeros(1, config.text_len, config.text_dim)  # past the tokens, as an encoder pads
+    embeds[:, :tokens] = torch.randn((tokens, config.text_dim), generator=generator)
+    return embeds
 
 
 def _decoders(options: WorkloadOptions) -> dict[DecoderName, WanDecoder | TAEHVDecoder]:

@@ -10,7 +10,7 @@ import torch
 from ....attention import BACKENDS, PLAIN, available_backends
 from ....config import CacheConfig, Grid, ModelConfig
 from ....fast.dispatch import TOLERANCE, choose_attention, measure, stream_shapes
-from ....fast.stopwatch import captured, seconds_of
+from ....fast.stopwatch import captured, device_seconds
 from ....split_attention import TILE, plan_split, processors_of
 from ...counts import attention_work
 from ...workload import RANDOM_SIZES
@@ -66,4 +66,4 @@ def _captured_seconds(
 ) -> float:
     q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in (queries, keys, keys))
     with torch.no_grad():
-        return seconds_of(captured(lambda: BACKENDS[name](q, k, v), device), device)
+        return device_seconds(captured(lambda: BACKENDS[name](q, k, v), device), device)

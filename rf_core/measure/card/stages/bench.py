@@ -44,7 +44,10 @@ def measure(record: Record, setting: Setting, *, chunks: int, **fields: Any) -> 
 
     result = bench(options, report)
     record.note("result", result)
-    record.say(f"network {result['network_fps']:.1f} images/s")
+    record.say(
+        f"network {result['network_fps']:.1f} images/s, streamed "
+        f"{result['network_streamed_fps']:.1f}"
+    )
     for name, found in result["decoders"].items():
         record.say(
             f"{name}: decode {found['decode_fps']:.1f}, end to end {found['streamed_fps']:.1f} "

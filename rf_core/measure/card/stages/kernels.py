@@ -26,7 +26,7 @@ from ....kernels.availability import multiplies_fp8
 from ....kernels.reference import FP8
 from ....padding import log_counts
 from ....rope import Rope, rope_table
-from ...workload import RANDOM_SIZES
+from ...workload import RANDOM_SIZES, prompt_tokens
 from ..plan import Setting
 from ..record import Record
 from . import grid_of, off, workload
@@ -35,7 +35,6 @@ from . import grid_of, off, workload
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 # Rounded to bfloat16 first, a number may fall to the next one of fp8.
 _FP8_LIMIT = 2e-2
-_PROMPT_ROWS = 32  # of a prompt of some twenty words
 _LAYERS = 4  # of a cache; all thirty would take 10 GB in float64
 _VAE_FRAMES = 4
 
@@ -116,7 +115,8 @@ def _network_cases(
     yield Case(name="linear_gelu", arguments=(x, weight_OI, draw(model.ffn_dim)))
     yield Case(name="quantise_rows", arguments=(x, torch.int8), definition=torch.float32)
     prompt = draw(2, 1, model.text_len, heads, model.head_dim)
-    bias_BS = log_counts(torch.tensor([_PROMPT_ROWS], device=x.device), *(model.text_len,) * 2)
+    last_B = torch.tensor([prompt_tokens(model)], device=x.device)
+    bias_BS = log_counts(last_B, model.text_len, model.text_len)
     queries = x.view(1, tokens, heads, model.head_dim)
     yield Case(name="prompt_attention", arguments=(queries, *prompt, bias_BS))
     if x.is_cuda and multiplies_fp8(x.device):
