@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .reference import FP8, LARGEST, MIN_SCALE, Rows
 
+_PER_THREAD = 64  # channels: a warp holds a token of up to 2048, and no reduction waits for others
+
 
 def modulated_norm(
     x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float, *, rows: bool = False
@@ -92,7 +94,7 @@ def _launch(
             ADD=y is not None,
             GATED=gate is not None,
             ROWS=rows,
-            **launch_options(block),
+            **launch_options(block, _PER_THREAD),
         )
     return residual, Rows(out, unit, x.dtype) if rows else out
 
