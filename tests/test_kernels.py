@@ -784,7 +784,7 @@ def argument_type(
     if name.endswith("_ptr"):
         singles = ("cos_ptr", "sin_ptr", "exact_ptr", "lse_ptr", "bias_ptr")
         return "*fp32" if dtype == torch.float32 or name in singles else "*bf16"
-    numbers = ("eps", "kept", "taken", "root", "largest", "least_unit", "scale")
+    numbers = ("eps", "kept", "taken", "root", "inverse_largest", "least_unit", "scale")
     return "fp32" if name in numbers else "i32"
 
 

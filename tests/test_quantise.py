@@ -78,9 +78,9 @@ def linear(inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True) -> 
 
 def plain_rows(x: Tensor, target: torch.dtype) -> tuple[Tensor, Tensor]:
     """The definition, one row at a time."""
-    largest = 448.0 if target == FP8 else 127.0
-    scales = torch.tensor([max(row.abs().max().item(), 0) / largest for row in x.float()])
-    rows = torch.stack([row / scale for row, scale in zip(x.float(), scales, strict=True)])
+    part = 1 / 448 if target == FP8 else 1 / 127
+    scales = torch.stack([row.abs().max() * part for row in x.float()])
+    rows = torch.stack([row * (1 / scale) for row, scale in zip(x.float(), scales, strict=True)])
     return (rows.round() if target == torch.int8 else rows).to(target), scales[:, None]
 
 
@@ -93,6 +93,18 @@ def test_every_row_is_counted_in_parts_of_its_own_largest_magnitude(dtype, targe
     x = random(7, 13, dtype=dtype) * torch.logspace(-3, 3, 7)[:, None].to(dtype)
     for got, wanted in zip(quantise_rows(x, target), plain_rows(x, target), strict=True):
         assert torch.equal(got.float(), wanted.float())
+
+
+@each_target
+def test_the_largest_of_a_row_is_the_largest_number_of_eight_bits_whatever_it_was(target):
+    every = torch.arange(2**15, dtype=torch.int16).view(torch.bfloat16).float()[:, None]
+    x = torch.cat([every, random(100_000, 1).exp()])
+    values, scale = quantise_rows(x, target)
+    largest = 448.0 if target == FP8 else 127.0
+    normal = x.isfinite() & (x >= largest * torch.finfo(torch.float32).tiny)
+    assert normal.sum() > 130_000 and (values.float()[normal] == largest).all()
+    assert (values.float()[x.isfinite()] <= largest).all()
+    torch.testing.assert_close(largest * scale[normal], x[normal], rtol=3e-7, atol=0)
 
 
 @each_target
@@ -190,9 +202,9 @@ def test_the_kernel_rounds_bit_for_bit_as_the_definition(channels, dtype, target
 
 @needs_triton
 @pytest.mark.usefixtures("fp8_rounds_as_on_a_card", "round_as_a_card_does")
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 @each_dtype
-@pytest.mark.parametrize("channels", [13, 128])
+@pytest.mark.parametrize("channels", [13, 128, 1100])
 def test_rows_of_gelu_are_those_of_the_rounded_gelu(channels, dtype):
     from rf_core.kernels import triton_quantise
 
@@ -205,7 +217,7 @@ def test_rows_of_gelu_are_those_of_the_rounded_gelu(channels, dtype):
     assert all(map(torch.equal, map(number, plain), map(number, (wanted, wanted_scale))))
     assert scale[0, 1].isnan().all() and (values[0, 2].float() == 0).all()
     ulp = torch.finfo(dtype).eps
-    torch.testing.assert_close(scale, wanted_scale, rtol=2 * ulp, atol=0, equal_nan=True)
+    torch.testing.assert_close(scale, wanted_scale, rtol=2 * ulp + 4e-7, atol=0, equal_nan=True)
     # The exponential's last bit may carry a number over the border to the next one of eight bits.
     differing = (number(values) != number(wanted)).float().mean()
     assert differing < (1e-2 if dtype == torch.bfloat16 else 1e-3)
@@ -265,13 +277,14 @@ def compile_for_cards() -> None:
             options={"enable_fp_fusion": False},
         )
         assert made.asm["cubin"]
-        assert re.search(r"div\.rn(\.ftz)?\.f32", made.asm["ptx"])  # Triton 3.1 flushes subnormals
+        # Once a row. Triton 3.1 flushes subnormals.
+        assert len(re.findall(r"div\.rn(\.ftz)?\.f32", made.asm["ptx"])) == 1
         return made.asm["ptx"]
 
-    row = {"C": 120, "BLOCK": 128}
+    tile, row = triton_quantise.tile_sizes(1536), {"C": 1536, "BLOCK": 2048}
     for capability in (89, 90):
         for values, rounds, gelu in (("*fp8e4nv", 0, 0), ("*fp8e4nv", 0, 1), ("*i8", 1, 0)):
-            constants = row | {"ROWS": 16, "ROUND": bool(rounds), "GELU": bool(gelu)}
+            constants = tile | {"ROUND": bool(rounds), "GELU": bool(gelu)}
             kinds = {"values_ptr": values, "scale_ptr": "*fp32"}
             ptx = compiled(triton_quantise._quantise_rows, capability, constants, **kinds)
             # Adding and taking away 1.5 * 2^23 must not be optimised to nothing.

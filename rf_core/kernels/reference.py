@@ -25,7 +25,7 @@ from .availability import in_kitchen, in_onednn
 MIN_NORM = 1e-12  # where F.normalize stops dividing
 FP8 = torch.float8_e4m3fn
 LARGEST = MappingProxyType({FP8: torch.finfo(FP8).max, torch.int8: 127.0})
-MIN_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros is divided by this
+MIN_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros is counted in this
 
 
 class Rows(NamedTuple):
@@ -211,9 +211,9 @@ def quantise_rows(
     if after_gelu:
         x = gelu(x)
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
-    # By a tensor: CUDA divides by a plain number as a product with its rounded inverse.
-    scale = (largest / largest.new_full((), LARGEST[dtype])).clamp_min(MIN_SCALE)
-    rows = x / scale
+    scale = (largest * (1 / LARGEST[dtype])).clamp_min(MIN_SCALE)
+    # Divided once a row. No row's largest comes out over `LARGEST` by more than rounding takes off.
+    rows = x * scale.reciprocal()
     return (rows.round() if dtype == torch.int8 else rows).to(dtype), scale
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .reference import FP8, LARGEST, MIN_SCALE, Rows
 
+_PER_THREAD = 64  # channels: a warp holds a token of up to 2048, and no reduction waits for others
+
 
 def modulated_norm(
     x_BLC: Tensor, shift_BF1C: Tensor, scale_BF1C: Tensor, eps: float, *, rows: bool = False
@@ -55,13 +57,13 @@ def affine_after_residual(
     return _launch(x_BLC, y_BLC, gate_BF1C, weight, bias, eps, rows)
 
 
-def launch_options(elements: int) -> dict[str, Any]:
-    """How a program over that many elements runs: 16 of them a thread.
+def launch_options(elements: int, per_thread: int = 16) -> dict[str, Any]:
+    """How a program over that many elements runs, which are shared out to its threads.
 
     Products are rounded before they are added, as between torch's operations and in the
     interpreter that tests these kernels; memory alone limits them, so nothing is lost by it.
     """
-    return {"num_warps": max(1, min(16, elements // 512)), "enable_fp_fusion": False}
+    return {"num_warps": max(1, min(16, elements // (32 * per_thread))), "enable_fp_fusion": False}
 
 
 def _launch(
@@ -86,13 +88,13 @@ def _launch(
     with torch.cuda.device_of(x):
         _norm[(tokens, batch)](
             *(x, given_y, given_gate, scale, shift, residual, out, unit),
-            *(*strides, *frames, tokens, eps, LARGEST[FP8], MIN_SCALE),
+            *(*strides, *frames, tokens, eps, 1 / LARGEST[FP8], MIN_SCALE),
             C=channels,
             BLOCK=block,
             ADD=y is not None,
             GATED=gate is not None,
             ROWS=rows,
-            **launch_options(block),
+            **launch_options(block, _PER_THREAD),
         )
     return residual, Rows(out, unit, x.dtype) if rows else out
 
@@ -112,13 +114,20 @@ def _frame_strides(x_BF1C: Tensor, batch: int, tokens: int) -> tuple[int, int, i
 
 
 @triton.jit
-def in_units(x, largest, least_unit, AXIS: tl.constexpr):
-    """Rows along an axis so that their largest magnitude is `largest`, and what they count in."""
-    peak = tl.max(tl.abs(x), AXIS, keep_dims=True)
-    peak = tl.where(tl.sum((x != x).to(tl.int32), AXIS, keep_dims=True) > 0, float("nan"), peak)
-    unit = tl.div_rn(peak, largest)
+def peak_bits(x, AXIS: tl.constexpr):
+    """The bits of rows' largest magnitude, which is NaN where one of them is.
+
+    Without their sign floats follow each other as their bits do, and NaN comes last.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
+
+
+@triton.jit
+def units(peak, inverse_largest, least_unit):
+    """What rows are counted in so that their peak is the largest number, and its inverse."""
+    unit = peak.to(tl.float32, bitcast=True) * inverse_largest
     unit = tl.where(unit < least_unit, least_unit, unit)  # which keeps NaN
-    return tl.div_rn(x, unit), unit
+    return unit, tl.div_rn(1.0, unit)
 
 
 @triton.jit
@@ -146,7 +155,7 @@ def _norm(
     shift_tokens,
     tokens,
     eps,
-    largest,
+    inverse_largest,
     least_unit,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -178,6 +187,7 @@ def _norm(
     out = normed * scale + shift
     if ROWS:
         stored = out.to(x_ptr.dtype.element_ty).to(tl.float32)
-        out, unit = in_units(stored, largest, least_unit, 0)
+        unit, inverse = units(peak_bits(stored, 0), inverse_largest, least_unit)
+        out = stored * inverse
         tl.store(unit_ptr + batch * tokens + token + tl.arange(0, 1), unit)
     tl.store(out_ptr + row, out.to(out_ptr.dtype.element_ty), mask=inside)
