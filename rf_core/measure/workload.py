@@ -166,7 +166,7 @@ def load_workload(options: WorkloadOptions) -> Workload:
     model, encoder = _demo(options) if options.size == "demo" else _random(options)
     decoders = _decoders(options)
     load_seconds = watch.lap()
-    first = _prompt(0, model.config, encoder)
+    first = _prompt(0, model, encoder)
     text_seconds = watch.lap()
     model = model.eval().requires_grad_(False)
     if options.weights == "fp8":
@@ -177,7 +177,7 @@ def load_workload(options: WorkloadOptions) -> Workload:
         passes=GraphedModel(model) if options.graphs else model,
         attention=_attention(options, model.config),
         encoder=encoder,
-        prompts=(first, _prompt(1, model.config, encoder)),
+        prompts=(first, _prompt(1, model, encoder)),
         decoders=decoders,
         load_seconds=load_seconds,
         text_seconds=None if encoder is None else text_seconds,
@@ -228,13 +228,15 @@ def _attention(options: WorkloadOptions, model: ModelConfig) -> Choice:
     )
 
 
-def _prompt(number: int, config: ModelConfig, encoder: TextEncoder | None) -> Tensor:
+def _prompt(number: int, model: WanModel, encoder: TextEncoder | None) -> Tensor:
+    """Of the encoder, or as one makes them: on the device, with zeros behind the tokens."""
     if encoder is not None:
         return encoder.encode([PROMPTS[number]])
+    config, weight = model.config, model.patch_embedding.weight
     generator, tokens = torch.Generator().manual_seed(number), prompt_tokens(config)
-    embeds = torch.zeros(1, config.text_len, config.text_dim)  # past the tokens, as an encoder pads
+    embeds = torch.zeros(1, config.text_len, config.text_dim)
     embeds[:, :tokens] = torch.randn((tokens, config.text_dim), generator=generator)
-    return embeds
+    return embeds.to(weight.device, weight.dtype)
 
 
 def _decoders(options: WorkloadOptions) -> dict[DecoderName, WanDecoder | TAEHVDecoder]:
