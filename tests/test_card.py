@@ -143,11 +143,57 @@ def test_the_table_has_at_most_a_hundred_lines_however_much_goes_wrong():
     found = {"checks": wrong, "said": said, "seconds": 3.0, "measured": {}, "ended": True}
     row = {"queries": 4680, "keys": 14040, "problem": "no kernel " * 40, "error": None}
     attention = {**found, "measured": {"rows": [{**row, "backend": f"b{n}"} for n in range(9)]}}
+    gpu = {"clocks.sm": "1875", "clocks.max.sm": "1980", "power.draw": "648", "power.limit": "700"}
+    text = "w" * 300
+    machine = {"device": text, "cpu": text, "threads": 2, "gpu": gpu, "versions": {"torch": text}}
+    decoder = {"decode_fps": 90.0, "streamed_fps": 30.0}
+    bench = {"network_fps": 49.0, "network_streamed_fps": 51.0, "machine": machine}
+    bench |= {"decoders": {"wan": decoder, "taehv": decoder}}
+    bench |= {"first_image": {"warm": 0.1, "cold": 9.0}}
+    reserved = dict.fromkeys(("allocated", "peak", "reserved", "needed"), 1e9)
+    fps = {"ours": 49.0, "published": 20.0}
     stages = {stage.name: found for stage in STAGES} | {"attention": attention}
+    for name, measured in {
+        "facts": {"machine": machine},
+        "bench": {"result": bench},
+        "fp8": {"result": bench},
+        "published": {"fps": fps},
+        "published_flash": {"fps": fps},
+        "memory": {"rows": [{"decoder": d, **reserved} for d in ("none", "taehv", "wan")]},
+    }.items():
+        stages[name] = {**found, "measured": measured}
     card = {"size": "1.3b", "date": "today", "seconds": 500.0, "stages": stages}
     lines = table.format_card(card, [stage.name for stage in STAGES]).splitlines()
     assert len(lines) <= table.MAX_LINES and max(map(len, lines)) <= 110
     assert all(any(line.startswith(stage.name) for line in lines) for stage in STAGES)
+
+
+def test_what_is_too_long_for_a_line_goes_on_in_the_next_and_a_cut_is_marked():
+    sentence = "; ".join(f"without form{n} +{n}.0 ms" for n in range(6))
+    found = {"said": [sentence, "z " * 400], "seconds": 3.0, "ended": True}
+    versions = {"torch": "2.11", "x": "1" * 90, "y": "2" * 90, "z": "3" * 90}
+    machine = {"device": "H", "cpu": "C", "threads": 2, "versions": versions}
+    stages = {"vae": found, "facts": {"measured": {"machine": machine}}}
+    card = {"size": "1.3b", "date": "today", "seconds": 5.0, "stages": stages}
+    text = table.format_card(card, ["vae"])
+    assert sentence in " ".join(text.split())
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 110 and lines[-1].endswith("z ...")
+    assert "x 111" in " ".join(text.split()) and lines[lines.index("") - 1].endswith(
+        " ..."
+    )  # of the versions
+
+
+def test_the_speed_of_a_run_stands_beside_the_clock_and_power_it_was_made_with():
+    gpu = {"clocks.sm": "1875", "clocks.max.sm": "1980", "power.draw": "648", "power.limit": "700"}
+    bench = {"network_fps": 49.13, "network_streamed_fps": 51.87, "decoders": {}}
+    bench |= {"first_image": {"warm": 0.1, "cold": 9.0}, "machine": {"gpu": gpu}}
+    stages = {"bench": {"measured": {"result": bench}}, "fp8": {"measured": {"result": bench}}}
+    card = {"size": "1.3b", "date": "today", "seconds": 5.0, "stages": stages}
+    text = table.format_card(card, ["bench", "fp8"])
+    assert re.search(r"^network, streamed +51.9$", text, re.M)
+    assert re.search(r"^network, fp8, streamed +51.9$", text, re.M)
+    assert "under load 1875 of 1980 MHz, 648 of 700 W" in text
 
 
 @pytest.mark.parametrize(

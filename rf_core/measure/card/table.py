@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ from .record import Check, checks_of
 
 MAX_LINES = 100
 _WIDTH = 110  # characters of a line
-_SAID = 4  # lines of a stage, at most
+_STAGE_LINES = 4  # of a stage, at most
+_MACHINE_LINES = 2  # of a fact of the machine
 _WRONG = 3  # wrong checks of a stage that are named
+_INDENT = 24  # columns before what a stage says
 _GB = 1e9
 
 Found = dict[str, Any]
@@ -21,11 +24,12 @@ def format_card(card: Found, names: Sequence[str]) -> str:
     """The whole table; `names` are the stages that were asked for."""
     stages: dict[str, Found] = card["stages"]
     parts = [
-        list(_head(card, stages)),
-        list(_speed(stages)),
-        list(_attention(stages)),
-        list(_memory(stages)),
-        list(_verdicts(stages, names)),
+        [part for line in _head(card, stages) for part in _wrapped(line, 10, _MACHINE_LINES)],
+        *(
+            [part for line in lines for part in _wrapped(line, 0, 1)]
+            for lines in (_speed(stages), _attention(stages), _memory(stages))
+        ),
+        [line for name in names for line in _stage(name, stages)],
     ]
     lines = [line for part in parts if part for line in (*part, "")][:-1]
     assert len(lines) <= MAX_LINES, "every part has a bound"
@@ -72,9 +76,6 @@ def _head(card: Found, stages: dict[str, Found]) -> Iterator[str]:
             )
         yield f"device    {machine['device']}{more}"
         yield f"CPU       {machine['cpu']}, {machine['threads']} threads"
-        if machine.get("gpu"):
-            clocks = (f"{name} {value}" for name, value in machine["gpu"].items())
-            yield f"clocks    {', '.join(clocks)}"
         found = (f"{n} {number}" for n, number in machine["versions"].items() if number)
         yield f"versions  {', '.join(found)}"
 
@@ -83,12 +84,12 @@ def _speed(stages: dict[str, Found]) -> Iterator[str]:
     bench = _measured(stages, "bench").get("result")
     rows = []
     if bench:
-        rows.append(("network", f"{bench['network_fps']:.1f}"))
+        rows += _network("network", bench)
         for name, found in bench["decoders"].items():
             rows.append((f"{name}: decode", f"{found['decode_fps']:.1f}"))
             rows.append((f"{name}: end to end", f"{found['streamed_fps']:.1f}"))
     if fp8 := _measured(stages, "fp8").get("result"):
-        rows.append(("network, fp8", f"{fp8['network_fps']:.1f}"))
+        rows += _network("network, fp8", fp8)
     for name, what in (
         ("published", "published network"),
         ("published_flash", "published network, torch's attention of old"),
@@ -100,6 +101,23 @@ def _speed(stages: dict[str, Found]) -> Iterator[str]:
         if bench:
             first = bench["first_image"]
             yield f"first image after {1e3 * first['warm']:.0f} ms, cold {1e3 * first['cold']:.0f}"
+            if gpu := bench["machine"]["gpu"]:
+                clock, power = (
+                    f"{gpu[now]} of {gpu[most]}"
+                    for now, most in (
+                        ("clocks.sm", "clocks.max.sm"),
+                        ("power.draw", "power.limit"),
+                    )
+                )
+                yield f"under load {clock} MHz, {power} W"
+
+
+def _network(what: str, bench: Found) -> list[tuple[str, str]]:
+    """Waited for after every chunk, and as a run drives it."""
+    return [
+        (what, f"{bench['network_fps']:.1f}"),
+        (f"{what}, streamed", f"{bench['network_streamed_fps']:.1f}"),
+    ]
 
 
 def _attention(stages: dict[str, Found]) -> Iterator[str]:
@@ -132,15 +150,34 @@ def _memory(stages: dict[str, Found]) -> Iterator[str]:
         yield from format_table(head, lines)
 
 
-def _verdicts(stages: dict[str, Found], names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        found = stages.get(name, {"not_run": "stopped before it"})
-        seconds = f"{found['seconds']:.0f} s" if "seconds" in found else ""
-        yield f"{name:<16} {seconds:>5}  {stage_verdict(found)}"
-        wrong = [check for check in checks_of(found) if not check.right]
-        yield from (f"{'':<24}{_off(check)}" for check in wrong[1:_WRONG])
-        if name not in ("bench", "attention", "memory"):  # whose figures stand above
-            yield from (f"{'':<24}{line}" for line in found.get("said", [])[:_SAID])
+def _stage(name: str, stages: dict[str, Found]) -> list[str]:
+    """Its verdict, what is wrong, what it says, until its lines are full."""
+    found = stages.get(name, {"not_run": "stopped before it"})
+    seconds = f"{found['seconds']:.0f} s" if "seconds" in found else ""
+    wrong = [check for check in checks_of(found) if not check.right]
+    more = [_off(check) for check in wrong[1:_WRONG]]
+    if name not in ("bench", "attention", "memory"):  # whose figures stand above
+        more += found.get("said", [])
+    lines: list[str] = []
+    for line in (
+        f"{name:<16} {seconds:>5}  {stage_verdict(found)}",
+        *(f"{'':<{_INDENT}}{text}" for text in more),
+    ):
+        if left := _STAGE_LINES - len(lines):
+            lines += _wrapped(line, _INDENT, left)
+    return lines
+
+
+def _wrapped(line: str, indent: int, most: int) -> list[str]:
+    """The line in at most so many, those after the first set in; a sign stands for what is cut."""
+    return textwrap.wrap(
+        line,
+        _WIDTH,
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+        max_lines=most,
+        placeholder=" ...",
+    )
 
 
 def _measured(stages: dict[str, Found], name: str) -> Found:
