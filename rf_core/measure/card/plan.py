@@ -44,27 +44,27 @@ STAGES = (
     Stage(name="facts", cap=20, shows="versions, clocks, a copy, a product"),
     Stage(name="attention", cap=45, shows="every backend at every shape, against float32"),
     Stage(name="bench", cap=110, shows="images a second, first image, both decoders"),
-    Stage(name="fp8", cap=50, shows="images a second with fp8 weights"),
     Stage(name="equality", cap=60, shows="recorded, fused, fp8 and handed on, against plain"),
+    Stage(name="published", cap=45, shows="the published code, in turn with this"),
+    Stage(name="vae", cap=40, shows="the decoder's fast paths and convolutions"),
+    Stage(name="memory", cap=50, shows="the plan against the card; flat over 100 chunks"),
+    Stage(name="fp8", cap=50, shows="images a second with fp8 weights"),
     Stage(name="kernels", cap=40, shows="fused kernels against float64"),
     Stage(name="profile", cap=60, shows="where a chunk's time goes"),
+    Stage(
+        name="published_flash",
+        cap=45,
+        shows="the same with torch's attention of old, which most have",
+        module="published",
+        environment={"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"},
+    ),
+    Stage(name="products", cap=30, shows="linear layers, GELU, fp8"),
     Stage(
         name="tests",
         cap=110,
         shows="the tests that need a card",
         environment={"OMP_NUM_THREADS": "1"},  # each worker would start a thread for every core
     ),
-    Stage(name="products", cap=30, shows="linear layers, GELU, fp8"),
-    Stage(name="vae", cap=40, shows="the decoder's fast paths and convolutions"),
-    Stage(name="published", cap=25, shows="the published code, in turn with this"),
-    Stage(
-        name="published_flash",
-        cap=25,
-        shows="the same with torch's attention of old, which most have",
-        module="published",
-        environment={"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"},
-    ),
-    Stage(name="memory", cap=50, shows="the plan against the card; flat over 100 chunks"),
 )
 
 
