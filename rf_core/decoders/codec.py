@@ -24,8 +24,6 @@ from ..devices import to_device
 RGB = 3
 # Weights in these layouts make torch keep activations channel by channel within each position.
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-_FULL_OUTPUTS = 8  # tensor cores take half-precision channels by as many
-_FULL_INPUTS = 64  # by as many cuDNN's kernels for Hopper take them; others get those for Ampere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +39,9 @@ class FastPaths:
     defer_sums: bool = False
     """Leave the Wan VAE's biases and shortcuts to the next norm, which adds them in its own pass,
     where there is a fused kernel for it. cuDNN and torch take a pass for each."""
-    multiply_attention: bool = False
-    """The Wan VAE's attention as two products around a softmax: at its head size, 384, neither
-    FlashAttention nor cuDNN takes it."""
-    fill_outputs: bool = False
-    """Fill a convolution's outputs up to a multiple of 8, and cut the filling off again."""
     fill_inputs: bool = False
     """Write what the Wan VAE's 3D convolutions read among zeros, up to a multiple of 64 channels:
     of 96 cuDNN 9.19 multiplies 247 TFLOP/s on an H100, of 128 it does the same work at 438."""
-    tune_convolutions: bool = False
-    """Let cuDNN measure which algorithm is fastest for each new shape, in decoding and after a
-    stream's first chunk, whose images must not wait. Off everywhere until a card has shown that
-    it gains: it costs seconds, once a process and shape, and workspaces that no plan counts."""
 
     @classmethod
     def on(cls, device: torch.device) -> FastPaths:
@@ -61,15 +50,7 @@ class FastPaths:
             return cls(fold_doubling=True)
         if device.type not in ("cuda", "meta"):
             return cls()
-        # Products of half precision with a float32 result: torch 2.8 on CUDA.
-        wide = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
-        return cls(
-            fold_doubling=True,
-            defer_sums=True,
-            multiply_attention=wide,
-            fill_outputs=True,
-            fill_inputs=True,
-        )
+        return cls(fold_doubling=True, defer_sums=True, fill_inputs=True)
 
 
 class PendingPass(Protocol):
@@ -355,39 +336,6 @@ def float32_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def convolve(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> Tensor:
-    """conv(x), for x of one frame or of several, and of `channels_for` the convolution."""
-    if not isinstance(conv, nn.Conv2d | nn.Conv3d) or type(conv) not in (nn.Conv2d, nn.Conv3d):
-        whole: Tensor = conv(x)
-        return whole
-    filling = -conv.out_channels % _FULL_OUTPUTS if fast_paths.fill_outputs else 0
-    if not filling and x.shape[1] == conv.in_channels:
-        return conv(x)
-    weight, bias = conv.weight, conv.bias
-    if filling:
-        weight = F.pad(weight, (*[0, 0] * (weight.ndim - 1), 0, filling))
-        bias = None if bias is None else F.pad(bias, (0, filling))
-    return convolve_with(conv, x, weight, bias)[:, : conv.out_channels]
-
-
-def channels_for(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> int:
-    """How many channels `convolve` is to read of x [B, C, ...]: its own, or zeros behind them."""
-    channels = x.shape[1]
-    filling = -channels % _FULL_INPUTS
-    fills = fast_paths.fill_inputs and type(conv) is nn.Conv3d and x.itemsize == 2
-    return channels + filling if fills and 2 * filling <= channels else channels
-
-
-def convolve_with(
-    conv: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """conv(x), with another weight and bias than its own. Further channels of x are zeros."""
-    if (filling := x.shape[1] - weight.shape[1]) > 0:
-        weight = F.pad(weight, (*[0, 0] * (weight.ndim - 2), 0, filling))
-    run = F.conv2d if isinstance(conv, nn.Conv2d) else F.conv3d
-    return run(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
 def convolve_upsampled(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> Tensor:
     """A 3x3 `conv` over x [N, C, H, W] with each pixel repeated 2x2 -> [N, C', 2H, 2W].
 
@@ -399,7 +347,8 @@ def convolve_upsampled(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> Ten
             return _transposed(conv, x)
         if x.device.type != "cpu" and not torch.is_grad_enabled():
             return convolve_in_phases(conv, x)
-    return convolve(conv, F.interpolate(x, scale_factor=2, mode="nearest"), fast_paths)
+    doubled: Tensor = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    return doubled
 
 
 def _transposed(conv: nn.Conv2d, x: Tensor) -> Tensor:

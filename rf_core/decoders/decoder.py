@@ -6,8 +6,7 @@ long inputs a few latent frames at a time, so that memory follows `group_frames`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -107,12 +106,7 @@ class _Adapter:
 
     def _decode(self, latents: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
         group = self.group_frames or latents.shape[2]
-        return _in_turn(self._decode_part, self._cast(latents).split(group, dim=2), state)
-
-    def _decode_part(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
-        begun = state is not None  # a stream's first image must not wait for measurements
-        with _tuned(begun and self.codec.fast_paths_for(latents).tune_convolutions):
-            return self.codec.decode_chunk(latents, state)
+        return _in_turn(self.codec.decode_chunk, self._cast(latents).split(group, dim=2), state)
 
     def _encode(self, video: Tensor, first_images: int) -> Tensor:
         """`first_images` is how many images the clip's first latent frame stands for."""
@@ -198,17 +192,6 @@ def load_decoder(
             return TAEHVDecoder(taehv, group_frames, channels_last)
         vae = vae_of(file.tensors, file.metadata, device, dtype)
         return WanDecoder(vae, group_frames, channels_last)
-
-
-@contextmanager
-def _tuned(wanted: bool) -> Iterator[None]:
-    """Inside, cuDNN measures its algorithms; what was set before holds again after it."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = wanted or before
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _in_turn(

@@ -30,7 +30,6 @@ from .codec import (
     check_scales,
     check_shape,
     check_video,
-    convolve,
     convolve_upsampled,
     memory_frames,
     scales,
@@ -160,10 +159,11 @@ def _run(layers: nn.ModuleList, path: str, x: Tensor, feat_cache: FeatureCache) 
         if isinstance(layer, MemoryBlock):
             frames = rearrange(x, "(b t) c h w -> b c t h w", b=batch)
             x = layer(x, _paired(frames, feat_cache, f"{path}.{index}"))
-        else:
+        elif grown:
             # Doubling commutes with `Grow`, pixel by pixel, and with it costs four times as much.
-            run = convolve_upsampled if grown else convolve
-            x = run(layer, x, feat_cache.fast_paths)
+            x = convolve_upsampled(layer, x, feat_cache.fast_paths)
+        else:
+            x = layer(x)
         grown = isinstance(layer, Grow)
     out: Tensor = rearrange(x, "(b t) c h w -> b c t h w", b=batch)
     return out

@@ -25,13 +25,10 @@ from .codec import (
     LayerFactory,
     Operations,
     VAEState,
-    channels_for,
     check_scales,
     check_shape,
     check_video,
-    convolve,
     convolve_upsampled,
-    convolve_with,
     float32_on_cpu,
     memory_frames,
     scales,
@@ -43,7 +40,7 @@ _PAST_FRAMES = 2  # what a causal convolution over three frames looks back on
 # Up to this many channels x frames x rows of one sample, torch convolves by its slow_conv3d (ATen's
 # Convolution.cpp, use_mkldnn); above it, or with two samples, by oneDNN: 2 to 20 times faster.
 _SLOW_ROWS = 20480
-_QUERIES = 8192  # whose scores, in float32, are there at once: all of a frame at 480x832
+_FULL_INPUTS = 64  # channels as cuDNN's kernels for Hopper take them; others get Ampere's
 # The published normalisation of Wan 2.1 latents (Wan-Video/Wan2.1, wan/modules/vae.py).
 WAN21_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -136,22 +133,40 @@ class DeferredSum:
         return self.out
 
 
-def _convolve(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> Tensor:
-    """conv(x) for x [B, C, T, H, W], never by torch's slow way."""
-    small = x.shape[0] == 1 and x.shape[1:4].numel() <= _SLOW_ROWS
-    slow = small and float32_on_cpu(x) and torch.backends.mkldnn.is_available()
-    if not (slow and type(conv) is nn.Conv3d):
-        return convolve(conv, x, fast_paths)
+def channels_for(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> int:
+    """Channels that a convolution is to read of x [B, C, ...]: all, and zeros behind them."""
+    channels = x.shape[1]
+    filling = -channels % _FULL_INPUTS
+    fills = fast_paths.fill_inputs and type(conv) is nn.Conv3d and x.itemsize == 2
+    return channels + filling if fills and 2 * filling <= channels else channels
+
+
+def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x) for x [B, C, T, H, W], never by torch's slow way; further channels of x are zeros."""
+    if type(conv) is nn.Conv3d:
+        return _convolve_with(conv, x, conv.bias)
+    out: Tensor = conv(x)
+    return out
+
+
+def _convolve_with(conv: nn.Conv3d, x: Tensor, bias: Tensor | None) -> Tensor:
+    weight = conv.weight
+    if (filling := x.shape[1] - conv.in_channels) > 0:
+        weight = F.pad(weight, (*[0, 0] * 3, 0, filling))
     assert isinstance(conv.padding, tuple)
     steps = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    return torch.mkldnn_convolution(x, conv.weight, conv.bias, *steps)
+    small = x.shape[0] == 1 and x.shape[1:4].numel() <= _SLOW_ROWS
+    if small and float32_on_cpu(x) and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(x, weight, bias, *steps)
+    padding, stride, dilation, groups = steps
+    return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _convolve_for_norm(conv: nn.Module, x: Tensor, fast_paths: FastPaths) -> DeferredSum:
     """conv(x) for a norm to read, which may have its bias still to add."""
     if fast_paths.defer_sums and type(conv) is nn.Conv3d and fused(x, *conv.parameters()):
-        return DeferredSum(convolve_with(conv, x, conv.weight, None), conv.bias)
-    return DeferredSum(_convolve(conv, x, fast_paths))
+        return DeferredSum(_convolve_with(conv, x, None), conv.bias)
+    return DeferredSum(_convolve(conv, x))
 
 
 def _activate(
@@ -211,31 +226,8 @@ class ResidualBlock(nn.Module):
             del out  # or it would be held while the next is made
             out = _convolve_for_norm(conv, room, feat_cache.fast_paths)
             del room
-        shortcut = _convolve(self.shortcut, x.added(), feat_cache.fast_paths)
+        shortcut = _convolve(self.shortcut, x.added())
         return DeferredSum(out.out, out.bias, shortcut)
-
-
-def multiplied_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`F.scaled_dot_product_attention` of q, k, v [N, L, C], written out, without gradients.
-
-    Scores and softmax are in float32.
-    """
-    q = q * q.shape[2] ** -0.5
-    frames = []
-    for queries, keys, values in zip(q, k, v, strict=True):
-        parts = [_attended(part, keys, values) for part in queries.split(_QUERIES)]
-        frames.append(torch.cat(parts))
-    return torch.stack(frames)
-
-
-def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.itemsize > 2:
-        scores = q @ k.mT
-    elif q.device.type == "cpu":  # where no product has an out_dtype
-        scores = q.float() @ k.float().mT
-    else:
-        scores = torch.mm(q, k.mT, out_dtype=torch.float32)
-    return scores.softmax(dim=1).to(v.dtype) @ v
 
 
 class AttentionBlock(nn.Module):
@@ -253,10 +245,7 @@ class AttentionBlock(nn.Module):
         frames = rearrange(whole, "b c t h w -> (b t) c h w")
         qkv = self.to_qkv(self.norm(frames))
         q, k, v = rearrange(qkv, "n (three c) h w -> three n (h w) c", three=3)
-        if feat_cache.fast_paths.multiply_attention and not torch.is_grad_enabled():
-            out = multiplied_attention(q, k, v)
-        else:
-            out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         out = self.proj(rearrange(out, "n (h w) c -> n c h w", h=whole.shape[3]))
         attended = rearrange(out, "(b t) c h w -> b c t h w", b=whole.shape[0])
         return DeferredSum(whole + attended)
@@ -283,12 +272,12 @@ class Downsample(nn.Module):
 
     def _halve_time(self, time_conv: nn.Module, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         if not feat_cache.at_start:
-            return _convolve(time_conv, feat_cache.extend(self.key, x, 1), feat_cache.fast_paths)
+            return _convolve(time_conv, feat_cache.extend(self.key, x, 1))
         feat_cache.store(self.key, x, 1)
         first = x[:, :, :1]  # passes unfiltered, and is the past of the frames after it
         if x.shape[2] == 1:
             return first
-        return torch.cat([first, _convolve(time_conv, x, feat_cache.fast_paths)], dim=2)
+        return torch.cat([first, _convolve(time_conv, x)], dim=2)
 
 
 class Upsample(nn.Module):
@@ -317,7 +306,7 @@ class Upsample(nn.Module):
         if x.shape[2] == skipped:
             return x
         past_and_rest = feat_cache.extend(self.key, x[:, :, skipped:], _PAST_FRAMES)
-        rest = _convolve(time_conv, past_and_rest, feat_cache.fast_paths)
+        rest = _convolve(time_conv, past_and_rest)
         rest = rearrange(rest.movedim(1, -1), "b t h w (two c) -> b (t two) h w c", two=2)
         rest = rest.movedim(-1, 1)  # by way of channels last, the layout of a stream
         return torch.cat([x[:, :, :1], rest], dim=2) if skipped else rest
@@ -336,7 +325,7 @@ class Head(nn.Module):
         """x [B, C, T, H, W] -> [B, C', T, H, W]."""
         norm, conv = self.children()
         room = _activate(norm, conv, x, feat_cache, self.key)
-        return _convolve(conv, room, feat_cache.fast_paths)
+        return _convolve(conv, room)
 
 
 def _next_path(path: str, blocks: nn.ModuleList) -> str:
@@ -377,9 +366,7 @@ class VAEEncoder(nn.Module):
 
     def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         """x [B, 3, T, H, W] -> [B, 2z, F, h, w]."""
-        x = _convolve(
-            self.conv1, feat_cache.extend(self.key, x, _PAST_FRAMES), feat_cache.fast_paths
-        )
+        x = _convolve(self.conv1, feat_cache.extend(self.key, x, _PAST_FRAMES))
         out = DeferredSum(x)
         del x  # which the next block may write over and let go of
         for block in (*self.downsamples, *self.middle):
@@ -412,9 +399,7 @@ class VAEDecoder(nn.Module):
 
     def forward(self, x: Tensor, feat_cache: FeatureCache) -> Tensor:
         """x [B, z, F, h, w] -> [B, 3, T, H, W]."""
-        x = _convolve(
-            self.conv1, feat_cache.extend(self.key, x, _PAST_FRAMES), feat_cache.fast_paths
-        )
+        x = _convolve(self.conv1, feat_cache.extend(self.key, x, _PAST_FRAMES))
         out = DeferredSum(x)
         del x  # which the next block may write over and let go of
         for block in (*self.middle, *self.upsamples):
@@ -468,10 +453,7 @@ class WanVAE(Codec):
     def _decode(self, latents: Tensor, feat_cache: FeatureCache) -> Tensor:
         check_shape(latents, self.config.z_dim, "latents")
         mean, std = scales(self.config, latents)
-        fast_paths = feat_cache.fast_paths
-        pixels: Tensor = self.decoder(
-            _convolve(self.conv2, latents * std + mean, fast_paths), feat_cache
-        )
+        pixels: Tensor = self.decoder(_convolve(self.conv2, latents * std + mean), feat_cache)
         return pixels
 
     def _encode(self, video: Tensor, feat_cache: FeatureCache) -> Tensor:
