@@ -66,7 +66,7 @@ def run(record: Record, setting: Setting) -> None:
         error = max(map(off, found, wanted), default=math.inf)
         call = partial(getattr(kernels, case.name), *case.arguments, **case.options)
         seconds = device_seconds(call, device)
-        moved = sum(t.nbytes for t in (*tree_leaves(case.arguments), *found) if _is_tensor(t))
+        moved = sum(t.nbytes for t in tree_leaves((case.arguments, call())) if _is_tensor(t))
         what = " ".join((case.name, *map(str, case.options)))
         row = {"kernel": what, "error": error, "seconds": seconds, "bytes": moved}
         record.append("rows", row | {"bytes_a_second": moved / seconds})
