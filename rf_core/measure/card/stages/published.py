@@ -25,6 +25,7 @@ def run(record: Record, setting: Setting) -> None:
         **workload(setting),
     )
     result = compare(options)
+    result["options"]["folder"] = setting.published.name  # and no path of this machine
     record.note("result", result)
     record.check(
         "latents against the published", result["latents_error"], result["latents_error_limit"]
