@@ -330,5 +330,5 @@ def padded(prompt: Tensor, tokens: int) -> Tensor:
 def in_8_bits(x: Tensor) -> Tensor:
     """Rounded to 127 steps of every token's and head's largest number, in float32."""
     largest = x.float().abs().amax(dim=-1, keepdim=True)
-    scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    return (x.float() / scale).round() * scale
+    unit = (largest * (1 / 127)).clamp_min(torch.finfo(torch.float32).tiny)
+    return (x.float() * unit.reciprocal()).round() * unit
