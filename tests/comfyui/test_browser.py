@@ -102,7 +102,7 @@ def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow_nor_stay_tal
             page.screenshot(path=tmp_path / f"making-{run}.png")
             page.wait_for_function(ENDED)
             page.wait_for_selector("video")
-            page.wait_for_timeout(20_000 if run == 1 else 3_000)
+            page.wait_for_timeout(8_000 if run == 1 else 3_000)
             height, widgets = page.evaluate(NODE)
             heights.append(height)
             assert "pictures" not in widgets and page.evaluate(SHOWN) == 0
