@@ -647,9 +647,9 @@ def test_the_miniature_goes_from_trajectories_to_a_student_that_streams(tmp_path
     assert [line["update"] for line in read_journal(out / "log.jsonl")] == [0, 1]
     with pytest.raises(ValueError, match="holds a run at update 2; --resume it"):
         called(add_init_arguments, run_init, "--out", out, *short)
-    longer = [*short, "--resume", "--set", "updates=3"]
-    with pytest.raises(ValueError, match="another config: updates is 2 there and 3 here"):
-        called(add_init_arguments, run_init, "--out", out, *longer)
+    other = [*short, "--resume", "--set", "seed=3"]
+    with pytest.raises(ValueError, match=r"seed is 0 there and 3 here.*What may change: updates"):
+        called(add_init_arguments, run_init, "--out", out, *other)
 
     config = apply_overrides(
         replace(INIT_PRESETS["miniature"](), pairs=pairs), [w for w in short[2:] if w != "--set"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from training.run import checkpointing
 from training.run.config import apply_overrides
 from training.run.folder import checkpoints
 from training.run.journal import read_journal
+from training.run.optimise import TrainedNetwork
+from training.stages import re_dmd
 from training.stages.re_dmd import distil
 from training.stages.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
 
@@ -99,8 +102,111 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     list(distil(config, tmp_path, CPU))
     with pytest.raises(ValueError, match="holds a run at update 1; --resume"):
         next(distil(config, tmp_path, CPU))
-    with pytest.raises(ValueError, match="begun with another config"):
+    with pytest.raises(ValueError, match=r"run\.seed is 0 there and 1 here.*choose another"):
         next(distil(apply_overrides(config, ["run.seed=1"]), tmp_path, CPU, resume=True))
+
+
+def test_a_folder_belongs_to_one_recipe(tmp_path, capsys):
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    run, pairs = tmp_path / "run", tmp_path / "pairs"
+    assert main(["re_dmd", "--out", str(run), *settings, "--set", "reward.kind=none"]) == 0
+    small = ("kind=clips", "source=null", "clips=2", "shard=2", "batch=2", "steps=2")
+    small += ("latents=[16, 6, 8, 8]", "data.limit=2")
+    of_pairs = [part for setting in small for part in ("--set", setting)]
+    assert main(["ode_pairs", "--out", str(pairs), *of_pairs]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for name, out, command in (
+        ("ode_pairs", run, ["ode_pairs", *of_pairs]),
+        ("re_dmd", pairs, ["re_dmd", *settings]),
+        ("ode_init", run, ["ode_init", "--pairs", str(pairs)]),
+        ("teacher", pairs, ["teacher", "--resume", "--preset", "miniature"]),
+    ):
+        assert main([*command, "--out", str(out)]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{out} belongs to a run that is none of {name}; choose another folder" in error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config = pairs / "config.json"
+    assert main(["re_dmd", "--out", str(tmp_path / "new"), "--config", str(config)]) == 1
+    assert "it is a config of the recipe ode_pairs, not of re_dmd" in capsys.readouterr().err
+
+
+def test_length_rates_and_outputs_may_change_on_resume_and_the_journal_says_from_where(
+    tmp_path, capsys
+):
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    run = ["re_dmd", "--out", str(tmp_path), "--resume"]
+    assert main([*run, *settings, "--set", "reward.kind=none"]) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert main(run) == 0  # with its own config, and there is nothing to do
+    assert json.loads((tmp_path / "config.json").read_text()) == config
+    more = ("run.updates=3", "run.generator.rate=1e-6", "output.keep=5", "run.micro_batch=1")
+    assert main([*run, *(part for setting in more for part in ("--set", setting))]) == 0
+    lines = read_journal(tmp_path / "log.jsonl")
+    assert [line["update"] for line in lines] == [0, 1, 2]
+    assert lines[2]["changed"] == {
+        "run.updates": [2, 3],
+        "run.generator.rate": [2e-5, 1e-6],
+        "run.micro_batch": [2, 1],
+        "output.keep": [3, 5],
+    }
+    capsys.readouterr()
+    assert main([*run, "--set", "run.latents=[16, 9, 8, 8]"]) == 1
+    error = capsys.readouterr().err
+    assert "run.latents is [16, 6, 8, 8] there and [16, 9, 8, 8] here" in error
+    assert "What may change: run.updates" in error
+    assert main([*run, "--preset", "miniature"]) == 1  # a preset that is asked for is meant
+    assert "--resume without --preset and --config" in capsys.readouterr().err
+
+
+def test_a_run_that_breaks_down_names_a_checkpoint_that_a_whole_update_followed(
+    tmp_path, monkeypatch
+):
+    config = small("reward.kind=none", "run.updates=9")
+    run, step = distil(config, tmp_path, CPU), TrainedNetwork.step
+    calls = iter(range(9))
+
+    def breaks_at_the_end(trained: TrainedNetwork, factor: float) -> float:
+        norm = step(trained, factor)
+        if next(calls) == 5:  # the generator's third step
+            with torch.no_grad():
+                trained.others[0].fill_(torch.nan)
+        return norm
+
+    monkeypatch.setattr(TrainedNetwork, "step", breaks_at_the_end)
+    assert [next(run).update, next(run).update] == [0, 1]
+    said = r"generator's weights .* after update 3; lower generator\.rate; the last good .*0002$"
+    with pytest.raises(FloatingPointError, match=said):
+        next(run)
+    assert [update for update, _ in checkpoints(tmp_path)] == [1, 2]
+
+
+def test_an_update_outlives_a_validation_that_fails_which_is_made_up_for(tmp_path, monkeypatch):
+    config = small("reward.kind=none", "output.validate_every=1", "output.validation_chunks=1")
+    config = apply_overrides(config, ["output.validation_prompts=1"])
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("while decoding")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(re_dmd, "validate", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            next(distil(config, tmp_path, CPU))
+    assert [update for update, _ in checkpoints(tmp_path)] == [1]
+    (line,) = read_journal(tmp_path / "log.jsonl")
+    assert line["update"] == 0 and "validation/motion" not in line
+    assert [report.update for report in distil(config, tmp_path, CPU, resume=True)] == [1]
+    assert all("validation/motion" in line for line in read_journal(tmp_path / "log.jsonl"))
+
+
+def test_a_checkpoint_says_how_much_room_it_takes_where_there_is_too_little(tmp_path, monkeypatch):
+    run = distil(small("reward.kind=none"), tmp_path, CPU)
+    next(run)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(WriteError, match=r"update_000002 takes 0\.0\d GB, and 0\.00 GB are free"):
+        next(run)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -253,7 +359,7 @@ def test_adapters_are_trained_alone_and_merge_to_what_they_streamed_as(tmp_path)
         (["output.wandb=x"], "wandb is not installed"),
         (['student_lora={"targets": "nothing"}'], "match no layer"),
         (["reward.score=beauty"], "tracker gives motion, caption"),
-        (["run.runaway=1e-6"], "lower critic.rate; there is no checkpoint"),
+        (["run.runaway=1e-6"], "lower critic.rate; no checkpoint is good"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_sentence(tmp_path, capsys, settings, said):
@@ -320,6 +426,52 @@ def run(arguments: list[str]) -> str:
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_signal_saves_the_run_says_so_and_it_goes_on_bit_for_bit(tmp_path, processes):
+    cut, log = tmp_path / "cut", tmp_path / "victim.log"
+    slow = ("--set", "run.critic_ratio=4", "--set", "run.updates=40", "--set", "run.micro_batch=1")
+    victim = subprocess.Popen(
+        command("--out", str(cut), *slow, processes=processes),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    while not (cut / "update_000002").exists():
+        assert victim.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGTERM)
+    code = victim.wait(60)
+    said = log.read_text()
+    assert said.count("stopped by SIGTERM: ") == 1 and "--resume goes on from there" in said
+    if processes is None:
+        assert code == 143 and "Traceback" not in said
+    update, _ = checkpoints(cut)[-1]
+    shorter = ("--set", f"run.updates={update + 1}")
+    run(command("--out", str(cut), "--resume", *slow, *shorter))
+    config = small("run.critic_ratio=4", "run.micro_batch=1", f"run.updates={update + 1}")
+    list(distil(config, tmp_path / "whole", CPU))
+    first, second = (weights_of(tmp_path / n / "student.safetensors") for n in ("whole", "cut"))
+    for name, weight in first.items():
+        if processes is None:
+            assert torch.equal(weight, second[name])
+        else:
+            torch.testing.assert_close(weight, second[name], atol=1e-4, rtol=1e-3)
+
+
+def test_what_all_processes_meet_is_told_once(tmp_path):
+    (tmp_path / "student.safetensors").write_text("no weights")
+    done = subprocess.run(
+        command("--out", str(tmp_path), processes=2),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("holds student.safetensors and no checkpoint") == 1
 
 
 def test_a_killed_run_goes_on_bit_for_bit_and_two_processes_come_to_the_same(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from rf_core.config import SamplerConfig
 from training.data.embeddings import MemoryEmbeds
 from training.objective.redmd import Networks, ReDMDConfig
 from training.run.checkpointing import read_part
-from training.run.distributed import shard
+from training.run.distributed import Stopped, shard
 from training.run.draws import draw_rollout, draw_score_noise, shuffled_indices
 from training.run.optimise import OptimiserConfig
+from training.run.signals import StopRequest
 from training.stages.trainer import RunConfig, Trainer
 
 REDMD = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=4)
@@ -119,8 +121,58 @@ def test_a_runaway_critic_and_a_nan_stop_the_run():
     assert torch.isfinite(before).all() and all(w.isfinite().all() for w in weights(run))
     with torch.no_grad():
         run.networks.student.head.head.bias.fill_(torch.nan)
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(
+        FloatingPointError, match=r"student's weights are not finite: lower generator\.rate"
+    ):
         run.step()
+
+
+def test_a_critic_that_cannot_follow_a_student_is_not_blamed_for_it():
+    run = trainer()
+    with torch.no_grad():
+        run.networks.student.head.head.weight.mul_(1e4)
+    with pytest.raises(FloatingPointError, match=r"critic's loss .*spread.*lower generator\.rate"):
+        run.step()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    run = trainer()
+    run.step()
+    with torch.no_grad():
+        run.networks.critic.head.head.bias[0] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"critic's weights are not .* update 1; lower"):
+        run.save(tmp_path / "at1")
+    assert not list(tmp_path.iterdir())
+
+
+class AfterCalls(StopRequest):
+    """A signal that comes before the nth micro-batch."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def agreed(self) -> int:
+        self.calls -= 1
+        self.number = signal.SIGTERM if self.calls < 0 else 0
+        return self.number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [0, 1, 3, 4, 5, 6])  # an update is two of the critic, one more
+def test_a_run_that_is_stopped_between_two_micro_batches_goes_on_bit_for_bit(tmp_path, calls):
+    whole = trainer()
+    reports = [whole.step() for _ in range(3)]
+    first, stop = trainer(), AfterCalls(calls)
+    made = []
+    with pytest.raises(Stopped) as stopped:
+        while True:
+            made.append(first.step(stop))
+    first.save(tmp_path / "cut")
+    second = trainer()
+    second.load(tmp_path / "cut")
+    assert stopped.value.code == 143 and made == reports[: calls // 6]
+    assert [second.step() for _ in range(3 - len(made))] == reports[len(made) :]
+    assert all(map(torch.equal, weights(second), weights(whole)))
 
 
 def run_rank(rank: int, world: int, folder: Path, go_on: bool) -> None:

@@ -6,7 +6,6 @@ Run by `torchrun`, a recipe takes every process it is given; by `python`, one.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from .claims.report import motion_plot, report, strips
 from .objective.verify import KINDS
 from .rewards.videoalign import convert
 from .run.config import to_json
-from .run.distributed import process_group, world_size
+from .run.distributed import Stopped, exit_code, process_group, world_size
 from .run.folder import checkpoints, read_config, saved_weights
 from .run.options import (
     add_config_arguments,
@@ -50,13 +49,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @forgiving_console()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it went well, 1 on an error of the user's."""
+    """Run one command; 0 when it went well, 1 on an error of the user's, 128 and the number of a
+    signal that stopped it."""
     args = _parser().parse_args(arguments)
     try:
         return args.command(args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, FloatingPointError, Stopped, KeyboardInterrupt) as error:
+        return exit_code(error)
 
 
 def run_verify(args: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ NOTE = "ode_pairs"
 class PairsConfig:
     """Which trajectories, and how they are made."""
 
+    recipe = "ode_pairs"
     kind: Literal["clips", "excerpts"] = "clips"
     """Trajectories of what: `clips`, whole clips of a prompt (published); `excerpts`, three chunks
     with a clean past, so that a causal student sees all that each depends on."""

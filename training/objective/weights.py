@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .losses import effective_samples, reward_weights
 
+WEIGHTING = ("beta", "baseline", "unit", "limit", "effective_share", "mean_one")
+"""Fields of `WeightConfig` that leave alone which samples there are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightConfig:

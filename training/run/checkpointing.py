@@ -26,32 +26,44 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
+from torch.utils._pytree import tree_leaves
 
 from rf_core.writing import WriteError
 
-from .distributed import barrier, rank
+from .distributed import barrier, broadcast_from_rank_0, rank
 from .index import INDEX, narrow_tensor, read_chunk, read_index
 
 _log = logging.getLogger(__name__)
+GB = 1e9
 
 
 def save(state: Mapping[str, Any], folder: Path) -> None:
     """Write a nested dictionary of tensors; `folder` is complete once it exists.
 
-    Anything else of that name is renamed, not deleted. WriteError for a full disk.
+    A checkpoint of that name is replaced; anything else is renamed, not deleted. WriteError for a
+    full disk.
     """
     unfinished = folder.with_name(f"{folder.name}.partial")
     if rank() == 0:
         _delete_folder(unfinished)  # of a run that was killed in here, with more processes perhaps
-    barrier()
+    _require_room(folder, sum(map(_nbytes, tree_leaves(dict(state)))))
     try:
         with _without_warnings():
             dcp.save(dict(state), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:
-        _raise_write_error(folder, unfinished, error)
+    except BaseException as error:
+        if rank() == 0:
+            _delete_folder(unfinished)
+        if isinstance(error, dcp.CheckpointException):
+            _raise_write_error(folder, error)
+        raise
     if rank() == 0:
+        before = folder.with_name(f"{folder.name}.before")
+        if is_complete(folder):
+            _delete_folder(before)
+            folder.rename(before)
         _move_aside(folder)
         unfinished.rename(folder)
+        _delete_folder(before)
     barrier()
 
 
@@ -66,15 +78,26 @@ def delete(folder: Path) -> None:
     _delete_folder(folder)
 
 
-def _raise_write_error(folder: Path, unfinished: Path, error: dcp.CheckpointException) -> NoReturn:
+def _require_room(folder: Path, needed: int) -> None:
+    free = broadcast_from_rank_0(shutil.disk_usage(folder.parent).free)
+    if free < needed:
+        raise WriteError(
+            f"{folder} takes {needed / GB:.2f} GB, and {free / GB:.2f} GB are free; make room, and "
+            "--resume from the checkpoint before"
+        )
+
+
+def _nbytes(value: Any) -> int:
+    return value.numel() * value.itemsize if isinstance(value, Tensor) else 0
+
+
+def _raise_write_error(folder: Path, error: dcp.CheckpointException) -> NoReturn:
     # The error holds every process' failure and is no Exception. On a full disk, PyTorch's writer
     # reports an unexpected position in the file.
     failures = [failure for failure, _ in error.failures.values()]
     for failure in failures:
         if not isinstance(failure, OSError) and "inline_container" not in str(failure):
             raise error
-    if rank() == 0:
-        _delete_folder(unfinished)
     known = [each.strerror for each in failures if isinstance(each, OSError) and each.strerror]
     raise WriteError(
         f"{folder} could not be written ({known[0] if known else 'as on a full disk'}); make room, "
@@ -94,6 +117,11 @@ def _move_aside(path: Path) -> None:
     aside = next(place for place in places if not os.path.lexists(place))
     path.rename(aside)
     _log.warning("%s is no checkpoint of this run and now %s", path, aside.name)
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether a checkpoint has a tensor of that name; ValueError where it is none."""
+    return name in _index(folder).state_dict_metadata
 
 
 def load(state: dict[str, Any], folder: Path) -> None:

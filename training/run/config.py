@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+RECIPE = "recipe"
+"""Class attribute of a recipe's config, and key of its JSON: the command that runs it."""
 
 
 def to_json(config: Any) -> str:
@@ -25,12 +27,24 @@ def to_json(config: Any) -> str:
     return json.dumps(asdict(config), indent=1, default=str)
 
 
+def recipe_to_json(config: Any) -> str:
+    """The same of a recipe's whole config, with the recipe's name."""
+    return json.dumps({RECIPE: config.recipe, **json.loads(to_json(config))}, indent=1)
+
+
 def from_json(kind: type[T], text: str) -> T:
-    """A config of `kind` from JSON; ValueError that names the field for whatever does not fit."""
+    """A config of `kind` from JSON; ValueError that names the field for whatever does not fit.
+
+    Where the text has the name of a recipe, it must be that of `kind`.
+    """
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the config is not JSON: {error}") from None
+    if isinstance(data, dict) and RECIPE in data:
+        recipe, wanted = data.pop(RECIPE), getattr(kind, RECIPE, None)
+        if recipe != wanted:
+            raise ValueError(f"it is a config of the recipe {recipe}, not of {wanted}")
     return from_dict(kind, data)
 
 
@@ -75,16 +89,29 @@ def apply_overrides(config: T, settings: Sequence[str]) -> T:
     return from_dict(type(config), data)
 
 
+def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ, by path, each with its two plain values."""
+    old, new = (_flat(json.loads(to_json(each))) for each in (before, now))
+    names = [*old, *(each for each in new if each not in old)]
+    return {
+        name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)
+    }
+
+
 def difference(before: Any, now: Any, may_differ: Sequence[str] = ()) -> str | None:
     """The first field in which two configs differ, as a message; None where they are equal.
 
-    Fields named in `may_differ` are not compared.
+    Fields named in `may_differ`, or in a group that is, are not compared.
     """
-    old, new = (_flat(json.loads(to_json(each))) for each in (before, now))
-    for name in [*old, *(each for each in new if each not in old)]:
-        if name not in may_differ and old.get(name) != new.get(name):
-            return f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
+    for name, (old, new) in differences(before, now).items():
+        if not is_named(name, may_differ):
+            return f"{name} is {old!r} there and {new!r} here"
     return None
+
+
+def is_named(field: str, names: Sequence[str]) -> bool:
+    """Whether a field's path is among the names, or in a group that is."""
+    return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
 def _flat(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:

@@ -6,12 +6,15 @@ other entry points (`prompt_kv`, `modulations`, `write_cache`) gather them as it
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +33,27 @@ from rf_core.console import exit_process
 from rf_core.model import WanModel
 
 T = TypeVar("T")
+
+
+class Stopped(Exception):  # noqa: N818  # no error: it was asked for
+    """A run that was asked to stop, and where it goes on."""
+
+    def __init__(self, number: int, where: str = "") -> None:
+        super().__init__(number, where)
+        self.number, self.where = number, where
+
+    def saved(self, out: Path, update: int) -> Stopped:
+        """The same, once what the run in `out` has done is saved; it is in update `update`."""
+        where = f"{out} is saved in update {update}; --resume goes on from there"
+        return Stopped(self.number, where)
+
+    @property
+    def code(self) -> int:
+        """What the process is to leave with."""
+        return 128 + self.number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}: {self.where}"
 
 
 def world_size() -> int:
@@ -58,21 +82,43 @@ def process_group(device: str) -> Iterator[torch.device]:
     try:
         yield torch.device(place)
     except BaseException as error:
-        if device == "cuda":
-            _exit_on(error)
+        error.is_told = not _is_first_to_tell(error)  # type: ignore[attr-defined]
+        if device == "cuda":  # at once: destroying an NCCL group would wait for the others
+            exit_process(exit_code(error))
         dist.destroy_process_group()
         raise
     barrier()
     dist.destroy_process_group()
 
 
-def _exit_on(error: BaseException) -> NoReturn:
-    """Print the error and exit at once: destroying an NCCL group would wait for the others."""
-    if isinstance(error, ValueError | OSError | FloatingPointError):
-        sys.stderr.write(f"error: {error}\n")
-    else:
+def exit_code(error: BaseException) -> int:
+    """What a command leaves with for an error, which is told on one process alone.
+
+    What is wrong in the same words is told by the first process that meets it; before there is a
+    group, by the first of each machine.
+    """
+    told = getattr(error, "is_told", os.environ.get("LOCAL_RANK", "0") != "0")
+    if isinstance(error, Stopped):
+        if not told:
+            sys.stderr.write(f"{error}\n")
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        if not told:
+            sys.stderr.write("stopped\n")
+        return 128 + signal.SIGINT
+    if not isinstance(error, ValueError | OSError | FloatingPointError):
         traceback.print_exception(error)
-    exit_process(130 if isinstance(error, KeyboardInterrupt) else 1)
+    elif not told:
+        sys.stderr.write(f"error: {error}\n")
+    return 1
+
+
+def _is_first_to_tell(error: BaseException) -> bool:
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"told: {type(error).__name__}: {error}", 1) == 1
+    except (RuntimeError, ValueError):  # whoever holds the store is gone
+        return rank() == 0
 
 
 def shard(
@@ -141,6 +187,15 @@ def all_reduce_sum(value: float) -> float:
     return float(total)
 
 
+def all_reduce_max(value: int) -> int:
+    """The largest over processes."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def all_gather(values: Tensor) -> Tensor:
     """The values [n, ...] of all processes, concatenated in the order of ranks."""
     if not dist.is_initialized():
@@ -173,6 +228,10 @@ def reshard(network: nn.Module) -> None:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Clip gradients to a norm; returns the norm before. RuntimeError where it is not finite."""
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    """Clip gradients to a norm; returns it. FloatingPointError where it is not finite."""
+    total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+    if not math.isfinite(norm):
+        raise FloatingPointError("the gradients are not finite")
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return norm

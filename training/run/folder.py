@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from rf_core.numbered import numbered
 from rf_core.writing import write_text
 
 from .checkpointing import delete, is_complete
-from .config import difference, from_json, to_json
+from .config import difference, differences, from_json, recipe_to_json
 from .distributed import barrier, broadcast_from_rank_0, rank
 
 T = TypeVar("T")
@@ -33,12 +34,23 @@ def _name(update: int) -> str:
     return f"update_{update:06}"
 
 
-def checkpoint_to_resume(config: Any, out: Path, resume: bool) -> Path | None:
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on."""
+
+    checkpoint: Path
+    changes: Mapping[str, tuple[Any, Any]]
+    """Fields of the config that are others from here on, with both values."""
+
+
+def checkpoint_to_resume(config: Any, out: Path, resume: bool) -> Resumed | None:
     """The newest checkpoint in `out`, or None where the run starts from the beginning.
 
-    ValueError where the folder holds a run and `resume` is False or the config differs, and where
-    it holds weights but no checkpoint: they would be taken for those of the new run.
+    ValueError where the folder belongs to another recipe, where it holds a run and `resume` is
+    False, where the config differs in more than `config.may_change`, and where it holds weights
+    but no checkpoint: they would be taken for those of the new run.
     """
+    check_recipe(config, out)
     saved, weights = broadcast_from_rank_0((checkpoints(out), saved_weights(out)))
     if not saved and weights:
         raise ValueError(
@@ -52,13 +64,26 @@ def checkpoint_to_resume(config: Any, out: Path, resume: bool) -> Path | None:
             f"{out} holds a run at update {saved[-1][0]}; --resume it or choose another"
         )
     before = read_config(type(config), out)
-    mismatch = difference(before, config)
+    mismatch = difference(before, config, config.may_change)
     if mismatch is not None:
         raise ValueError(
-            f"{out} was begun with another config: {mismatch}; "
-            f"--resume it with --config {out / CONFIG}"
+            f"{mismatch}, where {out} holds the other run; choose another folder, or --resume "
+            "without --preset and --config to go on with its own. What may change: "
+            f"{', '.join(config.may_change)}"
         )
-    return saved[-1][1]
+    return Resumed(saved[-1][1], differences(before, config))
+
+
+def check_recipe(config: Any, out: Path) -> None:
+    """ValueError where the folder holds the config of another recipe: it belongs to one run."""
+    if (out / CONFIG).exists():
+        try:
+            read_config(type(config), out)
+        except ValueError as error:
+            raise ValueError(
+                f"{out} belongs to a run that is none of {config.recipe}; choose another folder "
+                f"({error})"
+            ) from None
 
 
 def read_config(kind: type[T], out: Path) -> T:
@@ -75,7 +100,7 @@ def create_run_folder(config: Any, out: Path) -> None:
     barrier()
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / CONFIG, to_json(config) + "\n")
+        write_text(out / CONFIG, recipe_to_json(config) + "\n")
 
 
 def delete_old_checkpoints(out: Path, keep: int) -> None:
@@ -91,16 +116,16 @@ def saved_weights(out: Path) -> list[str]:
 
 
 @contextmanager
-def name_last_checkpoint_on_error(out: Path) -> Iterator[None]:
-    """Add the last good checkpoint to the message of a run that diverges.
+def name_last_checkpoint_on_error(out: Path, update: int) -> Iterator[None]:
+    """Add the last good checkpoint to the message of a run that diverges in an update.
 
-    Losses and gradients that are not finite become a FloatingPointError; others pass through.
+    Good is one that a whole update followed: a checkpoint's own weights may be what broke the
+    next. Losses, weights and gradients that are not finite become a FloatingPointError; other
+    errors pass through.
     """
     try:
         yield
-    except (FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "non-finite" not in str(error):
-            raise
-        good = checkpoints(out)
-        where = f"the last good checkpoint is {good[-1][1]}" if good else "there is no checkpoint"
+    except FloatingPointError as error:
+        good = [path for at, path in checkpoints(out) if at < update]
+        where = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is good"
         raise FloatingPointError(f"{error}; {where}") from None

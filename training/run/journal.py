@@ -19,6 +19,7 @@ from rf_core.writing import write_text
 from .distributed import rank
 
 _log = logging.getLogger(__name__)
+CHANGED = "changed"
 
 
 class Journal:
@@ -43,21 +44,40 @@ class Journal:
         if self._wandb is not None:
             self._wandb.finish()
 
+    def write_changes(self, update: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """What is another from an update on: fields of the config with both values."""
+        if self.active and changes:
+            self._append({"update": update, CHANGED: changes})
+
     def write(self, update: int, values: Mapping[str, float]) -> None:
-        """One update's numbers."""
+        """An update's numbers, or more of them."""
         if not self.active:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"update": update, **values}) + "\n")
+        self._append({"update": update, **values})
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, update)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=update)
 
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
-def read_journal(path: Path) -> list[dict[str, float]]:
-    """The lines of a `log.jsonl`; one that a kill cut short is left out."""
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """What a `log.jsonl` has of each update; a line that a kill cut short is left out.
+
+    An update may have several lines: its numbers, what was validated after it, and, under
+    `CHANGED`, what of the config is another from it on.
+    """
+    by_update: dict[int, dict[str, Any]] = {}
+    for line in _lines(path):
+        by_update.setdefault(line["update"], {}).update(line)
+    return list(by_update.values())
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
@@ -74,7 +94,7 @@ def read_journal(path: Path) -> list[dict[str, float]]:
 
 
 def _drop_from(path: Path, update: int) -> None:
-    kept = [line for line in read_journal(path) if line["update"] < update]
+    kept = [line for line in _lines(path) if line["update"] < update]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     if path.exists() or text:
         write_text(path, text)

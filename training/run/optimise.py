@@ -13,13 +13,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from rf_core.model import WanModel
 from rf_core.ranges import MANY, check_numbers
 
 from ..muon import Muon
-from .distributed import clip_gradients, reshard
+from .distributed import all_reduce_max, clip_gradients, reshard
+from .ema import trainable
 
+RATES = ("rate", "matrix_rate", "clip_norm")
+"""Fields of `OptimiserConfig` that may be others when a run is resumed."""
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 
@@ -84,7 +88,7 @@ class TrainedNetwork:
     def step(self, rate_factor: float = 1.0) -> float:
         """One optimiser step; clears the gradients and returns their norm before clipping.
 
-        `rate_factor` multiplies the rates. RuntimeError for a gradient that is not finite.
+        `rate_factor` multiplies the rates. FloatingPointError for a gradient that is not finite.
         """
         norm = clip_gradients(self.others, self.config.clip_norm)
         for optimiser, rate in zip(self.optimisers, self.rates, strict=False):
@@ -95,14 +99,27 @@ class TrainedNetwork:
         reshard(self.network)
         return norm
 
+    def clear(self) -> None:
+        """Drop the gradients of a step that is not taken."""
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        reshard(self.network)
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all trained weights are, on every process."""
+        held = (p.detach() for _, p in trainable(self.network))
+        own = (p.to_local() if isinstance(p, DTensor) else p for p in held)
+        return not all_reduce_max(any(not bool(p.isfinite().all()) for p in own))
+
     def state(self) -> dict[str, Any]:
         """Weights and moments as nested dictionaries of tensors; rates are the config's."""
-        model, optimiser = get_state_dict(self.network, self.optimisers, options=_TRAINED_ONLY)
+        model, optimiser = self._state_dict()
         return {"model": model, "moments": optimiser["state"]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` has returned."""
-        _, live = get_state_dict(self.network, self.optimisers, options=_TRAINED_ONLY)
+        _, live = self._state_dict()
         set_state_dict(
             self.network,
             self.optimisers,
@@ -110,3 +127,15 @@ class TrainedNetwork:
             optim_state_dict=live | {"state": state["moments"]},
             options=_TRAINED_ONLY,
         )
+
+    def _state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """torch's, which gives optimisers that have none their moments by a step of nothing: here
+        it does not count."""
+        fresh = [optimiser for optimiser in self.optimisers if not optimiser.state]
+        found = get_state_dict(self.network, self.optimisers, options=_TRAINED_ONLY)
+        counts = [s["step"] for each in fresh for s in each.state.values() if "step" in s]
+        for count in counts:
+            count.zero_()
+        if not counts:
+            return found
+        return get_state_dict(self.network, self.optimisers, options=_TRAINED_ONLY)

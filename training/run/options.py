@@ -15,6 +15,7 @@ from rf_core.prompt_files import text_lines
 
 from .config import apply_overrides, from_json
 from .distributed import rank
+from .folder import CONFIG, check_recipe, read_config
 
 T = TypeVar("T")
 
@@ -24,7 +25,8 @@ def add_config_arguments(
 ) -> None:
     """`--preset`, the first of them by default, `--config`, `--set` and `--device`."""
     first = next(iter(presets))
-    parser.add_argument("--preset", choices=presets, default=first, help="where to begin")
+    where = f"where the config begins (default: {first}, or the run that is resumed)"
+    parser.add_argument("--preset", choices=presets, help=where)
     parser.add_argument("--config", type=Path, help="a config.json, in place of a preset")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,12 +42,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def config_from_args(
     args: argparse.Namespace, kind: type[T], presets: Mapping[str, Callable[[], T]]
 ) -> T:
-    """The config of a command line: its preset or file, with the `--set` overrides."""
+    """The config of a command line: its preset or file, with the `--set` overrides.
+
+    A run that is resumed begins with its own where neither is given.
+    """
     check_device(args.device, torch.float32, "sdpa")
+    begun = getattr(args, "resume", False) and (args.out / CONFIG).exists()
     if args.config is not None:
         config = from_json(kind, "".join(text_lines(args.config, "config")))
+    elif args.preset is None and begun:
+        config = read_config(kind, args.out)
     else:
-        config = presets[args.preset]()
+        config = presets[args.preset or next(iter(presets))]()
+    if hasattr(args, "out"):
+        check_recipe(config, args.out)
     return apply_overrides(config, args.set)
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from ..data.prompts import check_prompt_files
 from ..objective.redmd import Networks
 from ..rewards.reward import image_anchor, latent_reward
 from ..run.config import to_json
-from ..run.distributed import broadcast_from_rank_0, rank, world_size
+from ..run.distributed import Stopped, broadcast_from_rank_0, rank, world_size
 from ..run.folder import (
     LORA,
     STUDENT,
@@ -40,9 +39,10 @@ from ..run.folder import (
     delete_old_checkpoints,
     name_last_checkpoint_on_error,
 )
-from ..run.journal import Journal
+from ..run.journal import Journal, read_journal
 from ..run.networks import open_network, placement_dtype
 from ..run.reward_weights import LatentReward
+from ..run.signals import StopRequest, stop_on_signal
 from .estimate import Sizes
 from .export import file_hash, write_adapter, write_student
 from .recipes import DistilConfig
@@ -73,28 +73,34 @@ def distil(
 ) -> Iterator[Report]:
     """Run it, yielding a report an update.
 
-    ValueError, before any weight is read, where a file is missing or `out` holds another run;
-    FloatingPointError, with the last good checkpoint named, where the run breaks down.
+    Raises:
+        ValueError: a file is missing or `out` holds another run; before any weight is read.
+        FloatingPointError: the run broke down; the last good checkpoint is named.
+        Stopped: a signal asked for it; the run is saved.
     """
     files = check_files(config)
     read_sizes(config)
-    saved = checkpoint_to_resume(config, out, resume)
+    resumed = checkpoint_to_resume(config, out, resume)
     run = _open(config, files, out, device)
-    if saved is not None:
-        run.trainer.load(saved)
+    if resumed is not None:
+        run.trainer.load(resumed.checkpoint)
     create_run_folder(config, out)
-    with ExitStack() as stack:
-        journal = stack.enter_context(
-            Journal(
-                out,
-                first_update=run.trainer.update,
-                tensorboard=config.output.tensorboard,
-                wandb=config.output.wandb,
-                config=config,
-            )
-        )
+    with (
+        Journal(
+            out,
+            first_update=run.trainer.update,
+            tensorboard=config.output.tensorboard,
+            wandb=config.output.wandb,
+            config=config,
+        ) as journal,
+        stop_on_signal() as stop,
+    ):
+        if resumed is not None:
+            journal.write_changes(run.trainer.update, resumed.changes)
+            if _validation_is_due(run) and not _was_validated(run):  # it broke off, or failed
+                journal.write(run.trainer.update - 1, _validate(run))
         while run.trainer.update < config.run.updates:
-            yield _update(run, journal)
+            yield _update(run, journal, stop)
 
 
 def check_files(config: DistilConfig) -> dict[str, Path]:
@@ -133,20 +139,40 @@ def read_sizes(config: DistilConfig) -> Sizes:
     return Sizes(**found)
 
 
-def _update(run: Run, journal: Journal) -> Report:
+def _update(run: Run, journal: Journal, stop: StopRequest) -> Report:
+    """One update. Its numbers and its checkpoint are there before anything else can fail."""
     trainer, output = run.trainer, run.config.output
     clock = time.perf_counter()
-    with name_last_checkpoint_on_error(run.out):
-        report = trainer.step()
-    numbers = report_numbers(report) | {"seconds": time.perf_counter() - clock}
-    last = trainer.update == run.config.run.updates
-    if output.validate_every and (trainer.update % output.validate_every == 0 or last):
-        numbers |= _validate(run)
-    journal.write(report.update, numbers)
-    if trainer.update % output.checkpoint_every == 0 or last or _is_overdue(run):
+    try:
+        with name_last_checkpoint_on_error(run.out, trainer.update):
+            report = trainer.step(stop)
+    except Stopped as stopped:
         _checkpoint(run)
+        raise stopped.saved(run.out, trainer.update) from None
+    journal.write(report.update, report_numbers(report) | {"seconds": time.perf_counter() - clock})
+    if trainer.update % output.checkpoint_every == 0 or _is_last(run) or _is_overdue(run):
+        with name_last_checkpoint_on_error(run.out, trainer.update):
+            _checkpoint(run)
         run.saved = time.monotonic()
+    if _validation_is_due(run):
+        journal.write(report.update, _validate(run))
     return report
+
+
+def _is_last(run: Run) -> bool:
+    return run.trainer.update == run.config.run.updates
+
+
+def _validation_is_due(run: Run) -> bool:
+    every = run.config.output.validate_every
+    return bool(every) and (run.trainer.update % every == 0 or _is_last(run))
+
+
+def _was_validated(run: Run) -> bool:
+    lines = read_journal(run.out / "log.jsonl")
+    found = (line for line in lines if line["update"] == run.trainer.update - 1)
+    done = any(name.startswith("validation/") for line in found for name in line)
+    return broadcast_from_rank_0(done)
 
 
 def _is_overdue(run: Run) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rf_core.config import WAN_SIZE, CacheConfig
 from rf_core.ranges import MANY, check_numbers
@@ -20,10 +20,10 @@ from rf_core.stream import latent_size
 from ..choices import RewardConfig
 from ..data.prompts import DataConfig, wan_data
 from ..objective.redmd import ReDMDConfig
-from ..objective.weights import WeightConfig
+from ..objective.weights import WEIGHTING, WeightConfig
 from ..run.lora import LoRAConfig
 from ..run.networks import PlacementConfig
-from ..run.optimise import OptimiserConfig
+from ..run.optimise import RATES, OptimiserConfig
 from .trainer import RunConfig
 
 Sink = Literal["ema", "static", "none"]
@@ -74,6 +74,13 @@ class OutputConfig:
 class DistilConfig:
     """A whole distillation."""
 
+    recipe = "re_dmd"
+    may_change: ClassVar = (
+        *("run.updates", "run.micro_batch", "run.runaway", "output", "placement"),
+        *(f"run.{who}.{what}" for who in ("generator", "critic") for what in RATES),
+        *(f"run.redmd.weights.{name}" for name in WEIGHTING),
+    )
+    """As `SupervisedConfig.may_change`."""
     run: RunConfig = field(default_factory=RunConfig)
     """Sizes, rates and counts."""
     files: FilesConfig = field(default_factory=FilesConfig)

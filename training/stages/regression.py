@@ -67,6 +67,8 @@ class InitConfig(SupervisedConfig):
     CausVid's released init has as many updates.
     """
 
+    recipe = "ode_init"
+
     pairs: Path = Path("pairs")
     """Folder of `ode_pairs`."""
     start: Path | None = None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,9 +26,17 @@ from rf_core.ranges import MANY, check_folder_writable, check_numbers
 
 from ..run import checkpointing
 from ..run.config import to_json
-from ..run.distributed import all_gather, local_micro_batches, process_group, rank, world_size
+from ..run.distributed import (
+    Stopped,
+    all_gather,
+    local_micro_batches,
+    process_group,
+    rank,
+    world_size,
+)
 from ..run.ema import WeightAverage
 from ..run.folder import (
+    Resumed,
     checkpoint_path,
     create_run_folder,
     delete_old_checkpoints,
@@ -36,14 +44,22 @@ from ..run.folder import (
 )
 from ..run.journal import Journal
 from ..run.networks import PlacementConfig, placement_dtype
-from ..run.optimise import OptimiserConfig, TrainedNetwork
+from ..run.optimise import RATES, OptimiserConfig, TrainedNetwork
 from ..run.options import format_numbers, print_rank_0, show_progress
+from ..run.signals import StopRequest, stop_on_signal
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
     """Options of such a run."""
 
+    recipe: ClassVar[str]
+    """The command that runs it."""
+    may_change: ClassVar = (
+        *("updates", "micro_batch", "checkpoint_every", "keep", "tensorboard", "wandb"),
+        *("placement", *(f"optimiser.{name}" for name in RATES)),
+    )
+    """Fields and groups of fields that may be others when a run is resumed."""
     optimiser: OptimiserConfig
     """Rates and their schedule."""
     updates: int = 3000
@@ -140,16 +156,26 @@ class SupervisedTrainer(ABC):
         """Samples of the update."""
         return self.config.batch
 
-    def step(self) -> Report:
-        """One update, and the average. FloatingPointError where the loss is not finite."""
+    def step(self, stop: StopRequest | None = None) -> Report:
+        """One update, and the average.
+
+        Raises:
+            FloatingPointError: something is not finite.
+            Stopped: as `stop` asked for, between two micro-batches; the update is not begun then.
+        """
         c = self.config
-        sums = self._gradients()
+        sums = self._gradients(stop)
         loss = float(sums[0].sum() / sums[1].sum())
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss:.4g} at update {self.update}; lower optimiser.rate"
             )
-        norm = self.trained.step(c.optimiser.rate_factor(self.update, c.updates))
+        try:
+            norm = self.trained.step(c.optimiser.rate_factor(self.update, c.updates))
+        except FloatingPointError:
+            raise FloatingPointError(
+                f"the gradients are not finite at update {self.update}; lower optimiser.rate"
+            ) from None
         self.average.update(c.decay(self.update))
         self.update += 1
         each = zip(self.names, *sums.tolist(), strict=True)
@@ -165,7 +191,14 @@ class SupervisedTrainer(ABC):
         return self.average.applied()
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; `folder` is complete once it exists."""
+        """Write a checkpoint; `folder` is complete once it exists.
+
+        FloatingPointError, and nothing is written, where weights are not finite.
+        """
+        if not self.trained.is_finite():
+            raise FloatingPointError(
+                f"the weights are not finite after update {self.update}; lower optimiser.rate"
+            )
         checkpointing.save(self._state(), folder)
 
     def load(self, folder: Path) -> None:
@@ -191,11 +224,14 @@ class SupervisedTrainer(ABC):
             "student": self.trained.state(),  # whatever is trained: the name of saved runs
         }
 
-    def _gradients(self) -> Tensor:
+    def _gradients(self, stop: StopRequest | None) -> Tensor:
         """Accumulates an update's gradients; sums and counts of errors a name, [2, K]."""
         batch = self.batch()
         sums = torch.zeros(2, len(self.names), dtype=torch.float64)
         for samples in micro_batches(batch, self.config.micro_batch):
+            if stop is not None and stop.agreed():
+                self.trained.clear()
+                raise Stopped(stop.number)
             errors, which = self.errors(samples)
             # FSDP averages over processes, where losses are shares of a sum.
             share = errors.mean(dim=1).sum() / batch * world_size()
@@ -217,32 +253,47 @@ def video_size(latents: Sequence[int]) -> tuple[int, int]:
     return rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR
 
 
-def train(trainer: SupervisedTrainer, out: Path, saved: Path | None) -> Iterator[Report]:
-    """Train in the folder `out`, from the checkpoint `saved` if given; yields a report an update.
+def train(trainer: SupervisedTrainer, out: Path, resumed: Resumed | None) -> Iterator[Report]:
+    """Train in the folder `out`, from a checkpoint if one is given; yields a report an update.
 
-    FloatingPointError, with the last good checkpoint named, where the run breaks down.
+    Raises:
+        FloatingPointError: the run broke down; the last good checkpoint is named.
+        Stopped: a signal asked for it; the run is saved.
     """
     config, clock = trainer.config, time.monotonic()
-    if saved is not None:
-        trainer.load(saved)
+    if resumed is not None:
+        trainer.load(resumed.checkpoint)
     create_run_folder(config, out)
     origin = trainer.origin() if rank() == 0 else {}  # every byte is read: once, by who writes
-    with Journal(
-        out,
-        first_update=trainer.update,
-        tensorboard=config.tensorboard,
-        wandb=config.wandb,
-        config=config,
-    ) as journal:
+    with (
+        Journal(
+            out,
+            first_update=trainer.update,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            config=config,
+        ) as journal,
+        stop_on_signal() as stop,
+    ):
+        if resumed is not None:
+            journal.write_changes(trainer.update, resumed.changes)
+        saved = trainer.update
         while trainer.update < config.updates:
             began = time.perf_counter()
-            with name_last_checkpoint_on_error(out):
-                report = trainer.step()
+            try:
+                with name_last_checkpoint_on_error(out, trainer.update):
+                    report = trainer.step(stop)
+            except Stopped as stopped:
+                if trainer.update > saved:
+                    _checkpoint(trainer, out, clock, origin)
+                raise stopped.saved(out, trainer.update) from None
             journal.write(
                 report.update, report.numbers() | {"seconds": time.perf_counter() - began}
             )
             if trainer.update % config.checkpoint_every == 0 or trainer.update == config.updates:
-                _checkpoint(trainer, out, clock, origin)
+                with name_last_checkpoint_on_error(out, trainer.update):
+                    _checkpoint(trainer, out, clock, origin)
+                saved = trainer.update
             yield report
 
 

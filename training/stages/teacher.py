@@ -82,6 +82,8 @@ CONTINUE = Phase(until=1.0, kinds=("excerpt", "excerpt", "whole"))
 class TeacherConfig(SupervisedConfig):
     """The teacher's training. Nothing here is published: the numbers are ours."""
 
+    recipe = "teacher"
+
     source: Path = CLIPS
     """Folder of clips: the miniature world's, or whole clips of `ode_pairs`."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -2,7 +2,8 @@
 
 One update of the generator follows `critic_ratio` updates of the critic, as in DMD2 (arXiv
 2405.14867). All randomness is a function of the update's number (`run.draws`), so a checkpoint
-holds weights, optimisers and that number alone.
+holds weights, optimisers and that number alone; and, of a run that was stopped within an update,
+what the critic has done of it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ from ..objective.redmd import (
 from ..objective.rollout import RolloutDraws
 from ..objective.weights import SampleWeights
 from ..run import checkpointing
-from ..run.distributed import all_reduce_sum, local_micro_batches, world_size
+from ..run.distributed import Stopped, all_reduce_sum, local_micro_batches, world_size
 from ..run.draws import Role, draw_rollout, draw_score_noise, shuffled_indices
 from ..run.ema import WeightAverage
 from ..run.optimise import OptimiserConfig, TrainedNetwork
 from ..run.reward_weights import LatentReward, RewardWeights
+from ..run.signals import StopRequest
+
+_PARTIAL = "critic_steps"  # a checkpoint's losses and norms of an unfinished update
+_WIDEST = 30.0
+"""Standard deviation of latents from which the student is what broke down; Wan's have about 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +135,7 @@ class _Batch:
 class _Step:
     loss: float
     norm: float
-    rewards: SampleWeights | None
+    rewards: SampleWeights | None = None
 
 
 class Trainer:
@@ -153,12 +159,22 @@ class Trainer:
             "critic": TrainedNetwork(networks.critic, config.critic),
         }
         self.update = 0
+        self._critic_steps: list[_Step] = []
+        """Those of the update that is not finished yet."""
 
-    def step(self) -> Report:
-        """The critic's updates, one of the generator, the average. FloatingPointError on a NaN."""
-        ratio, c = self.config.critic_ratio, self.config
-        critic = [self._train_step("critic", ratio * self.update + i) for i in range(ratio)]
-        generator = self._train_step("generator", self.update)
+    def step(self, stop: StopRequest | None = None) -> Report:
+        """The critic's updates, one of the generator, the average.
+
+        Raises:
+            FloatingPointError: something is not finite, or the critic's loss runs away.
+            Stopped: as `stop` asked for, between two micro-batches; what the optimisers have done
+                is kept, and the next call goes on from there.
+        """
+        ratio, c, critic = self.config.critic_ratio, self.config, self._critic_steps
+        while len(critic) < ratio:
+            critic.append(self._train_step("critic", ratio * self.update + len(critic), stop))
+        generator = self._train_step("generator", self.update, stop)
+        self._critic_steps = []
         self.update += 1
         self.average.update(c.ema if self.update > c.ema_from else 0.0)
         weighted = generator if c.redmd.weigh == "generator" else critic[-1]
@@ -176,25 +192,45 @@ class Trainer:
         return self.average.applied()
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; `folder` is complete once it exists."""
+        """Write a checkpoint; `folder` is complete once it exists.
+
+        FloatingPointError, and nothing is written, where weights are not finite.
+        """
+        for role, trained in self.trained.items():
+            if not trained.is_finite():
+                raise FloatingPointError(
+                    f"the {role}'s weights are not finite after update {self.update}; lower "
+                    f"{role}.rate"
+                )
         checkpointing.save(self._state(), folder)
 
     def load(self, folder: Path) -> None:
         """Resume from what `save` has written, on any number of processes."""
         state = self._state()
+        if not checkpointing.holds(folder, _PARTIAL):  # of before runs could be stopped
+            del state[_PARTIAL]
         checkpointing.load(state, folder)
         for role, trained in self.trained.items():
             trained.load(state[role])
         self.update = int(state["update"])
+        done = state.get(_PARTIAL, torch.zeros(0, 2))
+        self._critic_steps = [_Step(*row) for row in done[done.isfinite().all(1)].tolist()]
 
     def _state(self) -> dict[str, Any]:
         trained = {role: each.state() for role, each in self.trained.items()}
-        return {"average": self.average.tensors, "update": torch.tensor(self.update), **trained}
+        done = torch.full((self.config.critic_ratio, 2), math.nan, dtype=torch.float64)
+        for row, step in zip(done, self._critic_steps, strict=False):
+            row[0], row[1] = step.loss, step.norm
+        counts = {"update": torch.tensor(self.update), _PARTIAL: done}
+        return {"average": self.average.tensors, **counts, **trained}
 
-    def _train_step(self, role: Role, number: int) -> _Step:
+    def _train_step(self, role: Role, number: int, stop: StopRequest | None) -> _Step:
         losses = generator_losses if role == "generator" else critic_losses
         total, reward_weights = 0.0, self._reward_weights(role, number)
         for samples in self.micro_batches:
+            if stop is not None and stop.agreed():
+                self.trained[role].clear()
+                raise Stopped(stop.number)
             batch = self._batch(role, number, samples)
             weight_fn = reward_weights and reward_weights.for_samples(samples, batch.numbers)
             for loss in losses(self.networks, *batch.drawn, self.config.redmd, weight_fn):
@@ -202,18 +238,41 @@ class Trainer:
                 (loss * world_size()).backward()
                 total += float(loss.detach())
         total = all_reduce_sum(total)
-        self._check(role, number, total)
+        limit = self.config.runaway if role == "critic" else math.inf
+        if not total < limit:
+            raise FloatingPointError(
+                f"the {role}'s loss is {total:.4g} at its update {number}; {self._remedy(role)}"
+            )
         trained, c = self.trained[role], self.config
         updates = c.updates * (c.critic_ratio if role == "critic" else 1)
-        norm = trained.step(trained.config.rate_factor(number, updates))
+        try:
+            norm = trained.step(trained.config.rate_factor(number, updates))
+        except FloatingPointError:
+            raise FloatingPointError(
+                f"the {role}'s gradients are not finite at its update {number}; "
+                f"{self._remedy(role)}"
+            ) from None
         return _Step(total, norm, reward_weights and reward_weights.log())
 
-    def _check(self, role: Role, number: int, loss: float) -> None:
-        limit = self.config.runaway if role == "critic" else math.inf
-        if not loss < limit:
-            raise FloatingPointError(
-                f"the {role}'s loss is {loss:.4g} at its update {number}; lower {role}.rate"
-            )
+    def _remedy(self, role: Role) -> str:
+        """Whose rate to lower: of the student first, whose samples are what both networks see."""
+        for each in ("generator", "critic"):
+            if not self.trained[each].is_finite():
+                name = "student" if each == "generator" else each
+                return f"the {name}'s weights are not finite: lower {each}.rate"
+        spread = self._student_spread()
+        if not spread < _WIDEST:
+            return f"the student's latents have a spread of {spread:.3g}: lower generator.rate"
+        return f"lower {role}.rate"
+
+    @torch.no_grad()
+    def _student_spread(self) -> float:
+        """Standard deviation of what the student makes of this update's prompts, all processes'."""
+        prompts, draws, _ = self._batch("generator", self.update, self.micro_batches[0]).drawn
+        windows = rollout_latents(self.networks, prompts, draws, self.config.redmd)
+        x0 = torch.cat(list(windows))
+        spread = float(x0.float().std())
+        return all_reduce_sum(spread) / world_size()
 
     def _batch(self, role: Role, number: int, samples: range) -> _Batch:
         c, device = self.config, self.uncond.device

@@ -32,7 +32,6 @@ from rf_core.ranges import check_folder_writable
 from rf_core.scheduler import euler_levels, integrate, sampling_timesteps
 from rf_core.stream import latent_size
 from rf_core.weights.checkpoint import read_checkpoint
-from rf_core.writing import write_text
 
 from ..choices import CLIPS, DATA_SET, open_clips
 from ..data.clips import ClipSource, Conditions, check_excerpts, draw_clip, draw_excerpts
@@ -59,7 +58,7 @@ from ..objective.excerpts import (
 from ..run.config import to_json
 from ..run.distributed import all_gather, barrier, process_group, rank, world_size
 from ..run.draws import seeded_generator, shuffled_indices
-from ..run.folder import CONFIG
+from ..run.folder import check_recipe, create_run_folder
 from ..run.networks import PlacementConfig, open_network, placement_dtype
 from ..run.options import add_config_arguments, config_from_args, print_rank_0, show_progress
 
@@ -167,6 +166,7 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
     Every process calls this together. ValueError, before any weight is read, where a file is
     missing, or where `out` holds shards of another config or teacher.
     """
+    check_recipe(config, out)
     path, dtype = teacher_path(config), placement_dtype(config.placement)
     source = _open_source(config, device)
     origin = Origin(teacher=fingerprint(path), clips=None if source is None else len(source))
@@ -177,10 +177,7 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
     yield done
     if not missing:
         return
-    if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / CONFIG, to_json(config) + "\n")
-    barrier()
+    create_run_folder(config, out)
     if source is None:
         prompts, embeds, uncond = open_prompts(
             config.data, DATA_SET, out / "embeddings", device, dtype
