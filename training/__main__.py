@@ -34,7 +34,7 @@ from .run.options import (
     print_rank_0,
     show_progress,
 )
-from .stages import evaluation, regression, teacher, trajectories
+from .stages import consistency, evaluation, regression, teacher, trajectories
 from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
 from .stages.export import export
 from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
@@ -186,6 +186,9 @@ def _parser() -> argparse.ArgumentParser:
         counting.add_argument(f"--{name}", choices=SIZES, help="size, in place of its file's")
     counting.set_defaults(sink=None)
     add_config_arguments(counting, PRESETS)
+    cheaper = commands.add_parser("consistency", help="the same without stored trajectories")
+    consistency.add_consistency_arguments(cheaper)
+    cheaper.set_defaults(command=consistency.run_consistency)
     export = commands.add_parser("export", help="write a run's checkpoint as a student")
     export.set_defaults(command=run_export)
     export.add_argument("run", type=Path, help="folder of a re_dmd run")

@@ -276,19 +276,20 @@ def check_pairs(config: InitConfig, pairs: Pairs) -> None:
                 "one of their divisors, or make other clips"
             )
         return
-    expected = {
-        "chunk": frames // len(KINDS),
-        "window": frames,
-        "sink": frames // len(KINDS),
-    }
-    for name, value in expected.items():
-        if (given := getattr(c, f"{name}_frames")) != value:
-            raise ValueError(
-                f"the trajectories are excerpts of {len(KINDS)} chunks, the first of which is the "
-                f"sink: cache.{name}_frames is {given}; set it to {value}"
-            )
+    check_excerpt_cache(c, frames // len(KINDS))
     if config.context != "clean":
         raise ValueError("the trajectories are excerpts, whose past is clean; set context=clean")
+
+
+def check_excerpt_cache(cache: CacheConfig, chunk_frames: int) -> None:
+    """ValueError for a cache that is not the one that excerpts show, of three chunks."""
+    expected = {"chunk": chunk_frames, "window": len(KINDS) * chunk_frames, "sink": chunk_frames}
+    for name, value in expected.items():
+        if (given := getattr(cache, f"{name}_frames")) != value:
+            raise ValueError(
+                f"excerpts are {len(KINDS)} chunks, the first of which is the "
+                f"sink: cache.{name}_frames is {given}; set it to {value}"
+            )
 
 
 def init_student(
@@ -307,10 +308,10 @@ def init_student(
             f"start is {start}, which reads {in_channels} channels; the trajectories have "
             f"{channels}: give it those of its own VAE"
         )
-    saved = checkpoint_to_resume(config, out, resume)
+    resumed = checkpoint_to_resume(config, out, resume)
     offload = config.placement.offload == "all"
     student = open_network(start, config.placement, device, trained=True, offload=offload)
-    yield from train(InitTrainer(config, student, pairs, device), out, saved)
+    yield from train(InitTrainer(config, student, pairs, device), out, resumed)
 
 
 def start_path(config: InitConfig) -> Path:

@@ -330,7 +330,7 @@ def train_teacher(
             f"{model.in_dim}: give it clips of its own VAE"
         )
     check_excerpts(source, config.chunk_frames)
-    saved = checkpoint_to_resume(config, out, resume)
+    resumed = checkpoint_to_resume(config, out, resume)
     dtype, placement = placement_dtype(config.placement), config.placement
     uncond = open_negative(config.data, out / "embeddings", device, dtype)
     if config.start is None:
@@ -338,7 +338,7 @@ def train_teacher(
     else:
         offload = placement.offload == "all"
         network = open_network(config.start, placement, device, trained=True, offload=offload)
-    yield from train(TeacherTrainer(config, network, source, uncond, device), out, saved)
+    yield from train(TeacherTrainer(config, network, source, uncond, device), out, resumed)
 
 
 def read_model_config(config: TeacherConfig) -> ModelConfig:

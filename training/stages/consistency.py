@@ -1,0 +1,350 @@
+"""Causal consistency distillation: a few-step causal student without stored trajectories.
+
+A chunk of a clip is noised to a level of the teacher's grid; the teacher, which continues from a
+clean past, makes one guided Euler step from there; and the student is to predict from both points
+the same clean chunk (consistency models, Song et al., arXiv 2303.01469; its own prediction, without
+gradient, is the target, as in arXiv 2310.14189; for causal students Causal Forcing, arXiv
+2602.02214). What `ode_pairs` and `ode_init` take some 48 guided passes a clip for, and its disk,
+here takes one; clips are real, of the miniature world, or whole clips of `ode_pairs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rf_core.config import NUM_TRAIN_TIMESTEPS, CacheConfig, SamplerConfig
+from rf_core.model import WanModel
+from rf_core.options import DEMO
+from rf_core.ranges import MANY, check_numbers
+from rf_core.scheduler import add_noise, euler_levels, flow_to_x0
+from rf_core.weights.checkpoint import read_checkpoint
+
+from ..choices import CLIPS, open_clips
+from ..data.clips import ClipSource, check_excerpts, draw_clip, draw_excerpts
+from ..data.embeddings import open_negative
+from ..data.prompts import DataConfig, check_no_prompt_files
+from ..objective.causal import chunk_errors
+from ..objective.excerpts import (
+    KINDS,
+    ExcerptConfig,
+    ExcerptPrompts,
+    Excerpts,
+    augment_past,
+    excerpt_flow,
+    past_kv,
+)
+from ..objective.tensors import Tensors
+from ..run.draws import seeded_generator
+from ..run.folder import STUDENT, checkpoint_to_resume
+from ..run.networks import PlacementConfig, open_network, placement_dtype
+from ..run.optimise import OptimiserConfig
+from ..run.options import add_config_arguments, add_run_arguments, config_from_args
+from .export import file_hash, write_student
+from .regression import check_excerpt_cache
+from .supervised import (
+    Report,
+    SupervisedConfig,
+    SupervisedTrainer,
+    micro_batches,
+    run_stage,
+    train,
+    video_size,
+)
+from .trajectories import student_levels
+
+_ROLE = "consistency"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig(SupervisedConfig):
+    """The distillation. Nothing here is published for this network: the numbers are ours."""
+
+    recipe = "consistency"
+
+    source: Path = CLIPS
+    """Folder of clips: the miniature world's, or whole clips of `ode_pairs`."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text encoder, and what stands for no prompt: `negative`."""
+    teacher: Path | None = None
+    """A teacher that continues from a clean past (`teacher`); None for the bundled demo's."""
+    start: Path | None = None
+    """File of the student's initial weights; None for the teacher's."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The student's timesteps, which are levels of the grid."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Window and sink that the student is to stream with: three chunks, the first the sink."""
+    steps: int = 48
+    """Euler steps of the teacher's grid, the student's own levels among them."""
+    shift: float = 5.0
+    """Of the grid, as of `ode_pairs`."""
+    guidance: float = 3.0
+    """Classifier-free guidance of the teacher's step; 1 for none."""
+    excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
+    """How chunks and their past are drawn."""
+    optimiser: OptimiserConfig = field(
+        default_factory=lambda: OptimiserConfig(rate=2e-6, betas=(0.9, 0.999))
+    )
+    """As of `ode_init`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, steps=(1, MANY), shift=(1e-3, MANY), guidance=(0, MANY))
+        check_excerpt_cache(self.cache, self.cache.chunk_frames)
+
+    @property
+    def levels(self) -> list[float]:
+        """Noise levels from 1 to 0."""
+        return euler_levels(self.steps, self.shift, student_levels(self.sampler))
+
+
+def miniature_consistency() -> ConsistencyConfig:
+    """The bundled demo's student by the cheaper way: its numbers are `ode_init`'s."""
+    return ConsistencyConfig(
+        steps=14,
+        shift=12.0,
+        guidance=2.0,
+        optimiser=OptimiserConfig(
+            rate=1.5e-3,
+            betas=(0.9, 0.95),
+            clip_norm=1.0,
+            matrix_rate=4e-3,
+            schedule="cosine",
+            warmup=20,
+        ),
+        updates=1266,
+        batch=16,
+        micro_batch=16,
+        ema=0.995,
+        ema_from=None,
+    )
+
+
+def wan_consistency() -> ConsistencyConfig:
+    """Wan 2.1 1.3B; change the files to where yours are."""
+    return ConsistencyConfig(
+        source=Path("runs/pairs"),
+        teacher=Path("runs/teacher/teacher.safetensors"),
+        data=DataConfig(text_encoder="google/umt5-xxl"),
+        placement=PlacementConfig(dtype="bfloat16", checkpointing=True),
+    )
+
+
+CONSISTENCY_PRESETS: Mapping[str, Callable[[], ConsistencyConfig]] = MappingProxyType(
+    {"miniature": miniature_consistency, "wan": wan_consistency}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyBatch(Tensors):
+    """B excerpts, each of their three chunks at a level of its own."""
+
+    latents: Tensor
+    """Clean, [B, C, 3 F, h, w]."""
+    noise: Tensor
+    """The same shape."""
+    level_BN: Tensor
+    """Index of each chunk's level in the grid, [B, 3]; the last level, 0, is none."""
+    embeds: Tensor
+    """Prompts, [B, S, D]."""
+    excerpts: Excerpts
+    """The pasts of the chunks."""
+
+
+def draw_batch(
+    source: ClipSource, config: ConsistencyConfig, update: int, samples: Sequence[int]
+) -> ConsistencyBatch:
+    """Some samples of an update: a function of the seed, on whatever process."""
+    c, groups = config, (range(len(source)),)
+    rows = [draw_clip(groups, c.seed, _ROLE, update * c.batch + each) for each in samples]
+
+    def generators(what: str) -> list[torch.Generator]:
+        return [seeded_generator(c.seed, _ROLE, update, each, what) for each in samples]
+
+    latents, conditions = draw_excerpts(
+        source, rows, groups, c.excerpts, generators("excerpt"), c.cache.chunk_frames
+    )
+    assert conditions.excerpts is not None
+    drawn, last = generators("noise"), len(c.levels) - 1
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=each) for each in drawn])
+    return ConsistencyBatch(
+        latents=latents,
+        noise=noise,
+        level_BN=torch.stack([torch.randint(last, (len(KINDS),), generator=g) for g in drawn]),
+        embeds=conditions.embeds,
+        excerpts=augment_past(conditions.excerpts, c.excerpts, generators("past")),
+    )
+
+
+def consistency_errors(
+    student: WanModel,
+    teacher: WanModel,
+    batch: ConsistencyBatch,
+    uncond: Tensor,
+    config: ConsistencyConfig,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Mean squared difference of the clean chunks that the student predicts from a point and from
+    the teacher's next one, [B, 3].
+
+    `uncond` is [1, S, D]; `dtype` is what both networks compute in.
+    """
+    dtype, size = dtype or student.patch_embedding.weight.dtype, config.cache.chunk_frames
+    levels = torch.tensor(config.levels).to(batch.noise)
+    now, after = (levels[batch.level_BN + i].repeat_interleave(size, dim=1) for i in (0, 1))
+    at_now, at_after = now * NUM_TRAIN_TIMESTEPS, after * NUM_TRAIN_TIMESTEPS
+    noisy = add_noise(batch.latents, batch.noise, at_now)
+    with torch.no_grad():
+        flow = _guided_flow(teacher, noisy, at_now, batch, uncond, config.guidance, dtype)
+        less_noisy = noisy + _each(after - now) * flow
+    prompts = ExcerptPrompts.from_embeds(student, batch.embeds, batch.excerpts, dtype)
+    past = past_kv(student, batch.excerpts, prompts, dtype=dtype)
+
+    def predicted(x: Tensor, timestep_BF: Tensor) -> Tensor:
+        found = excerpt_flow(student, x, timestep_BF, prompts.by_chunk, past, dtype=dtype)
+        return flow_to_x0(found, x, timestep_BF)
+
+    with torch.no_grad():
+        target = predicted(less_noisy, at_after).where(_each(after) > 0, less_noisy)
+    return chunk_errors(predicted(noisy, at_now), target, size)
+
+
+def _guided_flow(
+    teacher: WanModel,
+    x: Tensor,
+    timestep_BF: Tensor,
+    batch: ConsistencyBatch,
+    uncond: Tensor,
+    guidance: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The teacher's flow of the three chunks; their past is the same for both prompts."""
+    prompts = ExcerptPrompts.from_embeds(teacher, batch.embeds, batch.excerpts, dtype)
+    past = past_kv(teacher, batch.excerpts, prompts, dtype=dtype)
+    cond = excerpt_flow(teacher, x, timestep_BF, prompts.by_chunk, past, dtype=dtype)
+    if guidance == 1:
+        return cond
+    empty = teacher.prompt_context(uncond.expand(len(x), -1, -1).to(dtype))
+    without = excerpt_flow(teacher, x, timestep_BF, (empty,) * len(KINDS), past, dtype=dtype)
+    return without + guidance * (cond - without)
+
+
+def _each(values_BF: Tensor) -> Tensor:
+    return values_BF[:, None, :, None, None]
+
+
+class ConsistencyTrainer(SupervisedTrainer):
+    """The student with the state of its distillation, and its teacher."""
+
+    config: ConsistencyConfig
+    command, file = "python -m training consistency", STUDENT
+
+    def __init__(
+        self,
+        config: ConsistencyConfig,
+        student: WanModel,
+        teacher: WanModel,
+        source: ClipSource,
+        uncond: Tensor,
+        device: torch.device,
+    ) -> None:
+        """Networks are placed and sharded already; `uncond` is [1, S, D]."""
+        steps = torch.tensor(student_levels(config.sampler))
+        names = [f"t{NUM_TRAIN_TIMESTEPS * level:.0f}" for level in steps.tolist()]
+        super().__init__(config, student, names, len(source))
+        self.teacher, self.source, self.device = teacher, source, device
+        self.uncond = uncond.to(device)
+        levels = torch.tensor(config.levels[:-1])
+        self._names_of_levels = (steps[:, None] >= levels).sum(0) - 1  # of which step it is below
+        micro_batches(config.batch, config.micro_batch)  # refuses what cannot be shared out
+
+    def errors(self, samples: range) -> tuple[Tensor, Tensor]:
+        """See `SupervisedTrainer`: each chunk's, by the student's step that its level is of."""
+        batch = draw_batch(self.source, self.config, self.update, samples)
+        errors = consistency_errors(
+            self.network,
+            self.teacher,
+            batch.to(self.device),
+            self.uncond,
+            self.config,
+            self.dtype,
+        )
+        return errors, self._names_of_levels[batch.level_BN]
+
+    def write(self, path: Path, note: Mapping[str, Any]) -> None:
+        """See `SupervisedTrainer`."""
+        size = video_size(self.source.shape)
+        write_student(path, self.network, self.config.cache, self.config.sampler, size, note)
+
+    def origin(self) -> dict[str, Any]:
+        """See `SupervisedTrainer`."""
+        files = paths_of(self.config)
+        made_from = {name: file_hash(path) for name, path in files.items()}
+        return {"made_from": made_from, "clips": len(self.source)}
+
+
+def distil_consistency(
+    config: ConsistencyConfig, out: Path, device: torch.device, *, resume: bool = False
+) -> Iterator[Report]:
+    """Run the distillation, yielding a report an update.
+
+    Raises:
+        ValueError: a file is missing, or `out` holds another run; before any weight is read.
+        FloatingPointError: the run broke down; the last good checkpoint is named.
+        Stopped: a signal asked for it; the run is saved.
+    """
+    files = paths_of(config)
+    check_no_prompt_files(config.data)
+    source = open_clips(config.source, config.data, device)
+    for name, path in files.items():
+        if (channels := read_checkpoint(path).config.in_dim) != source.shape[0]:
+            raise ValueError(
+                f"{config.source} holds latents of {source.shape[0]} channels; {name} is {path}, "
+                f"which reads {channels}: give it clips of its own VAE"
+            )
+    check_excerpts(source, config.cache.chunk_frames)
+    resumed = checkpoint_to_resume(config, out, resume)
+    placement = config.placement
+    uncond = open_negative(config.data, out / "embeddings", device, placement_dtype(placement))
+    student = open_network(
+        files["start"], placement, device, trained=True, offload=placement.offload == "all"
+    )
+    teacher = open_network(
+        files["teacher"], placement, device, trained=False, offload=placement.offload != "none"
+    )
+    trainer = ConsistencyTrainer(config, student, teacher, source, uncond, device)
+    yield from train(trainer, out, resumed)
+
+
+def paths_of(config: ConsistencyConfig) -> dict[str, Path]:
+    """Files of the initial weights and of the teacher; ValueError where one does not exist."""
+    teacher = config.teacher or DEMO / "teacher.safetensors"
+    files = {"teacher": teacher, "start": config.start or teacher}
+    for name, path in files.items():
+        if not path.exists():
+            raise ValueError(f"{name} is {path}, which is not there")
+    return files
+
+
+def add_consistency_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `consistency`."""
+    add_run_arguments(parser)
+    add_config_arguments(parser, CONSISTENCY_PRESETS)
+
+
+def run_consistency(args: argparse.Namespace) -> int:
+    """Distil a few-step student from a teacher without trajectories."""
+    config = config_from_args(args, ConsistencyConfig, CONSISTENCY_PRESETS)
+    return run_stage(
+        args,
+        config,
+        lambda device: distil_consistency(config, args.out, device, resume=args.resume),
+        STUDENT,
+    )
