@@ -287,6 +287,31 @@ def read_images(
     return torch.stack(images).unsqueeze(0)
 
 
+_SAME_TIME = 1e-3  # seconds; containers round times
+
+
+def images_at_rate(path: str | Path, *, width: int, height: int, fps: int) -> Iterator[Tensor]:
+    """A video's images as it shows them `fps` times a second, however many it has itself.
+
+    Each is float32 [3, height, width] in [0, 1], scaled to cover and cropped as by `read_images`.
+    ValueError: no such file, or not a video.
+    """
+    shown: Tensor | None = None
+    start, count = 0.0, 0
+    with closing(_frames(Path(path))) as frames:
+        for number, frame in enumerate(frames):
+            time = number / fps if frame.time is None else frame.time
+            start = time if shown is None else start
+            while shown is not None and count / fps < time - start - _SAME_TIME:
+                yield shown
+                count += 1
+            image = upright(_pixels(frame), round(frame.rotation / 90), False)
+            shown = _cover(image, width, height)
+    if shown is None:
+        raise ValueError(f"{path} holds no images; give a picture or a clip")
+    yield shown
+
+
 def check_images(path: str | Path) -> None:
     """See that a picture or clip begins with an image, and say where white replaces transparency.
 

@@ -34,7 +34,7 @@ from .run.options import (
     print_rank_0,
     show_progress,
 )
-from .stages import consistency, evaluation, regression, teacher, trajectories
+from .stages import consistency, evaluation, latents, regression, teacher, trajectories
 from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
 from .stages.export import export
 from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
@@ -168,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     add_run_arguments(redmd)
     redmd.add_argument("--sink", choices=("ema", "static", "none"), help="the sink of the run")
     add_config_arguments(redmd, PRESETS)
+    encoding = commands.add_parser("latents", help="encode a folder of videos, once")
+    latents.add_latents_arguments(encoding)
+    encoding.set_defaults(command=latents.run_latents)
     teach = commands.add_parser(
         "teacher", help="train a teacher, or fine-tune it to continue clips"
     )

@@ -17,7 +17,8 @@ import torch
 from rf_core.text import load_text_encoder
 
 from .data.clips import ClipSource
-from .data.embeddings import encoder_path
+from .data.embeddings import encoder_path, open_texts
+from .data.latents import VideoClips, shards_of_latents
 from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
 from .evaluation.metric import PromptMetric
@@ -82,17 +83,24 @@ def open_reward(config: RewardConfig, device: torch.device) -> Reward | None:
 
 
 def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSource:
-    """The clips of a folder: the miniature world's, or the ends of trajectories of whole clips.
+    """The clips of a folder: the miniature world's, encoded videos, or the ends of trajectories of
+    whole clips.
 
-    ValueError for a folder that holds neither.
+    ValueError for a folder that holds none of these.
     """
     if shards_of_clips(folder):
         encoder = load_text_encoder(encoder_path(data), device=device, dtype=torch.float32)
         return CaptionedClips(read_clips(folder), encoder)
+    if shards_of_latents(folder):
+        clips, prompts = VideoClips.read(folder)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        (embeds,) = open_texts([prompts], data, folder / "embeddings", device, dtype)
+        return VideoClips(clips, prompts, embeds)
     if not shards_of(folder):
         raise ValueError(
-            f"{folder} holds no clips; make some with `python -m training.world clips`, or give "
-            "whole clips of `python -m training ode_pairs`"
+            f"{folder} holds no clips; make some with `python -m training.world clips`, encode "
+            "videos with `python -m training latents`, or give whole clips of `python -m training "
+            "ode_pairs`"
         )
     pairs = Pairs.open(folder)
     if pairs.config.kind != "clips":

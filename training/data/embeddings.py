@@ -164,8 +164,7 @@ def open_prompts(
 ) -> tuple[list[str], PromptEmbeds, Tensor]:
     """Prompts, their embeddings, and that of the negative prompt, [1, S, D].
 
-    Where the config names no prompt file, they are the data set's `own`. The encoder is opened only
-    where an embedding is missing, and freed afterwards.
+    Where the config names no prompt file, they are the data set's `own`.
     """
     if not config.prompts:
         prompts = own.training_prompts()[: config.limit]
@@ -173,7 +172,7 @@ def open_prompts(
         embeds = MemoryEmbeds(torch.cat([encoder.encode([text]) for text in prompts]).cpu())
         return prompts, embeds, encoder.encode([config.negative])
     prompts = read_prompts(config)
-    plain, found = _open_texts([[config.negative], prompts], config, folder, device, dtype)
+    plain, found = open_texts([[config.negative], prompts], config, folder, device, dtype)
     return prompts, found, plain.embeds([0])
 
 
@@ -181,17 +180,21 @@ def open_negative(
     config: DataConfig, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """The embedding of the negative prompt alone, [1, S, D]."""
-    (plain,) = _open_texts([[config.negative]], config, folder, device, dtype)
+    (plain,) = open_texts([[config.negative]], config, folder, device, dtype)
     return plain.embeds([0])
 
 
-def _open_texts(
+def open_texts(
     texts: Sequence[Sequence[str]],
     config: DataConfig,
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[CachedEmbeds]:
+    """The embeddings of several lists of texts, kept in `folder` or where the config says.
+
+    The encoder is opened only where one is missing, and freed afterwards.
+    """
     path, folder = encoder_path(config), config.cache or folder
     found = [cached_embeds(each, path, folder) for each in texts]
     if any(missing for _, missing in found):
