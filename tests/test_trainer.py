@@ -35,10 +35,10 @@ CONFIG = RunConfig(
 )
 
 
-def trainer(config: RunConfig = CONFIG, reward=None) -> Trainer:
+def trainer(config: RunConfig = CONFIG, reward=None, shard_over: int | None = None) -> Trainer:
     student, teacher, critic = (tiny.model(seed=seed) for seed in (0, 1, 1))
     for network in (student.requires_grad_(True), teacher, critic.requires_grad_(True)):
-        shard(network, "cpu")
+        shard(network, "cpu", shard_over=shard_over)
     networks = Networks(student=student, teacher=teacher, critic=critic)
     return Trainer(config, networks, MemoryEmbeds(tiny.prompt(batch=6)), tiny.prompt(9), reward)
 
@@ -175,13 +175,16 @@ def test_a_run_that_is_stopped_between_two_micro_batches_goes_on_bit_for_bit(tmp
     assert all(map(torch.equal, weights(second), weights(whole)))
 
 
-def run_rank(rank: int, world: int, folder: Path, go_on: bool) -> None:
+def run_rank(rank: int, world: int, folder: Path, go_on: bool, shard_over: int | None) -> None:
     """One process of a run: two updates, or two more after a checkpoint, and its weights."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / f'meet{go_on}'}", rank=rank, world_size=world
     )
     torch.set_num_threads(1)
-    run = trainer(replace(CONFIG, micro_batch=1))
+    run = trainer(replace(CONFIG, micro_batch=1), shard_over=shard_over)
+    if shard_over is not None:
+        parameter = next(run.networks.student.parameters())
+        assert parameter.to_local().shape[0] == -(-parameter.shape[0] // shard_over)
     if go_on:
         run.load(folder / "at2")
     reports = [run.step() for _ in range(2)]
@@ -197,11 +200,15 @@ def run_rank(rank: int, world: int, folder: Path, go_on: bool) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(tmp_path):
+@pytest.mark.parametrize("shard_over", [None, (1, 2)], ids=["sharded", "a copy a node"])
+def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
+    tmp_path, shard_over
+):
+    of_two, of_four = shard_over or (None, None)
     one = trainer(replace(CONFIG, micro_batch=1))
     expected = [one.step() for _ in range(4)]
 
-    spawn(run_rank, (2, tmp_path, False), nprocs=2)
+    spawn(run_rank, (2, tmp_path, False, of_two), nprocs=2)
     reports, _ = torch.load(tmp_path / "resultFalse.pt", weights_only=False)
     for first, second in zip(reports, expected, strict=False):
         assert first.generator_loss == pytest.approx(second.generator_loss, rel=1e-4)
@@ -212,7 +219,7 @@ def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
     average = read_part(tmp_path / "at2", "average")  # of chunks of two processes
     assert all(torch.equal(average[name], t) for name, t in alone.average.tensors.items())
     alone.step(), alone.step()
-    spawn(run_rank, (4, tmp_path, True), nprocs=4)
+    spawn(run_rank, (4, tmp_path, True, of_four), nprocs=4)
     _, four = torch.load(tmp_path / "resultTrue.pt", weights_only=False)
     for name, weight in one.networks.student.state_dict().items():
         for other in (alone.networks.student.state_dict()[name], four[name]):

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -127,11 +127,14 @@ def shard(
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
     reshard_blocks: bool = True,
+    shard_over: int | None = None,
 ) -> WanModel:
     """Shard a network's parameters over all processes, in place; `device` is its kind.
 
     Blocks compute in `dtype` and sum gradients in float32. With `offload`, shards wait in host
-    memory; without `reshard_blocks`, gathered blocks are kept until the backward pass.
+    memory; without `reshard_blocks`, gathered blocks are kept until the backward pass. With
+    `shard_over`, every so many neighbouring processes have a copy of their own (HSDP). ValueError
+    where processes cannot be shared out so.
     """
     if not dist.is_initialized():
         return network
@@ -140,7 +143,7 @@ def shard(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     options = {
-        "mesh": init_device_mesh(device, (world_size(),)),
+        "mesh": _mesh(device, shard_over),
         "mp_policy": precision,
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
@@ -152,6 +155,18 @@ def shard(
     for method in ("prompt_context", "counted_prompt", "time_context", "write_cache"):
         register_fsdp_forward_method(network, method)
     return network
+
+
+def _mesh(device: str, shard_over: int | None) -> DeviceMesh:
+    if shard_over is None:
+        return init_device_mesh(device, (world_size(),))
+    copies, rest = divmod(world_size(), shard_over)
+    if rest:
+        raise ValueError(
+            f"placement.shard_over is {shard_over}, of which {world_size()} processes are no "
+            "multiple; give the cards of a node"
+        )
+    return init_device_mesh(device, (copies, shard_over), mesh_dim_names=("copy", "shard"))
 
 
 def shard_modules(network: nn.Module, parts: Iterable[nn.Module], device: str) -> None:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rf_core.config import ModelConfig
 from rf_core.model import WanModel
+from rf_core.ranges import MANY, check_numbers
 from rf_core.weights.checkpoint import read_checkpoint
 
 from .distributed import rank, shard
@@ -44,6 +45,13 @@ class PlacementConfig:
     reshard: bool = True
     """Whether gathered weights are given back after every block; False is faster and holds a
     whole network on each card."""
+    shard_over: int | None = None
+    """How many neighbouring processes share a copy of the weights out among them, such as the cards
+    of a node; None for all. Each such group has a copy of its own (hybrid sharding, HSDP): weights
+    are gathered within it, and gradients alone are summed over all."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, shard_over=(1, MANY))
 
 
 def open_network(
@@ -95,7 +103,14 @@ def _placed(
         add_adapters(network, lora)
         tensors = renamed_base(network, tensors) | adapter_weights(network, seed)
     prepare(network, placement, trained=trained)
-    shard(network, device.type, placement_dtype(placement), offload, placement.reshard)
+    shard(
+        network,
+        device.type,
+        placement_dtype(placement),
+        offload,
+        placement.reshard,
+        placement.shard_over,
+    )
     return _filled(network, tensors, device, offload)
 
 
