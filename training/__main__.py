@@ -19,13 +19,15 @@ from rf_core.measure.verify import Backend, Comparison, verify_folder
 from rf_core.ranges import MANY, check_folder_writable, check_numbers, check_writable
 from rf_core.writing import write_text
 
+from .choices import check_reward
 from .claims.ablations import ARMS, ClaimsConfig, Measurer, run_claims
 from .claims.report import motion_plot, report, strips
 from .objective.verify import KINDS
 from .rewards.videoalign import convert
 from .run.config import to_json
-from .run.distributed import Stopped, exit_code, process_group, world_size
+from .run.distributed import Stopped, check_shares, exit_code, process_group, world_size
 from .run.folder import checkpoints, read_config, saved_weights
+from .run.machine import check_machine, num_processes
 from .run.options import (
     add_config_arguments,
     add_run_arguments,
@@ -73,6 +75,9 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_redmd(args: argparse.Namespace) -> int:
     """Distil a student."""
     config = _config(args)
+    check_machine(config.placement, config.output.wandb)
+    check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes())
+    check_reward(config.reward)
     check_folder_writable(args.out)
     with process_group(args.device) as device:
         print_rank_0(
@@ -91,6 +96,7 @@ def run_estimate(args: argparse.Namespace) -> int:
     """Count what a run will take."""
     check_numbers(args, processes=(1, MANY))
     config = _config(args)
+    check_shares(config.run.redmd.batch, config.run.micro_batch, args.processes)
     given = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
     sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(read_sizes(config), **given)
     print(_estimated(config, sizes, args.processes, torch.device(args.device)))

@@ -101,6 +101,13 @@ class DistilConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     """Checkpoints, logs, videos."""
 
+    def __post_init__(self) -> None:
+        if self.run.redmd.weigh == "critic" and self.reward.kind == "none":
+            raise ValueError(
+                "run.redmd.weigh is critic, which a reward weights; give reward.kind, or set "
+                "run.redmd.weigh=generator"
+            )
+
 
 def miniature() -> DistilConfig:
     """The bundled demo's student, in minutes on a laptop."""
