@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rf_core.weights import checkpoint, files
 from training.__main__ import main
 from training.run import machine
 
@@ -24,11 +23,10 @@ ALL = (RE_DMD, TEACHER, INIT, PAIRS)
 @pytest.fixture(autouse=True)
 def nothing_is_read(monkeypatch):
     def refused(*args, **kwargs):
-        raise AssertionError("a weight is read")
+        raise AssertionError("a weight is read, or a group begun")
 
-    monkeypatch.setattr(files, "read_weights", refused)
-    monkeypatch.setattr(checkpoint, "read_weights", refused)
-    monkeypatch.setattr(torch, "load", refused)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", refused)
+    monkeypatch.setattr(torch.distributed, "init_process_group", refused)
 
 
 def error_of(capsys, command, tmp_path: Path, *settings: str) -> str:

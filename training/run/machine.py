@@ -21,8 +21,7 @@ def check_machine(placement: PlacementConfig, wandb: str | None = None) -> None:
     """ValueError where this machine lacks what a run asks for by name."""
     if wandb is not None and not _is_installed("wandb"):
         raise ValueError(
-            f"wandb is {wandb!r}, but wandb is not installed; pip install wandb, or leave "
-            "it out"
+            f"wandb is {wandb!r}, but wandb is not installed; pip install wandb, or leave it out"
         )
     if placement.compile is not None:
         known = torch._dynamo.list_backends(exclude_tags=())

@@ -48,6 +48,7 @@ from ..run.networks import PlacementConfig, open_network
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
 from .export import file_hash, write_student
+from .schedule import Schedule, notes_on_schedule
 from .supervised import (
     Report,
     SupervisedConfig,
@@ -334,9 +335,11 @@ def run_init(args: argparse.Namespace) -> int:
     config = replace(config_from_args(args, InitConfig, INIT_PRESETS), pairs=args.pairs)
     check_machine(config.placement, config.wandb)
     check_batches([config.batch], config.micro_batch, num_processes())
+    schedule = Schedule(cache=config.cache, sampler=Pairs.open(config.pairs).config.sampler)
     return run_stage(
         args,
         config,
         lambda device: init_student(config, args.out, device, resume=args.resume),
         STUDENT,
+        notes_on_schedule(schedule, start_path(config)),
     )

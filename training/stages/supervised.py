@@ -316,11 +316,15 @@ def run_stage(
     config: SupervisedConfig,
     start: Callable[[torch.device], Iterator[Report]],
     file: str,
+    notes: Sequence[str] = (),
 ) -> int:
-    """Run a stage on all processes, with a progress bar; `start` begins it on a device."""
+    """Run a stage on all processes, with a progress bar; `start` begins it on a device.
+
+    `notes` are lines to print before.
+    """
     check_folder_writable(args.out)
     with process_group(args.device) as device:
-        print_rank_0(to_json(config))
+        print_rank_0("\n".join([to_json(config), *notes]))
         steps = ((each.update + 1, _line(each)) for each in start(device))
         show_progress(config.updates, "update", steps)
         print_rank_0(f"{args.out}: the averaged weights are in {file}")
