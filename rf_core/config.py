@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .ranges import (
+    LARGEST_SIDE,
     LARGEST_WIDTH,
     LARGEST_WINDOW,
     LONGEST_TEXT,
     MAX_LAYERS,
     MAX_STEPS,
     check_counts,
+    check_each,
     check_numbers,
 )
 
@@ -66,6 +68,7 @@ class ModelConfig:
             num_layers=(1, MAX_LAYERS),
         )
         check_numbers(self, eps=(0, 1))
+        check_each(self, patch_size=(1, LARGEST_SIDE))
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         if self.head_dim % 2:

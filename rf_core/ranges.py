@@ -41,6 +41,14 @@ def check_counts(asked: object, **ranges: tuple[int, int]) -> None:
     check_numbers(asked, **ranges)
 
 
+def check_each(asked: object, **ranges: tuple[float, float]) -> None:
+    """The same of attributes that are lists of numbers: of every one in them."""
+    for name, (least, most) in ranges.items():
+        values = getattr(asked, name)
+        if not all(least <= value <= most for value in values):
+            raise ValueError(f"{name} are {values}; give each a number from {least} to {most}")
+
+
 def check_writable(path: Path) -> None:
     """ValueError unless a file of this name can be written; nothing is left, or changed, there.
 

@@ -262,7 +262,7 @@ def test_a_half_written_shard_is_never_taken_for_one(tmp_path, monkeypatch):
         ({"sampler": SamplerConfig()}, r"sampler.steps is \[1000, 500\] there and \[1000, 750"),
         ({"placement": PlacementConfig(dtype="float32")}, "teacher's weights are"),
         ({"clips": 7}, "clips is 7; give whole shards of 2, such as 8"),
-        ({"steps": 0}, "must be 1 or more"),
+        ({"steps": 0}, "steps is 0; give a number from 1"),
         ({"shift": 0.0}, "shift is 0.0; give a number from 0.01"),
         ({"teacher": Path("nowhere.safetensors")}, "teacher is nowhere.safetensors, which is not"),
         ({"data": DataConfig(prompts=(Path("none.txt"),))}, "data.prompts names none.txt"),
@@ -510,7 +510,7 @@ def test_impossible_regressions_are_refused(folder, tmp_path):
         predict_clip(tiny.model(), *clip()[:2], (), tiny.window(10, 0, chunk=5))
     with pytest.raises(ValueError, match="batch of 4 cannot be shared out in micro-batches of 3"):
         trainer(folder, replace(INIT, micro_batch=3))
-    with pytest.raises(ValueError, match="must be 1 or more"):
+    with pytest.raises(ValueError, match="updates is 0; give a number from 1"):
         replace(INIT, updates=0)
     with pytest.raises(ValueError, match="ema is 1"):
         replace(INIT, ema=1.0)

@@ -464,7 +464,7 @@ def test_a_signal_saves_the_run_says_so_and_it_goes_on_bit_for_bit(tmp_path, pro
 def test_what_all_processes_meet_is_told_once(tmp_path):
     (tmp_path / "student.safetensors").write_text("no weights")
     done = subprocess.run(
-        command("--out", str(tmp_path), processes=2),
+        command("--out", str(tmp_path), "--set", "run.micro_batch=1", processes=2),
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -19,16 +19,19 @@ from rf_core.measure.verify import Backend, Comparison, verify_folder
 from rf_core.ranges import MANY, check_folder_writable, check_numbers, check_writable
 from rf_core.writing import write_text
 
+from .choices import check_reward
 from .claims.ablations import ARMS, ClaimsConfig, Measurer, run_claims
 from .claims.report import motion_plot, report, strips
 from .objective.verify import KINDS
 from .rewards.videoalign import convert
-from .run.config import to_json
-from .run.distributed import Stopped, exit_code, process_group, world_size
+from .run.config import apply_overrides, to_json
+from .run.distributed import Stopped, check_shares, exit_code, process_group, world_size
 from .run.folder import checkpoints, read_config, saved_weights
+from .run.machine import check_machine, num_processes
 from .run.options import (
     add_config_arguments,
     add_run_arguments,
+    begins_with_preset,
     config_from_args,
     format_numbers,
     print_rank_0,
@@ -38,7 +41,8 @@ from .stages import consistency, evaluation, latents, regression, teacher, traje
 from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
 from .stages.export import export
 from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
-from .stages.recipes import PRESETS, DistilConfig, with_sink
+from .stages.recipes import PRESETS, DistilConfig, student_path, with_sink
+from .stages.schedule import notes_on_schedule, schedule_of, with_schedule_of_student
 from .stages.trainer import report_numbers
 
 STRIP_PROMPT = "a red circle moves left"
@@ -72,12 +76,14 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_redmd(args: argparse.Namespace) -> int:
     """Distil a student."""
-    config = _config(args)
+    config, notes = _config(args)
+    check_machine(config.placement, config.output.wandb)
+    check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes())
+    check_reward(config.reward)
     check_folder_writable(args.out)
     with process_group(args.device) as device:
-        print_rank_0(
-            f"{to_json(config)}\n{_estimated(config, read_sizes(config), world_size(), device)}"
-        )
+        counted = _estimated(config, read_sizes(config), world_size(), device)
+        print_rank_0("\n".join([to_json(config), counted, *notes]))
         reports = distil(config, args.out, device, resume=args.resume)
         steps = ((each.update + 1, format_numbers(report_numbers(each))) for each in reports)
         show_progress(config.run.updates, "update", steps)
@@ -90,7 +96,8 @@ def run_redmd(args: argparse.Namespace) -> int:
 def run_estimate(args: argparse.Namespace) -> int:
     """Count what a run will take."""
     check_numbers(args, processes=(1, MANY))
-    config = _config(args)
+    config, _ = _config(args)
+    check_shares(config.run.redmd.batch, config.run.micro_batch, args.processes)
     given = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
     sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(read_sizes(config), **given)
     print(_estimated(config, sizes, args.processes, torch.device(args.device)))
@@ -150,9 +157,17 @@ def run_claims_study(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(args: argparse.Namespace) -> DistilConfig:
+def _config(args: argparse.Namespace) -> tuple[DistilConfig, list[str]]:
+    """The config, and what there is to say about its student's schedule."""
     config = config_from_args(args, DistilConfig, PRESETS)
-    return with_sink(config, args.sink) if args.sink else config
+    preset = schedule_of(config)
+    if begins_with_preset(args):
+        config = apply_overrides(with_schedule_of_student(config), args.set)
+    taken = schedule_of(config).differences(preset)
+    config = with_sink(config, args.sink) if args.sink else config
+    path = student_path(config)
+    notes = notes_on_schedule(schedule_of(config), path) if path.exists() else []
+    return config, [f"{name} is {ours}, as {path} says" for name, ours, _ in taken] + notes
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -25,6 +26,7 @@ from .evaluation.metric import PromptMetric
 from .rewards.flow_motion import FlowMotionReward
 from .rewards.reward import Reward
 from .rewards.videoalign import load_videoalign
+from .rewards.videoalign_files import read_converted
 from .world.captions import Captions
 from .world.clips import CaptionedClips, read_clips, shards_of_clips
 from .world.metric import TrackerMetric
@@ -62,12 +64,24 @@ class RewardConfig:
     wrongly, rather than as it was trained."""
 
     def __post_init__(self) -> None:
-        if self.kind != "none" and self.score not in SCORES[self.kind]:
-            raise ValueError(
-                f"reward.score is {self.score!r}; {self.kind} gives {', '.join(SCORES[self.kind])}"
-            )
+        scores = SCORES.get(self.kind, tuple(dict.fromkeys(chain(*SCORES.values()))))
+        if self.score not in scores:
+            kind = "a reward" if self.kind == "none" else self.kind
+            raise ValueError(f"reward.score is {self.score!r}; {kind} gives {', '.join(scores)}")
         if self.kind == "videoalign" and self.path is None:
             raise ValueError("reward.kind is videoalign; give reward.path, a converted folder")
+
+
+def check_reward(config: RewardConfig) -> None:
+    """ValueError where the folder that a reward is read from holds none; reads no weight."""
+    if config.kind == "videoalign":
+        assert config.path is not None, config
+        if not config.path.is_dir():
+            raise ValueError(
+                f"reward.path is {config.path}, which is no folder; make it with "
+                "`python -m training videoalign`"
+            )
+        read_converted(config.path)
 
 
 def open_reward(config: RewardConfig, device: torch.device) -> Reward | None:

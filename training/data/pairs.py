@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rf_core.config import SamplerConfig
 from rf_core.numbered import numbered
-from rf_core.ranges import check_numbers
+from rf_core.ranges import LARGEST_SIDE, MANY, check_each, check_numbers
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file
 
@@ -72,11 +72,11 @@ class PairsConfig:
     """Of noise and of the order of prompts."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.shard, self.batch, self.clips, *self.latents) < 1:
-            raise ValueError(
-                f"steps {self.steps}, latents {self.latents}, clips {self.clips}, shard "
-                f"{self.shard} and batch {self.batch} must be 1 or more"
-            )
+        counts = ("steps", "clips", "shard", "batch")
+        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), seed=(0, 2**63 - 1))
+        # Below 1 the teacher would be led away from the prompt.
+        check_numbers(self, shift=(0.01, 1000.0), guidance=(1, 1000.0))
+        check_each(self, latents=(1, LARGEST_SIDE))
         if self.clips % self.shard:
             raise ValueError(
                 f"clips is {self.clips}; give whole shards of {self.shard}, such as "
@@ -87,7 +87,6 @@ class PairsConfig:
                 f"latents have {self.latents[1]} frames; excerpts are {len(KINDS)} chunks, so give "
                 f"a multiple of {len(KINDS)}"
             )
-        check_numbers(self, shift=(0.01, 1000.0), guidance=(-1000.0, 1000.0), seed=(0, 2**63 - 1))
 
 
 MAY_DIFFER = (

@@ -19,7 +19,7 @@ from torch import Tensor
 from rf_core.attention import Attention, sdpa
 from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.model import WanModel
-from rf_core.ranges import check_numbers
+from rf_core.ranges import MANY, check_numbers
 from rf_core.scheduler import add_noise, flow_to_x0
 
 from .losses import critic_loss, generator_loss, guided, matching_direction
@@ -59,17 +59,16 @@ class ReDMDConfig:
     """Samples an update, over all ranks and micro-batches."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, shift=(0.01, 1000.0), guidance=(-1000.0, 1000.0))
+        check_numbers(self, shift=(0.01, 1000.0), guidance=(0, 1000.0))
+        check_numbers(self, window_chunks=(1, MANY), batch=(1, MANY))
         low, high = self.bounds
         if not 0 < low < high <= 1000:
             raise ValueError(f"bounds are {self.bounds}; give two rising timesteps in (0, 1000]")
-        if self.batch < 1 or self.batch % self.weights.best_of:
+        if self.batch % self.weights.best_of:
             raise ValueError(
                 f"batch is {self.batch}; give whole groups of weights.best_of "
-                f"{self.weights.best_of}, at least one"
+                f"{self.weights.best_of}"
             )
-        if self.window_chunks < 1:
-            raise ValueError(f"window_chunks is {self.window_chunks}; a window has at least 1")
 
     @property
     def reward_sign(self) -> int:

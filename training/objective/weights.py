@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rf_core.ranges import MANY, check_numbers
+
 from .losses import effective_samples, reward_weights
 
 WEIGHTING = ("beta", "baseline", "unit", "limit", "effective_share", "mean_one")
@@ -46,14 +48,8 @@ class WeightConfig:
     much as ever but mean nothing."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise ValueError(f"beta is {self.beta}; give a number from 0 (no reward) on")
-        if self.limit is not None and not self.limit > 0:
-            raise ValueError(f"limit is {self.limit}; give a positive score, or None for no limit")
-        if self.effective_share is not None and not 0 < self.effective_share <= 1:
-            raise ValueError(f"effective_share is {self.effective_share}; give a share in (0, 1]")
-        if self.best_of < 1:
-            raise ValueError(f"best_of is {self.best_of}; give 1 for no choice, or more")
+        check_numbers(self, beta=(0, 1000.0), limit=(1e-6, math.inf), best_of=(1, MANY))
+        check_numbers(self, effective_share=(1e-6, 1))
 
     @property
     def depends_on_batch(self) -> bool:

@@ -177,18 +177,23 @@ def shard_modules(network: nn.Module, parts: Iterable[nn.Module], device: str) -
     fully_shard(network, mesh=mesh)
 
 
+def check_shares(batch: int, micro_batch: int, processes: int) -> int:
+    """Samples of each process; ValueError where they cannot be shared out in micro-batches."""
+    share, rest = divmod(batch, processes)
+    if rest or share % micro_batch:
+        raise ValueError(
+            f"a batch of {batch} cannot be shared out in micro-batches of {micro_batch} over "
+            f"{processes} processes; give a batch that is a multiple of {micro_batch * processes}"
+        )
+    return share
+
+
 def local_micro_batches(batch: int, micro_batch: int) -> list[range]:
     """This process's micro-batches of the samples 0 to batch - 1.
 
     ValueError where they cannot be shared out evenly.
     """
-    share, rest = divmod(batch, world_size())
-    if rest or share % micro_batch:
-        raise ValueError(
-            f"a batch of {batch} cannot be shared out in micro-batches of {micro_batch} over "
-            f"{world_size()} processes; give a batch that is a multiple of "
-            f"{micro_batch * world_size()}"
-        )
+    share = check_shares(batch, micro_batch, world_size())
     first = share * rank()
     return [range(i, i + micro_batch) for i in range(first, first + share, micro_batch)]
 

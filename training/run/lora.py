@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rf_core.model import WanModel
-from rf_core.ranges import MANY, check_numbers
+from rf_core.ranges import LARGEST_WIDTH, MANY, check_numbers
 from rf_core.weights.lora import merge_lora
 
 from .draws import seeded_generator
@@ -31,7 +31,7 @@ class LoRAConfig:
     """Regular expression of the layers that get one."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, rank=(1, MANY), alpha=(1e-6, MANY))
+        check_numbers(self, rank=(1, LARGEST_WIDTH), alpha=(1e-6, MANY))
 
 
 def add_adapters(network: WanModel, config: LoRAConfig) -> None:

@@ -22,6 +22,8 @@ from ..muon import Muon
 from .distributed import all_reduce_max, clip_gradients, reshard
 from .ema import trainable
 
+SMALLEST_RATE = 1e-12
+"""Of a learning rate: what is below it trains nothing that float32 weights can hold."""
 RATES = ("rate", "matrix_rate", "clip_norm")
 """Fields of `OptimiserConfig` that may be others when a run is resumed."""
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -47,10 +49,9 @@ class OptimiserConfig:
     """Updates of linear warm-up."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, rate=(0, 1000.0), clip_norm=(0, MANY), weight_decay=(0, 1000.0))
-        check_numbers(self, matrix_rate=(0, 1000.0), warmup=(0, MANY))
-        if not (self.rate and self.clip_norm):
-            raise ValueError(f"rate {self.rate} and clip_norm {self.clip_norm} must be positive")
+        rates = ("rate", "matrix_rate")
+        check_numbers(self, **dict.fromkeys(rates, (SMALLEST_RATE, 1000.0)), warmup=(0, MANY))
+        check_numbers(self, clip_norm=(1e-9, MANY), weight_decay=(0, 1000.0))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; give two decays in [0, 1)")
 

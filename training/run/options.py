@@ -47,16 +47,21 @@ def config_from_args(
     A run that is resumed begins with its own where neither is given.
     """
     check_device(args.device, torch.float32, "sdpa")
-    begun = getattr(args, "resume", False) and (args.out / CONFIG).exists()
     if args.config is not None:
         config = from_json(kind, "".join(text_lines(args.config, "config")))
-    elif args.preset is None and begun:
-        config = read_config(kind, args.out)
-    else:
+    elif begins_with_preset(args):
         config = presets[args.preset or next(iter(presets))]()
+    else:
+        config = read_config(kind, args.out)
     if hasattr(args, "out"):
         check_recipe(config, args.out)
     return apply_overrides(config, args.set)
+
+
+def begins_with_preset(args: argparse.Namespace) -> bool:
+    """Whether a command line's config is a preset with its `--set`, and no file."""
+    begun = getattr(args, "resume", False) and (args.out / CONFIG).exists()
+    return args.config is None and (args.preset is not None or not begun)
 
 
 def print_rank_0(text: str) -> None:

@@ -45,7 +45,7 @@ from ..run.reward_weights import LatentReward
 from ..run.signals import StopRequest, stop_on_signal
 from .estimate import Sizes
 from .export import file_hash, write_adapter, write_student
-from .recipes import DistilConfig
+from .recipes import DistilConfig, student_path
 from .trainer import Report, Trainer, report_numbers
 from .validation import validate
 
@@ -108,7 +108,7 @@ def check_files(config: DistilConfig) -> dict[str, Path]:
     f = config.files
     teacher = f.teacher or DEMO / "teacher.safetensors"
     found = {
-        "student": f.student or DEMO / "student.safetensors",
+        "student": student_path(config),
         "teacher": teacher,
         "critic": f.critic or teacher,
         "vae": f.vae or DEMO / "vae.safetensors",

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from rf_core.config import WAN_SIZE, CacheConfig
+from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_numbers
 from rf_core.stream import latent_size
 
@@ -100,6 +101,18 @@ class DistilConfig:
     critic see a clip that begins as their clips do."""
     output: OutputConfig = field(default_factory=OutputConfig)
     """Checkpoints, logs, videos."""
+
+    def __post_init__(self) -> None:
+        if self.run.redmd.weigh == "critic" and self.reward.kind == "none":
+            raise ValueError(
+                "run.redmd.weigh is critic, which a reward weights; give reward.kind, or set "
+                "run.redmd.weigh=generator"
+            )
+
+
+def student_path(config: DistilConfig) -> Path:
+    """The student that a run begins with, which may not be there."""
+    return config.files.student or DEMO / "student.safetensors"
 
 
 def miniature() -> DistilConfig:

@@ -87,13 +87,9 @@ class SupervisedConfig:
     """Project of Weights & Biases; None for none."""
 
     def __post_init__(self) -> None:
-        counts = (self.updates, self.batch, self.micro_batch, self.checkpoint_every, self.keep)
-        if min(counts) < 1:
-            raise ValueError(
-                f"updates, batch, micro_batch, checkpoint_every and keep are {counts}; "
-                "each must be 1 or more"
-            )
-        check_numbers(self, seed=(0, 2**63 - 1), ema_from=(0, MANY))
+        counts = ("updates", "batch", "micro_batch", "checkpoint_every", "keep")
+        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), ema_from=(0, MANY))
+        check_numbers(self, seed=(0, 2**63 - 1))
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
 
@@ -320,11 +316,15 @@ def run_stage(
     config: SupervisedConfig,
     start: Callable[[torch.device], Iterator[Report]],
     file: str,
+    notes: Sequence[str] = (),
 ) -> int:
-    """Run a stage on all processes, with a progress bar; `start` begins it on a device."""
+    """Run a stage on all processes, with a progress bar; `start` begins it on a device.
+
+    `notes` are lines to print before.
+    """
     check_folder_writable(args.out)
     with process_group(args.device) as device:
-        print_rank_0(to_json(config))
+        print_rank_0("\n".join([to_json(config), *notes]))
         steps = ((each.update + 1, _line(each)) for each in start(device))
         show_progress(config.updates, "update", steps)
         print_rank_0(f"{args.out}: the averaged weights are in {file}")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, CacheConfig, ModelConfig
 from rf_core.model import PromptContext, WanModel
-from rf_core.ranges import LARGEST_WINDOW, check_numbers
+from rf_core.ranges import LARGEST_WINDOW, MANY, check_numbers
 from rf_core.scheduler import add_noise, shift_sigma
 from rf_core.weights.checkpoint import read_checkpoint
 
@@ -45,6 +45,7 @@ from ..objective.excerpts import (
 from ..objective.tensors import Tensors
 from ..run.draws import seeded_generator
 from ..run.folder import TEACHER, checkpoint_to_resume
+from ..run.machine import check_batches, check_machine, num_processes
 from ..run.networks import PlacementConfig, new_network, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
@@ -114,7 +115,7 @@ class TeacherConfig(SupervisedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, shift=(0.01, 1000.0), prompt_dropout=(0, 1))
-        check_numbers(self, opening_batch=(1, 10**9), chunk_frames=(1, LARGEST_WINDOW))
+        check_numbers(self, opening_batch=(1, MANY), chunk_frames=(1, LARGEST_WINDOW))
         ends = [phase.until for phase in self.phases]
         if not ends or ends[-1] != 1 or ends != sorted(ends) or ends[0] <= 0:
             raise ValueError(f"phases end at {ends}; give shares that rise to 1")
@@ -128,7 +129,15 @@ class TeacherConfig(SupervisedConfig):
 
     def batch_at(self, update: int) -> int:
         """Batch size of an update."""
-        return self.opening_batch if self.kind_at(update) == "opening" else self.batch
+        return self._batch_of(self.kind_at(update))
+
+    @property
+    def batches(self) -> set[int]:
+        """Batch sizes of all updates."""
+        return {self._batch_of(kind) for phase in self.phases for kind in phase.kinds}
+
+    def _batch_of(self, kind: Kind) -> int:
+        return self.opening_batch if kind == "opening" else self.batch
 
 
 def miniature_teacher() -> TeacherConfig:
@@ -366,6 +375,8 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
 def run_teacher(args: argparse.Namespace) -> int:
     """Train a teacher."""
     config = config_from_args(args, TeacherConfig, TEACHER_PRESETS)
+    check_machine(config.placement, config.wandb)
+    check_batches(config.batches, config.micro_batch, num_processes())
     return run_stage(
         args,
         config,

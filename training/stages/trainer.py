@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rf_core.ranges import MANY, check_numbers
+from rf_core.ranges import LARGEST_SIDE, MANY, check_each, check_numbers
 
 from ..data.embeddings import PromptEmbeds
 from ..objective.redmd import (
@@ -74,14 +74,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         num_windows(self.latents[1], self.redmd)  # refuses what is not whole windows
-        if min(self.updates, self.critic_ratio, self.micro_batch) < 1:
-            raise ValueError(
-                f"updates {self.updates}, critic_ratio {self.critic_ratio} and micro_batch "
-                f"{self.micro_batch} must be 1 or more"
-            )
-        check_numbers(self, seed=(0, 2**63 - 1), ema_from=(0, MANY), runaway=(0, math.inf))
-        if min(self.latents) < 1:
-            raise ValueError(f"latents are {self.latents}; each must be 1 or more")
+        counts = ("updates", "critic_ratio", "micro_batch")
+        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), ema_from=(0, MANY))
+        check_numbers(self, seed=(0, 2**63 - 1), runaway=(1e-6, math.inf))
+        check_each(self, latents=(1, LARGEST_SIDE))
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
 

@@ -59,6 +59,7 @@ from ..run.config import to_json
 from ..run.distributed import all_gather, barrier, process_group, rank, world_size
 from ..run.draws import seeded_generator, shuffled_indices
 from ..run.folder import check_recipe, create_run_folder
+from ..run.machine import check_machine
 from ..run.networks import PlacementConfig, open_network, placement_dtype
 from ..run.options import add_config_arguments, config_from_args, print_rank_0, show_progress
 
@@ -332,6 +333,7 @@ def add_pairs_arguments(parser: argparse.ArgumentParser) -> None:
 def run_pairs(args: argparse.Namespace) -> int:
     """Make the teacher's trajectories, or those that are missing."""
     config = config_from_args(args, PairsConfig, PAIRS_PRESETS)
+    check_machine(config.placement)
     check_folder_writable(args.out)
     with process_group(args.device) as device:
         print_rank_0(to_json(config))
