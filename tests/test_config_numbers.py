@@ -16,6 +16,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from training.run.config import from_dict, to_json
+from training.stages.consistency import CONSISTENCY_PRESETS, ConsistencyConfig
+from training.stages.latents import LATENTS_PRESETS, LatentsConfig
 from training.stages.recipes import PRESETS, DistilConfig
 from training.stages.regression import INIT_PRESETS, InitConfig
 from training.stages.teacher import TEACHER_PRESETS, TeacherConfig
@@ -26,6 +28,8 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "teacher": (TeacherConfig, TEACHER_PRESETS),
     "ode_init": (InitConfig, INIT_PRESETS),
     "ode_pairs": (PairsConfig, PAIRS_PRESETS),
+    "consistency": (ConsistencyConfig, CONSISTENCY_PRESETS),
+    "latents": (LatentsConfig, LATENTS_PRESETS),
 }
 HUGE = 1e30
 ALLOWED = {
@@ -44,6 +48,8 @@ ALLOWED = {
     ("*prompt_dropout", 0): "no prompt is dropped",
     ("run.redmd.guidance", 0): "none: the prompt's own score",
     ("run.redmd.weights.beta", 0): "no reward",
+    ("reward.share", 0): "a score that is told and moves nothing",
+    ("reward.share", -1): "less of it is better",
     ("run.redmd.weights.limit", HUGE): "no limit that a score reaches",
     ("run.runaway", HUGE): "no loss that is finite stops the run",
     ("output.validate_every", 0): "no validation",

@@ -29,6 +29,7 @@ from training.stages.consistency import (
     ConsistencyConfig,
     ConsistencyTrainer,
     consistency_errors,
+    distil_consistency,
     draw_batch,
 )
 
@@ -193,8 +194,9 @@ def test_two_processes_distil_as_one_does(tmp_path: Path) -> None:
 def test_presets_survive_json_and_a_cache_of_other_chunks_is_refused() -> None:
     for preset in CONSISTENCY_PRESETS.values():
         assert apply_overrides(preset(), []) == preset()
+    wide = replace(CONFIG, cache=tiny.window(12, 3))
     with pytest.raises(ValueError, match=r"cache.window_frames is 12; set it to 9"):
-        replace(CONFIG, cache=tiny.window(12, 3))
+        next(distil_consistency(wide, Path("nowhere"), CPU))
     with pytest.raises(ValueError, match="steps is 0"):
         replace(CONFIG, steps=0)
 

@@ -19,7 +19,7 @@ from training.run.distributed import Stopped, shard
 from training.run.draws import draw_rollout, draw_score_noise, shuffled_indices
 from training.run.optimise import OptimiserConfig
 from training.run.signals import StopRequest
-from training.stages.trainer import RunConfig, Trainer
+from training.stages.trainer import RunConfig, Trainer, report_numbers
 
 REDMD = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=4)
 RATE = OptimiserConfig(rate=1e-3)
@@ -96,16 +96,26 @@ def test_the_average_is_the_student_until_averaging_begins_and_then_follows_it()
         torch.testing.assert_close(average, 0.5 * old + 0.5 * current)
 
 
-def test_rewards_reach_the_log_and_see_their_prompts():
-    seen = []
+class Numbers:
+    """Rewards a sample by its prompt's number."""
 
-    def reward(x0, numbers):
-        seen.append(numbers)
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __call__(self, x0: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+        self.seen += numbers
         return torch.tensor([float(n) for n in numbers]) / 10
 
+    def take_means(self) -> dict[str, float]:
+        return {"numbers": sum(self.seen) / 40}
+
+
+def test_rewards_reach_the_log_and_see_their_prompts():
+    reward = Numbers()
     report = trainer(reward=reward).step()
     expected = shuffled_indices(0, "generator", 0, range(4), 4, 6)
-    assert [n for numbers in seen for n in numbers] == expected
+    assert reward.seen == expected
+    assert report_numbers(report)["reward/numbers"] == pytest.approx(sum(expected) / 40)
     assert report.rewards.mean_score == pytest.approx(sum(expected) / 40)
     assert 0 < report.rewards.effective_share < 1
 

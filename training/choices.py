@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 
+from rf_core.ranges import MANY, check_numbers
 from rf_core.text import load_text_encoder
 
 from .data.clips import ClipSource
@@ -24,8 +25,8 @@ from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
 from .evaluation.metric import PromptMetric
 from .rewards.flow_motion import FlowMotionReward
-from .rewards.reward import Reward
-from .rewards.videoalign import load_videoalign
+from .rewards.reward import Reward, WeightedScore
+from .rewards.videoalign import VideoAlignReward, load_videoalign
 from .rewards.videoalign_files import read_converted
 from .world.captions import Captions
 from .world.clips import CaptionedClips, read_clips, shards_of_clips
@@ -39,37 +40,64 @@ CLIPS = Path("runs/world/clips")
 METRIC: PromptMetric = TrackerMetric()
 """Measures whether videos match their prompts, for prompts that it can parse."""
 
-SCORES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "tracker": ("motion", "caption"),
-        "flow": ("motion", "mean_motion"),
-        "videoalign": ("MQ", "VQ", "TA", "Overall"),
-    }
+REWARDS: Mapping[str, type[Reward]] = MappingProxyType(
+    {"tracker": TrackerReward, "flow": FlowMotionReward, "videoalign": VideoAlignReward}
 )
-"""What each kind of reward gives."""
+"""The rewards by name; others are named by their class, `package.module:Class`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """The reward that weights samples."""
+    """A reward, or a part of one, that weights samples."""
 
-    kind: Literal["none", "tracker", "flow", "videoalign"] = "none"
-    """`none` is plain distribution matching; `tracker` knows the miniature world alone."""
+    kind: str = "none"
+    """`none` is plain distribution matching; one of `REWARDS`, of which `tracker` knows the
+    miniature world alone; or a class of yours, `package.module:Class`, which is called with the
+    device and `path` (`training.rewards.reward.Reward` says what it has)."""
     score: str = "motion"
-    """Which of the reward's scores counts; `SCORES` lists them."""
+    """Which of the reward's scores counts: its class names them."""
+    share: float = 1.0
+    """What the score is multiplied by, where there are several."""
     path: Path | None = None
-    """Folder of a converted VideoAlign."""
+    """Folder of a converted VideoAlign, or what a class of yours reads."""
     published_frames: bool = False
     """Whether VideoAlign is shown frames as the published trainer does, every frame and scaled
     wrongly, rather than as it was trained."""
 
     def __post_init__(self) -> None:
-        scores = SCORES.get(self.kind, tuple(dict.fromkeys(chain(*SCORES.values()))))
+        check_numbers(self, share=(-MANY, MANY))
+        known = (self.reward,) if self.kind != "none" else REWARDS.values()
+        scores = tuple(dict.fromkeys(chain(*(each.scores for each in known))))
         if self.score not in scores:
             kind = "a reward" if self.kind == "none" else self.kind
             raise ValueError(f"reward.score is {self.score!r}; {kind} gives {', '.join(scores)}")
         if self.kind == "videoalign" and self.path is None:
             raise ValueError("reward.kind is videoalign; give reward.path, a converted folder")
+
+    @property
+    def reward(self) -> type[Reward]:
+        """The class; ValueError where there is none."""
+        return REWARDS.get(self.kind) or _plugin(self.kind)
+
+
+def _plugin(kind: str) -> type[Reward]:
+    module, colon, name = kind.partition(":")
+    if not colon:
+        known = ", ".join(map(repr, ("none", *REWARDS)))
+        raise ValueError(
+            f"reward.kind is {kind!r}; choose one of {known}, or name a class, package.module:Class"
+        )
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward.kind is {kind!r}, which is not there: {error}") from None
+    scores = getattr(found, "scores", None)
+    if not callable(found) or not scores or not all(isinstance(each, str) for each in scores):
+        raise ValueError(
+            f"reward.kind is {kind!r}, which is no reward: its class attribute `scores` names what "
+            "it gives"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def check_reward(config: RewardConfig) -> None:
@@ -84,16 +112,20 @@ def check_reward(config: RewardConfig) -> None:
         read_converted(config.path)
 
 
-def open_reward(config: RewardConfig, device: torch.device) -> Reward | None:
+def open_reward(config: RewardConfig, device: torch.device) -> WeightedScore | None:
     """The reward that a config names; None where it names none."""
+    reward: Reward
     if config.kind == "none":
         return None
-    if config.kind == "tracker":
-        return TrackerReward()
-    if config.kind == "flow":
-        return FlowMotionReward()
-    assert config.kind == "videoalign" and config.path is not None, config
-    return load_videoalign(config.path, device, torch.bfloat16, published=config.published_frames)
+    if config.kind == "videoalign":
+        assert config.path is not None, config
+        published = config.published_frames
+        reward = load_videoalign(config.path, device, torch.bfloat16, published=published)
+    elif config.kind in REWARDS:
+        reward = REWARDS[config.kind]()
+    else:
+        reward = config.reward(device, config.path)  # type: ignore[call-arg]
+    return WeightedScore(name=config.kind, reward=reward, score=config.score, share=config.share)
 
 
 def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSource:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -11,41 +12,72 @@ from torch import Tensor
 from rf_core.decoders.decoder import Decoder
 
 from ..objective.redmd import Anchor
-from ..run.reward_weights import LatentReward
+from ..run.distributed import all_reduce_sum
 
 
 class Reward(Protocol):
     """Scores finished videos."""
+
+    scores: ClassVar[tuple[str, ...]]
+    """Names of what it gives."""
 
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Scores [B] by name, of videos [B, T, 3, H, W] in [0, 1] and their prompts."""
         ...
 
 
-def latent_reward(
-    reward: Reward,
-    name: str,
-    score: str,
-    decoder: Decoder,
-    prompts: list[str],
-    device: torch.device,
-) -> LatentReward:
-    """One score of a reward as a function of clean latents; decodes a sample at a time.
+@dataclass(frozen=True, kw_only=True)
+class WeightedScore:
+    """A reward's score as a part of a sum."""
 
-    `name` is the reward's, for messages. The function raises ValueError where the reward has no
-    such score.
+    name: str
+    """Of the reward, for the log and for messages."""
+    reward: Reward
+    score: str
+    """Which of its scores."""
+    share: float
+    """What it is multiplied by."""
+
+
+class LatentRewards:
+    """A weighted sum of rewards' scores as a function of clean latents; a `LatentReward`.
+
+    Samples are decoded one at a time, once for all rewards.
     """
 
-    @torch.no_grad()
-    def score_latents(x0: Tensor, numbers: list[int]) -> Tensor:
-        parts = [decoder.decode(each, None)[0] for each in x0.split(1)]
-        texts = [prompts[number] for number in numbers]
-        scores = reward(torch.cat(parts), texts)
-        if score not in scores:
-            raise ValueError(f"reward.score is {score!r}; {name} gives {', '.join(scores)}")
-        return scores[score].to(device)
+    def __init__(
+        self,
+        parts: Sequence[WeightedScore],
+        decoder: Decoder,
+        prompts: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        self.parts, self.decoder, self.prompts, self.device = parts, decoder, prompts, device
+        self._sums = dict.fromkeys((f"{p.name}.{p.score}" for p in parts), 0.0)
+        self._count = 0
 
-    return score_latents
+    @torch.no_grad()
+    def __call__(self, x0: Tensor, numbers: list[int]) -> Tensor:
+        """Scores [B] of latents [B, C, F, h, w]; ValueError where a reward has no such score."""
+        videos = torch.cat([self.decoder.decode(each, None)[0] for each in x0.split(1)])
+        texts = [self.prompts[number] for number in numbers]
+        total = torch.zeros(len(x0), device=self.device)
+        for part, name in zip(self.parts, self._sums, strict=True):
+            found = part.reward(videos, texts)
+            if part.score not in found:
+                raise ValueError(f"{part.name} gives {', '.join(found)}, and no {part.score}")
+            score = found[part.score].to(total)
+            self._sums[name] += float(score.sum())
+            total += part.share * score
+        self._count += len(x0)
+        return total
+
+    def take_means(self) -> dict[str, float]:
+        """Each score's mean over all samples since the last call, of every process."""
+        count = max(1.0, all_reduce_sum(float(self._count)))
+        means = {name: all_reduce_sum(total) / count for name, total in self._sums.items()}
+        self._sums, self._count = dict.fromkeys(self._sums, 0.0), 0
+        return means
 
 
 def image_anchor(decoder: Decoder | None) -> Anchor:

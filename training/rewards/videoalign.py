@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 class VideoAlignReward:
     """A `Reward`: VQ, MQ and TA, normalised by the release's means and stds, and their sum."""
 
+    scores = (*SCORES, "Overall")
+
     network: Network
     """In eval mode, where it is to run."""
     tokenizer: Tokenizer

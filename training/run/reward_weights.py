@@ -8,7 +8,8 @@ the same rollouts are repeated under autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +18,17 @@ from ..objective.redmd import ReDMDConfig, WeightFn
 from ..objective.weights import SampleWeights, sample_weights
 from .distributed import all_gather, rank
 
-LatentReward = Callable[[Tensor, list[int]], Tensor]
-"""Scores [B] of clean latents and the numbers of their prompts."""
+
+class LatentReward(Protocol):
+    """What samples are weighted by."""
+
+    def __call__(self, x0: Tensor, numbers: list[int], /) -> Tensor:
+        """Scores [B] of clean latents and the numbers of their prompts."""
+        ...
+
+    def take_means(self) -> dict[str, float]:
+        """What it is made of, by name: means since the last call, over all processes."""
+        ...
 
 
 class RewardWeights:

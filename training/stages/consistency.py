@@ -96,8 +96,7 @@ class ConsistencyConfig(SupervisedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, steps=(1, MANY), shift=(1e-3, MANY), guidance=(0, MANY))
-        check_excerpt_cache(self.cache, self.cache.chunk_frames)
+        check_numbers(self, steps=(1, MANY), shift=(0.01, 1000.0), guidance=(1, 1000.0))
 
     @property
     def levels(self) -> list[float]:
@@ -301,6 +300,7 @@ def distil_consistency(
         Stopped: a signal asked for it; the run is saved.
     """
     files = paths_of(config)
+    check_excerpt_cache(config.cache, config.cache.chunk_frames)
     check_no_prompt_files(config.data)
     source = open_clips(config.source, config.data, device)
     for name, path in files.items():

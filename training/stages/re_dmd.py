@@ -23,11 +23,11 @@ from rf_core.decoders.decoder import Decoder, load_decoder
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import read_checkpoint
 
-from ..choices import DATA_SET, RewardConfig, open_reward
+from ..choices import DATA_SET, open_reward
 from ..data.embeddings import open_prompts
 from ..data.prompts import check_prompt_files
 from ..objective.redmd import Networks
-from ..rewards.reward import image_anchor, latent_reward
+from ..rewards.reward import LatentRewards, image_anchor
 from ..run.config import to_json
 from ..run.distributed import Stopped, broadcast_from_rank_0, rank, world_size
 from ..run.folder import (
@@ -41,7 +41,6 @@ from ..run.folder import (
 )
 from ..run.journal import Journal, read_journal
 from ..run.networks import open_network, placement_dtype
-from ..run.reward_weights import LatentReward
 from ..run.signals import StopRequest, stop_on_signal
 from .estimate import Sizes
 from .export import file_hash, write_adapter, write_student
@@ -241,7 +240,7 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
         group = config.run.redmd.cache.chunk_frames
         decoder = load_decoder(files["vae"], device, dtype, group)
     networks = _open_networks(config, files, device, decoder)
-    reward = _open_reward(config.reward, decoder, prompts, device)
+    reward = _open_rewards(config, decoder, prompts, device)
     trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward)
     return Run(
         config=config,
@@ -270,16 +269,18 @@ def _open_networks(
     )
 
 
-def _open_reward(
-    config: RewardConfig, decoder: Decoder | None, prompts: list[str], device: torch.device
-) -> LatentReward | None:
-    reward = open_reward(config, device)
-    if reward is None:
+def _open_rewards(
+    config: DistilConfig, decoder: Decoder | None, prompts: list[str], device: torch.device
+) -> LatentRewards | None:
+    opened = (open_reward(each, device) for each in (config.reward, *config.more_rewards))
+    parts = [each for each in opened if each is not None]
+    if not parts:
         return None
     assert decoder is not None
-    return latent_reward(reward, config.kind, config.score, decoder, prompts, device)
+    return LatentRewards(parts, decoder, prompts, device)
 
 
 def _needs_pixels(config: DistilConfig) -> bool:
     anchored = config.anchor and config.run.windows > 1
-    return config.reward.kind != "none" or anchored or bool(config.output.validate_every)
+    rewarded = any(each.kind != "none" for each in (config.reward, *config.more_rewards))
+    return rewarded or anchored or bool(config.output.validate_every)

@@ -90,6 +90,8 @@ class DistilConfig:
     """Prompts and their encoder."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The reward."""
+    more_rewards: tuple[RewardConfig, ...] = ()
+    """Others whose scores are added to it, each times its `share`; all are logged."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """How networks are held."""
     student_lora: LoRAConfig | None = None

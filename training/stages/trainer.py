@@ -9,6 +9,7 @@ what the critic has done of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -107,6 +108,8 @@ class Report:
     """The same of the critic, mean over its updates."""
     rewards: SampleWeights | None
     """Weights of the last update with a reward; None without one."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Means of what the reward is made of."""
 
 
 def report_numbers(report: Report) -> dict[str, float]:
@@ -118,7 +121,7 @@ def report_numbers(report: Report) -> dict[str, float]:
         values["reward/effective_share"] = weighted.effective_share
         for name, value in zip(("p10", "p50", "p90"), weighted.quantiles, strict=True):
             values[f"reward/weight_{name}"] = value
-    return values
+    return values | {f"reward/{name}": value for name, value in report.scores.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +184,7 @@ class Trainer:
             generator_norm=generator.norm,
             critic_norm=sum(each.norm for each in critic) / ratio,
             rewards=weighted.rewards,
+            scores={} if self.reward is None else self.reward.take_means(),
         )
 
     def averaged(self) -> AbstractContextManager[None]:

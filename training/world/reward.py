@@ -17,6 +17,8 @@ class TrackerReward:
     share of attributes that are right. A video in which nothing is seen has motion 0.
     """
 
+    scores = ("motion", "caption")
+
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """See `Reward`."""
         found = [score(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
