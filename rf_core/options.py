@@ -204,7 +204,7 @@ class Plan:
 def files_of_model(
     model: Path, vae: Path | None, text_encoder: str | None, submodel: str | None = None
 ) -> tuple[Path, str]:
-    """The VAE and the text encoder of a student: what is given, or the demo's where it belongs with them.
+    """VAE and text encoder of a student: what is given, or the demo's where it belongs with them.
 
     ValueError where something is neither.
     """

@@ -229,3 +229,21 @@ def test_the_first_example_ends_in_a_video(ran):
 def test_the_study_is_written_into_the_folder_of_results(ran):
     root, _ = ran
     assert (root / "Measuring and comparing" / "runs/eval/study.html").stat().st_size > 1000
+
+
+def test_a_teacher_without_its_inputs_says_which_commands_make_them(ran, tmp_path, capsys):
+    root, _ = ran
+    clips = root / "The miniature, from nothing to the demo" / "runs/world/clips"
+    text = "data.text_encoder=runs/world/text_encoder.safetensors"
+    command = ["teacher", "--out", str(tmp_path / "teacher"), "--set", text]
+
+    def said(*more: str) -> str:
+        assert training([*command, *more]) == 1
+        *_, last = capsys.readouterr().err.strip().splitlines()
+        return last
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for part in ("training.world clips", "training.world vae", "`text`"):
+            assert part in said()
+        assert "`python -m training.world text`" in said("--set", f"source={clips}")

@@ -91,9 +91,9 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
         return CaptionedClips(read_clips(folder), encoder)
     if not shards_of(folder):
         raise ValueError(
-            f"{folder} holds no clips; make some with `python -m training.world clips`, which reads "
-            "the VAE of `python -m training.world vae`, or give whole clips of "
-            "`python -m training ode_pairs`"
+            f"{folder} holds no clips; make some with `python -m training.world clips`, after "
+            "`python -m training.world vae` and `text` or with copies of the demo's files, or give "
+            "whole clips of `python -m training ode_pairs`"
         )
     pairs = Pairs.open(folder)
     if pairs.config.kind != "clips":
