@@ -15,6 +15,7 @@ from uuid import uuid4
 import torch
 
 from .attention import check_device
+from .companions import OPTIONS, TEXT_ENCODER, VAE, belongs_with, check_vae
 from .config import WAN_SIZE, CacheConfig, Grid, ModelConfig, SamplerConfig
 from .devices import preferred_dtype
 from .memory.footprint import Sizes
@@ -200,12 +201,42 @@ class Plan:
         return {"title": self.prompts[0].text, "comment": json.dumps(self.record())}
 
 
+def files_of_model(
+    model: Path, vae: Path | None, text_encoder: str | None, submodel: str | None = None
+) -> tuple[Path, str]:
+    """VAE and text encoder of a student: what is given, or the demo's where it belongs with them.
+
+    ValueError where something is neither.
+    """
+    if vae is not None and text_encoder is not None:
+        return vae, text_encoder
+    if not model.exists():
+        raise ValueError(f"there is no model at {model}; check the path")
+    companions = read_checkpoint(model, submodel=submodel).companions
+    demo, given = Files(), {VAE: vae, TEXT_ENCODER: text_encoder}
+    own: dict[str, str | Path] = {VAE: demo.vae, TEXT_ENCODER: demo.text_encoder}
+    missing = [
+        kind
+        for kind, place in given.items()
+        if place is None and not belongs_with(companions, kind, own[kind])
+    ]
+    if missing:
+        names = [companions[kind].name for kind in missing if kind in companions]
+        trained = f"; it was trained with {' and '.join(names)}" if names else ""
+        raise ValueError(
+            f"--model {model} needs its {' and '.join(OPTIONS[kind] for kind in missing)} as well "
+            f"(README, 'With the official checkpoint', says where to get them){trained}"
+        )
+    return vae or demo.vae, text_encoder or demo.text_encoder
+
+
 def plan(options: Options) -> Plan:
     """Settle and check a run. ValueError, one sentence, for whatever is wrong."""
     _check_values(options)
     _check_files(options)
     files = options.files
     checkpoint = read_checkpoint(files.model, submodel=files.submodel, num_heads=files.num_heads)
+    check_vae(files.model, checkpoint.companions, files.vae)
     cache = replace(checkpoint.cache or CacheConfig(), **options.cache)
     sampler = replace(checkpoint.sampler or SamplerConfig(), **options.sampler)
     native = checkpoint.size or WAN_SIZE

@@ -312,6 +312,14 @@ def _recorded_config(path: Path, about: Mapping[str, Any], most: int) -> tuple[A
         ) from error
 
 
+def last_norm(path: Path, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The weight of an encoder's last norm, which quantisation leaves alone.
+
+    ValueError where a file holds no encoder.
+    """
+    return _encoder_weights(path, tensors)["encoder.final_layer_norm.weight"]
+
+
 def _encoder_weights(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's part of a file, by the names of transformers' `UMT5EncoderModel`."""
     weights = {_umt5_name(key): tensor for key, tensor in tensors.items()}

@@ -144,9 +144,10 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
         return VideoClips(clips, prompts, embeds)
     if not shards_of(folder):
         raise ValueError(
-            f"{folder} holds no clips; make some with `python -m training.world clips`, encode "
-            "videos with `python -m training latents`, or give whole clips of `python -m training "
-            "ode_pairs`"
+            f"{folder} holds no clips; make some with `python -m training.world clips`, after "
+            "`python -m training.world vae` and `text` or with copies of the demo's files; or "
+            "encode videos with `python -m training latents`; or give whole clips of "
+            "`python -m training ode_pairs`"
         )
     pairs = Pairs.open(folder)
     if pairs.config.kind != "clips":

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..options import Files, Options
+from ..options import Files, Options, files_of_model
 from ..prompt_files import text_lines
 from ..prompts import PromptTimeline, Switch, TimelineError, parse_timeline
 from .shared import GRAPHS, cache_fields, dtype_of, sampler_fields
@@ -96,17 +96,14 @@ def _files(args: argparse.Namespace) -> Files:
         names = ("vae", "text_encoder", "tokenizer", "submodel", "num_heads")
         given = {name: getattr(args, name) for name in names}
         return Files(loras=tuple(args.lora), **{k: v for k, v in given.items() if v is not None})
-    if args.vae is None or args.text_encoder is None:
-        raise ValueError(
-            f"--model {args.model} needs its --vae and --text-encoder as well "
-            "(README, 'With the official checkpoint', says where to get them)"
-        )
+    model = Path(args.model)
+    vae, text_encoder = files_of_model(model, args.vae, args.text_encoder, args.submodel)
     return Files(
-        model=Path(args.model),
+        model=model,
         submodel=args.submodel,
         num_heads=args.num_heads,
-        vae=args.vae,
-        text_encoder=args.text_encoder,
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=args.tokenizer,
         loras=tuple(args.lora),
     )

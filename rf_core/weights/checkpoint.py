@@ -56,6 +56,16 @@ _Config = TypeVar("_Config", ModelConfig, CacheConfig, SamplerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Companion:
+    """A file that a student belongs with."""
+
+    name: str
+    """Its name, without its folder."""
+    fingerprint: str | None
+    """What it is known by under any name; None for a folder or a hub id."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A text-to-video Wan as read from disk, under Wan's own names, and what was found about it."""
 
@@ -73,6 +83,8 @@ class Checkpoint:
     """Height and width in pixels it was trained at, where the file says so."""
     provenance: dict[str, Any]
     """Where it came from, as recorded by `write_checkpoint`."""
+    companions: Mapping[str, Companion]
+    """The VAE (`vae`) and the text encoder (`text_encoder`) it was trained with, where it says."""
     metadata: dict[str, str]
     """The safetensors header's free text."""
     container: str
@@ -147,6 +159,7 @@ def read_checkpoint(
         sampler=_parse(file.path, SamplerConfig, settings.get("sampler")),
         size=_parse_size(file.path, settings.get("size")),
         provenance=_parse_provenance(file.path, settings.get("provenance") or {}),
+        companions=_parse_companions(file.path, settings.get("companions") or {}),
         metadata=file.metadata,
         container=file.container,
         names=named.name if named else "Wan",
@@ -198,12 +211,14 @@ def write_checkpoint(
     *,
     size: tuple[int, int] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    companions: Mapping[str, Companion] | None = None,
 ) -> None:
     """Write a network as safetensors with its settings, in full or not at all.
 
     With a cache the file is marked causal for ComfyUI core; without one it is a bidirectional
     network (a teacher, a critic) and is not. `size` is the height and width in pixels it is made
-    for; `provenance` is free JSON on the weights' origin.
+    for; `provenance` is free JSON on the weights' origin; `companions` are files that it belongs
+    with.
     CheckpointError where tensors and config disagree or the file cannot be one of ours.
     """
     path = Path(path).expanduser()
@@ -220,6 +235,7 @@ def write_checkpoint(
         "sampler": asdict(sampler) if sampler else None,
         "size": size,
         "provenance": dict(provenance or {}),
+        "companions": {kind: asdict(each) for kind, each in (companions or {}).items()},
     }
     metadata = {"format": "pt", SETTINGS_KEY: json.dumps(settings)}
     if cache is not None:
@@ -266,6 +282,7 @@ def convert(
             "sub-model": checkpoint.submodel,
             "loras": [f"{lora.path.name}:{lora.strength:g}" for lora in loras],
         },
+        companions=checkpoint.companions,
     )
     return read_checkpoint(target)
 
@@ -295,6 +312,7 @@ def describe(checkpoint: Checkpoint) -> str:
         "fits": f"LoRAs of this size, a VAE of {c.in_dim} latent channels, a text encoder "
         f"{c.text_dim} wide",
     }
+    rows |= {kind.replace("_", " "): each.name for kind, each in checkpoint.companions.items()}
     rows |= {name: str(value) for name, value in checkpoint.provenance.items() if value}
     width = max(map(len, rows))
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
@@ -392,6 +410,22 @@ def _parse_provenance(path: Path, values: object) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: has an unusable provenance; it is an object")
     return values
+
+
+def _parse_companions(path: Path, values: object) -> dict[str, Companion]:
+    match values:
+        case dict() if all(_is_companion(each) for each in values.values()):
+            return {str(kind): Companion(**each) for kind, each in values.items()}
+    raise CheckpointError(
+        f"{path}: has unusable companions; each is an object of a name and a fingerprint"
+    )
+
+
+def _is_companion(value: object) -> bool:
+    match value:
+        case {"name": str(), "fingerprint": str() | None, **others}:
+            return not others
+    return False
 
 
 def _parse_size(path: Path, values: object) -> tuple[int, int] | None:

@@ -155,8 +155,14 @@ def place_encoder(encoder: UMT5Encoder, device: torch.device) -> UMT5Encoder:
 
 
 def encoder_path(config: DataConfig) -> str:
-    """The text encoder that a config names, or the bundled demo's."""
-    return config.text_encoder or str(DEMO / "text_encoder.safetensors")
+    """The text encoder that a config names, or the demo's; ValueError for a missing file."""
+    place = config.text_encoder or str(DEMO / "text_encoder.safetensors")
+    if Path(place).suffix in (".safetensors", ".pth") and not Path(place).exists():
+        raise ValueError(
+            f"data.text_encoder is {place}, which is not there; `python -m training.world text` "
+            "makes the miniature's, and without the field the demo's is taken"
+        )
+    return place
 
 
 def open_prompts(

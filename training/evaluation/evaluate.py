@@ -18,7 +18,7 @@ import torch
 
 from rf_core.batch import file_digest
 from rf_core.generate import generate, open_networks, open_stream, open_text_encoder
-from rf_core.options import Files, Options, Plan, plan
+from rf_core.options import Files, Options, Plan, files_of_model, plan
 from rf_core.prompts import PromptTimeline, Switch
 from rf_core.ranges import MANY, check_numbers
 from rf_core.text import encode_prompts
@@ -308,13 +308,16 @@ def _files(evaluation: Evaluation, name: str) -> Files:
     model = evaluation.models[name]
     if not model.exists():
         raise ValueError(f"there is no model at {model}; check the path")
-    if evaluation.vae is None or evaluation.text_encoder is None:
-        _require_miniature(model)
     demo = Files()
+    vae, text_encoder = evaluation.vae, evaluation.text_encoder
+    if read_checkpoint(model).companions:
+        vae, text_encoder = files_of_model(model, vae, text_encoder)
+    elif vae is None or text_encoder is None:
+        _require_miniature(model)
     return Files(
         model=model,
-        vae=evaluation.vae or demo.vae,
-        text_encoder=evaluation.text_encoder or demo.text_encoder,
+        vae=vae or demo.vae,
+        text_encoder=text_encoder or demo.text_encoder,
         tokenizer=evaluation.tokenizer,
     )
 

@@ -22,6 +22,7 @@ from rf_core.arguments import argument
 from rf_core.attention import BACKENDS
 from rf_core.devices import make_current
 from rf_core.options import DEMO
+from rf_core.ranges import check_folder_writable
 from rf_core.writing import write_text
 
 from ..choices import DATA_SET, METRIC
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     print(text)  # noqa: T201
     if args.study:
         folders = [each.folder for each in candidates]
+        args.study.parent.mkdir(parents=True, exist_ok=True)
         key = write_study(folders, args.study, args.study_seed, args.study_pairs)
         print(f"study: {args.study}; its key, not for raters: {key}")  # noqa: T201
     return 0
@@ -132,8 +134,8 @@ def _check_extras(args: argparse.Namespace, evaluation: Evaluation) -> None:
         )
     if args.study and len(evaluation.models) < 2:
         raise ValueError("--study compares models; give --model twice or more")
-    if args.study and not args.study.absolute().parent.is_dir():
-        raise ValueError(f"the folder of {args.study} does not exist; create it first")
+    if args.study:
+        check_folder_writable(args.study.parent)
 
 
 def _evaluation(args: argparse.Namespace) -> Evaluation:

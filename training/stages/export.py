@@ -13,11 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from rf_core.companions import companions_of
 from rf_core.config import SPATIAL_FACTOR, CacheConfig, SamplerConfig
 from rf_core.model import WanModel
-from rf_core.weights.checkpoint import read_checkpoint, write_checkpoint
+from rf_core.options import DEMO
+from rf_core.weights.checkpoint import Companion, read_checkpoint, write_checkpoint
 from rf_core.writing import whole_file
 
+from ..data.embeddings import encoder_path
 from ..run.checkpointing import read_part
 from ..run.distributed import rank
 from ..run.lora import BASE, LoRAConfig, exported, merged
@@ -34,6 +37,7 @@ def write_student(
     sampler: SamplerConfig | None,
     size: tuple[int, int],
     note: Mapping[str, Any],
+    companions: Mapping[str, Companion] | None = None,
 ) -> None:
     """Write a student that may be sharded, or a teacher, which has no cache and no sampler.
 
@@ -41,7 +45,16 @@ def write_student(
     """
     tensors = _full_state_dict(student)
     if rank() == 0:
-        write_checkpoint(path, tensors, student.config, cache, sampler, size=size, provenance=note)
+        write_checkpoint(
+            path,
+            tensors,
+            student.config,
+            cache,
+            sampler,
+            size=size,
+            provenance=note,
+            companions=companions,
+        )
 
 
 def write_adapter(
@@ -87,7 +100,13 @@ def export(
         redmd.sampler,
         size=(rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR),
         provenance=note,
+        companions=student_companions(config),
     )
+
+
+def student_companions(config: DistilConfig) -> dict[str, Companion]:
+    """The VAE and the text encoder of a run's student, as its file names them."""
+    return companions_of(config.files.vae or DEMO / "vae.safetensors", encoder_path(config.data))
 
 
 def file_hash(path: Path) -> str:

@@ -43,7 +43,7 @@ from ..run.journal import Journal, read_journal
 from ..run.networks import open_network, placement_dtype
 from ..run.signals import StopRequest, stop_on_signal
 from .estimate import Sizes
-from .export import file_hash, write_adapter, write_student
+from .export import file_hash, student_companions, write_adapter, write_student
 from .recipes import DistilConfig, student_path
 from .trainer import Report, Trainer, report_numbers
 from .validation import validate
@@ -191,7 +191,8 @@ def _checkpoint(run: Run) -> None:
         else:
             *_, rows, columns = config.run.latents
             size = (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
-            write_student(out / STUDENT, student, redmd.cache, redmd.sampler, size, note)
+            made_for = student_companions(config)
+            write_student(out / STUDENT, student, redmd.cache, redmd.sampler, size, note, made_for)
     delete_old_checkpoints(out, config.output.keep)
 
 

@@ -142,6 +142,7 @@ def release(files: Files, demo: Path) -> dict[str, int]:
             checkpoint.sampler,
             size=checkpoint.size,
             provenance=checkpoint.provenance,
+            companions=checkpoint.companions,
         )
     return {path.name: path.stat().st_size for path in sorted(demo.glob("*.safetensors"))}
 
