@@ -39,6 +39,7 @@ SETTINGS = {
     "teacher": [*SMALL, "opening_batch=2"],
     "ode_pairs": ["clips=4", "shard=2", "batch=2", "steps=2"],
     "ode_init": SMALL,
+    "consistency": SMALL,
     "re_dmd": [
         "run.updates=2",
         "run.critic_ratio=1",
