@@ -523,9 +523,12 @@ def test_an_output_that_is_there_is_not_touched_unasked(weights, tmp_path, capsy
     assert main(arguments(weights, output, *more, "--overwrite")) == 0
 
 
-def test_a_model_without_its_vae_and_text_encoder_is_refused(capsys):
-    assert main(["generate", "--prompt", "x", "--model", "m.safetensors"]) == 1
+def test_a_model_without_its_vae_and_text_encoder_is_refused(weights, capsys):
+    model = str(weights / "student.safetensors")
+    assert main(["generate", "--prompt", "x", "--model", model]) == 1
     assert "--vae and --text-encoder" in capsys.readouterr().err
+    assert main(["generate", "--prompt", "x", "--model", "m.safetensors"]) == 1
+    assert "there is no model at m.safetensors" in capsys.readouterr().err
 
 
 def test_inspect_and_convert_show_what_a_file_holds(weights, tmp_path, capsys):
