@@ -17,6 +17,7 @@ from reference import Reference
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+import training.__main__ as training
 from rf_core.attention import sdpa
 from rf_core.config import CacheConfig, Grid, SamplerConfig
 from rf_core.kv_cache import KVCache
@@ -25,6 +26,7 @@ from rf_core.rope import apply_rope, rope_table
 from rf_core.scheduler import euler_levels, flow_to_x0, integrate, sampling_timesteps
 from rf_core.stream import Stream
 from rf_core.weights.checkpoint import load_student, write_checkpoint
+from rf_core.weights.files import read_json
 from training.data.embeddings import MemoryEmbeds
 from training.data.pairs import Origin, Pairs, PairsConfig, Trajectories, shard_path, write_shard
 from training.data.prompts import DataConfig
@@ -673,3 +675,40 @@ def test_the_miniature_goes_from_trajectories_to_a_student_that_streams(tmp_path
     embeds = Pairs.open(pairs).rows([0]).embeds
     stream = Stream(whole, embeds, height=64, width=64, cache=found.cache, sampler=found.sampler)
     assert stream.step().latents.isfinite().all()
+
+    again = tmp_path / "again.safetensors"
+    assert training.main(["export", str(out), str(again), "--dtype", "float32"]) == 0
+    exported, settings_of = load_student(again, device="cpu", dtype=torch.float32)
+    assert all(map(torch.equal, whole.state_dict().values(), exported.state_dict().values()))
+    for name in ("cache", "sampler", "size", "provenance"):
+        assert getattr(settings_of, name) == getattr(found, name), name
+    trained = ["export", str(out), str(again), "--weights", "student", "--dtype", "float32"]
+    assert training.main(trained) == 0
+    (out / "config.json").write_text(  # of before a folder named its recipe
+        json.dumps({k: v for k, v in read_json(out / "config.json").items() if k != "recipe"})
+    )
+    assert training.main(trained) == 0
+    capsys.readouterr()
+    for folder, more, named in (
+        (pairs, [], "holds trajectories; ode_init makes a student of them"),
+        (out, ["--adapter"], "is a run of ode_init, which trains no adapter"),
+        (prompts.parent, [], "holds no run"),
+    ):
+        assert training.main(["export", str(folder), str(again), *more]) == 1
+        assert named in capsys.readouterr().err
+    (out / "student.safetensors").unlink()
+    assert training.main(["export", str(out), str(again)]) == 1
+    assert "--resume the run" in capsys.readouterr().err
+
+    taught = settings(
+        "updates=1", "batch=2", "micro_batch=2", "tensorboard=false", "balanced=false"
+    )
+    taught += settings(f"source={pairs}", "model=null", f"start={DEMO / 'teacher.safetensors'}")
+    taught += settings('phases=[{"until": 1.0, "kinds": ["whole"]}]', "chunk_frames=2")
+    teacher = tmp_path / "teacher"
+    assert training.main(["teacher", "--out", str(teacher), "--device", "cpu", *taught]) == 0
+    assert training.main(["export", str(teacher), str(again), "--dtype", "float32"]) == 0
+    exported, settings_of = load_student(again, device="cpu", dtype=torch.float32)
+    own, _ = load_student(teacher / "teacher.safetensors", device="cpu", dtype=torch.float32)
+    assert not settings_of.causal and settings_of.cache is None
+    assert all(map(torch.equal, own.state_dict().values(), exported.state_dict().values()))

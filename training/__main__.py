@@ -22,11 +22,12 @@ from rf_core.writing import write_text
 from .choices import check_reward
 from .claims.ablations import ARMS, ClaimsConfig, Measurer, run_claims
 from .claims.report import motion_plot, report, strips
+from .data.pairs import PairsConfig
 from .objective.verify import KINDS
 from .rewards.videoalign import convert
 from .run.config import apply_overrides, to_json
 from .run.distributed import Stopped, check_shares, exit_code, process_group, world_size
-from .run.folder import checkpoints, read_config, saved_weights
+from .run.folder import STUDENT, TEACHER, checkpoints, read_config, recipe_of, saved_weights
 from .run.machine import check_machine, num_processes
 from .run.options import (
     add_config_arguments,
@@ -39,10 +40,11 @@ from .run.options import (
 )
 from .stages import consistency, evaluation, latents, regression, teacher, trajectories
 from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
-from .stages.export import export
+from .stages.export import export, export_supervised
 from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
 from .stages.recipes import PRESETS, DistilConfig, student_path, with_sink
 from .stages.schedule import notes_on_schedule, schedule_of, with_schedule_of_student
+from .stages.teacher import TeacherConfig
 from .stages.trainer import report_numbers
 
 STRIP_PROMPT = "a red circle moves left"
@@ -111,28 +113,61 @@ def _estimated(config: DistilConfig, sizes: Sizes, processes: int, device: torch
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Write a checkpoint of a run as a student's file."""
+    """Write a checkpoint of a run as a student's file, or of a teacher's as a teacher's."""
     check_writable(args.out)
-    config = read_config(DistilConfig, args.run)
+    recipe = recipe_of(args.run)
+    if recipe == PairsConfig.recipe:
+        raise ValueError(
+            f"{args.run} holds trajectories; ode_init makes a student of them: export its run"
+        )
     found = dict(checkpoints(args.run))
     if not found:
         raise ValueError(f"{args.run} holds no checkpoint")
     update = args.update if args.update is not None else max(found)
     if update not in found:
         raise ValueError(f"{args.run} holds no update {update}; it has {sorted(found)}")
+    if recipe == DistilConfig.recipe:
+        _export_distilled(args, update, found[update])
+    else:
+        _export_supervised(args, recipe, update, found[update])
+    print(args.out)
+    return 0
+
+
+def _export_distilled(args: argparse.Namespace, update: int, checkpoint: Path) -> None:
+    config = read_config(DistilConfig, args.run)
     files = check_files(config)
     export(
         config,
         files["student"],
-        found[update],
+        checkpoint,
         args.out,
         weights=args.weights,
         dtype=DTYPES[args.dtype],
         adapter=args.adapter,
         note=provenance(config, update, origin_of(files)),
     )
-    print(args.out)
-    return 0
+
+
+def _export_supervised(
+    args: argparse.Namespace, recipe: str, update: int, checkpoint: Path
+) -> None:
+    saved = args.run / (TEACHER if recipe == TeacherConfig.recipe else STUDENT)
+    if args.adapter:
+        raise ValueError(f"{args.run} is a run of {recipe}, which trains no adapter")
+    if not saved.exists():
+        raise ValueError(
+            f"{saved} is not there, which says what {checkpoint.name} is; --resume the run, which "
+            "writes it with its next checkpoint"
+        )
+    export_supervised(
+        saved,
+        checkpoint,
+        args.out,
+        weights=args.weights,
+        dtype=DTYPES[args.dtype],
+        update=update,
+    )
 
 
 def run_videoalign(args: argparse.Namespace) -> int:
@@ -210,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     cheaper.set_defaults(command=consistency.run_consistency)
     export = commands.add_parser("export", help="write a run's checkpoint as a student")
     export.set_defaults(command=run_export)
-    export.add_argument("run", type=Path, help="folder of a re_dmd run")
+    export.add_argument("run", type=Path, help="folder of a run: re_dmd, ode_init or teacher")
     export.add_argument("out", type=Path, help="the .safetensors to write")
     export.add_argument("--update", type=int, help="which checkpoint (default: the newest)")
     export.add_argument("--weights", choices=("average", "student"), default="average")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rf_core.numbered import numbered
+from rf_core.weights.files import read_json
 from rf_core.writing import write_text
 
 from .checkpointing import delete, is_complete
-from .config import difference, differences, from_json, recipe_to_json
+from .config import RECIPE, difference, differences, from_json, recipe_to_json
 from .distributed import barrier, broadcast_from_rank_0, rank
 
 T = TypeVar("T")
@@ -93,6 +94,22 @@ def read_config(kind: type[T], out: Path) -> T:
         return from_json(kind, path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def recipe_of(out: Path) -> str:
+    """The recipe of a folder's run; ValueError where there is none.
+
+    Folders of before they named it are known by a field.
+    """
+    path = out / CONFIG
+    if not path.exists():
+        raise ValueError(f"{out} holds no run, as it has no {CONFIG}; name a run's folder")
+    fields = read_json(path)
+    known = {"run": "re_dmd", "pairs": "ode_init", "phases": "teacher", "stored": "ode_pairs"}
+    found = [fields.get(RECIPE), *(known[name] for name in known if name in fields)]
+    if not any(found):
+        raise ValueError(f"{path} is the config of no recipe")
+    return next(each for each in found if each)
 
 
 def create_run_folder(config: Any, out: Path) -> None:

@@ -109,6 +109,32 @@ def student_companions(config: DistilConfig) -> dict[str, Companion]:
     return companions_of(config.files.vae or DEMO / "vae.safetensors", encoder_path(config.data))
 
 
+def export_supervised(
+    saved: Path,
+    checkpoint: Path,
+    out: Path,
+    *,
+    weights: Weights = "average",
+    dtype: torch.dtype = torch.bfloat16,
+    update: int,
+) -> None:
+    """The same of `ode_init` and `teacher`, whose runs have all settings in the file they saved.
+
+    `saved` is that file, `update` the checkpoint's.
+    """
+    part = "average" if weights == "average" else "student.model"
+    found = read_checkpoint(saved)
+    write_checkpoint(
+        out,
+        {name: tensor.to(dtype) for name, tensor in read_part(checkpoint, part).items()},
+        found.config,
+        found.cache,
+        found.sampler,
+        size=found.size,
+        provenance={**found.provenance, "updates": update},
+    )
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, read in pieces; of a folder, of its files' names and sizes."""
     digest = hashlib.sha256()
