@@ -11,13 +11,14 @@ import torch
 from training.__main__ import main
 from training.run import machine
 
-RE_DMD, TEACHER, INIT, PAIRS = (
+RE_DMD, TEACHER, INIT, CONSISTENCY, PAIRS = (
     ["re_dmd"],
     ["teacher"],
     ["ode_init", "--pairs", "none"],
+    ["consistency"],
     ["ode_pairs"],
 )
-ALL = (RE_DMD, TEACHER, INIT, PAIRS)
+ALL = (RE_DMD, TEACHER, INIT, CONSISTENCY, PAIRS)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,8 @@ def test_every_backend_of_torch_compile_is_taken():
 
 
 @pytest.mark.parametrize(
-    ("command", "field"), [(RE_DMD, "output.wandb"), (TEACHER, "wandb"), (INIT, "wandb")]
+    ("command", "field"),
+    [(RE_DMD, "output.wandb"), (TEACHER, "wandb"), (INIT, "wandb"), (CONSISTENCY, "wandb")],
 )
 def test_wandb_that_is_not_installed_is_refused(command, field, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -62,6 +64,7 @@ def test_wandb_that_is_not_installed_is_refused(command, field, tmp_path, capsys
         (TEACHER, ["batch=8", "opening_batch=9"]),
         (TEACHER, ["batch=9", "opening_batch=8"]),
         (INIT, ["batch=8"]),
+        (CONSISTENCY, ["batch=8"]),
     ],
 )
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_a_group_exists(

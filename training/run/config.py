@@ -92,10 +92,8 @@ def apply_overrides(config: T, settings: Sequence[str]) -> T:
 def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
     """The fields in which two configs differ, by path, each with its two plain values."""
     old, new = (_flat(json.loads(to_json(each))) for each in (before, now))
-    names = [*old, *(each for each in new if each not in old)]
-    return {
-        name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)
-    }
+    both = {name: (old.get(name), new.get(name)) for name in (*old, *new)}
+    return {name: (a, b) for name, (a, b) in both.items() if a != b}
 
 
 def difference(before: Any, now: Any, may_differ: Sequence[str] = ()) -> str | None:

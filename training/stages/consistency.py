@@ -285,7 +285,8 @@ class ConsistencyTrainer(SupervisedTrainer):
     def origin(self) -> dict[str, Any]:
         """See `SupervisedTrainer`."""
         files = paths_of(self.config)
-        made_from = {name: file_hash(path) for name, path in files.items()}
+        hashes = {path: file_hash(path) for path in set(files.values())}
+        made_from = {name: hashes[path] for name, path in files.items()}
         return {"made_from": made_from, "clips": len(self.source)}
 
 

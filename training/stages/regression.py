@@ -43,7 +43,6 @@ from ..objective.tensors import Tensors
 from ..run.config import to_json
 from ..run.draws import seeded_generator, shuffled_indices
 from ..run.folder import STUDENT, checkpoint_to_resume
-from ..run.machine import check_batches, check_machine, num_processes
 from ..run.networks import PlacementConfig, open_network
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
@@ -334,13 +333,15 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
 def run_init(args: argparse.Namespace) -> int:
     """Make a causal student of a network by regression on trajectories."""
     config = replace(config_from_args(args, InitConfig, INIT_PRESETS), pairs=args.pairs)
-    check_machine(config.placement, config.wandb)
-    check_batches([config.batch], config.micro_batch, num_processes())
-    schedule = Schedule(cache=config.cache, sampler=Pairs.open(config.pairs).config.sampler)
+
+    def notes() -> list[str]:
+        schedule = Schedule(cache=config.cache, sampler=Pairs.open(config.pairs).config.sampler)
+        return notes_on_schedule(schedule, start_path(config))
+
     return run_stage(
         args,
         config,
         lambda device: init_student(config, args.out, device, resume=args.resume),
         STUDENT,
-        notes_on_schedule(schedule, start_path(config)),
+        notes,
     )

@@ -43,6 +43,7 @@ from ..run.folder import (
     name_last_checkpoint_on_error,
 )
 from ..run.journal import Journal
+from ..run.machine import check_batches, check_machine, num_processes
 from ..run.networks import PlacementConfig, placement_dtype
 from ..run.optimise import RATES, OptimiserConfig, TrainedNetwork
 from ..run.options import format_numbers, print_rank_0, show_progress
@@ -92,6 +93,11 @@ class SupervisedConfig:
         check_numbers(self, seed=(0, 2**63 - 1))
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
+
+    @property
+    def batches(self) -> set[int]:
+        """Batch sizes of all updates."""
+        return {self.batch}
 
     def decay(self, update: int) -> float:
         """Of the average, at an update."""
@@ -316,15 +322,18 @@ def run_stage(
     config: SupervisedConfig,
     start: Callable[[torch.device], Iterator[Report]],
     file: str,
-    notes: Sequence[str] = (),
+    notes: Callable[[], Sequence[str]] = tuple,
 ) -> int:
     """Run a stage on all processes, with a progress bar; `start` begins it on a device.
 
-    `notes` are lines to print before.
+    `notes` gives lines to print before, once the machine is found fit.
     """
+    check_machine(config.placement, config.wandb)
+    check_batches(config.batches, config.micro_batch, num_processes())
     check_folder_writable(args.out)
+    lines = [to_json(config), *notes()]
     with process_group(args.device) as device:
-        print_rank_0("\n".join([to_json(config), *notes]))
+        print_rank_0("\n".join(lines))
         steps = ((each.update + 1, _line(each)) for each in start(device))
         show_progress(config.updates, "update", steps)
         print_rank_0(f"{args.out}: the averaged weights are in {file}")

@@ -45,7 +45,6 @@ from ..objective.excerpts import (
 from ..objective.tensors import Tensors
 from ..run.draws import seeded_generator
 from ..run.folder import TEACHER, checkpoint_to_resume
-from ..run.machine import check_batches, check_machine, num_processes
 from ..run.networks import PlacementConfig, new_network, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
@@ -375,8 +374,6 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
 def run_teacher(args: argparse.Namespace) -> int:
     """Train a teacher."""
     config = config_from_args(args, TeacherConfig, TEACHER_PRESETS)
-    check_machine(config.placement, config.wandb)
-    check_batches(config.batches, config.micro_batch, num_processes())
     return run_stage(
         args,
         config,
