@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,18 @@ from rf_core.weights.checkpoint import load_student, read_checkpoint
 from rf_core.weights.lora import Lora
 from rf_core.writing import WriteError
 from training.__main__ import main
+from training.data.latents import Video, latents_path, write_latents
 from training.run import checkpointing
 from training.run.config import apply_overrides
+from training.run.distributed import Stopped
 from training.run.folder import checkpoints
 from training.run.journal import read_journal
 from training.run.optimise import TrainedNetwork
-from training.stages import re_dmd
+from training.run.signals import StopRequest
+from training.stages import re_dmd, supervised
 from training.stages.re_dmd import distil
 from training.stages.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
+from training.stages.teacher import TeacherConfig, train_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -459,6 +464,42 @@ def test_a_signal_saves_the_run_says_so_and_it_goes_on_bit_for_bit(tmp_path, pro
             assert torch.equal(weight, second[name])
         else:
             torch.testing.assert_close(weight, second[name], atol=1e-4, rtol=1e-3)
+
+
+class FromTheStart(StopRequest):
+    """A signal that came before the first micro-batch."""
+
+    number = signal.SIGTERM
+
+
+@pytest.mark.parametrize("stage", [re_dmd, supervised])
+def test_what_a_stop_says_is_saved_is_there_and_is_not_written_again(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "stop_on_signal", lambda: nullcontext(FromTheStart()))
+    clip = Video(name="a.mp4", prompt="light")
+    write_latents(latents_path(tmp_path / "clips", 0), [torch.randn(16, 9, 8, 8).half()], clip, "")
+    teach = TeacherConfig(
+        source=tmp_path / "clips",
+        start=DEMO / "teacher.safetensors",
+        updates=2,
+        batch=1,
+        opening_batch=1,
+        tensorboard=False,
+    )
+    out, written = tmp_path / "run", []
+    save = checkpointing.save
+    monkeypatch.setattr(
+        checkpointing, "save", lambda state, at: (written.append(at.name), save(state, at))
+    )
+    for resume in (False, True):
+        run = (
+            distil(small("reward.kind=none"), out, CPU, resume=resume)
+            if stage is re_dmd
+            else train_teacher(teach, out, CPU, resume=resume)
+        )
+        with pytest.raises(Stopped, match="is saved in update 0"):
+            next(run)
+        assert [update for update, _ in checkpoints(out)] == [0]
+    assert written == ["update_000000"]
 
 
 def test_what_all_processes_meet_is_told_once(tmp_path):

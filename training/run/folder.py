@@ -31,6 +31,11 @@ def checkpoint_path(out: Path, update: int) -> Path:
     return out / _name(update)
 
 
+def is_saved(out: Path, update: int) -> bool:
+    """Whether there is a checkpoint of an update, as the first process sees it."""
+    return broadcast_from_rank_0(is_complete(checkpoint_path(out, update)))
+
+
 def _name(update: int) -> str:
     return f"update_{update:06}"
 

@@ -37,6 +37,7 @@ from ..run.folder import (
     checkpoint_to_resume,
     create_run_folder,
     delete_old_checkpoints,
+    is_saved,
     name_last_checkpoint_on_error,
 )
 from ..run.journal import Journal, read_journal
@@ -146,7 +147,8 @@ def _update(run: Run, journal: Journal, stop: StopRequest) -> Report:
         with name_last_checkpoint_on_error(run.out, trainer.update):
             report = trainer.step(stop)
     except Stopped as stopped:
-        _checkpoint(run)
+        if trainer.is_within_update or not is_saved(run.out, trainer.update):
+            _checkpoint(run)
         raise stopped.saved(run.out, trainer.update) from None
     journal.write(report.update, report_numbers(report) | {"seconds": time.perf_counter() - clock})
     if trainer.update % output.checkpoint_every == 0 or _is_last(run) or _is_overdue(run):

@@ -40,6 +40,7 @@ from ..run.folder import (
     checkpoint_path,
     create_run_folder,
     delete_old_checkpoints,
+    is_saved,
     name_last_checkpoint_on_error,
 )
 from ..run.journal import Journal
@@ -279,14 +280,13 @@ def train(trainer: SupervisedTrainer, out: Path, resumed: Resumed | None) -> Ite
     ):
         if resumed is not None:
             journal.write_changes(trainer.update, resumed.changes)
-        saved = trainer.update
         while trainer.update < config.updates:
             began = time.perf_counter()
             try:
                 with name_last_checkpoint_on_error(out, trainer.update):
                     report = trainer.step(stop)
             except Stopped as stopped:
-                if trainer.update > saved:
+                if not is_saved(out, trainer.update):
                     _checkpoint(trainer, out, clock, origin)
                 raise stopped.saved(out, trainer.update) from None
             journal.write(
@@ -295,7 +295,6 @@ def train(trainer: SupervisedTrainer, out: Path, resumed: Resumed | None) -> Ite
             if trainer.update % config.checkpoint_every == 0 or trainer.update == config.updates:
                 with name_last_checkpoint_on_error(out, trainer.update):
                     _checkpoint(trainer, out, clock, origin)
-                saved = trainer.update
             yield report
 
 

@@ -161,6 +161,11 @@ class Trainer:
         self._critic_steps: list[_Step] = []
         """Those of the update that is not finished yet."""
 
+    @property
+    def is_within_update(self) -> bool:
+        """Whether the critic has been trained for an update that is not finished yet."""
+        return bool(self._critic_steps)
+
     def step(self, stop: StopRequest | None = None) -> Report:
         """The critic's updates, one of the generator, the average.
 
