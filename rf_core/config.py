@@ -7,7 +7,7 @@ values with their source. Nothing else in the code base spells these numbers out
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .ranges import (
     LARGEST_SIDE,
@@ -23,6 +23,9 @@ from .ranges import (
 
 Accumulator = Literal["reference", "float32"]
 Storage = Literal["exact", "int8"]
+Positions = Literal["window", "absolute"]
+Recache = Literal["chunks", "joint", "joint_new_sink"]
+Rebuild = Literal["never", "first", "reencoded"]
 
 PUBLISHED_STEPS = (1000, 750, 500, 250)  # arXiv 2512.04678, sec. 4: four denoising steps
 NUM_TRAIN_TIMESTEPS = 1000  # Wan 2.1: flow matching on t in [0, 1000]
@@ -105,21 +108,89 @@ class CacheConfig:
 
     storage: Storage = "exact"
     """`int8` keeps all but the sink in 8 bits: an approximation, in half the memory."""
+    first_chunk_frames: int | None = None
+    """Latent frames of a stream's first chunk, and of the first after a cut; None for as many as
+    the others have."""
+    positions: Positions = "window"
+    """`window` places the sink right before the frames it is kept beside; `absolute` leaves it at
+    its frames' own time, ever further behind (LongLive, arXiv 2509.22622)."""
+    memory_rates: tuple[float, ...] = ()
+    """Memories beside the sink, a frame each: what leaves the window, averaged over frames and
+    tokens, is mixed into each at its rate (MemRoPE's are 0.01 and 0.1)."""
+    recache: Recache = "chunks"
+    """How the past is run again at a change of prompt: `chunks` as it was made; `joint` all in one
+    pass, the sink too while nothing has left the window (LongLive); `joint_new_sink` the whole
+    window, whose first frames become the sink."""
+    rebuild: Rebuild = "never"
+    """Krea's context in place of a cache that is kept: before each chunk the window is made anew of
+    a head frame and the last ones. Once that frame has left it, the head is still the `first` of
+    the stream, or the oldest picture in sight, `reencoded` as one."""
+    blend_holds: bool = False
+    """Whether the first chunk of a blend still has the old prompt, as Krea's."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "memory_rates", tuple(self.memory_rates))  # as JSON has a list
         frames = {"window_frames": 1, "chunk_frames": 1, "sink_frames": 0}
         check_counts(self, **{name: (least, LARGEST_WINDOW) for name, least in frames.items()})
-        if self.window_frames < self.sink_frames + self.chunk_frames:
+        if self.first_chunk_frames is not None:
+            check_counts(self, first_chunk_frames=(1, self.chunk_frames))
+        if self.window_frames < self.head_frames + self.chunk_frames:
+            memories = f", {len(self.memory_rates)} of memory" if self.memory_rates else ""
             raise ValueError(
-                f"window_frames {self.window_frames} cannot hold {self.sink_frames} sink frames "
-                f"and a chunk of {self.chunk_frames}; raise the window or lower the sink"
+                f"window_frames {self.window_frames} cannot hold {self.sink_frames} sink frames"
+                f"{memories} and a chunk of {self.chunk_frames}; raise the window or lower the sink"
             )
+        check_each(self, memory_rates=(0, 1))
+        for name, kind in (("positions", Positions), ("recache", Recache), ("rebuild", Rebuild)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(get_args(kind))}")
+        self._check_rebuild()
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay is {self.decay}; it is a fraction between 0 and 1")
         if self.accumulator not in ("reference", "float32"):
             raise ValueError(f"accumulator is {self.accumulator!r}; use 'reference' or 'float32'")
         if self.storage not in ("exact", "int8"):
             raise ValueError(f"storage is {self.storage!r}; use 'exact' or 'int8'")
+
+    def _check_rebuild(self) -> None:
+        if self.rebuild == "never":
+            return
+        if self.head_frames:
+            raise ValueError(
+                f"rebuild is {self.rebuild!r}, which keeps nothing from chunk to chunk; set "
+                "sink_frames to 0 and give no memory_rates"
+            )
+        if self.window_frames <= self.chunk_frames:
+            raise ValueError(
+                f"window_frames {self.window_frames} leaves nothing to rebuild before a chunk of "
+                f"{self.chunk_frames}; raise the window"
+            )
+
+    @property
+    def first_frames(self) -> int:
+        """Latent frames of a stream's first chunk."""
+        return self.first_chunk_frames or self.chunk_frames
+
+    @property
+    def head_frames(self) -> int:
+        """Latent frames at the window's start that are no recent past: sink and memories."""
+        return self.sink_frames + len(self.memory_rates)
+
+    @property
+    def rebuilt_frames(self) -> int:
+        """Latent frames of a rebuilt context, at most."""
+        return self.window_frames - self.chunk_frames
+
+    @property
+    def kept_first(self) -> int:
+        """Clean latent frames of a stream's beginning that it keeps: the sink's, or the head's."""
+        return max(self.sink_frames, int(self.rebuild != "never"))
+
+    @property
+    def kept_last(self) -> int:
+        """Clean latent frames of the past that it keeps to run them again."""
+        begun_anew = self.recache == "joint_new_sink"
+        return self.window_frames - (0 if begun_anew else self.kept_first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,17 +201,38 @@ class SamplerConfig:
     """Unwarped timesteps, high to low, in (0, 1000]."""
     shift: float = 5.0
     """Flow shift that warps the steps toward noise (Wan 2.1's for 480p)."""
+    first_steps: tuple[int, ...] | None = None
+    """Those of the first chunk that is generated, and of the first after a cut; None for the same.
+    A student of one step or two needs more where there is no past (Causal-Forcing++)."""
+    clean_timestep: float = 0.0
+    """Timestep at which a chunk is run again for the cache, in [0, 1000). It is not noised."""
+    rolling: bool = False
+    """Whether as many chunks as there are steps are denoised together, one step apart, and a pass
+    finishes one (Rolling Forcing); the window then holds the sink beside what attention sees."""
 
     def __post_init__(self) -> None:
-        if not self.steps:
-            raise ValueError("steps is empty; give at least one timestep, such as 1000")
-        if len(self.steps) > MAX_STEPS:
-            raise ValueError(f"{len(self.steps)} steps; give at most {MAX_STEPS}")
-        if any(not 0 < step <= NUM_TRAIN_TIMESTEPS for step in self.steps):
-            raise ValueError(f"steps {self.steps} leave (0, {NUM_TRAIN_TIMESTEPS}]")
-        if list(self.steps) != sorted(set(self.steps), reverse=True):
-            raise ValueError(f"steps {self.steps} must fall, each lower than the one before")
-        check_numbers(self, shift=(0.01, 1000.0))
+        for name in ("steps", "first_steps"):  # as JSON has lists
+            if (steps := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(steps))
+        _check_steps("steps", self.steps)
+        if self.first_steps is not None:
+            _check_steps("first_steps", self.first_steps)
+        check_numbers(self, shift=(0.01, 1000.0), clean_timestep=(0, NUM_TRAIN_TIMESTEPS - 1))
+
+    def steps_of(self, is_first: bool) -> tuple[int, ...]:
+        """The steps of a chunk."""
+        return self.first_steps if is_first and self.first_steps is not None else self.steps
+
+
+def _check_steps(name: str, steps: tuple[int, ...]) -> None:
+    if not steps:
+        raise ValueError(f"{name} is empty; give at least one timestep, such as 1000")
+    if len(steps) > MAX_STEPS:
+        raise ValueError(f"{len(steps)} {name}; give at most {MAX_STEPS}")
+    if any(not 0 <= step <= NUM_TRAIN_TIMESTEPS for step in steps) or not steps[0]:
+        raise ValueError(f"{name} {steps} leave (0, {NUM_TRAIN_TIMESTEPS}]; the last may be 0")
+    if list(steps) != sorted(set(steps), reverse=True):
+        raise ValueError(f"{name} {steps} must fall, each lower than the one before")
 
 
 @dataclass(frozen=True, kw_only=True)

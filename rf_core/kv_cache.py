@@ -6,6 +6,11 @@ window once a chunk, when the window has moved. When it is full the oldest chunk
 sink takes it up by an exponential moving average (Reward Forcing, arXiv 2512.04678, sec. 3.2): the
 start of the video is remembered, yet kept fresh.
 
+Other students' caches are settings of this one. A sink may keep its frames' own time (`positions`):
+then only its turn changes, as angles matter by their differences alone. Between sink and past there
+may be memories, a frame each, of one mean over all that leaves (`memory_rates`). Sink and memories
+together are the head.
+
 The order of use, once per chunk:
 
     cache.advance()                                         # grow, or let the oldest frames leave
@@ -32,7 +37,7 @@ from torch import Tensor
 
 from . import kernels
 from .config import CacheConfig, Grid
-from .rope import Rope, apply_rope, rope_table
+from .rope import Rope, apply_rope, rope_from, rope_table
 
 _EXACT, _BEFORE = "exact_sink", "before."  # names in `state_dict()`
 ROOM = 4  # times the sink that a card has free, or its copy goes to the host
@@ -189,6 +194,29 @@ class SinkBackup:
             _copy_blocks(tensor, self.tensors[name])
 
 
+@dataclass
+class TurningTable:
+    """Angles of a window whose sink keeps its own time, set in place: recorded passes read them."""
+
+    table: Rope
+    gone_frames: int = 0
+    """The frames that had left when they were set."""
+
+    @classmethod
+    def of(cls, cache: KVCache) -> TurningTable | None:
+        """A cache's own; None where its sink is placed by the window."""
+        absolute = cache.config.positions == "absolute" and cache.config.sink_frames
+        return cls(cache.table.clone()) if absolute else None
+
+    def set(self, cache: KVCache) -> None:
+        """Put the sink as far back as frames have left the cache."""
+        if self.gone_frames != cache.gone_frames:
+            place = cache.config.sink_frames, cache.grid, cache.k_NBWHD.shape[-1]
+            sink = rope_from(-cache.gone_frames, *place, cache.k_NBWHD.device)
+            self.table.copy_(sink)
+            self.gone_frames = cache.gone_frames
+
+
 def _copy_blocks(source: Tensor, target: Tensor) -> None:
     """Copy [..., S, H, D] block by block, each in one piece: a card needs no memory for it then."""
     for mine, new in zip(target.flatten(0, -4), source.flatten(0, -4), strict=True):
@@ -228,14 +256,18 @@ class KVCache:
     rotated_NBWHD: Tensor
     """Keys rotated to their places; of one layer only, where they are not kept."""
     exact_sink: Tensor | None = None
-    """The float32 accumulator, keys then values, [2, N, B, sink tokens, H, D]."""
+    """The float32 accumulator, keys then values, [2, N, B, head tokens, H, D]."""
     num_frames: int = 0
     slot_frames: int = 0
     num_evictions: int = 0
     evicted_frames: int = 0
     """Latent frames that left the window for a chunk which is not made yet."""
+    gone_frames: int = 0
+    """Latent frames that have left the window since it was empty."""
     torn: bool = False
     """An eviction failed half way: window and sink hold neither what was nor what was to be."""
+    turning: TurningTable | None = field(default=None, repr=False)
+    """The window's angles where the sink keeps its own time."""
     sink_backup: SinkBackup | None = field(default=None, repr=False)
     """The sink before the eviction that `backup_sink` was called for."""
     _windows: dict[int, LayerWindow] = field(default_factory=dict, init=False, repr=False)
@@ -259,7 +291,7 @@ class KVCache:
         Without `keep_rotated` it is a third smaller, and every pass rotates the context's keys
         again: slower, and the same to the bit.
         """
-        window, sink = (n * grid.frame_tokens for n in (config.window_frames, config.sink_frames))
+        window, head = (n * grid.frame_tokens for n in (config.window_frames, config.head_frames))
         rest = (batch, window, num_heads, head_dim)
         k, v, rotated = (
             torch.zeros((layers, *rest), dtype=dtype, device=device)
@@ -267,9 +299,11 @@ class KVCache:
         )
         exact_sink = None
         if config.accumulator == "float32" and dtype != torch.float32:
-            shape = (2, num_layers, batch, sink, num_heads, head_dim)
+            shape = (2, num_layers, batch, head, num_heads, head_dim)
             exact_sink = torch.zeros(shape, dtype=torch.float32, device=device)
-        return cls(config, grid, k, v, rotated, exact_sink)
+        cache = cls(config, grid, k, v, rotated, exact_sink)
+        cache.turning = TurningTable.of(cache)
+        return cache
 
     @property
     def frame_tokens(self) -> int:
@@ -298,7 +332,7 @@ class KVCache:
         `frames` is the size of the coming chunk in latent frames, by default `chunk_frames`.
         """
         frames = self.config.chunk_frames if frames is None else frames
-        room = self.config.window_frames - self.config.sink_frames
+        room = self.config.window_frames - min(self.config.head_frames, self.num_frames)
         if not 0 < frames <= room:
             raise ValueError(
                 f"a chunk of {frames} latent frames does not fit the {room} frames that the window "
@@ -308,6 +342,8 @@ class KVCache:
         overflow = self.num_frames + frames - self.config.window_frames
         if overflow > 0:
             self._evict(overflow)
+        if self.turning is not None:
+            self.turning.set(self)
         if self.keeps_rotated:  # before the slot counts, as it may fail
             stop = self.num_frames * self.frame_tokens
             k, rotated = (t[:, :, :stop] for t in (self.k_NBWHD, self.rotated_NBWHD))
@@ -355,6 +391,7 @@ class KVCache:
         assert self.sink_backup is not None, "hold() comes before advance()"
         self.sink_backup.restore(self.sink_tensors())
         self.num_frames += self.evicted_frames
+        self.gone_frames -= self.evicted_frames
         self.num_evictions -= 1
         self.evicted_frames = 0
 
@@ -368,17 +405,43 @@ class KVCache:
             self._windows[index] = self._window(index)
         return self._windows[index]
 
+    def context(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys before rotation, and values, of what lies before the slot."""
+        stop = self.context_frames * self.frame_tokens
+        return self.k_NBWHD[layer, :, :stop], self.v_NBWHD[layer, :, :stop]
+
     def truncate(self, frames: int) -> None:
         """Forget everything after the first `frames` latent frames; the next slot follows them."""
         assert 0 <= frames <= self.num_frames
         self.num_frames, self.slot_frames = frames, 0
 
+    @property
+    def fixed_frames(self) -> int:
+        """Latent frames at the window's start that are run again by no recache."""
+        c, evictions = self.config, self.num_evictions - (self.evicted_frames > 0)
+        return c.head_frames if evictions else c.sink_frames
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether frames have left it, for chunks that are made."""
+        return self.gone_frames > self.evicted_frames
+
+    def start_anew(self) -> None:
+        """What the window holds is as if it began with it: nothing has left, the sink is new."""
+        self.num_evictions = self.gone_frames = 0
+        self.forget_backup()
+
+    def forget_backup(self) -> None:
+        """After the sink was written by a pass: the next chunk's copy of it is to be made."""
+        if self.sink_backup is not None:
+            self.sink_backup.evictions = None
+
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
         self.num_frames = self.slot_frames = self.num_evictions = self.evicted_frames = 0
+        self.gone_frames = 0
         self.torn = False
-        if self.sink_backup is not None:
-            self.sink_backup.evictions = None
+        self.forget_backup()
 
     def require_intact(self) -> None:
         """ValueError where an eviction failed half way."""
@@ -390,7 +453,9 @@ class KVCache:
 
     def snapshot(self) -> KVSnapshot:
         """The current chunk's context, copied, for passes under autograd."""
-        layers = [self._context(layer) for layer in range(self.k_NBWHD.shape[0])]
+        stop = self.context_frames * self.frame_tokens
+        layers = [self.context(layer) for layer in range(self.k_NBWHD.shape[0])]
+        layers = [(apply_rope(k, self._rope(0, stop)), v) for k, v in layers]
         rotated, v = (torch.stack(parts).detach() for parts in zip(*layers, strict=True))
         return KVSnapshot(rotated, v, self.context_frames)
 
@@ -404,6 +469,7 @@ class KVCache:
             v_NBWHD=v,
             rotated_NBWHD=rotated,
             exact_sink=exact,
+            turning=TurningTable.of(self),
             sink_backup=self._cloned_backup(),
         )
 
@@ -412,11 +478,11 @@ class KVCache:
         return replace(self, sink_backup=None)
 
     def sink_tensors(self) -> dict[str, Tensor]:
-        """What an eviction overwrites of the sink, by name; empty for one that never changes."""
-        sink = self.config.sink_frames * self.frame_tokens
-        if not sink or self.config.decay == 1:
+        """What an eviction overwrites of the head, by name; empty for one that never changes."""
+        head = self.config.head_frames * self.frame_tokens
+        if not self._head_changes():
             return {}
-        found = {"k": self.k_NBWHD[:, :, :sink], "v": self.v_NBWHD[:, :, :sink]}
+        found = {"k": self.k_NBWHD[:, :, :head], "v": self.v_NBWHD[:, :, :head]}
         return found if self.exact_sink is None else found | {_EXACT: self.exact_sink}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -426,12 +492,13 @@ class KVCache:
 
     def counts(self) -> list[int]:
         """What it remembers besides."""
-        return [self.num_frames, self.slot_frames, self.num_evictions, self.evicted_frames]
+        found = [self.num_frames, self.slot_frames, self.num_evictions, self.evicted_frames]
+        return [*found, self.gone_frames]
 
     def counts_before_eviction(self) -> list[int]:
         """The same, as before the eviction for a chunk that is not made."""
-        evictions = self.num_evictions - (self.evicted_frames > 0)
-        return [self.num_frames + self.evicted_frames, self.slot_frames, evictions, 0]
+        evictions, gone = self.num_evictions - (self.evicted_frames > 0), self.evicted_frames
+        return [self.num_frames + gone, self.slot_frames, evictions, 0, self.gone_frames - gone]
 
     def state_dict(self) -> dict[str, Tensor]:
         """`tensors()`, and the sink from before an eviction that may still be undone."""
@@ -457,7 +524,8 @@ class KVCache:
     def load(self, tensors: Mapping[str, Tensor], counts: Sequence[int]) -> None:
         """Take over what `check` has found to fit, with the names of `state_dict()`."""
         self.reset()
-        self.num_frames, self.slot_frames, self.num_evictions, self.evicted_frames = counts
+        self.num_frames, self.slot_frames, self.num_evictions, self.evicted_frames = counts[:4]
+        self.gone_frames = counts[4]
         _copy_sinks(self.tensors(), _without(tensors, _BEFORE), self.num_evictions)
         if self.evicted_frames:
             self.sink_backup = SinkBackup.allocate_like(self.sink_tensors())
@@ -471,14 +539,14 @@ class KVCache:
         return self.sink_backup.clone() if self.sink_backup and self.evicted_frames else None
 
     def _rope(self, start: int, stop: int) -> Rope:
-        frames, head_dim = self.config.window_frames, self.k_NBWHD.shape[-1]
-        return rope_table(frames, self.grid, head_dim, self.k_NBWHD.device).tokens(start, stop)
+        table = self.table if self.turning is None else self.turning.table
+        return table.tokens(start, stop)
 
-    def _context(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of a layer before the slot."""
-        stop = self.context_frames * self.frame_tokens
-        k, v = self.k_NBWHD[layer, :, :stop], self.v_NBWHD[layer, :, :stop]
-        return apply_rope(k, self._rope(0, stop)), v
+    @property
+    def table(self) -> Rope:
+        """The window's angles by places in it."""
+        frames, head_dim = self.config.window_frames, self.k_NBWHD.shape[-1]
+        return rope_table(frames, self.grid, head_dim, self.k_NBWHD.device)
 
     def _window(self, layer: int) -> LayerWindow:
         start, stop = (n * self.frame_tokens for n in (self.context_frames, self.num_frames))
@@ -488,8 +556,14 @@ class KVCache:
             return InPlaceWindow(k, rotated, v, start)
         return RotatingWindow(k, rotated, v, start, self._rope(0, start))
 
+    def _head_changes(self) -> bool:
+        c = self.config
+        return bool(c.memory_rates) or (c.sink_frames > 0 and c.decay < 1)
+
     def _evict(self, frames: int) -> None:
-        sink = self.config.sink_frames * self.frame_tokens
+        sink, head = (
+            n * self.frame_tokens for n in (self.config.sink_frames, self.config.head_frames)
+        )
         leaving = frames * self.frame_tokens
         stop = self.num_frames * self.frame_tokens
         if self.sink_backup is not None:
@@ -497,29 +571,46 @@ class KVCache:
         self.torn = True
         if self.exact_sink is not None and self.num_evictions == 0:
             for exact, tensor in zip(self.exact_sink, (self.k_NBWHD, self.v_NBWHD), strict=True):
-                exact.copy_(tensor[:, :, :sink])
+                exact.copy_(tensor[:, :, :head])
         if sink and self.config.decay < 1:
             self._update_sink(sink, leaving)
-        self._close_gap(sink, stop, leaving)
+        if self.config.memory_rates:
+            self._update_memories(sink, leaving)
+        self._close_gap(head, stop, leaving)
         self.torn = False
         self.num_frames -= frames
+        self.gone_frames += frames
         self.num_evictions += 1
         self.evicted_frames = frames
 
-    def _close_gap(self, sink: int, stop: int, leaving: int) -> None:
-        """Tokens after those that leave move up behind the sink."""
+    def _close_gap(self, head: int, stop: int, leaving: int) -> None:
+        """Tokens after those that leave move up behind the head."""
         for tensor in (self.k_NBWHD, self.v_NBWHD):
-            shift_tokens(tensor, sink, stop, leaving)
+            shift_tokens(tensor, head, stop, leaving)
+
+    def _update_memories(self, sink: int, leaving: int) -> None:
+        """The `leaving` tokens after the head into the memories that follow the sink."""
+        head, first = self.config.head_frames * self.frame_tokens, self.num_evictions == 0
+        both = self.k_NBWHD, self.v_NBWHD
+        for tensor, average in zip(
+            both, both if self.exact_sink is None else self.exact_sink, strict=True
+        ):
+            for layer, exact in zip(tensor, average, strict=True):
+                gone = layer[:, head : head + leaving]
+                update_memories(exact[:, sink:head], gone, self.config, first)
+                layer[:, sink:head] = exact[:, sink:head]
 
     def _update_sink(self, sink: int, leaving: int) -> None:
-        """The next `leaving` tokens into the `sink` first."""
+        """The `leaving` tokens after the head into the `sink` first."""
         both, c = (self.k_NBWHD, self.v_NBWHD), self.config
+        head = c.head_frames * self.frame_tokens
         sinks = both[0][:, :, :sink], both[1][:, :, :sink]
-        evicted = both[0][:, :, sink:][:, :, :leaving], both[1][:, :, sink:][:, :, :leaving]
+        evicted = both[0][:, :, head:][:, :, :leaving], both[1][:, :, head:][:, :, :leaving]
+        exact = None if self.exact_sink is None else self.exact_sink[:, :, :, :sink]
         if sink == leaving and not c.keep_key_norms:
-            kernels.update_sink(sinks, evicted, c.decay, self.exact_sink)
+            kernels.update_sink(sinks, evicted, c.decay, exact)
             return
-        averages = sinks if self.exact_sink is None else self.exact_sink
+        averages = sinks if exact is None else exact
         for which in range(2):
             parts = zip(sinks[which], evicted[which], averages[which], strict=True)
             for tensor, gone, average in parts:
@@ -582,6 +673,20 @@ def update_sink(
     if keys and config.keep_key_norms:
         average = average * _shrinkage(sink_BLHD, evicted, decay, average)
     return average
+
+
+def update_memories(
+    memories_BLHD: Tensor, evicted_BLHD: Tensor, config: CacheConfig, first: bool
+) -> None:
+    """Mix into each memory, in place, the mean over frames and tokens of what leaves.
+
+    As MemRoPE's code does, with rates for what is new; at the first eviction all become the mean,
+    and the frames that lay there until then are lost. So memories have no rows and columns.
+    """
+    mean = evicted_BLHD.to(memories_BLHD).mean(dim=1, keepdim=True)
+    memories = memories_BLHD.chunk(len(config.memory_rates), dim=1)
+    for memory, rate in zip(memories, config.memory_rates, strict=True):
+        memory.copy_(mean if first else rate * mean + (1 - rate) * memory)
 
 
 def _shrinkage(sink: Tensor, evicted: Tensor, decay: float, average: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ by 0.6 % at most, by 1 to 2 % in bfloat16; as many captions are kept as before.
 Keys are kept unrotated alone. Unpacking passes over them anyhow, and rotating them on the way costs
 little more, so rotated ones would take as much memory again for nothing.
 
-Letters as in `kv_cache`; S tokens of the sink, R tokens of the window after it.
+Letters as in `kv_cache`; S tokens of the head, which is the sink and what memories there are, R
+tokens of the window after it.
 """
 
 from __future__ import annotations
@@ -24,16 +25,24 @@ from torch import Tensor
 
 from .config import CacheConfig, Grid
 from .kernels import quantise_rows
-from .kv_cache import KVCache, LayerWindow, RotatingWindow, shift_tokens, update_sink
-from .rope import Rope, apply_rope
+from .kv_cache import (
+    KVCache,
+    LayerWindow,
+    RotatingWindow,
+    TurningTable,
+    shift_tokens,
+    update_memories,
+    update_sink,
+)
+from .rope import Rope
 
 
 class Int8Tokens(NamedTuple):
-    """One layer's keys, or values: the sink as it is, the rest in int8."""
+    """One layer's keys, or values: the head as it is, the rest in int8."""
 
     sink_BSHD: Tensor
     rows_BRHD: Tensor
-    """What follows the sink, in int8."""
+    """What follows the head, in int8."""
     scale_BRH1: Tensor
 
     def write(self, x_BLHD: Tensor, start: int) -> None:
@@ -44,6 +53,10 @@ class Int8Tokens(NamedTuple):
         rows, scale = quantise_rows(x_BLHD[:, split - start :], torch.int8)
         self.rows_BRHD[:, split - sink : stop - sink] = rows
         self.scale_BRH1[:, split - sink : stop - sink] = scale
+
+    def unpacked(self, tokens: int) -> Tensor:
+        """The first so many of what follows the head, float32."""
+        return self.rows_BRHD[:, :tokens] * self.scale_BRH1[:, :tokens]
 
     def read(self, out_BLHD: Tensor) -> Tensor:
         """The window's first L tokens, written to `out` and returned."""
@@ -76,15 +89,15 @@ class Int8Window(RotatingWindow):
 
 @dataclass(kw_only=True)
 class Int8KVCache(KVCache):
-    """Keys and values in int8, but for the sink.
+    """Keys and values in int8, but for the head.
 
-    `k_NBWHD` and `v_NBWHD` hold what follows the sink; `rotated_NBWHD` is a part of the scratch.
+    `k_NBWHD` and `v_NBWHD` hold what follows the head; `rotated_NBWHD` is a part of the scratch.
     """
 
     scale_2NBRH1: Tensor
     """What the int8 numbers of keys, then values, count, float32."""
     sink_2NBSHD: Tensor
-    """The sink's keys, then values: float32 if that is the accumulator, else as computed."""
+    """The head's keys, then values: float32 if that is the accumulator, else as computed."""
     scratch_3BWHD: Tensor
     """One layer's window unpacked: keys, rotated keys, values."""
 
@@ -106,23 +119,25 @@ class Int8KVCache(KVCache):
 
         `keep_rotated` changes nothing: keys are rotated when they are unpacked, in every pass.
         """
-        window, sink = (n * grid.frame_tokens for n in (config.window_frames, config.sink_frames))
+        window, head = (n * grid.frame_tokens for n in (config.window_frames, config.head_frames))
         sink_dtype = torch.float32 if config.accumulator == "float32" else dtype
         layers, heads = (num_layers, batch), (num_heads, head_dim)
         k, v, scale, sinks, scratch = (
             torch.zeros(shape, dtype=kind, device=device)
             for shape, kind in (
-                ((*layers, window - sink, *heads), torch.int8),
-                ((*layers, window - sink, *heads), torch.int8),
-                ((2, *layers, window - sink, num_heads, 1), torch.float32),
-                ((2, *layers, sink, *heads), sink_dtype),
+                ((*layers, window - head, *heads), torch.int8),
+                ((*layers, window - head, *heads), torch.int8),
+                ((2, *layers, window - head, num_heads, 1), torch.float32),
+                ((2, *layers, head, *heads), sink_dtype),
                 ((3, batch, window, *heads), dtype),
             )
         )
-        return cls(
+        cache = cls(
             config, grid, k, v, scratch[1:2], scale_2NBRH1=scale, sink_2NBSHD=sinks,
             scratch_3BWHD=scratch,
         )  # fmt: skip
+        cache.turning = TurningTable.of(cache)
+        return cache
 
     @property
     def keeps_rotated(self) -> bool:
@@ -145,17 +160,23 @@ class Int8KVCache(KVCache):
             scale_2NBRH1=self.scale_2NBRH1.clone(),
             sink_2NBSHD=self.sink_2NBSHD.clone(),
             scratch_3BWHD=scratch,
+            turning=TurningTable.of(self),
             sink_backup=self._cloned_backup(),
         )
 
     def sink_tensors(self) -> dict[str, Tensor]:
-        """What an eviction overwrites of the sink, by name; empty for one that never changes."""
-        changes = self.config.sink_frames and self.config.decay < 1
-        return {"sink": self.sink_2NBSHD} if changes else {}
+        """What an eviction overwrites of the head, by name; empty for one that never changes."""
+        return {"sink": self.sink_2NBSHD} if self._head_changes() else {}
 
     def tensors(self) -> dict[str, Tensor]:
         """What the cache remembers, by name."""
         return super().tensors() | {"scale": self.scale_2NBRH1, "sink": self.sink_2NBSHD}
+
+    def context(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys before rotation, and values, of what lies before the slot; copies."""
+        place = self.scratch_3BWHD[0, :, : self.context_frames * self.frame_tokens]
+        k, v = (kept.read(torch.empty_like(place)) for kept in self._kept(layer))
+        return k, v
 
     def _kept(self, layer: int) -> tuple[Int8Tokens, Int8Tokens]:
         keys, values = (
@@ -171,20 +192,20 @@ class Int8KVCache(KVCache):
         scratch = self.scratch_3BWHD[:, :, :stop]
         return Int8Window(scratch, start, self._rope(0, start), *self._kept(layer))
 
-    def _context(self, layer: int) -> tuple[Tensor, Tensor]:
-        stop = self.context_frames * self.frame_tokens
-        place = self.scratch_3BWHD[0, :, :stop]
-        k, v = (kept.read(torch.empty_like(place)) for kept in self._kept(layer))
-        return apply_rope(k, self._rope(0, stop)), v
-
-    def _close_gap(self, sink: int, stop: int, leaving: int) -> None:
+    def _close_gap(self, head: int, stop: int, leaving: int) -> None:
         for tensor in (self.k_NBWHD, self.v_NBWHD, *self.scale_2NBRH1):
-            shift_tokens(tensor, 0, stop - sink, leaving)
+            shift_tokens(tensor, 0, stop - head, leaving)
 
     def _update_sink(self, sink: int, leaving: int) -> None:
         for layer in range(self.k_NBWHD.shape[0]):
             for kept, is_keys in zip(self._kept(layer), (True, False), strict=True):
-                rows, scale = kept.rows_BRHD[:, :leaving], kept.scale_BRH1[:, :leaving]
-                gone, sink_BSHD = rows * scale, kept.sink_BSHD
+                gone, sink_BSHD = kept.unpacked(leaving), kept.sink_BSHD[:, :sink]
                 average = update_sink(sink_BSHD, gone, self.config, self.frame_tokens, keys=is_keys)
                 sink_BSHD.copy_(average)
+
+    def _update_memories(self, sink: int, leaving: int) -> None:
+        first = self.num_evictions == 0
+        for layer in range(self.k_NBWHD.shape[0]):
+            for kept in self._kept(layer):
+                gone, memories = kept.unpacked(leaving), kept.sink_BSHD[:, sink:]
+                update_memories(memories, gone, self.config, first)

@@ -79,7 +79,7 @@ class Network(Protocol):
         x: Tensor,
         time: TimeContext,
         prompt: PromptContext | CountedPrompt,
-        cache: KVCache,
+        cache: KeyValues,
         attention: Attention,
         /,
     ) -> None: ...
@@ -88,7 +88,7 @@ class Network(Protocol):
         x: Tensor,
         time: TimeContext,
         prompt: PromptContext | CountedPrompt,
-        cache: KVCache,
+        cache: KeyValues,
         attention: Attention,
         /,
     ) -> Tensor: ...

@@ -31,6 +31,16 @@ class Rope(NamedTuple):
     matrix_LP22: Tensor | None = None
     """[[cos, -sin], [sin, cos]] in float32, where comfy-kitchen rotates (`kernels.kitchen`)."""
 
+    def clone(self) -> Rope:
+        """An independent copy."""
+        return Rope(*(None if part is None else part.clone() for part in self))  # type: ignore[arg-type]
+
+    def copy_(self, other: Rope) -> None:
+        """Take over another's first tokens' angles, as many as it has, in place."""
+        for mine, new in zip(self, other, strict=True):
+            if mine is not None and new is not None:
+                mine[: len(new)] = new
+
     def tokens(self, start: int, stop: int) -> Rope:
         """The part of the table for tokens `start` to `stop`."""
         return Rope(*(None if part is None else part[start:stop] for part in self))  # type: ignore[arg-type]
@@ -50,14 +60,23 @@ def rope_table(frames: int, grid: Grid, head_dim: int, device: torch.device | st
     Computed once, in float64 on the CPU (not every device has it), and kept in float32: in bf16,
     positions collapse from 256 on.
     """
+    return rope_from(0, frames, grid, head_dim, device)
+
+
+def rope_from(
+    first: int, frames: int, grid: Grid, head_dim: int, device: torch.device | str = "cpu"
+) -> Rope:
+    """The same from any position in time, before 0 too, made anew."""
     sizes = (frames, grid.height, grid.width)
     patterns = ("f p -> f h w p", "h p -> f h w p", "w p -> f h w p")
     from .kernels.availability import kitchen_runs_on  # which imports this module
 
     axes = dict(zip("fhw", sizes, strict=True))
     angles = [
-        repeat(_axis_angles(size, pairs), pattern, **axes)
-        for size, pairs, pattern in zip(sizes, axis_pairs(head_dim), patterns, strict=True)
+        repeat(_axis_angles(start, size, pairs), pattern, **axes)
+        for start, size, pairs, pattern in zip(
+            (first, 0, 0), sizes, axis_pairs(head_dim), patterns, strict=True
+        )
     ]
     angles_LP = rearrange(torch.cat(angles, dim=-1), "f h w p -> (f h w) p")
     cos, sin = angles_LP.cos().float(), angles_LP.sin().float()
@@ -81,7 +100,7 @@ def apply_rope(x_BLHD: Tensor, rope: Rope) -> Tensor:
     return torch.stack(halves, dim=-1).flatten(-2).to(x_BLHD.dtype)
 
 
-def _axis_angles(size: int, pairs: int) -> Tensor:
+def _axis_angles(start: int, size: int, pairs: int) -> Tensor:
     exponents = torch.arange(pairs, dtype=torch.float64) / pairs
-    positions = torch.arange(size, dtype=torch.float64)
+    positions = torch.arange(start, start + size, dtype=torch.float64)
     return torch.outer(positions, THETA**-exponents)

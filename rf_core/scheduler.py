@@ -23,10 +23,23 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sampling_timesteps(config: SamplerConfig) -> Tensor:
-    """The warped denoising timesteps, [steps] in float32, high to low."""
-    sigma = torch.tensor(config.steps, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
-    return (shift_sigma(sigma, config.shift) * NUM_TRAIN_TIMESTEPS).float()
+def sampling_timesteps(config: SamplerConfig, *, is_first: bool = False) -> Tensor:
+    """The warped denoising timesteps, [steps] in float32, high to low; `is_first` of the first.
+
+    They are entries of the training table, as students learn them: rounding shows in their
+    embedding.
+    """
+    table = torch.cat([training_sigmas(config.shift), torch.zeros(1)])
+    rows = [NUM_TRAIN_TIMESTEPS - step for step in config.steps_of(is_first)]
+    return table[rows] * NUM_TRAIN_TIMESTEPS
+
+
+def noise_timestep(timestep: float, shift: float) -> float:
+    """The timestep whose noise a sample has at `timestep`: itself but for 0.
+
+    Students of Self Forcing's line look noise up in the training table, which has none for 0.
+    """
+    return timestep or float(training_sigmas(shift)[-1]) * NUM_TRAIN_TIMESTEPS
 
 
 def euler_levels(steps: int, shift: float, through: Sequence[float] = ()) -> list[float]:

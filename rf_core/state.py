@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import CacheConfig
+from .config import SPATIAL_FACTOR, CacheConfig
 from .decoders.decoder import DecoderState
 from .kv_cache import KVCache, strip_prefix
 from .prompts import Interpolation
@@ -29,6 +29,7 @@ from .writing import whole_file
 FORMAT = "reward-forcing-stream-1"
 METADATA_KEY = "rf_stream"
 _CACHE, _DECODER = "cache.", "decoder."  # how names of a part's tensors begin
+_FLAGS = ("recache_due", "chunk_open")
 _EARLIER = "take an earlier one"
 
 
@@ -42,13 +43,16 @@ class Blend:
     """Prompt embeddings it reaches, [B, S, D]."""
     num_chunks: int
     """Chunks it takes; the last is fully new."""
+    holds: bool = False
+    """Whether the first still has the old prompt (`CacheConfig.blend_holds`)."""
     done: int = 0
     """Chunks that have been made."""
     interpolation: Interpolation = "lerp"
 
     def embeds(self) -> Tensor:
         """The prompt of the chunk after `done`."""
-        weight = (self.done + 1) / self.num_chunks
+        steps = max(1, self.num_chunks - self.holds)
+        weight = (self.done + 1 - (self.holds and self.num_chunks > 1)) / steps
         mix = slerp if self.interpolation == "slerp" else torch.lerp
         return self.target if weight >= 1 else mix(self.start, self.target, weight)
 
@@ -61,6 +65,8 @@ class PendingCleanPass:
     """Clean latents [B, C, F, h, w]."""
     prompt_embeds: Tensor
     """What it was made under, [B, S, D]."""
+    timestep: float = 0.0
+    """At which it is run."""
 
 
 @dataclass
@@ -73,6 +79,8 @@ class StreamState:
     """Where the prompt stands, [B, S, D]: the next chunk's, but for a blend under way."""
     num_chunks: int = 0
     """Chunks finished since the stream began."""
+    first_due: bool = True
+    """No chunk has been generated since the stream began, or was cut."""
     blend: Blend | None = None
     decay_due: float | None = None
     """The sink's decay from the next eviction on, where that is another than the cache's."""
@@ -85,17 +93,22 @@ class StreamState:
     pending_clean_pass: PendingCleanPass | None = None
     """The last chunk, until a clean pass over it has rewritten its cache slot."""
     first_latents: Tensor | None = None
-    """Clean latents that seeded the sink, [B, C, <= sink frames, h, w]."""
+    """Clean latents that seeded the sink, [B, C, <= `CacheConfig.kept_first`, h, w]."""
     last_latents: Tensor | None = None
-    """Clean latents the rest of the window was made from, [B, C, <= window - sink, h, w]."""
+    """Clean latents the rest of the window was made from, [B, C, <= `kept_last`, h, w]."""
+    last_images: Tensor | None = None
+    """The last images [B, T, 3, H, W] where a rebuild encodes one again."""
+    in_flight: Tensor | None = None
+    """Chunks that are denoised together and not done, [B, C, F, h, w]; of a rolling sampler."""
     decoder: DecoderState | None = None
 
     def cut(self) -> None:
         """Forget the video so far; the seed, the prompt and the count of chunks go on."""
         self.cache.reset()
-        self.recache_due = self.chunk_open = False
+        self.recache_due, self.chunk_open, self.first_due = False, False, True
         self.blend = self.half_recached = None
         self.pending_clean_pass = self.first_latents = self.last_latents = self.decoder = None
+        self.last_images = self.in_flight = None
 
     def clone(self) -> StreamState:
         """An independent copy.
@@ -167,6 +180,8 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "prompt_embeds": state.prompt_embeds,
         "first_latents": state.first_latents,
         "last_latents": state.last_latents,
+        "last_images": state.last_images,
+        "in_flight": state.in_flight,
     }
     if blend is not None:
         tensors |= {"blend.start": blend.start, "blend.target": blend.target}
@@ -179,12 +194,13 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "format": FORMAT,
         "seed": state.seed,
         "num_chunks": state.num_chunks,
+        "first_due": state.first_due,
         "decay_due": state.decay_due,
         "recache_due": state.recache_due,
         "chunk_open": state.chunk_open and not compact,
         "cache": asdict(cache.config),
         "frames": cache.counts_before_eviction() if compact else cache.counts(),
-        "blend": None if blend is None else [blend.num_chunks, blend.done, blend.interpolation],
+        "blend": None if blend is None else _blend_facts(blend),
         "decoder_frames": None if decoder is None else decoder.num_frames,
     }
     # To the host, and not by way of a copy on a device that may be full.
@@ -208,11 +224,12 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
         decoder = DecoderState(strip_prefix(tensors, _DECODER), facts["decoder_frames"])
     blend = None
     if facts["blend"] is not None:
-        num_chunks, done, interpolation = facts["blend"]
+        num_chunks, done, interpolation, holds = _blend_of(facts)
         blend = Blend(
             start=tensors["blend.start"],
             target=tensors["blend.target"],
             num_chunks=num_chunks,
+            holds=holds,
             done=done,
             interpolation=interpolation,
         )
@@ -221,18 +238,21 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
         cache=cache,
         prompt_embeds=tensors["prompt_embeds"],
         num_chunks=facts["num_chunks"],
+        first_due=facts.get("first_due", False),
         blend=blend,
         decay_due=facts.get("decay_due"),
         recache_due=facts["recache_due"],
         chunk_open=facts["chunk_open"],
         first_latents=tensors.get("first_latents"),
         last_latents=tensors.get("last_latents"),
+        last_images=tensors.get("last_images"),
+        in_flight=tensors.get("in_flight"),
         decoder=decoder,
     )
     cache.reset()
     cache.set_decay(cache_config_of(snapshot).decay)
     if not snapshot.compact:
-        cache.load(strip_prefix(snapshot.tensors, _CACHE), _counts(facts))
+        cache.load(strip_prefix(snapshot.tensors, _CACHE), counts_of(facts))
     return state
 
 
@@ -249,15 +269,18 @@ def check(
     for name in ("seed", "num_chunks"):
         _require(type(facts[name]) is int, f"{name} is {facts[name]!r}")
     _require(facts["num_chunks"] >= 0, f"it has {facts['num_chunks']} chunks")
-    for name in ("recache_due", "chunk_open"):
-        _require(type(facts[name]) is bool, f"{name} is {facts[name]!r}")
+    first_due = facts.get("first_due", False)  # nor this
+    for name, value in ("first_due", first_due), *((n, facts[n]) for n in _FLAGS):
+        _require(type(value) is bool, f"{name} is {value!r}")
     due = facts.get("decay_due")  # which older snapshots have not
     fraction = due is None or (type(due) in (int, float) and 0 <= due <= 1)
     _require(fraction, f"its decay is to be {due!r}")
     names, optional = {"prompt_embeds"}, {"first_latents", "last_latents"}
+    optional |= {"last_images", "in_flight"}
     if blend is not None:
-        num_chunks, done, interpolation = blend
+        num_chunks, done, interpolation, holds = _blend_of(facts)
         whole = type(num_chunks) is type(done) is int and 0 <= done < num_chunks
+        whole = whole and type(holds) is bool
         _require(whole and interpolation in get_args(Interpolation), f"its blend is {blend}")
         names |= {"blend.start", "blend.target"}
         _require(
@@ -271,15 +294,22 @@ def check(
     held = [
         _frames(name, tensors, frame, most)
         for name, most in (
-            ("first_latents", config.sink_frames),
-            ("last_latents", config.window_frames - config.sink_frames),
+            ("first_latents", config.kept_first),
+            ("last_latents", config.kept_last),
         )
     ]
-    num_frames, slot, evictions, evicted_frames = counts = _counts(facts)
+    most = (config.window_frames // config.chunk_frames) * config.chunk_frames
+    in_flight = _frames("in_flight", tensors, frame, most)
+    _require(in_flight % config.chunk_frames == 0, "its chunks in flight are not whole")
+    num_frames, slot, evictions, evicted_frames, gone = counts = counts_of(facts)
     fits = 0 <= slot <= num_frames and evictions >= 0 and 0 <= evicted_frames <= config.chunk_frames
-    fits = fits and num_frames + evicted_frames <= config.window_frames
+    fits = fits and num_frames + evicted_frames <= config.window_frames and gone >= evicted_frames
     _require(fits, f"a window of {config.window_frames} frames cannot hold {counts}")
     _require(num_frames + evicted_frames <= sum(held), "its latents are not of its window")
+    if (images := tensors.get("last_images")) is not None:
+        size = frame[0], 3, *(side * SPATIAL_FACTOR for side in frame[3:])
+        fits = images.ndim == 5 and (images.shape[0], *images.shape[2:]) == size
+        _require(fits and images.is_floating_point(), f"its images are {list(images.shape)}")
     if not snapshot.compact:
         cache.check(strip_prefix(tensors, _CACHE), evicted_frames)
     if facts["decoder_frames"] is not None:
@@ -314,14 +344,26 @@ def _require(sound: bool, what: str) -> None:
         raise ValueError(f"the snapshot is damaged, or another program's ({what}); {_EARLIER}")
 
 
-def _counts(facts: Mapping[str, Any]) -> tuple[int, int, int, int]:
+def _blend_facts(blend: Blend) -> list[Any]:
+    return [blend.num_chunks, blend.done, blend.interpolation, blend.holds]
+
+
+def _blend_of(facts: Mapping[str, Any]) -> tuple[int, int, Interpolation, bool]:
+    """What `_blend_facts` gave; older snapshots have three."""
+    num_chunks, done, interpolation, *holds = facts["blend"]
+    return num_chunks, done, interpolation, holds[0] if holds else False
+
+
+def counts_of(facts: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
     """What `KVCache.counts` gave; older snapshots have three, and a chunk that was given up."""
     found = facts["frames"]
-    _require(len(found) in (3, 4) and all(type(n) is int for n in found), f"frames are {found}")
+    whole = len(found) in (3, 4, 5) and all(type(n) is int for n in found)
+    _require(whole, f"frames are {found}")
     num_frames, slot, evictions, evicted_frames = (*found, 0)[:4]
     if len(found) == 3 and facts["chunk_open"]:
-        return num_frames - slot, 0, evictions, 0
-    return num_frames, slot, evictions, evicted_frames
+        return num_frames - slot, 0, evictions, 0, 0
+    gone = found[4] if len(found) == 5 else evicted_frames
+    return num_frames, slot, evictions, evicted_frames, gone
 
 
 @contextmanager
@@ -342,7 +384,7 @@ def cache_config_of(snapshot: Snapshot) -> CacheConfig:
     """Window, sink and chunk the snapshot was made with; as much as its tensors make likely."""
     config, k = CacheConfig(**snapshot.facts["cache"]), snapshot.tensors.get(f"{_CACHE}k")
     if k is not None:  # nothing may be allocated for a window that is a number and no more
-        frames = config.window_frames - (config.sink_frames if config.storage == "int8" else 0)
+        frames = config.window_frames - (config.head_frames if config.storage == "int8" else 0)
         likely = k.ndim == 5 and k.shape[2] >= frames
         _require(likely, f"a window of {config.window_frames} frames in {list(k.shape)}")
     return config

@@ -147,8 +147,7 @@ def _open(resolved: Plan, first: str, encode: Encode) -> LiveSetup:
 def _clip(resolved: Plan, stream: Stream) -> Tensor:
     assert stream.decoder is not None
     images = start_images(resolved)
-    frames = stream.cache_config.chunk_frames
-    return stream.decoder.encode(start_clip(images, stream.decoder, frames))
+    return stream.decoder.encode(start_clip(images, stream.decoder, stream.cache_config))
 
 
 def _set_lora(options: Options, model: Network, loras: Mapping[str, Lora]) -> SetLora:

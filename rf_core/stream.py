@@ -16,6 +16,7 @@ that runs out, leaves the stream as it stood before. Calls come one at a time.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -31,13 +32,14 @@ from einops import repeat
 from torch import Tensor
 
 from .attention import Attention, sdpa
-from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
+from .config import SPATIAL_FACTOR, TEMPORAL_FACTOR, CacheConfig, Grid, SamplerConfig
 from .decoders.decoder import Decoder
 from .devices import to_device
-from .kv_cache import KVCache
+from .kv_cache import KeyValues, KVCache
 from .model import CountedPrompt, Network, PromptContext, TimeContext, pad_prompt
 from .prompts import Switch
-from .scheduler import add_noise, flow_to_x0, sampling_timesteps
+from .rolling import CleanContext, JointContext, check_rolling, roll
+from .scheduler import add_noise, flow_to_x0, noise_timestep, sampling_timesteps
 from .state import (
     Blend,
     PendingCleanPass,
@@ -45,6 +47,7 @@ from .state import (
     StreamState,
     cache_config_of,
     check,
+    counts_of,
     pack,
     snapshot_errors,
     unpack,
@@ -81,7 +84,8 @@ class Stream:
     picture's, in pixels. Sample b of a batch draws the noise of seed + b, so a batch equals its
     samples made alone. `dtype` is what the network computes in, by default that of its weights;
     latents stay float32 between passes. Without `keep_rotated` the cache is a third smaller and
-    every pass slower (`KVCache.allocate`).
+    every pass slower (`KVCache.allocate`). A rolling sampler looks ahead, but not past
+    `last_chunk`; without it a longer video begins with the shorter one.
     """
 
     def __init__(
@@ -100,19 +104,23 @@ class Stream:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         keep_rotated: bool = True,
+        last_chunk: int | None = None,
     ) -> None:
         weight = model.patch_embedding.weight
         self.model, self.decoder, self.attention = model, decoder, attention
         self.dtype, self.device = dtype or weight.dtype, torch.device(device or weight.device)
         self.sampler = sampler or SamplerConfig()
         self.height, self.width, self.batch = height, width, batch
-        self._keep_rotated = keep_rotated
+        self._keep_rotated, self.last_chunk = keep_rotated, last_chunk
+        if self.sampler.rolling:
+            check_rolling(cache or CacheConfig(), self.sampler)
         self.latent_size = latent_size(height, width, model.config.patch_size)
         embeds = self._batched(prompt_embeds)
         self.state = StreamState(seed, self._new_cache(cache or CacheConfig()), embeds)
         self._context = embeds, self._prompt_context(embeds)
         self._busy = threading.Lock()
-        self._times: dict[tuple[float, int], TimeContext] = {}
+        self._times: dict[tuple[float | tuple[float, ...], int], TimeContext] = {}
+        self._draws: dict[int, tuple[int, Iterator[Tensor]]] = {}
 
     @property
     def cache_config(self) -> CacheConfig:
@@ -135,15 +143,45 @@ class Stream:
         on_pass = on_pass or _no_op
         with self._exclusive():
             prompt = self._begin_chunk(on_pass)
-            noise, predict = self._noise(), partial(self._predict, prompt)
-            timesteps = sampling_timesteps(self.sampler).tolist()
             try:
-                x0 = denoise(predict, next(noise), noise, timesteps, on_pass, on_prediction)
+                make = self._roll if self.sampler.rolling else self._denoise
+                x0 = make(prompt, on_pass, on_prediction)
             except BaseException:
                 self.state.cache.abandon()
                 raise
             self._finish_chunk(x0, prompt)
         return x0.clone()  # the clean pass is still to read what is kept
+
+    @property
+    def next_frames(self) -> int:
+        """Latent frames of the next chunk."""
+        is_first = self.state.cache.num_frames == 0
+        return self.cache_config.first_frames if is_first else self.cache_config.chunk_frames
+
+    def _denoise(self, prompt: Tensor, on_pass: OnPass, seen: OnPrediction | None) -> Tensor:
+        timesteps, predict = self._timesteps(), partial(self._predict, prompt)
+        levels = [noise_timestep(each, self.sampler.shift) for each in timesteps]
+        noise = self._noise(len(timesteps))
+        return denoise(predict, next(noise), noise, timesteps, on_pass, seen, levels=levels)
+
+    def _roll(self, prompt: Tensor, on_pass: OnPass, seen: OnPrediction | None) -> Tensor:
+        state, frames, first = self.state, self.cache_config.chunk_frames, self.state.num_chunks
+
+        def predict(x: Tensor, timesteps: tuple[float, ...]) -> Tensor:
+            view = JointContext(state.cache, x.shape[2])
+            return self.model(x.to(self.dtype), *self._pass_inputs(x, timesteps, prompt, view))
+
+        x0, others = roll(
+            predict,
+            () if state.in_flight is None else state.in_flight.split(frames, dim=2),
+            lambda place, number: self._draw(first + place, number),
+            self._timesteps(),
+            lambda place: self.last_chunk is None or first + place <= self.last_chunk,
+            lambda number: on_pass("denoise", number),
+            seen or _see_nothing,
+        )
+        state.in_flight = torch.cat(others, dim=2) if others else None
+        return x0
 
     @torch.no_grad()
     def replay(
@@ -155,13 +193,18 @@ class Stream:
         latents and its changes of prompt a stream is made again up to any chunk. Without `decode`
         the decoder does not see it. ValueError for latents that are no chunk of this stream.
         """
-        expected = self._frame_shape(self.cache_config.chunk_frames)
+        return self._given_chunk(latents, on_pass or _no_op, decode=decode)
+
+    def _given_chunk(
+        self, latents: Tensor, on_pass: OnPass, *, decode: bool = True, is_start: bool = False
+    ) -> Chunk:
+        expected = self._frame_shape(self.next_frames)
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents are {list(latents.shape)}; a chunk is {list(expected)}")
         latents = latents.to(self.device, torch.float32, copy=True)
         with self._exclusive():
             index = self.state.num_chunks
-            self._finish_chunk(latents, self._begin_chunk(on_pass or _no_op))
+            self._finish_chunk(latents, self._begin_chunk(on_pass), is_start=is_start)
         images = self.decode(latents) if decode else None
         return Chunk(index=index, latents=latents.clone(), images=images)
 
@@ -197,6 +240,9 @@ class Stream:
         if self.decoder is None:
             return None
         images, self.state.decoder = self.decoder.decode(latents, self.state.decoder)
+        if self.cache_config.rebuild == "reencoded":
+            seen = _append(self.state.last_images, images, dim=1)
+            self.state.last_images = seen[:, -self._images_in_sight() :]
         return images
 
     @torch.no_grad()
@@ -206,17 +252,20 @@ class Stream:
         They enter the cache by clean passes, stand at the head of the video, and count as its
         first chunks.
         """
-        frames = self.cache_config.chunk_frames
         expected = self._frame_shape(latents.shape[2])
         if self.state.num_chunks:
             raise ValueError("the stream has begun; start latents come before its first chunk")
-        if tuple(latents.shape) != expected or latents.shape[2] % frames:
+        first, frames = self.cache_config.first_frames, self.cache_config.chunk_frames
+        beyond = latents.shape[2] - first
+        if tuple(latents.shape) != expected or beyond < 0 or beyond % frames:
+            begun = "" if first == frames else f" after a first one of {first}"
             raise ValueError(
                 f"start latents have shape {tuple(latents.shape)}; this stream needs batch, "
                 f"channels, height and width {(*expected[:2], *expected[3:])} and whole chunks of "
-                f"{frames} frames"
+                f"{frames} frames{begun}"
             )
-        return [self.replay(part) for part in latents.split(frames, dim=2)]
+        parts = split_chunks(latents, self.cache_config)
+        return [self._given_chunk(part, _no_op, is_start=True) for part in parts]
 
     @torch.no_grad()
     def start_from_images(self, images: Tensor) -> list[Chunk]:
@@ -227,7 +276,7 @@ class Stream:
         """
         if self.decoder is None:
             raise ValueError("start images need the decoder's encoder; give the stream a decoder")
-        clip = start_clip(images, self.decoder, self.cache_config.chunk_frames)
+        clip = start_clip(images, self.decoder, self.cache_config)
         return self.start_from(self.decoder.encode(clip))
 
     def switch(self, prompt_embeds: Tensor, switch: Switch | str = DEFAULT_SWITCH) -> None:
@@ -250,6 +299,7 @@ class Stream:
                     start=state.prompt_embeds,
                     target=embeds,
                     num_chunks=switch.blend_chunks,
+                    holds=self.cache_config.blend_holds,
                     interpolation=switch.interpolation,
                 )
                 return
@@ -291,9 +341,9 @@ class Stream:
                 cache = self._cache_for(snapshot)
             state = unpack(snapshot, cache)
             state.prompt_embeds = self._batched(state.prompt_embeds)
-            self.state = state
+            self.state, self._draws = state, {}
             if snapshot.compact:
-                self._rebuild(snapshot.facts["frames"])
+                self._rebuild(counts_of(snapshot.facts))
             self._restore_decoder(snapshot)
 
     @classmethod
@@ -308,7 +358,6 @@ class Stream:
         """A stream of the snapshot's size and steps that goes on from it."""
         facts = snapshot.facts
         with snapshot_errors():
-            sampler = facts["sampler"] | {"steps": tuple(facts["sampler"]["steps"])}
             stream = cls(
                 model,
                 snapshot.tensors["prompt_embeds"],
@@ -316,7 +365,7 @@ class Stream:
                 width=facts["width"],
                 batch=facts["batch"],
                 decoder=decoder,
-                sampler=SamplerConfig(**sampler),
+                sampler=SamplerConfig(**facts["sampler"]),
                 cache=cache_config_of(snapshot),
                 **options,
             )
@@ -327,7 +376,7 @@ class Stream:
         """A second stream that goes on from here on its own; weights are shared."""
         twin = object.__new__(type(self))
         with self._exclusive():
-            own = {"state": self.state.clone(), "_busy": threading.Lock()}
+            own = {"state": self.state.clone(), "_busy": threading.Lock(), "_draws": {}}
         twin.__dict__ = {**self.__dict__, **own}
         return twin
 
@@ -371,17 +420,19 @@ class Stream:
             state.cache.set_decay(state.decay_due)
             state.decay_due = None
         state.cache.backup_sink()
-        state.cache.advance()
+        state.cache.advance(self.next_frames)
         return state.prompt_embeds if state.blend is None else state.blend.embeds()
 
-    def _finish_chunk(self, x0: Tensor, prompt: Tensor) -> None:
+    def _finish_chunk(self, x0: Tensor, prompt: Tensor, *, is_start: bool = False) -> None:
         state = self.state
         state.cache.finish()
         state.num_chunks += 1
         state.chunk_open = False
-        state.pending_clean_pass = PendingCleanPass(latents=x0, prompt_embeds=prompt)
-        if self._recache_rewrites():  # and the clean pass leaves the sink alone
-            state.cache.backup_sink()
+        state.first_due = state.first_due and is_start
+        at = 0.0 if is_start else self.sampler.clean_timestep
+        state.pending_clean_pass = PendingCleanPass(latents=x0, prompt_embeds=prompt, timestep=at)
+        if state.cache.context_frames >= self.cache_config.head_frames:
+            state.cache.backup_sink()  # as its clean pass leaves the head alone
         self._record_latents(x0)
         if state.blend is not None:
             state.prompt_embeds = prompt
@@ -393,59 +444,116 @@ class Stream:
         state = self.state
         if state.half_recached is not None:
             self._recache(state.half_recached, on_pass)
-        elif state.pending_clean_pass is not None:
+        elif (due := state.pending_clean_pass) is not None:
             on_pass("clean", 0)
-            self._clean_pass(
-                state.pending_clean_pass.latents, state.pending_clean_pass.prompt_embeds
-            )
+            if self.cache_config.rebuild != "never":
+                self._rebuild_context(due.prompt_embeds)
+            else:
+                self._clean_pass(due.latents, due.prompt_embeds, due.timestep)
             state.pending_clean_pass = None
 
     def _record_latents(self, x0: Tensor) -> None:
         state, config = self.state, self.cache_config
         held = 0 if state.first_latents is None else state.first_latents.shape[2]
-        to_sink = min(config.sink_frames - held, x0.shape[2])
+        to_sink = min(config.kept_first - held, x0.shape[2])
         if to_sink:
             state.first_latents = _append(state.first_latents, x0[:, :, :to_sink])
         if to_sink < x0.shape[2]:
-            room = config.window_frames - config.sink_frames
-            state.last_latents = _append(state.last_latents, x0[:, :, to_sink:])[:, :, -room:]
+            last = _append(state.last_latents, x0[:, :, to_sink:])
+            state.last_latents = last[:, :, -config.kept_last :]
 
     @torch.no_grad()
     def _recache(self, prompt_embeds: Tensor, on_pass: OnPass) -> None:
-        state, cache, config = self.state, self.state.cache, self.cache_config
-        if not self._recache_rewrites() and state.half_recached is None:
-            self._finish_clean_pass(on_pass)
-        again = cache.num_frames + cache.evicted_frames - config.sink_frames
-        if again > 0:
-            assert state.last_latents is not None
-            parts = _chunks(state.last_latents[:, :, -again:], config.chunk_frames)
+        state, cache = self.state, self.state.cache
+        if self.cache_config.rebuild != "never":
+            on_pass("clean", 0)
+            self._rebuild_context(prompt_embeds)
+            state.pending_clean_pass = None
+            return
+        begin, again = self._recached()
+        if begin > cache.context_frames and state.half_recached is None:
+            self._finish_clean_pass(on_pass)  # of a chunk that lies across
+        if again is not None:
+            joint, frames = self.cache_config.recache != "chunks", self.cache_config.chunk_frames
+            parts = [again] if joint else _chunks(again, frames)
             on_pass("clean", 0)
             state.half_recached = prompt_embeds
             cache.undo_eviction()
             counts = cache.num_frames, cache.slot_frames
-            cache.truncate(config.sink_frames)
+            cache.truncate(begin)
             try:
                 self._rerun(parts, prompt_embeds, lambda kind, n: on_pass(kind, n) if n else None)
             finally:  # a stop in between leaves all of it to be done again
                 cache.num_frames, cache.slot_frames = counts
+            if joint and not begin:
+                self._take_new_sink(again)
         state.half_recached = state.pending_clean_pass = None
 
-    def _recache_rewrites(self) -> bool:
-        """Whether a recache runs the whole of the last chunk again."""
-        return self.state.cache.context_frames >= self.cache_config.sink_frames
+    def _recached(self) -> tuple[int, Tensor | None]:
+        """From which latent frame of the window on a recache runs what again, if anything."""
+        state, cache, kind = self.state, self.state.cache, self.cache_config.recache
+        whole = kind == "joint_new_sink" or (kind == "joint" and not cache.has_moved)
+        begin = 0 if whole else cache.fixed_frames
+        again = cache.num_frames + cache.evicted_frames - begin
+        return begin, _joined(state.first_latents, state.last_latents, again)
+
+    def _take_new_sink(self, latents: Tensor) -> None:
+        """After the whole window was run again: it is as if the stream began with it."""
+        sink = self.cache_config.sink_frames
+        self.state.cache.start_anew()
+        self.state.first_latents = latents[:, :, :sink] if sink else None
+        self.state.last_latents = latents[:, :, sink:] if latents.shape[2] > sink else None
 
     @torch.no_grad()
     def _rebuild(self, counts: Sequence[int]) -> None:
         """The window of a compact snapshot, of the latents that it holds."""
-        state, frames = self.state, self.cache_config.chunk_frames
-        first, last = ([] if t is None else [t] for t in (state.first_latents, state.last_latents))
-        evictions = counts[2]
-        if evictions or not first:
-            parts = [p for t in first for p in t.split(frames, dim=2)]
-            parts += [p for t in last for p in _chunks(t, frames)]
+        state, config, (num_frames, _, evictions, _, gone) = self.state, self.cache_config, counts
+        if config.rebuild != "never":
+            if num_frames:
+                self._rebuild_context(state.prompt_embeds)
+            return
+        first, again = state.first_latents, num_frames - config.sink_frames
+        if evictions and first is not None:
+            self._rerun(first.split(config.chunk_frames, dim=2), state.prompt_embeds, _no_op)
+            state.cache.gone_frames = gone
+            first = None
         else:  # the chunks themselves, of which the sink may have cut one in two
-            parts = list(torch.cat(first + last, dim=2).split(frames, dim=2))
-        self._rerun(parts, state.prompt_embeds, _no_op)
+            again = num_frames
+        if (latents := _joined(first, state.last_latents, again)) is not None:
+            parts = _chunks(latents, config.chunk_frames)
+            self._rerun(parts, state.prompt_embeds, _no_op)
+
+    @torch.no_grad()
+    def _rebuild_context(self, prompt_embeds: Tensor) -> None:
+        """The window before the next chunk, made anew (`CacheConfig.rebuild`)."""
+        head, recent = self._head_latents(), self.cache_config.rebuilt_frames - 1
+        if head is None:  # nothing was made
+            return
+        last = _joined(None, self.state.last_latents, recent)
+        context = head if last is None else torch.cat([head, last], dim=2)
+        self.state.cache.truncate(0)
+        parts = context.split(self.cache_config.chunk_frames, dim=2)
+        self._rerun(parts, prompt_embeds, _no_op)
+
+    def _head_latents(self) -> Tensor | None:
+        """The latent frame that a rebuilt context begins with, [B, C, 1, h, w]."""
+        last = self.state.last_latents
+        in_sight = last is None or last.shape[2] < self.cache_config.kept_last
+        if self.cache_config.rebuild == "first" or in_sight:
+            return self.state.first_latents
+        return self._encoded_head()
+
+    def _encoded_head(self) -> Tensor | None:
+        if self.decoder is None or self.state.last_images is None:
+            _log.warning(
+                "the context's head cannot be encoded anew, as the stream's images are not decoded "
+                "beside it; it is the stream's first frame in their place"
+            )
+            return self.state.first_latents
+        return self.decoder.encode(self.state.last_images[:, :1])
+
+    def _images_in_sight(self) -> int:
+        return 1 + TEMPORAL_FACTOR * (self.cache_config.rebuilt_frames - 1)
 
     def _restore_decoder(self, snapshot: Snapshot) -> None:
         """The decoder's past: the snapshot's where it is this decoder's, or made of the latents."""
@@ -479,35 +587,60 @@ class Stream:
         for number, part in enumerate(parts):
             on_pass("clean", number)
             self.state.cache.advance(part.shape[2])
-            self._clean_pass(part, prompt_embeds)
+            self._clean_pass(part, prompt_embeds, self.sampler.clean_timestep)
 
     def _predict(self, prompt_embeds: Tensor, x: Tensor, timestep: float) -> Tensor:
         return self.model(x.to(self.dtype), *self._pass_inputs(x, timestep, prompt_embeds))
 
-    def _clean_pass(self, latents: Tensor, prompt_embeds: Tensor) -> None:
+    def _clean_pass(self, latents: Tensor, prompt_embeds: Tensor, timestep: float) -> None:
+        view = CleanContext(self.state.cache) if self.sampler.rolling else None
         self.model.write_cache(
-            latents.to(self.dtype), *self._pass_inputs(latents, 0.0, prompt_embeds)
+            latents.to(self.dtype), *self._pass_inputs(latents, timestep, prompt_embeds, view)
         )
 
+    def _timesteps(self) -> list[float]:
+        """Those of the next chunk that is generated."""
+        return sampling_timesteps(self.sampler, is_first=self.state.first_due).tolist()
+
     def _pass_inputs(
-        self, x: Tensor, timestep: float, prompt_embeds: Tensor
-    ) -> tuple[TimeContext, PromptContext | CountedPrompt, KVCache, Attention]:
-        """What a pass over latents x [B, C, F, h, w] sees besides them."""
+        self,
+        x: Tensor,
+        timestep: float | tuple[float, ...],
+        prompt_embeds: Tensor,
+        view: KeyValues | None = None,
+    ) -> tuple[TimeContext, PromptContext | CountedPrompt, KeyValues, Attention]:
+        """What a pass over latents x [B, C, F, h, w] sees besides them.
+
+        `timestep` is that of all frames, or of as many equal parts; `view` stands for the cache.
+        """
         key = timestep, x.shape[2]
         if key not in self._times:
-            timestep_BF = torch.full((self.batch, x.shape[2]), timestep, device=self.device)
+            each = torch.tensor(timestep, device=self.device).reshape(-1)
+            timestep_BF = each.repeat_interleave(x.shape[2] // len(each)).expand(self.batch, -1)
             self._times[key] = self.model.time_context(timestep_BF, self.dtype)
         if self._context[0] is not prompt_embeds:
             self._context = prompt_embeds, self._prompt_context(prompt_embeds)
-        return self._times[key], self._context[1], self.state.cache, self.attention
+        return self._times[key], self._context[1], view or self.state.cache, self.attention
 
-    def _noise(self) -> Iterator[Tensor]:
-        shape = (self.model.config.in_dim, self.cache_config.chunk_frames, *self.latent_size)
+    def _draw(self, chunk: int, number: int) -> Tensor:
+        """One draw of a chunk, as `noise_draws` gives them one after another."""
+        drawn, draws = self._draws.pop(chunk, (number + 1, iter(())))
+        if number < drawn:
+            drawn, draws = 0, self._noise_of(chunk, len(self.sampler.steps))
+        noise = next(itertools.islice(draws, number - drawn, None))
+        self._draws[chunk] = number + 1, draws
+        return noise
+
+    def _noise(self, num_draws: int) -> Iterator[Tensor]:
+        """Of the chunk that was begun: what it starts from, and what goes back in."""
+        return self._noise_of(self.state.num_chunks, num_draws)
+
+    def _noise_of(self, chunk: int, num_draws: int) -> Iterator[Tensor]:
+        frames = self.state.cache.slot_frames
+        shape = (self.model.config.in_dim, frames, *self.latent_size)
         seeds = [self.state.seed + sample for sample in range(self.batch)]
         pinned = self.device.type == "cuda"  # drawn where a card copies from
-        draws = noise_draws(
-            seeds, self.state.num_chunks, shape, len(self.sampler.steps), pinned=pinned
-        )
+        draws = noise_draws(seeds, chunk, shape, num_draws, pinned=pinned)
         return (to_device(draw, self.device) for draw in draws)
 
     def _batched(self, prompt_embeds: Tensor) -> Tensor:
@@ -546,6 +679,10 @@ class Stream:
             )
 
 
+def _see_nothing(number: int, x0: Tensor) -> None:
+    """Stands for an `on_prediction` that was not given."""
+
+
 def _no_op(kind: str, number: int) -> None:
     """Stands for an `on_pass` that was not given."""
 
@@ -557,23 +694,25 @@ def denoise(
     timesteps: Sequence[float],
     on_pass: OnPass | None = None,
     on_prediction: OnPrediction | None = None,
+    *,
+    levels: Sequence[float] | None = None,
 ) -> Tensor:
     """Turn noise into a clean chunk, both [B, C, F, h, w].
 
     `predict(x, timestep)` gives the flow; `renoise` is mixed back between one pass and the next,
     and asked for when the first of them is on its way: x = (1 - sigma) x0 + sigma noise. The last
-    pass's x0 is the result.
+    pass's x0 is the result. `levels` are the timesteps of the noise in x, where they are others.
     """
-    x, renoise = noise, iter(renoise)
+    x, renoise, levels = noise, iter(renoise), levels or timesteps
     for i, timestep in enumerate(timesteps):
         if on_pass is not None:
             on_pass("denoise", i)
-        at_BF = x.new_full((x.shape[0], x.shape[2]), timestep)
+        at_BF = x.new_full((x.shape[0], x.shape[2]), levels[i])
         x = flow_to_x0(predict(x, timestep), x, at_BF)
         if on_prediction is not None:
             on_prediction(i, x)
         if i + 1 < len(timesteps):
-            x = add_noise(x, next(renoise), torch.full_like(at_BF, timesteps[i + 1]))
+            x = add_noise(x, next(renoise), torch.full_like(at_BF, levels[i + 1]))
     return x
 
 
@@ -628,13 +767,14 @@ def latent_size(height: int, width: int, patch_size: tuple[int, int, int]) -> tu
     return height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
 
 
-def start_clip(images: Tensor, decoder: Decoder, chunk_frames: int) -> Tensor:
+def start_clip(images: Tensor, decoder: Decoder, cache: CacheConfig) -> Tensor:
     """What a stream can begin with of images [B, T, 3, H, W]: whole chunks.
 
     A single picture is held for one chunk; of a clip the last images are taken. ValueError where
     the clip is shorter than a chunk.
     """
-    first, later = (decoder.images_of(chunk_frames, first=is_first) for is_first in (True, False))
+    first = decoder.images_of(cache.first_frames, first=True)
+    later = decoder.images_of(cache.chunk_frames, first=False)
     if images.shape[1] == 1:
         images = repeat(images, "b 1 c h w -> b t c h w", t=first)
     if images.shape[1] < first:
@@ -651,8 +791,20 @@ def _chunks(latents: Tensor, frames: int) -> list[Tensor]:
     return list(latents.split([head] * (head > 0) + [frames] * whole, dim=2))
 
 
-def _append(old: Tensor | None, new: Tensor) -> Tensor:
-    return new.clone() if old is None else torch.cat([old, new], dim=2)
+def _append(old: Tensor | None, new: Tensor, dim: int = 2) -> Tensor:
+    return new.clone() if old is None else torch.cat([old, new], dim=dim)
+
+
+def _joined(first: Tensor | None, last: Tensor | None, frames: int) -> Tensor | None:
+    """The last so many latent frames of one after the other; None for no frame."""
+    held = [each for each in (first, last) if each is not None]
+    return torch.cat(held, dim=2)[:, :, -frames:] if held and frames > 0 else None
+
+
+def split_chunks(latents: Tensor, cache: CacheConfig) -> list[Tensor]:
+    """The chunks [B, C, F, h, w] of a stream that begins with such latents."""
+    first, rest = latents[:, :, : cache.first_frames], latents[:, :, cache.first_frames :]
+    return [first, *(rest.split(cache.chunk_frames, dim=2) if rest.shape[2] else ())]
 
 
 def _plain(value: Any) -> Any:

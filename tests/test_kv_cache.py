@@ -200,8 +200,12 @@ def test_writing_to_a_cache_under_autograd_is_a_mistake_that_is_named():
 
 
 def test_a_chunk_larger_than_the_room_beside_the_sink_is_refused():
+    cache = cache_of(tiny.window(9, 3))
+    cache.advance()
     with pytest.raises(ValueError, match="7 latent frames does not fit the 6 frames"):
-        cache_of(tiny.window(9, 3)).advance(7)
+        cache.advance(7)
+    with pytest.raises(ValueError, match="10 latent frames does not fit the 9 frames"):
+        cache_of(tiny.window(9, 3)).advance(10)
 
 
 def test_a_clone_is_independent_and_equal():

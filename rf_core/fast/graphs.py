@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from ..attention import Attention, sdpa
 from ..config import CacheConfig
-from ..kv_cache import KVCache
+from ..kv_cache import KeyValues, KVCache
 from ..memory.offload import StreamedLayers
 from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
 from ..operations import is_watched
@@ -89,7 +89,7 @@ class GraphedModel:
         x: Tensor,
         time: TimeContext,
         prompt: PromptContext | CountedPrompt,
-        cache: KVCache,
+        cache: KeyValues,
         attention: Attention = sdpa,
     ) -> Tensor:
         """See `WanModel.forward`. The flow is overwritten by the same stream's next pass."""
@@ -100,7 +100,7 @@ class GraphedModel:
         x: Tensor,
         time: TimeContext,
         prompt: PromptContext | CountedPrompt,
-        cache: KVCache,
+        cache: KeyValues,
         attention: Attention = sdpa,
     ) -> None:
         """See `WanModel.write_cache`."""
@@ -139,15 +139,19 @@ class GraphedModel:
         x: Tensor,
         time: TimeContext,
         prompt: PromptContext | CountedPrompt,
-        cache: KVCache,
+        cache: KeyValues,
         attention: Attention,
     ) -> Any:
-        if cache.k_NBWHD.data_ptr() in self._lent and not self._failed:
+        # What a view of a cache reads is made anew in each pass, which runs as it is.
+        if isinstance(cache, KVCache) and self._is_lent(cache) and not self._failed:
             with self._lock:
                 replay = self._recorded(run, x, time, prompt, cache, attention)
                 if replay is not None:
                     return replay()
         return run(x, time, prompt, cache, attention)
+
+    def _is_lent(self, cache: KVCache) -> bool:
+        return cache.k_NBWHD.data_ptr() in self._lent
 
     def _recorded(
         self,

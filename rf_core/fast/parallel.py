@@ -22,6 +22,7 @@ Letters: B batch, L tokens, H heads, D channels of a head, P processes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -36,10 +37,10 @@ from ..attention import Attention, sdpa
 from ..config import CacheConfig, Grid, ModelConfig
 from ..devices import make_current
 from ..kernels.reference import Rows
-from ..kv_cache import KeyValues, KVCache, LayerWindow
+from ..kv_cache import KeyValues, LayerWindow
 from ..layers import SelfAttention
 from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
-from ..rope import Rope, rope_table
+from ..rope import Rope
 from ..state import Snapshot, snapshot_errors
 from ..stream import Stream
 
@@ -142,6 +143,12 @@ class Split:
         """This process's shard of latents [B, C, F, h, w], a band of rows or columns."""
         return x.chunk(self.world_size, dim=self.axis)[self.rank]
 
+    def whole(self, shard: Tensor) -> Tensor:
+        """Of the shape of the latents that it is a shard of; its values mean nothing."""
+        repeats = [1] * shard.ndim
+        repeats[self.axis] = self.world_size
+        return shard.new_empty(()).expand(*map(operator.mul, shard.shape, repeats))
+
     def gather(self, shard: Tensor) -> Tensor:
         """Latents [B, C, F, h, w] of every process's shard."""
         return all_gather(shard, self.axis)
@@ -230,10 +237,8 @@ class SequenceParallelModel(WanModel):
 
     def rope(self, x: Tensor, cache: KeyValues | None) -> Rope:
         """The places of the whole chunk's tokens: the bands' own do not know where they lie."""
-        assert isinstance(cache, KVCache), "a split stream has a cache"
-        table = rope_table(cache.num_frames, cache.grid, self.config.head_dim, x.device)
-        before, stop = (n * cache.frame_tokens for n in (cache.context_frames, cache.num_frames))
-        return table.tokens(before, stop)
+        assert cache is not None, "a split stream has a cache"
+        return super().rope(self.split.whole(x), cache)
 
 
 class SequenceParallelStream(Stream):

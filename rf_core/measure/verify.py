@@ -17,11 +17,18 @@ from einops import rearrange
 from torch import Tensor
 
 from ..attention import Attention, sdpa
-from ..config import NUM_TRAIN_TIMESTEPS, CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..config import (
+    NUM_TRAIN_TIMESTEPS,
+    SPATIAL_FACTOR,
+    CacheConfig,
+    Grid,
+    ModelConfig,
+    SamplerConfig,
+)
 from ..decoders.vae import VAEConfig, WanVAE
 from ..model import WanModel
 from ..scheduler import flow_to_x0, sampling_timesteps, training_sigmas, training_weights
-from ..stream import denoise
+from ..stream import Stream, denoise
 from ..weights.files import parse_json, read_weights
 
 ATOL, RTOL = 2e-5, 1e-4  # agreed for float32, element by element
@@ -133,6 +140,113 @@ def student_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend
         yield name, window[int(layer)][:, : cache.num_frames * cache.frame_tokens]
 
 
+def sibling_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Outputs:
+    """Another student's stream, by `Stream` itself, from recorded noise."""
+    model, _ = _network(config, tensors, backend)
+    stream = _RecordedStream(model, config, tensors, backend)
+    for is_first, suffix in ((False, ""), (True, "_first_chunk")):
+        if (name := f"denoising_timesteps{suffix}") in tensors:
+            yield name, sampling_timesteps(stream.sampler, is_first=is_first)
+    yield "latents", rearrange(stream.all_latents(), "b c f h w -> b f c h w")
+    cache = stream.state.cache
+    for name in sorted(name for name in tensors if name.startswith("cache.")):
+        _, layer, which = name.split(".")
+        window = cache.k_NBWHD if which == "k" else cache.v_NBWHD
+        yield name, window[int(layer)][:, : cache.num_frames * cache.frame_tokens]
+
+
+class _RecordedStream(Stream):
+    """A stream that draws what a record has drawn."""
+
+    def __init__(
+        self, model: WanModel, config: Mapping[str, Any], tensors: Tensors, backend: Backend
+    ) -> None:
+        *_, rows, columns = tensors["noise"].shape
+        super().__init__(
+            model,
+            _to(tensors["prompt_embeds"], backend),
+            height=rows * SPATIAL_FACTOR,
+            width=columns * SPATIAL_FACTOR,
+            batch=len(tensors["noise"]),
+            cache=sibling_cache(config, tensors),
+            sampler=sibling_sampler(config),
+            attention=backend.attention,
+            last_chunk=tensors["noise"].shape[1] // config["num_frame_per_block"] - 1,
+        )
+        start = tensors.get("initial_latent")
+        self._start = None if start is None else _video(start, backend)
+        self._switches = {each["chunk"]: each for each in config.get("switches", ())}
+        self._tensors, self._backend = tensors, backend
+        self._left = _video(tensors["noise"], backend)
+        self._renoise = iter(tensors["renoise"])
+        self._first_renoise = iter(tensors.get("renoise_first", ()))
+        self._heads = iter(tensors.get("reencoded", ()))
+
+    def all_latents(self) -> Tensor:
+        """The record's video, [B, C, F, h, w]."""
+        begun = [] if self._start is None else self.start_from(self._start)
+        made, first = [each.latents for each in begun], len(begun)
+        frames = self._tensors["noise"].shape[1] + sum(each.shape[2] for each in made)
+        while sum(each.shape[2] for each in made) < frames:
+            if (due := self._switches.get(self.state.num_chunks - first)) is not None:
+                mode = f"blend {due['blocks']}" if due["mode"] == "lerp" else "recache"
+                self.switch(_to(self._tensors[due["prompt_embeds"]], self._backend), mode)
+            made.append(self.generate())
+        if self.cache_config.rebuild == "never":
+            self.finish_clean_pass()
+        return torch.cat(made, dim=2)
+
+    def _noise(self, num_draws: int) -> Iterator[Tensor]:
+        frames = self.state.cache.slot_frames
+        yield self._left[:, :, :frames]
+        self._left = self._left[:, :, frames:]
+        drawn = self._renoise if frames == self.cache_config.chunk_frames else self._first_renoise
+        for _ in range(num_draws - 1):
+            yield _video(next(drawn), self._backend)
+
+    def _draw(self, chunk: int, number: int) -> Tensor:
+        frames = self.cache_config.chunk_frames
+        if number:
+            return _video(next(self._renoise), self._backend)
+        return _video(self._tensors["noise"], self._backend)[:, :, chunk * frames :][:, :, :frames]
+
+    def _encoded_head(self) -> Tensor:
+        return _video(next(self._heads), self._backend)
+
+
+def sibling_cache(config: Mapping[str, Any], tensors: Tensors) -> CacheConfig:
+    """The cache that a record's fields describe."""
+    switches = config.get("switches", ())
+    joint = [each["keep_sink"] for each in switches if each["mode"] == "recache_joint"]
+    memory, rebuild = config.get("memory"), config.get("rebuild")
+    chunk, given = config["num_frame_per_block"], config.get("initial_chunks")
+    first = given[0] if given else config.get("first_chunk_frames", chunk)
+    rolling = config["rope"] == "rolling"  # the anchor lies beside the window there
+    return CacheConfig(
+        window_frames=_window(config, tensors) + rolling * config["sink_size"],
+        sink_frames=config["sink_size"],
+        chunk_frames=chunk,
+        first_chunk_frames=None if first == chunk else first,
+        decay=config["alpha"],
+        positions="window" if rolling else config["rope"],
+        memory_rates=() if memory is None else (memory["long"], memory["short"]),
+        recache=("joint" if all(joint) else "joint_new_sink") if joint else "chunks",
+        rebuild="never" if rebuild is None else rebuild["head"],
+        blend_holds=any(each["mode"] == "lerp" for each in switches),
+    )
+
+
+def sibling_sampler(config: Mapping[str, Any]) -> SamplerConfig:
+    """The steps that a record's fields describe."""
+    return SamplerConfig(
+        steps=config["denoising_step_list"],
+        shift=config["shift"],
+        first_steps=config.get("denoising_step_list_first_chunk"),
+        clean_timestep=config.get("context_noise", 0),
+        rolling=config["rope"] == "rolling",
+    )
+
+
 def teacher_forward(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Outputs:
     """The bidirectional network and the tables of the training schedule."""
     model, _ = _network(config, tensors, backend)
@@ -173,6 +287,8 @@ def vae(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Output
 
 KINDS: Kinds = {
     "student_stream": student_stream,
+    "sibling_stream": sibling_stream,
+    "rolling_stream": sibling_stream,
     "teacher_forward": teacher_forward,
     "vae": vae,
 }

@@ -186,7 +186,7 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
             else 0
         )
         chunks = peak_bytes(two_chunks, place)
-        x = next(stream._noise())
+        x = next(stream._noise(1))
         context_bytes = sum(t.nbytes for layer in context for t in layer)
         whole = stream._pass_inputs(x, _TIMESTEP, embeds)[0].whole_NBF1C
         assert whole is not None
