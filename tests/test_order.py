@@ -404,7 +404,7 @@ def broken(snapshot: Snapshot) -> dict[str, Snapshot]:
             "values of one axis": tensor("cache.v", lambda t: t.flatten()),
             "cache of 1000 frames": fact(cache={**facts["cache"], "window_frames": 1000}),
         }
-    for name in facts.keys() - {"decoder", "decay_due", "format"}:
+    for name in facts.keys() - {"decoder", "decay_due", "first_due", "format"}:
         found[f"without {name}"] = replace(
             snapshot, facts={key: value for key, value in facts.items() if key != name}
         )
