@@ -1,0 +1,167 @@
+"""Families of causal Wan students: presets by which files stream as their authors run them.
+
+They share one network and one naming of weights, and differ in what the cache keeps, where its keys
+are placed and in the schedule. A family is data; what it needs are fields of `CacheConfig` and
+`SamplerConfig`, which can be set without it, too. Numbers are those of each project's released
+configuration and code, held by recorded outputs of that code (`rf_core verify`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from .config import FPS, WAN_SIZE, CacheConfig, SamplerConfig
+
+AUTO = "auto"
+"""Stands for the family that a file tells."""
+DEFAULT = "reward_forcing"
+
+_APACHE = "code Apache-2.0"
+_ONE_CLIP = CacheConfig(window_frames=21, sink_frames=0, decay=1.0)
+_LONGLIVE = CacheConfig(
+    window_frames=12, sink_frames=3, decay=1.0, positions="absolute", recache="joint"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How the students of one project stream."""
+
+    title: str
+    """Its name, as the project writes it."""
+    source: str
+    """Paper and code."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    size: tuple[int, int] = WAN_SIZE
+    """Height and width in pixels that its authors stream at."""
+    fps: int = FPS
+    """Images a second that its authors write."""
+    frames: int
+    """Latent frames of its authors' videos, at most."""
+    good_at: str
+    """What to choose it for."""
+    licence: str
+    """Of code and weights, as far as the project says; non-commercial terms come first."""
+    files: tuple[str, ...]
+    """Words in the names of its official files, lower case."""
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        DEFAULT: Family(
+            title="Reward Forcing",
+            source="arXiv 2512.04678",
+            frames=120,
+            good_at="endless video with motion; the sink stays fresh",
+            licence=_APACHE,
+            files=("rewardforcing", "reward-forcing", "reward_forcing"),
+        ),
+        "self_forcing": Family(
+            title="Self-Forcing",
+            source="arXiv 2506.08009, github.com/guandeh17/Self-Forcing",
+            cache=_ONE_CLIP,
+            frames=21,
+            good_at="one clip of 5 seconds",
+            licence=f"weights CC-BY-NC-SA-4.0 (non-commercial); {_APACHE}",
+            files=("self_forcing", "self-forcing"),
+        ),
+        "causal_forcing": Family(
+            title="Causal-Forcing",
+            source="arXiv 2602.02214, github.com/thu-ml/Causal-Forcing",
+            cache=_ONE_CLIP,
+            frames=21,
+            good_at="one clip of 5 seconds, sharper",
+            licence=_APACHE,
+            files=("causal_forcing_chunk", "causal-forcing"),
+        ),
+        "causal_forcing_frame": Family(
+            title="Causal-Forcing, frame by frame",
+            source="arXiv 2602.02214, github.com/thu-ml/Causal-Forcing",
+            cache=CacheConfig(window_frames=21, sink_frames=0, decay=1.0, chunk_frames=1),
+            frames=21,
+            good_at="quick answers, and a start from one picture",
+            licence=_APACHE,
+            files=("causal_forcing_frame", "framewise"),
+        ),
+        "causal_forcing_2step": Family(
+            title="Causal-Forcing++ in 2 steps",
+            source="arXiv 2602.02214, github.com/thu-ml/Causal-Forcing",
+            cache=CacheConfig(window_frames=21, sink_frames=0, decay=1.0, chunk_frames=1),
+            sampler=SamplerConfig(steps=(1000, 500), first_steps=(1000, 750, 500, 250)),
+            frames=21,
+            good_at="speed: 2 passes a frame",
+            licence=_APACHE,
+            files=("2step",),
+        ),
+        "causal_forcing_1step": Family(
+            title="Causal-Forcing++ in 1 step",
+            source="arXiv 2602.02214, github.com/thu-ml/Causal-Forcing",
+            cache=CacheConfig(window_frames=21, sink_frames=0, decay=1.0, chunk_frames=1),
+            sampler=SamplerConfig(steps=(1000,), first_steps=(1000, 750, 500, 250)),
+            frames=21,
+            good_at="speed: 1 pass a frame",
+            licence=_APACHE,
+            files=("1step",),
+        ),
+        "longlive": Family(
+            title="LongLive",
+            source="arXiv 2509.22622, github.com/NVlabs/LongLive",
+            cache=_LONGLIVE,
+            frames=240,
+            good_at="minutes of video whose prompt changes",
+            licence="code Apache-2.0 (one file of it CC-BY-NC-SA-4.0)",
+            files=("longlive",),
+        ),
+        "longlive_infinity": Family(
+            title="LongLive infinity",
+            source="arXiv 2509.22622, github.com/NVlabs/LongLive",
+            cache=CacheConfig(window_frames=12, sink_frames=3, decay=1.0, recache="joint"),
+            frames=1050,
+            good_at="as LongLive, without end",
+            licence="code Apache-2.0 (one file of it CC-BY-NC-SA-4.0)",
+            files=("infinity",),
+        ),
+        "memrope": Family(
+            title="MemRoPE",
+            source="ECCV 2026, github.com/YoungRaeKimm/MemRoPE",
+            cache=CacheConfig(window_frames=12, sink_frames=3, decay=1.0, memory_rates=(0.01, 0.1)),
+            frames=14400,
+            good_at="an hour from Self-Forcing's or LongLive's file, whose colours it remembers",
+            licence=f"{_APACHE}; weights are Self-Forcing's or LongLive's",
+            files=("memrope",),
+        ),
+        "krea": Family(
+            title="Krea Realtime 14B",
+            source="github.com/krea-ai/realtime-video",
+            cache=CacheConfig(
+                window_frames=6, sink_frames=0, decay=1.0, rebuild="reencoded", blend_holds=True
+            ),
+            sampler=SamplerConfig(steps=(1000, 750, 500, 250, 0)),
+            fps=24,
+            frames=27,
+            good_at="the look of 14B",
+            licence="CC-BY-NC-SA-4.0 (non-commercial), code and weights",
+            files=("krea",),
+        ),
+        "rolling_forcing": Family(
+            title="Rolling Forcing",
+            source="arXiv 2509.25161, github.com/TencentARC/RollingForcing",
+            cache=CacheConfig(window_frames=24, sink_frames=3, decay=1.0),
+            sampler=SamplerConfig(steps=(1000, 800, 600, 400, 200), rolling=True),
+            frames=126,
+            good_at="little drift: five chunks are denoised together",
+            licence="academic use only, code and weights",
+            files=("rolling_forcing", "rolling-forcing", "rollingforcing"),
+        ),
+    }
+)
+
+
+def family_of(name: str) -> Family:
+    """The family of that name; ValueError for none."""
+    if name not in FAMILIES:
+        raise ValueError(f"family is {name!r}; choose one of {', '.join((AUTO, *FAMILIES))}")
+    return FAMILIES[name]
