@@ -95,6 +95,39 @@ def test_only_missing_shards_are_encoded_and_another_encoder_s_are_its_own(tmp_p
     ]
 
 
+def progress(monkeypatch) -> list[tuple[int, list[int]]]:
+    """Progress bars as they are shown: their totals, and what each says is done."""
+    bars: list[tuple[int, list[int]]] = []
+
+    def show(total, unit, steps):
+        assert unit == "prompt"
+        bars.append((total, [done for done, _ in steps]))
+
+    monkeypatch.setattr(data, "show_progress", show)
+    return bars
+
+
+def test_encoding_shows_how_many_prompts_are_there_and_goes_on_from_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_PROMPTS", 3)
+    config, bars = replace(prompt_file(tmp_path), encode_batch=2), progress(monkeypatch)
+    open_prompts(config, DATA_SET, tmp_path, CPU, torch.float32)
+    ((total, done),) = bars
+    assert total == len(TEXTS) + 1 and done == sorted(done)
+    assert done[0] == 0 and {1, 3, 4, 6, 7} <= set(done) and done[-1] == total
+    cache, _ = cached_embeds(TEXTS, str(DEMO / "text_encoder.safetensors"), tmp_path)
+    cache.shards[1].unlink()
+    open_prompts(config, DATA_SET, tmp_path, CPU, torch.float32)
+    assert bars[1] == (total, [5, 7, 8])
+    open_prompts(config, DATA_SET, tmp_path, CPU, torch.float32)
+    assert len(bars) == 2  # there is nothing to do
+
+
+def test_the_miniature_s_captions_show_progress_as_well(monkeypatch):
+    bars = progress(monkeypatch)
+    open_prompts(DataConfig(limit=3), DATA_SET, Path("x"), CPU, torch.float32)
+    assert bars == [(3, [1, 2, 3])]
+
+
 def encode_rank(rank: int, world: int, folder: Path) -> None:
     data.SHARD_PROMPTS = 2
     torch.set_num_threads(1)

@@ -15,6 +15,7 @@ import torch
 from test_index import through_dataclass
 
 from rf_core.options import DEMO
+from rf_core.video import read_metadata
 from rf_core.weights.checkpoint import load_student, read_checkpoint
 from rf_core.weights.lora import Lora
 from rf_core.writing import WriteError
@@ -31,6 +32,7 @@ from training.stages import re_dmd, supervised
 from training.stages.re_dmd import distil
 from training.stages.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
 from training.stages.teacher import TeacherConfig, train_teacher
+from training.world.scenes import all_captions
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +75,12 @@ def test_the_miniature_is_distilled_to_a_student_that_streams(tmp_path, capsys):
     lines = read_journal(out / "log.jsonl")
     assert [line["update"] for line in lines] == [0, 1]
     assert 0 < lines[0]["reward/effective_share"] <= 1 and lines[1]["validation/motion"] > 0
-    assert len(list((out / "validation" / "update_000002").glob("*.mp4"))) == 3
+    shown = out / "validation" / "update_000002"
+    prompts = json.loads((shown / "prompts.json").read_text(encoding="utf-8"))
+    assert sorted(prompts) == sorted(path.name for path in shown.glob("*.mp4"))
+    titles = {path.name: read_metadata(path)["title"] for path in shown.glob("*.mp4")}
+    assert titles == prompts and set(prompts.values()) == set(all_captions()[:3])
+    assert [line["checkpoint"] for line in lines] == ["update_000001", "update_000002"]
 
     assert (
         main(["export", str(out), str(tmp_path / "again.safetensors"), "--dtype", "float32"]) == 0
@@ -500,6 +507,7 @@ def test_what_a_stop_says_is_saved_is_there_and_is_not_written_again(stage, tmp_
             next(run)
         assert [update for update, _ in checkpoints(out)] == [0]
     assert written == ["update_000000"]
+    assert read_journal(out / "log.jsonl") == []  # there is no update that it belongs to
 
 
 def test_what_all_processes_meet_is_told_once(tmp_path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +27,9 @@ from rf_core.weights.files import read_weights
 from rf_core.writing import whole_file
 
 from ..run.distributed import barrier, broadcast_from_rank_0, rank, shard_modules, world_size
+from ..run.options import show_progress
 from .prompts import DataConfig, DataSet, read_prompts
 
-_log = logging.getLogger(__name__)
 SHARD_PROMPTS = 256
 
 
@@ -112,23 +111,31 @@ def encode_missing(
     missing: Sequence[int],
     batch: int,
 ) -> Iterator[int]:
-    """Write the missing shards, shared out over processes; yields how many this one has written.
+    """Write the missing shards, shared out over processes; yields how many prompts are encoded.
 
     Processes stay in step, so that an encoder that is sharded over them works: one without a shard
     left encodes an empty prompt along.
     """
-    for done, first in enumerate(range(0, len(missing), world_size()), 1):
-        mine = missing[first : first + world_size()][rank() : rank() + 1]
-        texts = prompts[mine[0] * SHARD_PROMPTS :][:SHARD_PROMPTS] if mine else []
-        embeds = []
+    done = 0
+    for first in range(0, len(missing), world_size()):
+        numbers = missing[first : first + world_size()]
+        mine = numbers[rank() : rank() + 1]
+        sizes = [len(_shard(prompts, number)) for number in numbers]
+        texts = _shard(prompts, mine[0]) if mine else []
+        embeds: list[Tensor] = []
         for start in range(0, SHARD_PROMPTS, batch):
             some = list(texts[start : start + batch])
             if some or world_size() > 1:
                 embeds += list(encoder.encode(some or [""]))[: len(some)]
+            yield done + sum(min(start + batch, size) for size in sizes)
         if mine:
             _write(cache.shards[mine[0]], embeds)
-        yield done
+        done += sum(sizes)
     barrier()
+
+
+def _shard(prompts: Sequence[str], number: int) -> Sequence[str]:
+    return prompts[number * SHARD_PROMPTS :][:SHARD_PROMPTS]
 
 
 def _write(path: Path, embeds: Sequence[Tensor]) -> None:
@@ -175,11 +182,22 @@ def open_prompts(
     if not config.prompts:
         prompts = own.training_prompts()[: config.limit]
         encoder = load_text_encoder(encoder_path(config), device=device, dtype=dtype)
-        embeds = MemoryEmbeds(torch.cat([encoder.encode([text]) for text in prompts]).cpu())
-        return prompts, embeds, encoder.encode([config.negative])
+        return prompts, _memory_embeds(encoder, prompts), encoder.encode([config.negative])
     prompts = read_prompts(config)
     plain, found = open_texts([[config.negative], prompts], config, folder, device, dtype)
     return prompts, found, plain.embeds([0])
+
+
+def _memory_embeds(encoder: TextEncoder, prompts: Sequence[str]) -> MemoryEmbeds:
+    parts: list[Tensor] = []
+
+    def encode() -> Iterator[tuple[int, str]]:
+        for text in prompts:
+            parts.append(encoder.encode([text]).cpu())
+            yield len(parts), ""
+
+    show_progress(len(prompts), "prompt", encode())
+    return MemoryEmbeds(torch.cat(parts))
 
 
 def open_negative(
@@ -199,16 +217,33 @@ def open_texts(
 ) -> list[CachedEmbeds]:
     """The embeddings of several lists of texts, kept in `folder` or where the config says.
 
-    The encoder is opened only where one is missing, and freed afterwards.
+    The encoder is opened only where one is missing, and freed afterwards. A progress bar counts
+    all prompts, those of an encoding before among them.
     """
     path, folder = encoder_path(config), config.cache or folder
     found = [cached_embeds(each, path, folder) for each in texts]
     if any(missing for _, missing in found):
         encoder = place_encoder(load_text_encoder(path, device="cpu", dtype=dtype), device)
-        for some, (cache, missing) in zip(texts, found, strict=True):
-            for done in encode_missing(encoder, some, cache, missing, config.encode_batch):
-                _log.info("prompts encoded: %d of %d shards", done, len(missing))
-        del encoder
+        steps = _encode_all(encoder, texts, found, config.encode_batch)
+        show_progress(sum(map(len, texts)), "prompt", ((done, "") for done in steps))
+        del encoder, steps
         gc.collect()  # a sharded one refers to itself
         empty_caches()
     return [cache for cache, _ in found]
+
+
+def _encode_all(
+    encoder: TextEncoder,
+    texts: Sequence[Sequence[str]],
+    found: Sequence[tuple[CachedEmbeds, Sequence[int]]],
+    batch: int,
+) -> Iterator[int]:
+    """Write what is missing of several lists; yields how many of all their texts are there."""
+    there = sum(map(len, texts))
+    for some, (_, missing) in zip(texts, found, strict=True):
+        there -= sum(len(_shard(some, number)) for number in missing)
+    yield there
+    for some, (cache, missing) in zip(texts, found, strict=True):
+        for done in encode_missing(encoder, some, cache, missing, batch):
+            yield there + done
+        there += sum(len(_shard(some, number)) for number in missing)

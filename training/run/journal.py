@@ -19,7 +19,7 @@ from rf_core.writing import write_text
 from .distributed import rank
 
 _log = logging.getLogger(__name__)
-CHANGED = "changed"
+CHANGED, CHECKPOINT = "changed", "checkpoint"
 
 
 class Journal:
@@ -49,6 +49,11 @@ class Journal:
         if self.active and changes:
             self._append({"update": update, CHANGED: changes})
 
+    def write_checkpoint(self, update: int, folder: Path) -> None:
+        """Which checkpoint was written after an update; one before the first belongs to none."""
+        if self.active and update >= 0:
+            self._append({"update": update, CHECKPOINT: folder.name})
+
     def write(self, update: int, values: Mapping[str, float]) -> None:
         """An update's numbers, or more of them."""
         if not self.active:
@@ -68,8 +73,9 @@ class Journal:
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """What a `log.jsonl` has of each update; a line that a kill cut short is left out.
 
-    An update may have several lines: its numbers, what was validated after it, and, under
-    `CHANGED`, what of the config is another from it on.
+    An update may have several lines: its numbers, what was validated after it, under `CHECKPOINT`
+    the checkpoint that was written after it and, under `CHANGED`, what of the config is another
+    from it on.
     """
     by_update: dict[int, dict[str, Any]] = {}
     for line in _lines(path):

@@ -47,7 +47,7 @@ from .estimate import Sizes
 from .export import file_hash, student_companions, write_adapter, write_student
 from .recipes import DistilConfig, student_path
 from .trainer import Report, Trainer, report_numbers
-from .validation import validate
+from .validation import spread_prompts, validate
 
 _log = logging.getLogger(__name__)
 
@@ -150,12 +150,12 @@ def _update(run: Run, journal: Journal, stop: StopRequest) -> Report:
             report = trainer.step(stop)
     except Stopped as stopped:
         if trainer.is_within_update or not is_saved(run.out, trainer.update):
-            _checkpoint(run)
+            _checkpoint(run, journal)
         raise stopped.saved(run.out, trainer.update) from None
     journal.write(report.update, report_numbers(report) | {"seconds": time.perf_counter() - clock})
     if trainer.update % output.checkpoint_every == 0 or _is_last(run) or _is_overdue(run):
         with name_last_checkpoint_on_error(run.out, trainer.update):
-            _checkpoint(run)
+            _checkpoint(run, journal)
         run.saved = time.monotonic()
     if _validation_is_due(run):
         journal.write(report.update, _validate(run))
@@ -183,9 +183,11 @@ def _is_overdue(run: Run) -> bool:
     return broadcast_from_rank_0(minutes >= run.config.output.checkpoint_minutes)
 
 
-def _checkpoint(run: Run) -> None:
+def _checkpoint(run: Run, journal: Journal) -> None:
     trainer, config, out = run.trainer, run.config, run.out
-    trainer.save(checkpoint_path(out, trainer.update))
+    folder = checkpoint_path(out, trainer.update)
+    trainer.save(folder)
+    journal.write_checkpoint(trainer.update - 1, folder)
     note = provenance(config, trainer.update, run.origin)
     note["minutes_since_start_or_resume"] = round((time.monotonic() - run.started) / 60, 2)
     student, redmd = trainer.networks.student, config.run.redmd
@@ -222,14 +224,14 @@ def _validate(run: Run) -> dict[str, float]:
     config, trainer = run.config, run.trainer
     if run.decoder is None:
         return {}
-    count = min(config.output.validation_prompts, len(run.prompts))
+    shown = spread_prompts(config.output.validation_prompts, len(run.prompts))
     *_, rows, columns = config.run.latents
     with trainer.averaged():
         return validate(
             trainer.networks,
             config.run.redmd,
-            trainer.prompts.embeds(list(range(count))).to(trainer.uncond),
-            run.prompts[:count],
+            trainer.prompts.embeds(shown).to(trainer.uncond),
+            [run.prompts[number] for number in shown],
             run.decoder,
             config.output.validation_chunks,
             (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR),

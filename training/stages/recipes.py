@@ -57,7 +57,9 @@ class OutputConfig:
     validate_every: int = 50
     """Updates between validation videos of the averaged student; 0 for none."""
     validation_prompts: int = 4
-    """How many of the first prompts are shown."""
+    """How many prompts are shown: the first and others from all over the list, the same in every
+    run of it; a larger number adds to them. `prompts.json` beside the videos says which is which.
+    """
     validation_chunks: int = 14
     """Their length, in chunks."""
     tensorboard: bool = True

@@ -287,21 +287,23 @@ def train(trainer: SupervisedTrainer, out: Path, resumed: Resumed | None) -> Ite
                     report = trainer.step(stop)
             except Stopped as stopped:
                 if not is_saved(out, trainer.update):
-                    _checkpoint(trainer, out, clock, origin)
+                    _checkpoint(trainer, journal, out, clock, origin)
                 raise stopped.saved(out, trainer.update) from None
             journal.write(
                 report.update, report.numbers() | {"seconds": time.perf_counter() - began}
             )
             if trainer.update % config.checkpoint_every == 0 or trainer.update == config.updates:
                 with name_last_checkpoint_on_error(out, trainer.update):
-                    _checkpoint(trainer, out, clock, origin)
+                    _checkpoint(trainer, journal, out, clock, origin)
             yield report
 
 
 def _checkpoint(
-    trainer: SupervisedTrainer, out: Path, clock: float, origin: Mapping[str, Any]
+    trainer: SupervisedTrainer, journal: Journal, out: Path, clock: float, origin: Mapping[str, Any]
 ) -> None:
-    trainer.save(checkpoint_path(out, trainer.update))
+    folder = checkpoint_path(out, trainer.update)
+    trainer.save(folder)
+    journal.write_checkpoint(trainer.update - 1, folder)
     note = {
         "command": trainer.command,
         "config": json.loads(to_json(trainer.config)),
