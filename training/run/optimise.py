@@ -21,6 +21,7 @@ from rf_core.ranges import MANY, check_numbers
 from ..muon import Muon
 from .distributed import all_reduce_max, clip_gradients, reshard
 from .ema import trainable
+from .momentless import MomentlessAdamW
 
 SMALLEST_RATE = 1e-12
 """Of a learning rate: what is below it trains nothing that float32 weights can hold."""
@@ -36,7 +37,7 @@ class OptimiserConfig:
     rate: float
     """Learning rate."""
     betas: tuple[float, float] = (0.0, 0.999)
-    """Decay of the two moments."""
+    """Decay of the two moments; where the first is 0, as published, that moment is not kept."""
     weight_decay: float = 0.01
     """Decoupled weight decay; with Muon, of its matrices alone."""
     clip_norm: float = 10.0
@@ -73,14 +74,8 @@ class TrainedNetwork:
         matrices = [p for name, p in named if muon and name.startswith("blocks.") and p.ndim == 2]
         chosen = {id(each) for each in matrices}
         self.others = [p for _, p in named if id(p) not in chosen]
-        self.optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                self.others,
-                lr=config.rate,
-                betas=config.betas,
-                weight_decay=0.0 if muon else config.weight_decay,
-            )
-        ]
+        decay = 0.0 if muon else config.weight_decay
+        self.optimisers: list[torch.optim.Optimizer] = [_adamw(self.others, config, decay)]
         if config.matrix_rate is not None:
             decay = config.weight_decay
             self.optimisers.append(Muon(matrices, lr=config.matrix_rate, weight_decay=decay))
@@ -140,3 +135,12 @@ class TrainedNetwork:
         if not counts:
             return found
         return get_state_dict(self.network, self.optimisers, options=_TRAINED_ONLY)
+
+
+def _adamw(
+    parameters: list[torch.nn.Parameter], config: OptimiserConfig, decay: float
+) -> torch.optim.Optimizer:
+    first, second = config.betas
+    if first == 0:
+        return MomentlessAdamW(parameters, lr=config.rate, beta2=second, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=config.rate, betas=config.betas, weight_decay=decay)
