@@ -58,7 +58,7 @@ from ..objective.excerpts import (
 )
 from ..run.config import to_json
 from ..run.distributed import all_gather, barrier, process_group, rank, world_size
-from ..run.draws import seeded_generator, shuffled_indices
+from ..run.draws import first_indices, seeded_generator, shuffled_indices
 from ..run.folder import check_recipe, create_run_folder
 from ..run.machine import check_machine
 from ..run.networks import PlacementConfig, open_network, placement_dtype
@@ -182,7 +182,12 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
     create_run_folder(config, out)
     if source is None:
         prompts, embeds, uncond = open_prompts(
-            config.data, DATA_SET, out / "embeddings", device, dtype
+            config.data,
+            DATA_SET,
+            out / "embeddings",
+            device,
+            dtype,
+            lambda count: first_indices(config.seed, "generator", config.clips, count),
         )
         draw_conditions = prompt_conditions(prompts, embeds, config)
     else:
