@@ -298,14 +298,13 @@ def images_at_rate(path: str | Path, *, width: int, height: int, fps: int) -> It
     """
     shown: Tensor | None = None
     start, count = 0.0, 0
-    with closing(_frames(Path(path))) as frames:
-        for number, frame in enumerate(frames):
-            time = number / fps if frame.time is None else frame.time
+    with closing(_decode_timed(Path(path))) as images:
+        for number, (said, image) in enumerate(images):
+            time = number / fps if said is None else said
             start = time if shown is None else start
             while shown is not None and count / fps < time - start - _SAME_TIME:
                 yield shown
                 count += 1
-            image = upright(_pixels(frame), round(frame.rotation / 90), False)
             shown = _cover(image, width, height)
     if shown is None:
         raise ValueError(f"{path} holds no images; give a picture or a clip")
@@ -533,11 +532,16 @@ def _whole_packets(container: Any) -> Iterator[Any]:
 
 def _decode(path: Path) -> Iterator[Tensor]:
     """The images of a file, uint8 [H, W, 3], upright."""
+    return (image for _, image in _decode_timed(path))
+
+
+def _decode_timed(path: Path) -> Generator[tuple[float | None, Tensor], None, None]:
+    """The images of a file with their times in seconds, where it says them."""
     turn: tuple[int, bool] | None = None
     for number, frame in enumerate(_frames(path)):
         if number == 0:
             turn = exif_turn(path)
-        yield upright(_pixels(frame), *(turn or (round(frame.rotation / 90), False)))
+        yield frame.time, upright(_pixels(frame), *(turn or (round(frame.rotation / 90), False)))
 
 
 def _frames(path: Path) -> Generator[Any, None, None]:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from training.__main__ import main
 from training.choices import RewardConfig, open_reward
+from training.objective.redmd import ReDMDConfig
 from training.rewards.reward import LatentRewards, WeightedScore
 from training.run.journal import read_journal
+from training.stages.recipes import DistilConfig
+from training.stages.trainer import RunConfig
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parent.parent / "docs" / "rewards.md"
@@ -94,6 +97,14 @@ def test_every_reward_gives_what_its_class_names() -> None:
     videos = torch.rand(1, 5, 3, 64, 64)
     for kind in ("tracker", "flow"):
         opened = open_reward(RewardConfig(kind=kind), CPU)
-        assert opened is not None and opened.score == "motion"
+        assert opened.score == "motion"
         found = opened.reward(videos, ["a red circle moves left slowly"])
         assert tuple(found) == opened.reward.scores
+
+
+def test_a_reward_beside_none_may_weight_the_critic() -> None:
+    run = RunConfig(redmd=ReDMDConfig(weigh="critic"))
+    with pytest.raises(ValueError, match="weigh is critic, which a reward weights"):
+        DistilConfig(run=run)
+    config = DistilConfig(run=run, more_rewards=(RewardConfig(kind="flow"),))
+    assert [each.kind for each in config.rewards] == ["flow"]

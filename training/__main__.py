@@ -81,7 +81,7 @@ def run_redmd(args: argparse.Namespace) -> int:
     config, notes = _config(args)
     check_machine(config.placement, config.output.wandb)
     check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes())
-    for reward in (config.reward, *config.more_rewards):
+    for reward in config.rewards:
         check_reward(reward)
     check_folder_writable(args.out)
     with process_group(args.device) as device:

@@ -113,11 +113,9 @@ def check_reward(config: RewardConfig) -> None:
         read_converted(config.path)
 
 
-def open_reward(config: RewardConfig, device: torch.device) -> WeightedScore | None:
-    """The reward that a config names; None where it names none."""
+def open_reward(config: RewardConfig, device: torch.device) -> WeightedScore:
+    """The reward that a config names; its kind is not `none`."""
     reward: Reward
-    if config.kind == "none":
-        return None
     if config.kind == "videoalign":
         assert config.path is not None, config
         published = config.published_frames

@@ -28,13 +28,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 from torch.utils._pytree import tree_leaves
 
+from rf_core.memory.plan import GB
 from rf_core.writing import WriteError
 
 from .distributed import barrier, broadcast_from_rank_0, rank
 from .index import INDEX, narrow_tensor, read_chunk, read_index
 
 _log = logging.getLogger(__name__)
-GB = 1e9
 
 
 def save(state: Mapping[str, Any], folder: Path) -> None:

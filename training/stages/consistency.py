@@ -48,7 +48,7 @@ from ..run.networks import PlacementConfig, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
 from .export import file_hash, write_student
-from .regression import check_excerpt_cache
+from .regression import check_excerpt_cache, miniature_init
 from .supervised import (
     Report,
     SupervisedConfig,
@@ -106,23 +106,17 @@ class ConsistencyConfig(SupervisedConfig):
 
 def miniature_consistency() -> ConsistencyConfig:
     """The bundled demo's student by the cheaper way: its numbers are `ode_init`'s."""
+    init = miniature_init()
     return ConsistencyConfig(
         steps=14,
         shift=12.0,
         guidance=2.0,
-        optimiser=OptimiserConfig(
-            rate=1.5e-3,
-            betas=(0.9, 0.95),
-            clip_norm=1.0,
-            matrix_rate=4e-3,
-            schedule="cosine",
-            warmup=20,
-        ),
-        updates=1266,
-        batch=16,
-        micro_batch=16,
-        ema=0.995,
-        ema_from=None,
+        optimiser=init.optimiser,
+        updates=init.updates,
+        batch=init.batch,
+        micro_batch=init.micro_batch,
+        ema=init.ema,
+        ema_from=init.ema_from,
     )
 
 

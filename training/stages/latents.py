@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -89,14 +89,14 @@ LATENTS_PRESETS: Mapping[str, Callable[[], LatentsConfig]] = MappingProxyType(
 )
 
 
-def encode_videos(config: LatentsConfig, out: Path, device: torch.device) -> Iterator[int]:
+def encode_videos(
+    config: LatentsConfig, videos: Sequence[Video], out: Path, device: torch.device
+) -> Iterator[int]:
     """Write the shards that `out` lacks, yielding how many videos are done.
 
-    Every process calls this together. ValueError where there are no videos, or where `out` holds
-    shards of others.
+    Every process calls this together. ValueError where `out` holds shards of others.
     """
     check_recipe(config, out)
-    videos = list_videos(config.videos, config.captions)
     missing = []
     for number, video in enumerate(videos):
         if latents_path(out, number).exists():
@@ -157,8 +157,8 @@ def run_latents(args: argparse.Namespace) -> int:
     check_folder_writable(args.out)
     with process_group(args.device) as device:
         print_rank_0(to_json(config))
-        total = len(list_videos(config.videos, config.captions))
-        steps = ((done, "") for done in encode_videos(config, args.out, device))
-        show_progress(total, "video", steps)
-        print_rank_0(f"{args.out}: {total} videos")
+        videos = list_videos(config.videos, config.captions)
+        steps = ((done, "") for done in encode_videos(config, videos, args.out, device))
+        show_progress(len(videos), "video", steps)
+        print_rank_0(f"{args.out}: {len(videos)} videos")
     return 0

@@ -21,7 +21,7 @@ import torch
 from rf_core.config import SPATIAL_FACTOR, Grid
 from rf_core.decoders.decoder import Decoder, load_decoder
 from rf_core.options import DEMO
-from rf_core.weights.checkpoint import read_checkpoint
+from rf_core.weights.checkpoint import Companion, read_checkpoint
 
 from ..choices import DATA_SET, open_reward
 from ..data.embeddings import open_prompts
@@ -62,6 +62,8 @@ class Run:
     decoder: Decoder | None
     origin: dict[str, str]
     """Hashes of the files it began with."""
+    companions: dict[str, Companion]
+    """The VAE and the text encoder, as the student's file names them."""
     started: float
     saved: float
     """When the last checkpoint was written, by the same clock; at first when it started."""
@@ -193,8 +195,9 @@ def _checkpoint(run: Run) -> None:
         else:
             *_, rows, columns = config.run.latents
             size = (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
-            made_for = student_companions(config)
-            write_student(out / STUDENT, student, redmd.cache, redmd.sampler, size, note, made_for)
+            write_student(
+                out / STUDENT, student, redmd.cache, redmd.sampler, size, note, run.companions
+            )
     delete_old_checkpoints(out, config.output.keep)
 
 
@@ -253,6 +256,7 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
         prompts=prompts,
         decoder=decoder,
         origin=origin_of(files) if rank() == 0 else {},  # the first process writes
+        companions=student_companions(config) if rank() == 0 else {},
         started=started,
         saved=started,
         out=out,
@@ -282,15 +286,13 @@ def _open_networks(
 def _open_rewards(
     config: DistilConfig, decoder: Decoder | None, prompts: list[str], device: torch.device
 ) -> LatentRewards | None:
-    opened = (open_reward(each, device) for each in (config.reward, *config.more_rewards))
-    parts = [each for each in opened if each is not None]
-    if not parts:
+    if not config.rewards:
         return None
+    parts = [open_reward(each, device) for each in config.rewards]
     assert decoder is not None
     return LatentRewards(parts, decoder, prompts, device)
 
 
 def _needs_pixels(config: DistilConfig) -> bool:
     anchored = config.anchor and config.run.windows > 1
-    rewarded = any(each.kind != "none" for each in (config.reward, *config.more_rewards))
-    return rewarded or anchored or bool(config.output.validate_every)
+    return bool(config.rewards) or anchored or bool(config.output.validate_every)

@@ -104,8 +104,13 @@ class DistilConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     """Checkpoints, logs, videos."""
 
+    @property
+    def rewards(self) -> tuple[RewardConfig, ...]:
+        """The reward and those added to it, as far as they are any."""
+        return tuple(each for each in (self.reward, *self.more_rewards) if each.kind != "none")
+
     def __post_init__(self) -> None:
-        if self.run.redmd.weigh == "critic" and self.reward.kind == "none":
+        if self.run.redmd.weigh == "critic" and not self.rewards:
             raise ValueError(
                 "run.redmd.weigh is critic, which a reward weights; give reward.kind, or set "
                 "run.redmd.weigh=generator"
