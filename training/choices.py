@@ -20,7 +20,7 @@ from rf_core.text import load_text_encoder
 
 from .data.clips import ClipSource
 from .data.embed_cache import CachedEmbeds
-from .data.embeddings import encoded, encoder_path
+from .data.embeddings import MemoryEmbeds, encoded, encoder_path
 from .data.latents import VideoClips, shards_of_latents
 from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
@@ -152,3 +152,14 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
     if pairs.config.kind != "clips":
         raise ValueError(f"{folder} holds trajectories of excerpts; give those of whole clips")
     return pairs
+
+
+def shape_of_clips(folder: Path) -> tuple[int, int, int, int] | None:
+    """Shape of a folder's clips, [C, F, h, w]; None where it holds none. Opens no encoder."""
+    if shards_of_clips(folder):
+        channels, frames, rows, columns = read_clips(folder).latents.shape[1:]
+        return channels, frames, rows, columns
+    if shards_of_latents(folder):
+        clips, prompts = VideoClips.read(folder)
+        return VideoClips(clips, prompts, MemoryEmbeds(torch.zeros(0))).shape
+    return Pairs.open(folder).shape if shards_of(folder) else None

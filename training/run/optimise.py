@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -56,6 +57,15 @@ class OptimiserConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; give two decays in [0, 1)")
 
+    def is_muons(self, name: str, parameter: Tensor) -> bool:
+        """Whether Muon steps a parameter of that name: blocks' matrices, where it is asked for."""
+        muon = self.matrix_rate is not None
+        return muon and name.startswith("blocks.") and parameter.ndim == 2
+
+    def num_moments(self, name: str, parameter: Tensor) -> int:
+        """How many tensors of a parameter's own size its optimiser keeps."""
+        return 1 if self.betas[0] == 0 or self.is_muons(name, parameter) else 2
+
     def rate_factor(self, update: int, updates: int) -> float:
         """Factor on the learning rates at `update` of a run of `updates`."""
         rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
@@ -71,7 +81,7 @@ class TrainedNetwork:
         self.network, self.config = network, config
         named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         muon = config.matrix_rate is not None
-        matrices = [p for name, p in named if muon and name.startswith("blocks.") and p.ndim == 2]
+        matrices = [p for name, p in named if config.is_muons(name, p)]
         chosen = {id(each) for each in matrices}
         self.others = [p for _, p in named if id(p) not in chosen]
         decay = 0.0 if muon else config.weight_decay

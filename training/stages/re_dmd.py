@@ -241,7 +241,7 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
     started = time.monotonic()
     dtype = placement_dtype(config.placement)
     prompts, embeds, uncond = open_prompts(
-        config.data, DATA_SET, out / "embeddings", device, dtype, partial(_needed_prompts, config)
+        config.data, DATA_SET, out / "embeddings", device, dtype, partial(needed_prompts, config)
     )
     decoder = None
     if _needs_pixels(config):  # as a stream decodes: a clip at once would take 27 GB
@@ -263,7 +263,8 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
     )
 
 
-def _needed_prompts(config: DistilConfig, num_prompts: int) -> list[int]:
+def needed_prompts(config: DistilConfig, num_prompts: int) -> list[int]:
+    """The numbers of the prompts that a distillation encodes, of so many."""
     shown = config.output.validation_prompts if config.output.validate_every else 0
     return [*range(min(shown, num_prompts)), *drawn_prompts(config.run, num_prompts)]
 
