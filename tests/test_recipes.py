@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_index import through_dataclass
 
 from rf_core.options import DEMO
@@ -169,6 +170,24 @@ def test_length_rates_and_outputs_may_change_on_resume_and_the_journal_says_from
     assert "What may change: run.updates" in error
     assert main([*run, "--preset", "miniature"]) == 1  # a preset that is asked for is meant
     assert "--resume without --preset and --config" in capsys.readouterr().err
+
+
+def test_a_run_encodes_what_it_draws_and_the_rest_when_it_is_made_longer(tmp_path):
+    texts = tmp_path / "prompts.txt"
+    texts.write_text("\n".join(f"a red circle moves left, take {number}" for number in range(40)))
+    files = ["--set", f'data.prompts=["{texts}"]', "--set", "data.limit=null"]
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    rest = ["--set", "reward.kind=none", "--set", f"data.cache={tmp_path / 'shared'}"]
+    run = ["re_dmd", "--out", str(tmp_path / "run"), "--resume"]
+    assert main([*run, *settings, *files, *rest]) == 0
+
+    def held() -> int:
+        return sum(len(load_file(path)) for path in (tmp_path / "shared").iterdir())
+
+    before = held()
+    assert before <= 1 + 2 * 2 * 2  # the negative prompt; two updates of either network, two each
+    assert main([*run, "--set", "run.updates=4"]) == 0
+    assert before < held() <= 1 + 4 * 2 * 2
 
 
 def test_a_run_that_breaks_down_names_a_checkpoint_that_a_whole_update_followed(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,8 +39,9 @@ from .run.options import (
     show_progress,
 )
 from .stages import consistency, evaluation, latents, regression, teacher, trajectories
-from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
+from .stages.costs import RECIPES, Given, costs, format_costs, matmul_speed
 from .stages.export import export, export_supervised
+from .stages.latents import LatentsConfig
 from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
 from .stages.recipes import PRESETS, DistilConfig, student_path, with_sink
 from .stages.schedule import notes_on_schedule, schedule_of, with_schedule_of_student
@@ -85,7 +86,9 @@ def run_redmd(args: argparse.Namespace) -> int:
         check_reward(reward)
     check_folder_writable(args.out)
     with process_group(args.device) as device:
-        counted = _estimated(config, read_sizes(config), world_size(), device)
+        read_sizes(config)
+        speed = _speed(config, device, None)
+        counted = format_costs(costs(config, Given(), world_size()), world_size(), *speed)
         print_rank_0("\n".join([to_json(config), counted, *notes]))
         reports = distil(config, args.out, device, resume=args.resume)
         steps = ((each.update + 1, format_numbers(report_numbers(each))) for each in reports)
@@ -97,19 +100,26 @@ def run_redmd(args: argparse.Namespace) -> int:
 
 
 def run_estimate(args: argparse.Namespace) -> int:
-    """Count what a run will take."""
-    check_numbers(args, processes=(1, MANY))
-    config, _ = _config(args)
-    check_shares(config.run.redmd.batch, config.run.micro_batch, args.processes)
-    given = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
-    sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(read_sizes(config), **given)
-    print(_estimated(config, sizes, args.processes, torch.device(args.device)))
+    """Count what a stage will take."""
+    check_numbers(args, processes=(1, MANY), tflops=(1e-6, MANY), clips=(1, MANY))
+    if args.recipe == DistilConfig.recipe:
+        config, _ = _config(args)
+    else:
+        config = config_from_args(args, *RECIPES[args.recipe])
+    sizes = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
+    latents = tuple(args.latents) if args.latents else None
+    found = costs(config, Given(sizes=sizes, latents=latents, clips=args.clips), args.processes)
+    speed = _speed(config, torch.device(args.device), args.tflops)
+    print(format_costs(found, args.processes, *speed))
     return 0
 
 
-def _estimated(config: DistilConfig, sizes: Sizes, processes: int, device: torch.device) -> str:
-    speed = matmul_speed(device, DTYPES[config.placement.dtype])
-    return format_estimate(estimate(config, sizes, processes), speed)
+def _speed(config: Any, device: torch.device, tflops: float | None) -> tuple[float, str]:
+    """Operations a second of a card, and whose they are."""
+    if tflops is not None:
+        return tflops * 1e12, "given"
+    dtype = config.dtype if isinstance(config, LatentsConfig) else config.placement.dtype
+    return matmul_speed(device, DTYPES[dtype]), "this machine's matrix products"
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -233,11 +243,20 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser("ode_init", help="train a causal student on those trajectories")
     regression.add_init_arguments(init)
     init.set_defaults(command=regression.run_init)
-    counting = commands.add_parser("estimate", help="memory and operations of a re_dmd run")
+    counting = commands.add_parser("estimate", help="memory, card hours and disk of a stage")
     counting.set_defaults(command=run_estimate)
+    counting.add_argument("recipe", nargs="?", choices=RECIPES, default="re_dmd")
     counting.add_argument("--processes", type=int, default=1, help="how many share the run")
+    counting.add_argument(
+        "--tflops", type=float, help="a card's speed in TFLOP/s (default: measured here)"
+    )
     for name in NETWORKS:
         counting.add_argument(f"--{name}", choices=SIZES, help="size, in place of its file's")
+    shape = ("CHANNELS", "FRAMES", "ROWS", "COLUMNS")
+    counting.add_argument(
+        "--latents", type=int, nargs=4, metavar=shape, help="a clip, in place of its folder's"
+    )
+    counting.add_argument("--clips", type=int, help="latents: how many the videos are cut into")
     counting.set_defaults(sink=None)
     add_config_arguments(counting, PRESETS)
     cheaper = commands.add_parser("consistency", help="the same without stored trajectories")

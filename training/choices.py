@@ -19,7 +19,8 @@ from rf_core.ranges import MANY, check_numbers
 from rf_core.text import load_text_encoder
 
 from .data.clips import ClipSource
-from .data.embeddings import encoder_path, open_texts
+from .data.embed_cache import CachedEmbeds
+from .data.embeddings import MemoryEmbeds, encoded, encoder_path
 from .data.latents import VideoClips, shards_of_latents
 from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
@@ -138,8 +139,8 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
     if shards_of_latents(folder):
         clips, prompts = VideoClips.read(folder)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        (embeds,) = open_texts([prompts], data, folder / "embeddings", device, dtype)
-        return VideoClips(clips, prompts, embeds)
+        cache = encoded(prompts, data, folder / "embeddings", device, dtype)
+        return VideoClips(clips, prompts, CachedEmbeds(prompts, cache))
     if not shards_of(folder):
         raise ValueError(
             f"{folder} holds no clips; make some with `python -m training.world clips`, after "
@@ -151,3 +152,14 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
     if pairs.config.kind != "clips":
         raise ValueError(f"{folder} holds trajectories of excerpts; give those of whole clips")
     return pairs
+
+
+def shape_of_clips(folder: Path) -> tuple[int, int, int, int] | None:
+    """Shape of a folder's clips, [C, F, h, w]; None where it holds none. Opens no encoder."""
+    if shards_of_clips(folder):
+        channels, frames, rows, columns = read_clips(folder).latents.shape[1:]
+        return channels, frames, rows, columns
+    if shards_of_latents(folder):
+        clips, prompts = VideoClips.read(folder)
+        return VideoClips(clips, prompts, MemoryEmbeds(torch.zeros(0))).shape
+    return Pairs.open(folder).shape if shards_of(folder) else None

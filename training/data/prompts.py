@@ -39,7 +39,8 @@ class DataConfig:
     text_encoder: str | None = None
     """Folder or hub id of a UMT5, or a file as the engine reads it; None for the bundled demo's."""
     cache: Path | None = None
-    """Folder of embeddings; None for `embeddings` beside the run."""
+    """Folder of embeddings, which runs and stages may share: what it holds of this encoder is not
+    encoded again. None for `embeddings` in the run's folder."""
     encode_batch: int = 8
     """Prompts encoded at a time."""
 

@@ -160,13 +160,19 @@ def shard(
 def _mesh(device: str, shard_over: int | None) -> DeviceMesh:
     if shard_over is None:
         return init_device_mesh(device, (world_size(),))
-    copies, rest = divmod(world_size(), shard_over)
+    copies = num_copies(world_size(), shard_over)
+    return init_device_mesh(device, (copies, shard_over), mesh_dim_names=("copy", "shard"))
+
+
+def num_copies(processes: int, shard_over: int) -> int:
+    """Copies of the weights; ValueError where processes cannot be shared out so."""
+    copies, rest = divmod(processes, shard_over)
     if rest:
         raise ValueError(
-            f"placement.shard_over is {shard_over}, of which {world_size()} processes are no "
+            f"placement.shard_over is {shard_over}, of which {processes} processes are no "
             "multiple; give the cards of a node"
         )
-    return init_device_mesh(device, (copies, shard_over), mesh_dim_names=("copy", "shard"))
+    return copies
 
 
 def shard_modules(network: nn.Module, parts: Iterable[nn.Module], device: str) -> None:

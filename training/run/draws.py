@@ -88,6 +88,17 @@ def shuffled_indices(
     numbers = []
     for sample in samples:
         epoch, place = divmod((update * batch + sample) // copies, num_prompts)
-        order = torch.randperm(num_prompts, generator=seeded_generator(seed, role, epoch, "order"))
-        numbers.append(int(order[place]))
+        numbers.append(int(_order(seed, role, epoch, num_prompts)[place]))
     return numbers
+
+
+def first_indices(seed: int, role: str, count: int, num_prompts: int) -> list[int]:
+    """The numbers of the first `count` prompts that `shuffled_indices` gives, each once.
+
+    In the order in which they come: those of a longer run begin with those of a shorter one.
+    """
+    return _order(seed, role, 0, num_prompts)[:count].tolist()
+
+
+def _order(seed: int, role: str, epoch: int, num_prompts: int) -> torch.Tensor:
+    return torch.randperm(num_prompts, generator=seeded_generator(seed, role, epoch, "order"))

@@ -46,7 +46,7 @@ from ..run.signals import StopRequest, stop_on_signal
 from .estimate import Sizes
 from .export import file_hash, student_companions, write_adapter, write_student
 from .recipes import DistilConfig, student_path
-from .trainer import Report, Trainer, report_numbers
+from .trainer import Report, Trainer, drawn_prompts, report_numbers
 from .validation import spread_prompts, validate
 
 _log = logging.getLogger(__name__)
@@ -242,7 +242,9 @@ def _validate(run: Run) -> dict[str, float]:
 def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch.device) -> Run:
     started = time.monotonic()
     dtype = placement_dtype(config.placement)
-    prompts, embeds, uncond = open_prompts(config.data, DATA_SET, out / "embeddings", device, dtype)
+    prompts, embeds, uncond = open_prompts(
+        config.data, DATA_SET, out / "embeddings", device, dtype, partial(needed_prompts, config)
+    )
     decoder = None
     if _needs_pixels(config):  # as a stream decodes: a clip at once would take 27 GB
         group = config.run.redmd.cache.chunk_frames
@@ -261,6 +263,12 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
         saved=started,
         out=out,
     )
+
+
+def needed_prompts(config: DistilConfig, num_prompts: int) -> list[int]:
+    """The numbers of the prompts that a distillation encodes, of so many."""
+    shown = config.output.validation_prompts if config.output.validate_every else 0
+    return [*spread_prompts(shown, num_prompts), *drawn_prompts(config.run, num_prompts)]
 
 
 def _open_networks(

@@ -79,7 +79,7 @@ class DistilConfig:
 
     recipe = "re_dmd"
     may_change: ClassVar = (
-        *("run.updates", "run.micro_batch", "run.runaway", "output", "placement"),
+        *("run.updates", "run.micro_batch", "run.runaway", "output", "placement", "data.cache"),
         *(f"run.{who}.{what}" for who in ("generator", "critic") for what in RATES),
         *(f"run.redmd.weights.{name}" for name in WEIGHTING),
     )

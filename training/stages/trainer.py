@@ -35,7 +35,13 @@ from ..objective.rollout import RolloutDraws
 from ..objective.weights import SampleWeights
 from ..run import checkpointing
 from ..run.distributed import Stopped, all_reduce_sum, local_micro_batches, world_size
-from ..run.draws import Role, draw_rollout, draw_score_noise, shuffled_indices
+from ..run.draws import (
+    Role,
+    draw_rollout,
+    draw_score_noise,
+    first_indices,
+    shuffled_indices,
+)
 from ..run.ema import WeightAverage
 from ..run.optimise import OptimiserConfig, TrainedNetwork
 from ..run.reward_weights import LatentReward, RewardWeights
@@ -92,6 +98,26 @@ class RunConfig:
         """Shape of a window of one sample."""
         channels, frames, rows, columns = self.latents
         return channels, frames // self.windows, rows, columns
+
+
+def prompt_draws(config: RunConfig) -> dict[Role, int]:
+    """How many prompts each network's updates draw, all of the run's."""
+    c = config
+    updates: dict[Role, int] = {"generator": c.updates, "critic": c.updates * c.critic_ratio}
+    # Neighbouring samples share a prompt, and the last may be shared with updates to come.
+    return {
+        role: -(-count * c.redmd.batch // c.redmd.weights.best_of)
+        for role, count in updates.items()
+    }
+
+
+def drawn_prompts(config: RunConfig, num_prompts: int) -> list[int]:
+    """The numbers of the prompts that a run draws, of so many; its rewards see no others."""
+    return [
+        number
+        for role, count in prompt_draws(config).items()
+        for number in first_indices(config.seed, role, count, num_prompts)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,7 @@ from ..data.pairs import (
     write_shard,
 )
 from ..data.prompts import check_no_prompt_files, check_prompt_files, wan_data
+from ..data.seeded_noise import clip_noise
 from ..objective.excerpts import (
     KINDS,
     LATENT_FIELDS,
@@ -57,7 +58,7 @@ from ..objective.excerpts import (
 )
 from ..run.config import to_json
 from ..run.distributed import all_gather, barrier, process_group, rank, world_size
-from ..run.draws import seeded_generator, shuffled_indices
+from ..run.draws import first_indices, seeded_generator, shuffled_indices
 from ..run.folder import check_recipe, create_run_folder
 from ..run.machine import check_machine
 from ..run.networks import PlacementConfig, open_network, placement_dtype
@@ -91,7 +92,7 @@ def miniature_pairs() -> PairsConfig:
 def wan_pairs() -> PairsConfig:
     """The published pairs; change the files to where yours are.
 
-    About 340 GB. A teacher that fits a card is gathered once (`placement.reshard`); set it to true
+    About 276 GB. A teacher that fits a card is gathered once (`placement.reshard`); set it to true
     for the 14B.
     """
     height, width = latent_size(*WAN_SIZE, (1, 2, 2))
@@ -181,7 +182,12 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
     create_run_folder(config, out)
     if source is None:
         prompts, embeds, uncond = open_prompts(
-            config.data, DATA_SET, out / "embeddings", device, dtype
+            config.data,
+            DATA_SET,
+            out / "embeddings",
+            device,
+            dtype,
+            lambda count: first_indices(config.seed, "generator", config.clips, count),
         )
         draw_conditions = prompt_conditions(prompts, embeds, config)
     else:
@@ -248,11 +254,12 @@ def make_shard(
         conditions = replace(conditions, excerpts=replace(conditions.excerpts, **kept))
     for start in range(0, config.shard, config.batch):
         part = slice(start, start + config.batch)
-        noise = torch.stack([_noise(config, clip) for clip in clips[part]])
+        drawn = [clip_noise(config.seed, clip, config.latents) for clip in clips[part]]
+        noise = torch.stack(drawn)
         excerpts = None
         if conditions.excerpts is not None:
-            drawn = [seeded_generator(config.seed, _ROLE, clip, "past") for clip in clips[part]]
-            excerpts = augment_past(conditions.excerpts.select(part), config.excerpts, drawn).to(
+            past = [seeded_generator(config.seed, _ROLE, clip, "past") for clip in clips[part]]
+            excerpts = augment_past(conditions.excerpts.select(part), config.excerpts, past).to(
                 uncond.device
             )
         prompt = conditions.embeds[part].to(uncond)
@@ -267,10 +274,6 @@ def make_shard(
         clean=_to_stored_dtype(clean, config),
         **vars(conditions),
     )
-
-
-def _noise(config: PairsConfig, clip: int) -> Tensor:
-    return torch.randn(config.latents, generator=seeded_generator(config.seed, _ROLE, clip))
 
 
 def _to_stored_dtype(latents: Tensor, config: PairsConfig) -> Tensor:
