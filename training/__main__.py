@@ -28,7 +28,7 @@ from .rewards.videoalign import convert
 from .run.config import apply_overrides, to_json
 from .run.distributed import Stopped, check_shares, exit_code, process_group, world_size
 from .run.folder import STUDENT, TEACHER, checkpoints, read_config, recipe_of, saved_weights
-from .run.machine import check_machine, num_processes
+from .run.machine import check_machine, check_placement, num_processes
 from .run.options import (
     add_config_arguments,
     add_run_arguments,
@@ -80,7 +80,8 @@ def run_redmd(args: argparse.Namespace) -> int:
     """Distil a student."""
     config, notes = _config(args)
     check_machine(config.placement, config.output.wandb)
-    check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes())
+    over = config.placement.sequence_over
+    check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes(), over)
     for reward in config.rewards:
         check_reward(reward)
     check_folder_writable(args.out)
@@ -100,7 +101,9 @@ def run_estimate(args: argparse.Namespace) -> int:
     """Count what a run will take."""
     check_numbers(args, processes=(1, MANY))
     config, _ = _config(args)
-    check_shares(config.run.redmd.batch, config.run.micro_batch, args.processes)
+    check_placement(config.placement, args.processes)
+    over = config.placement.sequence_over
+    check_shares(config.run.redmd.batch, config.run.micro_batch, args.processes, over)
     given = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
     sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(read_sizes(config), **given)
     print(_estimated(config, sizes, args.processes, torch.device(args.device)))
