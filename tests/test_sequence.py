@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +13,25 @@ import torch.distributed as dist
 from processes import spawn
 from torch import Tensor
 
-from rf_core.config import WAN_1_3B, WAN_14B, SamplerConfig
+from rf_core.config import WAN_1_3B, WAN_14B, CacheConfig, Grid, SamplerConfig
 from training.__main__ import main
 from training.data.embeddings import MemoryEmbeds
+from training.data.pairs import Pairs
 from training.objective.causal import predict_clip
 from training.objective.redmd import Networks, ReDMDConfig
 from training.objective.weights import WeightConfig
+from training.run.config import apply_overrides
 from training.run.distributed import shard
 from training.run.optimise import OptimiserConfig
-from training.run.sequence import SequenceParallelModel, check_sequence, split_sequence
+from training.run.journal import read_journal
+from training.run.sequence import (
+    SequenceParallelModel,
+    check_cache,
+    check_sequence,
+    split_sequence,
+)
+from training.stages.re_dmd import distil
+from training.stages.recipes import miniature
 from training.stages.trainer import RunConfig, Trainer
 
 SIZES = replace(tiny.CONFIG, num_heads=4)
@@ -123,38 +135,25 @@ def everything(run: Trainer, copies: int = 1) -> dict[str, object]:
 
 
 def cache_bytes(run: Trainer) -> int:
+    grid = Grid.of_latents(*CONFIG.latents[2:], SIZES.patch_size)
     cache = run.networks.student.new_cache(
-        CONFIG.redmd.cache,
-        batch=1,
-        grid=tiny_grid(),
-        dtype=torch.float32,
-        device="cpu",
+        CONFIG.redmd.cache, batch=1, grid=grid, dtype=torch.float32, device="cpu"
     )
     return cache.nbytes
 
 
-def tiny_grid():
-    from rf_core.config import Grid
-
-    return Grid.of_latents(*CONFIG.latents[2:], SIZES.patch_size)
-
-
 def run_rank(
-    rank: int, world: int, folder: Path, over: int, shard_over: int | None, resume: bool
+    rank: int, world: int, folder: Path, over: int, shard_over: int | None
 ) -> None:
     torch.set_num_threads(1)
-    meet = f"file://{folder / f'meet{world}{over}{resume}'}"
+    meet = f"file://{folder / f'meet{world}{over}'}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
     run = trainer(over, shard_over)
     assert isinstance(run.networks.student, SequenceParallelModel)
-    if resume:
-        run.load(folder / "at1")
-        found: dict[str, object] = update(run)
-    else:
-        # FSDP averages; a group's processes leave parts, of which the clip's loss has one a group.
-        found = everything(run, copies=over)
-        found["cache"] = cache_bytes(run)
-        run.save(folder / "at1")
+    # FSDP averages over processes; a group's leave parts of the gradient of the clip they share.
+    found = everything(run, copies=over)
+    found["cache"] = torch.tensor(cache_bytes(run))
+    run.save(folder / "at1")
     torch.save(found, folder / f"found{rank}.pt")
     dist.barrier()  # none goes while another may still be at work with it
     dist.destroy_process_group()
@@ -179,8 +178,151 @@ def test_samples_whose_tokens_are_shared_out_have_the_losses_and_gradients_of_on
 ):
     alone = trainer()
     expected = everything(alone)
-    spawn(run_rank, (world, tmp_path, over, shard_over, False), nprocs=world)
+    spawn(run_rank, (world, tmp_path, over, shard_over), nprocs=world)
     for rank in range(world):
         found = torch.load(tmp_path / f"found{rank}.pt", weights_only=True)
         assert_same(found, expected, ("flow", "clip", *STEPS))
-        assert found["cache"] * over == cache_bytes(alone)
+        assert int(found["cache"]) * over == cache_bytes(alone)
+
+
+def resume_rank(rank: int, world: int, folder: Path, over: int | None) -> None:
+    torch.set_num_threads(1)
+    meet = f"file://{folder / f'resume{world}'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    run = trainer(over)
+    run.load(folder / "at1")
+    torch.save(update(run), folder / f"resumed{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_groups_is_resumed_by_other_groups_and_by_one_process(tmp_path):
+    alone = trainer()
+    update(alone)
+    expected = update(alone)
+    spawn(run_rank, (4, tmp_path, 2, None), nprocs=4)
+    resumed = trainer()
+    resumed.load(tmp_path / "at1")
+    assert_same(update(resumed), expected, STEPS)
+    spawn(resume_rank, (2, tmp_path, 2), nprocs=2)
+    found = torch.load(tmp_path / "resumed1.pt", weights_only=True)
+    assert_same(found, expected, STEPS)
+
+
+SMALL = ("updates=2", "batch=4", "micro_batch=2", "tensorboard=false", "ema_from=0")
+PAIRS = ("kind=clips", "source=null", "clips=6", "shard=2", "batch=2", "steps=2", "data.limit=3")
+RE_DMD = (
+    *("updates=2", "critic_ratio=1", "redmd.batch=2", "micro_batch=1", "latents=[16, 6, 8, 8]"),
+    "redmd.weights.mean_one=true",
+)
+STAGES = {
+    "teacher": ("phases=[{'until': 1, 'kinds': ['excerpt', 'whole']}]", "opening_batch=4", *SMALL),
+    "ode_init": SMALL,
+    "consistency": SMALL,
+    "re_dmd": (
+        *(f"run.{each}" for each in RE_DMD),
+        *("data.limit=3", "output.validation_chunks=1", "output.validation_prompts=1"),
+    ),
+}
+
+
+def command_of(stage: str, folder: Path, out: Path, *settings: str) -> list[str]:
+    more = {"ode_init": ["--pairs", str(folder / "pairs")]}.get(stage, [])
+    own = PAIRS if stage == "ode_pairs" else STAGES[stage]
+    if stage in ("teacher", "consistency"):
+        own = (*own, f"source={folder / 'pairs'}")
+    found = [part for each in (*own, *settings) for part in ("--set", each.replace("'", '"'))]
+    return [stage, "--device", "cpu", "--out", str(out), *more, *found]
+
+
+def command_rank(rank: int, world: int, ports: Sequence[int], commands: list[list[str]]) -> None:
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+    for port, command in zip(ports, commands, strict=True):
+        os.environ.update({n: str(v) for n, v in (numbers | {"MASTER_PORT": port}).items()})
+        assert main(command) == 0
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.mark.slow
+def test_every_recipe_makes_the_same_on_groups_of_processes(tmp_path):
+    shared, stages = "placement.sequence_over=2", (*STAGES,)
+    assert main(command_of("ode_pairs", tmp_path, tmp_path / "pairs")) == 0
+    for stage in stages:
+        assert main(command_of(stage, tmp_path, tmp_path / stage)) == 0
+    commands = [command_of("ode_pairs", tmp_path, tmp_path / "pairs-4", shared)]
+    commands += [command_of(each, tmp_path, tmp_path / f"{each}-4", shared) for each in stages]
+    spawn(command_rank, (4, free_ports(len(commands)), commands), nprocs=4)
+    alone, together = (Pairs.open(tmp_path / name).rows(range(6)) for name in ("pairs", "pairs-4"))
+    assert alone.prompts == together.prompts
+    torch.testing.assert_close(together.clean, alone.clean, atol=5e-3, rtol=5e-3)
+    for stage in stages:
+        for first, second in zip(
+            *(read_journal(tmp_path / f"{stage}{n}" / "log.jsonl") for n in ("", "-4")), strict=True
+        ):
+            numbers = {n: v for n, v in first.items() if "loss" in n or "reward" in n}
+            assert numbers == pytest.approx({n: second[n] for n in numbers}, rel=1e-3), stage
+
+
+def error_of(capsys, command: list[str]) -> str:
+    assert main(command) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["re_dmd", "teacher", "ode_init", "consistency", "ode_pairs"])
+def test_processes_that_are_no_whole_groups_are_refused_before_a_group_exists(
+    stage, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    command = command_of(stage, tmp_path, tmp_path / "run", "placement.sequence_over=4")
+    assert "placement.sequence_over is 4, of which the number of processes, 6, is no multiple" in (
+        error_of(capsys, command)
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_groups_cannot_share_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    command = command_of("re_dmd", tmp_path, tmp_path / "run", "placement.sequence_over=2")
+    error = error_of(capsys, command)
+    assert "over 12 processes in groups of placement.sequence_over 2" in error
+    assert "a multiple of 6" in error
+
+
+def test_heads_and_tokens_that_cannot_be_shared_out_are_refused_with_what_can():
+    wan = (16, 21, 60, 104)
+    check_sequence(8, WAN_14B, wan, "files.teacher")
+    check_sequence(None, WAN_14B, wan, "files.teacher")
+    with pytest.raises(ValueError, match=r"12 heads of files\.critic.*use 2, 3, 4, 6, 12$"):
+        check_sequence(8, WAN_1_3B, wan, "files.critic")
+    with pytest.raises(ValueError, match=r"the 6 tokens of a frame; use 2$"):
+        check_sequence(4, SIZES, (4, 12, 4, 6), "files.student")
+
+
+def test_networks_that_cannot_be_shared_out_are_refused_before_a_weight_is_read(
+    tmp_path, monkeypatch
+):
+    def refused(*args, **kwargs):
+        raise AssertionError("a weight is read")
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", refused)
+    config = apply_overrides(miniature(), ["placement.sequence_over=3"])
+    with pytest.raises(ValueError, match=r"the 4 heads of files\.student"):
+        next(distil(config, tmp_path / "run", torch.device("cpu")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_that_measures_keys_over_all_heads_is_refused():
+    with pytest.raises(ValueError, match=r"run\.redmd\.cache\.keep_key_norms.*sequence_over 2"):
+        check_cache(2, CacheConfig(keep_key_norms=True), "run.redmd.cache")
+    check_cache(None, CacheConfig(keep_key_norms=True), "run.redmd.cache")
