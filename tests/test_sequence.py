@@ -22,16 +22,17 @@ from training.objective.redmd import Networks, ReDMDConfig
 from training.objective.weights import WeightConfig
 from training.run.config import apply_overrides
 from training.run.distributed import shard
-from training.run.optimise import OptimiserConfig
 from training.run.journal import read_journal
+from training.run.optimise import OptimiserConfig
 from training.run.sequence import (
     SequenceParallelModel,
     check_cache,
     check_sequence,
     split_sequence,
 )
+from training.stages.estimate import Sizes, estimate
 from training.stages.re_dmd import distil
-from training.stages.recipes import miniature
+from training.stages.recipes import miniature, wan
 from training.stages.trainer import RunConfig, Trainer
 
 SIZES = replace(tiny.CONFIG, num_heads=4)
@@ -142,9 +143,7 @@ def cache_bytes(run: Trainer) -> int:
     return cache.nbytes
 
 
-def run_rank(
-    rank: int, world: int, folder: Path, over: int, shard_over: int | None
-) -> None:
+def run_rank(rank: int, world: int, folder: Path, over: int, shard_over: int | None) -> None:
     torch.set_num_threads(1)
     meet = f"file://{folder / f'meet{world}{over}'}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
@@ -256,12 +255,12 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.mark.slow
 def test_every_recipe_makes_the_same_on_groups_of_processes(tmp_path):
-    shared, stages = "placement.sequence_over=2", (*STAGES,)
+    shared, stages = ("placement.sequence_over=2", "placement.checkpointing=true"), (*STAGES,)
     assert main(command_of("ode_pairs", tmp_path, tmp_path / "pairs")) == 0
     for stage in stages:
         assert main(command_of(stage, tmp_path, tmp_path / stage)) == 0
-    commands = [command_of("ode_pairs", tmp_path, tmp_path / "pairs-4", shared)]
-    commands += [command_of(each, tmp_path, tmp_path / f"{each}-4", shared) for each in stages]
+    commands = [command_of("ode_pairs", tmp_path, tmp_path / "pairs-4", *shared)]
+    commands += [command_of(each, tmp_path, tmp_path / f"{each}-4", *shared) for each in stages]
     spawn(command_rank, (4, free_ports(len(commands)), commands), nprocs=4)
     alone, together = (Pairs.open(tmp_path / name).rows(range(6)) for name in ("pairs", "pairs-4"))
     assert alone.prompts == together.prompts
@@ -300,11 +299,11 @@ def test_a_batch_that_the_groups_cannot_share_is_refused(tmp_path, capsys, monke
 
 
 def test_heads_and_tokens_that_cannot_be_shared_out_are_refused_with_what_can():
-    wan = (16, 21, 60, 104)
-    check_sequence(8, WAN_14B, wan, "files.teacher")
-    check_sequence(None, WAN_14B, wan, "files.teacher")
+    latents = (16, 21, 60, 104)
+    check_sequence(8, WAN_14B, latents, "files.teacher")
+    check_sequence(None, WAN_14B, latents, "files.teacher")
     with pytest.raises(ValueError, match=r"12 heads of files\.critic.*use 2, 3, 4, 6, 12$"):
-        check_sequence(8, WAN_1_3B, wan, "files.critic")
+        check_sequence(8, WAN_1_3B, latents, "files.critic")
     with pytest.raises(ValueError, match=r"the 6 tokens of a frame; use 2$"):
         check_sequence(4, SIZES, (4, 12, 4, 6), "files.student")
 
@@ -326,3 +325,25 @@ def test_a_cache_that_measures_keys_over_all_heads_is_refused():
     with pytest.raises(ValueError, match=r"run\.redmd\.cache\.keep_key_norms.*sequence_over 2"):
         check_cache(2, CacheConfig(keep_key_norms=True), "run.redmd.cache")
     check_cache(None, CacheConfig(keep_key_norms=True), "run.redmd.cache")
+
+
+@pytest.mark.slow
+def test_an_estimate_divides_what_tokens_take_and_counts_a_copy_of_the_weights_a_group():
+    sizes = Sizes(student=WAN_1_3B, teacher=WAN_14B, critic=WAN_1_3B)
+    alone, shared = (
+        estimate(apply_overrides(wan(), settings), sizes, 64)
+        for settings in ((), ("placement.sequence_over=4", "placement.shard_over=16"))
+    )
+    for name, part in {"KV cache": 4, "kept for the backward pass": 4, "teacher": 1 / 4}.items():
+        assert shared.memory[name] * part == pytest.approx(alone.memory[name], rel=0.02)
+    assert shared.flops == alone.flops
+
+
+def test_an_estimate_for_what_cannot_be_shared_out_is_refused(capsys):
+    settings = ("--set", "placement.sequence_over=4", "--device", "cpu")
+    assert main(["estimate", "--processes", "6", *settings]) == 1
+    assert "placement.sequence_over is 4" in capsys.readouterr().err
+    sizes = ("--student", "14b", "--teacher", "14b", "--critic", "1.3b", "--preset", "wan")
+    wide = ("--set", "placement.sequence_over=8", "--device", "cpu")
+    assert main(["estimate", "--processes", "64", *sizes, *wide]) == 1
+    assert "the 12 heads of the critic" in capsys.readouterr().err

@@ -38,6 +38,7 @@ from .run.options import (
     print_rank_0,
     show_progress,
 )
+from .run.sequence import check_sequence
 from .stages import consistency, evaluation, latents, regression, teacher, trajectories
 from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
 from .stages.export import export, export_supervised
@@ -106,6 +107,8 @@ def run_estimate(args: argparse.Namespace) -> int:
     check_shares(config.run.redmd.batch, config.run.micro_batch, args.processes, over)
     given = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
     sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(read_sizes(config), **given)
+    for name in NETWORKS:
+        check_sequence(over, getattr(sizes, name), config.run.latents, f"the {name}")
     print(_estimated(config, sizes, args.processes, torch.device(args.device)))
     return 0
 

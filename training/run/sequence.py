@@ -29,10 +29,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from rf_core.config import CacheConfig, Grid, ModelConfig
 from rf_core.fast.parallel import HeadTrade, SequenceParallelAttention, adopt
-from rf_core.kv_cache import KVCache
 from rf_core.model import WanModel
 
-from .distributed import rank, world_size
+from .distributed import check_groups, rank, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +41,7 @@ class TokenShare(HeadTrade):
     group: dist.ProcessGroup
 
     @classmethod
-    def of(
-        cls, over: int, config: ModelConfig, latents: Sequence[int], device: str
-    ) -> TokenShare:
+    def of(cls, over: int, config: ModelConfig, latents: Sequence[int], device: str) -> TokenShare:
         """For samples of shape `latents`, [C, F, h, w]; every process calls this together."""
         tokens = Grid.of_latents(*latents[-2:], config.patch_size).frame_tokens
         shape = (world_size() // over, over)
@@ -102,6 +99,7 @@ def split_sequence(
     if over in (None, 1):
         return network
     assert latents is not None, "which grid of tokens is to be shared out?"
+    check_groups("sequence_over", over, world_size())
     check_sequence(over, network.config, latents, "the network")
     return SequenceParallelModel(network, TokenShare.of(over, network.config, latents, device))
 
@@ -121,6 +119,11 @@ def check_sequence(
             f"placement.sequence_over is {over}, which must divide the {config.num_heads} heads "
             f"of {name} and the {tokens} tokens of a frame; use {fitting or 'null'}"
         )
+
+
+def own_grid(grid: Grid, over: int | None) -> Grid:
+    """Of as many tokens a frame as one process has, for counting."""
+    return Grid(height=grid.frame_tokens // (over or 1), width=1)
 
 
 def check_cache(over: int | None, cache: CacheConfig, name: str) -> None:

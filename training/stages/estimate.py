@@ -25,6 +25,7 @@ from rf_core.model import WanModel
 
 from ..objective.redmd import ReDMDConfig
 from ..run.networks import DTYPES, PlacementConfig, prepare
+from ..run.sequence import own_grid
 from .recipes import DistilConfig
 
 MASTER = 4  # bytes of a trained weight, of its gradient, and of each of AdamW's two moments
@@ -93,9 +94,10 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
 
 def _memory(config: DistilConfig, sizes: Sizes, processes: int) -> dict[str, int]:
     placement, element = config.placement, DTYPES[config.placement.dtype].itemsize
-    frozen = num_parameters(sizes.teacher) * element // processes
+    sharers = placement.shard_over or processes
+    frozen = num_parameters(sizes.teacher) * element // sharers
     student, critic = (
-        _trained(size, lora, processes, average)
+        _trained(size, lora, sharers, average)
         for size, lora, average in (
             (sizes.student, config.student_lora, True),
             (sizes.critic, config.critic_lora, False),
@@ -143,12 +145,12 @@ def _gathered(placement: PlacementConfig, sizes: Sizes, processes: int) -> int:
 
 def _cache(config: DistilConfig, sizes: Sizes) -> int:
     element = DTYPES[config.placement.dtype].itemsize
-    whole = cache_bytes(sizes.student, config.run.redmd.cache, _grid(config, sizes), element)
+    whole = cache_bytes(sizes.student, config.run.redmd.cache, _own_grid(config, sizes), element)
     return whole * config.run.micro_batch
 
 
 def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
-    cache, grid = config.run.redmd.cache, _grid(config, sizes)
+    cache, grid = config.run.redmd.cache, _own_grid(config, sizes)
     chunks = config.run.window_latents[1] // cache.chunk_frames
     before = config.run.windows > 1  # the longest windows begin with a full cache
     contexts = [
@@ -166,7 +168,7 @@ def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
 
 def _critic_activations(config: DistilConfig, sizes: Sizes) -> int:
     frames = config.run.window_latents[1]
-    one = saved_bytes(sizes.critic, config.placement, _grid(config, sizes), frames, None)
+    one = saved_bytes(sizes.critic, config.placement, _own_grid(config, sizes), frames, None)
     return config.run.micro_batch * one
 
 
@@ -317,6 +319,11 @@ def _pass(size: ModelConfig, cache: CacheConfig, grid: Grid) -> int:
 
 def _bidirectional(frames: int) -> CacheConfig:
     return CacheConfig(window_frames=frames, chunk_frames=frames, sink_frames=0)
+
+
+def _own_grid(config: DistilConfig, sizes: Sizes) -> Grid:
+    """Whose tokens a process has: a cache's heads are as many fewer."""
+    return own_grid(_grid(config, sizes), config.placement.sequence_over)
 
 
 def _grid(config: DistilConfig, sizes: Sizes) -> Grid:

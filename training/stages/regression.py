@@ -305,7 +305,11 @@ def init_student(
     """
     start, pairs, placement = start_path(config), Pairs.open(config.pairs), config.placement
     check_pairs(config, pairs)
-    size, latents, over = read_checkpoint(start).config, pairs.config.latents, placement.sequence_over
+    size, latents, over = (
+        read_checkpoint(start).config,
+        pairs.config.latents,
+        placement.sequence_over,
+    )
     in_channels, channels = size.in_dim, latents[0]
     if in_channels != channels:
         raise ValueError(
@@ -316,9 +320,7 @@ def init_student(
     check_sequence(over, size, latents, "start")
     resumed = checkpoint_to_resume(config, out, resume)
     offload = placement.offload == "all"
-    student = open_network(
-        start, placement, device, trained=True, offload=offload, latents=latents
-    )
+    student = open_network(start, placement, device, trained=True, offload=offload, latents=latents)
     yield from train(InitTrainer(config, student, pairs, device), out, resumed)
 
 

@@ -310,9 +310,7 @@ class Trainer:
         redmd = self.config.redmd
         if self.reward is None or redmd.weigh != role:
             return None
-        reward_weights = RewardWeights(
-            self.reward, redmd, self.config.windows, self.sequence_over
-        )
+        reward_weights = RewardWeights(self.reward, redmd, self.config.windows, self.sequence_over)
         if redmd.weights.depends_on_batch and (len(self.micro_batches), self.config.windows) != (
             1,
             1,
