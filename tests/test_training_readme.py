@@ -57,6 +57,7 @@ WAN_SETTINGS = {
     "ode_pairs": ["latents=[16, 9, 8, 8]", "placement.dtype=float32"],
     "ode_init": ["placement.dtype=float32"],
     "re_dmd": ["placement.dtype=float32", "reward.kind=none"],
+    "estimate": [],
 }
 """What Wan's take besides, as VideoAlign has no miniature."""
 OPTIONS = {

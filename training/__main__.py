@@ -81,7 +81,8 @@ def run_redmd(args: argparse.Namespace) -> int:
     """Distil a student."""
     config, notes = _config(args)
     check_machine(config.placement, config.output.wandb)
-    check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes())
+    over = config.placement.sequence_over
+    check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes(), over)
     for reward in config.rewards:
         check_reward(reward)
     check_folder_writable(args.out)

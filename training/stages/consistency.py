@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -47,6 +48,7 @@ from ..run.folder import STUDENT, checkpoint_to_resume
 from ..run.networks import PlacementConfig, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
+from ..run.sequence import check_cache, check_sequence
 from .export import file_hash, write_student
 from .regression import check_excerpt_cache, miniature_init
 from .supervised import (
@@ -256,7 +258,8 @@ class ConsistencyTrainer(SupervisedTrainer):
         self.uncond = uncond.to(device)
         levels = torch.tensor(config.levels[:-1])
         self._names_of_levels = (steps[:, None] >= levels).sum(0) - 1  # of which step it is below
-        micro_batches(config.batch, config.micro_batch)  # refuses what cannot be shared out
+        over = config.placement.sequence_over
+        micro_batches(config.batch, config.micro_batch, over)  # refuses what cannot be shared out
 
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`: each chunk's, by the student's step that its level is of."""
@@ -298,22 +301,22 @@ def distil_consistency(
     check_excerpt_cache(config.cache, config.cache.chunk_frames)
     check_no_prompt_files(config.data)
     source = open_clips(config.source, config.data, device)
+    placement = config.placement
+    check_cache(placement.sequence_over, config.cache, "cache")
     for name, path in files.items():
-        if (channels := read_checkpoint(path).config.in_dim) != source.shape[0]:
+        size = read_checkpoint(path).config
+        if size.in_dim != source.shape[0]:
             raise ValueError(
                 f"{config.source} holds latents of {source.shape[0]} channels; {name} is {path}, "
-                f"which reads {channels}: give it clips of its own VAE"
+                f"which reads {size.in_dim}: give it clips of its own VAE"
             )
+        check_sequence(placement.sequence_over, size, source.shape, name)
     check_excerpts(source, config.cache.chunk_frames)
     resumed = checkpoint_to_resume(config, out, resume)
-    placement = config.placement
     uncond = open_negative(config.data, out / "embeddings", device, placement_dtype(placement))
-    student = open_network(
-        files["start"], placement, device, trained=True, offload=placement.offload == "all"
-    )
-    teacher = open_network(
-        files["teacher"], placement, device, trained=False, offload=placement.offload != "none"
-    )
+    opened = partial(open_network, placement=placement, device=device, latents=source.shape)
+    student = opened(files["start"], trained=True, offload=placement.offload == "all")
+    teacher = opened(files["teacher"], trained=False, offload=placement.offload != "none")
     trainer = ConsistencyTrainer(config, student, teacher, source, uncond, device)
     yield from train(trainer, out, resumed)
 

@@ -28,7 +28,9 @@ from ..data.latents import list_videos
 from ..data.pairs import Pairs, PairsConfig, shards_of
 from ..data.prompts import DataConfig
 from ..run.distributed import check_shares
-from ..run.machine import check_batches
+from ..run.machine import check_batches, check_placement
+from ..run.networks import PlacementConfig
+from ..run.sequence import check_sequence, own_grid
 from . import disk, memory, operations
 from .consistency import CONSISTENCY_PRESETS, ConsistencyConfig, paths_of
 from .estimate import Sizes, estimate
@@ -130,12 +132,21 @@ def _check_given(recipe: str, given: Given) -> None:
             raise ValueError(f"--{name} is given, but {recipe} has {known}; leave it out")
 
 
+def _check_processes(placement: PlacementConfig, processes: int) -> int | None:
+    """How many share a sample's tokens; ValueError where there are no whole groups of them."""
+    check_placement(placement, processes)
+    return placement.sequence_over
+
+
 def _re_dmd(config: DistilConfig, given: Given, processes: int) -> Costs:
-    check_shares(config.run.redmd.batch, config.run.micro_batch, processes)
+    over = _check_processes(config.placement, processes)
+    check_shares(config.run.redmd.batch, config.run.micro_batch, processes, over)
     if len(given.sizes) == len(_NETWORKS["re_dmd"]):
         sizes = Sizes(**given.sizes)
     else:
         sizes = replace(read_sizes(config), **given.sizes)
+    for name in _NETWORKS["re_dmd"]:
+        check_sequence(over, getattr(sizes, name), config.run.latents, f"the {name}")
     found, updates = estimate(config, sizes, processes), config.run.updates
     prompts = disk.distilled_prompts(config)
     flops = {name: count * processes * updates for name, count in found.flops.items()}
@@ -149,12 +160,14 @@ def _re_dmd(config: DistilConfig, given: Given, processes: int) -> Costs:
 
 
 def _teacher(config: TeacherConfig, given: Given, processes: int) -> Costs:
-    check_batches(config.batches, config.micro_batch, processes)
+    over = _check_processes(config.placement, processes)
+    check_batches(config.batches, config.micro_batch, processes, over)
     size = given.sizes.get("teacher") or read_model_config(config)
     shape = _clip_shape(config.source, given)
+    check_sequence(over, size, shape, "the teacher")
     grid = Grid.of_latents(*shape[2:], size.patch_size)
     return Costs(
-        memory=memory.teacher_memory(config, size, grid, shape[1], processes),
+        memory=memory.teacher_memory(config, size, own_grid(grid, over), shape[1], processes),
         operations=operations.teacher_flops(config, size, grid, shape[1]),
         unit="update",
         units=config.updates,
@@ -163,12 +176,14 @@ def _teacher(config: TeacherConfig, given: Given, processes: int) -> Costs:
 
 
 def _pairs(config: PairsConfig, given: Given, processes: int) -> Costs:
+    over = _check_processes(config.placement, processes)
     size = given.sizes.get("teacher") or read_checkpoint(teacher_path(config)).config
+    check_sequence(over, size, config.latents, "the teacher")
     grid = Grid.of_latents(*config.latents[2:], size.patch_size)
     prompts = disk.trajectories_prompts(config)
     steps = {"guided steps": config.clips * operations.trajectory_flops(config, size, grid)}
     return Costs(
-        memory=memory.pairs_memory(config, size, grid, processes),
+        memory=memory.pairs_memory(config, size, own_grid(grid, over), processes),
         operations=steps | _encoding(config.data, size, prompts),
         unit="clip",
         units=config.clips,
@@ -177,16 +192,18 @@ def _pairs(config: PairsConfig, given: Given, processes: int) -> Costs:
 
 
 def _regression(config: InitConfig, given: Given, processes: int) -> Costs:
-    check_batches(config.batches, config.micro_batch, processes)
+    over = _check_processes(config.placement, processes)
+    check_batches(config.batches, config.micro_batch, processes, over)
     size = given.sizes.get("student") or read_checkpoint(start_path(config)).config
     if shards_of(config.pairs):
         pairs = Pairs.open(config.pairs).config
     else:
         pairs = PairsConfig(latents=_clip_shape(config.pairs, given, "pairs"))
+    check_sequence(over, size, pairs.latents, "the student")
     grid = Grid.of_latents(*pairs.latents[2:], size.patch_size)
     one = operations.regression_flops(config, pairs, size, grid)
     return Costs(
-        memory=memory.regression_memory(config, pairs, size, grid, processes),
+        memory=memory.regression_memory(config, pairs, size, own_grid(grid, over), processes),
         operations={"student's passes": config.updates * config.batch * one},
         unit="update",
         units=config.updates,
@@ -195,18 +212,23 @@ def _regression(config: InitConfig, given: Given, processes: int) -> Costs:
 
 
 def _consistency(config: ConsistencyConfig, given: Given, processes: int) -> Costs:
-    check_batches(config.batches, config.micro_batch, processes)
+    over = _check_processes(config.placement, processes)
+    check_batches(config.batches, config.micro_batch, processes, over)
     sizes = dict(given.sizes)
     if len(sizes) < len(_NETWORKS["consistency"]):
         files = paths_of(config)
         read = {"student": files["start"], "teacher": files["teacher"]}
         sizes = {name: read_checkpoint(path).config for name, path in read.items()} | sizes
     student, teacher = sizes["student"], sizes["teacher"]
-    grid = Grid.of_latents(*_clip_shape(config.source, given)[2:], student.patch_size)
+    shape = _clip_shape(config.source, given)
+    for name, size in sizes.items():
+        check_sequence(over, size, shape, f"the {name}")
+    grid = Grid.of_latents(*shape[2:], student.patch_size)
+    own = own_grid(grid, over)
     one = operations.consistency_flops(config, student, teacher, grid)
     samples = config.updates * config.batch
     return Costs(
-        memory=memory.consistency_memory(config, student, teacher, grid, processes),
+        memory=memory.consistency_memory(config, student, teacher, own, processes),
         operations={name: samples * count for name, count in one.items()},
         unit="update",
         units=config.updates,

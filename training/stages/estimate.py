@@ -24,10 +24,10 @@ from rf_core.measure.counts import cache_bytes, num_parameters
 from rf_core.model import WanModel
 
 from ..objective.redmd import ReDMDConfig
-from ..run.distributed import num_copies
 from ..run.lora import LoRAConfig
 from ..run.networks import DTYPES, PlacementConfig, prepare
 from ..run.optimise import OptimiserConfig
+from ..run.sequence import own_grid
 from .operations import pass_flops
 from .recipes import DistilConfig
 
@@ -85,10 +85,8 @@ def _memory(config: DistilConfig, sizes: Sizes, processes: int) -> dict[str, int
 
 
 def num_shards(placement: PlacementConfig, processes: int) -> int:
-    """Processes that share a copy of the weights; ValueError where they cannot be shared out so."""
-    if placement.shard_over is None:
-        return processes
-    return processes // num_copies(processes, placement.shard_over)
+    """Processes that share a copy of the weights out."""
+    return placement.shard_over or processes
 
 
 def training_bytes(
@@ -136,12 +134,12 @@ def gathered_bytes(placement: PlacementConfig, every: Sequence[ModelConfig], pro
 
 def _cache(config: DistilConfig, sizes: Sizes) -> int:
     element = DTYPES[config.placement.dtype].itemsize
-    whole = cache_bytes(sizes.student, config.run.redmd.cache, _grid(config, sizes), element)
+    whole = cache_bytes(sizes.student, config.run.redmd.cache, _own_grid(config, sizes), element)
     return whole * config.run.micro_batch
 
 
 def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
-    cache, grid = config.run.redmd.cache, _grid(config, sizes)
+    cache, grid = config.run.redmd.cache, _own_grid(config, sizes)
     chunks = config.run.window_latents[1] // cache.chunk_frames
     before = config.run.windows > 1  # the longest windows begin with a full cache
     contexts = [
@@ -159,7 +157,7 @@ def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
 
 def _critic_activations(config: DistilConfig, sizes: Sizes) -> int:
     frames = config.run.window_latents[1]
-    one = saved_bytes(sizes.critic, config.placement, _grid(config, sizes), frames, None)
+    one = saved_bytes(sizes.critic, config.placement, _own_grid(config, sizes), frames, None)
     return config.run.micro_batch * one
 
 
@@ -303,6 +301,11 @@ def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
 def _mean_passes(config: ReDMDConfig) -> float:
     """Of a chunk: down to an exit step that is as often each one, and the clean pass."""
     return (len(config.sampler.steps) + 1) / 2 + 1
+
+
+def _own_grid(config: DistilConfig, sizes: Sizes) -> Grid:
+    """Whose tokens a process has: a cache's heads are as many fewer."""
+    return own_grid(_grid(config, sizes), config.placement.sequence_over)
 
 
 def _grid(config: DistilConfig, sizes: Sizes) -> Grid:

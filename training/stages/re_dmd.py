@@ -42,6 +42,7 @@ from ..run.folder import (
 )
 from ..run.journal import Journal, read_journal
 from ..run.networks import open_network, placement_dtype
+from ..run.sequence import check_cache, check_sequence
 from ..run.signals import StopRequest, stop_on_signal
 from .estimate import Sizes
 from .export import file_hash, student_companions, write_adapter, write_student
@@ -138,6 +139,10 @@ def read_sizes(config: DistilConfig) -> Sizes:
                 f"{found['student'].text_dim}: they need one text encoder"
             )
     Grid.of_latents(*config.run.latents[2:], found["student"].patch_size)
+    over = config.placement.sequence_over
+    check_cache(over, config.run.redmd.cache, "run.redmd.cache")
+    for name, size in found.items():
+        check_sequence(over, size, config.run.latents, f"files.{name}")
     return Sizes(**found)
 
 
@@ -251,7 +256,8 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
         decoder = load_decoder(files["vae"], device, dtype, group)
     networks = _open_networks(config, files, device, decoder)
     reward = _open_rewards(config, decoder, prompts, device)
-    trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward)
+    over = config.placement.sequence_over
+    trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward, over)
     return Run(
         config=config,
         trainer=trainer,
@@ -275,7 +281,7 @@ def _open_networks(
     config: DistilConfig, files: dict[str, Path], device: torch.device, decoder: Decoder | None
 ) -> Networks:
     p = config.placement
-    opened = partial(open_network, placement=p, device=device)
+    opened = partial(open_network, placement=p, device=device, latents=config.run.latents)
     trained = partial(opened, trained=True, offload=p.offload == "all", seed=config.run.seed)
     return Networks(
         student=trained(files["student"], lora=config.student_lora),

@@ -46,6 +46,7 @@ from ..run.folder import STUDENT, checkpoint_to_resume
 from ..run.networks import PlacementConfig, open_network
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
+from ..run.sequence import check_cache, check_sequence
 from .export import file_hash, write_student
 from .schedule import Schedule, notes_on_schedule
 from .supervised import (
@@ -240,7 +241,8 @@ class InitTrainer(SupervisedTrainer):
         self.pairs, self.device = pairs, device
         self.timesteps = sampling_timesteps(pairs.config.sampler)
         super().__init__(config, student, [f"t{t:.0f}" for t in self.timesteps], len(pairs))
-        micro_batches(config.batch, config.micro_batch)  # refuses what cannot be shared out
+        over = config.placement.sequence_over
+        micro_batches(config.batch, config.micro_batch, over)  # refuses what cannot be shared out
 
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`: each chunk's, by its timestep."""
@@ -301,17 +303,24 @@ def init_student(
     ValueError, before any weight is read, where a file is missing or `out` holds another run;
     FloatingPointError, with the last good checkpoint named, where the run breaks down.
     """
-    start, pairs = start_path(config), Pairs.open(config.pairs)
+    start, pairs, placement = start_path(config), Pairs.open(config.pairs), config.placement
     check_pairs(config, pairs)
-    in_channels, channels = read_checkpoint(start).config.in_dim, pairs.config.latents[0]
+    size, latents, over = (
+        read_checkpoint(start).config,
+        pairs.config.latents,
+        placement.sequence_over,
+    )
+    in_channels, channels = size.in_dim, latents[0]
     if in_channels != channels:
         raise ValueError(
             f"start is {start}, which reads {in_channels} channels; the trajectories have "
             f"{channels}: give it those of its own VAE"
         )
+    check_cache(over, config.cache, "cache")
+    check_sequence(over, size, latents, "start")
     resumed = checkpoint_to_resume(config, out, resume)
-    offload = config.placement.offload == "all"
-    student = open_network(start, config.placement, device, trained=True, offload=offload)
+    offload = placement.offload == "all"
+    student = open_network(start, placement, device, trained=True, offload=offload, latents=latents)
     yield from train(InitTrainer(config, student, pairs, device), out, resumed)
 
 

@@ -30,6 +30,7 @@ from ..run.distributed import (
     Stopped,
     all_gather,
     local_micro_batches,
+    num_shares,
     process_group,
     rank,
     world_size,
@@ -231,12 +232,14 @@ class SupervisedTrainer(ABC):
         """Accumulates an update's gradients; sums and counts of errors a name, [2, K]."""
         batch = self.batch()
         sums = torch.zeros(2, len(self.names), dtype=torch.float64)
-        for samples in micro_batches(batch, self.config.micro_batch):
+        c = self.config
+        for samples in micro_batches(batch, c.micro_batch, c.placement.sequence_over):
             if stop is not None and stop.agreed():
                 self.trained.clear()
                 raise Stopped(stop.number)
             errors, which = self.errors(samples)
-            # FSDP averages over processes, where losses are shares of a sum.
+            # FSDP averages over processes, where losses are shares of a sum; processes that share
+            # a sample's tokens have the same loss, and each its part of the gradient.
             share = errors.mean(dim=1).sum() / batch * world_size()
             share.backward()
             values = errors.detach().double().cpu().flatten()
@@ -245,9 +248,10 @@ class SupervisedTrainer(ABC):
         return all_gather(sums[None]).sum(dim=0)
 
 
-def micro_batches(batch: int, micro_batch: int) -> list[range]:
+def micro_batches(batch: int, micro_batch: int, sequence_over: int | None = None) -> list[range]:
     """This process's samples, `micro_batch` at a time or all where there are fewer."""
-    return local_micro_batches(batch, min(micro_batch, max(1, batch // world_size())))
+    shares = num_shares(world_size(), sequence_over)
+    return local_micro_batches(batch, min(micro_batch, max(1, batch // shares)), sequence_over)
 
 
 def video_size(latents: Sequence[int]) -> tuple[int, int]:
@@ -330,7 +334,8 @@ def run_stage(
     `notes` gives lines to print before, once the machine is found fit.
     """
     check_machine(config.placement, config.wandb)
-    check_batches(config.batches, config.micro_batch, num_processes())
+    over = config.placement.sequence_over
+    check_batches(config.batches, config.micro_batch, num_processes(), over)
     check_folder_writable(args.out)
     lines = [to_json(config), *notes()]
     with process_group(args.device) as device:

@@ -48,6 +48,7 @@ from ..run.folder import TEACHER, checkpoint_to_resume
 from ..run.networks import PlacementConfig, new_network, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
+from ..run.sequence import check_sequence
 from .export import file_hash, write_student
 from .supervised import (
     Report,
@@ -295,8 +296,9 @@ class TeacherTrainer(SupervisedTrainer):
         self.source, self.uncond, self.device = source, uncond.to(device), device
         sizes = [config.batch_at(update) for update in range(config.updates)]
         self.clips_before = list(accumulate(sizes, initial=0))  # clips seen before each update
+        over = config.placement.sequence_over
         for batch in set(sizes):
-            micro_batches(batch, config.micro_batch)  # refuses what cannot be shared out
+            micro_batches(batch, config.micro_batch, over)  # refuses what cannot be shared out
 
     def batch(self) -> int:
         """See `SupervisedTrainer`."""
@@ -338,14 +340,17 @@ def train_teacher(
             f"{model.in_dim}: give it clips of its own VAE"
         )
     check_excerpts(source, config.chunk_frames)
+    check_sequence(config.placement.sequence_over, model, source.shape, "the network")
     resumed = checkpoint_to_resume(config, out, resume)
     dtype, placement = placement_dtype(config.placement), config.placement
     uncond = open_negative(config.data, out / "embeddings", device, dtype)
     if config.start is None:
-        network = new_network(model, placement, device, seed=config.seed)
+        network = new_network(model, placement, device, seed=config.seed, latents=source.shape)
     else:
         offload = placement.offload == "all"
-        network = open_network(config.start, placement, device, trained=True, offload=offload)
+        network = open_network(
+            config.start, placement, device, trained=True, offload=offload, latents=source.shape
+        )
     yield from train(TeacherTrainer(config, network, source, uncond, device), out, resumed)
 
 

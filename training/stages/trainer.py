@@ -173,11 +173,17 @@ class Trainer:
         prompts: PromptEmbeds,
         uncond: Tensor,
         reward: LatentReward | None = None,
+        sequence_over: int | None = None,
     ) -> None:
-        """`networks` are placed and sharded already; `uncond` is [1, S, D] on their device."""
+        """`networks` are placed and sharded already; `uncond` is [1, S, D] on their device.
+
+        `sequence_over` is how many processes have the same samples: those that share a sample's
+        tokens.
+        """
         self.config, self.networks, self.reward = config, networks, reward
-        self.prompts, self.uncond = prompts, uncond
-        self.micro_batches = local_micro_batches(config.redmd.batch, config.micro_batch)
+        self.prompts, self.uncond, self.sequence_over = prompts, uncond, sequence_over
+        batches = config.redmd.batch, config.micro_batch
+        self.micro_batches = local_micro_batches(*batches, sequence_over)
         self.average = WeightAverage(networks.student)
         self.trained: dict[Role, TrainedNetwork] = {
             "generator": TrainedNetwork(networks.student, config.generator),
@@ -265,10 +271,11 @@ class Trainer:
             batch = self._batch(role, number, samples)
             weight_fn = reward_weights and reward_weights.for_samples(samples, batch.numbers)
             for loss in losses(self.networks, *batch.drawn, self.config.redmd, weight_fn):
-                # FSDP averages over processes, where losses are shares of a sum.
+                # FSDP averages over processes, where losses are shares of a sum; processes that
+                # share a sample's tokens have the same loss, and each its part of the gradient.
                 (loss * world_size()).backward()
                 total += float(loss.detach())
-        total = all_reduce_sum(total)
+        total = all_reduce_sum(total) / (self.sequence_over or 1)
         limit = self.config.runaway if role == "critic" else math.inf
         if not total < limit:
             raise FloatingPointError(
@@ -329,7 +336,7 @@ class Trainer:
         redmd = self.config.redmd
         if self.reward is None or redmd.weigh != role:
             return None
-        reward_weights = RewardWeights(self.reward, redmd, self.config.windows)
+        reward_weights = RewardWeights(self.reward, redmd, self.config.windows, self.sequence_over)
         if redmd.weights.depends_on_batch and (len(self.micro_batches), self.config.windows) != (
             1,
             1,

@@ -57,12 +57,21 @@ from ..objective.excerpts import (
     past_kv,
 )
 from ..run.config import to_json
-from ..run.distributed import all_gather, barrier, process_group, rank, world_size
+from ..run.distributed import (
+    all_gather,
+    barrier,
+    num_shares,
+    process_group,
+    rank,
+    share_number,
+    world_size,
+)
 from ..run.draws import first_indices, seeded_generator, shuffled_indices
 from ..run.folder import check_recipe, create_run_folder
 from ..run.machine import check_machine
 from ..run.networks import PlacementConfig, open_network, placement_dtype
 from ..run.options import add_config_arguments, config_from_args, print_rank_0, show_progress
+from ..run.sequence import check_sequence
 
 _ROLE = "ode_pairs"
 _STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -170,6 +179,8 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
     """
     check_recipe(config, out)
     path, dtype = teacher_path(config), placement_dtype(config.placement)
+    over = config.placement.sequence_over
+    check_sequence(over, read_checkpoint(path).config, config.latents, "teacher")
     source = _open_source(config, device)
     origin = Origin(teacher=fingerprint(path), clips=None if source is None else len(source))
     for shard in shards_of(out):
@@ -194,17 +205,21 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
         uncond = open_negative(config.data, out / "embeddings", device, dtype)
         draw_conditions = excerpt_conditions(source, config)
     offload = config.placement.offload != "none"
-    teacher = open_network(path, config.placement, device, trained=False, offload=offload)
-    for first in range(0, len(missing), world_size()):
+    teacher = open_network(
+        path, config.placement, device, trained=False, offload=offload, latents=config.latents
+    )
+    at_once = num_shares(world_size(), over)
+    is_first_of_group = rank() % (over or 1) == 0
+    for first in range(0, len(missing), at_once):
         # Sharded networks run in step: a process without a shard left computes one and drops it.
-        place = first + rank()
+        place = first + share_number(over)
         number = missing[min(place, len(missing) - 1)]
         trajectories = make_shard(
             teacher, draw_conditions, uncond.to(device), config, number, dtype
         )
-        if place < len(missing):
+        if place < len(missing) and is_first_of_group:
             write_shard(shard_path(out, number), trajectories, config, number, origin)
-        done += config.shard * min(world_size(), len(missing) - first)
+        done += config.shard * min(at_once, len(missing) - first)
         yield done
     barrier()
 
