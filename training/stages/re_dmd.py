@@ -267,7 +267,7 @@ def _open_networks(
         student=trained(files["student"], lora=config.student_lora),
         teacher=opened(files["teacher"], trained=False, offload=p.offload != "none"),
         critic=trained(files["critic"], lora=config.critic_lora),
-        anchor=image_anchor(decoder) if config.anchor and config.run.windows > 1 else None,
+        anchor=image_anchor(decoder) if config.anchor and config.run.length > 1 else None,
         dtype=placement_dtype(p),
     )
 
@@ -284,6 +284,6 @@ def _open_rewards(
 
 
 def _needs_pixels(config: DistilConfig) -> bool:
-    anchored = config.anchor and config.run.windows > 1
+    anchored = config.anchor and config.run.length > 1
     rewarded = any(each.kind != "none" for each in (config.reward, *config.more_rewards))
     return rewarded or anchored or bool(config.output.validate_every)

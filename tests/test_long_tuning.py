@@ -1,0 +1,381 @@
+"""Rollouts whose prompt changes, whose length is drawn, and that go on in the next update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from processes import spawn
+from test_redmd import LONG, batch_of
+from test_rollout import SAMPLER, draws_of, trainable
+from test_trainer import CONFIG, REDMD, AfterCalls, Numbers, trainer, weights
+from torch import Tensor
+
+from rf_core.config import CacheConfig
+from training.objective.carry import restore_samples, to_samples
+from training.objective.redmd import Networks, critic_losses, generator_losses
+from training.objective.rollout import PromptSwitch, RolloutState, roll_out
+from training.run.distributed import Stopped
+from training.run.draws import (
+    draw_border,
+    draw_rollout,
+    draw_windows,
+    shuffled_indices,
+    switched_indices,
+)
+from training.stages.trainer import RunConfig, report_numbers
+
+SHORT = replace(CONFIG, redmd=replace(REDMD, window_chunks=2))  # two windows of two chunks
+WINDOW = replace(SHORT, latents=(tiny.CONFIG.in_dim, 6, 4, 6))  # one of them
+OLD, NEW = tiny.prompt(0), tiny.prompt(5)
+LAST = len(SAMPLER.steps) - 1
+CACHES = [
+    pytest.param(tiny.window(9, 3), id="published window"),
+    pytest.param(tiny.window(8, 2), id="a sink that cuts a chunk"),
+    pytest.param(tiny.window(6, 0), id="no sink"),
+    pytest.param(tiny.window(9, 3, storage="int8"), id="int8"),
+]
+
+
+def streamed(seed: int, cache: CacheConfig, switch_at: int | None = None) -> Tensor:
+    """Six chunks of a stream whose prompt may change, [1, C, F, h, w]."""
+    stream = tiny.stream(cache=cache, sampler=SAMPLER, seed=seed, prompt_embeds=OLD)
+    made = []
+    for chunk in range(6):
+        if chunk == switch_at:
+            stream.switch(NEW, "recache")
+        made.append(stream.generate())
+    return torch.cat(made, dim=2)
+
+
+def rolled(prompts: Tensor, seeds: list[int], cache: CacheConfig, **options: object) -> Tensor:
+    """The same as a rollout of windows of two chunks."""
+    options = {"window_chunks": 2, "supervised": False, **options}
+    windows = roll_out(trainable(), prompts, draws_of(seeds, LAST), SAMPLER, cache, **options)
+    return torch.cat([window.latents.detach() for window in windows], dim=2)
+
+
+# Changes of prompt
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_rollout_whose_prompt_changes_is_what_a_stream_makes_at_a_recache(cache, window):
+    switch = PromptSwitch(window=window, embeds=NEW, samples=torch.tensor([True]))
+    found = rolled(OLD, [5], cache, switch=switch)
+    exact = {"atol": 2e-5, "rtol": 1e-4}
+    near = {"atol": 0.05, "rtol": 0.05}  # bits of rounding move an int8 by a step
+    tolerance = near if cache.storage == "int8" else exact
+    torch.testing.assert_close(found, streamed(5, cache, 2 * window), **tolerance)
+
+
+@pytest.mark.parametrize("cache", CACHES[:2])
+def test_a_sample_that_keeps_its_prompt_does_not_notice_its_neighbour_s_change(cache):
+    switch = PromptSwitch(
+        window=1, embeds=torch.cat([OLD, NEW]), samples=torch.tensor([False, True])
+    )
+    kept, changed = rolled(OLD.expand(2, -1, -1), [5, 6], cache, switch=switch).split(1)
+    torch.testing.assert_close(kept, streamed(5, cache), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(changed, streamed(6, cache, 2), atol=2e-5, rtol=1e-4)
+
+
+def test_gradients_pass_through_the_windows_after_a_change():
+    model = trainable()
+    switch = PromptSwitch(window=1, embeds=NEW, samples=torch.tensor([True]))
+    draws = draws_of([5], 1, chunks=4)
+    windows = roll_out(
+        model, OLD, draws, SAMPLER, tiny.window(9, 3), window_chunks=2, switch=switch
+    )
+    for window in windows:
+        model.zero_grad()
+        window.latents.square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_teacher_and_critic_score_each_window_under_its_own_prompt():
+    student, teacher, critic = (tiny.model(seed=seed) for seed in range(3))
+    plain, draws, score_noises = batch_of((2, tiny.CONFIG.in_dim, 12, 4, 6), LONG)
+    switch = PromptSwitch(
+        window=1, embeds=tiny.prompt(5, batch=2), samples=torch.tensor([True, True])
+    )
+    seen: list[tuple[str, Tensor]] = []
+
+    class Watched(Networks):
+        def predict_flow(self, network, noisy, timestep_BF, prompt_embeds):
+            seen.append(("critic" if network is self.critic else "teacher", prompt_embeds))
+            return super().predict_flow(network, noisy, timestep_BF, prompt_embeds)
+
+    watched = Watched(student=student, teacher=teacher, critic=critic)
+    prompts = replace(plain, switch=switch)
+    for losses, scored in (
+        (generator_losses, ["critic", "teacher", "teacher"]),
+        (critic_losses, ["critic"]),
+    ):
+        seen.clear()
+        assert len(list(losses(watched, prompts, draws, score_noises, LONG))) == 2
+        conditions = [(who, p) for who, p in seen if p is not prompts.uncond]
+        count = len(conditions) // 2
+        assert [who for who, _ in seen] == scored * 2
+        assert all(torch.equal(p, plain.cond) for _, p in conditions[:count])
+        assert all(torch.equal(p, switch.embeds) for _, p in conditions[count:])
+
+
+def test_who_changes_and_where_is_a_function_of_the_rollout_and_of_groups_that_share_a_prompt():
+    numbers = shuffled_indices(0, "critic", 3, range(40), 40, 6, copies=2)
+    after = switched_indices(0, "critic", 3, range(40), numbers, 6, 0.5, copies=2)
+    changed = [old != new for old, new in zip(numbers, after, strict=True)]
+    assert 8 < sum(changed) < 32 and set(after) == set(range(6))
+    assert after[::2] == after[1::2]
+    again = switched_indices(0, "critic", 3, [6, 7], numbers[6:8], 6, 0.5, copies=2)
+    assert again == after[6:8]
+    assert switched_indices(0, "critic", 3, range(40), numbers, 6, 0.0) == numbers
+    every = switched_indices(0, "critic", 3, range(40), numbers, 6, 1.0)
+    assert not any(old == new for old, new in zip(numbers, every, strict=True))
+    assert {draw_border(0, "critic", rollout, 4) for rollout in range(40)} == {1, 2, 3}
+
+
+class Windows(Numbers):
+    """Notes the prompts of every batch it scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[int]] = []
+
+    def __call__(self, x0: Tensor, numbers: list[int]) -> Tensor:
+        self.batches.append(numbers)
+        return super().__call__(x0, numbers)
+
+
+def test_a_reward_sees_the_prompt_that_a_window_shows():
+    reward, config = Windows(), replace(SHORT, switch_share=0.5, micro_batch=4)
+    trainer(config, reward=reward).step()
+    before = shuffled_indices(0, "generator", 0, range(4), 4, 6)
+    after = switched_indices(0, "generator", 0, range(4), before, 6, 0.5)
+    assert before != after
+    assert reward.batches == [before, after]
+
+
+# Lengths
+
+
+def test_lengths_are_drawn_for_the_update_from_one_window_to_all():
+    drawn = [draw_windows(0, "generator", update, 3) for update in range(60)]
+    assert {1, 2, 3} == set(drawn) and all(drawn.count(n) > 10 for n in (1, 2, 3))
+    config = replace(SHORT, random_length=True)
+    assert {config.part("critic", n).windows for n in range(20)} == {1, 2}
+
+
+def frames_of(windows: int) -> tuple[int, int, int, int]:
+    channels, _, *size = SHORT.latents
+    return channels, 6 * windows, *size
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_an_update_of_a_drawn_length_is_that_of_a_run_of_this_length(windows):
+    """Loss, gradient and rewards are means over the windows that there are."""
+    drawn = replace(SHORT, latents=frames_of(3), random_length=True, critic_ratio=1)
+    seed = next(
+        seed
+        for seed in range(100)
+        if all(draw_windows(seed, role, 0, 3) == windows for role in ("generator", "critic"))
+    )
+    rewards = Windows(), Windows()
+    lengthy = trainer(replace(drawn, seed=seed), reward=rewards[0])
+    plain = replace(SHORT, latents=frames_of(windows), critic_ratio=1, seed=seed)
+    fixed = trainer(plain, reward=rewards[1])
+    first, second = (report_numbers(run.step()) for run in (lengthy, fixed))
+    assert first == second
+    assert all(map(torch.equal, weights(lengthy), weights(fixed)))
+    assert rewards[0].batches == rewards[1].batches and len(rewards[0].batches) == 2 * windows
+
+
+# Rollouts that go on
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_rollout_that_was_put_away_between_two_windows_goes_on_bit_for_bit(cache):
+    model, draws = trainable(), draws_of([5, 6], 1)
+    prompts = torch.cat([OLD, NEW])
+    options = {"window_chunks": 2, "supervised": False}
+    whole = list(roll_out(model, prompts, draws, SAMPLER, cache, **options))
+    samples: Sequence[dict[str, Tensor]] = []
+    for number in range(3):
+        state = RolloutState.begin(model, draws.noise, cache)
+        if samples:
+            restore_samples(state, samples)
+        part = slice(6 * number, 6 * number + 6)
+        own = replace(draws, noise=draws.noise[:, :, part], renoise=draws.renoise[:, :, :, part])
+        (window,) = roll_out(model, prompts, own, SAMPLER, cache, state=state, **options)
+        assert torch.equal(window.latents, whole[number].latents)
+        assert torch.equal(window.past, whole[number].past)
+        assert window.num_evictions == whole[number].num_evictions
+        samples = to_samples(state)
+
+
+def test_a_carried_rollout_keeps_its_prompts_and_begins_anew_with_others():
+    reward, config = Windows(), replace(WINDOW, carry=3, critic_ratio=1, micro_batch=4)
+    run = trainer(config, reward=reward)
+    for _ in range(6):
+        run.step()
+    first, second = (shuffled_indices(0, "generator", n, range(4), 4, 6) for n in (0, 1))
+    assert first != second
+    assert reward.batches == [first] * 3 + [second] * 3
+
+
+def test_a_carried_rollout_is_one_long_one_while_the_student_stands_still():
+    still = replace(CONFIG.generator, rate=1e-12)
+    seen: list[Tensor] = []
+
+    class Keeping(Numbers):
+        def __call__(self, x0: Tensor, numbers: list[int]) -> Tensor:
+            seen.append(x0.clone())
+            return super().__call__(x0, numbers)
+
+    config = replace(WINDOW, carry=2, critic_ratio=1, micro_batch=4, generator=still)
+    run = trainer(config, reward=Keeping())
+    run.step(), run.step()
+    draws = [
+        draw_rollout(0, "generator", n, range(4), config.latents, REDMD.sampler) for n in range(2)
+    ]
+    prompts = tiny.prompt(batch=6)[shuffled_indices(0, "generator", 0, range(4), 4, 6)]
+    state = None
+    for found, own in zip(seen, draws, strict=True):
+        state = state or RolloutState.begin(tiny.model(), own.noise, REDMD.cache)
+        (window,) = roll_out(tiny.model(), prompts, own, REDMD.sampler, REDMD.cache, state=state)
+        torch.testing.assert_close(found, window.latents, atol=1e-5, rtol=1e-4)
+
+
+CARRIED = replace(WINDOW, carry=3, switch_share=0.5, micro_batch=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 2, 3])  # within a rollout of both, and where the critic's ends
+def test_a_resumed_run_with_carried_rollouts_goes_on_bit_for_bit(tmp_path, at):
+    whole = trainer(CARRIED)
+    reports = [whole.step() for _ in range(5)]
+    first = trainer(CARRIED)
+    for _ in range(at):
+        first.step()
+    first.save(tmp_path / "at")
+    second = trainer(CARRIED)
+    second.load(tmp_path / "at")
+    assert [second.step() for _ in range(5 - at)] == reports[at:]
+    assert all(map(torch.equal, weights(second), weights(whole)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [1, 3, 5, 7])  # an update is six micro-batches
+def test_a_stop_between_two_micro_batches_leaves_carried_rollouts_where_they_stood(tmp_path, calls):
+    whole = trainer(CARRIED)
+    reports = [whole.step() for _ in range(3)]
+    first, stop, made = trainer(CARRIED), AfterCalls(calls), []
+    with pytest.raises(Stopped):
+        while True:
+            made.append(first.step(stop))
+    first.save(tmp_path / "cut")
+    second = trainer(CARRIED)
+    second.load(tmp_path / "cut")
+    assert [second.step() for _ in range(3 - len(made))] == reports[len(made) :]
+    assert all(map(torch.equal, weights(second), weights(whole)))
+
+
+def test_a_checkpoint_without_its_carried_rollouts_is_refused(tmp_path):
+    plain = trainer(WINDOW)
+    plain.step()
+    plain.save(tmp_path / "at1")
+    with pytest.raises(ValueError, match=r"at1 holds no carried\.generator\.0"):
+        trainer(replace(WINDOW, carry=2)).load(tmp_path / "at1")
+    carried = trainer(replace(WINDOW, carry=2))
+    carried.step()
+    carried.save(tmp_path / "carried")
+    wider = replace(WINDOW, carry=2, redmd=replace(WINDOW.redmd, cache=tiny.window(12, 3)))
+    with pytest.raises(ValueError, match=r"carried cannot be resumed from: k is .* 12|carried can"):
+        trainer(wider).load(tmp_path / "carried")
+
+
+SPREAD = {
+    "switch": replace(SHORT, switch_share=0.5, random_length=True, micro_batch=1),
+    "carry": replace(CARRIED, micro_batch=1),
+}
+
+
+def run_rank(rank: int, world: int, folder: Path, name: str, go_on: bool) -> None:
+    """One process of a run: two updates, or two more after a checkpoint."""
+    meet = f"file://{folder / f'meet{go_on}'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    run = trainer(SPREAD[name])
+    if go_on:
+        run.load(folder / "at2")
+    reports = [run.step() for _ in range(2)]
+    if not go_on:
+        run.save(folder / "at2")
+    if rank == 0:
+        torch.save(reports, folder / f"result{go_on}.pt")
+    dist.barrier()  # none goes while another may still be at work with it
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SPREAD))
+def test_two_processes_equal_one_and_four_go_on_from_their_checkpoint(tmp_path, name):
+    one = trainer(SPREAD[name])
+    expected = [one.step() for _ in range(4)]
+    spawn(run_rank, (2, tmp_path, name, False), nprocs=2)
+    spawn(run_rank, (4, tmp_path, name, True), nprocs=4)
+    alone = trainer(replace(SPREAD[name], micro_batch=2))  # which may change on resume
+    alone.load(tmp_path / "at2")
+    two, four = (
+        torch.load(tmp_path / f"result{go_on}.pt", weights_only=False) for go_on in (False, True)
+    )
+    rest = [alone.step() for _ in range(2)]
+    for found, wanted in ((two, expected[:2]), (four, expected[2:]), (rest, expected[2:])):
+        for first, second in zip(found, wanted, strict=True):
+            assert first.generator_loss == pytest.approx(second.generator_loss, rel=1e-3)
+            assert first.critic_loss == pytest.approx(second.critic_loss, rel=1e-3)
+
+
+# Refusals, and what has not changed
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"switch_share": 1.5}, "switch_share is 1.5; give a number from 0 to 1"),
+        ({"carry": 0}, "carry is 0"),
+        ({"switch_share": 0.5}, r"switch_share is 0\.5, and a rollout is one window; give latents"),
+        ({"random_length": True}, "random_length is True, and a rollout is one window"),
+        ({"random_length": True, "carry": 2}, "carry is 2, and random_length is on"),
+    ],
+)
+def test_lengths_and_changes_that_cannot_be_are_refused_by_name(settings, said):
+    with pytest.raises(ValueError, match=said):
+        replace(WINDOW, **settings)
+
+
+def test_a_single_prompt_that_is_to_change_is_refused(monkeypatch):
+    one = tiny.prompt()
+    monkeypatch.setattr(tiny, "prompt", lambda *args, **options: one)
+    with pytest.raises(ValueError, match="there is one prompt"):
+        trainer(replace(SHORT, switch_share=0.5))
+
+
+@pytest.mark.parametrize(
+    ("config", "losses"),
+    [
+        (CONFIG, [(0.15760231, 4.94829512), (0.14685986, 3.49519414)]),
+        (SHORT, [(0.19925351, 5.00142449), (0.27422690, 3.28806815)]),
+    ],
+    ids=["one window", "two windows"],
+)
+def test_runs_without_any_of_this_are_what_they_were(config: RunConfig, losses):
+    """Losses recorded of the code before (27 November 2026), the second with a reward."""
+    run = trainer(config, reward=None if config is CONFIG else Numbers())
+    for expected in losses:
+        report = run.step()
+        assert (report.generator_loss, report.critic_loss) == pytest.approx(expected, rel=1e-4)
