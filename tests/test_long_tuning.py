@@ -11,6 +11,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from processes import spawn
+from test_recipes import CPU, small, weights_of
 from test_redmd import LONG, batch_of
 from test_rollout import SAMPLER, draws_of, trainable
 from test_trainer import CONFIG, REDMD, AfterCalls, Numbers, trainer, weights
@@ -28,6 +29,8 @@ from training.run.draws import (
     shuffled_indices,
     switched_indices,
 )
+from training.stages import re_dmd
+from training.stages.re_dmd import distil
 from training.stages.trainer import RunConfig, report_numbers
 
 SHORT = replace(CONFIG, redmd=replace(REDMD, window_chunks=2))  # two windows of two chunks
@@ -294,50 +297,71 @@ def test_a_checkpoint_without_its_carried_rollouts_is_refused(tmp_path):
     carried.step()
     carried.save(tmp_path / "carried")
     wider = replace(WINDOW, carry=2, redmd=replace(WINDOW.redmd, cache=tiny.window(12, 3)))
-    with pytest.raises(ValueError, match=r"carried cannot be resumed from: k is .* 12|carried can"):
+    with pytest.raises(ValueError, match=r"carried cannot be resumed from: [kv] is .* here"):
         trainer(wider).load(tmp_path / "carried")
 
 
 SPREAD = {
     "switch": replace(SHORT, switch_share=0.5, random_length=True, micro_batch=1),
-    "carry": replace(CARRIED, micro_batch=1),
+    "carry": replace(CARRIED, carry=4, micro_batch=1),
 }
 
 
-def run_rank(rank: int, world: int, folder: Path, name: str, go_on: bool) -> None:
-    """One process of a run: two updates, or two more after a checkpoint."""
-    meet = f"file://{folder / f'meet{go_on}'}"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+def run_rank(rank: int, folder: Path, name: str) -> None:
+    """One of two processes that go on from one's checkpoint for an update, and leave theirs."""
+    meet = f"file://{folder / 'meet'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     torch.set_num_threads(1)
     run = trainer(SPREAD[name])
-    if go_on:
-        run.load(folder / "at2")
-    reports = [run.step() for _ in range(2)]
-    if not go_on:
-        run.save(folder / "at2")
+    run.load(folder / "at1")
+    report = run.step()
+    run.save(folder / "at2")
     if rank == 0:
-        torch.save(reports, folder / f"result{go_on}.pt")
+        torch.save(report, folder / "report.pt")
     dist.barrier()  # none goes while another may still be at work with it
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SPREAD))
-def test_two_processes_equal_one_and_four_go_on_from_their_checkpoint(tmp_path, name):
+def test_two_processes_go_on_from_one_s_checkpoint_and_one_from_theirs(tmp_path, name):
     one = trainer(SPREAD[name])
-    expected = [one.step() for _ in range(4)]
-    spawn(run_rank, (2, tmp_path, name, False), nprocs=2)
-    spawn(run_rank, (4, tmp_path, name, True), nprocs=4)
+    one.step()
+    one.save(tmp_path / "at1")
+    spawn(run_rank, (tmp_path, name), nprocs=2)
+    two = torch.load(tmp_path / "report.pt", weights_only=False)
     alone = trainer(replace(SPREAD[name], micro_batch=2))  # which may change on resume
     alone.load(tmp_path / "at2")
-    two, four = (
-        torch.load(tmp_path / f"result{go_on}.pt", weights_only=False) for go_on in (False, True)
+    for found in (two, alone.step()):
+        expected = one.step()
+        assert found.generator_loss == pytest.approx(expected.generator_loss, rel=1e-3)
+        assert found.critic_loss == pytest.approx(expected.critic_loss, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["run.carry=2", "run.switch_share=0.5"],
+        ["run.latents=[16, 12, 8, 8]", "run.random_length=true", "run.switch_share=1"],
+    ],
+    ids=["carried", "of drawn lengths"],
+)
+def test_the_miniature_tunes_long_with_rewards_and_anchors_and_resumes_bit_for_bit(
+    tmp_path, settings
+):
+    config = small("run.updates=3", "run.redmd.window_chunks=2", *settings)
+    list(distil(config, tmp_path / "whole", CPU))
+    for kept in (1, 2):
+        begun = distil(config, tmp_path / f"cut{kept}", CPU)
+        for _ in range(kept):
+            next(begun)
+        begun.close()
+        list(distil(config, tmp_path / f"cut{kept}", CPU, resume=True))
+    whole, *cut = (
+        weights_of(tmp_path / name / "student.safetensors") for name in ("whole", "cut1", "cut2")
     )
-    rest = [alone.step() for _ in range(2)]
-    for found, wanted in ((two, expected[:2]), (four, expected[2:]), (rest, expected[2:])):
-        for first, second in zip(found, wanted, strict=True):
-            assert first.generator_loss == pytest.approx(second.generator_loss, rel=1e-3)
-            assert first.critic_loss == pytest.approx(second.critic_loss, rel=1e-3)
+    assert all(torch.equal(each[name], weight) for each in cut for name, weight in whole.items())
 
 
 # Refusals, and what has not changed
@@ -348,8 +372,11 @@ def test_two_processes_equal_one_and_four_go_on_from_their_checkpoint(tmp_path, 
     [
         ({"switch_share": 1.5}, "switch_share is 1.5; give a number from 0 to 1"),
         ({"carry": 0}, "carry is 0"),
-        ({"switch_share": 0.5}, r"switch_share is 0\.5, and a rollout is one window; give latents"),
-        ({"random_length": True}, "random_length is True, and a rollout is one window"),
+        (
+            {"switch_share": 0.5},
+            r"switch_share is 0\.5, .* one window; give latents of twice 6 .* carry=2",
+        ),
+        ({"random_length": True}, "random_length is on, and a rollout is one window; give latents"),
         ({"random_length": True, "carry": 2}, "carry is 2, and random_length is on"),
     ],
 )
@@ -358,11 +385,20 @@ def test_lengths_and_changes_that_cannot_be_are_refused_by_name(settings, said):
         replace(WINDOW, **settings)
 
 
-def test_a_single_prompt_that_is_to_change_is_refused(monkeypatch):
+def test_a_single_prompt_that_is_to_change_is_refused_before_any_weight_is_read(
+    tmp_path, monkeypatch
+):
     one = tiny.prompt()
     monkeypatch.setattr(tiny, "prompt", lambda *args, **options: one)
-    with pytest.raises(ValueError, match="there is one prompt"):
+    said = r"run\.switch_share is 0\.5, and there is one prompt; give more in data\.prompts"
+    with pytest.raises(ValueError, match=said):
         trainer(replace(SHORT, switch_share=0.5))
+    monkeypatch.setattr(re_dmd, "read_checkpoint", lambda path: pytest.fail(f"{path} was read"))
+    long = ("run.latents=[16, 12, 8, 8]", "run.redmd.window_chunks=2", "run.switch_share=0.5")
+    (tmp_path / "prompts.txt").write_text("a red circle moves left\n" * 2)
+    for only in ("data.limit=1", f'data.prompts=["{tmp_path / "prompts.txt"}"]'):
+        with pytest.raises(ValueError, match=said):
+            next(distil(small(*long, only), tmp_path / "run", CPU))
 
 
 @pytest.mark.parametrize(

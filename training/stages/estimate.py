@@ -26,6 +26,7 @@ from rf_core.model import WanModel
 from ..objective.redmd import ReDMDConfig
 from ..run.networks import DTYPES, PlacementConfig, prepare
 from .recipes import DistilConfig
+from .trainer import RunConfig
 
 MASTER = 4  # bytes of a trained weight, of its gradient, and of each of AdamW's two moments
 
@@ -150,7 +151,7 @@ def _cache(config: DistilConfig, sizes: Sizes) -> int:
 def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
     cache, grid = config.run.redmd.cache, _grid(config, sizes)
     chunks = config.run.window_latents[1] // cache.chunk_frames
-    before = config.run.windows > 1  # the longest windows begin with a full cache
+    before = config.run.rollout_windows > 1  # the longest windows begin with a full cache
     contexts = [
         cache.window_frames - cache.chunk_frames
         if before
@@ -287,19 +288,19 @@ class _FusedAttention(torch.autograd.Function):
 def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
     """Of one sample, through one update."""
     run, redmd, grid = config.run, config.run.redmd, _grid(config, sizes)
-    windows, frames = run.windows, run.window_latents[1]
-    chunks = run.latents[1] // redmd.cache.chunk_frames
+    windows, frames = run.mean_windows, run.window_latents[1]
+    chunks = windows * frames // redmd.cache.chunk_frames
     student = _pass(sizes.student, redmd.cache, grid)
     score_pass = {
-        name: windows * _pass(size, _bidirectional(frames), grid)
+        name: int(windows * _pass(size, _bidirectional(frames), grid))
         for name, size in (("teacher", sizes.teacher), ("critic", sizes.critic))
     }
     backward = 3 if config.placement.checkpointing else 2
-    rollout = int(chunks * _mean_passes(redmd) * student)
+    rollout = int((chunks * _mean_passes(redmd) + _recache_passes(run)) * student)
     ratio = run.critic_ratio
     return {
         "rollouts": (1 + ratio) * rollout,
-        "generator's backward passes": chunks * backward * student,
+        "generator's backward passes": int(chunks * backward * student),
         "scores": score_pass["critic"] + 2 * score_pass["teacher"],
         "critic's passes": ratio * (1 + backward) * score_pass["critic"],
     }
@@ -308,6 +309,13 @@ def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
 def _mean_passes(config: ReDMDConfig) -> float:
     """Of a chunk: down to an exit step that is as often each one, and the clean pass."""
     return (len(config.sampler.steps) + 1) / 2 + 1
+
+
+def _recache_passes(run: RunConfig) -> float:
+    """Of an update's rollout, whose part they are where it goes on through several."""
+    cache = run.redmd.cache
+    again = (cache.window_frames - cache.sink_frames) / cache.chunk_frames
+    return again / run.carry if run.switch_share else 0.0
 
 
 def _pass(size: ModelConfig, cache: CacheConfig, grid: Grid) -> int:

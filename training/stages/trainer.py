@@ -100,12 +100,23 @@ class RunConfig:
                 f"carry is {self.carry}, and random_length is on; what goes on in the next update "
                 "has a length that is known: choose one of them"
             )
-        for name, length in (("switch_share", self.length), ("random_length", self.windows)):
-            if getattr(self, name) and length == 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, and a rollout is one window; give latents "
-                    f"of several times redmd.window_chunks {self.redmd.window_chunks}"
-                )
+        frames = self.redmd.window_chunks * self.redmd.cache.chunk_frames
+        longer = f"give latents of twice {frames} frames, or three times and so on"
+        if self.random_length and self.windows == 1:
+            raise ValueError(f"random_length is on, and a rollout is one window; {longer}")
+        if self.switch_share and self.rollout_windows == 1:
+            raise ValueError(
+                f"switch_share is {self.switch_share}, and a rollout is one window; {longer}, or "
+                "carry=2 or more"
+            )
+
+    def check_prompts(self, count: int) -> None:
+        """ValueError where there is but one prompt, which is to change."""
+        if self.switch_share and count == 1:
+            raise ValueError(
+                f"run.switch_share is {self.switch_share}, and there is one prompt; give more in "
+                "data.prompts, or run.switch_share=0"
+            )
 
     @property
     def windows(self) -> int:
@@ -113,7 +124,12 @@ class RunConfig:
         return num_windows(self.latents[1], self.redmd)
 
     @property
-    def length(self) -> int:
+    def mean_windows(self) -> float:
+        """Windows of an update's rollouts, on average."""
+        return (1 + self.windows) / 2 if self.random_length else self.windows
+
+    @property
+    def rollout_windows(self) -> int:
         """Windows of a whole rollout, the most of them."""
         return self.windows * self.carry
 
@@ -124,7 +140,10 @@ class RunConfig:
             return RolloutPart(rollout=number, first=0, windows=drawn, length=drawn)
         rollout, place = divmod(number, self.carry)
         return RolloutPart(
-            rollout=rollout, first=place * self.windows, windows=self.windows, length=self.length
+            rollout=rollout,
+            first=place * self.windows,
+            windows=self.windows,
+            length=self.rollout_windows,
         )
 
     @property
@@ -195,11 +214,7 @@ class Trainer:
 
         ValueError where the batch cannot be shared out, or a single prompt is to change.
         """
-        if config.switch_share and len(prompts) == 1:
-            raise ValueError(
-                f"switch_share is {config.switch_share}, and there is one prompt; give more of "
-                "them, or switch_share=0"
-            )
+        config.check_prompts(len(prompts))
         self.config, self.networks, self.reward = config, networks, reward
         self.prompts, self.uncond = prompts, uncond
         self.micro_batches = local_micro_batches(config.redmd.batch, config.micro_batch)
