@@ -79,12 +79,12 @@ def test_a_rollout_whose_prompt_changes_is_what_a_stream_makes_at_a_recache(cach
 
 @pytest.mark.parametrize("cache", CACHES[:2])
 def test_a_sample_that_keeps_its_prompt_does_not_notice_its_neighbour_s_change(cache):
-    switch = PromptSwitch(
-        window=1, embeds=torch.cat([OLD, NEW]), samples=torch.tensor([False, True])
+    switch = PromptSwitch(  # once frames have left the window: a recache of any changes something
+        window=2, embeds=torch.cat([OLD, NEW]), samples=torch.tensor([False, True])
     )
     kept, changed = rolled(OLD.expand(2, -1, -1), [5, 6], cache, switch=switch).split(1)
     torch.testing.assert_close(kept, streamed(5, cache), atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(changed, streamed(6, cache, 2), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(changed, streamed(6, cache, 4), atol=2e-5, rtol=1e-4)
 
 
 def test_gradients_pass_through_the_windows_after_a_change():
@@ -220,6 +220,31 @@ def test_a_rollout_that_was_put_away_between_two_windows_goes_on_bit_for_bit(cac
         samples = to_samples(state)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("counts", torch.tensor([99, 3, 0, 0]), r"cannot hold \[99, 3, 0, 0\]"),
+        ("counts", torch.tensor([6.0, 3.0, 0.0, 0.0]), "cannot hold"),
+        ("counts", torch.tensor(6), "cannot hold 6"),
+        ("last_latents", torch.zeros(4, 6, 2, 6), r"are \[4, 6, 2, 6\]"),
+        ("last_latents", torch.zeros(4, 2, 4, 6), "3 frames or more"),
+        ("k", torch.zeros(2), "k is"),
+        ("more", torch.zeros(2), "more"),
+    ],
+)
+def test_a_rollout_that_is_damaged_is_refused_before_it_is_gone_on_with(name, value, said):
+    cache, draws = tiny.window(9, 3), draws_of([5, 6], 1, chunks=2)
+    state = RolloutState.begin(trainable(), draws.noise, cache)
+    list(roll_out(trainable(), OLD.expand(2, -1, -1), draws, SAMPLER, cache, state=state))
+    good = to_samples(state)
+    with pytest.raises(ValueError, match=said):
+        restore_samples(state, [{**each, name: value} for each in good])
+    with pytest.raises(ValueError, match="of different sizes"):
+        restore_samples(state, [{**good[0], "k": torch.zeros(2)}, good[1]])
+    with pytest.raises(ValueError, match="lacks counts"):
+        restore_samples(state, [{"last_latents": good[0]["last_latents"]}])
+
+
 def test_a_carried_rollout_keeps_its_prompts_and_begins_anew_with_others():
     reward, config = Windows(), replace(WINDOW, carry=3, critic_ratio=1, micro_batch=4)
     run = trainer(config, reward=reward)
@@ -230,7 +255,23 @@ def test_a_carried_rollout_keeps_its_prompts_and_begins_anew_with_others():
     assert reward.batches == [first] * 3 + [second] * 3
 
 
-def test_a_carried_rollout_is_one_long_one_while_the_student_stands_still():
+def test_a_carried_rollout_changes_its_prompt_once_and_stays_with_it():
+    reward = Windows()
+    config = replace(WINDOW, carry=4, critic_ratio=1, micro_batch=4, switch_share=0.5)
+    run = trainer(config, reward=reward)
+    for _ in range(8):
+        run.step()
+    expected = []
+    for rollout in range(2):
+        before = shuffled_indices(0, "generator", rollout, range(4), 4, 6)
+        after = switched_indices(0, "generator", rollout, range(4), before, 6, 0.5)
+        border = draw_border(0, "generator", rollout, 4)
+        expected += [before] * border + [after] * (4 - border)
+    assert reward.batches == expected
+
+
+@pytest.mark.parametrize("seed", [0, 1])  # the prompts change with the third window, the second
+def test_a_carried_rollout_is_one_long_one_while_the_student_stands_still(seed):
     still = replace(CONFIG.generator, rate=1e-12)
     seen: list[Tensor] = []
 
@@ -239,17 +280,24 @@ def test_a_carried_rollout_is_one_long_one_while_the_student_stands_still():
             seen.append(x0.clone())
             return super().__call__(x0, numbers)
 
-    config = replace(WINDOW, carry=2, critic_ratio=1, micro_batch=4, generator=still)
+    config = replace(
+        WINDOW, carry=3, critic_ratio=1, micro_batch=4, generator=still, switch_share=1.0, seed=seed
+    )
     run = trainer(config, reward=Keeping())
-    run.step(), run.step()
-    draws = [
-        draw_rollout(0, "generator", n, range(4), config.latents, REDMD.sampler) for n in range(2)
-    ]
-    prompts = tiny.prompt(batch=6)[shuffled_indices(0, "generator", 0, range(4), 4, 6)]
-    state = None
-    for found, own in zip(seen, draws, strict=True):
+    run.step(), run.step(), run.step()
+    before = shuffled_indices(seed, "generator", 0, range(4), 4, 6)
+    after = switched_indices(seed, "generator", 0, range(4), before, 6, 1.0)
+    old, new = (tiny.prompt(batch=6)[numbers] for numbers in (before, after))
+    border, state = draw_border(seed, "generator", 0, 3), None
+    change = PromptSwitch(window=0, embeds=new, samples=torch.tensor([True] * 4))
+    for number, found in enumerate(seen):
+        own = draw_rollout(seed, "generator", number, range(4), config.latents, REDMD.sampler)
         state = state or RolloutState.begin(tiny.model(), own.noise, REDMD.cache)
-        (window,) = roll_out(tiny.model(), prompts, own, REDMD.sampler, REDMD.cache, state=state)
+        prompts = old if number < border else new
+        switch = change if number == border else None
+        (window,) = roll_out(
+            tiny.model(), prompts, own, REDMD.sampler, REDMD.cache, state=state, switch=switch
+        )
         torch.testing.assert_close(found, window.latents, atol=1e-5, rtol=1e-4)
 
 

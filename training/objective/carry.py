@@ -37,9 +37,13 @@ def restore_samples(state: RolloutState, samples: Sequence[CarriedSample]) -> No
     """Fill an empty state of as many samples; ValueError where they do not fit it."""
     if missing := {_COUNTS, _LATENTS} - samples[0].keys():
         raise ValueError(f"a rollout that goes on lacks {', '.join(sorted(missing))}")
+    kinds = [{name: (t.dtype, t.shape) for name, t in each.items()} for each in samples]
+    odd = next((name for name in kinds[0] if any(k.get(name) != kinds[0][name] for k in kinds)), "")
+    if odd:
+        raise ValueError(f"rollouts that go on hold {odd} of different sizes")
     counts, latents = samples[0][_COUNTS].tolist(), [each[_LATENTS] for each in samples]
     tensors = {
-        name: torch.stack([each[name] for each in samples]).movedim(0, -4)
+        name: torch.stack([each[name] for each in samples], dim=max(0, samples[0][name].ndim - 3))
         for name in samples[0].keys() - {_COUNTS, _LATENTS}
     }
     state.cache.check(tensors, 0)
@@ -49,9 +53,9 @@ def restore_samples(state: RolloutState, samples: Sequence[CarriedSample]) -> No
 
 
 def _check(state: RolloutState, counts: list[int], latents: Sequence[Tensor]) -> None:
-    num_frames, slot, evictions, evicted = counts
     window, sink = state.cache.config.window_frames, state.cache.config.sink_frames
     _, channels, _, *size = state.last_latents.shape
+    num_frames, slot, evictions, evicted = counts if _is_counts(counts) else (-1,) * 4
     if not (0 <= slot <= num_frames <= window and evictions >= 0 and evicted == 0):
         raise ValueError(f"a window of {window} latent frames cannot hold {counts}")
     for each in latents:
@@ -61,3 +65,7 @@ def _check(state: RolloutState, counts: list[int], latents: Sequence[Tensor]) ->
                 f"the last latents of a rollout that goes on are {list(each.shape)}; "
                 f"{num_frames - sink} frames or more of {[channels, *size]} are needed"
             )
+
+
+def _is_counts(found: object) -> bool:
+    return isinstance(found, list) and len(found) == 4 and all(type(n) is int for n in found)
