@@ -37,6 +37,7 @@ from .devices import to_device
 from .kv_cache import KVCache
 from .model import CountedPrompt, Network, PromptContext, TimeContext, pad_prompt
 from .prompts import Switch
+from .recache import chunks_from_end, recache, rerun
 from .scheduler import add_noise, flow_to_x0, sampling_timesteps
 from .state import (
     Blend,
@@ -412,22 +413,20 @@ class Stream:
 
     @torch.no_grad()
     def _recache(self, prompt_embeds: Tensor, on_pass: OnPass) -> None:
-        state, cache, config = self.state, self.state.cache, self.cache_config
+        state, cache = self.state, self.state.cache
         if not self._recache_rewrites() and state.half_recached is None:
             self._finish_clean_pass(on_pass)
-        again = cache.num_frames + cache.evicted_frames - config.sink_frames
-        if again > 0:
+        if cache.num_frames + cache.evicted_frames > cache.config.sink_frames:
             assert state.last_latents is not None
-            parts = _chunks(state.last_latents[:, :, -again:], config.chunk_frames)
             on_pass("clean", 0)
             state.half_recached = prompt_embeds
-            cache.undo_eviction()
-            counts = cache.num_frames, cache.slot_frames
-            cache.truncate(config.sink_frames)
-            try:
-                self._rerun(parts, prompt_embeds, lambda kind, n: on_pass(kind, n) if n else None)
-            finally:  # a stop in between leaves all of it to be done again
-                cache.num_frames, cache.slot_frames = counts
+            cache.undo_eviction()  # a stop in what follows leaves all of it to be done again
+            recache(
+                cache,
+                state.last_latents,
+                partial(self._clean_pass, prompt_embeds=prompt_embeds),
+                lambda number: on_pass("clean", number) if number else None,
+            )
         state.half_recached = state.pending_clean_pass = None
 
     def _recache_rewrites(self) -> bool:
@@ -442,10 +441,11 @@ class Stream:
         evictions = counts[2]
         if evictions or not first:
             parts = [p for t in first for p in t.split(frames, dim=2)]
-            parts += [p for t in last for p in _chunks(t, frames)]
+            parts += [p for t in last for p in chunks_from_end(t, frames)]
         else:  # the chunks themselves, of which the sink may have cut one in two
             parts = list(torch.cat(first + last, dim=2).split(frames, dim=2))
-        self._rerun(parts, state.prompt_embeds, _no_op)
+        clean_pass = partial(self._clean_pass, prompt_embeds=state.prompt_embeds)
+        rerun(state.cache, parts, clean_pass)
 
     def _restore_decoder(self, snapshot: Snapshot) -> None:
         """The decoder's past: the snapshot's where it is this decoder's, or made of the latents."""
@@ -472,14 +472,8 @@ class Stream:
             last = first if last is None or first is None else torch.cat([first, last], dim=2)
         if last is not None:
             head = frames + last.shape[2] % frames
-            for part in (last[:, :, :head], *_chunks(last[:, :, head:], frames)):
+            for part in (last[:, :, :head], *chunks_from_end(last[:, :, head:], frames)):
                 self.decode(part)
-
-    def _rerun(self, parts: Iterable[Tensor], prompt_embeds: Tensor, on_pass: OnPass) -> None:
-        for number, part in enumerate(parts):
-            on_pass("clean", number)
-            self.state.cache.advance(part.shape[2])
-            self._clean_pass(part, prompt_embeds)
 
     def _predict(self, prompt_embeds: Tensor, x: Tensor, timestep: float) -> Tensor:
         return self.model(x.to(self.dtype), *self._pass_inputs(x, timestep, prompt_embeds))
@@ -643,12 +637,6 @@ def start_clip(images: Tensor, decoder: Decoder, chunk_frames: int) -> Tensor:
         )
     keep = first + (images.shape[1] - first) // later * later
     return images[:, -keep:]
-
-
-def _chunks(latents: Tensor, frames: int) -> list[Tensor]:
-    # The last chunk is whole; the first is what the sink left of its chunk.
-    whole, head = divmod(latents.shape[2], frames)
-    return list(latents.split([head] * (head > 0) + [frames] * whole, dim=2))
 
 
 def _append(old: Tensor | None, new: Tensor) -> Tensor:

@@ -110,6 +110,10 @@ def test_choices_show_in_the_count():
     long = count("run.latents=[16, 63, 60, 104]")
     assert 2.5 < long.flops["rollouts"] / plain.flops["rollouts"] < 3.5
     assert long.bytes < 1.5 * plain.bytes  # a window at a time
+    drawn = count("run.latents=[16, 63, 60, 104]", "run.random_length=true")
+    assert drawn.flops["scores"] == pytest.approx(long.flops["scores"] * 2 / 3)
+    changing = count("run.latents=[16, 63, 60, 104]", "run.switch_share=0.5")
+    assert long.flops["rollouts"] < changing.flops["rollouts"] < 1.1 * long.flops["rollouts"]
 
 
 @pytest.mark.slow

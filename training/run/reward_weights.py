@@ -50,13 +50,13 @@ class RewardWeights:
         self.scores = [[row] for row in torch.cat(list(scores), dim=1)]
         self.precomputed = self._window_weights()
 
-    def for_samples(self, samples: range, numbers: list[int]) -> WeightFn:
-        """The weights of a micro-batch, whose prompts have those numbers."""
+    def for_samples(self, samples: range, numbers: Sequence[list[int]]) -> WeightFn:
+        """The weights of a micro-batch, whose prompts have those numbers in each window."""
 
         def weight_fn(x0: Tensor, window: int) -> Tensor:
             if self.precomputed is not None:
                 return self.precomputed[window].weights[list(samples)]
-            scores = self.reward(x0, numbers)
+            scores = self.reward(x0, numbers[window])
             self.scores[window].append(scores)
             if not self.config.weights.depends_on_batch:
                 return self._sample_weights(scores).weights

@@ -30,6 +30,7 @@ from ..run.optimise import OptimiserConfig
 from ..run.sequence import own_grid
 from .operations import pass_flops
 from .recipes import DistilConfig
+from .trainer import RunConfig
 
 MASTER = 4  # bytes of a trained weight, of its gradient, and of each of its moments
 
@@ -141,7 +142,7 @@ def _cache(config: DistilConfig, sizes: Sizes) -> int:
 def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
     cache, grid = config.run.redmd.cache, _own_grid(config, sizes)
     chunks = config.run.window_latents[1] // cache.chunk_frames
-    before = config.run.windows > 1  # the longest windows begin with a full cache
+    before = config.run.rollout_windows > 1  # the longest windows begin with a full cache
     contexts = [
         cache.window_frames - cache.chunk_frames
         if before
@@ -278,21 +279,21 @@ class _FusedAttention(torch.autograd.Function):
 def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
     """Of one sample, through one update."""
     run, redmd, grid = config.run, config.run.redmd, _grid(config, sizes)
-    windows, frames = run.windows, run.window_latents[1]
-    chunks = run.latents[1] // redmd.cache.chunk_frames
+    windows, frames = run.mean_windows, run.window_latents[1]
+    chunks = windows * frames // redmd.cache.chunk_frames
     cache = redmd.cache
     context = cache.window_frames - cache.chunk_frames
     student = pass_flops(sizes.student, grid, cache.chunk_frames, context)
     score_pass = {
-        name: windows * pass_flops(size, grid, frames)
+        name: int(windows * pass_flops(size, grid, frames))
         for name, size in (("teacher", sizes.teacher), ("critic", sizes.critic))
     }
     backward = 3 if config.placement.checkpointing else 2
-    rollout = int(chunks * _mean_passes(redmd) * student)
+    rollout = int((chunks * _mean_passes(redmd) + _recache_passes(run)) * student)
     ratio = run.critic_ratio
     return {
         "rollouts": (1 + ratio) * rollout,
-        "generator's backward passes": chunks * backward * student,
+        "generator's backward passes": int(chunks * backward * student),
         "scores": score_pass["critic"] + 2 * score_pass["teacher"],
         "critic's passes": ratio * (1 + backward) * score_pass["critic"],
     }
@@ -306,6 +307,13 @@ def _mean_passes(config: ReDMDConfig) -> float:
 def _own_grid(config: DistilConfig, sizes: Sizes) -> Grid:
     """Whose tokens a process has: a cache's heads are as many fewer."""
     return own_grid(_grid(config, sizes), config.placement.sequence_over)
+
+
+def _recache_passes(run: RunConfig) -> float:
+    """Of an update's rollout, whose part they are where it goes on through several."""
+    cache = run.redmd.cache
+    again = (cache.window_frames - cache.sink_frames) / cache.chunk_frames
+    return again / run.carry if run.switch_share else 0.0
 
 
 def _grid(config: DistilConfig, sizes: Sizes) -> Grid:

@@ -25,7 +25,7 @@ from rf_core.weights.checkpoint import Companion, read_checkpoint
 
 from ..choices import DATA_SET, open_reward
 from ..data.embeddings import open_prompts
-from ..data.prompts import check_prompt_files
+from ..data.prompts import check_prompt_files, count_prompts
 from ..objective.redmd import Networks
 from ..rewards.reward import LatentRewards, image_anchor
 from ..run.config import to_json
@@ -120,6 +120,8 @@ def check_files(config: DistilConfig) -> dict[str, Path]:
         if not path.exists():
             raise ValueError(f"files.{name} is {path}, which is not there")
     check_prompt_files(config.data)
+    if config.run.switch_share:
+        config.run.check_prompts(count_prompts(config.data, DATA_SET))
     return found
 
 
@@ -287,7 +289,7 @@ def _open_networks(
         student=trained(files["student"], lora=config.student_lora),
         teacher=opened(files["teacher"], trained=False, offload=p.offload != "none"),
         critic=trained(files["critic"], lora=config.critic_lora),
-        anchor=image_anchor(decoder) if config.anchor and config.run.windows > 1 else None,
+        anchor=image_anchor(decoder) if config.anchor and config.run.rollout_windows > 1 else None,
         dtype=placement_dtype(p),
     )
 
@@ -303,5 +305,5 @@ def _open_rewards(
 
 
 def _needs_pixels(config: DistilConfig) -> bool:
-    anchored = config.anchor and config.run.windows > 1
+    anchored = config.anchor and config.run.rollout_windows > 1
     return bool(config.rewards) or anchored or bool(config.output.validate_every)

@@ -112,6 +112,13 @@ class DistilConfig:
         return tuple(each for each in (self.reward, *self.more_rewards) if each.kind != "none")
 
     def __post_init__(self) -> None:
+        over = self.placement.sequence_over
+        if self.run.carry > 1 and (over or 1) > 1:
+            raise ValueError(
+                f"run.carry is {self.run.carry}, and placement.sequence_over {over}: processes "
+                "that share a sample each have other heads of its cache, which is kept whole; "
+                "choose one of them"
+            )
         if self.run.redmd.weigh == "critic" and not self.rewards:
             raise ValueError(
                 "run.redmd.weigh is critic, which a reward weights; give reward.kind, or set "
