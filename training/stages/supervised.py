@@ -34,7 +34,7 @@ from ..run.distributed import (
     rank,
     world_size,
 )
-from ..run.ema import WeightAverage
+from ..run.ema import AverageConfig, WeightAverage
 from ..run.folder import (
     Resumed,
     checkpoint_path,
@@ -52,8 +52,8 @@ from ..run.signals import StopRequest, stop_on_signal
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
-    """Options of such a run."""
+class SupervisedConfig(AverageConfig):
+    """Options of such a run; its average is as of Re-DMD."""
 
     recipe: ClassVar[str]
     """The command that runs it."""
@@ -70,11 +70,8 @@ class SupervisedConfig:
     """Clips an update, over all processes and micro-batches; ours, as Re-DMD's total."""
     micro_batch: int = 1
     """Clips at a time."""
-    ema: float = 0.99
-    """Decay of the averaged weights, an update; this and the next as in Re-DMD."""
     ema_from: int | None = 200
-    """Update at which averaging begins; until then the average is the network itself. None to
-    begin at once with a short memory that grows: update n decays by (1 + n) / (10 + n) at most."""
+    """See `AverageConfig`."""
     seed: int = 0
     """Of everything random."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -90,21 +87,13 @@ class SupervisedConfig:
 
     def __post_init__(self) -> None:
         counts = ("updates", "batch", "micro_batch", "checkpoint_every", "keep")
-        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), ema_from=(0, MANY))
-        check_numbers(self, seed=(0, 2**63 - 1))
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
+        super().__post_init__()
+        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), seed=(0, 2**63 - 1))
 
     @property
     def batches(self) -> set[int]:
         """Batch sizes of all updates."""
         return {self.batch}
-
-    def decay(self, update: int) -> float:
-        """Of the average, at an update."""
-        if self.ema_from is None:
-            return min(self.ema, (1 + update) / (10 + update))
-        return self.ema if update >= self.ema_from else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +168,7 @@ class SupervisedTrainer(ABC):
             raise FloatingPointError(
                 f"the gradients are not finite at update {self.update}; lower optimiser.rate"
             ) from None
-        self.average.update(c.decay(self.update))
+        self.average.update(c.decay(self.update, self.batch()))
         self.update += 1
         each = zip(self.names, *sums.tolist(), strict=True)
         return Report(

@@ -36,7 +36,7 @@ from ..objective.weights import SampleWeights
 from ..run import checkpointing
 from ..run.distributed import Stopped, all_reduce_sum, local_micro_batches, world_size
 from ..run.draws import Role, draw_rollout, draw_score_noise, shuffled_indices
-from ..run.ema import WeightAverage
+from ..run.ema import AverageConfig, WeightAverage
 from ..run.optimise import OptimiserConfig, TrainedNetwork
 from ..run.reward_weights import LatentReward, RewardWeights
 from ..run.signals import StopRequest
@@ -47,7 +47,7 @@ _WIDEST = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(AverageConfig):
     """A whole run; defaults are the published ones."""
 
     redmd: ReDMDConfig = field(default_factory=ReDMDConfig)
@@ -64,23 +64,20 @@ class RunConfig:
     """Critic updates before each of them."""
     micro_batch: int = 1
     """Samples at a time."""
-    ema: float = 0.99
-    """Decay of the averaged weights, an update."""
-    ema_from: int = 40
-    """Update at which averaging begins; until then the average is the student itself."""
+    ema_from: int | None = 40
+    """See `AverageConfig`."""
     seed: int = 0
     """Of everything random."""
     runaway: float = 100.0
     """The run stops when the critic's loss is above this, or anything is not finite."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         num_windows(self.latents[1], self.redmd)  # refuses what is not whole windows
         counts = ("updates", "critic_ratio", "micro_batch")
-        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), ema_from=(0, MANY))
+        check_numbers(self, **dict.fromkeys(counts, (1, MANY)))
         check_numbers(self, seed=(0, 2**63 - 1), runaway=(1e-6, math.inf))
         check_each(self, latents=(1, LARGEST_SIDE))
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
 
     @property
     def windows(self) -> int:
@@ -179,8 +176,8 @@ class Trainer:
             critic.append(self._train_step("critic", ratio * self.update + len(critic), stop))
         generator = self._train_step("generator", self.update, stop)
         self._critic_steps = []
+        self.average.update(c.decay(self.update, c.redmd.batch))
         self.update += 1
-        self.average.update(c.ema if self.update > c.ema_from else 0.0)
         weighted = generator if c.redmd.weigh == "generator" else critic[-1]
         return Report(
             update=self.update - 1,
