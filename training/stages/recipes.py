@@ -55,7 +55,8 @@ class OutputConfig:
     keep: int = 3
     """Newest checkpoints that are kept."""
     validate_every: int = 50
-    """Updates between validation videos of the averaged student; 0 for none."""
+    """Updates between validation videos of the averaged student; 0 for none. Each comes after a
+    checkpoint of its own."""
     validation_prompts: int = 4
     """How many of the first prompts are shown."""
     validation_chunks: int = 14

@@ -1,20 +1,67 @@
-"""What the averaged student makes of a few prompts: videos to look at, and their measurements."""
+"""What the averaged network makes of a few prompts: videos to look at, and their measurements.
+
+A validation comes after a checkpoint of the same update, so that whatever fails in it loses
+nothing; a run that is resumed there makes up for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
+from rf_core.attention import Attention, sdpa
+from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.decoders.decoder import Decoder
+from rf_core.model import WanModel
 from rf_core.stream import Stream
 from rf_core.video import VideoFormat, VideoWriter, to_uint8
 
 from ..measures.metrics import measure
 from ..objective.redmd import Networks, ReDMDConfig
-from ..run.distributed import rank
+from ..run.distributed import broadcast_from_rank_0, rank
+from ..run.journal import Journal, ShownVideo, read_journal
+
+NUMBERS = "validation/"
+"""What the names of a validation's numbers begin with."""
+ROW_IMAGES, ROW_HEIGHT = 6, 240
+"""Of the row of images that stands for a video in TensorBoard; the height at most, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a validation has found, on the first process."""
+
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """By name, which begins with `NUMBERS`."""
+    videos: Sequence[ShownVideo] = ()
+
+
+def is_due(every: int, update: int, updates: int) -> bool:
+    """Whether a run of so many updates validates after `update` of them; `every` 0 is never."""
+    return bool(every) and (update % every == 0 or update == updates)
+
+
+def was_validated(out: Path, update: int) -> bool:
+    """Whether the log has numbers of a validation after so many updates."""
+    found = (line for line in read_journal(out / "log.jsonl") if line["update"] == update - 1)
+    return broadcast_from_rank_0(any(name.startswith(NUMBERS) for line in found for name in line))
+
+
+def validation_folder(out: Path, update: int) -> Path:
+    """Where the videos of a validation after so many updates go."""
+    return out / "validation" / f"update_{update:06}"
+
+
+def log_validation(journal: Journal, update: int, found: Validation) -> None:
+    """Write a validation after so many updates into the log."""
+    journal.write(update - 1, found.numbers)
+    journal.write_videos(update - 1, found.videos)
 
 
 @torch.no_grad()
@@ -27,34 +74,98 @@ def validate(
     chunks: int,
     size: tuple[int, int],
     folder: Path,
-) -> dict[str, float]:
+) -> Validation:
     """Stream a video of each prompt into `folder`; means of its measurements by name.
 
-    Every process streams along, as sharded networks need; the first one decodes and writes.
-    `size` is the picture's, in pixels.
+    `embeds` is [N, S, D] of the N prompts, `size` the picture's, in pixels.
     """
-    totals: dict[str, float] = {}
-    for number, prompt in enumerate(prompts):
-        stream = Stream(
+
+    def make(number: int) -> Tensor | None:
+        return stream_video(
             networks.student,
             embeds[number : number + 1],
-            height=size[0],
-            width=size[1],
-            decoder=decoder if rank() == 0 else None,
+            config.cache,
+            config.sampler,
+            decoder,
+            chunks,
+            size,
             seed=number,
-            cache=config.cache,
-            sampler=config.sampler,
             attention=networks.attention,
             dtype=networks.dtype,
-            device=embeds.device,
         )
-        images = [stream.step().images for _ in range(chunks)]
-        if rank() == 0:
-            video = torch.cat([part[0] for part in images if part is not None])
-            _write(folder / f"{number:02}.mp4", video.cpu(), prompt)
-            for name, value in measure(video, len(video) // 2).items():
-                totals[name] = totals.get(name, 0.0) + value / len(prompts)
-    return {f"validation/{name}": value for name, value in totals.items()}
+
+    return show(prompts, folder, make)
+
+
+@torch.no_grad()
+def stream_video(
+    student: WanModel,
+    embeds: Tensor,
+    cache: CacheConfig,
+    sampler: SamplerConfig,
+    decoder: Decoder,
+    chunks: int,
+    size: tuple[int, int],
+    *,
+    seed: int,
+    attention: Attention = sdpa,
+    dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """A video [T, 3, H, W] in [0, 1] of a prompt [1, S, D], in so many chunks.
+
+    Every process streams along, as sharded networks need; the first one decodes, others have None.
+    """
+    stream = Stream(
+        student,
+        embeds,
+        height=size[0],
+        width=size[1],
+        decoder=decoder if rank() == 0 else None,
+        seed=seed,
+        cache=cache,
+        sampler=sampler,
+        attention=attention,
+        dtype=dtype,
+        device=embeds.device,
+    )
+    images = [stream.step().images for _ in range(chunks)]
+    if rank() != 0:
+        return None
+    return torch.cat([part[0] for part in images if part is not None])
+
+
+def show(prompts: Sequence[str], folder: Path, make: Callable[[int], Tensor | None]) -> Validation:
+    """Write and measure a video of each prompt; `make` gives that of its number, on all processes.
+
+    Videos are [T, 3, H, W] in [0, 1] on the first process; others may give None.
+    """
+    totals: dict[str, float] = {}
+    shown = []
+    for number, prompt in enumerate(prompts):
+        video = make(number)
+        if rank() != 0:
+            continue
+        assert video is not None
+        path = folder / f"{number:02}.mp4"
+        _write(path, video.cpu(), prompt)
+        shown.append(ShownVideo(path=path, prompt=prompt, row=image_row(video)))
+        for name, value in measure(video, len(video) // 2).items():
+            totals[name] = totals.get(name, 0.0) + value / len(prompts)
+    return Validation(
+        numbers={f"{NUMBERS}{name}": value for name, value in totals.items()}, videos=shown
+    )
+
+
+def image_row(video: Tensor) -> Tensor:
+    """Some of the images of a video [T, 3, H, W] in [0, 1], from first to last, side by side:
+    uint8 [3, h, N w], scaled down where they are large."""
+    count = min(ROW_IMAGES, len(video))
+    images = video[torch.linspace(0, len(video) - 1, count).round().long()].float().cpu()
+    height, width = images.shape[2:]
+    if height > ROW_HEIGHT:
+        size = (ROW_HEIGHT, round(width * ROW_HEIGHT / height))
+        images = F.interpolate(images, size, mode="area")
+    return rearrange(to_uint8(images), "n h w c -> c h (n w)")
 
 
 def _write(path: Path, video: Tensor, prompt: str) -> None:
