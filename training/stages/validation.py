@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rf_core.attention import Attention, sdpa
 from rf_core.config import CacheConfig, SamplerConfig
-from rf_core.decoders.decoder import Decoder
+from rf_core.decoders.decoder import Decoder, load_decoder
 from rf_core.model import WanModel
 from rf_core.stream import Stream
 from rf_core.video import VideoFormat, VideoWriter, to_uint8
@@ -25,10 +25,13 @@ from rf_core.video import VideoFormat, VideoWriter, to_uint8
 from ..measures.metrics import measure
 from ..objective.redmd import Networks, ReDMDConfig
 from ..run.distributed import broadcast_from_rank_0, rank
+from ..run.error_sums import ErrorSums
 from ..run.journal import Journal, ShownVideo, read_journal
 
 NUMBERS = "validation/"
 """What the names of a validation's numbers begin with."""
+DECODED_FRAMES = CacheConfig.chunk_frames
+"""Latent frames decoded at a time, as a stream does it: a whole clip at once would take 27 GB."""
 ROW_IMAGES, ROW_HEIGHT = 6, 240
 """Of the row of images that stands for a video in TensorBoard; the height at most, in pixels."""
 
@@ -97,13 +100,23 @@ def validate(
     return show(prompts, folder, make)
 
 
+def open_decoder(path: Path, device: torch.device, dtype: torch.dtype) -> Decoder | None:
+    """The decoder of a validation's videos, on the first process, which writes them."""
+    return load_decoder(path, device, dtype, DECODED_FRAMES) if rank() == 0 else None
+
+
+def decoded(latents: Tensor, decoder: Decoder | None) -> Tensor | None:
+    """The video [T, 3, H, W] of a clip [1, C, F, h, w], where there is a decoder."""
+    return None if decoder is None else decoder.decode(latents, None)[0][0]
+
+
 @torch.no_grad()
 def stream_video(
     student: WanModel,
     embeds: Tensor,
     cache: CacheConfig,
     sampler: SamplerConfig,
-    decoder: Decoder,
+    decoder: Decoder | None,
     chunks: int,
     size: tuple[int, int],
     *,
@@ -154,6 +167,25 @@ def show(prompts: Sequence[str], folder: Path, make: Callable[[int], Tensor | No
     return Validation(
         numbers={f"{NUMBERS}{name}": value for name, value in totals.items()}, videos=shown
     )
+
+
+def held_out_loss(
+    errors: Callable[[range], tuple[Tensor, Tensor]],
+    names: Sequence[str],
+    count: int,
+    micro_batch: int,
+) -> dict[str, float]:
+    """The mean error of clips 0 to count - 1, and by name.
+
+    `errors` gives those of some clips, [B, N], with the index of each in `names`. Every process
+    measures all of them: few they are, and so sharded networks stay in step whatever their number.
+    """
+    sums = ErrorSums(names)
+    for start in range(0, count, micro_batch):
+        sums.add(*errors(range(start, min(count, start + micro_batch))))
+    mean, by_name = sums.means()
+    each = {f"{NUMBERS}loss/{name}": value for name, value in by_name.items()}
+    return {f"{NUMBERS}loss": mean, **each}
 
 
 def image_row(video: Tensor) -> Tensor:
