@@ -17,6 +17,7 @@ import torch
 
 from rf_core.ranges import MANY, check_numbers
 from rf_core.text import load_text_encoder
+from rf_core.weights.files import read_weights
 
 from .data.clips import ClipSource
 from .data.embeddings import encoder_path, open_texts
@@ -124,6 +125,21 @@ def open_reward(config: RewardConfig, device: torch.device) -> WeightedScore:
     else:
         reward = config.reward(device, config.path)  # type: ignore[call-arg]
     return WeightedScore(name=config.kind, reward=reward, score=config.score, share=config.share)
+
+
+def shape_of_clips(folder: Path) -> tuple[int, int, int, int] | None:
+    """The shape of a folder's clips, [C, F, h, w], by the headers of its files; None without any.
+
+    No text encoder is opened.
+    """
+    if shards := shards_of_clips(folder):
+        _, channels, frames, rows, columns = read_weights(shards[0]).tensors["latents"].shape
+        return channels, frames, rows, columns
+    if shards_of_latents(folder):
+        clips, _ = VideoClips.read(folder)
+        channels, frames, rows, columns = clips[0][0].shape[1:]
+        return channels, frames, rows, columns
+    return Pairs.open(folder).config.latents if shards_of(folder) else None
 
 
 def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSource:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,6 +61,31 @@ def estimate(config: DistilConfig, sizes: Sizes, processes: int) -> Estimate:
     return Estimate(memory=_memory(config, sizes, processes), flops=flops)
 
 
+def supervised_bytes(
+    size: ModelConfig,
+    placement: PlacementConfig,
+    processes: int,
+    latents: Sequence[int],
+    passes: Sequence[tuple[int, int | None]],
+    micro_batch: int,
+    teacher: ModelConfig | None = None,
+) -> int:
+    """All memory of one process of a stage with given targets, at the peak.
+
+    `latents` are a clip's [C, F, h, w]. `passes` are those of a sample that the backward pass goes
+    through: the latent frames of each, and those of its past; None for one of a clip that sees all
+    of itself. A stage may have a frozen `teacher`.
+    """
+    grid = Grid.of_latents(*latents[2:], size.patch_size)
+    kept = sum(saved_bytes(size, placement, grid, frames, past) for frames, past in passes)
+    trained = 0 if placement.offload == "all" else _trained(size, None, processes, True)
+    frozen = 0
+    if teacher is not None and placement.offload == "none":
+        frozen = num_parameters(teacher) * DTYPES[placement.dtype].itemsize // processes
+    every = (size,) if teacher is None else (size, teacher)
+    return trained + frozen + _gathered(placement, every, processes) + micro_batch * kept
+
+
 def format_estimate(found: Estimate, speed: float | None = None) -> str:
     """Lines for a terminal; `speed` is in operations a second, as `matmul_speed` measures it."""
     rows = [f"{name:<38}{count / 1e9:>12.2f} GB" for name, count in found.memory.items()]
@@ -106,7 +131,9 @@ def _memory(config: DistilConfig, sizes: Sizes, processes: int) -> dict[str, int
         "student, gradients, moments, average": student * offloaded,
         "critic, gradients, moments": critic * offloaded,
         "teacher": 0 if placement.offload != "none" else frozen,
-        "gathered weights": _gathered(config.placement, sizes, processes),
+        "gathered weights": _gathered(
+            config.placement, (sizes.student, sizes.teacher, sizes.critic), processes
+        ),
         "KV cache": _cache(config, sizes),
         "kept for the backward pass": max(
             _rollout_activations(config, sizes), _critic_activations(config, sizes)
@@ -130,11 +157,10 @@ def _targets(size: ModelConfig, pattern: str) -> list[Tensor]:
     ]
 
 
-def _gathered(placement: PlacementConfig, sizes: Sizes, processes: int) -> int:
+def _gathered(placement: PlacementConfig, every: Sequence[ModelConfig], processes: int) -> int:
     if processes == 1 and placement.dtype == "float32":
         return 0
     element = DTYPES[placement.dtype].itemsize
-    every = (sizes.student, sizes.teacher, sizes.critic)
     if not placement.reshard:
         return sum(num_parameters(size) for size in every) * element
     # The block at work, the next one on its way, and the gradient of one.
