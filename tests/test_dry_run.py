@@ -62,7 +62,7 @@ def test_every_recipe_says_what_an_update_takes_and_leaves_nothing(
 
 @pytest.mark.parametrize("name", ["ode_init", "re_dmd"])
 def test_processes_share_a_dry_run_and_each_is_told(name, tmp_path):
-    begin = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    begin = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*begin, "-m", "training", *words(name)],
         cwd=tmp_path,

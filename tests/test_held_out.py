@@ -23,6 +23,7 @@ from training.__main__ import main
 from training.data.held_out import split_clips
 from training.data.latents import Video, latents_path, write_latents
 from training.data.pairs import Origin, Pairs, PairsConfig, Trajectories, shard_path, write_shard
+from training.data.random_clips import RandomClips
 from training.run.config import apply_overrides
 from training.run.draws import seeded_generator
 from training.run.folder import checkpoints
@@ -252,6 +253,13 @@ def test_what_cannot_be_validated_is_refused_before_anything_is_made(
     assert said in capsys.readouterr().err and not out.exists()
 
 
+def test_the_demo_s_vae_is_not_taken_for_clips_of_another_world():
+    config = INIT_PRESETS["miniature"]()
+    supervised.check_validation(config, RandomClips(SHAPE, (4, 8)))
+    with pytest.raises(ValueError, match="vae is not given, and .* of 480x832; name the VAE"):
+        supervised.check_validation(config, RandomClips((16, 9, 60, 104), (4, 8)))
+
+
 @pytest.mark.slow
 def test_two_processes_find_the_held_out_loss_that_one_finds(tmp_path):
     stage = STAGES["teacher"]
@@ -265,7 +273,14 @@ def test_two_processes_find_the_held_out_loss_that_one_finds(tmp_path):
     more = ["--set", "updates=1", "--set", "tensorboard=false", "--set", "micro_batch=1"]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+            ),
             *("-m", "training", "teacher", "--device", "cpu"),
             *("--out", str(tmp_path / "two"), *words, *more),
         ],

@@ -134,7 +134,6 @@ def wan_consistency() -> ConsistencyConfig:
     return ConsistencyConfig(
         source=Path("runs/pairs"),
         teacher=Path("runs/teacher/teacher.safetensors"),
-        vae=Path("models/Wan2.1_VAE.pth"),
         data=DataConfig(text_encoder="google/umt5-xxl"),
         placement=PlacementConfig(dtype="bfloat16", checkpointing=True),
     )

@@ -128,7 +128,6 @@ def wan_init() -> InitConfig:
     """Wan 2.1 1.3B; change the files to where yours are."""
     return InitConfig(
         start=Path("models/wan2.1_t2v_1.3B.safetensors"),
-        vae=Path("models/Wan2.1_VAE.pth"),
         placement=PlacementConfig(dtype="bfloat16", checkpointing=True),
     )
 

@@ -25,6 +25,7 @@ from rf_core.decoders.decoder import Decoder
 from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_folder_writable, check_numbers
+from rf_core.weights.checkpoint import read_checkpoint
 
 from ..data.clips import ClipSource
 from ..data.held_out import split_clips
@@ -120,11 +121,6 @@ class SupervisedConfig(AverageConfig):
             raise ValueError(
                 f"validation_clips is {self.validation_clips} and validate_every is 0, so that "
                 "nothing would measure them; give validate_every"
-            )
-        if self.validate_every and not (self.validation_prompts or self.validation_clips):
-            raise ValueError(
-                f"validate_every is {self.validate_every}, and there is nothing to validate; give "
-                "validation_prompts or validation_clips"
             )
 
     @property
@@ -357,10 +353,16 @@ def train(trainer: SupervisedTrainer, out: Path, resumed: Resumed | None) -> Ite
 
 
 def check_validation(config: SupervisedConfig, clips: ClipSource) -> None:
-    """ValueError where the VAE is not there, or where holding out leaves nothing to train on."""
+    """ValueError where the VAE is not there, or cannot be the clips', or where holding out leaves nothing to train on."""
     split_clips(clips, config.validation_clips)
-    if config.validate_every and config.validation_prompts:
-        vae_path(config)
+    if not (config.validate_every and config.validation_prompts):
+        return
+    path, size = vae_path(config), video_size(clips.shape)
+    if config.vae is None and size != read_checkpoint(DEMO / "teacher.safetensors").size:
+        raise ValueError(
+            f"vae is not given, and {path} is of another world than clips of {size[0]}x{size[1]}; "
+            "name the VAE that encoded them, or set validation_prompts to 0"
+        )
 
 
 def vae_path(config: SupervisedConfig) -> Path:
@@ -375,7 +377,9 @@ def vae_path(config: SupervisedConfig) -> Path:
 
 
 def _validation_is_due(trainer: SupervisedTrainer) -> bool:
-    return is_due(trainer.config.validate_every, trainer.update, trainer.config.updates)
+    c = trainer.config
+    asked = bool(c.validation_prompts or c.validation_clips)
+    return asked and is_due(c.validate_every, trainer.update, c.updates)
 
 
 def _checkpoint(

@@ -193,7 +193,6 @@ def wan_teacher() -> TeacherConfig:
     return TeacherConfig(
         source=Path("runs/pairs"),
         start=Path("models/wan2.1_t2v_1.3B.safetensors"),
-        vae=Path("models/Wan2.1_VAE.pth"),
         data=DataConfig(text_encoder="google/umt5-xxl"),
         placement=PlacementConfig(dtype="bfloat16", checkpointing=True),
     )
