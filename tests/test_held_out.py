@@ -256,7 +256,7 @@ def test_what_cannot_be_validated_is_refused_before_anything_is_made(
 def test_the_demo_s_vae_is_not_taken_for_clips_of_another_world():
     config = INIT_PRESETS["miniature"]()
     supervised.check_validation(config, RandomClips(SHAPE, (4, 8)))
-    with pytest.raises(ValueError, match="vae is not given, and .* of 480x832; name the VAE"):
+    with pytest.raises(ValueError, match=r"vae is not given, and .* of 480x832; name the VAE"):
         supervised.check_validation(config, RandomClips((16, 9, 60, 104), (4, 8)))
 
 

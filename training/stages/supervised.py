@@ -353,7 +353,8 @@ def train(trainer: SupervisedTrainer, out: Path, resumed: Resumed | None) -> Ite
 
 
 def check_validation(config: SupervisedConfig, clips: ClipSource) -> None:
-    """ValueError where the VAE is not there, or cannot be the clips', or where holding out leaves nothing to train on."""
+    """ValueError where the VAE is not there, or is another than the clips can be of, or where
+    holding out leaves nothing to train on."""
     split_clips(clips, config.validation_clips)
     if not (config.validate_every and config.validation_prompts):
         return
