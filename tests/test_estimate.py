@@ -90,8 +90,9 @@ def test_hybrid_sharding_divides_weights_by_the_cards_of_a_copy():
     name, of = "critic, gradients, moments", 12 * num_parameters(WAN_1_3B)
     assert plain.memory[name] == of // 8
     assert plain.memory["teacher"] == 2 * num_parameters(WAN_14B) // 8
-    with pytest.raises(ValueError, match=r"shard_over is 8, of which 12 processes are no multiple"):
-        estimate(apply_overrides(wan(), ["placement.shard_over=8"]), WAN, 12)
+    sizes = {"student": WAN_1_3B, "teacher": WAN_14B, "critic": WAN_1_3B}
+    with pytest.raises(ValueError, match=r"shard_over is 8, of which the number of processes, 12"):
+        costs(apply_overrides(wan(), ["placement.shard_over=8"]), Given(sizes=sizes), 12)
 
 
 @pytest.mark.slow

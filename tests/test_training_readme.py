@@ -35,11 +35,12 @@ PROGRAMS: Mapping[str, Callable[[list[str]], int]] = {
     "rf_core": rf_core,
 }
 SMALL = ["updates=2", "batch=2", "micro_batch=2", "checkpoint_every=2", "tensorboard=false"]
+SMALL += ["validation_prompts=1"]
 SETTINGS = {
-    "teacher": [*SMALL, "opening_batch=2"],
+    "teacher": [*SMALL, "opening_batch=2", "validation_steps=2"],
     "ode_pairs": ["clips=4", "shard=2", "batch=2", "steps=2"],
-    "ode_init": SMALL,
-    "consistency": SMALL,
+    "ode_init": [*SMALL, "validation_chunks=1"],
+    "consistency": [*SMALL, "validation_chunks=1"],
     "re_dmd": [
         "run.updates=2",
         "run.critic_ratio=1",

@@ -6,7 +6,7 @@ Run by `torchrun`, a recipe takes every process it is given; by `python`, one.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from .run.options import (
     print_rank_0,
     show_progress,
 )
-from .stages import consistency, evaluation, latents, regression, teacher, trajectories
+from .stages import consistency, dry_run, evaluation, latents, regression, teacher, trajectories
 from .stages.costs import RECIPES, Given, costs, format_costs, matmul_speed
 from .stages.export import export, export_supervised
 from .stages.latents import LatentsConfig
@@ -80,6 +80,8 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_redmd(args: argparse.Namespace) -> int:
     """Distil a student."""
     config, notes = _config(args)
+    if args.dry_run:
+        return dry_run.dry_redmd(args, config, dry_run.stand_ins(args, PRESETS))
     check_machine(config.placement, config.output.wandb)
     over = config.placement.sequence_over
     check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes(), over)
@@ -217,6 +219,12 @@ def _config(args: argparse.Namespace) -> tuple[DistilConfig, list[str]]:
     return config, [f"{name} is {ours}, as {path} says" for name, ours, _ in taken] + notes
 
 
+def _or_dry(
+    run: Callable[[argparse.Namespace], int], dry: Callable[[argparse.Namespace], int]
+) -> Callable[[argparse.Namespace], int]:
+    return lambda args: (dry if args.dry_run else run)(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -237,13 +245,13 @@ def _parser() -> argparse.ArgumentParser:
         "teacher", help="train a teacher, or fine-tune it to continue clips"
     )
     teacher.add_teacher_arguments(teach)
-    teach.set_defaults(command=teacher.run_teacher)
+    teach.set_defaults(command=_or_dry(teacher.run_teacher, dry_run.dry_teacher))
     pairs = commands.add_parser("ode_pairs", help="sample the teacher's ODE trajectories")
     trajectories.add_pairs_arguments(pairs)
     pairs.set_defaults(command=trajectories.run_pairs)
     init = commands.add_parser("ode_init", help="train a causal student on those trajectories")
     regression.add_init_arguments(init)
-    init.set_defaults(command=regression.run_init)
+    init.set_defaults(command=_or_dry(regression.run_init, dry_run.dry_init))
     counting = commands.add_parser("estimate", help="memory, card hours and disk of a stage")
     counting.set_defaults(command=run_estimate)
     counting.add_argument("recipe", nargs="?", choices=RECIPES, default="re_dmd")
@@ -262,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     add_config_arguments(counting, PRESETS)
     cheaper = commands.add_parser("consistency", help="the same without stored trajectories")
     consistency.add_consistency_arguments(cheaper)
-    cheaper.set_defaults(command=consistency.run_consistency)
+    cheaper.set_defaults(command=_or_dry(consistency.run_consistency, dry_run.dry_consistency))
     export = commands.add_parser("export", help="write a run's checkpoint as a student")
     export.set_defaults(command=run_export)
     export.add_argument("run", type=Path, help="folder of a run: re_dmd, ode_init or teacher")

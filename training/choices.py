@@ -17,10 +17,11 @@ import torch
 
 from rf_core.ranges import MANY, check_numbers
 from rf_core.text import load_text_encoder
+from rf_core.weights.files import read_weights
 
 from .data.clips import ClipSource
 from .data.embed_cache import CachedEmbeds
-from .data.embeddings import MemoryEmbeds, encoded, encoder_path
+from .data.embeddings import encoded, encoder_path
 from .data.latents import VideoClips, shards_of_latents
 from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
@@ -127,6 +128,21 @@ def open_reward(config: RewardConfig, device: torch.device) -> WeightedScore:
     return WeightedScore(name=config.kind, reward=reward, score=config.score, share=config.share)
 
 
+def shape_of_clips(folder: Path) -> tuple[int, int, int, int] | None:
+    """The shape of a folder's clips, [C, F, h, w], by the headers of its files; None without any.
+
+    No text encoder is opened.
+    """
+    if shards := shards_of_clips(folder):
+        _, channels, frames, rows, columns = read_weights(shards[0]).tensors["latents"].shape
+        return channels, frames, rows, columns
+    if shards_of_latents(folder):
+        clips, _ = VideoClips.read(folder)
+        channels, frames, rows, columns = clips[0][0].shape[1:]
+        return channels, frames, rows, columns
+    return Pairs.open(folder).config.latents if shards_of(folder) else None
+
+
 def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSource:
     """The clips of a folder: the miniature world's, encoded videos, or the ends of trajectories of
     whole clips.
@@ -152,14 +168,3 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
     if pairs.config.kind != "clips":
         raise ValueError(f"{folder} holds trajectories of excerpts; give those of whole clips")
     return pairs
-
-
-def shape_of_clips(folder: Path) -> tuple[int, int, int, int] | None:
-    """Shape of a folder's clips, [C, F, h, w]; None where it holds none. Opens no encoder."""
-    if shards_of_clips(folder):
-        channels, frames, rows, columns = read_clips(folder).latents.shape[1:]
-        return channels, frames, rows, columns
-    if shards_of_latents(folder):
-        clips, prompts = VideoClips.read(folder)
-        return VideoClips(clips, prompts, MemoryEmbeds(torch.zeros(0))).shape
-    return Pairs.open(folder).shape if shards_of(folder) else None

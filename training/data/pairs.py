@@ -226,6 +226,11 @@ class Pairs:
         """See `ClipSource`."""
         return (range(len(self)),)
 
+    @property
+    def origins(self) -> Sequence[int]:
+        """See `ClipSource`: of prompts, or of the clips that excerpts are cut from."""
+        return [number for path in self.shards for number in _note(path)["numbers"]]
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""
         return torch.stack([self._row(row)[0]["clean"] for row in rows]).float()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from rf_core.writing import write_text
 
@@ -20,6 +22,18 @@ from .distributed import rank
 
 _log = logging.getLogger(__name__)
 CHANGED, CHECKPOINT = "changed", "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownVideo:
+    """A video to look at."""
+
+    path: Path
+    """Its MP4; the log's name for it is that of the file."""
+    prompt: str
+    row: Tensor
+    """Some of its images side by side, uint8 [3, H, W]: TensorBoard has videos as GIFs alone, made
+    by a package that it does not come with."""
 
 
 class Journal:
@@ -64,6 +78,25 @@ class Journal:
                 self._board.add_scalar(name, value, update)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=update)
+
+    def write_videos(self, update: int, videos: Sequence[ShownVideo]) -> None:
+        """Videos of an update: rows of images in TensorBoard, the files in Weights & Biases."""
+        if self._board is not None:
+            for each in videos:
+                name = f"validation/{each.path.stem}"
+                self._board.add_image(name, each.row.numpy(), update)
+                self._board.add_text(name, each.prompt, update)
+        if self._wandb is not None and videos:
+            from wandb import Video
+
+            found = {f"validation/{each.path.stem}": each for each in videos}
+            self._wandb.log(
+                {
+                    name: Video(str(each.path), caption=each.prompt, format="mp4")
+                    for name, each in found.items()
+                },
+                step=update,
+            )
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

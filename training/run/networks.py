@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from rf_core.config import ModelConfig
@@ -106,9 +107,26 @@ def new_network(
     return _placed(config, tensors, placement, device, True, offload, None, seed, latents)
 
 
+def random_network(
+    config: ModelConfig,
+    placement: PlacementConfig,
+    device: torch.device,
+    *,
+    trained: bool,
+    offload: bool = False,
+    lora: LoRAConfig | None = None,
+    latents: Sequence[int] | None = None,
+) -> WanModel:
+    """A network as `open_network` places it, of weights that mean nothing: for a dry run.
+
+    No process holds more than its share.
+    """
+    return _placed(config, None, placement, device, trained, offload, lora, 0, latents)
+
+
 def _placed(
     config: ModelConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | None,
     placement: PlacementConfig,
     device: torch.device,
     trained: bool,
@@ -122,6 +140,7 @@ def _placed(
     network.requires_grad_(trained and lora is None)
     if lora is not None:
         add_adapters(network, lora)
+    if lora is not None and tensors is not None:
         tensors = renamed_base(network, tensors) | adapter_weights(network, seed)
     prepare(network, placement, trained=trained)
     shard(
@@ -132,6 +151,8 @@ def _placed(
         placement.reshard,
         placement.shard_over,
     )
+    if tensors is None:
+        return _drawn(network.to_empty(device="cpu" if offload else device))
     return _filled(network, tensors, device, offload)
 
 
@@ -169,6 +190,14 @@ def placement_dtype(placement: PlacementConfig) -> torch.dtype:
 def _empty(config: ModelConfig, dtype: torch.dtype) -> WanModel:
     with torch.device("meta"):
         return WanModel(config, dtype=dtype)
+
+
+@torch.no_grad()
+def _drawn(network: WanModel) -> WanModel:
+    for parameter in network.parameters():
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        own.normal_(std=0.02)
+    return network
 
 
 def _filled(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, CacheConfig, SamplerConfig
+from rf_core.decoders.decoder import Decoder
 from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_numbers
@@ -55,12 +56,14 @@ from .supervised import (
     Report,
     SupervisedConfig,
     SupervisedTrainer,
+    check_validation,
     micro_batches,
     run_stage,
     train,
     video_size,
 )
 from .trajectories import student_levels
+from .validation import stream_video
 
 _ROLE = "consistency"
 
@@ -70,6 +73,7 @@ class ConsistencyConfig(SupervisedConfig):
     """The distillation. Nothing here is published for this network: the numbers are ours."""
 
     recipe = "consistency"
+    may_change = (*SupervisedConfig.may_change, "validation_chunks")
 
     source: Path = CLIPS
     """Folder of clips: the miniature world's, or whole clips of `ode_pairs`."""
@@ -91,6 +95,8 @@ class ConsistencyConfig(SupervisedConfig):
     """Classifier-free guidance of the teacher's step; 1 for none."""
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
     """How chunks and their past are drawn."""
+    validation_chunks: int = 14
+    """Length of validation's videos, which are streamed, in chunks."""
     optimiser: OptimiserConfig = field(
         default_factory=lambda: OptimiserConfig(rate=2e-6, betas=(0.9, 0.999))
     )
@@ -99,6 +105,7 @@ class ConsistencyConfig(SupervisedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, steps=(1, MANY), shift=(0.01, 1000.0), guidance=(1, 1000.0))
+        check_numbers(self, validation_chunks=(1, MANY))
 
     @property
     def levels(self) -> list[float]:
@@ -119,6 +126,8 @@ def miniature_consistency() -> ConsistencyConfig:
         micro_batch=init.micro_batch,
         ema=init.ema,
         ema_from=init.ema_from,
+        validate_every=init.validate_every,
+        validation_chunks=init.validation_chunks,
     )
 
 
@@ -154,10 +163,17 @@ class ConsistencyBatch(Tensors):
 
 
 def draw_batch(
-    source: ClipSource, config: ConsistencyConfig, update: int, samples: Sequence[int]
+    source: ClipSource,
+    config: ConsistencyConfig,
+    update: int,
+    samples: Sequence[int],
+    among: Sequence[int] | None = None,
 ) -> ConsistencyBatch:
-    """Some samples of an update: a function of the seed, on whatever process."""
-    c, groups = config, (range(len(source)),)
+    """Some samples of an update: a function of the seed, on whatever process.
+
+    They are drawn `among` those rows; None for all.
+    """
+    c, groups = config, (range(len(source)) if among is None else among,)
     rows = [draw_clip(groups, c.seed, _ROLE, update * c.batch + each) for each in samples]
 
     def generators(what: str) -> list[torch.Generator]:
@@ -253,7 +269,7 @@ class ConsistencyTrainer(SupervisedTrainer):
         """Networks are placed and sharded already; `uncond` is [1, S, D]."""
         steps = torch.tensor(student_levels(config.sampler))
         names = [f"t{NUM_TRAIN_TIMESTEPS * level:.0f}" for level in steps.tolist()]
-        super().__init__(config, student, names, len(source))
+        super().__init__(config, student, names, source)
         self.teacher, self.source, self.device = teacher, source, device
         self.uncond = uncond.to(device)
         levels = torch.tensor(config.levels[:-1])
@@ -263,7 +279,34 @@ class ConsistencyTrainer(SupervisedTrainer):
 
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`: each chunk's, by the student's step that its level is of."""
-        batch = draw_batch(self.source, self.config, self.update, samples)
+        c, among = self.config, self.split.trained
+        return self._errors(draw_batch(self.source, c, self.update, samples, among))
+
+    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
+        """See `SupervisedTrainer`."""
+        held = self.split.held_out
+        fixed = replace(self.config, batch=len(held), seed=0)
+        return self._errors(draw_batch(self.source, fixed, 0, samples, held))
+
+    def captions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
+        """See `SupervisedTrainer`."""
+        return self.source.captions(rows, rows)
+
+    def video(self, embeds: Tensor, decoder: Decoder | None, seed: int) -> Tensor | None:
+        """See `SupervisedTrainer`: a stream."""
+        return stream_video(
+            self.network,
+            embeds,
+            self.config.cache,
+            self.config.sampler,
+            decoder,
+            self.config.validation_chunks,
+            video_size(self.source.shape),
+            seed=seed,
+            dtype=self.dtype,
+        )
+
+    def _errors(self, batch: ConsistencyBatch) -> tuple[Tensor, Tensor]:
         errors = consistency_errors(
             self.network,
             self.teacher,
@@ -312,6 +355,7 @@ def distil_consistency(
             )
         check_sequence(placement.sequence_over, size, source.shape, name)
     check_excerpts(source, config.cache.chunk_frames)
+    check_validation(config, source)
     resumed = checkpoint_to_resume(config, out, resume)
     uncond = open_negative(config.data, out / "embeddings", device, placement_dtype(placement))
     opened = partial(open_network, placement=placement, device=device, latents=source.shape)

@@ -40,7 +40,8 @@ from ..run.folder import (
     is_saved,
     name_last_checkpoint_on_error,
 )
-from ..run.journal import Journal, read_journal
+from ..run.journal import Journal
+from ..run.memory import costs
 from ..run.networks import open_network, placement_dtype
 from ..run.sequence import check_cache, check_sequence
 from ..run.signals import StopRequest, stop_on_signal
@@ -48,7 +49,15 @@ from .estimate import Sizes
 from .export import file_hash, student_companions, write_adapter, write_student
 from .recipes import DistilConfig, student_path
 from .trainer import Report, Trainer, drawn_prompts, report_numbers
-from .validation import spread_prompts, validate
+from .validation import (
+    Validation,
+    is_due,
+    log_validation,
+    spread_prompts,
+    validate,
+    validation_folder,
+    was_validated,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -100,8 +109,9 @@ def distil(
     ):
         if resumed is not None:
             journal.write_changes(run.trainer.update, resumed.changes)
-            if _validation_is_due(run) and not _was_validated(run):  # it broke off, or failed
-                journal.write(run.trainer.update - 1, _validate(run))
+            done = was_validated(out, run.trainer.update)
+            if _validation_is_due(run) and not done:  # it broke off, or failed
+                log_validation(journal, run.trainer.update, _validate(run))
         while run.trainer.update < config.run.updates:
             yield _update(run, journal, stop)
 
@@ -159,13 +169,15 @@ def _update(run: Run, journal: Journal, stop: StopRequest) -> Report:
         if trainer.is_within_update or not is_saved(run.out, trainer.update):
             _checkpoint(run, journal)
         raise stopped.saved(run.out, trainer.update) from None
-    journal.write(report.update, report_numbers(report) | {"seconds": time.perf_counter() - clock})
-    if trainer.update % output.checkpoint_every == 0 or _is_last(run) or _is_overdue(run):
+    journal.write(report.update, report_numbers(report) | costs(clock, trainer.uncond.device))
+    validates = _validation_is_due(run)
+    saves = trainer.update % output.checkpoint_every == 0 or validates or _is_last(run)
+    if saves or _is_overdue(run):
         with name_last_checkpoint_on_error(run.out, trainer.update):
             _checkpoint(run, journal)
         run.saved = time.monotonic()
-    if _validation_is_due(run):
-        journal.write(report.update, _validate(run))
+    if validates:
+        log_validation(journal, trainer.update, _validate(run))
     return report
 
 
@@ -174,15 +186,7 @@ def _is_last(run: Run) -> bool:
 
 
 def _validation_is_due(run: Run) -> bool:
-    every = run.config.output.validate_every
-    return bool(every) and (run.trainer.update % every == 0 or _is_last(run))
-
-
-def _was_validated(run: Run) -> bool:
-    lines = read_journal(run.out / "log.jsonl")
-    found = (line for line in lines if line["update"] == run.trainer.update - 1)
-    done = any(name.startswith("validation/") for line in found for name in line)
-    return broadcast_from_rank_0(done)
+    return is_due(run.config.output.validate_every, run.trainer.update, run.config.run.updates)
 
 
 def _is_overdue(run: Run) -> bool:
@@ -227,10 +231,10 @@ def provenance(config: DistilConfig, updates: int, origin: dict[str, str]) -> di
     }
 
 
-def _validate(run: Run) -> dict[str, float]:
+def _validate(run: Run) -> Validation:
     config, trainer = run.config, run.trainer
     if run.decoder is None:
-        return {}
+        return Validation()
     shown = spread_prompts(config.output.validation_prompts, len(run.prompts))
     *_, rows, columns = config.run.latents
     with trainer.averaged():
@@ -242,7 +246,7 @@ def _validate(run: Run) -> dict[str, float]:
             run.decoder,
             config.output.validation_chunks,
             (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR),
-            run.out / "validation" / f"update_{trainer.update:06}",
+            validation_folder(run.out, trainer.update),
         )
 
 

@@ -55,7 +55,8 @@ class OutputConfig:
     keep: int = 3
     """Newest checkpoints that are kept."""
     validate_every: int = 50
-    """Updates between validation videos of the averaged student; 0 for none."""
+    """Updates between validation videos of the averaged student; 0 for none. Each comes after a
+    checkpoint of its own."""
     validation_prompts: int = 4
     """How many prompts are shown: the first and others from all over the list, the same in every
     run of it; a larger number adds to them. `prompts.json` beside the videos says which is which.

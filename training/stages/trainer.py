@@ -37,7 +37,7 @@ from ..objective.weights import SampleWeights
 from ..run import checkpointing
 from ..run.distributed import Stopped, all_reduce_sum, local_micro_batches, world_size
 from ..run.draws import Role, draw_rollout, draw_score_noise, draw_windows, shuffled_indices
-from ..run.ema import WeightAverage
+from ..run.ema import AverageConfig, WeightAverage
 from ..run.optimise import OptimiserConfig, TrainedNetwork
 from ..run.reward_weights import LatentReward, RewardWeights
 from ..run.rollouts import PromptNumbers, RolloutPart, switch_prompts
@@ -50,7 +50,7 @@ _WIDEST = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(AverageConfig):
     """A whole run; defaults are the published ones."""
 
     redmd: ReDMDConfig = field(default_factory=ReDMDConfig)
@@ -74,25 +74,22 @@ class RunConfig:
     carry: int = 1
     """Updates of a network through which its rollouts go on, with their cache, before they begin
     anew; each of them makes `latents` more."""
-    ema: float = 0.99
-    """Decay of the averaged weights, an update."""
-    ema_from: int = 40
-    """Update at which averaging begins; until then the average is the student itself."""
+    ema_from: int | None = 40
+    """See `AverageConfig`."""
     seed: int = 0
     """Of everything random."""
     runaway: float = 100.0
     """The run stops when the critic's loss is above this, or anything is not finite."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         num_windows(self.latents[1], self.redmd)  # refuses what is not whole windows
         counts = ("updates", "critic_ratio", "micro_batch")
-        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), ema_from=(0, MANY))
+        check_numbers(self, **dict.fromkeys(counts, (1, MANY)))
         check_numbers(self, seed=(0, 2**63 - 1), runaway=(1e-6, math.inf))
         check_each(self, latents=(1, LARGEST_SIDE))
         check_numbers(self, switch_share=(0, 1), carry=(1, MANY))
         self._check_lengths()
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
 
     def _check_lengths(self) -> None:
         if self.random_length and self.carry > 1:
@@ -285,8 +282,8 @@ class Trainer:
             critic.append(self._train_step("critic", ratio * self.update + len(critic), stop))
         generator = self._train_step("generator", self.update, stop)
         self._critic_steps = []
+        self.average.update(c.decay(self.update, c.redmd.batch))
         self.update += 1
-        self.average.update(c.ema if self.update > c.ema_from else 0.0)
         weighted = generator if c.redmd.weigh == "generator" else critic[-1]
         return Report(
             update=self.update - 1,
