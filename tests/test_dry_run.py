@@ -18,7 +18,6 @@ from training.__main__ import main
 from training.run.config import to_json
 from training.run.networks import PlacementConfig, random_network
 from training.stages.dry_run import StandIns
-from training.stages.estimate import supervised_bytes
 from training.stages.regression import INIT_PRESETS
 from training.stages.trajectories import wan_pairs
 
@@ -105,17 +104,3 @@ def test_a_random_network_has_all_its_weights_and_they_are_trained():
     network = random_network(tiny.CONFIG, PlacementConfig(), torch.device("cpu"), trained=True)
     assert all(p.requires_grad and p.isfinite().all() for p in network.parameters())
     assert not any(p.is_meta for p in network.parameters())
-
-
-def test_the_estimate_counts_weights_by_process_and_activations_by_pass():
-    whole, half = (
-        supervised_bytes(WAN_1_3B, PlacementConfig(), n, (16, 21, 60, 104), [], 1) for n in (1, 2)
-    )
-    assert whole == pytest.approx(5 * 4 * 1.42e9, rel=0.02)  # weights, gradients, moments, average
-    assert whole / 2 < half < whole / 1.8  # and some that are gathered
-    one = [(3, 0)]
-    counted = [
-        supervised_bytes(WAN_1_3B, PlacementConfig(), 1, (16, 21, 60, 104), passes, micro)
-        for passes, micro in ((one, 1), (one * 2, 1), (one, 2))
-    ]
-    assert counted[1] == counted[2] and counted[1] - counted[0] == counted[0] - whole > 0

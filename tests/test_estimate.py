@@ -13,6 +13,7 @@ from rf_core.measure.counts import num_parameters
 from training.__main__ import main
 from training.run.config import apply_overrides
 from training.run.networks import PlacementConfig
+from training.stages.costs import Given, costs
 from training.stages.estimate import Sizes, estimate, saved_bytes
 from training.stages.recipes import wan
 
