@@ -201,6 +201,11 @@ class Plan:
         return {"title": self.prompts[0].text, "comment": json.dumps(self.record())}
 
 
+def model_path(name: str) -> Path:
+    """The student that a command line names: `demo` is the bundled one, all else a path."""
+    return Files().model if name == "demo" else Path(name)
+
+
 def files_of_model(
     model: Path, vae: Path | None, text_encoder: str | None, submodel: str | None = None
 ) -> tuple[Path, str]:

@@ -6,17 +6,40 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import CacheConfig, SamplerConfig
+from torch import Tensor
+
+from ..config import WAN_1_3B, WAN_14B, CacheConfig, SamplerConfig
+from ..model import WanModel
+from ..options import Files
 from ..ranges import MANY, check_numbers, check_writable
 from ..weights.checkpoint import convert, describe, read_checkpoint
+from ..weights.checks import family
+from ..weights.files import CheckpointError
+from ..weights.lora_facts import describe_lora, is_adapter
+from .run_options import leave_out
 from .shared import DTYPES, add_choice, add_lora, add_settings, cache_fields, sampler_fields
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Print what a checkpoint is."""
+    """Print what a checkpoint or an adapter is."""
     check_numbers(args, num_heads=(1, MANY))
-    print(describe(read_checkpoint(args.model, submodel=args.submodel, num_heads=args.num_heads)))
+    try:
+        found = read_checkpoint(args.model, submodel=args.submodel, num_heads=args.num_heads)
+    except CheckpointError:
+        if not is_adapter(args.model):
+            raise
+        leave_out(args, "for checkpoints, and this is an adapter", submodel=None, num_heads=None)
+        print(describe_lora(args.model, _bases()))
+        return 0
+    print(describe(found))
     return 0
+
+
+def _bases() -> dict[str, dict[str, Tensor]]:
+    """Tensors, without memory, of the models that an adapter may belong to."""
+    configs = {family(config): config for config in (WAN_1_3B, WAN_14B)}
+    configs["the bundled demo"] = read_checkpoint(Files().model).config
+    return {name: WanModel(c, device="meta").state_dict() for name, c in configs.items()}
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -41,7 +64,8 @@ def run_convert(args: argparse.Namespace) -> int:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Arguments of `inspect`."""
     parser.set_defaults(command=run_inspect)
-    parser.add_argument("model", type=Path, help="a checkpoint: file, folder or index")
+    what = "a checkpoint, or an adapter: file, folder or index"
+    parser.add_argument("model", type=Path, help=what)
     add_choice(parser)
 
 
