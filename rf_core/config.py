@@ -223,6 +223,10 @@ class SamplerConfig:
         """The steps of a chunk."""
         return self.first_steps if is_first and self.first_steps is not None else self.steps
 
+    def passes_of(self, is_first: bool) -> int:
+        """Denoising passes that end with a chunk; where chunks roll, one but for the first."""
+        return 1 if self.rolling and not is_first else len(self.steps_of(is_first))
+
 
 def _check_steps(name: str, steps: tuple[int, ...]) -> None:
     if not steps:

@@ -70,7 +70,7 @@ def open_network(
     adapters, which are then all that is trained. Every process calls this together.
     """
     source = read_checkpoint(path)
-    return _placed(source.config, source.tensors, placement, device, trained, offload, lora, seed)
+    return _placed(source.config, source.merged(), placement, device, trained, offload, lora, seed)
 
 
 def new_network(
