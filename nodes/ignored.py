@@ -61,7 +61,7 @@ def doubtful(model: Any, vae: Any) -> list[str]:
 
 
 def family_notes(settings: Any) -> list[str]:
-    """How a student is streamed where its file leaves that open, and a licence that forbids uses."""
+    """How a student streams where its file leaves that open, and a licence that forbids uses."""
     told, lines = settings.told, []
     is_ours = told.family == DEFAULT
     if (told.source == "name" and not is_ours) or (told.source == "nothing" and settings.causal):

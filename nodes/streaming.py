@@ -314,14 +314,16 @@ def summary(request: Request, result: RunResult) -> str:
     peak = host.peak_memory(request.model.load_device)
     clock, decoded = clock_of(request), result.path is not None
     if result.path is not None:
-        what = f"{result.path.name}: {result.num_images} images, {result.num_images / request.fps:.2f} s"
+        seconds = result.num_images / request.fps
+        what = f"{result.path.name}: {result.num_images} images, {seconds:.2f} s"
     else:
         seconds = clock.seconds(result.chunks)
         what = (
             f"{result.num_frames} latent frames, {seconds:.2f} s of video; no images without a VAE"
         )
     if request.previous is not None:
-        what += f", the first {request.previous.num_images / request.fps:.2f} s of {request.previous.path.name}"
+        seconds = request.previous.num_images / request.fps
+        what += f", the first {seconds:.2f} s of {request.previous.path.name}"
     parts = [what, result.report.text(decoded)]
     if peak is not None:
         parts.append(f"peak memory {peak / 2**30:.1f} GiB")

@@ -268,6 +268,6 @@ def _random_decoder(name: DecoderName, options: WorkloadOptions) -> WanDecoder |
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if isinstance(value, CacheConfig):
+    if isinstance(value, CacheConfig | SamplerConfig):
         return dict(vars(value))
     return str(value) if isinstance(value, Path) else value
