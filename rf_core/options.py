@@ -7,7 +7,7 @@ chosen by what the memory holds.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -16,7 +16,7 @@ import torch
 
 from .attention import check_device
 from .companions import OPTIONS, TEXT_ENCODER, VAE, belongs_with, check_vae
-from .config import CacheConfig, Grid, ModelConfig, SamplerConfig
+from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, recorded
 from .devices import preferred_dtype
 from .families import AUTO, FAMILIES, Family
 from .memory.footprint import Sizes
@@ -212,8 +212,8 @@ class Plan:
             "seed": options.seed,
             "width": self.width,
             "height": self.height,
-            "cache": asdict(self.cache),
-            "sampler": asdict(self.sampler),
+            "cache": recorded(self.cache),
+            "sampler": recorded(self.sampler),
             "dtype": str(options.torch_dtype).removeprefix("torch."),
             "attention": options.attention,
             "weights": options.weights,

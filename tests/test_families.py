@@ -347,7 +347,7 @@ def test_a_free_familys_run_prints_no_licence_and_what_is_given_wins(
     assert main(arguments(weights, output, *more, "--steps", "1000")) == 0
     record = comment_of(output)
     assert (record["cache"]["window_frames"], record["cache"]["recache"]) == (15, "joint")
-    assert record["sampler"]["steps"] == [1000]
+    assert record["sampler"] == {"steps": [1000], "shift": 5.0}
     out = capsys.readouterr().out
     assert "licence" not in out and "family: LongLive, as chosen" in out
 
