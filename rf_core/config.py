@@ -6,8 +6,8 @@ values with their source. Nothing else in the code base spells these numbers out
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from .ranges import (
     LARGEST_SIDE,
@@ -222,6 +222,32 @@ class SamplerConfig:
     def steps_of(self, is_first: bool) -> tuple[int, ...]:
         """The steps of a chunk."""
         return self.first_steps if is_first and self.first_steps is not None else self.steps
+
+    def passes_of(self, is_first: bool) -> int:
+        """Denoising passes that end with a chunk; where chunks roll, one but for the first."""
+        return 1 if self.rolling and not is_first else len(self.steps_of(is_first))
+
+
+_SINCE_FAMILIES = frozenset(
+    {
+        *("first_chunk_frames", "positions", "memory_rates", "recache", "rebuild", "blend_holds"),
+        *("first_steps", "clean_timestep", "rolling"),
+    }
+)
+
+
+def recorded(config: CacheConfig | SamplerConfig) -> dict[str, Any]:
+    """A config as a run's record has it.
+
+    Fields that came with the families are left out where they ask for nothing: what was begun
+    before them can be gone on with.
+    """
+    usual = asdict(type(config)())
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in _SINCE_FAMILIES or value != usual[name]
+    }
 
 
 def _check_steps(name: str, steps: tuple[int, ...]) -> None:

@@ -186,15 +186,21 @@ class Stream:
 
     @torch.no_grad()
     def replay(
-        self, latents: Tensor, on_pass: OnPass | None = None, *, decode: bool = True
+        self,
+        latents: Tensor,
+        on_pass: OnPass | None = None,
+        *,
+        decode: bool = True,
+        is_start: bool = False,
     ) -> Chunk:
         """Make the next chunk of its clean latents [B, C, F, h, w], kept when it was generated.
 
         By one pass in place of all, and with the same bits in everything that follows: of its
         latents and its changes of prompt a stream is made again up to any chunk. Without `decode`
-        the decoder does not see it. ValueError for latents that are no chunk of this stream.
+        the decoder does not see it. `is_start` says that it is of what `start_from` was given.
+        ValueError for latents that are no chunk of this stream.
         """
-        return self._given_chunk(latents, on_pass or _no_op, decode=decode)
+        return self._given_chunk(latents, on_pass or _no_op, decode=decode, is_start=is_start)
 
     def _given_chunk(
         self, latents: Tensor, on_pass: OnPass, *, decode: bool = True, is_start: bool = False

@@ -94,7 +94,7 @@ def _timeline(args: argparse.Namespace) -> PromptTimeline:
 def _files(args: argparse.Namespace) -> Files:
     model = model_path(args.model)
     if model == Files().model:
-        names = ("vae", "text_encoder", "tokenizer", "submodel", "num_heads")
+        names = ("vae", "text_encoder", "tokenizer", "submodel", "num_heads", "family")
         given = {name: getattr(args, name) for name in names}
         return Files(loras=tuple(args.lora), **{k: v for k, v in given.items() if v is not None})
     vae, text_encoder = files_of_model(model, args.vae, args.text_encoder, args.submodel)
@@ -102,6 +102,7 @@ def _files(args: argparse.Namespace) -> Files:
         model=model,
         submodel=args.submodel,
         num_heads=args.num_heads,
+        family=args.family,
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=args.tokenizer,

@@ -81,7 +81,7 @@ def open_network(
     """
     source = read_checkpoint(path)
     return _placed(
-        source.config, source.tensors, placement, device, trained, offload, lora, seed, latents
+        source.config, source.merged(), placement, device, trained, offload, lora, seed, latents
     )
 
 

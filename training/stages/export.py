@@ -91,7 +91,7 @@ def export(
         _save_adapter(out, trained, lora, note)
         return
     source = read_checkpoint(student)
-    tensors = merged(source.tensors, trained, lora) if lora is not None else trained
+    tensors = merged(source.merged(), trained, lora) if lora is not None else trained
     redmd, (*_, rows, columns) = config.run.redmd, config.run.latents
     write_checkpoint(
         out,
