@@ -172,6 +172,11 @@ class CacheConfig:
         return self.first_chunk_frames or self.chunk_frames
 
     @property
+    def has_equal_chunks(self) -> bool:
+        """Whether a stream's first chunk is as long as the others."""
+        return self.first_frames == self.chunk_frames
+
+    @property
     def head_frames(self) -> int:
         """Latent frames at the window's start that are no recent past: sink and memories."""
         return self.sink_frames + len(self.memory_rates)
@@ -222,6 +227,16 @@ class SamplerConfig:
     def steps_of(self, is_first: bool) -> tuple[int, ...]:
         """The steps of a chunk."""
         return self.first_steps if is_first and self.first_steps is not None else self.steps
+
+    @property
+    def all_steps(self) -> tuple[int, ...]:
+        """The steps of all chunks, high to low, each once."""
+        return tuple(sorted({*self.steps, *self.steps_of(True)}, reverse=True))
+
+    @property
+    def most_steps(self) -> int:
+        """How many steps a chunk has, at most."""
+        return max(len(self.steps), len(self.steps_of(True)))
 
     def passes_of(self, is_first: bool) -> int:
         """Denoising passes that end with a chunk; where chunks roll, one but for the first."""

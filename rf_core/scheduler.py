@@ -29,9 +29,17 @@ def sampling_timesteps(config: SamplerConfig, *, is_first: bool = False) -> Tens
     They are entries of the training table, as students learn them: rounding shows in their
     embedding.
     """
-    table = torch.cat([training_sigmas(config.shift), torch.zeros(1)])
-    rows = [NUM_TRAIN_TIMESTEPS - step for step in config.steps_of(is_first)]
-    return table[rows] * NUM_TRAIN_TIMESTEPS
+    return _table_entries(config.steps_of(is_first), config.shift)
+
+
+def all_timesteps(config: SamplerConfig) -> Tensor:
+    """Those of every chunk, first or later, each once, [steps] in float32, high to low."""
+    return _table_entries(config.all_steps, config.shift)
+
+
+def _table_entries(steps: Sequence[int], shift: float) -> Tensor:
+    table = torch.cat([training_sigmas(shift), torch.zeros(1)])
+    return table[[NUM_TRAIN_TIMESTEPS - step for step in steps]] * NUM_TRAIN_TIMESTEPS
 
 
 def noise_timestep(timestep: float, shift: float) -> float:

@@ -44,6 +44,9 @@ CACHES = [
     pytest.param(tiny.window(8, 2), id="a sink that cuts a chunk"),
     pytest.param(tiny.window(6, 0), id="no sink"),
     pytest.param(tiny.window(9, 3, storage="int8"), id="int8"),
+    pytest.param(tiny.window(9, 3, decay=1.0, positions="absolute", recache="joint"), id="joint"),
+    pytest.param(tiny.window(12, 3, recache="joint"), id="joint, of a sink not yet averaged"),
+    pytest.param(tiny.window(9, 2, memory_rates=(0.5,)), id="memory"),
 ]
 
 
@@ -175,9 +178,9 @@ def test_lengths_are_drawn_for_the_update_from_one_window_to_all():
     assert {config.part("critic", n).windows for n in range(20)} == {1, 2}
 
 
-def frames_of(windows: int) -> tuple[int, int, int, int]:
+def frames_of(windows: int, frames: int = 6) -> tuple[int, int, int, int]:
     channels, _, *size = SHORT.latents
-    return channels, 6 * windows, *size
+    return channels, frames * windows, *size
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
@@ -415,6 +418,34 @@ def test_the_miniature_tunes_long_with_rewards_and_anchors_and_resumes_bit_for_b
 
 
 # Refusals, and what has not changed
+
+
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [
+        (
+            tiny.window(9, 3, recache="joint_new_sink"),
+            r"switch_share is 0\.5, and redmd\.cache\.recache joint_new_sink, .* set it to joint",
+        ),
+        (
+            CacheConfig(first_chunk_frames=1),
+            r"latents have 12 frames; give whole chunks of 3 after a first one of 1",
+        ),
+    ],
+)
+def test_a_cache_that_rollouts_of_several_windows_cannot_have_is_refused_by_name(cache, said):
+    with pytest.raises(ValueError, match=said):
+        replace(SHORT, switch_share=0.5, redmd=replace(SHORT.redmd, cache=cache))
+
+
+def test_a_first_chunk_of_another_length_goes_with_rollouts_of_one_window():
+    cache = CacheConfig(first_chunk_frames=1)
+    one = replace(SHORT, latents=frames_of(1, 4), redmd=replace(SHORT.redmd, cache=cache))
+    assert one.windows == 1
+    said = r"first_chunk_frames is 1, and a rollout has 2 windows, .* set it to null"
+    for longer in ({"latents": frames_of(1, 10)}, {"carry": 2}):
+        with pytest.raises(ValueError, match=said):
+            replace(one, **longer)
 
 
 @pytest.mark.parametrize(

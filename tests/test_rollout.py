@@ -8,20 +8,40 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from rf_core.config import CacheConfig, SamplerConfig
+from rf_core.families import FAMILIES
 from rf_core.layers import Block
 from rf_core.model import WanModel
+from rf_core.scheduler import sampling_timesteps
 from rf_core.stream import chunk_noise
-from training.objective.rollout import Rollout, RolloutDraws, random_draws, roll_out
+from training.objective.rollout import (
+    Rollout,
+    RolloutDraws,
+    check_rollouts,
+    chunk_sizes,
+    random_draws,
+    roll_out,
+)
 
 CHUNKS = 6  # the window of 9 holds three: three evictions
 SIZE = (4, 6)
 SAMPLER = SamplerConfig(steps=(1000, 700, 400))
 
 
-def draws_of(seeds: list[int], exit_step: int, chunks: int = CHUNKS) -> RolloutDraws:
+def draws_of(
+    seeds: list[int],
+    exit_step: int,
+    chunks: int = CHUNKS,
+    sampler: SamplerConfig = SAMPLER,
+    cache: CacheConfig | None = None,
+) -> RolloutDraws:
     """What a stream of these seeds draws."""
-    shape = (tiny.CONFIG.in_dim, 3, *SIZE)
-    each = [chunk_noise(seeds, n, shape, len(SAMPLER.steps)) for n in range(chunks)]
+    cache, each = cache or CacheConfig(), []
+    for number in range(chunks):
+        frames = cache.chunk_frames if number else cache.first_frames
+        shape = (tiny.CONFIG.in_dim, frames, *SIZE)
+        drawn = chunk_noise(seeds, number, shape, len(sampler.steps_of(number == 0)))
+        unused = [torch.zeros_like(drawn[0])] * (sampler.most_steps - len(drawn))
+        each.append([*drawn, *unused])
     noise = torch.cat([chunk[0] for chunk in each], dim=2)
     renoise = torch.stack([torch.cat(step, dim=2) for step in zip(*each, strict=True)][1:])
     return RolloutDraws(noise=noise, renoise=renoise, exit_step=exit_step)
@@ -68,6 +88,86 @@ def test_a_rollout_to_the_last_step_is_what_a_stream_makes(cache):
     result = rolled(trainable(), draws_of([5], len(SAMPLER.steps) - 1), cache)
     torch.testing.assert_close(result.latents, expected, atol=2e-5, rtol=1e-4)
     assert result.num_evictions == stream.state.cache.num_evictions > 0
+
+
+def can_be_rolled_out(name: str) -> bool:
+    try:
+        check_rollouts(FAMILIES[name].cache, FAMILIES[name].sampler)
+    except ValueError:
+        return False
+    return True
+
+
+OTHERS = {
+    "a longer past": (
+        CacheConfig(window_frames=8, sink_frames=2, first_chunk_frames=1),
+        SamplerConfig(steps=(1000, 500, 0), clean_timestep=40.0),
+    ),
+    "absolute and averaged": (tiny.window(9, 3, positions="absolute"), SAMPLER),
+    "memories of an averaged sink": (tiny.window(9, 2, memory_rates=(0.5,)), SAMPLER),
+}
+PRESETS = {
+    name: (family.cache, family.sampler)
+    for name, family in FAMILIES.items()
+    if can_be_rolled_out(name)
+}
+
+
+def test_all_families_can_be_rolled_out_but_those_that_keep_no_cache_or_roll():
+    assert FAMILIES.keys() - PRESETS.keys() == {"krea", "rolling_forcing"}
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *OTHERS])
+def test_a_rollout_is_the_stream_of_any_family_across_evictions(name):
+    cache, sampler = (PRESETS | OTHERS)[name]
+    chunks = cache.window_frames // cache.chunk_frames + 3
+    stream = tiny.stream(cache=cache, sampler=sampler, seed=5)
+    expected = torch.cat([stream.generate() for _ in range(chunks)], dim=2)
+    draws = draws_of([5], sampler.most_steps - 1, chunks, sampler, cache)
+    (result,) = roll_out(trainable(), tiny.prompt(), draws, sampler, cache)
+    assert result.num_evictions == stream.state.cache.num_evictions > 0
+    torch.testing.assert_close(result.latents, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["causal_forcing_2step", "causal_forcing_1step"])
+def test_a_chunk_with_fewer_steps_than_the_exit_ends_with_its_last(name):
+    cache, sampler = PRESETS[name]
+    last = [
+        roll_out(trainable(), tiny.prompt(), draws, sampler, cache, window_chunks=1)
+        for exit_step in range(sampler.most_steps)
+        for draws in [draws_of([5], exit_step, 2, sampler, cache)]
+    ]
+    first, second = zip(*([window.timestep for window in each] for each in last), strict=True)
+    own = [sampling_timesteps(sampler, is_first=is_first).tolist() for is_first in (True, False)]
+    assert list(first) == own[0]
+    assert list(second) == own[1] + own[1][-1:] * (sampler.most_steps - len(own[1]))
+
+
+def test_draws_reach_every_step_of_the_longer_schedule():
+    sampler = FAMILIES["causal_forcing_1step"].sampler
+    generator = torch.Generator().manual_seed(0)
+    drawn = [random_draws((1, 4, 3, *SIZE), sampler, generator) for _ in range(40)]
+    assert {each.exit_step for each in drawn} == {0, 1, 2, 3}
+    assert drawn[0].renoise.shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("krea", "cache.rebuild is 'reencoded', and rollouts keep their cache .* set it to never"),
+        ("rolling_forcing", "sampler.rolling is on, and rollouts denoise one .* set it to false"),
+    ],
+)
+def test_what_a_rollout_cannot_do_is_refused_by_its_field(name, said):
+    with pytest.raises(ValueError, match=said):
+        check_rollouts(FAMILIES[name].cache, FAMILIES[name].sampler)
+
+
+def test_chunks_are_counted_with_a_first_one_of_another_length():
+    cache = CacheConfig(first_chunk_frames=1)
+    assert chunk_sizes(7, cache) == [1, 3, 3] and chunk_sizes(6, cache) == []
+    assert chunk_sizes(6, cache, begins=False) == [3, 3]
+    assert chunk_sizes(21, FAMILIES["causal_forcing_frame"].cache) == [1] * 21
 
 
 @pytest.mark.parametrize("exit_step", [0, 1, 2])

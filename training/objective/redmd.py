@@ -23,7 +23,15 @@ from rf_core.ranges import MANY, check_numbers
 from rf_core.scheduler import add_noise, flow_to_x0
 
 from .losses import critic_loss, generator_loss, guided, matching_direction
-from .rollout import PromptSwitch, Rollout, RolloutDraws, RolloutState, roll_out
+from .rollout import (
+    PromptSwitch,
+    Rollout,
+    RolloutDraws,
+    RolloutState,
+    check_rollouts,
+    chunk_sizes,
+    roll_out,
+)
 from .tensors import Tensors
 from .weights import WeightConfig
 
@@ -59,6 +67,7 @@ class ReDMDConfig:
     """Samples an update, over all ranks and micro-batches."""
 
     def __post_init__(self) -> None:
+        check_rollouts(self.cache, self.sampler)
         check_numbers(self, shift=(0.01, 1000.0), guidance=(0, 1000.0))
         check_numbers(self, window_chunks=(1, MANY), batch=(1, MANY))
         low, high = self.bounds
@@ -209,10 +218,11 @@ def rollout_latents(
 
 def num_windows(frames: int, config: ReDMDConfig) -> int:
     """Windows of a rollout of so many latent frames; ValueError where they are not whole."""
-    chunks, rest = divmod(frames, config.cache.chunk_frames)
-    if rest or (chunks > config.window_chunks and chunks % config.window_chunks):
+    cache, chunks = config.cache, len(chunk_sizes(frames, config.cache))
+    begun = "" if cache.has_equal_chunks else f" after a first one of {cache.first_frames}"
+    if not chunks or (chunks > config.window_chunks and chunks % config.window_chunks):
         raise ValueError(
-            f"latents have {frames} frames; give whole chunks of {config.cache.chunk_frames}, at "
+            f"latents have {frames} frames; give whole chunks of {cache.chunk_frames}{begun}, at "
             f"most {config.window_chunks} of them or whole windows of {config.window_chunks}"
         )
     return max(1, chunks // config.window_chunks)

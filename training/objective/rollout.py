@@ -6,6 +6,10 @@ a chunk sees of its past is a copy that nothing writes to, so a recomputed forwa
 and no gradient leaks from a chunk into the ones before it. Window, evictions and the EMA-Sink are
 `KVCache`'s own: a rollout longer than the window trains the sink as it will be used. Where the
 prompt changes between two windows, the past is recached as a stream's is.
+
+A first chunk may be of another length, and have steps of its own (`SamplerConfig.first_steps`). The
+exit step is then drawn from the longer schedule, and a chunk whose own is shorter ends with its
+last: so each step of either is trained, the last of the shorter one most often.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from rf_core.kv_cache import KeyValues, KVCache
 from rf_core.layers import PromptKV
 from rf_core.model import PromptContext, WanModel
 from rf_core.recache import recache
-from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
+from rf_core.scheduler import add_noise, flow_to_x0, noise_timestep, sampling_timesteps
 
 from .tensors import Tensors
 
@@ -39,7 +43,7 @@ class Rollout:
     past: Tensor
     """The clean latents of the chunk before it, without gradient; no frames for the first."""
     timestep: float
-    """Of the exit step, at which the last pass denoises."""
+    """Of the exit step, at which the last pass denoises; of the window's last chunk."""
     num_evictions: int
     """How often the cache has evicted frames into the sink so far."""
 
@@ -51,9 +55,11 @@ class RolloutDraws(Tensors):
     noise: Tensor
     """What chunks start from, [B, C, F, h, w], F whole chunks."""
     renoise: Tensor
-    """Noise that is added again between passes, [steps - 1, B, C, F, h, w]."""
+    """Noise that is added again between passes, [steps - 1, B, C, F, h, w], of the chunk that has
+    most."""
     exit_step: int
-    """The last denoising step of every chunk, from 0; shared by all chunks, samples and ranks."""
+    """The last denoising step of every chunk, from 0, or of one with fewer steps its last; shared
+    by all chunks, samples and ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ class RolloutState:
 
     cache: KVCache
     last_latents: Tensor
-    """Its last clean latents [B, C, F, h, w], no more than the window holds beside its sink."""
+    """Its last clean latents [B, C, F, h, w], as many as a recache may run again."""
 
     @classmethod
     def begin(
@@ -96,10 +102,26 @@ class RolloutState:
 
     def append(self, latents: Tensor) -> None:
         """Note the clean latents of a window that the cache holds."""
-        config = self.cache.config
-        room = config.window_frames - config.sink_frames
         every = torch.cat([self.last_latents, latents.detach()], dim=2)
-        self.last_latents = every[:, :, -room:].clone()
+        self.last_latents = every[:, :, -_recached_frames(self.cache.config) :].clone()
+
+
+def _recached_frames(config: CacheConfig) -> int:
+    """How many a recache runs again at most: the sink's too, while a joint one may."""
+    return config.window_frames - (config.sink_frames if config.recache == "chunks" else 0)
+
+
+def check_rollouts(cache: CacheConfig, sampler: SamplerConfig) -> None:
+    """ValueError for what streams can do and rollouts cannot."""
+    if cache.rebuild != "never":
+        raise ValueError(
+            f"cache.rebuild is {cache.rebuild!r}, and rollouts keep their cache from chunk to "
+            "chunk; set it to never"
+        )
+    if sampler.rolling:
+        raise ValueError(
+            "sampler.rolling is on, and rollouts denoise one chunk after the other; set it to false"
+        )
 
 
 def random_draws(
@@ -109,12 +131,22 @@ def random_draws(
 
     Seed the generator per rank, then share the exit step over ranks.
     """
-    steps = len(sampler.steps)
+    steps = sampler.most_steps
     return RolloutDraws(
         noise=torch.randn(shape, generator=generator),
         renoise=torch.randn((steps - 1, *shape), generator=generator),
         exit_step=int(torch.randint(steps, (), generator=generator)),
     )
+
+
+def chunk_sizes(frames: int, config: CacheConfig, *, begins: bool = True) -> list[int]:
+    """Latent frames of each chunk of a rollout of so many; empty where they are not whole chunks.
+
+    One that `begins` has a first chunk, which may be of another length.
+    """
+    first = config.first_frames if begins else config.chunk_frames
+    later, rest = divmod(frames - first, config.chunk_frames)
+    return [] if later < 0 or rest else [first] + [config.chunk_frames] * later
 
 
 def roll_out(
@@ -139,42 +171,41 @@ def roll_out(
     by default that of its weights. With a `state` the rollout goes on from there. ValueError where
     the noise is not whole windows.
     """
-    chunk = cache_config.chunk_frames
-    parts = list(
-        zip(
-            draws.noise.split(chunk, dim=2),
-            draws.renoise.split(chunk, dim=3),
-            strict=True,
-        )
-    )
-    per_window = window_chunks or len(parts)
-    if draws.noise.shape[2] % (chunk * per_window):
-        raise ValueError(
-            f"noise of {draws.noise.shape[2]} latent frames is not whole windows of {per_window} "
-            f"chunks of {chunk}"
-        )
-    timesteps = sampling_timesteps(sampler).tolist()[: draws.exit_step + 1]
     dtype = dtype or model.patch_embedding.weight.dtype
     state = state or RolloutState.begin(model, draws.noise, cache_config, dtype)
+    begins = state.cache.num_frames == 0
+    sizes = chunk_sizes(draws.noise.shape[2], cache_config, begins=begins)
+    per_window = window_chunks or len(sizes)
+    if not sizes or len(sizes) % per_window:
+        count = f"{window_chunks} " if window_chunks else ""
+        raise ValueError(
+            f"noise of {draws.noise.shape[2]} latent frames is not whole windows of {count}chunks "
+            f"of {cache_config.chunk_frames}"
+        )
+    timesteps = [
+        sampling_timesteps(sampler, is_first=begins and number == 0).tolist()[: draws.exit_step + 1]
+        for number in range(len(sizes))
+    ]
+    noises = draws.noise.split(sizes, dim=2), draws.renoise.split(sizes, dim=3)
+    parts = list(zip(*noises, timesteps, strict=True))
     for number, first in enumerate(range(0, len(parts), per_window)):
         switches = switch is not None and number == switch.window
         if switches:
             prompt_embeds = switch.embeds
         student = _Student(
-            model, prompt_embeds.to(dtype), state.cache, attention, dtype, supervised
+            model, prompt_embeds.to(dtype), state.cache, sampler, attention, dtype, supervised
         )
         if switches:
             student.recache(state.last_latents, switch.samples)
-        past = state.last_latents[:, :, -chunk:]
-        chunks = [
-            student.next_chunk(*part, timesteps) for part in parts[first : first + per_window]
-        ]
+        past = state.last_latents[:, :, -cache_config.chunk_frames :]
+        window = parts[first : first + per_window]
+        chunks = [student.next_chunk(*part) for part in window]
         latents = torch.cat(chunks, dim=2)
         state.append(latents)
         yield Rollout(
             latents=latents,
             past=past,
-            timestep=timesteps[-1],
+            timestep=window[-1][-1][-1],
             num_evictions=state.cache.num_evictions,
         )
 
@@ -192,24 +223,25 @@ class _Student:
         model: WanModel,
         prompt_embeds: Tensor,
         cache: KVCache,
+        sampler: SamplerConfig,
         attention: Attention,
         dtype: torch.dtype,
         supervised: bool,
     ) -> None:
         self.model, self.cache, self.attention, self.dtype = model, cache, attention, dtype
-        self.supervised = supervised
+        self.sampler, self.supervised = sampler, supervised
         with torch.set_grad_enabled(supervised):
             self.prompt = model.prompt_context(prompt_embeds)
         self.detached_prompt = detached(self.prompt)
 
     def next_chunk(self, noise: Tensor, renoise: Tensor, timesteps: Sequence[float]) -> Tensor:
         """The next chunk, with gradient through the last of `timesteps`' passes."""
-        self.cache.advance()
+        self.cache.advance(noise.shape[2])
         x = noise
         with torch.no_grad():
             for step, timestep in enumerate(timesteps[:-1]):
                 x0 = self._predict_x0(x, timestep, self.detached_prompt, self.cache)
-                x = add_noise(x0, renoise[step], _all_frames(x0, timesteps[step + 1]))
+                x = add_noise(x0, renoise[step], self._level(x0, timesteps[step + 1]))
         with torch.set_grad_enabled(self.supervised):
             context = self.cache.snapshot() if self.supervised else self.cache
             x0 = self._predict_x0(x, timesteps[-1], self.prompt, context)
@@ -230,14 +262,18 @@ class _Student:
 
     def _clean_pass(self, clean: Tensor, cache: KVCache) -> None:
         self.model.write_cache(
-            clean.to(self.dtype), *self._inputs(clean, 0.0, self.detached_prompt, cache)
+            clean.to(self.dtype),
+            *self._inputs(clean, self.sampler.clean_timestep, self.detached_prompt, cache),
         )
 
     def _predict_x0(
         self, x: Tensor, timestep: float, prompt: PromptContext, cache: KeyValues
     ) -> Tensor:
         flow = self.model(x.to(self.dtype), *self._inputs(x, timestep, prompt, cache))
-        return flow_to_x0(flow, x, _all_frames(x, timestep))
+        return flow_to_x0(flow, x, self._level(x, timestep))
+
+    def _level(self, x: Tensor, timestep: float) -> Tensor:
+        return _all_frames(x, noise_timestep(timestep, self.sampler.shift))
 
     def _inputs(
         self, x: Tensor, timestep: float, prompt: PromptContext, cache: T

@@ -39,7 +39,7 @@ def draw_rollout(
     sampler: SamplerConfig,
 ) -> RolloutDraws:
     """Random draws of the rollouts of some samples; `shape` is one sample's, [C, F, h, w]."""
-    steps = len(sampler.steps)
+    steps = sampler.most_steps
     each = [
         torch.randn(
             (steps, *shape), generator=seeded_generator(seed, role, update, sample, "rollout")

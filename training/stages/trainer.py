@@ -90,6 +90,21 @@ class RunConfig(AverageConfig):
         check_each(self, latents=(1, LARGEST_SIDE))
         check_numbers(self, switch_share=(0, 1), carry=(1, MANY))
         self._check_lengths()
+        self._check_rollouts()
+
+    def _check_rollouts(self) -> None:
+        cache = self.redmd.cache
+        if not cache.has_equal_chunks and self.rollout_windows > 1:
+            raise ValueError(
+                f"redmd.cache.first_chunk_frames is {cache.first_chunk_frames}, and a rollout has "
+                f"{self.rollout_windows} windows, of which the first would be another length; set "
+                f"it to null, or give latents of one window (and carry=1)"
+            )
+        if self.switch_share and cache.recache == "joint_new_sink":
+            raise ValueError(
+                f"switch_share is {self.switch_share}, and redmd.cache.recache joint_new_sink, "
+                "which makes a sink for all samples where some keep their prompt; set it to joint"
+            )
 
     def _check_lengths(self) -> None:
         if self.random_length and self.carry > 1:
