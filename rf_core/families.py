@@ -182,6 +182,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 
 
+def check_family(name: str) -> None:
+    """ValueError for a name that is neither a family's nor `auto`."""
+    if name != AUTO:
+        family_of(name)
+
+
 def family_of(name: str) -> Family:
     """The family of that name; ValueError for none."""
     if name not in FAMILIES:

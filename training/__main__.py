@@ -25,7 +25,7 @@ from .claims.report import motion_plot, report, strips
 from .data.pairs import PairsConfig
 from .objective.verify import KINDS
 from .rewards.videoalign import convert
-from .run.config import apply_overrides, to_json
+from .run.config import to_json
 from .run.distributed import Stopped, check_shares, exit_code, process_group, world_size
 from .run.folder import STUDENT, TEACHER, checkpoints, read_config, recipe_of, saved_weights
 from .run.machine import check_machine, num_processes
@@ -44,7 +44,13 @@ from .stages.export import export, export_supervised
 from .stages.latents import LatentsConfig
 from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
 from .stages.recipes import PRESETS, DistilConfig, student_path, with_sink
-from .stages.schedule import notes_on_schedule, schedule_of, with_schedule_of_student
+from .stages.regression import InitConfig, init_config
+from .stages.schedule import (
+    notes_on_schedule,
+    notes_on_taken,
+    schedule_of,
+    with_schedule_of_student,
+)
 from .stages.teacher import TeacherConfig
 from .stages.trainer import report_numbers
 
@@ -107,6 +113,8 @@ def run_estimate(args: argparse.Namespace) -> int:
     check_numbers(args, processes=(1, MANY), tflops=(1e-6, MANY), clips=(1, MANY))
     if args.recipe == DistilConfig.recipe:
         config, _ = _config(args)
+    elif args.recipe == InitConfig.recipe:
+        config, _ = init_config(args)
     else:
         config = config_from_args(args, *RECIPES[args.recipe])
     sizes = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
@@ -211,12 +219,14 @@ def _config(args: argparse.Namespace) -> tuple[DistilConfig, list[str]]:
     config = config_from_args(args, DistilConfig, PRESETS)
     preset = schedule_of(config)
     if begins_with_preset(args):
-        config = apply_overrides(with_schedule_of_student(config), args.set)
+        config = with_schedule_of_student(config, args.set)
     taken = schedule_of(config).differences(preset)
     config = with_sink(config, args.sink) if args.sink else config
-    path = student_path(config)
-    notes = notes_on_schedule(schedule_of(config), path) if path.exists() else []
-    return config, [f"{name} is {ours}, as {path} says" for name, ours, _ in taken] + notes
+    path, family = student_path(config), config.files.family
+    if not path.exists():
+        return config, []
+    notes = notes_on_schedule(schedule_of(config), path, family)
+    return config, notes_on_taken(taken, path, family) + notes
 
 
 def _or_dry(

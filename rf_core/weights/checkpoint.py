@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import operations
 from ..config import CacheConfig, ModelConfig, SamplerConfig
-from ..families import AUTO, DEFAULT, FAMILIES, Family, family_of
+from ..families import AUTO, DEFAULT, FAMILIES, Family, check_family, family_of
 from ..fused_linear import fuse_projections
 from ..layers import SelfAttention
 from ..model import WanModel
@@ -184,8 +184,7 @@ def read_checkpoint(
     settings that the file has for another. CheckpointError, one sentence, for every file that is
     not a complete text-to-video Wan; ValueError for a family that is none.
     """
-    if family != AUTO:
-        family_of(family)
+    check_family(family)
     file = read_weights(path)
     own, adapters = split_adapters(file.tensors)
     file = replace(file, tensors=own)

@@ -75,6 +75,7 @@ class PairsConfig:
     """Of noise and of the order of prompts."""
 
     def __post_init__(self) -> None:
+        check_taught(self.sampler, with_clean_past=self.kind == "excerpts")
         counts = ("steps", "clips", "shard", "batch")
         check_numbers(self, **dict.fromkeys(counts, (1, MANY)), seed=(0, 2**63 - 1))
         # Below 1 the teacher would be led away from the prompt.
@@ -90,6 +91,25 @@ class PairsConfig:
                 f"latents have {self.latents[1]} frames; excerpts are {len(KINDS)} chunks, so give "
                 f"a multiple of {len(KINDS)}"
             )
+
+
+def check_taught(sampler: SamplerConfig, *, with_clean_past: bool) -> None:
+    """ValueError for a student's schedule that clean latents and their noise cannot teach."""
+    for name in ("steps", "first_steps"):
+        if 0 in (getattr(sampler, name) or ()):
+            raise ValueError(
+                f"sampler.{name} end at 0, where there is no noise to learn to take away; leave it "
+                "out"
+            )
+    if sampler.rolling:
+        raise ValueError(
+            "sampler.rolling is on, and chunks are learnt one after the other; set it to false"
+        )
+    if with_clean_past and sampler.clean_timestep:
+        raise ValueError(
+            f"sampler.clean_timestep is {sampler.clean_timestep}, and the past of excerpts is run "
+            "at 0; set it to 0"
+        )
 
 
 MAY_DIFFER = (

@@ -85,7 +85,7 @@ class RandomPairs(Pairs):
                 other_embeds=prompts(),
             )
         return Trajectories(
-            points=torch.randn(count, len(config.sampler.steps), *config.latents),
+            points=torch.randn(count, len(config.sampler.all_steps), *config.latents),
             clean=torch.randn(count, *config.latents),
             embeds=prompts(),
             prompts=[""] * count,

@@ -9,6 +9,7 @@ Letters: B batch, L tokens of a chunk, T tokens of a frame, H heads, D channels 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from rf_core.attention import Attention, sdpa
 from rf_core.config import CacheConfig, Grid
 from rf_core.kv_cache import update_sink
 from rf_core.model import PromptContext, WanModel
-from rf_core.rope import apply_rope, rope_table
+from rf_core.rope import apply_rope, rope_from, rope_table
 from rf_core.scheduler import flow_to_x0
 
 FramesKV = tuple[Tensor, ...]
@@ -38,9 +39,15 @@ class ChunkKV:
     Not a dataclass: FSDP would search it for tensors and give every block a copy.
     """
 
-    def __init__(self, past: LayersKV, grid: Grid) -> None:
-        """`past` is the window before the chunk, `grid` that of its frames."""
+    def __init__(
+        self, past: LayersKV, grid: Grid, sink_frames: int = 0, gone_frames: int = 0
+    ) -> None:
+        """`past` is the window before the chunk, `grid` that of its frames.
+
+        Its first `sink_frames` stand `gone_frames` before their places in it.
+        """
         self.past, self.grid = past, grid
+        self.sink_frames, self.gone_frames = sink_frames, gone_frames
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, [B, L, H, D] each
 
     @property
@@ -78,7 +85,11 @@ class LayerKV:
         if not keys:
             return rotated_BLHD, v_BLHD
         context = torch.cat(keys, dim=1).to(k_BLHD.dtype)
-        rope = rope_table(len(keys), self.chunk_kv.grid, k_BLHD.shape[-1], k_BLHD.device)
+        place = self.chunk_kv.grid, k_BLHD.shape[-1], k_BLHD.device
+        rope = rope_table(len(keys), *place)
+        if gone := self.chunk_kv.gone_frames:
+            rope = rope.clone()
+            rope.copy_(rope_from(-gone, self.chunk_kv.sink_frames, *place))
         rotated = torch.cat([apply_rope(context, rope), rotated_BLHD], dim=1)
         return rotated, torch.cat([*(v.to(v_BLHD.dtype) for v in values), v_BLHD], dim=1)
 
@@ -93,6 +104,8 @@ class Window:
     """Token grid of a frame."""
     layers: LayersKV
     """Keys and values of its frames, in every layer."""
+    gone_frames: int = 0
+    """How many have left it."""
 
     @classmethod
     def empty(cls, config: CacheConfig, num_layers: int, grid: Grid) -> Window:
@@ -113,11 +126,12 @@ class Window:
             (self._evict(keys, overflow, keys=True), self._evict(values, overflow, keys=False))
             for keys, values in self.layers
         )
-        return replace(self, layers=layers)
+        return replace(self, layers=layers, gone_frames=self.gone_frames + overflow)
 
     def chunk_kv(self) -> ChunkKV:
         """For a pass over the next chunk; call `evicted` first."""
-        return ChunkKV(self.layers, self.grid)
+        sink = self.config.sink_frames if self.config.positions == "absolute" else 0
+        return ChunkKV(self.layers, self.grid, sink, self.gone_frames if sink else 0)
 
     def appended(self, chunk_kv: ChunkKV) -> Window:
         """With the keys and values of a pass at its end."""
@@ -136,6 +150,16 @@ class Window:
         return (*sink, *frames[c.sink_frames + count :])
 
 
+def check_clip_cache(cache: CacheConfig) -> None:
+    """ValueError for what streams keep of their past and `predict_clip` does not."""
+    for name in ("first_chunk_frames", "memory_rates", "rebuild"):
+        if (value := getattr(cache, name)) != (usual := getattr(CacheConfig(), name)):
+            raise ValueError(
+                f"cache.{name} is {value!r}, which only rollouts (re_dmd) and streams know; set it "
+                f"to {json.dumps(usual)}"
+            )
+
+
 def predict_clip(
     model: WanModel,
     noisy: Tensor,
@@ -146,13 +170,15 @@ def predict_clip(
     clean: Tensor | None = None,
     attention: Attention = sdpa,
     dtype: torch.dtype | None = None,
+    clean_timestep: float = 0.0,
 ) -> Tensor:
     """The clean latents the student makes of a clip's noisy chunks, both [B, C, F, h, w].
 
     Chunks are run in turn, each through the window that a stream would show it. Without `clean`,
-    later chunks see the keys and values of these very passes; with it, those of passes at timestep
-    0 over `clean`, as a stream leaves them. Gradients pass through either. `dtype` is what the
-    network computes in, by default that of its weights. ValueError where F is not whole chunks.
+    later chunks see the keys and values of these very passes; with it, those of passes at
+    `clean_timestep` over `clean`, as a stream leaves them. Gradients pass through either. `dtype`
+    is what the network computes in, by default that of its weights. ValueError where F is not whole
+    chunks.
     """
     size, frames = config.chunk_frames, noisy.shape[2]
     if frames % size:
@@ -167,7 +193,8 @@ def predict_clip(
         x0 = flow_to_x0(model(x.to(dtype), at, prompt, chunk_kv, attention), x, at)
         if clean is not None and start + size < frames:
             chunk_kv, known = window.chunk_kv(), clean[:, :, start : start + size].to(dtype)
-            unused = model(known, torch.zeros_like(at), prompt, chunk_kv, attention)
+            known_at = torch.full_like(at, clean_timestep)
+            unused = model(known, known_at, prompt, chunk_kv, attention)
             # FSDP gathers weights for a backward pass where it enters by the network's output. This
             # one enters by keys and values; the output must be a part of the graph all the same.
             x0 = x0 + 0 * unused.float().mean()

@@ -32,8 +32,9 @@ from rf_core.weights.checkpoint import read_checkpoint
 from ..choices import CLIPS, open_clips
 from ..data.clips import ClipSource, check_excerpts, draw_clip, draw_excerpts
 from ..data.embeddings import open_negative
+from ..data.pairs import check_taught
 from ..data.prompts import DataConfig, check_no_prompt_files
-from ..objective.causal import chunk_errors
+from ..objective.causal import check_clip_cache, chunk_errors
 from ..objective.excerpts import (
     KINDS,
     ExcerptConfig,
@@ -104,6 +105,8 @@ class ConsistencyConfig(SupervisedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_taught(self.sampler, with_clean_past=True)
+        check_clip_cache(self.cache)
         check_numbers(self, steps=(1, MANY), shift=(0.01, 1000.0), guidance=(1, 1000.0))
         check_numbers(self, validation_chunks=(1, MANY))
 

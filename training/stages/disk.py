@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
 from rf_core.measure.counts import num_parameters
-from rf_core.scheduler import sampling_timesteps
+from rf_core.scheduler import all_timesteps
 
 from ..data.pairs import PairsConfig
 from ..data.prompts import DataConfig, read_prompts
@@ -51,7 +51,7 @@ def supervised_disk(config: SupervisedConfig, size: ModelConfig) -> dict[str, in
 def pairs_disk(config: PairsConfig, size: ModelConfig, prompts: int) -> dict[str, int]:
     """Trajectories with their prompts, and the embeddings that these are copied from."""
     clip = math.prod(config.latents)
-    timesteps = sampling_timesteps(config.sampler).tolist()
+    timesteps = all_timesteps(config.sampler).tolist()
     points = sum(each < NUM_TRAIN_TIMESTEPS for each in timesteps)  # the noise is not stored
     each = (points + 1) * clip * _HALF
     texts = 1

@@ -37,7 +37,7 @@ from .consistency import CONSISTENCY_PRESETS, ConsistencyConfig, ConsistencyTrai
 from .estimate import Sizes, estimate
 from .memory import consistency_memory, regression_memory, teacher_memory
 from .recipes import DistilConfig, student_path
-from .regression import INIT_PRESETS, InitConfig, InitTrainer
+from .regression import INIT_PRESETS, InitTrainer, init_config
 from .supervised import SupervisedConfig
 from .teacher import TEACHER_PRESETS, Phase, TeacherConfig, TeacherTrainer
 from .trainer import Trainer
@@ -143,8 +143,8 @@ def dry_teacher(args: argparse.Namespace) -> int:
 def dry_init(args: argparse.Namespace) -> int:
     """Try an update of `ode_init`."""
     found = stand_ins(args, INIT_PRESETS)
-    config = _without_validation(config_from_args(args, InitConfig, INIT_PRESETS))
-    config = replace(config, pairs=args.pairs)
+    config, _ = init_config(args)
+    config = replace(_without_validation(config), pairs=args.pairs)
 
     def make(device: torch.device) -> Trial:
         size = found.size("start", config.start or _TEACHER)

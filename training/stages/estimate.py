@@ -10,20 +10,22 @@ training begins, and a reward's own network are left out.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rf_core.config import Grid, ModelConfig
+from rf_core.config import CacheConfig, Grid, ModelConfig, SamplerConfig
 from rf_core.kv_cache import KVSnapshot
 from rf_core.measure.counts import cache_bytes, num_parameters
 from rf_core.model import WanModel
 
-from ..objective.redmd import ReDMDConfig
+from ..objective.rollout import chunk_sizes
 from ..run.lora import LoRAConfig
 from ..run.networks import DTYPES, PlacementConfig, prepare
 from ..run.optimise import OptimiserConfig
@@ -141,19 +143,22 @@ def _cache(config: DistilConfig, sizes: Sizes) -> int:
 
 def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
     cache, grid = config.run.redmd.cache, _own_grid(config, sizes)
-    chunks = config.run.window_latents[1] // cache.chunk_frames
-    before = config.run.rollout_windows > 1  # the longest windows begin with a full cache
-    contexts = [
-        cache.window_frames - cache.chunk_frames
-        if before
-        else min(n * cache.chunk_frames, cache.window_frames - cache.chunk_frames)
-        for n in range(chunks)
-    ]
-    each = {
-        context: saved_bytes(sizes.student, config.placement, grid, cache.chunk_frames, context)
-        for context in set(contexts)
-    }
-    return config.run.micro_batch * sum(each[context] for context in contexts)
+    # The longest windows begin with a full cache.
+    before = cache.window_frames if config.run.rollout_windows > 1 else 0
+    passes = _passes(cache, config.run.window_latents[1], before)
+    each = {one: saved_bytes(sizes.student, config.placement, grid, *one) for one in passes}
+    kept = sum(count * each[one] for one, count in passes.items())
+    return config.run.micro_batch * kept
+
+
+def _passes(cache: CacheConfig, frames: int, before: int = 0) -> Counter[tuple[int, int]]:
+    """How many chunks of a rollout have so many frames and see so many, where it has `before`."""
+    sizes = chunk_sizes(frames, cache, begins=not before)
+    begins = accumulate(sizes, initial=before)
+    return Counter(
+        (size, min(begin, cache.window_frames - size))
+        for size, begin in zip(sizes, begins, strict=False)
+    )
 
 
 def _critic_activations(config: DistilConfig, sizes: Sizes) -> int:
@@ -280,28 +285,35 @@ def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
     """Of one sample, through one update."""
     run, redmd, grid = config.run, config.run.redmd, _grid(config, sizes)
     windows, frames = run.mean_windows, run.window_latents[1]
-    chunks = windows * frames // redmd.cache.chunk_frames
-    cache = redmd.cache
-    context = cache.window_frames - cache.chunk_frames
-    student = pass_flops(sizes.student, grid, cache.chunk_frames, context)
+    chunks = _chunks_flops(run, sizes.student, grid)
     score_pass = {
         name: int(windows * pass_flops(size, grid, frames))
         for name, size in (("teacher", sizes.teacher), ("critic", sizes.critic))
     }
     backward = 3 if config.placement.checkpointing else 2
-    rollout = int((chunks * _mean_passes(redmd) + _recache_passes(run)) * student)
+    rollout = int(chunks * _mean_passes(redmd.sampler) + _recache_flops(run, sizes.student, grid))
     ratio = run.critic_ratio
     return {
         "rollouts": (1 + ratio) * rollout,
-        "generator's backward passes": int(chunks * backward * student),
+        "generator's backward passes": int(chunks * backward),
         "scores": score_pass["critic"] + 2 * score_pass["teacher"],
         "critic's passes": ratio * (1 + backward) * score_pass["critic"],
     }
 
 
-def _mean_passes(config: ReDMDConfig) -> float:
-    """Of a chunk: down to an exit step that is as often each one, and the clean pass."""
-    return (len(config.sampler.steps) + 1) / 2 + 1
+def _chunks_flops(run: RunConfig, size: ModelConfig, grid: Grid) -> float:
+    """A pass over each chunk of an update's rollout, of their mean length."""
+    frames = run.window_latents[1]
+    lengths = range(1, run.windows + 1) if run.random_length else (run.rollout_windows,)
+    passes = sum((_passes(run.redmd.cache, frames * each) for each in lengths), Counter())
+    every = sum(count * pass_flops(size, grid, *one) for one, count in passes.items())
+    return every / len(lengths) / run.carry
+
+
+def _mean_passes(sampler: SamplerConfig) -> float:
+    """Of a chunk but the first: down to an exit step, where it has that many, and a clean pass."""
+    steps, most = len(sampler.steps), sampler.most_steps
+    return sum(min(exits, steps) for exits in range(1, most + 1)) / most + 1
 
 
 def _own_grid(config: DistilConfig, sizes: Sizes) -> Grid:
@@ -309,11 +321,17 @@ def _own_grid(config: DistilConfig, sizes: Sizes) -> Grid:
     return own_grid(_grid(config, sizes), config.placement.sequence_over)
 
 
-def _recache_passes(run: RunConfig) -> float:
-    """Of an update's rollout, whose part they are where it goes on through several."""
+def _recache_flops(run: RunConfig, size: ModelConfig, grid: Grid) -> float:
+    """Of an update's rollout, whose part it is where it goes on through several."""
     cache = run.redmd.cache
-    again = (cache.window_frames - cache.sink_frames) / cache.chunk_frames
-    return again / run.carry if run.switch_share else 0.0
+    if not run.switch_share:
+        return 0.0
+    again = cache.window_frames - cache.head_frames
+    if cache.recache != "chunks":  # in one pass
+        return pass_flops(size, grid, again, cache.head_frames) / run.carry
+    context = cache.window_frames - cache.chunk_frames
+    one = pass_flops(size, grid, cache.chunk_frames, context)
+    return again / cache.chunk_frames * one / run.carry
 
 
 def _grid(config: DistilConfig, sizes: Sizes) -> Grid:

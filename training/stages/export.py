@@ -39,8 +39,11 @@ def write_student(
     size: tuple[int, int],
     note: Mapping[str, Any],
     companions: Mapping[str, Companion] | None = None,
+    family: str | None = None,
 ) -> None:
     """Write a student that may be sharded, or a teacher, which has no cache and no sampler.
+
+    `family` is the one that its start was of; what it streams by is its own all the same.
 
     Every process calls this, the first one writes.
     """
@@ -53,6 +56,7 @@ def write_student(
             cache,
             sampler,
             size=size,
+            family=family,
             provenance=note,
             companions=companions,
         )
@@ -90,7 +94,7 @@ def export(
             raise ValueError(f"{checkpoint} is of a run without student_lora; export it whole")
         _save_adapter(out, trained, lora, note)
         return
-    source = read_checkpoint(student)
+    source = read_checkpoint(student, family=config.files.family)
     tensors = merged(source.merged(), trained, lora) if lora is not None else trained
     redmd, (*_, rows, columns) = config.run.redmd, config.run.latents
     write_checkpoint(
@@ -100,6 +104,7 @@ def export(
         redmd.cache,
         redmd.sampler,
         size=(rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR),
+        family=source.family,
         provenance=note,
         companions=student_companions(config),
     )
@@ -141,6 +146,7 @@ def export_supervised(
         found.cache,
         found.sampler,
         size=found.size,
+        family=found.family,
         provenance={**found.provenance, "updates": update},
     )
 

@@ -74,6 +74,8 @@ class Run:
     """Hashes of the files it began with."""
     companions: dict[str, Companion]
     """The VAE and the text encoder, as the student's file names them."""
+    family: str
+    """The student's."""
     started: float
     saved: float
     """When the last checkpoint was written, by the same clock; at first when it started."""
@@ -209,7 +211,14 @@ def _checkpoint(run: Run, journal: Journal) -> None:
             *_, rows, columns = config.run.latents
             size = (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
             write_student(
-                out / STUDENT, student, redmd.cache, redmd.sampler, size, note, run.companions
+                out / STUDENT,
+                student,
+                redmd.cache,
+                redmd.sampler,
+                size,
+                note,
+                run.companions,
+                run.family,
             )
     delete_old_checkpoints(out, config.output.keep)
 
@@ -271,6 +280,7 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
         decoder=decoder,
         origin=origin_of(files) if rank() == 0 else {},  # the first process writes
         companions=student_companions(config) if rank() == 0 else {},
+        family=read_checkpoint(files["student"], family=config.files.family).family,
         started=started,
         saved=started,
         out=out,

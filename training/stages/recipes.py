@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from rf_core.config import WAN_SIZE, CacheConfig
+from rf_core.families import AUTO, check_family
 from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_numbers
 from rf_core.stream import latent_size
@@ -35,13 +36,18 @@ class FilesConfig:
     """What a run begins with; None takes the bundled demo's."""
 
     student: Path | None = None
-    """The student, best from `ode_init`."""
+    """The student: best from `ode_init`, or one of any family that is not of Reward Forcing."""
+    family: str = AUTO
+    """Whose student it is, of `rf_core.families.FAMILIES`; `auto` for what its file tells."""
     teacher: Path | None = None
     """The bidirectional network whose distribution is matched."""
     critic: Path | None = None
     """Initial weights of the critic; None for the teacher's file."""
     vae: Path | None = None
     """Wan VAE or TAEHV, for rewards, anchors and validation."""
+
+    def __post_init__(self) -> None:
+        check_family(self.family)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 
 from rf_core.attention import Attention, sdpa
-from rf_core.config import CacheConfig
+from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.decoders.decoder import Decoder
+from rf_core.families import AUTO, check_family
 from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_numbers
-from rf_core.scheduler import flow_to_x0, sampling_timesteps
+from rf_core.scheduler import all_timesteps, flow_to_x0
 from rf_core.weights.checkpoint import read_checkpoint
 
 from ..data.pairs import Pairs
-from ..objective.causal import chunk_errors, predict_clip
+from ..objective.causal import check_clip_cache, chunk_errors, predict_clip
 from ..objective.excerpts import (
     KINDS,
     ExcerptPrompts,
@@ -46,10 +47,15 @@ from ..run.draws import seeded_generator, shuffled_indices
 from ..run.folder import STUDENT, checkpoint_to_resume
 from ..run.networks import PlacementConfig, open_network
 from ..run.optimise import OptimiserConfig
-from ..run.options import add_config_arguments, add_run_arguments, config_from_args
+from ..run.options import (
+    add_config_arguments,
+    add_run_arguments,
+    begins_with_preset,
+    config_from_args,
+)
 from ..run.sequence import check_cache, check_sequence
 from .export import file_hash, write_student
-from .schedule import Schedule, notes_on_schedule
+from .schedule import Schedule, notes_on_schedule, notes_on_taken, with_taken
 from .supervised import (
     Report,
     SupervisedConfig,
@@ -79,13 +85,17 @@ class InitConfig(SupervisedConfig):
     """Folder of `ode_pairs`."""
     start: Path | None = None
     """File of the initial weights, best the teacher's; None for the bundled demo's teacher."""
+    family: str = AUTO
+    """Whose student `start` is, where it is one, of `rf_core.families.FAMILIES`; `auto` for what
+    its file tells."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Window and sink a chunk sees its past through. Published: a window as long as the clip; by
-    default the one the student will stream with, which is ours."""
+    default the one the student will stream with, which is ours, or that of a student as `start`."""
     context: Literal["noisy", "clean"] = "noisy"
     """Where the past's keys and values come from: `noisy`, the same pass, each chunk at its own
-    noise level (published); `clean`, passes at timestep 0 over the trajectories' ends, as a stream
-    leaves them (teacher forcing), which take twice the time. The past of excerpts is clean."""
+    noise level (published); `clean`, passes at the clean timestep (0 but where the student's is
+    another) over the trajectories' ends, as a stream leaves them (teacher forcing), which take
+    twice the time. The past of excerpts is clean."""
     first_step_share: float | None = None
     """Share of chunks at the first timestep, the hardest; the others share the rest evenly.
     None for all evenly (published)."""
@@ -98,6 +108,8 @@ class InitConfig(SupervisedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_family(self.family)
+        check_clip_cache(self.cache)
         check_numbers(self, first_step_share=(1e-6, 1))  # a stream begins at that timestep
         check_numbers(self, validation_chunks=(1, MANY))
 
@@ -159,19 +171,28 @@ def draw_steps(
     update: int,
     samples: Sequence[int],
     chunks: int,
-    num_steps: int,
+    sampler: SamplerConfig,
     first_step_share: float | None = None,
 ) -> Tensor:
-    """Index of the timestep of each chunk of those samples, [B, N]; see `first_step_share`."""
+    """Index of the timestep of each chunk of those samples, [B, N]; see `first_step_share`.
 
-    def drawn(generator: torch.Generator) -> Tensor:
+    Of `all_timesteps`, though each chunk is drawn one of its own.
+    """
+
+    def drawn(generator: torch.Generator, count: int, is_first: bool) -> Tensor:
+        own = torch.tensor([sampler.all_steps.index(t) for t in sampler.steps_of(is_first)])
         if first_step_share is None:
-            return torch.randint(num_steps, (chunks,), generator=generator)
-        first = torch.rand(chunks, generator=generator) < first_step_share
-        later = torch.randint(1, max(2, num_steps), (chunks,), generator=generator)
-        return later.where(~first, 0).clamp(max=num_steps - 1)
+            return own[torch.randint(len(own), (count,), generator=generator)]
+        first = torch.rand(count, generator=generator) < first_step_share
+        later = torch.randint(1, max(2, len(own)), (count,), generator=generator)
+        return own[later.where(~first, 0).clamp(max=len(own) - 1)]
 
-    return torch.stack([drawn(seeded_generator(seed, _ROLE, update, each)) for each in samples])
+    steps = [drawn(seeded_generator(seed, _ROLE, update, each), chunks, False) for each in samples]
+    if sampler.first_steps is not None:
+        for sample, found in zip(samples, steps, strict=True):
+            generator = seeded_generator(seed, _ROLE, update, sample, "first")
+            found[:1] = drawn(generator, 1, True)
+    return torch.stack(steps)
 
 
 def draw_batch(
@@ -188,10 +209,9 @@ def draw_batch(
     rows = range(len(pairs)) if among is None else among
     places = shuffled_indices(config.seed, "generator", update, samples, config.batch, len(rows))
     trajectories = pairs.rows([rows[place] for place in places])
-    size, (num_steps, *_) = config.cache.chunk_frames, trajectories.points.shape[1:]
+    size, sampler = config.cache.chunk_frames, pairs.config.sampler
     chunks = trajectories.clean.shape[2] // size
-    share = config.first_step_share
-    steps = draw_steps(config.seed, update, samples, chunks, num_steps, share)
+    steps = draw_steps(config.seed, update, samples, chunks, sampler, config.first_step_share)
     excerpts = None
     if trajectories.excerpts is not None:
         drawn = [seeded_generator(config.seed, _ROLE, update, each, "past") for each in samples]
@@ -220,10 +240,12 @@ def regression_errors(
     *,
     attention: Attention = sdpa,
     dtype: torch.dtype | None = None,
+    clean_timestep: float = 0.0,
 ) -> Tensor:
     """Mean squared error of every chunk's predicted clean latents, [B, N].
 
-    `timesteps` are the student's, [K]; `dtype` is what it computes in.
+    `timesteps` are the student's, [K]; `dtype` is what it computes in. A whole clip's clean past is
+    run at `clean_timestep`.
     """
     dtype = dtype or student.patch_embedding.weight.dtype
     size, options = config.cache.chunk_frames, {"attention": attention, "dtype": dtype}
@@ -236,6 +258,7 @@ def regression_errors(
             student.prompt_context(batch.embeds.to(dtype)),
             config.cache,
             clean=batch.clean if config.context == "clean" else None,
+            clean_timestep=clean_timestep,
             **options,
         )
     else:
@@ -258,7 +281,7 @@ class InitTrainer(SupervisedTrainer):
         """`student` is placed and sharded already. ValueError for clips of no whole chunks."""
         check_pairs(config, pairs)
         self.pairs, self.device = pairs, device
-        self.timesteps = sampling_timesteps(pairs.config.sampler)
+        self.timesteps = all_timesteps(pairs.config.sampler)
         super().__init__(config, student, [f"t{t:.0f}" for t in self.timesteps], pairs)
         over = config.placement.sequence_over
         micro_batches(config.batch, config.micro_batch, over)  # refuses what cannot be shared out
@@ -295,14 +318,21 @@ class InitTrainer(SupervisedTrainer):
     def _errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         batch = batch.to(self.device)
         errors = regression_errors(
-            self.network, batch, self.timesteps, self.config, dtype=self.dtype
+            self.network,
+            batch,
+            self.timesteps,
+            self.config,
+            dtype=self.dtype,
+            clean_timestep=self.pairs.config.sampler.clean_timestep,
         )
         return errors, batch.step_BN
 
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
         """See `SupervisedTrainer`."""
         pairs_config, size = self.pairs.config, video_size(self.pairs.config.latents)
-        write_student(path, self.network, self.config.cache, pairs_config.sampler, size, note)
+        family = read_checkpoint(start_path(self.config), family=self.config.family).family
+        cache, sampler = self.config.cache, pairs_config.sampler
+        write_student(path, self.network, cache, sampler, size, note, family=family)
 
     def origin(self) -> dict[str, Any]:
         """See `SupervisedTrainer`."""
@@ -340,6 +370,11 @@ def check_excerpt_cache(cache: CacheConfig, chunk_frames: int) -> None:
                 f"excerpts are {len(KINDS)} chunks, the first of which is the "
                 f"sink: cache.{name}_frames is {given}; set it to {value}"
             )
+    if cache.positions != "window":
+        raise ValueError(
+            f"excerpts have their sink right before the chunk after it: cache.positions is "
+            f"{cache.positions}; set it to window"
+        )
 
 
 def init_student(
@@ -380,6 +415,19 @@ def start_path(config: InitConfig) -> Path:
     return path
 
 
+def init_config(args: argparse.Namespace) -> tuple[InitConfig, list[str]]:
+    """The config of a command line, and what it takes from a student that it begins with."""
+    config = config_from_args(args, InitConfig, INIT_PRESETS)
+    path = config.start or DEMO / "teacher.safetensors"
+    if not begins_with_preset(args) or not path.exists():
+        return config, []
+    own = Schedule(cache=config.cache, sampler=SamplerConfig())
+    found = replace(own, cache=own.of_file(path, config.family).cache)
+    config = with_taken(config, path, found.differences(own), args.set)
+    taken = replace(own, cache=config.cache).differences(own)
+    return config, notes_on_taken(taken, path, config.family)
+
+
 def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `ode_init`."""
     parser.add_argument("--pairs", type=Path, required=True, help="folder of ode_pairs")
@@ -389,11 +437,12 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_init(args: argparse.Namespace) -> int:
     """Make a causal student of a network by regression on trajectories."""
-    config = replace(config_from_args(args, InitConfig, INIT_PRESETS), pairs=args.pairs)
+    config, taken = init_config(args)
+    config = replace(config, pairs=args.pairs)
 
     def notes() -> list[str]:
         schedule = Schedule(cache=config.cache, sampler=Pairs.open(config.pairs).config.sampler)
-        return notes_on_schedule(schedule, start_path(config))
+        return taken + notes_on_schedule(schedule, start_path(config), config.family)
 
     return run_stage(
         args,

@@ -29,7 +29,7 @@ from rf_core.config import NUM_TRAIN_TIMESTEPS, WAN_SIZE, SamplerConfig
 from rf_core.model import PromptContext, WanModel, fingerprint_of
 from rf_core.options import DEMO
 from rf_core.ranges import check_folder_writable
-from rf_core.scheduler import euler_levels, integrate, sampling_timesteps
+from rf_core.scheduler import all_timesteps, euler_levels, integrate
 from rf_core.stream import latent_size
 from rf_core.weights.checkpoint import read_checkpoint
 
@@ -119,8 +119,8 @@ PAIRS_PRESETS: Mapping[str, Callable[[], PairsConfig]] = MappingProxyType(
 
 
 def student_levels(sampler: SamplerConfig) -> list[float]:
-    """The student's noise levels, high to low, as `sampling_timesteps` rounds them."""
-    return (sampling_timesteps(sampler).double() / NUM_TRAIN_TIMESTEPS).tolist()
+    """The student's noise levels, of all chunks, high to low, as `all_timesteps` rounds them."""
+    return (all_timesteps(sampler).double() / NUM_TRAIN_TIMESTEPS).tolist()
 
 
 def levels_of(config: PairsConfig) -> list[float]:
