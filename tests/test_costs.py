@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from rf_core.config import WAN_1_3B, WAN_14B
+from rf_core.families import FAMILIES
 from rf_core.options import DEMO
 from training.__main__ import main
 from training.run.config import apply_overrides
@@ -95,6 +96,27 @@ def test_the_published_run_takes_55_card_hours_and_encodes_46_thousand_prompts()
     assert found.disk["checkpoints: 3 kept and one in the making"] == near(4 * checkpoint)
     assert found.disk["46084 encoded prompts"] == 46084 * 60 * 4096 * 2
     assert found.operations["text encoder, once"] == near(46084 * 2 * 4.63e9 * TEXT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("self_forcing", 3.5),  # 1 to 4, and the clean one
+        ("causal_forcing_frame", 3.5),
+        ("causal_forcing_2step", 2.75),  # of 4 exits three are its second step
+    ],
+)
+def test_rollouts_are_counted_by_chunks_of_their_own_length_and_past(name, passes):
+    family = FAMILIES[name]
+    chunk = family.cache.chunk_frames
+    redmd = {"cache": family.cache, "sampler": family.sampler, "window_chunks": 21 // chunk}
+    config = wan()
+    config = replace(config, run=replace(config.run, redmd=replace(config.run.redmd, **redmd)))
+    chunks = sum(forward(chunk, before) for before in range(0, 21, chunk))
+    found = costs(config, ALL, 8)
+    assert found.operations["rollouts"] == near(120 * 64 * 6 * passes * chunks)
+    assert found.operations["generator's backward passes"] == near(120 * 64 * 3 * chunks)
 
 
 @pytest.mark.slow

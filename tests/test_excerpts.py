@@ -42,6 +42,7 @@ from training.run.journal import read_journal
 from training.run.networks import PlacementConfig, prepare
 from training.run.optimise import OptimiserConfig
 from training.stages import teacher as stage
+from training.stages.consistency import ConsistencyConfig
 from training.stages.regression import (
     INIT_PRESETS,
     Batch,
@@ -389,13 +390,61 @@ def test_the_regression_on_excerpts_equals_one_written_out(pairs):
 
 def test_the_first_timestep_is_drawn_as_often_as_asked():
     def share(asked: float | None, steps: int = 4) -> float:
-        found = draw_steps(0, 0, range(400), 3, steps, asked)
+        sampler = SamplerConfig(steps=SamplerConfig().steps[:steps])
+        found = draw_steps(0, 0, range(400), 3, sampler, asked)
         assert found.min() >= 0 and found.max() <= steps - 1
         return float((found == 0).float().mean())
 
     assert share(None) == pytest.approx(0.25, abs=0.05)
     assert share(0.4) == pytest.approx(0.4, abs=0.05)
     assert share(1.0) == 1 and share(0.0) == 0 and share(0.4, steps=1) == 1
+
+
+def test_the_first_chunk_is_shown_at_its_own_timesteps_and_the_others_at_theirs():
+    sampler = SamplerConfig(steps=(1000, 500), first_steps=(1000, 750, 250))
+    assert student_levels(sampler) == [
+        each for each in student_levels(SamplerConfig()) if each in student_levels(sampler)
+    ]
+    assert len(student_levels(sampler)) == 4  # each once, high to low
+    for asked in (None, 0.4):
+        found = draw_steps(0, 0, range(200), 3, sampler, asked)
+        assert set(found[:, 0].tolist()) == {0, 1, 3} and set(found[:, 1:].unique().tolist()) == {
+            0,
+            2,
+        }
+
+
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        (SamplerConfig(steps=(1000, 0)), "sampler.steps end at 0, .* leave it out"),
+        (SamplerConfig(first_steps=(1000, 0)), "sampler.first_steps end at 0"),
+        (SamplerConfig(rolling=True), "sampler.rolling is on, .* set it to false"),
+        (SamplerConfig(clean_timestep=20), "sampler.clean_timestep is 20, .* set it to 0"),
+    ],
+)
+def test_steps_that_trajectories_of_excerpts_cannot_teach_are_refused_by_name(sampler, said):
+    with pytest.raises(ValueError, match=said):
+        PairsConfig(kind="excerpts", latents=(4, 9, 4, 6), sampler=sampler)
+    with pytest.raises(ValueError, match=said):
+        ConsistencyConfig(sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [
+        (
+            {"rebuild": "first", "sink_frames": 0},
+            "cache.rebuild is 'first', .* set it to \"never\"",
+        ),
+        ({"memory_rates": (0.1,)}, r"cache.memory_rates is \(0.1,\), .* set it to \[\]"),
+        ({"first_chunk_frames": 1}, "cache.first_chunk_frames is 1, .* set it to null"),
+    ],
+)
+def test_a_past_that_clips_are_not_run_through_is_refused_by_name(cache, said):
+    for kind in (InitConfig, ConsistencyConfig):
+        with pytest.raises(ValueError, match=said):
+            kind(cache=CacheConfig(**cache))
 
 
 def test_gradients_reach_every_weight_and_the_past(pairs):

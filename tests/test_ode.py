@@ -323,6 +323,8 @@ CACHES = {
     "short sink": tiny.window(6, 2, decay=0.9),
     "long sink": tiny.window(9, 4, decay=0.9),
     "part of a chunk leaves": tiny.window(8, 3, decay=0.9),
+    "its own time": tiny.window(6, 3, decay=0.9, positions="absolute"),
+    "a frame at a time": tiny.window(4, 2, chunk=1, decay=0.9, positions="absolute"),
     "lengths kept": tiny.window(6, 3, decay=0.9, keep_key_norms=True),
     "exact": tiny.window(6, 3, decay=0.9, accumulator="float32"),
     "exact, lengths kept": tiny.window(6, 3, decay=0.9, accumulator="float32", keep_key_norms=True),
@@ -349,8 +351,8 @@ def new_cache(config: CacheConfig, dtype: torch.dtype, batch: int = 2) -> KVCach
 def test_each_chunk_reads_to_the_bit_what_the_streaming_cache_would_hold(config, dtype):
     model, (noisy, timestep_BF, _, embeds) = tiny.model().to(dtype), clip()
     prompt, cache = model.prompt_context(embeds.to(dtype)), new_cache(config, dtype)
-    window = Window.empty(config, tiny.CONFIG.num_layers, GRID)
-    for x, at in zip(noisy.to(dtype).split(3, 2), timestep_BF.split(3, 1), strict=True):
+    window, size = Window.empty(config, tiny.CONFIG.num_layers, GRID), config.chunk_frames
+    for x, at in zip(noisy.to(dtype).split(size, 2), timestep_BF.split(size, 1), strict=True):
         cache.advance()
         model(x, at, prompt, cache)
         window = window.evicted()
@@ -360,7 +362,7 @@ def test_each_chunk_reads_to_the_bit_what_the_streaming_cache_would_hold(config,
         held = cache.num_frames * TOKENS
         for layer in range(tiny.CONFIG.num_layers):
             k, v = chunk_kv.own[layer]
-            rope = rope_table(9, GRID, tiny.CONFIG.head_dim).tokens(held - 3 * TOKENS, held)
+            rope = rope_table(9, GRID, tiny.CONFIG.head_dim).tokens(held - size * TOKENS, held)
             rotated, v = chunk_kv.layer(layer).extend(k, apply_rope(k, rope), v)
             assert torch.equal(rotated, cache.rotated_NBWHD[layer, :, :held])
             assert torch.equal(v, cache.v_NBWHD[layer, :, :held])

@@ -74,6 +74,8 @@ COPIED = {
 """Files of the demo in place of what makes them, as the README says."""
 WAN_FILES = {
     "models/wan2.1_t2v_1.3B.safetensors": "teacher.safetensors",
+    "models/self_forcing_dmd.safetensors": "student.safetensors",
+    "models/mine.safetensors": "student.safetensors",
     "models/Wan2.1_VAE.pth": "vae.safetensors",
     "models/umt5-xxl": "text_encoder.safetensors",
 }

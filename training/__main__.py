@@ -46,6 +46,7 @@ from .stages.re_dmd import check_files, distil, origin_of, provenance, read_size
 from .stages.recipes import PRESETS, DistilConfig, student_path, with_sink
 from .stages.regression import InitConfig, init_config
 from .stages.schedule import (
+    notes_on_family,
     notes_on_schedule,
     notes_on_taken,
     schedule_of,
@@ -225,8 +226,8 @@ def _config(args: argparse.Namespace) -> tuple[DistilConfig, list[str]]:
     path, family = student_path(config), config.files.family
     if not path.exists():
         return config, []
-    notes = notes_on_schedule(schedule_of(config), path, family)
-    return config, notes_on_taken(taken, path, family) + notes
+    notes = notes_on_family(path, family) + notes_on_taken(taken, path, family)
+    return config, notes + notes_on_schedule(schedule_of(config), path, family)
 
 
 def _or_dry(

@@ -425,7 +425,7 @@ def init_config(args: argparse.Namespace) -> tuple[InitConfig, list[str]]:
     found = replace(own, cache=own.of_file(path, config.family).cache)
     config = with_taken(config, path, found.differences(own), args.set)
     taken = replace(own, cache=config.cache).differences(own)
-    return config, notes_on_taken(taken, path, config.family)
+    return config, notes_on_taken(taken, path, config.family, "family")
 
 
 def add_init_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ them, and one that is told others says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,9 +101,14 @@ def schedule_of(config: DistilConfig) -> Schedule:
     return Schedule(cache=config.run.redmd.cache, sampler=config.run.redmd.sampler)
 
 
-def notes_on_taken(taken: Iterable[Difference], path: Path, family: str = AUTO) -> list[str]:
-    """What a run took from its student, in a line each; of its family, in one."""
-    if not (taken := list(taken)):
+def notes_on_taken(
+    taken: Sequence[Difference], path: Path, family: str = AUTO, field: str = "files.family"
+) -> list[str]:
+    """What a run took from its student's file, a line each; from its family, in one.
+
+    `field` is the config's that names the family.
+    """
+    if not taken:
         return []
     found, lines, preset = read_checkpoint(path, family=family), [], []
     for name, ours, _ in taken:
@@ -112,8 +117,17 @@ def notes_on_taken(taken: Iterable[Difference], path: Path, family: str = AUTO) 
         else:
             preset.append(f"{name} {ours}")
     if preset:
-        lines.append(f"{path} streams as a student of {found.told}: {', '.join(preset)}")
+        told = f"{found.preset.title}'s, {found.told.because} ({field})"
+        lines.append(f"{path} is {told}, so the run has {', '.join(preset)}")
     return lines
+
+
+def notes_on_family(path: Path, family: str = AUTO) -> list[str]:
+    """What is assumed of a student whose file does not tell its family."""
+    found = read_checkpoint(path, family=family)
+    if found.family_from != "nothing":
+        return []
+    return [f"{path} is taken for {found.preset.title}'s, {found.told.because} (files.family)"]
 
 
 def notes_on_schedule(run: Schedule, path: Path, family: str = AUTO) -> list[str]:
