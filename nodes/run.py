@@ -23,7 +23,7 @@ from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.pace import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry, clip_notes
 from ..rf_core.state import Snapshot, cache_config_of
-from ..rf_core.stream import Stream
+from ..rf_core.stream import Stream, split_chunks
 from ..rf_core.video import RUN, VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
 from .decoders import StockTAEHVDecoder, StockWanDecoder
@@ -71,8 +71,9 @@ class Request:
     @property
     def clip_chunks(self) -> int:
         """Chunks that `start_latents` give."""
-        frames = 0 if self.start_latents is None else self.start_latents.shape[2]
-        return int(frames // self.cache.chunk_frames)
+        return (
+            0 if self.start_latents is None else len(split_chunks(self.start_latents, self.cache))
+        )
 
 
 @dataclass
@@ -223,6 +224,8 @@ class RunPlan:
         none where what they leave is known.
         """
         assert request.decoder is not None
+        if request.cache.rebuild == "reencoded":  # which needs the images of every chunk
+            tail = None
         if tail is not None and tail.serves(request.keep_images):
             known = self.reused
             return replace(self, written=known, wanted=known, decoded=known, tail=tail)
@@ -233,7 +236,8 @@ class RunPlan:
         new = min(self.reused, wanted)
         back = back_chunks(request.decoder.memory_frames, request.cache.chunk_frames)
         scene = max((cut for cut in self.clock.cuts if cut <= new), default=0)
-        return replace(self, written=self.reused, wanted=wanted, decoded=max(scene, new - back, 0))
+        decoded = 0 if request.cache.rebuild == "reencoded" else max(scene, new - back, 0)
+        return replace(self, written=self.reused, wanted=wanted, decoded=decoded)
 
 
 def _run_plan(request: Request) -> RunPlan:
@@ -241,7 +245,7 @@ def _run_plan(request: Request) -> RunPlan:
     prompts, total = plan(request)
     clip: tuple[Tensor, ...] = ()
     if request.start_latents is not None:
-        clip = request.start_latents.split(request.cache.chunk_frames, dim=2)
+        clip = tuple(split_chunks(request.start_latents, request.cache))
     cuts = [entry.chunk for entry in prompts[1:] if entry.switch.mode == "cut"]
     clock = clock_of(request).with_cuts(*cuts)
     return RunPlan(prompts=prompts, clock=clock, total=total, given=clip)
@@ -335,7 +339,8 @@ def _chunks(
             entry = switches[number]
             stream.switch(request.prompts.embeds[entry.text], entry.switch)
         if number < given:
-            yield stream.replay(run_plan.given[number], progress.on_pass, decode=False).latents
+            known, is_start = run_plan.given[number], number < request.clip_chunks
+            yield stream.replay(known, progress.on_pass, decode=False, is_start=is_start).latents
             continue
         pace = pace or Pace(run_plan.total, given, request.model.load_device)
         pace.network_begins()
@@ -362,7 +367,7 @@ def _hand_on(
         if number == run_plan.decoded > 0 and run_plan.tail is None:
             state.decoder = None  # it has not seen what lies between
         with host.deferred_interrupt():  # half a decode would leave a stream that cannot go on
-            state.decoder = handoff.submit(latents, state.decoder)
+            result.stream.hand_on(latents, handoff)
         result.decoder = (
             state.decoder if number + 1 >= min(run_plan.written, run_plan.wanted) else None
         )

@@ -19,7 +19,7 @@ from ..decoders.handoff import Handoff
 from ..pace import Pace, Progress
 from ..prompts import Switch
 from ..state import Snapshot
-from ..stream import OnPass, Stream
+from ..stream import OnPass, Stream, split_chunks
 from .commands import Cut, Decay, Lora, Prompt, Rewind
 from .history import History, Limits, PastChunk, RestorePoint, RewindPlan, StreamSettings
 from .record import Autosave, ChunkInfo, Presenter
@@ -86,7 +86,7 @@ class Maker:
         if clip is not None and stream.state.num_chunks:
             raise ValueError("a clip is given, and the stream has begun; give one of both")
         self.stream, self.history = stream, History(limits or Limits())
-        self._clip = () if clip is None else clip.split(stream.cache_config.chunk_frames, dim=2)
+        self._clip = [] if clip is None else split_chunks(clip, stream.cache_config)
         self._pace = Pace(None, stream.state.num_chunks, stream.device)
         self._recent: deque[Progress] = deque(maxlen=_RECENT)
         self._side_stream = side_stream
@@ -188,7 +188,8 @@ class Maker:
         self._pace.network_begins()
         given = self.chunk < len(self._clip)
         if given:
-            latents = stream.replay(self._clip[self.chunk], on_pass, decode=False).latents
+            clip = self._clip[self.chunk]
+            latents = stream.replay(clip, on_pass, decode=False, is_start=True).latents
         else:
             latents = stream.generate(on_pass)
         self._pace.network_ends()
@@ -199,7 +200,7 @@ class Maker:
             first = stream.state.decoder is None
             images = stream.decoder.images_of(latents.shape[2], first)
             self._presenter.expect(info)
-            stream.state.decoder = self._handoff.submit(latents, stream.state.decoder)
+            stream.hand_on(latents, self._handoff)
         past_chunk = PastChunk(latents=latents.cpu(), images=images)
         self.history.add_chunk(past_chunk)
         self.images += images
@@ -259,7 +260,10 @@ class Maker:
             for at, action in plan.actions:
                 if at == number:
                     self._do(action)
-            self.stream.replay(past_chunk.latents, on_pass, decode=number >= decoded)
+            is_start = number < len(self._clip)
+            self.stream.replay(
+                past_chunk.latents, on_pass, decode=number >= decoded, is_start=is_start
+            )
             self.images += past_chunk.images
         self.history.truncate(chunk)
 
@@ -275,6 +279,8 @@ class Maker:
         decoder = self.stream.decoder
         if decoder is None:
             return chunk
+        if self.stream.cache_config.rebuild == "reencoded":  # its cache is made of images too
+            return plan.point.chunk
         frames = self.stream.cache_config.chunk_frames
         cuts = [
             at for at, each in plan.actions if isinstance(each, Prompt) and each.mode.mode == "cut"
