@@ -182,6 +182,11 @@ class CacheConfig:
         return self.window_frames - self.chunk_frames
 
     @property
+    def rebuilt_images(self) -> int:
+        """Images of a rebuilt context, the first frame being one: its head is encoded of them."""
+        return 1 + TEMPORAL_FACTOR * (self.rebuilt_frames - 1)
+
+    @property
     def kept_first(self) -> int:
         """Clean latent frames of a stream's beginning that it keeps: the sink's, or the head's."""
         return max(self.sink_frames, int(self.rebuild != "never"))
