@@ -718,7 +718,7 @@ class Stream:
 
 
 def _but_first(on_pass: OnPass) -> OnPart:
-    """Tells of clean passes after the first, of which the caller tells before it changes a thing."""
+    """Tells of clean passes after the first, of which the caller tells beforehand."""
     return lambda number: on_pass("clean", number) if number else None
 
 
