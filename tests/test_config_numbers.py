@@ -42,6 +42,8 @@ ALLOWED = {
     ("*ema", 0): "no averaging",
     ("*ema_from", 0): "averaging from the first update on",
     ("*cache.sink_frames", 0): "no sink",
+    ("*sampler.steps.3", 0): "a last pass, over the little noise that the table ends with",
+    ("*sampler.clean_timestep", 0): "the clean pass as it is published",
     ("*cache.decay", 0): "the sink is what left the window last",
     ("model.eps", 0): "a norm as it is written",
     ("*excerpts.*", 0): "none of it",
