@@ -28,6 +28,10 @@ def _on_its_card(decode: Any) -> Any:
     return decode_there
 
 
+REPEATED = "Rep"
+"""What the stock codec notes of an upsampling in time that has seen a stream's first frame only."""
+
+
 class _Stock:
     """What both share: sizes, dtype and the way between a stream's latents and the VAE's."""
 
@@ -87,25 +91,40 @@ class StockWanDecoder(_Stock):
 
     @_on_its_card
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
-        """See `Decoder.decode`; all but the first frame of a stream come in twos or more."""
+        """See `Decoder.decode`."""
         z = self.codec.conv2(self._cast(self.latent_format.process_out(latents)))
         layers = host.count_cache_layers(self.codec.decoder)
         past: list[Any] = [None] * layers
         if state is None:
-            parts, done = [z[:, :, :1], z[:, :, 1:]], 0
+            parts, done = [part for part in (z[:, :, :1], z[:, :, 1:]) if part.shape[2]], 0
         else:
             parts, done = [z], state.num_frames
             state.require_unspent()
             for index in range(layers):  # taken, as the codec lets go of each where it reads it
                 tensor = state.take(str(index))
-                past[index] = None if tensor is None else self._cast(tensor)
+                past[index] = REPEATED if tensor is None else self._cast(tensor)
                 del tensor
-        assert parts[-1].shape[2] > 1, "one latent frame alone would be decoded as a clip's end"
         pixels = []
         for part in parts:
-            pixels += self.codec.decoder(part, feat_cache=past, feat_idx=[0])
+            pixels += self._decode_part(part, past)
         kept = {str(i): tensor for i, tensor in enumerate(past) if torch.is_tensor(tensor)}
         return self._images(torch.cat(pixels, dim=2)), VAEState(kept, done + latents.shape[2])
+
+    def _decode_part(self, part: Tensor, past: list[Any]) -> list[Tensor]:
+        """Images of latent frames [B, C, F, h, w], after which `past` is what the next ones need.
+
+        The codec keeps a part's last two frames at each layer; of one alone, which it takes for a
+        clip's end, the frame before goes with it.
+        """
+        before: dict[int, Tensor] = {}
+        if part.shape[2] == 1:
+            tensors = ((index, each) for index, each in enumerate(past) if torch.is_tensor(each))
+            before = {index: each[:, :, -1:].clone() for index, each in tensors}
+        pixels: list[Tensor] = self.codec.decoder(part, feat_cache=past, feat_idx=[0])
+        for index, frame in before.items():
+            if past[index].shape[2] == 1:
+                past[index] = torch.cat([frame, past[index]], dim=2)
+        return pixels
 
 
 class StockTAEHVDecoder(_Stock):

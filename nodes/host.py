@@ -15,7 +15,6 @@ import io
 import itertools
 import logging
 import os
-import re
 import threading
 import time
 import types
@@ -55,6 +54,7 @@ from torch import Tensor
 
 from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
 from ..rf_core.devices import preferred_dtype
+from ..rf_core.families import AUTO, FAMILIES, Family
 from ..rf_core.kv_cache import KeyValues
 from ..rf_core.measure.counts import stream_bytes
 from ..rf_core.model import PromptContext, TimeContext, WanModel, fingerprint_of
@@ -63,6 +63,7 @@ from ..rf_core.weights.checkpoint import Checkpoint, read_checkpoint
 from ..rf_core.weights.checks import require_finite
 from ..rf_core.weights.lora import fit_file, read_lora
 from ..rf_core.weights.lora_merge import Adapter, change
+from ..rf_core.weights.recognise import Told
 from . import names
 
 StockWanVAE = comfy.ldm.wan.vae.WanVAE
@@ -83,7 +84,7 @@ class Settings:
 
     cache: CacheConfig
     sampler: SamplerConfig
-    size: tuple[int, int] | None
+    size: tuple[int, int]
     """Height and width in pixels it was trained at."""
     name: str
     """The file's name."""
@@ -91,6 +92,13 @@ class Settings:
     """Tells its weights from another training's."""
     causal: bool
     """Whether the file, or its name, says that it is a causal student."""
+    told: Told
+    """Whose student it is, and how that is known."""
+
+    @property
+    def family(self) -> Family:
+        """How its authors stream it."""
+        return FAMILIES[self.told.family]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,13 +210,16 @@ def load_student(
     weight_dtype: str = "default",
     submodel: str | None = None,
     latent_format: comfy.latent_formats.LatentFormat | None = None,
+    family: str = AUTO,
     disable_dynamic: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
     """A checkpoint in any layout the engine reads, as a MODEL.
 
     `latent_format` stands for a VAE with statistics of its own; the default is Wan 2.1's.
     """
-    checkpoint = _read_student(path, submodel)
+    checkpoint = _read_student(path, submodel, family)
+    if checkpoint.family_from != "metadata":
+        log(f"{path.name} is streamed as {checkpoint.told}")
     fingerprint = fingerprint_of(checkpoint.tensors["blocks.0.modulation"])
     options = _dtype_options(weight_dtype)
     manage = comfy.model_management
@@ -241,7 +252,7 @@ def load_student(
         else comfy.model_patcher.CoreModelPatcher
     )
     patcher = kind(model, load_device=device, offload_device=manage.unet_offload_device())
-    tensors = checkpoint.tensors
+    tensors = checkpoint.merged()
     require_finite(Path(path.name), tensors)  # a folder of the server says nothing on a node
     if patcher.is_dynamic():  # whose weights are not copied to the model's but become them
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
@@ -250,11 +261,15 @@ def load_student(
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_CLONE, _remember_loras)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_LOAD, _patch_modulations)
     patcher.model_options[LORAS] = (0, *_patches(patcher))
-    patcher.cached_patcher_init = (load_student, (path, weight_dtype, submodel, latent_format))
+    patcher.cached_patcher_init = (
+        load_student,
+        (path, weight_dtype, submodel, latent_format, family),
+    )
     patcher.model_options[SETTINGS] = Settings(
-        cache=checkpoint.cache or CacheConfig(),
-        sampler=checkpoint.sampler or SamplerConfig(),
+        cache=checkpoint.cache or checkpoint.preset.cache,
+        sampler=checkpoint.sampler or checkpoint.preset.sampler,
         size=checkpoint.size,
+        told=checkpoint.told,
         name=path.name,
         fingerprint=fingerprint,
         causal=_is_causal(checkpoint),
@@ -427,8 +442,8 @@ def _cpu_computes(device: torch.device, sizes: ModelConfig) -> torch.dtype | Non
     return dtype if device.type == "cpu" and dtype == torch.bfloat16 and not forced else None
 
 
-def _read_student(path: Path, submodel: str | None) -> Checkpoint:
-    checkpoint = read_checkpoint(path, submodel=submodel)
+def _read_student(path: Path, submodel: str | None, family: str) -> Checkpoint:
+    checkpoint = read_checkpoint(path, submodel=submodel, family=family)
     if checkpoint.provenance and checkpoint.cache is None:
         raise ValueError(
             f"{path.name} is a bidirectional Wan, a teacher, which cannot stream; load a causal "
@@ -439,8 +454,7 @@ def _read_student(path: Path, submodel: str | None) -> Checkpoint:
 
 def _is_causal(checkpoint: Checkpoint) -> bool:
     # The published student's file is a bare Wan's but for its name.
-    named = re.search(r"reward.?forcing", checkpoint.path.name, re.IGNORECASE)
-    return bool(checkpoint.causal or checkpoint.submodel or named)
+    return bool(checkpoint.causal or checkpoint.submodel or checkpoint.family_from != "nothing")
 
 
 def _unet_config(sizes: ModelConfig) -> dict[str, Any]:
@@ -649,18 +663,14 @@ _PICTURE_STEP, _PICTURE_SIDE = 2, 256  # of images shown while they are made: ho
 class Progress:
     """ComfyUI's progress bar, previews and interrupt, over the denoising passes of a run."""
 
-    def __init__(self, model: Any, num_chunks: int, num_steps: int, *, previews: bool) -> None:
-        """With `previews` latents are shown, as far as ComfyUI is told to."""
-        self._total, self._steps, self._done = num_chunks * num_steps, num_steps, 0
+    def __init__(self, model: Any, num_passes: int, *, previews: bool, rate: int = FPS) -> None:
+        """With `previews` latents are shown, as far as ComfyUI is told to, in a video's `rate`."""
+        self._total, self._done, self._rate = num_passes, 0, rate
         self._bar = comfy.utils.ProgressBar(self._total)
         self._previewer = None
         if previews:
             format = model.model.latent_format
             self._previewer = latent_preview.get_previewer(model.load_device, format)
-
-    def given(self, chunks: int) -> None:
-        """So many chunks need no denoising."""
-        self._total -= chunks * self._steps
 
     def on_pass(self, kind: str, number: int) -> None:
         """Act on an interrupt before every pass."""
@@ -675,7 +685,11 @@ class Progress:
                 self._previewer.decode_latent_to_preview_image("JPEG", x0[:1, :, i : i + 1])
                 for i in range(x0.shape[2])
             ]
-            preview = ("PNG", animated([frame[1] for frame in frames], frames[0][2]), None)
+            preview = (
+                "PNG",
+                animated([frame[1] for frame in frames], frames[0][2], self._rate),
+                None,
+            )
         self._bar.update_absolute(self._done, self._total, preview)
 
 
@@ -802,7 +816,7 @@ def send_ui_output(node_id: str | None, output: dict[str, Any]) -> None:
     server.send_sync("executed", sent | {"prompt_id": context.prompt_id}, server.client_id)
 
 
-def show_images(node_id: str | None, images: Tensor) -> None:
+def show_images(node_id: str | None, images: Tensor, rate: int = FPS) -> None:
     """A chunk's finished images [T, H, W, 3], uint8, on the node that makes them; from any thread.
 
     Every other image, so small that all of it takes a chunk less than a fiftieth of its time
@@ -813,7 +827,7 @@ def show_images(node_id: str | None, images: Tensor) -> None:
         return
     with contextlib.suppress(Exception):
         pictures = [_jpeg(image.numpy()) for image in images[1::_PICTURE_STEP]]
-        sent = {"node": node_id, "pictures": pictures, "rate": FPS / _PICTURE_STEP}
+        sent = {"node": node_id, "pictures": pictures, "rate": rate / _PICTURE_STEP}
         server.send_sync("rf.pictures", sent, server.client_id)
 
 
@@ -824,7 +838,7 @@ def _jpeg(image: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def animated(frames: list[Image.Image], max_size: int | None) -> Image.Image:
+def animated(frames: list[Image.Image], max_size: int | None, rate: int = FPS) -> Image.Image:
     """The first frame, which saves as an animated PNG of all of them.
 
     ComfyUI sends previews as PNG or JPEG; browsers play a PNG that is animated.
@@ -832,7 +846,7 @@ def animated(frames: list[Image.Image], max_size: int | None) -> Image.Image:
     if max_size:
         frames = [ImageOps.contain(frame, (max_size, max_size)) for frame in frames]
     first, *others = frames
-    duration = round(1000 * TEMPORAL_FACTOR / FPS)
+    duration = round(1000 * TEMPORAL_FACTOR / rate)
 
     def save(file: Any, format: str = "PNG", **_: Any) -> None:
         Image.Image.save(

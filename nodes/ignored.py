@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..rf_core.families import DEFAULT
 from . import host
 
 _CFG = "a CFG patch, such as RescaleCFG's (a stream runs at CFG 1)"
@@ -43,7 +44,8 @@ def ignored(model: Any, prompts: Any) -> list[str]:
 
 def doubtful(model: Any, vae: Any) -> list[str]:
     """What in a student and its VAE may spoil the video without an error, a line for each."""
-    settings, lines = host.settings_of(model), []
+    settings = host.settings_of(model)
+    lines = family_notes(settings)
     if not settings.causal:
         lines.append(
             f"note: {settings.name} does not say whether it is causal; a plain Wan 2.1 looks the "
@@ -55,6 +57,17 @@ def doubtful(model: Any, vae: Any) -> list[str]:
             "note: this VAE belongs to another student, so colours and shapes will be wrong: "
             "Load RF Demo's MODEL and VAE go together, other students take a Wan 2.1 VAE"
         )
+    return lines
+
+
+def family_notes(settings: Any) -> list[str]:
+    """How a student streams where its file leaves that open, and a licence that forbids uses."""
+    told, lines = settings.told, []
+    is_ours = told.family == DEFAULT
+    if (told.source == "name" and not is_ours) or (told.source == "nothing" and settings.causal):
+        lines.append(f"note: {settings.name} is streamed as {told} on Load RF Model")
+    if settings.family.is_restricted:
+        lines.append(f"licence: {settings.family.title}: {settings.family.licence}")
     return lines
 
 

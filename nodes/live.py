@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..rf_core.config import FPS, CacheConfig
+from ..rf_core.config import CacheConfig
 from ..rf_core.live import MAX_COMING, Limits, Log, Prompt, read_log
 from ..rf_core.prompts import PromptTimeline, ResolvedEntry, Switch
 from . import host
@@ -32,8 +32,9 @@ from .streaming import (
 )
 from .types import RFTimeline, State, Timeline
 
-PACES: dict[str, float | None] = {"real time": FPS, "as fast as possible": None}
-"""How fast a live stream is made, in images a second."""
+REAL_TIME = "real time"
+PACES = [REAL_TIME, "as fast as possible"]
+"""How fast a live stream is made: no faster than it plays, or as it can."""
 _FIRST = "a blue square moves up quickly"
 
 
@@ -252,7 +253,7 @@ class LiveStream(io.ComfyNode):
                 first=first,
                 later=later,
                 limits=Limits(max_bytes=rewind_memory << 20),
-                rate=PACES[pace],
+                rate=request.fps if pace == REAL_TIME else None,
                 max_seconds=max_seconds,
                 give_way=give_way,
                 osc_port=osc_port,

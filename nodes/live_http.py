@@ -62,6 +62,8 @@ class Screen:
     height: int
     header: bytes
     """Of its MP4."""
+    fps: int = FPS
+    """Images a second."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -99,7 +101,7 @@ class Room:
         waiting = [{"number": n.number, "command": n.command.as_dict()} for n in self._waiting()]
         return {
             "chunk": now.chunk,
-            "seconds": now.images / FPS,
+            "seconds": now.images / self.screen.fps,
             "branch": asdict(now.branch),
             "branches": [
                 asdict(each) | {"file": facts["files"].get(each.name)} for each in now.branches
@@ -121,9 +123,9 @@ class Room:
             "history_limit": facts["history_limit"],
             "memory": facts["memory"],
             "fps": asdict(now.fps),
-            "rate": FPS,
+            "rate": self.screen.fps,
             "chunk_images": now.chunk_images,
-            "chunk_seconds": now.chunk_images / FPS,
+            "chunk_seconds": now.chunk_images / self.screen.fps,
             "width": self.screen.width,
             "height": self.screen.height,
             "until": facts["until"],
@@ -427,7 +429,7 @@ async def _mjpeg(watcher: _Watcher) -> None:
             for part in await watcher.room.jpegs(picture):
                 due = max(due, time.monotonic() - _LATE)
                 await watcher.write(part)
-                due += 1 / FPS
+                due += 1 / watcher.room.screen.fps
                 await asyncio.sleep(due - time.monotonic())
 
 

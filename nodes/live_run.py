@@ -15,7 +15,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..rf_core.config import FPS
 from ..rf_core.live import (
     Autosave,
     Branch,
@@ -47,7 +46,7 @@ class Recording(VideoRecorder):
     """A session's files, and the last images for the IMAGE socket."""
 
     def __init__(self, request: Request, result: RunResult) -> None:
-        format = VideoFormat(width=request.width, height=request.height)
+        format = VideoFormat(width=request.width, height=request.height, fps=request.fps)
         assert request.path is not None, "a live stream has a VAE"
         super().__init__(request.path, format, request.metadata | {RUN: result.run})
         self._kept: deque[Tensor] = deque()  # uint8 [T, H, W, 3], a chunk each
@@ -191,7 +190,10 @@ class LiveRun:
             inbox=session.inbox,
             outbox=session.outbox,
             screen=live_http.Screen(
-                width=request.width, height=request.height, header=recording.header
+                width=request.width,
+                height=request.height,
+                header=recording.header,
+                fps=request.fps,
             ),
             facts=partial(_facts, recording.paths, self._until, self.limits, device),
         )
@@ -265,7 +267,7 @@ class LiveRun:
     def summary(self, replayed: bool) -> str:
         """What was made, in a line."""
         assert self.result.path is not None
-        seconds = self.result.num_images / FPS
+        seconds = self.result.num_images / self.request.fps
         text = f"{self.result.path.name}: {self.result.num_images} images, {seconds:.2f} s"
         if self.suspended:
             text += "; lets another prompt through, and goes on after it by itself"
@@ -283,7 +285,7 @@ class LiveRun:
 
     def _sum_up(self, chunks: int, latents: list[Tensor]) -> None:
         self.result.chunks, self.result.latents = chunks, deque()
-        self.result.num_frames = chunks * self.request.cache.chunk_frames
+        self.result.num_frames = clock_of(self.request).frames_before(chunks)
         if self.request.keep_latents:
             self.result.latents.extend(latents)
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..rf_core.config import CacheConfig
+from ..rf_core.families import AUTO, FAMILIES
 from . import demo, host
 from .border import checked_execute
 from .inputs import checked, set_on_node
-from .types import RFSink
+from .types import SINK_VALUES, RFSink
 
 CATEGORY = "Reward Forcing"
 WEIGHT_DTYPES = ["default", "bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fn fast"]
-AUTO = "auto"
-
 PRESETS = {
     "Published": CacheConfig(),
     "Long": CacheConfig(window_frames=15, decay=0.99, accumulator="float32"),
@@ -22,8 +21,6 @@ PRESETS = {
 }
 """Sinks by name; the first is what a checkpoint that says nothing gets."""
 CUSTOM = "Custom"
-PRESET_VALUES = ("window_frames", "sink_frames", "decay", "accumulator")
-"""What a preset sets: the widgets below it."""
 
 
 class LoadModel(io.ComfyNode):
@@ -61,17 +58,27 @@ class LoadModel(io.ComfyNode):
                     tooltip="Which network of a training file with several to take. Auto prefers "
                     "the averaged one.",
                 ),
+                io.Combo.Input(
+                    "family",
+                    options=[AUTO, *FAMILIES],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="Whose student it is: window, steps and images a second follow. Auto "
+                    "goes by the file, then by its name. Krea's (the look of 14B) and "
+                    "Self-Forcing's weights are non-commercial, Rolling Forcing is for academic "
+                    "use only; RF Model Info has each file's licence.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
     @checked_execute
-    def execute(cls, model_name: str, weight_dtype: str, submodel: str = AUTO) -> io.NodeOutput:
-        path = host.model_path(model_name)
-        return io.NodeOutput(
-            host.load_student(path, weight_dtype, None if submodel == AUTO else submodel)
-        )
+    def execute(
+        cls, model_name: str, weight_dtype: str, submodel: str = AUTO, family: str = AUTO
+    ) -> io.NodeOutput:
+        path, network = host.model_path(model_name), None if submodel == AUTO else submodel
+        return io.NodeOutput(host.load_student(path, weight_dtype, network, family=family))
 
 
 class LoadDemo(io.ComfyNode):
@@ -119,7 +126,7 @@ class SinkConfig(io.ComfyNode):
                     "sink: only the last frames count; freest, drifts soonest.",
                     extra_dict={  # which `web/sink_config.js` shows
                         "presets": {
-                            name: {value: getattr(config, value) for value in PRESET_VALUES}
+                            name: {value: getattr(config, value) for value in SINK_VALUES}
                             for name, config in PRESETS.items()
                         }
                     },
@@ -171,7 +178,7 @@ class SinkConfig(io.ComfyNode):
         accumulator: str | None = None,
     ) -> bool | str:
         values = (preset, window_frames, sink_frames, decay, accumulator)
-        given = set_on_node(**dict(zip(("preset", *PRESET_VALUES), values, strict=True)))
+        given = set_on_node(**dict(zip(("preset", *SINK_VALUES), values, strict=True)))
         try:
             checked(cls, given)
             if len(given) == len(values):

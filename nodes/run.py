@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..rf_core.config import CacheConfig, SamplerConfig
+from ..rf_core.config import FPS, CacheConfig, SamplerConfig
 from ..rf_core.decoders.decoder import DecoderState, back_chunks
 from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.pace import Pace
@@ -65,6 +65,8 @@ class Request:
     """The video that the file begins with."""
     reuse_bytes: int = 0
     """RAM that chunks of earlier runs may take, and this one's; 0 takes over and keeps nothing."""
+    fps: int = FPS
+    """Images that a second of the file has."""
     node_id: str | None = None
     """The node that shows the images as they are made."""
 
@@ -161,10 +163,11 @@ def _resolved(request: Request, total: int) -> tuple[ResolvedEntry, ...]:
 
 def clock_of(request: Request) -> ChunkClock:
     """Where the chunks of a run lie, cuts aside."""
-    return ChunkClock(
-        chunk_frames=request.cache.chunk_frames,
+    return ChunkClock.of(
+        request.cache,
         fresh=request.snapshot is None,
         clip_chunks=request.clip_chunks,
+        fps=request.fps,
     )
 
 
@@ -311,9 +314,10 @@ def _make(
     result: RunResult,
 ) -> None:
     """Hand on chunk after chunk; what is made until the end, or a stop, is kept for a later run."""
-    steps, previews = len(request.sampler.steps), request.decoder is None
-    progress = host.Progress(request.model, run_plan.total, steps, previews=previews)
-    progress.given(len(run_plan.given))
+    assert result.stream is not None
+    passes = _passes(request, run_plan, result.stream)
+    previews = request.decoder is None
+    progress = host.Progress(request.model, sum(passes), previews=previews, rate=request.fps)
     try:
         for latents in _chunks(request, run_plan, progress, result):
             _hand_on(latents, run_plan, request, handoff, result)
@@ -324,6 +328,15 @@ def _make(
             _flush(handoff)
             result.resumable = reuse.store(run_key, request, result)
         raise
+
+
+def _passes(request: Request, run_plan: RunPlan, stream: Stream) -> list[int]:
+    """Denoising passes of each chunk that is generated."""
+    firsts = set(run_plan.clock.cuts)
+    if stream.state.first_due:
+        firsts.add(request.clip_chunks)
+    generated = range(len(run_plan.given), run_plan.total)
+    return [request.sampler.passes_of(chunk in firsts) for chunk in generated]
 
 
 def _chunks(
@@ -342,7 +355,13 @@ def _chunks(
             known, is_start = run_plan.given[number], number < request.clip_chunks
             yield stream.replay(known, progress.on_pass, decode=False, is_start=is_start).latents
             continue
-        pace = pace or Pace(run_plan.total, given, request.model.load_device)
+        pace = pace or Pace(
+            run_plan.total,
+            given,
+            request.model.load_device,
+            passes=[1 + passes for passes in _passes(request, run_plan, stream)],
+            rate=request.fps,
+        )
         pace.network_begins()
         latents = stream.generate(progress.on_pass, progress.on_prediction)
         pace.network_ends()
@@ -436,7 +455,7 @@ def _deliver(
     written, wanted = next(numbers)
     if writer is not None and written:
         writer.write(pixels := to_uint8(images))
-        host.show_images(request.node_id, pixels)
+        host.show_images(request.node_id, pixels, request.fps)
         result.num_images += len(images)
     if request.keep_images and wanted:
         keep_last(result.images, images.clone(), request.keep_images, dim=0)
@@ -455,14 +474,14 @@ def _writer(request: Request, result: RunResult) -> VideoWriter | None:
                 f"join is on, and {previous.path.name} cannot be gone on from without encoding it "
                 "anew, as it was cut or re-encoded since: turn join off"
             ) from error
-    format = VideoFormat(width=request.width, height=request.height)
+    format = VideoFormat(width=request.width, height=request.height, fps=request.fps)
     return VideoWriter(request.path, format, _metadata(request, result))
 
 
 def _begun_with(request: Request, video: Path, num_images: int, result: RunResult) -> VideoWriter:
     """The writer of a run's file, which begins with the first images of another."""
     assert request.path is not None, "there is a video to write"
-    format = VideoFormat(width=request.width, height=request.height)
+    format = VideoFormat(width=request.width, height=request.height, fps=request.fps)
     metadata = _metadata(request, result)
     return VideoWriter.continuing(video, request.path, num_images, format, metadata)
 

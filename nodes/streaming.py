@@ -11,8 +11,8 @@ from comfy_api.latest import InputImpl, io, ui
 from einops import rearrange
 
 from ..rf_core.config import (
-    FPS,
     NUM_TRAIN_TIMESTEPS,
+    PUBLISHED_STEPS,
     SPATIAL_FACTOR,
     WAN_SIZE,
     CacheConfig,
@@ -27,7 +27,7 @@ from .inputs import checked, set_on_node
 from .join import previous_video, with_video
 from .names import ROOM, place
 from .run import Request, RunResult, clock_of, images_of, latents_of
-from .types import RFSink, RFState, State, Timeline
+from .types import SINK_VALUES, RFSink, RFState, State, Timeline
 
 STATES = ["compact", "exact", "none"]
 UNIT = SPATIAL_FACTOR * ModelConfig.patch_size[1]
@@ -73,10 +73,11 @@ def shared_inputs() -> dict[str, Any]:
         ),
         io.Int.Input(
             "steps",
-            default=4,
+            default=len(PUBLISHED_STEPS),
             min=1,
             max=16,
-            tooltip="Denoising steps a chunk. The student was trained for 4.",
+            tooltip="Denoising steps a chunk. 4 takes the model's own, also where it was trained "
+            "for another number.",
         ),
         RFSink.Input("sink", optional=True, tooltip="From EMA-Sink Config."),
         io.Image.Input(
@@ -193,6 +194,7 @@ def request_of(
         seed=seed,
         sampler=sampler_of(steps, host.schedule_of(model)),
         cache=cache,
+        fps=settings.family.fps,
         decoder=decoder,
         path=path,
         metadata=_metadata(node.hidden),
@@ -312,16 +314,16 @@ def summary(request: Request, result: RunResult) -> str:
     peak = host.peak_memory(request.model.load_device)
     clock, decoded = clock_of(request), result.path is not None
     if result.path is not None:
-        what = f"{result.path.name}: {result.num_images} images, {result.num_images / FPS:.2f} s"
+        seconds = result.num_images / request.fps
+        what = f"{result.path.name}: {result.num_images} images, {seconds:.2f} s"
     else:
-        seconds = clock.seconds(result.num_frames // clock.chunk_frames)
+        seconds = clock.seconds(result.chunks)
         what = (
             f"{result.num_frames} latent frames, {seconds:.2f} s of video; no images without a VAE"
         )
     if request.previous is not None:
-        what += (
-            f", the first {request.previous.num_images / FPS:.2f} s of {request.previous.path.name}"
-        )
+        seconds = request.previous.num_images / request.fps
+        what += f", the first {seconds:.2f} s of {request.previous.path.name}"
     parts = [what, result.report.text(decoded)]
     if peak is not None:
         parts.append(f"peak memory {peak / 2**30:.1f} GiB")
@@ -354,7 +356,7 @@ def _stopped(request: Request, result: RunResult) -> str:
     if not result.chunks:
         text = "stopped before its first chunk was done"
     elif result.path is not None:
-        seconds = result.num_images / FPS
+        seconds = result.num_images / request.fps
         text = f"stopped: {result.path.name} keeps {result.num_images} images, {seconds:.2f} s"
     else:
         seconds = clock.seconds(result.chunks)
@@ -365,8 +367,11 @@ def _stopped(request: Request, result: RunResult) -> str:
 
 
 def sampler_of(steps: int, trained: SamplerConfig) -> SamplerConfig:
-    """The checkpoint's schedule, or one of as many even steps as are asked for."""
-    if steps == len(trained.steps):
+    """The checkpoint's schedule, or one of as many even steps as are asked for.
+
+    The input's default asks for none: it is in every workflow, whatever model is loaded in it.
+    """
+    if steps in (len(PUBLISHED_STEPS), len(trained.steps)):
         return trained
     even = tuple(NUM_TRAIN_TIMESTEPS * (steps - i) // steps for i in range(steps))
     return replace(trained, steps=even)
@@ -380,10 +385,12 @@ def _one_start(image: Any, latent: Any, state: Any) -> None:
 
 
 def _cache(sink: CacheConfig | None, state: State | None, settings: host.Settings) -> CacheConfig:
-    """What the user chose, else what the state was made with, else the checkpoint's."""
+    """What the user chose of the sink, else what the state was made with, else the checkpoint's."""
     if sink is None and state is not None:
         return cache_config_of(state.snapshot)
-    return sink or settings.cache
+    if sink is None:
+        return settings.cache
+    return replace(settings.cache, **{name: getattr(sink, name) for name in SINK_VALUES})
 
 
 def _latents(start: Any, format: Any, cache: CacheConfig) -> Any:
@@ -391,11 +398,12 @@ def _latents(start: Any, format: Any, cache: CacheConfig) -> Any:
         return None
     samples = start["samples"]
     frames = samples.shape[2] if samples.ndim == 5 else 0
-    frames -= frames % cache.chunk_frames
-    if not frames:
+    least = cache.first_frames
+    frames -= (frames - least) % cache.chunk_frames
+    if frames < least:
         raise ValueError(
             f"start_latent has shape {list(samples.shape)}; a video's latents are [1, 16, frames, "
-            f"height/8, width/8] with at least {cache.chunk_frames} frames"
+            f"height/8, width/8] with at least {least} frames"
         )
     return format.process_in(samples[:1, :, -frames:].float())
 
@@ -405,7 +413,7 @@ def _encoded(start: Any, request: Request) -> Any:
         raise ValueError("a start image needs a VAE: connect one, or give a start_latent")
     images = rearrange(start[..., :3], "t h w c -> t c h w")
     clip = host.resize(images, request.width, request.height)[None]
-    return request.decoder.encode(start_clip(clip, request.decoder, request.cache.chunk_frames))
+    return request.decoder.encode(start_clip(clip, request.decoder, request.cache))
 
 
 def _metadata(hidden: Any) -> dict[str, str]:

@@ -42,6 +42,9 @@ class State:
     """What made it: shown on nodes, never needed to go on."""
 
 
+SINK_VALUES = ("window_frames", "sink_frames", "decay", "accumulator")
+"""What EMA-Sink Config sets of a stream's cache; the rest is the model's own."""
+
 RFTimeline = io.Custom("RF_TIMELINE")
 RFSink = io.Custom("RF_SINK")
 RFState = io.Custom("RF_STATE")

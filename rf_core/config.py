@@ -6,8 +6,8 @@ values with their source. Nothing else in the code base spells these numbers out
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from .ranges import (
     LARGEST_SIDE,
@@ -206,8 +206,8 @@ class SamplerConfig:
     """Unwarped timesteps, high to low, in (0, 1000]."""
     shift: float = 5.0
     """Flow shift that warps the steps toward noise (Wan 2.1's for 480p)."""
-    first_steps: tuple[int, ...] | None = None
-    """Those of the first chunk that is generated, and of the first after a cut; None for the same.
+    first_steps: tuple[int, ...] = ()
+    """Those of the first chunk that is generated, and of the first after a cut; none for the same.
     A student of one step or two needs more where there is no past (Causal-Forcing++)."""
     clean_timestep: float = 0.0
     """Timestep at which a chunk is run again for the cache, in [0, 1000). It is not noised."""
@@ -217,16 +217,41 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "first_steps"):  # as JSON has lists
-            if (steps := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(steps))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_steps("steps", self.steps)
-        if self.first_steps is not None:
+        if self.first_steps:
             _check_steps("first_steps", self.first_steps)
         check_numbers(self, shift=(0.01, 1000.0), clean_timestep=(0, NUM_TRAIN_TIMESTEPS - 1))
 
     def steps_of(self, is_first: bool) -> tuple[int, ...]:
         """The steps of a chunk."""
-        return self.first_steps if is_first and self.first_steps is not None else self.steps
+        return (is_first and self.first_steps) or self.steps
+
+    def passes_of(self, is_first: bool) -> int:
+        """Denoising passes that end with a chunk; where chunks roll, one but for the first."""
+        return 1 if self.rolling and not is_first else len(self.steps_of(is_first))
+
+
+_SINCE_FAMILIES = frozenset(
+    {
+        *("first_chunk_frames", "positions", "memory_rates", "recache", "rebuild", "blend_holds"),
+        *("first_steps", "clean_timestep", "rolling"),
+    }
+)
+
+
+def recorded(config: CacheConfig | SamplerConfig) -> dict[str, Any]:
+    """A config as a run's record has it.
+
+    Fields that came with the families are left out where they ask for nothing: what was begun
+    before them can be gone on with.
+    """
+    usual = asdict(type(config)())
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in _SINCE_FAMILIES or value != usual[name]
+    }
 
 
 def _check_steps(name: str, steps: tuple[int, ...]) -> None:

@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 from .config import FPS, WAN_SIZE, CacheConfig, SamplerConfig
 
 AUTO = "auto"
 """Stands for the family that a file tells."""
 DEFAULT = "reward_forcing"
+
+Layout = Literal["plain", "adapter", "flat_14b"]
+"""What a file's keys and shapes show: a network alone or in a bundle, as nearly all are; a bundle
+with an adapter beside its generator (PEFT); a network of 14B under `model.` in a safetensors."""
 
 _APACHE = "code Apache-2.0"
 _ONE_CLIP = CacheConfig(window_frames=21, sink_frames=0, decay=1.0)
@@ -46,7 +51,16 @@ class Family:
     licence: str
     """Of code and weights, as far as the project says; non-commercial terms come first."""
     files: tuple[str, ...]
-    """Words in the names of its official files, lower case."""
+    """How its official files are called: of an entry all words are in the name, lower case."""
+    layouts: tuple[Layout, ...] = ("plain",)
+    """What its files may look like."""
+    network: str | None = None
+    """Which network of a bundle its files hold, where that tells it from its kin."""
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether code or weights are not free for every use."""
+        return any(term in self.licence for term in ("non-commercial", "academic"))
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -57,7 +71,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             frames=120,
             good_at="endless video with motion; the sink stays fresh",
             licence=_APACHE,
-            files=("rewardforcing", "reward-forcing", "reward_forcing"),
+            files=("reward forcing",),
         ),
         "self_forcing": Family(
             title="Self-Forcing",
@@ -66,7 +80,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             frames=21,
             good_at="one clip of 5 seconds",
             licence=f"weights CC-BY-NC-SA-4.0 (non-commercial); {_APACHE}",
-            files=("self_forcing", "self-forcing"),
+            files=("self forcing",),
         ),
         "causal_forcing": Family(
             title="Causal-Forcing",
@@ -75,7 +89,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             frames=21,
             good_at="one clip of 5 seconds, sharper",
             licence=_APACHE,
-            files=("causal_forcing_chunk", "causal-forcing"),
+            files=("causal forcing",),
+            network="generator",
         ),
         "causal_forcing_frame": Family(
             title="Causal-Forcing, frame by frame",
@@ -84,7 +99,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             frames=21,
             good_at="quick answers, and a start from one picture",
             licence=_APACHE,
-            files=("causal_forcing_frame", "framewise"),
+            files=("causal forcing frame", "framewise"),
+            network="generator_ema",
         ),
         "causal_forcing_2step": Family(
             title="Causal-Forcing++ in 2 steps",
@@ -94,7 +110,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             frames=21,
             good_at="speed: 2 passes a frame",
             licence=_APACHE,
-            files=("2step",),
+            files=("causal forcing 2step", "framewise 2step"),
+            network="generator_ema",
         ),
         "causal_forcing_1step": Family(
             title="Causal-Forcing++ in 1 step",
@@ -104,7 +121,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             frames=21,
             good_at="speed: 1 pass a frame",
             licence=_APACHE,
-            files=("1step",),
+            files=("causal forcing 1step", "framewise 1step"),
+            network="generator_ema",
         ),
         "longlive": Family(
             title="LongLive",
@@ -114,6 +132,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             good_at="minutes of video whose prompt changes",
             licence="code Apache-2.0 (one file of it CC-BY-NC-SA-4.0)",
             files=("longlive",),
+            layouts=("adapter", "plain"),
         ),
         "longlive_infinity": Family(
             title="LongLive infinity",
@@ -122,7 +141,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             frames=1050,
             good_at="as LongLive, without end",
             licence="code Apache-2.0 (one file of it CC-BY-NC-SA-4.0)",
-            files=("infinity",),
+            files=("longlive infinity",),
+            layouts=("adapter", "plain"),
         ),
         "memrope": Family(
             title="MemRoPE",
@@ -132,6 +152,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             good_at="an hour from Self-Forcing's or LongLive's file, whose colours it remembers",
             licence=f"{_APACHE}; weights are Self-Forcing's or LongLive's",
             files=("memrope",),
+            layouts=("adapter", "plain"),
         ),
         "krea": Family(
             title="Krea Realtime 14B",
@@ -145,6 +166,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             good_at="the look of 14B",
             licence="CC-BY-NC-SA-4.0 (non-commercial), code and weights",
             files=("krea",),
+            layouts=("flat_14b",),
         ),
         "rolling_forcing": Family(
             title="Rolling Forcing",
@@ -154,7 +176,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             frames=126,
             good_at="little drift: five chunks are denoised together",
             licence="academic use only, code and weights",
-            files=("rolling_forcing", "rolling-forcing", "rollingforcing"),
+            files=("rolling forcing",),
         ),
     }
 )

@@ -27,7 +27,7 @@ from .options import Options, Plan, most_start_images
 from .pace import Pace, Progress
 from .stream import Chunk, Stream
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
-from .video import RUN, VideoFormat, VideoWriter, read_images, remux, to_uint8
+from .video import RUN, VideoWriter, read_images, remux, to_uint8
 from .weights.checkpoint import load_student
 from .writing import WriteError
 
@@ -103,6 +103,7 @@ def open_networks(resolved: Plan) -> tuple[Network, Decoder]:
         dtype=dtype,
         submodel=files.submodel,
         num_heads=files.num_heads,
+        family=files.family,
         loras=files.loras,
     )[0]  # the checkpoint would hold on to the weights that follow
     if options.weights == "fp8":
@@ -157,7 +158,7 @@ def generate(
     snapshot it can go on from; 0 without one. However it ends, the file is closed and plays.
     """
     options, begun = resolved.options, stream.state.num_chunks
-    pace = Pace(resolved.total, begun, options.device)
+    pace = _pace(resolved, begun)
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
@@ -203,7 +204,7 @@ def follow(
     resolved: Plan, stream: Stream, embeds: dict[str, Tensor], stopped: Callable[[], bool]
 ) -> bool:
     """What `generate` asks of the network, in a process that another one writes the video for."""
-    pace = Pace(resolved.total, stream.state.num_chunks, resolved.options.device)
+    pace = _pace(resolved, stream.state.num_chunks)
 
     def on_pass(kind: str, number: int) -> None:
         if stopped():
@@ -217,6 +218,16 @@ def follow(
         stream.snapshot()
         return False
     return True
+
+
+def _pace(resolved: Plan, begun: int) -> Pace:
+    return Pace(
+        resolved.total,
+        begun,
+        resolved.options.device,
+        passes=() if resolved.total is None else resolved.passes(begun),
+        rate=resolved.family.fps,
+    )
 
 
 def _handoff(resolved: Plan, stream: Stream, writer: VideoWriter) -> Handoff:
@@ -259,10 +270,13 @@ def _chunks(
 
 def _open_writer(resolved: Plan, chunks: int) -> VideoWriter:
     options = resolved.options
-    format = VideoFormat(width=resolved.width, height=resolved.height, crf=options.crf)
     if chunks:
-        return VideoWriter.resume(options.output, resolved.clock.images_before(chunks), format)
-    return VideoWriter(options.output, format, _metadata(resolved), [options.snapshot_path])
+        return VideoWriter.resume(
+            options.output, resolved.clock.images_before(chunks), resolved.format
+        )
+    return VideoWriter(
+        options.output, resolved.format, _metadata(resolved), [options.snapshot_path]
+    )
 
 
 def _metadata(resolved: Plan) -> dict[str, str]:

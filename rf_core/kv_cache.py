@@ -473,6 +473,13 @@ class KVCache:
             sink_backup=self._cloned_backup(),
         )
 
+    def copy_samples(self, other: KVCache, samples: Tensor) -> None:
+        """Take over what another cache with the same counts remembers of some samples, bool [B]."""
+        assert self.counts() == other.counts()
+        theirs = other.tensors()
+        for name, tensor in self.tensors().items():
+            samples_first(tensor)[samples] = samples_first(theirs[name])[samples]
+
     def shallow_copy(self) -> KVCache:
         """A cache on the same memory with counts of its own."""
         return replace(self, sink_backup=None)
@@ -616,6 +623,11 @@ class KVCache:
             for tensor, gone, average in parts:
                 average.copy_(update_sink(average, gone, c, self.frame_tokens, keys=which == 0))
                 tensor.copy_(average)
+
+
+def samples_first(tensor: Tensor) -> Tensor:
+    """A view of one of a cache's tensors, [..., B, L, H, D], with the batch as its first axis."""
+    return tensor.movedim(-4, 0)
 
 
 def require_like(name: str, given: Tensor, mine: Tensor) -> None:

@@ -165,6 +165,11 @@ class WanModel(nn.Module):
         blocks = [block.modulations(time_BF6C) for block, time_BF6C in layers]  # type: ignore[operator]
         return TimeContext.of(timestep_BF, torch.stack([*chain(*blocks), *time.head]))
 
+    @property
+    def cached_heads(self) -> int:
+        """Heads whose keys and values a cache of this process holds."""
+        return self.config.num_heads
+
     def new_cache(
         self,
         config: CacheConfig,
@@ -182,7 +187,7 @@ class WanModel(nn.Module):
             num_layers=self.config.num_layers,
             batch=batch,
             grid=grid,
-            num_heads=self.config.num_heads,
+            num_heads=self.cached_heads,
             head_dim=self.config.head_dim,
             dtype=dtype,
             device=device,

@@ -7,7 +7,7 @@ chosen by what the memory holds.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -16,8 +16,9 @@ import torch
 
 from .attention import check_device
 from .companions import OPTIONS, TEXT_ENCODER, VAE, belongs_with, check_vae
-from .config import WAN_SIZE, CacheConfig, Grid, ModelConfig, SamplerConfig
+from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, recorded
 from .devices import preferred_dtype
+from .families import AUTO, FAMILIES, Family
 from .memory.footprint import Sizes
 from .memory.placement import decoder_config, free_bytes, text_sizes
 from .memory.plan import Fit, OffloadMode, fit
@@ -28,6 +29,7 @@ from .stream import latent_size
 from .video import RUN, VideoFormat, check_images, count_images, read_metadata
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
+from .weights.recognise import Told
 
 DEMO = Path(__file__).parent / "demo"
 SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA = 20, 400
@@ -44,6 +46,8 @@ class Files:
     """Network of a bundle; by default `generator_ema` goes before `generator`."""
     num_heads: int | None = None
     """Attention heads, for a checkpoint of unusual width that does not record them."""
+    family: str = AUTO
+    """Whose student it is, of `families.FAMILIES`; `auto`: what the file tells."""
     vae: Path = DEMO / "vae.safetensors"
     """Wan VAE, or TAEHV."""
     text_encoder: str = str(DEMO / "text_encoder.safetensors")
@@ -62,7 +66,7 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """One run. None takes the checkpoint's own setting, or else the published one."""
+    """One run. None takes the checkpoint's own setting, or else its family's."""
 
     timeline: PromptTimeline
     """What the video shows, and when."""
@@ -162,6 +166,19 @@ class Plan:
     """What was chosen to suit the memory; None where all was given."""
     clip_chunks: int = 0
     """Chunks that `start` gives."""
+    told: Told
+    """Whose student the model is, and how that is known."""
+
+    @property
+    def family(self) -> Family:
+        """How its authors stream it."""
+        return FAMILIES[self.told.family]
+
+    @property
+    def format(self) -> VideoFormat:
+        """The MP4's."""
+        options, fps = self.options, self.family.fps
+        return VideoFormat(width=self.width, height=self.height, crf=options.crf, fps=fps)
 
     @property
     def grid(self) -> Grid:
@@ -173,20 +190,30 @@ class Plan:
     def clock(self) -> ChunkClock:
         """Chunks to images and seconds, this run's cuts counted."""
         cuts = [p.chunk for p in self.prompts if p.chunk and p.switch.mode == "cut"]
-        return ChunkClock(
-            chunk_frames=self.cache.chunk_frames, cuts=tuple(cuts), clip_chunks=self.clip_chunks
+        return ChunkClock.of(
+            self.cache, cuts=tuple(cuts), clip_chunks=self.clip_chunks, fps=self.family.fps
         )
+
+    def passes(self, begun: int) -> list[int]:
+        """Of each chunk after the first `begun`, the network's passes; of a start clip's, one."""
+        assert self.total is not None, "the run has an end"
+        firsts = {self.clip_chunks, *self.clock.cuts}
+        return [
+            (0 if chunk < self.clip_chunks else self.sampler.passes_of(chunk in firsts)) + 1
+            for chunk in range(begun, self.total)
+        ]
 
     def record(self) -> dict[str, Any]:
         """What made the video, as JSON: kept in its metadata and in snapshots."""
         options = self.options
         return {
             **options.files.named(),
+            "family": self.told.family,
             "seed": options.seed,
             "width": self.width,
             "height": self.height,
-            "cache": asdict(self.cache),
-            "sampler": asdict(self.sampler),
+            "cache": recorded(self.cache),
+            "sampler": recorded(self.sampler),
             "dtype": str(options.torch_dtype).removeprefix("torch."),
             "attention": options.attention,
             "weights": options.weights,
@@ -199,6 +226,11 @@ class Plan:
     def metadata(self) -> dict[str, str]:
         """What the finished video carries."""
         return {"title": self.prompts[0].text, "comment": json.dumps(self.record())}
+
+
+def model_path(name: str) -> Path:
+    """The student that a command line names: `demo` is the bundled one, all else a path."""
+    return Files().model if name == "demo" else Path(name)
 
 
 def files_of_model(
@@ -235,17 +267,19 @@ def plan(options: Options) -> Plan:
     _check_values(options)
     _check_files(options)
     files = options.files
-    checkpoint = read_checkpoint(files.model, submodel=files.submodel, num_heads=files.num_heads)
+    checkpoint = read_checkpoint(
+        files.model, submodel=files.submodel, num_heads=files.num_heads, family=files.family
+    )
     check_vae(files.model, checkpoint.companions, files.vae)
     cache = replace(checkpoint.cache or CacheConfig(), **options.cache)
     sampler = replace(checkpoint.sampler or SamplerConfig(), **options.sampler)
-    native = checkpoint.size or WAN_SIZE
+    native, fps = checkpoint.size, checkpoint.preset.fps
     height = native[0] if options.height is None else options.height
     width = native[1] if options.width is None else options.width
     latent_size(height, width, checkpoint.config.patch_size)
     VideoFormat(width=width, height=height, crf=options.crf)
     clip_chunks = 0 if options.start is None else _clip_chunks(options.start, cache)
-    clock = ChunkClock(chunk_frames=cache.chunk_frames, clip_chunks=clip_chunks)
+    clock = ChunkClock.of(cache, clip_chunks=clip_chunks, fps=fps)
     total = None if options.chunks is None else clock.num_chunks(options.chunks, "c")
     if options.seconds is not None:
         total = options.timeline.num_chunks(options.seconds, "s", clock)
@@ -268,6 +302,7 @@ def plan(options: Options) -> Plan:
         choice=checkpoint.choice,
         run=uuid4().hex if snapshot is None else snapshot.facts.get(RUN),
         clip_chunks=clip_chunks,
+        told=checkpoint.told,
     )
     _check_resume(resolved, made)
     return _placed(resolved)
@@ -276,14 +311,14 @@ def plan(options: Options) -> Plan:
 def most_start_images(cache: CacheConfig) -> int:
     """How many images of a clip a run begins with: what the window cannot hold would be forgotten
     at once."""
-    clock = ChunkClock(chunk_frames=cache.chunk_frames)
+    clock = ChunkClock.of(cache)
     return clock.images_before(cache.window_frames // cache.chunk_frames)
 
 
 def _clip_chunks(start: Path, cache: CacheConfig) -> int:
     # As `stream.start_clip` takes them: whole chunks, or one of a single picture.
     images = count_images(start, most_start_images(cache))
-    return max(1, ChunkClock(chunk_frames=cache.chunk_frames).chunk_at_image(images))
+    return max(1, ChunkClock.of(cache).chunk_at_image(images))
 
 
 def _sizes_of(resolved: Plan) -> Sizes:

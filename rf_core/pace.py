@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -31,12 +33,14 @@ class Progress:
     """Images a second since the run began."""
     seconds_left: float | None
     """Time left at that pace; None when endless."""
+    rate: int = FPS
+    """Images that a second of the video has."""
 
     def __str__(self) -> str:
         """One line for a console."""
         total = "" if self.total is None else f"/{self.total}"
         text = (
-            f"chunk {self.chunks}{total}, {self.images / FPS:.2f} s, "
+            f"chunk {self.chunks}{total}, {self.images / self.rate:.2f} s, "
             f"network {rate(self.chunk_images, self.network_seconds)}, "
             f"decode {rate(self.chunk_images, self.decode_seconds)}, "
             f"all {self.fps:.1f} fps"
@@ -52,7 +56,17 @@ def rate(images: int, seconds: float) -> str:
 class Pace:
     """Where the time goes, chunk by chunk."""
 
-    def __init__(self, total: int | None, chunks: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        total: int | None,
+        chunks: int,
+        device: torch.device | str,
+        *,
+        passes: Sequence[int] = (),
+        rate: int = FPS,
+    ) -> None:
+        """`passes` are the network's for each chunk from here to the end, where they differ."""
+        self._passes, self._rate = list(accumulate(passes)), rate
         self._total, self._chunks, self._device = total, chunks, torch.device(device)
         self._began = self._marked = time.perf_counter()
         self._images = 0
@@ -84,7 +98,7 @@ class Pace:
         self._marked, self._images = now, self._images + images
         left = None
         if self._total is not None:
-            left = (self._total - chunks) * (now - self._began) / (chunks - self._chunks)
+            left = self._left(self._total, chunks) * (now - self._began)
         network_seconds = self._network_seconds
         if self._device.type != "cuda":
             self._network_seconds = 0.0
@@ -97,4 +111,13 @@ class Pace:
             decode_seconds=decode_seconds,
             fps=self._images / (now - self._began),
             seconds_left=left,
+            rate=self._rate,
         )
+
+    def _left(self, total: int, chunks: int) -> float:
+        """What is left of the run, as a multiple of what is done."""
+        made = chunks - self._chunks
+        if not self._passes:
+            return (total - chunks) / made
+        done = self._passes[made - 1]
+        return (self._passes[-1] - done) / done

@@ -50,7 +50,6 @@ from .options import Files, Options, Plan
 from .prompts import Switch
 from .stream import Stream, start_clip
 from .text import encode_prompts
-from .video import VideoFormat
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 from .weights.strengths import Strengths, names_of
@@ -156,10 +155,12 @@ def _set_lora(options: Options, model: Network, loras: Mapping[str, Lora]) -> Se
     if why:
         return partial(_refuse_strength, why[0])
     files = options.files
-    checkpoint = read_checkpoint(files.model, submodel=files.submodel, num_heads=files.num_heads)
+    checkpoint = read_checkpoint(
+        files.model, submodel=files.submodel, num_heads=files.num_heads, family=files.family
+    )
     network = model.network if isinstance(model, GraphedModel) else model
     assert isinstance(network, WanModel), "a live session is of one process"
-    return Strengths(network, checkpoint.tensors, loras)
+    return Strengths(network, checkpoint.merged(), loras)
 
 
 def _refuse_strength(why: str, name: str, strength: float) -> None:
@@ -199,14 +200,15 @@ def run_live(
     )
     for later in resolved.prompts[1:]:
         session.submit(Schedule(chunk=later.chunk, text=later.text, mode=later.switch))
-    hand = _Terminal(session, print_line, typed, stopped, alone=osc is None)
+    fps = resolved.family.fps
+    hand = _Terminal(session, print_line, typed, stopped, alone=osc is None, fps=fps)
     try:
         with _listening(session, osc) as server, hand:
             if server is not None:
                 print_line(f"OSC on {server.host}:{server.port}")
             session.run(hand.on_pass, hand.on_idle, resolved.total)
     finally:
-        _print_files(recorder, print_line)
+        _print_files(recorder, print_line, resolved.family.fps)
         if log_path(output).exists() and recorder.paths:
             print_line(f"{log_path(output)}: its log, of which --replay makes it again")
 
@@ -221,14 +223,13 @@ def _listening(
 
 
 def _recorder(resolved: Plan) -> VideoRecorder:
-    format = VideoFormat(width=resolved.width, height=resolved.height, crf=resolved.options.crf)
     begun = replace(resolved, prompts=resolved.prompts[:1])  # the log has what follows
-    return VideoRecorder(resolved.options.output, format, begun.metadata)
+    return VideoRecorder(resolved.options.output, resolved.format, begun.metadata)
 
 
-def _print_files(recorder: VideoRecorder, print_line: PrintLine) -> None:
+def _print_files(recorder: VideoRecorder, print_line: PrintLine, fps: int) -> None:
     for branch, path in recorder.paths.items():
-        print_line(f"{path}: {recorder.num_images.get(branch, 0) / FPS:.2f} s of video")
+        print_line(f"{path}: {recorder.num_images.get(branch, 0) / fps:.2f} s of video")
 
 
 def _limits() -> Limits:
@@ -250,6 +251,7 @@ class _Terminal:
         stopped: Callable[[], bool],
         *,
         alone: bool,
+        fps: int,
     ) -> None:
         self._session, self._print_line, self._typed, self._stopped = (
             session,
@@ -257,7 +259,7 @@ class _Terminal:
             typed,
             stopped,
         )
-        self._alone, self._silent = alone, typed is None
+        self._alone, self._silent, self._fps = alone, typed is None, fps
         self._mode = Switch()
         self._printer = threading.Thread(target=self._print_events, name="teller", daemon=True)
 
@@ -313,7 +315,7 @@ class _Terminal:
             return help_lines()
         if question is Question.MODE:
             return [f"the prompts that follow come in mode {self._mode}"]
-        return status_lines(self._status, self._mode)
+        return status_lines(self._status, self._mode, self._fps)
 
     @property
     def _status(self) -> Status:
@@ -337,14 +339,15 @@ class _Terminal:
                     self._print_line(describe_event(event))
 
 
-def status_lines(status: Status, mode: Switch) -> list[str]:
-    """Where a session stands, in lines."""
+def status_lines(status: Status, mode: Switch, fps: int = FPS) -> list[str]:
+    """Where a session stands, in lines; of a video of so many images a second."""
     loras = [f"{printable(name)} {strength:g}" for name, strength in status.loras.items()]
-    fps = {"network": status.fps.network, "decode": status.fps.decode, "both": status.fps.total}
-    speeds = [f"{name} {speed:.1f} images/s" for name, speed in fps.items() if speed]
+    speed = status.fps
+    named = {"network": speed.network, "decode": speed.decode, "both": speed.total}
+    speeds = [f"{name} {rate:.1f} images/s" for name, rate in named.items() if rate]
     past = "nowhere" if status.oldest is None else f"to chunk {status.oldest}"
     return [
-        f"chunk {status.chunk} is next, {status.images / FPS:.2f} s, branch {status.branch.name}"
+        f"chunk {status.chunk} is next, {status.images / fps:.2f} s, branch {status.branch.name}"
         + (", paused" if status.paused else ""),
         f"prompt: {shorten(status.prompt)}",
         f"mode of the prompts that follow: {mode}; decay {status.decay:g}",
@@ -429,7 +432,7 @@ def replay(
     except ReplayMismatch as error:
         raise ValueError(f"{error}; --edited makes the video that it asks for now") from error
     finally:
-        _print_files(recorder, print_line)
+        _print_files(recorder, print_line, resolved.family.fps)
     return True
 
 

@@ -39,6 +39,7 @@ from .devices import to_device
 from .kv_cache import KeyValues, KVCache
 from .model import CountedPrompt, Network, PromptContext, TimeContext, pad_prompt
 from .prompts import Switch
+from .recache import CleanPass, OnPart, begins_at, chunks_from_end, recache, rerun
 from .rolling import CleanContext, JointContext, check_rolling, roll
 from .scheduler import add_noise, flow_to_x0, noise_timestep, sampling_timesteps
 from .state import (
@@ -526,37 +527,22 @@ class Stream:
             self._rebuild_context(prompt_embeds, on_pass)
             state.half_recached = state.pending_clean_pass = None
             return
-        begin, again = self._recached()
+        begin = begins_at(cache)
         if begin > cache.context_frames and state.half_recached is None:
             self._finish_clean_pass(on_pass)  # of a chunk that lies across
-        if again is not None:
-            joint, frames = self.cache_config.recache != "chunks", self.cache_config.chunk_frames
-            parts = [again] if joint else _chunks(again, frames)
+        frames = cache.num_frames + cache.evicted_frames - begin
+        if (past := _joined(state.first_latents, state.last_latents, frames)) is not None:
             on_pass("clean", 0)
             state.half_recached = prompt_embeds
-            cache.undo_eviction()
-            counts = cache.num_frames, cache.slot_frames
-            cache.truncate(begin)
-            try:
-                self._rerun(parts, prompt_embeds, on_pass)
-            finally:  # a stop in between leaves all of it to be done again
-                cache.num_frames, cache.slot_frames = counts
-            if joint and not begin:
-                self._take_new_sink(again)
+            cache.undo_eviction()  # a stop in what follows leaves all of it to be done again
+            recache(cache, past, self._clean_passes(prompt_embeds), _but_first(on_pass))
+            if begin == 0:
+                self._remember(past)
         state.half_recached = state.pending_clean_pass = None
 
-    def _recached(self) -> tuple[int, Tensor | None]:
-        """From which latent frame of the window on a recache runs what again, if anything."""
-        state, cache, kind = self.state, self.state.cache, self.cache_config.recache
-        whole = kind == "joint_new_sink" or (kind == "joint" and not cache.has_moved)
-        begin = 0 if whole else cache.fixed_frames
-        again = cache.num_frames + cache.evicted_frames - begin
-        return begin, _joined(state.first_latents, state.last_latents, again)
-
-    def _take_new_sink(self, latents: Tensor) -> None:
-        """After the whole window was run again: it is as if the stream began with it."""
+    def _remember(self, latents: Tensor) -> None:
+        """Latents that the whole window was made of: the sink's first."""
         sink = self.cache_config.sink_frames
-        self.state.cache.start_anew()
         self.state.first_latents = latents[:, :, :sink] if sink else None
         self.state.last_latents = latents[:, :, sink:] if latents.shape[2] > sink else None
 
@@ -568,16 +554,15 @@ class Stream:
             if num_frames:
                 self._rebuild_context(state.prompt_embeds, _no_op)
             return
-        first, again = state.first_latents, num_frames - config.sink_frames
+        clean_pass = self._clean_passes(state.prompt_embeds)
+        first, again = state.first_latents, num_frames
         if (evictions or gone) and first is not None:
-            self._rerun(first.split(config.chunk_frames, dim=2), state.prompt_embeds, _no_op)
-            first = None
-        else:  # the chunks themselves, of which the sink may have cut one in two
-            again = num_frames
+            rerun(state.cache, first.split(config.chunk_frames, dim=2), clean_pass)
+            first, again = None, num_frames - config.sink_frames
+        # Of a window that has not moved the chunks themselves, which the sink may have cut in two.
         state.cache.gone_frames = gone
         if (latents := _joined(first, state.last_latents, again)) is not None:
-            parts = _chunks(latents, config.chunk_frames)
-            self._rerun(parts, state.prompt_embeds, _no_op)
+            rerun(state.cache, chunks_from_end(latents, config.chunk_frames), clean_pass)
 
     @torch.no_grad()
     def _rebuild_context(self, prompt_embeds: Tensor, on_pass: OnPass) -> None:
@@ -589,7 +574,7 @@ class Stream:
         context = head if last is None else torch.cat([head, last], dim=2)
         self.state.cache.truncate(0)
         parts = context.split(self.cache_config.chunk_frames, dim=2)
-        self._rerun(parts, prompt_embeds, on_pass)
+        rerun(self.state.cache, parts, self._clean_passes(prompt_embeds), _but_first(on_pass))
 
     def _head_latents(self) -> Tensor | None:
         """The latent frame that a rebuilt context begins with, [B, C, 1, h, w]."""
@@ -636,15 +621,13 @@ class Stream:
             last = first if last is None or first is None else torch.cat([first, last], dim=2)
         if last is not None:
             head = frames + last.shape[2] % frames
-            for part in (last[:, :, :head], *_chunks(last[:, :, head:], frames)):
+            for part in (last[:, :, :head], *chunks_from_end(last[:, :, head:], frames)):
                 _, self.state.decoder = self.decoder.decode(part, self.state.decoder)
 
-    def _rerun(self, parts: Iterable[Tensor], prompt_embeds: Tensor, on_pass: OnPass) -> None:
-        for number, part in enumerate(parts):
-            if number:  # of the first the caller tells, before it changes anything
-                on_pass("clean", number)
-            self.state.cache.advance(part.shape[2])
-            self._clean_pass(part, prompt_embeds, self.sampler.clean_timestep)
+    def _clean_passes(self, prompt_embeds: Tensor) -> CleanPass:
+        """Those of a past that runs again under a prompt."""
+        at = self.sampler.clean_timestep
+        return partial(self._clean_pass, prompt_embeds=prompt_embeds, timestep=at)
 
     def _predict(self, prompt_embeds: Tensor, x: Tensor, timestep: float) -> Tensor:
         return self.model(x.to(self.dtype), *self._pass_inputs(x, timestep, prompt_embeds))
@@ -735,6 +718,11 @@ class Stream:
                 f"the snapshot's {what} is {found}, this stream's is {wanted}; "
                 "restore it with the model and the size it was made with"
             )
+
+
+def _but_first(on_pass: OnPass) -> OnPart:
+    """Tells of clean passes after the first, of which the caller tells beforehand."""
+    return lambda number: on_pass("clean", number) if number else None
 
 
 def _see_nothing(number: int, x0: Tensor) -> None:
@@ -841,12 +829,6 @@ def start_clip(images: Tensor, decoder: Decoder, cache: CacheConfig) -> Tensor:
         )
     keep = first + (images.shape[1] - first) // later * later
     return images[:, -keep:]
-
-
-def _chunks(latents: Tensor, frames: int) -> list[Tensor]:
-    # The last chunk is whole; the first is what the sink left of its chunk.
-    whole, head = divmod(latents.shape[2], frames)
-    return list(latents.split([head] * (head > 0) + [frames] * whole, dim=2))
 
 
 def _append(old: Tensor | None, new: Tensor, dim: int = 2) -> Tensor:

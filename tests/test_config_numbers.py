@@ -51,8 +51,11 @@ ALLOWED = {
     ("reward.share", 0): "a score that is told and moves nothing",
     ("reward.share", -1): "less of it is better",
     ("run.redmd.weights.limit", HUGE): "no limit that a score reaches",
+    ("run.switch_share", 0): "no prompt changes",
     ("run.runaway", HUGE): "no loss that is finite stops the run",
-    ("output.validate_every", 0): "no validation",
+    ("*validate_every", 0): "no validation",
+    ("validation_prompts", 0): "no videos",
+    ("validation_clips", 0): "none is held out",
     ("output.checkpoint_minutes", 0): "a checkpoint after every update",
     ("output.checkpoint_minutes", HUGE): "checkpoints by their count of updates alone",
 }

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from processes import spawn
 
+import training.data.embed_cache as cache_module
 import training.data.embeddings as data
 from rf_core.options import DEMO
 from rf_core.text import load_text_encoder
 from training.choices import DATA_SET
-from training.data.embeddings import cached_embeds, open_prompts, place_encoder
+from training.data.embed_cache import CachedEmbeds, EmbedCache
+from training.data.embeddings import encoded, open_prompts, place_encoder
+from training.data.encoder_key import encoder_key
 from training.data.prompts import DataConfig, read_prompts
 
 CPU = torch.device("cpu")
@@ -66,7 +69,7 @@ def test_a_file_without_prompts_is_refused_by_place(tmp_path, name, content, sai
 
 
 def test_prompts_are_encoded_once_and_read_back_as_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_PROMPTS", 3)
+    monkeypatch.setattr(cache_module, "SHARD_PROMPTS", 3)
     config = prompt_file(tmp_path)
     prompts, embeds, negative = open_prompts(config, DATA_SET, tmp_path / "e", CPU, torch.float32)
     assert prompts == TEXTS and len(embeds) == len(TEXTS) and len(negative) == 1
@@ -81,22 +84,112 @@ def test_prompts_are_encoded_once_and_read_back_as_they_were(tmp_path, monkeypat
     assert torch.equal(again[1].embeds([6, 0, 6]), found) and torch.equal(again[2], negative)
 
 
-def test_only_missing_shards_are_encoded_and_another_encoder_s_are_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_PROMPTS", 3)
-    open_prompts(prompt_file(tmp_path), DATA_SET, tmp_path, CPU, torch.float32)
-    cache, missing = cached_embeds(TEXTS, str(DEMO / "text_encoder.safetensors"), tmp_path)
-    assert len(cache.shards) == 3 and missing == []
-    cache.shards[1].unlink()
-    assert cached_embeds(TEXTS, str(DEMO / "text_encoder.safetensors"), tmp_path)[1] == [1]
-    assert cached_embeds(TEXTS, "another", tmp_path)[1] == [0, 1, 2]
-    assert cached_embeds([*TEXTS, "x"], str(DEMO / "text_encoder.safetensors"), tmp_path)[1] == [
-        1,
-        2,
-    ]
+ENCODER = str(DEMO / "text_encoder.safetensors")
+
+
+def opened(folder: Path, dtype: torch.dtype = torch.float32) -> EmbedCache:
+    return EmbedCache.open(folder, encoder_key(ENCODER, dtype))
+
+
+def test_only_prompts_that_are_drawn_are_encoded_and_more_when_more_are_drawn(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache_module, "SHARD_PROMPTS", 3)
+    config = prompt_file(tmp_path)
+
+    def of(numbers: list[int]):
+        return open_prompts(
+            config, DATA_SET, tmp_path / "e", CPU, torch.float32, lambda count: numbers
+        )
+
+    prompts, embeds, _ = of([6, 2, 6])
+    assert prompts == TEXTS and len(embeds) == len(TEXTS) and embeds.embeds([2]).shape[0] == 1
+    assert opened(tmp_path / "e").missing(TEXTS) == [TEXTS[n] for n in (0, 1, 3, 4, 5)]
+    before = {path: path.read_bytes() for path in (tmp_path / "e").iterdir()}
+    assert len(before) == 1  # both, and the negative prompt
+    _, more, _ = of([6, 2, 5])
+    assert opened(tmp_path / "e").missing(TEXTS) == [TEXTS[n] for n in (0, 1, 3, 4)]
+    assert all(path.read_bytes() == was for path, was in before.items())
+    assert torch.equal(more.embeds([6, 2]), embeds.embeds([6, 2]))
+
+
+def test_a_folder_is_shared_by_what_draws_other_prompts_and_kept_apart_by_encoder_and_dtype(
+    tmp_path, monkeypatch
+):
+    config = replace(prompt_file(tmp_path), cache=tmp_path / "shared")
+    encoded(TEXTS[:4], config, tmp_path / "one", CPU, torch.float32)
+    cache = encoded(TEXTS[2:], config, tmp_path / "two", CPU, torch.float32)
+    assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
+    names = sorted(path.name for path in (tmp_path / "shared").iterdir())
+    assert len(names) == 2  # four prompts, and the three that were new
+    monkeypatch.setattr(data, "load_text_encoder", None)  # it would fail if it were opened
+    encoded(TEXTS, config, tmp_path, CPU, torch.float32)
+    assert cache.missing(TEXTS) == [] and opened(tmp_path / "shared").missing(TEXTS) == []
+    assert opened(tmp_path / "shared", torch.bfloat16).missing(TEXTS) == TEXTS
+
+
+def test_an_encoder_is_known_by_its_weights_wherever_they_lie(tmp_path):
+    def key(path: Path) -> str:
+        return encoder_key(str(path), torch.float32)
+
+    copy = tmp_path / "elsewhere.safetensors"
+    copy.write_bytes(Path(ENCODER).read_bytes())
+    assert key(copy) == key(Path(ENCODER)) != key(tmp_path / "a_hub_id")
+    copy.write_bytes(copy.read_bytes()[:-1] + b"?")
+    assert key(copy) != key(Path(ENCODER))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    copy.rename(folder / "model.safetensors")
+    alone = key(folder)
+    (folder / "config.json").write_text("{}")
+    assert key(folder) != alone
+
+
+def test_an_interrupted_encoding_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARD_PROMPTS", 2)
+    config, cache = prompt_file(tmp_path), opened(tmp_path / "e")
+    steps = cache.encode(encoder(), TEXTS, 2)
+    assert [next(steps) for _ in range(3)] == [0, 2, 4]  # and the second shard is not written
+    assert opened(tmp_path / "e").missing(TEXTS) == TEXTS[2:]
+    encoded(TEXTS, config, tmp_path / "e", CPU, torch.float32)
+    assert len(list((tmp_path / "e").iterdir())) == 4
+
+
+def progress(monkeypatch) -> list[tuple[int, list[int]]]:
+    """Progress bars as they are shown: their totals, and what each says is done."""
+    bars: list[tuple[int, list[int]]] = []
+
+    def show(total, unit, steps):
+        assert unit == "prompt"
+        bars.append((total, [done for done, _ in steps]))
+
+    monkeypatch.setattr(data, "show_progress", show)
+    return bars
+
+
+def test_encoding_shows_how_many_prompts_are_there_and_goes_on_from_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARD_PROMPTS", 3)
+    config, bars = replace(prompt_file(tmp_path), encode_batch=2), progress(monkeypatch)
+    open_prompts(config, DATA_SET, tmp_path, CPU, torch.float32)
+    ((total, done),) = bars
+    assert total == len(TEXTS) + 1 and done == sorted(done)
+    assert done[0] == 0 and {2, 3, 5, 6} <= set(done) and done[-1] == total
+    cache = opened(tmp_path)
+    (tmp_path / next(iter(cache.shards.values()))).unlink()
+    open_prompts(config, DATA_SET, tmp_path, CPU, torch.float32)
+    assert bars[1][0] == total and bars[1][1][0] in (5, 6) and bars[1][1][-1] == total
+    open_prompts(config, DATA_SET, tmp_path, CPU, torch.float32)
+    assert len(bars) == 2  # there is nothing to do
+
+
+def test_the_miniature_s_captions_show_progress_as_well(monkeypatch):
+    bars = progress(monkeypatch)
+    open_prompts(DataConfig(limit=3), DATA_SET, Path("x"), CPU, torch.float32)
+    assert bars == [(3, [1, 2, 3])]
 
 
 def encode_rank(rank: int, world: int, folder: Path) -> None:
-    data.SHARD_PROMPTS = 2
+    cache_module.SHARD_PROMPTS = 2
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world
@@ -114,12 +207,11 @@ def encode_rank(rank: int, world: int, folder: Path) -> None:
 def test_two_processes_with_a_sharded_encoder_write_what_one_does(tmp_path, monkeypatch):
     prompt_file(tmp_path)
     spawn(encode_rank, (2, tmp_path), nprocs=2)
-    monkeypatch.setattr(data, "SHARD_PROMPTS", 2)
-    name = str(DEMO / "text_encoder.safetensors")
-    cache, missing = cached_embeds(TEXTS, name, tmp_path / "e")
-    assert len(cache.shards) == 4 and missing == []
+    monkeypatch.setattr(cache_module, "SHARD_PROMPTS", 2)
+    cache = opened(tmp_path / "e")
+    assert len(set(cache.shards.values())) == 4 and cache.missing(["", *TEXTS]) == []
     expected = encoder().encode(TEXTS)
-    found = cache.embeds(range(len(TEXTS)))
+    found = CachedEmbeds(TEXTS, cache).embeds(range(len(TEXTS)))
     torch.testing.assert_close(found, expected[:, : found.shape[1]], atol=1e-5, rtol=1e-4)
     assert not list((tmp_path / "e").glob("*.partial*"))
 

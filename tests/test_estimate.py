@@ -13,6 +13,7 @@ from rf_core.measure.counts import num_parameters
 from training.__main__ import main
 from training.run.config import apply_overrides
 from training.run.networks import PlacementConfig
+from training.stages.costs import Given, costs
 from training.stages.estimate import Sizes, estimate, saved_bytes
 from training.stages.recipes import wan
 
@@ -74,7 +75,7 @@ def test_recomputed_blocks_keep_far_less():
 @pytest.mark.slow
 def test_memory_is_shared_out_and_the_published_batch_over_64_cards_is_the_papers_time():
     one, eight = (estimate(wan(), WAN, processes) for processes in (1, 8))
-    trained = 16 * num_parameters(WAN_1_3B)
+    trained = 12 * num_parameters(WAN_1_3B)  # weights, gradients and one moment, in float32
     assert one.memory["critic, gradients, moments"] == trained
     assert eight.memory["critic, gradients, moments"] == trained // 8
     assert eight.memory["KV cache"] == one.memory["KV cache"]
@@ -85,6 +86,17 @@ def test_memory_is_shared_out_and_the_published_batch_over_64_cards_is_the_paper
 
 
 @pytest.mark.slow
+def test_hybrid_sharding_divides_weights_by_the_cards_of_a_copy():
+    plain = estimate(apply_overrides(wan(), ["placement.shard_over=8"]), WAN, 64)
+    name, of = "critic, gradients, moments", 12 * num_parameters(WAN_1_3B)
+    assert plain.memory[name] == of // 8
+    assert plain.memory["teacher"] == 2 * num_parameters(WAN_14B) // 8
+    sizes = {"student": WAN_1_3B, "teacher": WAN_14B, "critic": WAN_1_3B}
+    with pytest.raises(ValueError, match=r"shard_over is 8, of which the number of processes, 12"):
+        costs(apply_overrides(wan(), ["placement.shard_over=8"]), Given(sizes=sizes), 12)
+
+
+@pytest.mark.slow
 def test_choices_show_in_the_count():
     def count(*settings: str) -> estimates.Estimate:
         return estimate(apply_overrides(wan(), settings), WAN, 8)
@@ -92,12 +104,18 @@ def test_choices_show_in_the_count():
     plain = count()
     adapters = count("student_lora={}", "critic_lora={}")
     assert adapters.memory["critic, gradients, moments"] < plain.bytes / 10
+    kept = count("run.critic.betas=[0.9,0.999]").memory["critic, gradients, moments"]
+    assert 3 * kept == pytest.approx(4 * plain.memory["critic, gradients, moments"])
     assert count("placement.offload=teacher").memory["teacher"] == 0
     assert count("placement.reshard=false").memory["gathered weights"] > 30e9
     assert count("placement.checkpointing=false").bytes > 2 * plain.bytes
     long = count("run.latents=[16, 63, 60, 104]")
     assert 2.5 < long.flops["rollouts"] / plain.flops["rollouts"] < 3.5
     assert long.bytes < 1.5 * plain.bytes  # a window at a time
+    drawn = count("run.latents=[16, 63, 60, 104]", "run.random_length=true")
+    assert drawn.flops["scores"] == pytest.approx(long.flops["scores"] * 2 / 3)
+    changing = count("run.latents=[16, 63, 60, 104]", "run.switch_share=0.5")
+    assert long.flops["rollouts"] < changing.flops["rollouts"] < 1.1 * long.flops["rollouts"]
 
 
 @pytest.mark.slow
@@ -105,6 +123,7 @@ def test_the_command_prints_both_totals(capsys):
     assert main(["estimate", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "a process takes about" in printed and "an update on a process" in printed
+    assert "this machine's matrix products" in printed
     sizes = ["--student", "1.3b", "--teacher", "14b", "--critic", "1.3b"]
     small = ["--set", "placement.dtype=float32"]
     assert main(["estimate", "--preset", "wan", "--processes", "64", *sizes, *small]) == 0

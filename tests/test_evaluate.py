@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 from rf_core.__main__ import main as rf_core
 from rf_core.config import CacheConfig, ModelConfig
@@ -308,6 +309,90 @@ def test_a_model_of_another_world_needs_its_own_vae_and_text_encoder(tmp_path):
 def test_what_cannot_be_evaluated_is_refused_in_a_sentence(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         command(*(each.replace("OUT", str(tmp_path)) for each in more))
+
+
+def write_adapter(path: Path, seed: int = 0, width: int = 24, student: str | None = None) -> Path:
+    """An adapter of one layer, as `re_dmd` leaves it of a run that began with `student`."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {
+        f"{layer}.lora_A.weight": torch.randn(2, width, generator=generator),
+        f"{layer}.lora_B.weight": torch.randn(width, 2, generator=generator),
+        f"{layer}.alpha": torch.tensor(2.0),
+    }
+    note = {"command": "python -m training re_dmd", "config": {"files": {"student": student}}}
+    save_file(tensors, path, {"rf_provenance": json.dumps(note)})
+    return path
+
+
+def test_an_adapter_is_judged_on_its_base_as_if_it_were_merged(world, tmp_path):
+    adapter, base = write_adapter(tmp_path / "lora.safetensors"), tmp_path / "first.safetensors"
+    merged, out = tmp_path / "merged.safetensors", tmp_path / "out"
+    assert rf_core(["convert", str(base), str(merged), "--lora", f"{adapter}:0.5"]) == 0
+    models = ("--model", base, "--model", f"adapted={base}", "--model", merged)
+    short = ("--num-prompts", "1", "--chunks", "1", "--window-images", "4")
+    assert command(*world[4:], *models, *short, "--lora", f"adapted={adapter}:0.5") == 0
+    plain, adapted, expected = (
+        read_images(next((out / name).glob("*.mp4")), width=64, height=64)[0]
+        for name in ("first", "adapted", "merged")
+    )
+    assert torch.equal(adapted, expected)
+    assert not torch.equal(adapted, plain)
+    assert sorted(report_of(out)["models"]) == ["adapted", "first", "merged"]
+
+
+def test_one_model_needs_no_name_for_its_adapter_and_another_adapter_is_another_evaluation(
+    world, drawn, tmp_path
+):
+    base, adapter = tmp_path / "first.safetensors", write_adapter(tmp_path / "lora.safetensors")
+    adapted = (*world[4:], "--model", base, "--lora", adapter)
+    assert command(*adapted) == 0
+    record = json.loads((tmp_path / "out" / "first" / "0000-0.json").read_text())
+    assert record["made_with"]["loras"] == ["lora.safetensors:1"]
+    write_adapter(adapter, seed=1)
+    with pytest.raises(ValueError, match=r"was made with lora_files .*another --out"):
+        command(*adapted)
+    with pytest.raises(ValueError, match=r"was made with loras .*another --out"):
+        command(*adapted[:-2])
+
+
+def test_an_adapter_of_another_size_is_refused_before_any_video_is_made(world, drawn, tmp_path):
+    adapter = write_adapter(tmp_path / "lora.safetensors", width=16)
+    with pytest.raises(ValueError, match=r"lora.safetensors: holds an adapter .*of another shape"):
+        command(*world, "--lora", f"second={adapter}")
+    assert not drawn
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (("--lora", "x.safetensors"), "does not say which of first, second it is for; write"),
+        (("--lora", "after=x.safetensors"), "a model called after, .*its base: --model after=BASE"),
+        (("--lora", "first=missing.safetensors"), "there is no LoRA at missing.safetensors"),
+        (("--lora", "first=x.safetensors:much"), "is not `file:strength`"),
+    ],
+)
+def test_an_adapter_without_its_base_or_file_is_refused_in_a_sentence(world, drawn, more, said):
+    with pytest.raises(ValueError, match=said):
+        command(*world, *more)
+    assert not drawn
+
+
+@pytest.mark.parametrize("student, base", [(None, "demo"), ("runs/init/student.safetensors",) * 2])
+def test_an_adapter_in_a_models_place_is_refused_with_what_to_write(tmp_path, student, base):
+    adapter = write_adapter(tmp_path / "lora.safetensors", student=student)
+    with pytest.raises(ValueError) as refused:
+        command("--model", f"after={adapter}", "--out", tmp_path / "out")
+    assert f"--model after={base} --lora after={adapter}" in str(refused.value)
+
+
+def test_demo_is_the_bundled_student_under_any_name(drawn, tmp_path):
+    models = ("--model", "demo", "--model", "x=demo", "--num-prompts", "1")
+    assert command(*models, "--out", tmp_path / "out") == 0
+    (record,) = (tmp_path / "out" / "x").glob("*.json")
+    made_with = json.loads(record.read_text())["made_with"]
+    assert made_with["model_file"] == file_digest(DEMO / "student.safetensors")
+    assert sorted(report_of(tmp_path / "out")["models"]) == ["demo", "x"]
 
 
 def test_more_prompts_are_the_fewer_ones_and_others_under_the_same_numbers():

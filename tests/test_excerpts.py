@@ -713,6 +713,10 @@ def test_the_miniature_goes_from_clips_to_a_student(tmp_path, capsys):
     assert called("teacher", *teach) == 1 and "--resume it" in capsys.readouterr().err
     lines = read_journal(runs["t"] / "log.jsonl")
     assert [line["update"] for line in lines] == [0, 1, 2, 3] and "loss/whole" in lines[2]
+    assert [line.get("checkpoint") for line in lines] == [
+        *(None, "update_000002"),
+        *(None, "update_000004"),
+    ]
     weights = runs["t"] / "teacher.safetensors"
     _, found = load_student(weights, device="cpu", dtype=torch.float32)
     assert not found.causal and found.size == (64, 64) and found.provenance["updates"] == 4

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_index import through_dataclass
 
 from rf_core.options import DEMO
+from rf_core.video import read_metadata
 from rf_core.weights.checkpoint import load_student, read_checkpoint
 from rf_core.weights.lora import Lora
 from rf_core.writing import WriteError
@@ -31,6 +33,7 @@ from training.stages import re_dmd, supervised
 from training.stages.re_dmd import distil
 from training.stages.recipes import PRESETS, DistilConfig, miniature, wan, with_sink
 from training.stages.teacher import TeacherConfig, train_teacher
+from training.world.scenes import all_captions
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +76,12 @@ def test_the_miniature_is_distilled_to_a_student_that_streams(tmp_path, capsys):
     lines = read_journal(out / "log.jsonl")
     assert [line["update"] for line in lines] == [0, 1]
     assert 0 < lines[0]["reward/effective_share"] <= 1 and lines[1]["validation/motion"] > 0
-    assert len(list((out / "validation" / "update_000002").glob("*.mp4"))) == 3
+    shown = out / "validation" / "update_000002"
+    prompts = json.loads((shown / "prompts.json").read_text(encoding="utf-8"))
+    assert sorted(prompts) == sorted(path.name for path in shown.glob("*.mp4"))
+    titles = {path.name: read_metadata(path)["title"] for path in shown.glob("*.mp4")}
+    assert titles == prompts and set(prompts.values()) == set(all_captions()[:3])
+    assert [line["checkpoint"] for line in lines] == ["update_000001", "update_000002"]
 
     assert (
         main(["export", str(out), str(tmp_path / "again.safetensors"), "--dtype", "float32"]) == 0
@@ -99,7 +107,8 @@ def test_a_resumed_run_makes_the_same_student_and_one_log(tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     logs = [read_journal(tmp_path / name / "log.jsonl") for name in ("whole", "cut")]
     for first, second in zip(*logs, strict=True):
-        assert first | {"seconds": 0} == second | {"seconds": 0}
+        costs = {"seconds": 0, "memory/peak_gb": 0}
+        assert first | costs == second | costs
 
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path):
@@ -164,6 +173,24 @@ def test_length_rates_and_outputs_may_change_on_resume_and_the_journal_says_from
     assert "--resume without --preset and --config" in capsys.readouterr().err
 
 
+def test_a_run_encodes_what_it_draws_and_the_rest_when_it_is_made_longer(tmp_path):
+    texts = tmp_path / "prompts.txt"
+    texts.write_text("\n".join(f"a red circle moves left, take {number}" for number in range(40)))
+    files = ["--set", f'data.prompts=["{texts}"]', "--set", "data.limit=null"]
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    rest = ["--set", "reward.kind=none", "--set", f"data.cache={tmp_path / 'shared'}"]
+    run = ["re_dmd", "--out", str(tmp_path / "run"), "--resume"]
+    assert main([*run, *settings, *files, *rest]) == 0
+
+    def held() -> int:
+        return sum(len(load_file(path)) for path in (tmp_path / "shared").iterdir())
+
+    before = held()
+    assert before <= 1 + 2 * 2 * 2  # the negative prompt; two updates of either network, two each
+    assert main([*run, "--set", "run.updates=4"]) == 0
+    assert before < held() <= 1 + 4 * 2 * 2
+
+
 def test_a_run_that_breaks_down_names_a_checkpoint_that_a_whole_update_followed(
     tmp_path, monkeypatch
 ):
@@ -188,7 +215,7 @@ def test_a_run_that_breaks_down_names_a_checkpoint_that_a_whole_update_followed(
 
 def test_an_update_outlives_a_validation_that_fails_which_is_made_up_for(tmp_path, monkeypatch):
     config = small("reward.kind=none", "output.validate_every=1", "output.validation_chunks=1")
-    config = apply_overrides(config, ["output.validation_prompts=1"])
+    config = apply_overrides(config, ["output.validation_prompts=1", "output.checkpoint_every=50"])
 
     def no_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("while decoding")
@@ -500,6 +527,7 @@ def test_what_a_stop_says_is_saved_is_there_and_is_not_written_again(stage, tmp_
             next(run)
         assert [update for update, _ in checkpoints(out)] == [0]
     assert written == ["update_000000"]
+    assert read_journal(out / "log.jsonl") == []  # there is no update that it belongs to
 
 
 def test_what_all_processes_meet_is_told_once(tmp_path):

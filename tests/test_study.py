@@ -141,6 +141,26 @@ def test_a_seed_gives_the_same_page_and_another_one_another_order(folders, tmp_p
     assert list(orders[0].values()) != list(orders[1].values())
 
 
+def test_without_a_seed_nobody_knows_the_order_but_the_key(folders, tmp_path):
+    keys = [json.loads(write_study(folders, tmp_path / f"{n}.html").read_text()) for n in "ab"]
+    assert keys[0]["seed"] != keys[1]["seed"] and min(key["seed"] for key in keys) > 2**64
+    assert keys[0]["pairs"] != keys[1]["pairs"]
+    write_study(folders, tmp_path / "again.html", seed=keys[0]["seed"])
+    again = json.loads((tmp_path / "again.key.json").read_text())
+    assert again == keys[0]
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "a.html").read_bytes()
+
+
+def test_a_study_that_is_written_again_still_counts_the_answers_to_its_page(folders, tmp_path):
+    page = tmp_path / "page.html"
+    key = write_study(folders, page)
+    before = page.read_bytes(), key.read_bytes()
+    assert write_study(folders, page) == key
+    assert before == (page.read_bytes(), key.read_bytes())
+    write_study(folders, page, seed=json.loads(before[1])["seed"] + 1)
+    assert page.read_bytes() != before[0]
+
+
 def test_either_model_is_on_the_left_in_half_of_the_pairs_and_leads_at_random(folders, tmp_path):
     first = Counter()
     for seed in range(8):

@@ -6,9 +6,9 @@ Run by `torchrun`, a recipe takes every process it is given; by `python`, one.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,9 +38,10 @@ from .run.options import (
     print_rank_0,
     show_progress,
 )
-from .stages import consistency, evaluation, latents, regression, teacher, trajectories
-from .stages.estimate import Sizes, estimate, format_estimate, matmul_speed
+from .stages import consistency, dry_run, evaluation, latents, regression, teacher, trajectories
+from .stages.costs import RECIPES, Given, costs, format_costs, matmul_speed
 from .stages.export import export, export_supervised
+from .stages.latents import LatentsConfig
 from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
 from .stages.recipes import PRESETS, DistilConfig, student_path, with_sink
 from .stages.schedule import notes_on_schedule, schedule_of, with_schedule_of_student
@@ -79,13 +80,18 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_redmd(args: argparse.Namespace) -> int:
     """Distil a student."""
     config, notes = _config(args)
+    if args.dry_run:
+        return dry_run.dry_redmd(args, config, dry_run.stand_ins(args, PRESETS))
     check_machine(config.placement, config.output.wandb)
-    check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes())
+    over = config.placement.sequence_over
+    check_shares(config.run.redmd.batch, config.run.micro_batch, num_processes(), over)
     for reward in config.rewards:
         check_reward(reward)
     check_folder_writable(args.out)
     with process_group(args.device) as device:
-        counted = _estimated(config, read_sizes(config), world_size(), device)
+        read_sizes(config)
+        speed = _speed(config, device, None)
+        counted = format_costs(costs(config, Given(), world_size()), world_size(), *speed)
         print_rank_0("\n".join([to_json(config), counted, *notes]))
         reports = distil(config, args.out, device, resume=args.resume)
         steps = ((each.update + 1, format_numbers(report_numbers(each))) for each in reports)
@@ -97,19 +103,26 @@ def run_redmd(args: argparse.Namespace) -> int:
 
 
 def run_estimate(args: argparse.Namespace) -> int:
-    """Count what a run will take."""
-    check_numbers(args, processes=(1, MANY))
-    config, _ = _config(args)
-    check_shares(config.run.redmd.batch, config.run.micro_batch, args.processes)
-    given = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
-    sizes = Sizes(**given) if len(given) == len(NETWORKS) else replace(read_sizes(config), **given)
-    print(_estimated(config, sizes, args.processes, torch.device(args.device)))
+    """Count what a stage will take."""
+    check_numbers(args, processes=(1, MANY), tflops=(1e-6, MANY), clips=(1, MANY))
+    if args.recipe == DistilConfig.recipe:
+        config, _ = _config(args)
+    else:
+        config = config_from_args(args, *RECIPES[args.recipe])
+    sizes = {name: SIZES[getattr(args, name)] for name in NETWORKS if getattr(args, name)}
+    latents = tuple(args.latents) if args.latents else None
+    found = costs(config, Given(sizes=sizes, latents=latents, clips=args.clips), args.processes)
+    speed = _speed(config, torch.device(args.device), args.tflops)
+    print(format_costs(found, args.processes, *speed))
     return 0
 
 
-def _estimated(config: DistilConfig, sizes: Sizes, processes: int, device: torch.device) -> str:
-    speed = matmul_speed(device, DTYPES[config.placement.dtype])
-    return format_estimate(estimate(config, sizes, processes), speed)
+def _speed(config: Any, device: torch.device, tflops: float | None) -> tuple[float, str]:
+    """Operations a second of a card, and whose they are."""
+    if tflops is not None:
+        return tflops * 1e12, "given"
+    dtype = config.dtype if isinstance(config, LatentsConfig) else config.placement.dtype
+    return matmul_speed(device, DTYPES[dtype]), "this machine's matrix products"
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -206,6 +219,12 @@ def _config(args: argparse.Namespace) -> tuple[DistilConfig, list[str]]:
     return config, [f"{name} is {ours}, as {path} says" for name, ours, _ in taken] + notes
 
 
+def _or_dry(
+    run: Callable[[argparse.Namespace], int], dry: Callable[[argparse.Namespace], int]
+) -> Callable[[argparse.Namespace], int]:
+    return lambda args: (dry if args.dry_run else run)(args)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -226,23 +245,32 @@ def _parser() -> argparse.ArgumentParser:
         "teacher", help="train a teacher, or fine-tune it to continue clips"
     )
     teacher.add_teacher_arguments(teach)
-    teach.set_defaults(command=teacher.run_teacher)
+    teach.set_defaults(command=_or_dry(teacher.run_teacher, dry_run.dry_teacher))
     pairs = commands.add_parser("ode_pairs", help="sample the teacher's ODE trajectories")
     trajectories.add_pairs_arguments(pairs)
     pairs.set_defaults(command=trajectories.run_pairs)
     init = commands.add_parser("ode_init", help="train a causal student on those trajectories")
     regression.add_init_arguments(init)
-    init.set_defaults(command=regression.run_init)
-    counting = commands.add_parser("estimate", help="memory and operations of a re_dmd run")
+    init.set_defaults(command=_or_dry(regression.run_init, dry_run.dry_init))
+    counting = commands.add_parser("estimate", help="memory, card hours and disk of a stage")
     counting.set_defaults(command=run_estimate)
+    counting.add_argument("recipe", nargs="?", choices=RECIPES, default="re_dmd")
     counting.add_argument("--processes", type=int, default=1, help="how many share the run")
+    counting.add_argument(
+        "--tflops", type=float, help="a card's speed in TFLOP/s (default: measured here)"
+    )
     for name in NETWORKS:
         counting.add_argument(f"--{name}", choices=SIZES, help="size, in place of its file's")
+    shape = ("CHANNELS", "FRAMES", "ROWS", "COLUMNS")
+    counting.add_argument(
+        "--latents", type=int, nargs=4, metavar=shape, help="a clip, in place of its folder's"
+    )
+    counting.add_argument("--clips", type=int, help="latents: how many the videos are cut into")
     counting.set_defaults(sink=None)
     add_config_arguments(counting, PRESETS)
     cheaper = commands.add_parser("consistency", help="the same without stored trajectories")
     consistency.add_consistency_arguments(cheaper)
-    cheaper.set_defaults(command=consistency.run_consistency)
+    cheaper.set_defaults(command=_or_dry(consistency.run_consistency, dry_run.dry_consistency))
     export = commands.add_parser("export", help="write a run's checkpoint as a student")
     export.set_defaults(command=run_export)
     export.add_argument("run", type=Path, help="folder of a run: re_dmd, ode_init or teacher")

@@ -17,9 +17,11 @@ import torch
 
 from rf_core.ranges import MANY, check_numbers
 from rf_core.text import load_text_encoder
+from rf_core.weights.files import read_weights
 
 from .data.clips import ClipSource
-from .data.embeddings import encoder_path, open_texts
+from .data.embed_cache import CachedEmbeds
+from .data.embeddings import encoded, encoder_path
 from .data.latents import VideoClips, shards_of_latents
 from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
@@ -126,6 +128,21 @@ def open_reward(config: RewardConfig, device: torch.device) -> WeightedScore:
     return WeightedScore(name=config.kind, reward=reward, score=config.score, share=config.share)
 
 
+def shape_of_clips(folder: Path) -> tuple[int, int, int, int] | None:
+    """The shape of a folder's clips, [C, F, h, w], by the headers of its files; None without any.
+
+    No text encoder is opened.
+    """
+    if shards := shards_of_clips(folder):
+        _, channels, frames, rows, columns = read_weights(shards[0]).tensors["latents"].shape
+        return channels, frames, rows, columns
+    if shards_of_latents(folder):
+        clips, _ = VideoClips.read(folder)
+        channels, frames, rows, columns = clips[0][0].shape[1:]
+        return channels, frames, rows, columns
+    return Pairs.open(folder).config.latents if shards_of(folder) else None
+
+
 def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSource:
     """The clips of a folder: the miniature world's, encoded videos, or the ends of trajectories of
     whole clips.
@@ -138,8 +155,8 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
     if shards_of_latents(folder):
         clips, prompts = VideoClips.read(folder)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        (embeds,) = open_texts([prompts], data, folder / "embeddings", device, dtype)
-        return VideoClips(clips, prompts, embeds)
+        cache = encoded(prompts, data, folder / "embeddings", device, dtype)
+        return VideoClips(clips, prompts, CachedEmbeds(prompts, cache))
     if not shards_of(folder):
         raise ValueError(
             f"{folder} holds no clips; make some with `python -m training.world clips`, after "

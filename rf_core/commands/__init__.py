@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="stream a video to an MP4"))
     add_plan(commands.add_parser("plan", help="say what memory a stream takes and how it fits"))
-    add_inspect(commands.add_parser("inspect", help="say what a checkpoint is"))
+    add_inspect(commands.add_parser("inspect", help="say what a checkpoint or an adapter is"))
     add_convert(commands.add_parser("convert", help="write a checkpoint as safetensors"))
     add_verify(commands.add_parser("verify", help="compare with recorded outputs"))
     add_bench(commands.add_parser("bench", help="measure time and memory per chunk"))

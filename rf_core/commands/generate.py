@@ -20,9 +20,18 @@ from ..options import SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA, Plan, plan
 from ..prompt_files import read_prompt_file
 from ..stream import Stream
 from .live import LIVE, add_live, run_live_session, run_replay
-from .printing import ProgressLine, dtype_note, print_plan
+from .printing import ProgressLine, dtype_note, family_lines, print_plan
 from .run_options import batch_options, leave_out, single_options
-from .shared import GRAPHS, add_backend, add_choice, add_lora, add_settings, add_weights, is_whole
+from .shared import (
+    GRAPHS,
+    add_backend,
+    add_choice,
+    add_family,
+    add_lora,
+    add_settings,
+    add_weights,
+    is_whole,
+)
 from .signals import handling_signals, stop_on_signal
 
 Load = Callable[[Plan], tuple[Stream, dict[str, Tensor]]]
@@ -103,7 +112,8 @@ def _run_batch(args: argparse.Namespace, process: Process) -> int:
     done = len(batch.videos[process.rank :: process.world_size]) - len(todo)
     print(f"{who}{len(todo)} videos to make, {done} are there", flush=True)
     left_out = given.left_out if process.rank == 0 else None
-    for line in (left_out, batch.base.fit, dtype_note(args, batch.base.options)):
+    notes = (batch.base.fit, dtype_note(args, batch.base.options))
+    for line in (left_out, *family_lines(batch.base.told), *notes):
         if line:
             print(f"{who}{line}", flush=True)
     with handling_signals(signal.default_int_handler):
@@ -136,6 +146,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="PLACE", help="its tokenizer, where the encoder has none")
     add_lora(weights)
     add_choice(weights)
+    add_family(weights)
     add_settings(parser.add_argument_group("the past and the steps (default: the model's own)"))
     machine = parser.add_argument_group("machine")
     add_backend(machine, dtype=None)

@@ -9,7 +9,6 @@ from io import RawIOBase
 from pathlib import Path
 
 from ..arguments import argument
-from ..config import FPS
 from ..fast.parallel import Process
 from ..live.log import read_log
 from ..live.osc import parse_address
@@ -56,7 +55,7 @@ def run_live_session(args: argparse.Namespace, process: Process) -> int:
             print_line=print_line,
             typed=_typed(),
             stopped=stopped,
-            rate=None if args.pace == "max" else FPS,
+            rate=None if args.pace == "max" else resolved.family.fps,
             osc=args.osc,
         )
         return 130 if stopped() else 0
@@ -108,7 +107,8 @@ chunk on; /help lists what else can be asked for. A length counts the chunks of 
 followed; that the input ends does not end it. The text encoder stays in memory for prompts to come:
 11 GB for Wan's own, on a card or, where they do not fit, in the host's, at about half a second a
 prompt. Branches lie beside the output as NAME-BRANCH.mp4, the log as NAME.jsonl. --replay makes all
-videos again, to the bit; give it the same weights, --lora, --start and --crf."""
+videos again, to the bit; give it the same weights, --family, --lora, --start and
+--crf."""
 
 
 def add_live(group: argparse._ArgumentGroup) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..attention import attention_backend, check_device, device_kind
-from ..config import WAN_SIZE, CacheConfig, ModelConfig
+from ..config import WAN_SIZE, ModelConfig
 from ..decoders.taehv import TAEHVConfig
 from ..decoders.vae import VAEConfig
 from ..devices import make_current, preferred_dtype
@@ -32,9 +32,10 @@ from .shared import (
     GRAPHS,
     add_backend,
     add_cache,
+    add_family,
     add_weights,
-    cache_fields,
     dtype_of,
+    family_fields,
 )
 
 
@@ -49,7 +50,7 @@ def run_plan(args: argparse.Namespace) -> int:
         **named,
         height=args.height,
         width=args.width,
-        cache=CacheConfig(**cache_fields(args)),
+        **family_fields(args),
         batch=args.batch,
         dtype=dtype,
         device=torch.device(args.device).type,
@@ -146,7 +147,7 @@ def _workload_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **{name: getattr(args, name) for name in (*names, "text_encoder", "tokenizer")},
         "dtype": dtype,
-        "cache": CacheConfig(**cache_fields(args)),
+        **family_fields(args),
     }
 
 
@@ -184,6 +185,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cuda", help="whose paths are counted (default: cuda)")
     add("--available", metavar="SIZE", help="such as 16GB; default: what is free on the device")
     add_cache(parser)
+    add_family(parser)
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -229,4 +231,5 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
     add("--json", type=Path, metavar="FILE", help="write the measurements here too")
     add_cache(parser)
+    add_family(parser)
     add_backend(parser, dtype=None)

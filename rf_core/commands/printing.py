@@ -8,10 +8,11 @@ import sys
 
 import torch
 
-from ..config import FPS
+from ..families import DEFAULT, FAMILIES
 from ..options import Options, Plan
 from ..pace import Progress
 from ..prompts import clip_notes, format_table
+from ..weights.recognise import Told
 
 
 def print_line(text: str) -> None:
@@ -27,13 +28,23 @@ def print_plan(args: argparse.Namespace, resolved: Plan) -> None:
     length = "without end, Ctrl-C stops"
     if resolved.total is not None:
         length = f"{resolved.total} chunks, {resolved.clock.seconds(resolved.total):.2f} s"
-    print(f"{resolved.width}x{resolved.height} at {FPS} images/s, seed {args.seed}, {length}")
+    size = f"{resolved.width}x{resolved.height} at {resolved.family.fps} images/s"
+    print(f"{size}, seed {args.seed}, {length}")
     if resolved.choice is not None:
         print(f"model: {resolved.choice}")
+    for line in family_lines(resolved.told):
+        print(line)
     if resolved.fit is not None:
         print(resolved.fit)
     if note := dtype_note(args, resolved.options):
         print(note)
+
+
+def family_lines(told: Told) -> list[str]:
+    """Whose student the model is, where that is news, and its licence where that forbids a use."""
+    family = FAMILIES[told.family]
+    lines = [f"family: {told}"] if told.source != "metadata" or told.family != DEFAULT else []
+    return lines + ([f"licence: {family.licence}"] if family.is_restricted else [])
 
 
 def dtype_note(args: argparse.Namespace, options: Options) -> str | None:

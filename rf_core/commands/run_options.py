@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..options import Files, Options, files_of_model
+from ..options import Files, Options, files_of_model, model_path
 from ..prompt_files import text_lines
 from ..prompts import PromptTimeline, Switch, TimelineError, parse_timeline
 from .shared import GRAPHS, cache_fields, dtype_of, sampler_fields
@@ -92,16 +92,17 @@ def _timeline(args: argparse.Namespace) -> PromptTimeline:
 
 
 def _files(args: argparse.Namespace) -> Files:
-    if args.model == "demo":
-        names = ("vae", "text_encoder", "tokenizer", "submodel", "num_heads")
+    model = model_path(args.model)
+    if model == Files().model:
+        names = ("vae", "text_encoder", "tokenizer", "submodel", "num_heads", "family")
         given = {name: getattr(args, name) for name in names}
         return Files(loras=tuple(args.lora), **{k: v for k, v in given.items() if v is not None})
-    model = Path(args.model)
     vae, text_encoder = files_of_model(model, args.vae, args.text_encoder, args.submodel)
     return Files(
         model=model,
         submodel=args.submodel,
         num_heads=args.num_heads,
+        family=args.family,
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=args.tokenizer,

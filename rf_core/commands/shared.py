@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from ..arguments import argument
 from ..attention import BACKENDS
+from ..families import AUTO, DEFAULT, FAMILIES
 from ..weights.lora import parse_lora_argument
 
 GRAPHS: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
@@ -34,6 +36,13 @@ def cache_fields(args: argparse.Namespace) -> dict[str, Any]:
         "storage": args.cache,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def family_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Cache and sampler of a family that was given, of ours by default, with what was given."""
+    family = FAMILIES[DEFAULT if args.family == AUTO else args.family]
+    cache = replace(family.cache, **cache_fields(args))
+    return {"cache": cache, "sampler": family.sampler}
 
 
 def sampler_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -65,6 +74,13 @@ def add_choice(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add("--submodel", metavar="NAME", help="network of a bundle (default: generator_ema)")
     add("--num-heads", type=int, metavar="N", help="attention heads, where none are recorded")
+
+
+def add_family(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Whose student it is."""
+    names = (AUTO, *FAMILIES)
+    text = f"whose student it is, and so how it streams: {', '.join(names)} (default: auto)"
+    parser.add_argument("--family", choices=names, default=AUTO, metavar="NAME", help=text)
 
 
 def add_settings(parser: argparse._ActionsContainer) -> None:

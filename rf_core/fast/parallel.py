@@ -107,15 +107,38 @@ def any_process(stopped: Callable[[], bool]) -> Callable[[], bool]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """How a stream's tokens and heads are shared out over the processes of the group."""
+class HeadTrade:
+    """How processes with a run of every so many tokens trade those for heads, and back."""
 
     rank: int
     world_size: int
-    axis: int
-    """Of latents: bands of rows (-2) or of columns (-1)."""
     run: int
     """Tokens of a process that lie next to each other in the frame's order."""
+
+    def exchange(self, sent: Tensor) -> Tensor:
+        """Row p of the result is what process p had in the row of this one."""
+        return _all_to_all(sent)
+
+    def to_heads(self, *bands_BLHD: Tensor) -> Tensor:
+        """All heads of a band's tokens -> own heads of all tokens, in order: [N, B, L, H, D]."""
+        sent = rearrange(list(bands_BLHD), "n b l (p h) d -> p n b l h d", p=self.world_size)
+        got = self.exchange(sent)
+        return rearrange(got, "p n b (o r) h d -> n b (o p r) h d", r=self.run)
+
+    def to_tokens(self, heads_BLHD: Tensor) -> Tensor:
+        """Own heads of all tokens -> all heads of this band's tokens."""
+        sent = rearrange(
+            heads_BLHD, "b (o p r) h d -> p b (o r) h d", p=self.world_size, r=self.run
+        )
+        return rearrange(self.exchange(sent), "p b l h d -> b l (p h) d")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split(HeadTrade):
+    """How a stream's tokens and heads are shared out over the processes of the group."""
+
+    axis: int
+    """Of latents: bands of rows (-2) or of columns (-1)."""
 
     @classmethod
     def of(cls, process: Process, config: ModelConfig, grid: Grid, cache: CacheConfig) -> Split:
@@ -162,25 +185,12 @@ class Split:
         """This process's heads of a tensor [..., H, D]."""
         return whole.chunk(self.world_size, dim=-2)[self.rank].contiguous()
 
-    def to_heads(self, *bands_BLHD: Tensor) -> Tensor:
-        """All heads of a band's tokens -> own heads of all tokens, in order: [N, B, L, H, D]."""
-        sent = rearrange(list(bands_BLHD), "n b l (p h) d -> p n b l h d", p=self.world_size)
-        got = _all_to_all(sent)
-        return rearrange(got, "p n b (o r) h d -> n b (o p r) h d", r=self.run)
-
-    def to_tokens(self, heads_BLHD: Tensor) -> Tensor:
-        """Own heads of all tokens -> all heads of this band's tokens."""
-        sent = rearrange(
-            heads_BLHD, "b (o p r) h d -> p b (o r) h d", p=self.world_size, r=self.run
-        )
-        return rearrange(_all_to_all(sent), "p b l h d -> b l (p h) d")
-
 
 class SequenceParallelAttention(SelfAttention):
     """A layer's self-attention, its weights adopted: tokens come in bands, heads attend apart."""
 
-    def __init__(self, whole: SelfAttention, split: Split) -> None:
-        _adopt(self, whole)
+    def __init__(self, whole: SelfAttention, split: HeadTrade) -> None:
+        adopt(self, whole)
         self.num_heads, self._split = whole.num_heads, split
 
     def forward(
@@ -209,7 +219,7 @@ class SequenceParallelModel(WanModel):
     """
 
     def __init__(self, whole: WanModel, split: Split) -> None:
-        _adopt(self, whole)
+        adopt(self, whole)
         for block in self.blocks:
             block.self_attn = SequenceParallelAttention(block.self_attn, split)  # type: ignore[arg-type]
         self.split, self.whole_config = split, whole.config
@@ -300,7 +310,7 @@ def _fits(world_size: int, heads: int, grid: Grid) -> bool:
     )
 
 
-def _adopt(module: nn.Module, whole: nn.Module) -> None:
+def adopt(module: nn.Module, whole: nn.Module) -> None:
     """Make a new module out of another's children; the two share them."""
     nn.Module.__init__(module)
     for name, child in whole.named_children():

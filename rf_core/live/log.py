@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import CacheConfig, SamplerConfig
+from ..config import CacheConfig, SamplerConfig, recorded
 from ..ranges import MANY
 from ..stream import Stream
 from .commands import Command, Decay, Lora, Prompt, Rewind, read_command
@@ -129,8 +129,8 @@ def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
         "width": stream.width,
         "height": stream.height,
         "chunk": stream.state.num_chunks,
-        "cache": asdict(stream.cache_config),
-        "sampler": asdict(stream.sampler),
+        "cache": recorded(stream.cache_config),
+        "sampler": recorded(stream.sampler),
         "dtype": str(stream.dtype),
         "clip": None if clip is None else digest_of(clip.cpu()),
         "decoder": None if stream.decoder is None else stream.decoder.kind,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import attention_backend
-from ..config import WAN_1_3B, WAN_14B, CacheConfig, Grid, ModelConfig
+from ..config import WAN_1_3B, WAN_14B, CacheConfig, Grid, ModelConfig, SamplerConfig
 from ..decoders.decoder import TAEHVDecoder, WanDecoder, load_decoder
 from ..decoders.taehv import TAEHV, TAEHVConfig
 from ..decoders.vae import VAEConfig, WanVAE
@@ -83,6 +83,7 @@ class WorkloadOptions:
     graphs: bool = False
     """Whether the network's passes are recorded and replayed (`rf_core.fast.graphs`)."""
     cache: CacheConfig = field(default_factory=CacheConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     decoder: str | None = None
     """One of DECODERS; by default `wan` for the demo and `none` for the others."""
     vae: Path | None = None
@@ -145,6 +146,7 @@ class Workload:
             seed=seed,
             decoder=next(iter(self.decoders.values()), None),
             cache=options.cache,
+            sampler=options.sampler,
             attention=attention_backend(self.attention.name),
         )
 
@@ -266,6 +268,6 @@ def _random_decoder(name: DecoderName, options: WorkloadOptions) -> WanDecoder |
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if isinstance(value, CacheConfig):
+    if isinstance(value, CacheConfig | SamplerConfig):
         return dict(vars(value))
     return str(value) if isinstance(value, Path) else value

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil, floor, isfinite
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..config import FPS, TEMPORAL_FACTOR, CacheConfig
 
@@ -59,21 +59,37 @@ class ChunkClock:
     """Where chunks lie in time, in images: a pure function of the chunk's size and the cuts.
 
     A latent frame decodes to `TEMPORAL_FACTOR` images, but the first one after a fresh start to a
-    single image, so chunk 0 and every chunk that is cut to are three images shorter.
+    single image, so chunk 0 and every chunk that is cut to are three images shorter, and shorter
+    still where a first chunk has fewer latent frames.
     """
 
     chunk_frames: int = CacheConfig.chunk_frames
     """Latent frames of a chunk."""
+    first_chunk_frames: int | None = None
+    """Those of a chunk that starts afresh; None for as many."""
     cuts: tuple[int, ...] = ()
     """Chunks that start afresh, rising, from 1 on."""
     fresh: bool = True
     """Whether chunk 0 starts afresh; it does not where a run goes on from another's state."""
     clip_chunks: int = 0
     """Chunks of the start clip, which is shown as it is: a prompt changes after it."""
+    fps: int = FPS
+    """Images a second."""
+
+    @classmethod
+    def of(cls, cache: CacheConfig, **fields: Any) -> ChunkClock:
+        """The clock of a stream through that cache; `fields` are the clock's others."""
+        first = cache.first_chunk_frames
+        return cls(chunk_frames=cache.chunk_frames, first_chunk_frames=first, **fields)
 
     def __post_init__(self) -> None:
         if self.chunk_frames < 1:
             raise ValueError(f"chunk_frames is {self.chunk_frames}; a chunk has at least 1 frame")
+        if not 1 <= self._first_frames <= self.chunk_frames:
+            raise ValueError(
+                f"first_chunk_frames is {self.first_chunk_frames}; a first chunk has 1 to "
+                f"{self.chunk_frames} frames"
+            )
         first = max(1, self.clip_chunks)
         if list(self.cuts) != sorted(set(self.cuts)) or (self.cuts and self.cuts[0] < first):
             raise ValueError(
@@ -82,8 +98,20 @@ class ChunkClock:
 
     def images_before(self, chunk: int) -> int:
         """The first image of `chunk`: how many images the chunks before it hold."""
-        fresh = bisect_left(self.cuts, chunk) + (self.fresh and chunk > 0)
-        return chunk * self.chunk_frames * TEMPORAL_FACTOR - fresh * (TEMPORAL_FACTOR - 1)
+        frames = self.frames_before(chunk)
+        return frames * TEMPORAL_FACTOR - self._begun_before(chunk) * (TEMPORAL_FACTOR - 1)
+
+    def frames_before(self, chunk: int) -> int:
+        """Latent frames of the chunks before `chunk`."""
+        shorter = self.chunk_frames - self._first_frames
+        return chunk * self.chunk_frames - self._begun_before(chunk) * shorter
+
+    @property
+    def _first_frames(self) -> int:
+        return self.chunk_frames if self.first_chunk_frames is None else self.first_chunk_frames
+
+    def _begun_before(self, chunk: int) -> int:
+        return bisect_left(self.cuts, chunk) + (self.fresh and chunk > 0)
 
     def images_of(self, chunk: int) -> int:
         """Images that `chunk` decodes to."""
@@ -91,7 +119,7 @@ class ChunkClock:
 
     def seconds(self, chunk: int) -> float:
         """When `chunk` starts; for a chunk count, how long the video is."""
-        return self.images_before(chunk) / FPS
+        return self.images_before(chunk) / self.fps
 
     def chunk_at_image(self, image: int) -> int:
         """The chunk that holds `image`, counted from 0."""
@@ -113,7 +141,7 @@ class ChunkClock:
             raise ValueError(f"{name} is {length}; a length of video is a positive number")
         chunks = ceil(length)
         if unit != "c":
-            images = ceil(Fraction(length) * (FPS if unit == "s" else 1))
+            images = ceil(Fraction(length) * (self.fps if unit == "s" else 1))
             chunks = self.chunk_at_image(images - 1) + 1
         if chunks < self.clip_chunks:
             raise ValueError(
@@ -310,7 +338,7 @@ class PromptTimeline:
                 ResolvedEntry(
                     chunk=acts,
                     seconds=clock.seconds(acts),
-                    requested_seconds=float(images / FPS),
+                    requested_seconds=float(images / clock.fps),
                     switch=entry.switch,
                     text=", ".join(filter(None, (self.global_prefix, entry.text))),
                     delayed=acts > chunk,
@@ -357,7 +385,7 @@ class PromptTimeline:
         if entry.unit == "c":
             start = int(value) + (chunk if entry.relative else 0)
             return start, Fraction(clock.images_before(start))
-        time = value * (FPS if entry.unit == "s" else 1) + (images if entry.relative else 0)
+        time = value * (clock.fps if entry.unit == "s" else 1) + (images if entry.relative else 0)
         return clock.nearest_chunk(time), time
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import operations
 from ..config import CacheConfig, ModelConfig, SamplerConfig
+from ..families import AUTO, DEFAULT, FAMILIES, Family, family_of
 from ..fused_linear import fuse_projections
 from ..layers import SelfAttention
 from ..model import WanModel
@@ -34,18 +35,19 @@ from . import layouts
 from .checks import (
     count_layers,
     dtype_name,
-    family,
     require_finite,
     require_keys,
     require_shapes,
     require_size,
     require_text_to_video,
+    size_name,
     without_counters,
 )
 from .files import CheckpointError as CheckpointError
-from .files import WeightFile, parse_json, read_weights
-from .lora import Lora, apply_loras
-from .submodels import prefix_on_disk, take_submodel
+from .files import WeightFile, parse_json, read_weights, shorten
+from .lora import Lora, apply_loras, merge_lora
+from .recognise import Told, layout_of, recognise
+from .submodels import adapter_of, prefix_on_disk, split_adapters, take_submodel
 
 SETTINGS_KEY = "reward_forcing"
 SETTINGS_FORMAT = 1
@@ -75,12 +77,20 @@ class Checkpoint:
     """Bare key to tensor in the file's dtypes, memory-mapped where possible."""
     config: ModelConfig
     """Sizes, from the tensors; heads, text length and eps from metadata or Wan's convention."""
+    told: Told
+    """Whose student it is, and how that is known."""
     cache: CacheConfig | None
-    """The cache it was trained for, where the file says so."""
+    """The cache it was trained for: what the file says, or else its family's. None for a
+    bidirectional network (a teacher, a critic) that says so."""
     sampler: SamplerConfig | None
-    """The few-step schedule it was trained for, where the file says so."""
-    size: tuple[int, int] | None
-    """Height and width in pixels it was trained at, where the file says so."""
+    """The few-step schedule it was trained for, alike."""
+    size: tuple[int, int]
+    """Height and width in pixels it was trained at: what the file says, or else its family's."""
+    recorded: frozenset[str]
+    """Which of `cache`, `sampler` and `size` the file says."""
+    adapter: dict[str, Tensor] = field(repr=False)
+    """A LoRA that the bundle has for the network (LongLive's), by its own names; mostly empty.
+    `merged` has it in its place."""
     provenance: dict[str, Any]
     """Where it came from, as recorded by `write_checkpoint`."""
     companions: Mapping[str, Companion]
@@ -101,6 +111,36 @@ class Checkpoint:
     """Parameters of each dtype in the file."""
     num_bytes: int
     """Bytes of the network's tensors in the file."""
+
+    @property
+    def family(self) -> str:
+        """Whose student it is: a name in `families.FAMILIES`."""
+        return self.told.family
+
+    @property
+    def family_from(self) -> str:
+        """How that is known: by `choice`, `metadata`, `keys`, `name` or `nothing`."""
+        return self.told.source
+
+    @property
+    def preset(self) -> Family:
+        """How its family's students stream."""
+        return FAMILIES[self.family]
+
+    def merged(self) -> dict[str, Tensor]:
+        """The network's tensors, with the bundle's adapter in them: what that changes is float32.
+
+        Of the adapter's own scale, alpha / rank, or 1 where it says none.
+        """
+        if not self.adapter:
+            return dict(self.tensors)
+        tensors, _, unmatched = merge_lora(self.tensors, self.adapter, 1.0)
+        if unmatched:
+            raise CheckpointError(
+                f"{self.path}: has an adapter of {len(unmatched)} tensors that match nothing in "
+                f"its network ({shorten(unmatched)}); the file is damaged"
+            )
+        return tensors
 
     @property
     def num_parameters(self) -> int:
@@ -129,17 +169,28 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | Path, *, submodel: str | None = None, num_heads: int | None = None
+    path: str | Path,
+    *,
+    submodel: str | None = None,
+    num_heads: int | None = None,
+    family: str = AUTO,
 ) -> Checkpoint:
     """Read and check a student without loading its weights.
 
     `submodel` picks a network of a bundle; by default an average over training (`generator_ema`,
     `ema`) goes before the weights themselves (`generator`, `model`).
-    `num_heads` is for files of unusual width that do not record it. CheckpointError, one sentence,
-    for every file that is not a complete text-to-video Wan.
+    `num_heads` is for files of unusual width that do not record it. `family` is a name in
+    `families.FAMILIES`, or `auto` for what the file tells; one that is chosen takes the place of
+    settings that the file has for another. CheckpointError, one sentence, for every file that is
+    not a complete text-to-video Wan; ValueError for a family that is none.
     """
+    if family != AUTO:
+        family_of(family)
     file = read_weights(path)
+    own, adapters = split_adapters(file.tensors)
+    file = replace(file, tensors=own)
     name, prefix, tensors, submodels = take_submodel(file, submodel)
+    adapter = adapter_of(adapters, name)
     if named := layouts.key_names(tensors):
         tensors = {named.to_wan(key): tensor for key, tensor in tensors.items()}
     require_text_to_video(file.path, tensors)
@@ -148,6 +199,20 @@ def read_checkpoint(
     settings = _settings(file)
     config = _find_sizes(file, tensors, settings, num_heads)
     require_shapes(file.path, tensors, config)
+    on_disk = prefix_on_disk(file.tensors, prefix)
+    told = recognise(
+        file.path,
+        chosen=family,
+        recorded=_family_in(settings),
+        layout=layout_of(file, on_disk, config, has_adapter=bool(adapter)),
+        networks=submodels,
+    )
+    found = _schedule_in(file.path, settings, told)
+    is_bidirectional = bool(settings) and family == AUTO and "cache" not in found
+    preset = FAMILIES[told.family]
+    usual = {"cache": preset.cache, "sampler": preset.sampler, "size": preset.size}
+    if is_bidirectional:
+        usual |= {"cache": None, "sampler": None}
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
         dtypes[dtype_name(tensor.dtype)] += tensor.numel()
@@ -155,15 +220,16 @@ def read_checkpoint(
         path=file.path,
         tensors=tensors,
         config=config,
-        cache=_parse(file.path, CacheConfig, settings.get("cache")),
-        sampler=_parse(file.path, SamplerConfig, settings.get("sampler")),
-        size=_parse_size(file.path, settings.get("size")),
+        told=told,
+        **{**usual, **found},
+        recorded=frozenset(found),
+        adapter=adapter,
         provenance=_parse_provenance(file.path, settings.get("provenance") or {}),
         companions=_parse_companions(file.path, settings.get("companions") or {}),
         metadata=file.metadata,
         container=file.container,
         names=named.name if named else "Wan",
-        prefix=prefix_on_disk(file.tensors, prefix),
+        prefix=on_disk,
         submodel=name,
         submodels=submodels,
         dtypes=dict(dtypes.most_common()),
@@ -178,6 +244,7 @@ def load_student(
     dtype: torch.dtype,
     submodel: str | None = None,
     num_heads: int | None = None,
+    family: str = AUTO,
     expected: ModelConfig | None = None,
     loras: Sequence[Lora] = (),
     operations: Any = operations,
@@ -187,10 +254,10 @@ def load_student(
     Loads strictly, LoRAs merged, without a second copy in memory. CheckpointError also where the
     sizes differ from `expected` or a weight is NaN or infinite in `dtype`.
     """
-    checkpoint = read_checkpoint(path, submodel=submodel, num_heads=num_heads)
+    checkpoint = read_checkpoint(path, submodel=submodel, num_heads=num_heads, family=family)
     if expected is not None:
         require_size(checkpoint.path, checkpoint.config, expected)
-    merged = apply_loras(checkpoint.tensors, loras)
+    merged = apply_loras(checkpoint.merged(), loras)
     tensors = {key: merged.pop(key).to(device=device, dtype=dtype) for key in list(merged)}
     require_finite(checkpoint.path, tensors)
     model = WanModel(checkpoint.config, operations=operations, device="meta")
@@ -199,7 +266,7 @@ def load_student(
         if isinstance(part, SelfAttention):
             fuse_projections(part.q, part.k, part.v)
     model.eval().requires_grad_(False)
-    return model, replace(checkpoint, tensors=dict(model.state_dict()))
+    return model, replace(checkpoint, tensors=dict(model.state_dict()), adapter={})
 
 
 def write_checkpoint(
@@ -210,6 +277,7 @@ def write_checkpoint(
     sampler: SamplerConfig | None,
     *,
     size: tuple[int, int] | None = None,
+    family: str | None = None,
     provenance: Mapping[str, Any] | None = None,
     companions: Mapping[str, Companion] | None = None,
 ) -> None:
@@ -217,8 +285,8 @@ def write_checkpoint(
 
     With a cache the file is marked causal for ComfyUI core; without one it is a bidirectional
     network (a teacher, a critic) and is not. `size` is the height and width in pixels it is made
-    for; `provenance` is free JSON on the weights' origin; `companions` are files that it belongs
-    with.
+    for; `family` is one of `families.FAMILIES`, None for our own; `provenance` is free JSON on the
+    weights' origin; `companions` are files that it belongs with.
     CheckpointError where tensors and config disagree or the file cannot be one of ours.
     """
     path = Path(path).expanduser()
@@ -226,6 +294,8 @@ def write_checkpoint(
         raise CheckpointError(f"{path}: checkpoints are written as .safetensors; change the name")
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: its folder does not exist; create it first")
+    if family is not None:
+        family_of(family)
     require_keys(path, tensors)
     require_shapes(path, tensors, config)
     settings = {
@@ -234,6 +304,7 @@ def write_checkpoint(
         "cache": asdict(cache) if cache else None,
         "sampler": asdict(sampler) if sampler else None,
         "size": size,
+        **({} if family is None else {"family": family}),
         "provenance": dict(provenance or {}),
         "companions": {kind: asdict(each) for kind, each in (companions or {}).items()},
     }
@@ -252,6 +323,7 @@ def convert(
     dtype: torch.dtype | None = None,
     submodel: str | None = None,
     num_heads: int | None = None,
+    family: str = AUTO,
     cache: CacheConfig | None = None,
     sampler: SamplerConfig | None = None,
     loras: Sequence[Lora] = (),
@@ -259,14 +331,14 @@ def convert(
     """Write any readable student to `target` and read it back.
 
     `dtype` float32, bfloat16 or float16; None keeps each tensor's own. Settings not given are the
-    source's own, or else the published ones.
+    source's own, or else its family's, which is recorded.
     """
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype is {dtype}; convert to float32, bfloat16 or float16")
     if Path(source).resolve() == Path(target).resolve():
         raise ValueError(f"{target} is both source and target; give the result another name")
-    checkpoint = read_checkpoint(source, submodel=submodel, num_heads=num_heads)
-    merged = apply_loras(checkpoint.tensors, loras)
+    checkpoint = read_checkpoint(source, submodel=submodel, num_heads=num_heads, family=family)
+    merged = apply_loras(checkpoint.merged(), loras)
     tensors = {key: merged[key].to(dtype or t.dtype) for key, t in checkpoint.tensors.items()}
     require_finite(checkpoint.path, tensors)
     write_checkpoint(
@@ -276,6 +348,7 @@ def convert(
         cache or checkpoint.cache or CacheConfig(),
         sampler or checkpoint.sampler or SamplerConfig(),
         size=checkpoint.size,
+        family=checkpoint.family,
         provenance={
             **checkpoint.provenance,
             "source": checkpoint.path.name,
@@ -295,7 +368,8 @@ def describe(checkpoint: Checkpoint) -> str:
         "layout": f"{checkpoint.container}, {checkpoint.names} names"
         + (f", prefix {checkpoint.prefix!r} removed" if checkpoint.prefix else ""),
         "sub-model": checkpoint.choice or checkpoint.submodel or "without a name",
-        "family": family(c),
+        **_describe_family(checkpoint),
+        "network": size_name(c),
         "sizes": f"{c.num_layers} layers, width {c.dim} = {c.num_heads} heads x {c.head_dim}, "
         f"feed-forward {c.ffn_dim}",
         "latents": f"{c.in_dim} channels, patches {'x'.join(map(str, c.patch_size))}",
@@ -303,34 +377,63 @@ def describe(checkpoint: Checkpoint) -> str:
         "parameters": f"{checkpoint.num_parameters:,}",
         "dtypes": ", ".join(f"{name} {count:,}" for name, count in checkpoint.dtypes.items()),
         "bytes": f"{checkpoint.num_bytes:,}",
-        "cache": _describe_cache(checkpoint.cache),
-        "sampler": _describe_sampler(checkpoint.sampler),
-        "picture": f"{checkpoint.size[1]}x{checkpoint.size[0]} pixels"
-        if checkpoint.size
-        else "size not recorded",
+        "cache": _describe_cache(checkpoint.cache) + _from(checkpoint, "cache"),
+        "sampler": _describe_sampler(checkpoint.sampler) + _from(checkpoint, "sampler"),
+        "picture": f"{checkpoint.size[1]}x{checkpoint.size[0]} pixels" + _from(checkpoint, "size"),
         "ComfyUI core": "detects it as causal" if checkpoint.causal else "not marked as causal",
         "fits": f"LoRAs of this size, a VAE of {c.in_dim} latent channels, a text encoder "
         f"{c.text_dim} wide",
     }
+    if checkpoint.adapter:
+        rows["adapter"] = "one beside the network, merged when it is loaded"
     rows |= {kind.replace("_", " "): each.name for kind, each in checkpoint.companions.items()}
     rows |= {name: str(value) for name, value in checkpoint.provenance.items() if value}
     width = max(map(len, rows))
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
 
 
+def _describe_family(checkpoint: Checkpoint) -> dict[str, str]:
+    if checkpoint.cache is None:
+        return {}
+    preset = checkpoint.preset
+    return {
+        "family": str(checkpoint.told),
+        "good at": preset.good_at,
+        "licence": preset.licence,
+        "images": f"{preset.fps} a second",
+    }
+
+
+def _from(checkpoint: Checkpoint, name: str) -> str:
+    """What is added to a setting that is not the file's own."""
+    if name in checkpoint.recorded or getattr(checkpoint, name) is None:
+        return ""
+    return f" (not recorded; {checkpoint.preset.title}'s published settings)"
+
+
 def _describe_cache(cache: CacheConfig | None) -> str:
     if cache is None:
-        return "not recorded; the published settings apply"
-    return (
+        return "none: a bidirectional network, which does not stream"
+    text = (
         f"window {cache.window_frames} frames, sink {cache.sink_frames}, chunk "
         f"{cache.chunk_frames}, decay {cache.decay} ({cache.accumulator})"
+    )
+    usual = CacheConfig()
+    others = ("first_chunk_frames", "positions", "memory_rates", "recache", "rebuild")
+    return text + "".join(
+        f", {name} {value}"
+        for name in others
+        if (value := getattr(cache, name)) != getattr(usual, name)
     )
 
 
 def _describe_sampler(sampler: SamplerConfig | None) -> str:
     if sampler is None:
-        return "not recorded; the published settings apply"
-    return f"steps {', '.join(map(str, sampler.steps))}, shift {sampler.shift:g}"
+        return "none"
+    text = f"steps {', '.join(map(str, sampler.steps))}, shift {sampler.shift:g}"
+    if sampler.first_steps:
+        text += f", first chunk {', '.join(map(str, sampler.first_steps))}"
+    return text + (", rolling" if sampler.rolling else "")
 
 
 def _find_sizes(
@@ -380,6 +483,23 @@ def _recorded_sizes(file: WeightFile, settings: Mapping[str, Any]) -> dict[str, 
         for name in ("num_heads", "text_len", "eps")
         if known.get(name) is not None
     }
+
+
+def _family_in(settings: Mapping[str, Any]) -> object:
+    """What our metadata says; files from before families were known are Reward Forcing's."""
+    return settings.get("family", DEFAULT) if settings else None
+
+
+def _schedule_in(path: Path, settings: Mapping[str, Any], told: Told) -> dict[str, Any]:
+    """Cache, sampler and size of our metadata, as far as it has them for this family."""
+    found = {
+        "cache": _parse(path, CacheConfig, settings.get("cache")),
+        "sampler": _parse(path, SamplerConfig, settings.get("sampler")),
+        "size": _parse_size(path, settings.get("size")),
+    }
+    if told.source == "choice" and told.family != _family_in(settings):
+        return {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _settings(file: WeightFile) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def require_shapes(path: Path, tensors: Mapping[str, Tensor], config: ModelConfi
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: {len(wrong)} of its shapes do not fit {family(config)} "
+            f"{path}: {len(wrong)} of its shapes do not fit {size_name(config)} "
             f"({shorten(wrong)}); the file is damaged or not a plain Wan model"
         )
 
@@ -95,7 +95,7 @@ def require_size(path: Path, config: ModelConfig, expected: ModelConfig) -> None
     ]
     if differences:
         raise CheckpointError(
-            f"{path}: is {family(config)} where {family(expected)} is needed "
+            f"{path}: is {size_name(config)} where {size_name(expected)} is needed "
             f"({', '.join(differences)}); give a checkpoint of that size"
         )
 
@@ -128,7 +128,7 @@ def count_layers(keys: Iterable[str]) -> int:
     return len({key.split(".")[1] for key in keys if key.startswith("blocks.")})
 
 
-def family(config: ModelConfig) -> str:
+def size_name(config: ModelConfig) -> str:
     """A size's name: `Wan 2.1 T2V 1.3B`, or its width and depth where it has none."""
     for name, preset in (("1.3B", WAN_1_3B), ("14B", WAN_14B)):
         if config == preset:

@@ -29,6 +29,9 @@ _ANY_NETWORK = frozenset(
 _ANY_WEIGHTS = frozenset({"state", "dict", "weights", "params"})
 _STUDENT = frozenset({"generator", "student"})
 
+_BESIDE = re.compile(r"^[a-z]+_lora\.")
+"""LongLive's adapters of its generator and its critic, in a bundle of their own or the bases'."""
+
 _ATTENTION = re.compile(r"^((?:.*?\.)?)blocks\.\d+\.(?:self_attn|cross_attn|attn1|attn2)\.")
 
 # diffusers' WanTransformer3DModel counts norms in the order of use: its norm2 is Wan's norm3.
@@ -161,6 +164,11 @@ _OTHER_MODELS = (
 def unwrap(key: str) -> str:
     """Drop the segments that training wrappers leave in a name."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def is_beside(key: str) -> bool:
+    """Whether a name is of an adapter that lies beside the networks of a bundle."""
+    return _BESIDE.match(key) is not None
 
 
 def wan_prefixes(keys: Iterable[str]) -> list[str]:

@@ -11,6 +11,25 @@ from . import layouts
 from .files import CheckpointError, WeightFile, shorten
 
 
+def split_adapters(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A bundle's networks, and the adapters beside them (`generator_lora.`, `critic_lora.`).
+
+    A file of adapters alone is left whole: it is a LoRA.
+    """
+    beside = {key for key in tensors if layouts.is_beside(key)}
+    if len(beside) == len(tensors):
+        return dict(tensors), {}
+    own = {key: tensor for key, tensor in tensors.items() if key not in beside}
+    return own, {key: tensors[key] for key in tensors if key in beside}
+
+
+def adapter_of(adapters: Mapping[str, Tensor], submodel: str) -> dict[str, Tensor]:
+    """Of those beside a bundle's networks, the one that belongs to a network, without its name."""
+    student = layouts.preference(submodel) is not None
+    prefix = ("generator" if student else submodel) + "_lora."
+    return {key[len(prefix) :]: t for key, t in adapters.items() if key.startswith(prefix)}
+
+
 def take_submodel(
     file: WeightFile, wanted: str | None
 ) -> tuple[str, str, dict[str, Tensor], tuple[str, ...]]:

@@ -1418,6 +1418,24 @@ def test_a_model_that_is_no_student_is_refused(host: Any) -> None:
         host.student_of(Other())
 
 
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 1, 3, 1, 1]])
+def test_stock_decoders_take_one_latent_frame_at_a_time(
+    pack: Any, demo: Any, sizes: list[int]
+) -> None:
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    format = demo.load_model().model.latent_format
+    for vae in (demo.load_vae(), random_wan(), random_taehv()):
+        latents = torch.randn(1, 16, sum(sizes), 4, 4)
+        decoder, parts = decoders.decoder_of(vae, format), []
+        whole, state = decoder.decode(latents, None)[0], None
+        for part in latents.split(sizes, dim=2):
+            first = state is None
+            images, state = decoder.decode(part, state)
+            assert images.shape[1] == decoder.images_of(part.shape[2], first)
+            parts.append(images)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 4])
 def test_stock_decoders_stream_to_the_very_images_of_a_whole_decode(
     pack: Any, demo: Any, chunks: int

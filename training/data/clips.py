@@ -39,6 +39,11 @@ class ClipSource(Protocol):
         """Rows by kind of clip, for balanced draws; a single group where kinds do not matter."""
         ...
 
+    @property
+    def origins(self) -> Sequence[int]:
+        """Of each clip, the number of the video, the prompt or the clip that it is made from."""
+        ...
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         """Some clips, [N, C, F, h, w] in float32."""
         ...

@@ -172,6 +172,11 @@ class VideoClips:
         """See `ClipSource`."""
         return (range(len(self)),)
 
+    @property
+    def origins(self) -> Sequence[int]:
+        """See `ClipSource`: the prompt's, as a video has one."""
+        return [number for _, _, number in self.clips]
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""
         return torch.stack([latents[place] for latents, place, _ in self._of(rows)]).float()

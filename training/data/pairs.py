@@ -1,6 +1,7 @@
 """Trajectories of a teacher on disk: what `ode_pairs` writes and `ode_init` reads.
 
-Shards are safetensors with the config that made them, and functions of it and their number.
+Shards are safetensors with the config that made them, and functions of it and their number. A
+trajectory's first point is its noise, which is recreated (`seeded_noise`); older shards hold it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from ..run.config import difference, from_json, to_json
 from ..run.networks import PlacementConfig
 from .clips import Conditions, Groups
 from .prompts import DataConfig
+from .seeded_noise import clip_noise, is_near, probe
 
 NOTE = "ode_pairs"
+_LATER, _PROBE = "later_points", "noise_probe"  # in place of `points`, where noise is not stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +158,26 @@ def write_shard(
         "source": origin.clips,
         "prompts": trajectories.prompts,
         "numbers": trajectories.numbers,
+        "torch": str(torch.__version__),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in trajectories.tensors().items()}
+    tensors = _without_noise(trajectories, config, number)
     with whole_file(path) as part:
-        save_file(tensors, part, {NOTE: json.dumps(note)})
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, part, {NOTE: json.dumps(note)})
+
+
+def _without_noise(
+    trajectories: Trajectories, config: PairsConfig, number: int
+) -> dict[str, Tensor]:
+    """The tensors of a shard; a first point that is the clip's noise is left out."""
+    tensors = trajectories.tensors()
+    points = tensors["points"]
+    clips = range(number * config.shard, number * config.shard + len(points))
+    noise = torch.stack([clip_noise(config.seed, clip, config.latents) for clip in clips])
+    if not torch.equal(points[:, 0], noise.to(points.dtype)):
+        return tensors
+    del tensors["points"]
+    return tensors | {_LATER: points[:, 1:], _PROBE: torch.stack(list(map(probe, noise)))}
 
 
 @dataclass(frozen=True)
@@ -207,6 +226,11 @@ class Pairs:
         """See `ClipSource`."""
         return (range(len(self)),)
 
+    @property
+    def origins(self) -> Sequence[int]:
+        """See `ClipSource`: of prompts, or of the clips that excerpts are cut from."""
+        return [number for path in self.shards for number in _note(path)["numbers"]]
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""
         return torch.stack([self._row(row)[0]["clean"] for row in rows]).float()
@@ -219,6 +243,7 @@ class Pairs:
     def rows(self, numbers: Sequence[int]) -> Trajectories:
         """Some trajectories by their numbers, in their stored dtype."""
         rows, prompts, places = zip(*map(self._row, numbers), strict=True)
+        rows = tuple(map(self._with_noise, numbers, rows))
         found = {name: _stacked(name, rows) for name in rows[0]}
         excerpts = {name: found.pop(name) for name in SAVED_FIELDS if name in found}
         return Trajectories(
@@ -234,17 +259,32 @@ class Pairs:
         if path not in self._open:
             self._open[path] = (read_weights(path).tensors, _note(path))  # mapped, and read by rows
         tensors, note = self._open[path]
-        names = (
-            "points",
-            "clean",
-            "embeds",
-            *(SAVED_FIELDS if self.config.kind == "excerpts" else ()),
-        )
+        points = (_LATER, _PROBE) if _LATER in tensors else ("points",)
+        excerpts = SAVED_FIELDS if self.config.kind == "excerpts" else ()
+        names = (*points, "clean", "embeds", *excerpts)
         try:
             rows = {name: tensors[name][place] for name in names}
             return rows, note["prompts"][place], note["numbers"][place]
         except (LookupError, TypeError) as error:
             raise ValueError(f"{path} is no whole shard of trajectories; make it again") from error
+
+    def _with_noise(self, number: int, row: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A row with its first point, where that is not stored."""
+        if _LATER not in row:
+            return row
+        shard, place = divmod(number, self.config.shard)
+        path = self.shards[shard]
+        _, note = self._open[path]
+        clip = note["shard"] * self.config.shard + place
+        noise = clip_noise(self.config.seed, clip, self.config.latents)
+        if not is_near(noise, row[_PROBE]):
+            raise ValueError(
+                f"{path} was made with torch {note['torch']}, whose noise torch "
+                f"{torch.__version__} does not draw here; use that version, or make it again"
+            )
+        rest = {name: tensor for name, tensor in row.items() if name not in (_LATER, _PROBE)}
+        later = row[_LATER]
+        return {"points": torch.cat([noise.to(later)[None], later]), **rest}
 
 
 def _stacked(name: str, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:

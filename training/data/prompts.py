@@ -39,7 +39,8 @@ class DataConfig:
     text_encoder: str | None = None
     """Folder or hub id of a UMT5, or a file as the engine reads it; None for the bundled demo's."""
     cache: Path | None = None
-    """Folder of embeddings; None for `embeddings` beside the run."""
+    """Folder of embeddings, which runs and stages may share: what it holds of this encoder is not
+    encoded again. None for `embeddings` in the run's folder."""
     encode_batch: int = 8
     """Prompts encoded at a time."""
 
@@ -87,13 +88,25 @@ def read_prompts(config: DataConfig) -> list[str]:
 
     ValueError where there is none.
     """
+    prompts, notes = _prompts_of(config)
+    if rank() == 0:
+        for line in notes:
+            _log.warning("%s", line)
+    return prompts
+
+
+def count_prompts(config: DataConfig, own: DataSet) -> int:
+    """How many prompts a run has; those of the data set where the config names no file."""
+    prompts = _prompts_of(config)[0] if config.prompts else own.training_prompts()
+    return len(prompts[: config.limit])
+
+
+def _prompts_of(config: DataConfig) -> tuple[list[str], list[str]]:
+    """Every prompt once, and what is to be said of those that are left out."""
     files = [read_prompt_file(path, config.column) for path in config.prompts]
     found = [text for file in files for text in file.prompts.values()]
     prompts = list(dict.fromkeys(found))
     notes = [file.left_out for file in files if file.left_out]
     if len(prompts) < len(found):
         notes.append(f"{len(found) - len(prompts)} of {len(found)} prompts repeat one before")
-    if rank() == 0:
-        for line in notes:
-            _log.warning("%s", line)
-    return prompts[: config.limit]
+    return prompts[: config.limit], notes

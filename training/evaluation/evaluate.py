@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rf_core.ranges import MANY, check_numbers
 from rf_core.text import encode_prompts
 from rf_core.video import read_images
 from rf_core.weights.checkpoint import read_checkpoint
+from rf_core.weights.lora import Lora, fit_file, read_lora
 from rf_core.writing import write_text
 
 from ..measures.flow import FlowName, flow_estimator
@@ -40,6 +41,8 @@ class Evaluation:
 
     models: Mapping[str, Path]
     """Checkpoints by the names they go by."""
+    loras: Mapping[str, Sequence[Lora]] = field(default_factory=dict)
+    """Adapters merged into the checkpoints of these names."""
     out: Path
     """Folder of videos, measures and the report."""
     prompts: Mapping[int, str]
@@ -127,7 +130,10 @@ class Candidate:
         """Hashes of its files, by which a record recognises them."""
         files = self.plan.options.files
         places = {"model": files.model, "vae": files.vae, "text_encoder": files.text_encoder}
-        return {f"{name}_file": file_digest(Path(path)) for name, path in places.items()}
+        digests = {f"{name}_file": file_digest(Path(path)) for name, path in places.items()}
+        if files.loras:  # records of before name none
+            digests["lora_files"] = " ".join(file_digest(lora.path) for lora in files.loras)
+        return digests
 
     def plan_of(self, number: int, seed: int) -> Plan:
         """The run that makes one video."""
@@ -180,6 +186,7 @@ def check(evaluation: Evaluation) -> list[Candidate]:
     for candidate in candidates:
         run_plan = candidate.plan
         assert run_plan.total is not None
+        _check_loras(run_plan.options.files)
         windows(run_plan.clock.images_before(run_plan.total), evaluation.window_images)
         for number, seed in evaluation.jobs:
             _check_settings(candidate, number, seed)
@@ -300,6 +307,13 @@ def _check_settings(candidate: Candidate, number: int, seed: int) -> None:
             )
 
 
+def _check_loras(files: Files) -> None:
+    """ValueError for an adapter that does not fit its base; the shapes of that alone are read."""
+    base = read_checkpoint(files.model).tensors if files.loras else {}
+    for lora in files.loras:
+        fit_file(base, read_lora(lora.path), lora.path)
+
+
 def _timeline(prompt: str) -> PromptTimeline:
     return PromptTimeline().append(0, "s", Switch(), prompt)
 
@@ -319,6 +333,7 @@ def _files(evaluation: Evaluation, name: str) -> Files:
         vae=vae or demo.vae,
         text_encoder=text_encoder or demo.text_encoder,
         tokenizer=evaluation.tokenizer,
+        loras=tuple(evaluation.loras.get(name, ())),
     )
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -116,14 +117,15 @@ def finished_clips(folder: Path) -> Clips:
 
 
 def write_study(
-    folders: Sequence[Path], page: Path, seed: int = 0, max_pairs: int | None = None
+    folders: Sequence[Path], page: Path, seed: int | None = None, max_pairs: int | None = None
 ) -> Path:
     """Write the page, and beside it its key, whose path is returned.
 
     Args:
         folders: of `python -m training evaluate`, one a model; their names are the models'.
         page: the HTML file; it holds all videos, a third larger than their files.
-        seed: of the order of the pairs and of their sides. Keep it to yourself.
+        seed: of the order of the pairs and of their sides; the key keeps it. By default that of
+            the key that is there, so that answers to its page still count, or else a random one.
         max_pairs: pairs of videos of each two models, drawn at random; by default all there are.
 
     Raises:
@@ -131,6 +133,8 @@ def write_study(
             that is missing.
     """
     clips = _by_model(folders)
+    key = page.with_suffix(".key.json")
+    seed = _seed_of(key) if seed is None else seed
     rng = np.random.default_rng(seed)
     comparisons = _comparisons(clips, rng, max_pairs)
     shown, videos = _page_data(comparisons, clips)
@@ -140,8 +144,7 @@ def write_study(
     text = json.dumps({"id": study, **data}).replace("<", "\\u003c")
     write_text(page, _TEMPLATE.read_text(encoding="utf-8").replace("__STUDY__", text))
     pairs = {row["id"]: asdict(each) for row, each in zip(shown, comparisons, strict=True)}
-    key = page.with_suffix(".key.json")
-    study_key = {"study": study, "models": sorted(clips), "pairs": pairs}
+    study_key = {"study": study, "seed": seed, "models": sorted(clips), "pairs": pairs}
     write_text(key, json.dumps(study_key, indent=1))
     return key
 
@@ -206,6 +209,12 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     reach = _Z * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     low, high = ((middle + side * reach) / (1 + z2 / trials) for side in (-1, 1))
     return max(0.0, low), min(1.0, high)
+
+
+def _seed_of(key: Path) -> int:
+    """Of the study whose key is there, or a new one: as long as nobody finds it by trying."""
+    found = read_json(key).get("seed")
+    return found if isinstance(found, int) else secrets.randbits(128)
 
 
 def _by_model(folders: Sequence[Path]) -> dict[str, Clips]:

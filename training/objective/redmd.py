@@ -23,7 +23,7 @@ from rf_core.ranges import MANY, check_numbers
 from rf_core.scheduler import add_noise, flow_to_x0
 
 from .losses import critic_loss, generator_loss, guided, matching_direction
-from .rollout import Rollout, RolloutDraws, roll_out
+from .rollout import PromptSwitch, Rollout, RolloutDraws, RolloutState, roll_out
 from .tensors import Tensors
 from .weights import WeightConfig
 
@@ -84,6 +84,14 @@ class Prompts:
     """[B, S, D]"""
     uncond: Tensor
     """The empty or negative prompt, [1 or B, S, D]."""
+    switch: PromptSwitch | None = None
+    """Where `cond` changes. It does so between windows alone, so that teacher and critic score each
+    window under the one prompt it was made under."""
+
+    def of_window(self, window: int) -> Tensor:
+        """The prompts [B, S, D] that a window shows."""
+        switch = self.switch
+        return self.cond if switch is None or window < switch.window else switch.embeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,21 +145,24 @@ def generator_losses(
     score_noises: Sequence[ScoreNoise],
     config: ReDMDConfig,
     weight_fn: WeightFn | None = None,
+    state: RolloutState | None = None,
 ) -> Iterator[Tensor]:
     """A scalar loss a window, each to be called backward on before the next is asked for.
 
     Rolls out, compares scores at one noised point a sample, and weights samples by `weight_fn`.
-    `score_noises` has one entry a window; `weight_fn` None is plain distribution matching.
+    `score_noises` has one entry a window; `weight_fn` None is plain distribution matching. With a
+    `state` the rollout goes on from there, and leaves it where it ends.
     """
     n = networks
-    windows = _windows(n, prompts, draws, config, supervised=True)
+    windows = _windows(n, prompts, draws, config, state, supervised=True)
     for index, (rollout, score_noise) in enumerate(zip(windows, score_noises, strict=True)):
         x0, mask = _anchored(rollout, n.anchor)
         noisy, timestep = score_noise.apply(x0)
         with torch.no_grad():
-            fake = n.predict_x0(n.critic, noisy, timestep, prompts.cond)
+            cond = prompts.of_window(index)
+            fake = n.predict_x0(n.critic, noisy, timestep, cond)
             real = guided(
-                n.predict_x0(n.teacher, noisy, timestep, prompts.cond),
+                n.predict_x0(n.teacher, noisy, timestep, cond),
                 n.predict_x0(n.teacher, noisy, timestep, prompts.uncond),
                 config.guidance,
             )
@@ -169,14 +180,15 @@ def critic_losses(
     score_noises: Sequence[ScoreNoise],
     config: ReDMDConfig,
     weight_fn: WeightFn | None = None,
+    state: RolloutState | None = None,
 ) -> Iterator[Tensor]:
     """As `generator_losses`, of the critic on a rollout without gradient."""
     n = networks
-    windows = _windows(n, prompts, draws, config, supervised=False)
+    windows = _windows(n, prompts, draws, config, state, supervised=False)
     for index, (rollout, score_noise) in enumerate(zip(windows, score_noises, strict=True)):
         x0, _ = _anchored(rollout, n.anchor)
         noisy, timestep = score_noise.apply(x0)
-        flow = n.predict_flow(n.critic, noisy, timestep, prompts.cond)
+        flow = n.predict_flow(n.critic, noisy, timestep, prompts.of_window(index))
         losses = critic_loss(flow.float(), x0, score_noise.noise)
         if weight_fn is not None:
             losses = weight_fn(x0, index).to(losses) * losses
@@ -184,10 +196,14 @@ def critic_losses(
 
 
 def rollout_latents(
-    networks: Networks, prompts: Prompts, draws: RolloutDraws, config: ReDMDConfig
+    networks: Networks,
+    prompts: Prompts,
+    draws: RolloutDraws,
+    config: ReDMDConfig,
+    state: RolloutState | None = None,
 ) -> Iterator[Tensor]:
     """The clean latents of each window of a rollout, as a reward scores them; no gradient."""
-    for rollout in _windows(networks, prompts, draws, config, supervised=False):
+    for rollout in _windows(networks, prompts, draws, config, state, supervised=False):
         yield _anchored(rollout, networks.anchor)[0]
 
 
@@ -203,7 +219,13 @@ def num_windows(frames: int, config: ReDMDConfig) -> int:
 
 
 def _windows(
-    networks: Networks, prompts: Prompts, draws: RolloutDraws, config: ReDMDConfig, supervised: bool
+    networks: Networks,
+    prompts: Prompts,
+    draws: RolloutDraws,
+    config: ReDMDConfig,
+    state: RolloutState | None,
+    *,
+    supervised: bool,
 ) -> Iterator[Rollout]:
     windows = num_windows(draws.noise.shape[2], config)
     return roll_out(
@@ -216,6 +238,8 @@ def _windows(
         supervised=supervised,
         attention=networks.attention,
         dtype=networks.dtype,
+        switch=prompts.switch,
+        state=state,
     )
 
 

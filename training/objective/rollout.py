@@ -4,7 +4,8 @@ Chunk by chunk (Self Forcing, arXiv 2506.08009): denoise without gradient down t
 take that one step with gradient, then write the cache slot by a clean pass without gradient. What
 a chunk sees of its past is a copy that nothing writes to, so a recomputed forward reads the same,
 and no gradient leaks from a chunk into the ones before it. Window, evictions and the EMA-Sink are
-`KVCache`'s own: a rollout longer than the window trains the sink as it will be used.
+`KVCache`'s own: a rollout longer than the window trains the sink as it will be used. Where the
+prompt changes between two windows, the past is recached as a stream's is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rf_core.config import CacheConfig, Grid, SamplerConfig
 from rf_core.kv_cache import KeyValues, KVCache
 from rf_core.layers import PromptKV
 from rf_core.model import PromptContext, WanModel
+from rf_core.recache import recache
 from rf_core.scheduler import add_noise, flow_to_x0, sampling_timesteps
 
 from .tensors import Tensors
@@ -54,6 +56,52 @@ class RolloutDraws(Tensors):
     """The last denoising step of every chunk, from 0; shared by all chunks, samples and ranks."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptSwitch(Tensors):
+    """A change of prompt between two windows, with a recache (LongLive, arXiv 2509.22622)."""
+
+    window: int
+    """The first window under the new prompts, of those that are rolled out, from 0."""
+    embeds: Tensor
+    """The prompts from there on, [B, S, D]; of samples that keep theirs, the same as before."""
+    samples: Tensor
+    """Which samples change, bool [B]: the past of the others stays as it is."""
+
+
+@dataclass(kw_only=True)
+class RolloutState:
+    """Where a rollout stands between two windows; `roll_out` moves it on in place."""
+
+    cache: KVCache
+    last_latents: Tensor
+    """Its last clean latents [B, C, F, h, w], no more than the window holds beside its sink."""
+
+    @classmethod
+    def begin(
+        cls,
+        model: WanModel,
+        latents: Tensor,
+        config: CacheConfig,
+        dtype: torch.dtype | None = None,
+    ) -> RolloutState:
+        """An empty one for rollouts of latents of that shape, [B, C, F, h, w], on their device."""
+        cache = model.new_cache(
+            config,
+            batch=latents.shape[0],
+            grid=Grid.of_latents(*latents.shape[-2:], model.config.patch_size),
+            dtype=dtype or model.patch_embedding.weight.dtype,
+            device=latents.device,
+        )
+        return cls(cache=cache, last_latents=latents[:, :, :0])
+
+    def append(self, latents: Tensor) -> None:
+        """Note the clean latents of a window that the cache holds."""
+        config = self.cache.config
+        room = config.window_frames - config.sink_frames
+        every = torch.cat([self.last_latents, latents.detach()], dim=2)
+        self.last_latents = every[:, :, -room:].clone()
+
+
 def random_draws(
     shape: tuple[int, ...], sampler: SamplerConfig, generator: torch.Generator | None = None
 ) -> RolloutDraws:
@@ -80,13 +128,16 @@ def roll_out(
     supervised: bool = True,
     attention: Attention = sdpa,
     dtype: torch.dtype | None = None,
+    switch: PromptSwitch | None = None,
+    state: RolloutState | None = None,
 ) -> Iterator[Rollout]:
     """Stream as many chunks as there is noise, yielding them `window_chunks` at a time.
 
     `prompt_embeds` is [B, S, D]; `window_chunks` None yields all chunks at once. No gradient leads
     from a window into the one before: call backward on each before the next is asked for, and a
     rollout of any length takes the memory of one window. `dtype` is what the network computes in,
-    by default that of its weights. ValueError where the noise is not whole windows.
+    by default that of its weights. With a `state` the rollout goes on from there. ValueError where
+    the noise is not whole windows.
     """
     chunk = cache_config.chunk_frames
     parts = list(
@@ -104,27 +155,28 @@ def roll_out(
         )
     timesteps = sampling_timesteps(sampler).tolist()[: draws.exit_step + 1]
     dtype = dtype or model.patch_embedding.weight.dtype
-    cache = model.new_cache(
-        cache_config,
-        batch=draws.noise.shape[0],
-        grid=Grid.of_latents(*draws.noise.shape[-2:], model.config.patch_size),
-        dtype=dtype,
-        device=draws.noise.device,
-    )
-    past = draws.noise[:, :, :0]
-    for first in range(0, len(parts), per_window):
-        student = _Student(model, prompt_embeds.to(dtype), cache, attention, dtype, supervised)
+    state = state or RolloutState.begin(model, draws.noise, cache_config, dtype)
+    for number, first in enumerate(range(0, len(parts), per_window)):
+        switches = switch is not None and number == switch.window
+        if switches:
+            prompt_embeds = switch.embeds
+        student = _Student(
+            model, prompt_embeds.to(dtype), state.cache, attention, dtype, supervised
+        )
+        if switches:
+            student.recache(state.last_latents, switch.samples)
+        past = state.last_latents[:, :, -chunk:]
         chunks = [
             student.next_chunk(*part, timesteps) for part in parts[first : first + per_window]
         ]
         latents = torch.cat(chunks, dim=2)
+        state.append(latents)
         yield Rollout(
             latents=latents,
             past=past,
             timestep=timesteps[-1],
-            num_evictions=cache.num_evictions,
+            num_evictions=state.cache.num_evictions,
         )
-        past = chunks[-1].detach()
 
 
 def detached(prompt: PromptContext) -> PromptContext:
@@ -162,11 +214,24 @@ class _Student:
             context = self.cache.snapshot() if self.supervised else self.cache
             x0 = self._predict_x0(x, timesteps[-1], self.prompt, context)
         with torch.no_grad():
-            clean = x0.detach()
-            self.model.write_cache(
-                clean.to(self.dtype), *self._inputs(clean, 0.0, self.detached_prompt, self.cache)
-            )
+            self._clean_pass(x0.detach(), self.cache)
+        self.cache.finish()
         return x0
+
+    @torch.no_grad()
+    def recache(self, last_latents: Tensor, samples: Tensor) -> None:
+        """Write the past of some samples, bool [B], anew under this window's prompt.
+
+        All run along, so that processes which share a network stay in step.
+        """
+        again = self.cache.clone()
+        recache(again, last_latents, lambda clean: self._clean_pass(clean, again))
+        self.cache.copy_samples(again, samples)
+
+    def _clean_pass(self, clean: Tensor, cache: KVCache) -> None:
+        self.model.write_cache(
+            clean.to(self.dtype), *self._inputs(clean, 0.0, self.detached_prompt, cache)
+        )
 
     def _predict_x0(
         self, x: Tensor, timestep: float, prompt: PromptContext, cache: KeyValues

@@ -160,13 +160,18 @@ def shard(
 def _mesh(device: str, shard_over: int | None) -> DeviceMesh:
     if shard_over is None:
         return init_device_mesh(device, (world_size(),))
-    copies, rest = divmod(world_size(), shard_over)
-    if rest:
-        raise ValueError(
-            f"placement.shard_over is {shard_over}, of which {world_size()} processes are no "
-            "multiple; give the cards of a node"
-        )
+    check_groups("shard_over", shard_over, world_size())
+    copies = world_size() // shard_over
     return init_device_mesh(device, (copies, shard_over), mesh_dim_names=("copy", "shard"))
+
+
+def check_groups(name: str, over: int | None, processes: int) -> None:
+    """ValueError where processes are no whole groups of as many as a field of placement says."""
+    if over is not None and processes % over:
+        raise ValueError(
+            f"placement.{name} is {over}, of which the number of processes, {processes}, is no "
+            "multiple; give the cards of a node, and start whole nodes"
+        )
 
 
 def shard_modules(network: nn.Module, parts: Iterable[nn.Module], device: str) -> None:
@@ -177,24 +182,45 @@ def shard_modules(network: nn.Module, parts: Iterable[nn.Module], device: str) -
     fully_shard(network, mesh=mesh)
 
 
-def check_shares(batch: int, micro_batch: int, processes: int) -> int:
-    """Samples of each process; ValueError where they cannot be shared out in micro-batches."""
-    share, rest = divmod(batch, processes)
+def check_shares(
+    batch: int, micro_batch: int, processes: int, sequence_over: int | None = None
+) -> int:
+    """Samples of each process; ValueError where they cannot be shared out in micro-batches.
+
+    With `sequence_over`, so many neighbouring processes have the same samples.
+    """
+    shares = num_shares(processes, sequence_over)
+    share, rest = divmod(batch, shares)
     if rest or share % micro_batch:
+        over = f"{processes} processes"
+        if shares < processes:
+            over += f" in groups of placement.sequence_over {sequence_over}"
         raise ValueError(
             f"a batch of {batch} cannot be shared out in micro-batches of {micro_batch} over "
-            f"{processes} processes; give a batch that is a multiple of {micro_batch * processes}"
+            f"{over}; give a batch that is a multiple of {micro_batch * shares}"
         )
     return share
 
 
-def local_micro_batches(batch: int, micro_batch: int) -> list[range]:
+def num_shares(processes: int, sequence_over: int | None) -> int:
+    """How many shares of a batch there are: one a group of `sequence_over` processes."""
+    return processes // (sequence_over or 1)
+
+
+def share_number(sequence_over: int | None) -> int:
+    """Which share of a batch is this process's."""
+    return rank() // (sequence_over or 1)
+
+
+def local_micro_batches(
+    batch: int, micro_batch: int, sequence_over: int | None = None
+) -> list[range]:
     """This process's micro-batches of the samples 0 to batch - 1.
 
     ValueError where they cannot be shared out evenly.
     """
-    share = check_shares(batch, micro_batch, world_size())
-    first = share * rank()
+    share = check_shares(batch, micro_batch, world_size(), sequence_over)
+    first = share * share_number(sequence_over)
     return [range(i, i + micro_batch) for i in range(first, first + share, micro_batch)]
 
 
@@ -216,13 +242,16 @@ def all_reduce_max(value: int) -> int:
     return int(largest)
 
 
-def all_gather(values: Tensor) -> Tensor:
-    """The values [n, ...] of all processes, concatenated in the order of ranks."""
+def all_gather(values: Tensor, sequence_over: int | None = None) -> Tensor:
+    """The values [n, ...] of all processes, concatenated in the order of ranks.
+
+    With `sequence_over`, those of the first of every so many, which have the same.
+    """
     if not dist.is_initialized():
         return values
     every = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(every, values.contiguous())
-    return torch.cat(every)
+    return torch.cat(every[:: sequence_over or 1])
 
 
 def broadcast_from_rank_0(value: T) -> T:

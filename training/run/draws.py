@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -72,6 +73,44 @@ def draw_score_noise(
     return ScoreNoise(noise=torch.stack(noises), timestep_B=torch.cat(timesteps))
 
 
+def draw_windows(seed: int, role: Role, update: int, most: int) -> int:
+    """Windows of an update's rollouts, uniform from 1 to `most`; for all samples alike."""
+    generator = seeded_generator(seed, role, update, "windows")
+    return 1 + int(torch.randint(most, (), generator=generator))
+
+
+def draw_border(seed: int, role: Role, rollout: int, windows: int) -> int:
+    """The window of a rollout with which prompts change, uniform from 1 to `windows` - 1.
+
+    For all samples alike, so that processes which share a network recache together.
+    """
+    generator = seeded_generator(seed, role, rollout, "border")
+    return 1 + int(torch.randint(windows - 1, (), generator=generator))
+
+
+def switched_indices(
+    seed: int,
+    role: Role,
+    rollout: int,
+    samples: Sequence[int],
+    numbers: Sequence[int],
+    num_prompts: int,
+    share: float,
+    copies: int = 1,
+) -> list[int]:
+    """The prompts after the border, as their numbers: another one for a `share` of samples.
+
+    `numbers` are the prompts before it; `copies` neighbouring samples change alike.
+    """
+    after = []
+    for sample, number in zip(samples, numbers, strict=True):
+        generator = seeded_generator(seed, role, rollout, sample // copies, "switch")
+        changes = float(torch.rand((), generator=generator)) < share
+        further = 1 + int(torch.randint(num_prompts - 1, (), generator=generator))
+        after.append((number + further) % num_prompts if changes else number)
+    return after
+
+
 def shuffled_indices(
     seed: int,
     role: str,
@@ -88,6 +127,18 @@ def shuffled_indices(
     numbers = []
     for sample in samples:
         epoch, place = divmod((update * batch + sample) // copies, num_prompts)
-        order = torch.randperm(num_prompts, generator=seeded_generator(seed, role, epoch, "order"))
-        numbers.append(int(order[place]))
+        numbers.append(int(_order(seed, role, epoch, num_prompts)[place]))
     return numbers
+
+
+def first_indices(seed: int, role: str, count: int, num_prompts: int) -> list[int]:
+    """The numbers of the first `count` prompts that `shuffled_indices` gives, each once.
+
+    In the order in which they come: those of a longer run begin with those of a shorter one.
+    """
+    return _order(seed, role, 0, num_prompts)[:count].tolist()
+
+
+@lru_cache(maxsize=4)  # of a million prompts it takes a while, and samples share it
+def _order(seed: int, role: str, epoch: int, num_prompts: int) -> torch.Tensor:
+    return torch.randperm(num_prompts, generator=seeded_generator(seed, role, epoch, "order"))

@@ -9,17 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from rf_core.writing import write_text
 
 from .distributed import rank
 
 _log = logging.getLogger(__name__)
-CHANGED = "changed"
+CHANGED, CHECKPOINT = "changed", "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownVideo:
+    """A video to look at."""
+
+    path: Path
+    """Its MP4; the log's name for it is that of the file."""
+    prompt: str
+    row: Tensor
+    """Some of its images side by side, uint8 [3, H, W]: TensorBoard has videos as GIFs alone, made
+    by a package that it does not come with."""
 
 
 class Journal:
@@ -49,6 +63,11 @@ class Journal:
         if self.active and changes:
             self._append({"update": update, CHANGED: changes})
 
+    def write_checkpoint(self, update: int, folder: Path) -> None:
+        """Which checkpoint was written after an update; one before the first belongs to none."""
+        if self.active and update >= 0:
+            self._append({"update": update, CHECKPOINT: folder.name})
+
     def write(self, update: int, values: Mapping[str, float]) -> None:
         """An update's numbers, or more of them."""
         if not self.active:
@@ -60,6 +79,25 @@ class Journal:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=update)
 
+    def write_videos(self, update: int, videos: Sequence[ShownVideo]) -> None:
+        """Videos of an update: rows of images in TensorBoard, the files in Weights & Biases."""
+        if self._board is not None:
+            for each in videos:
+                name = f"validation/{each.path.stem}"
+                self._board.add_image(name, each.row.numpy(), update)
+                self._board.add_text(name, each.prompt, update)
+        if self._wandb is not None and videos:
+            from wandb import Video
+
+            found = {f"validation/{each.path.stem}": each for each in videos}
+            self._wandb.log(
+                {
+                    name: Video(str(each.path), caption=each.prompt, format="mp4")
+                    for name, each in found.items()
+                },
+                step=update,
+            )
+
     def _append(self, line: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -68,8 +106,9 @@ class Journal:
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """What a `log.jsonl` has of each update; a line that a kill cut short is left out.
 
-    An update may have several lines: its numbers, what was validated after it, and, under
-    `CHANGED`, what of the config is another from it on.
+    An update may have several lines: its numbers, what was validated after it, under `CHECKPOINT`
+    the checkpoint that was written after it and, under `CHANGED`, what of the config is another
+    from it on.
     """
     by_update: dict[int, dict[str, Any]] = {}
     for line in _lines(path):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .distributed import check_shares
+from .distributed import check_groups, check_shares, num_shares
 from .networks import PlacementConfig
 
 
@@ -19,6 +19,7 @@ def num_processes() -> int:
 
 def check_machine(placement: PlacementConfig, wandb: str | None = None) -> None:
     """ValueError where this machine lacks what a run asks for by name."""
+    check_placement(placement, num_processes())
     if wandb is not None and not _is_installed("wandb"):
         raise ValueError(
             f"wandb is {wandb!r}, but wandb is not installed; pip install wandb, or leave it out"
@@ -33,10 +34,20 @@ def check_machine(placement: PlacementConfig, wandb: str | None = None) -> None:
             )
 
 
-def check_batches(batches: Iterable[int], micro_batch: int, processes: int) -> None:
+def check_placement(placement: PlacementConfig, processes: int) -> None:
+    """ValueError where so many processes are no whole groups of those that a run asks for."""
+    for name in ("shard_over", "sequence_over"):
+        check_groups(name, getattr(placement, name), processes)
+
+
+def check_batches(
+    batches: Iterable[int], micro_batch: int, processes: int, sequence_over: int | None = None
+) -> None:
     """ValueError where a batch cannot be shared out; fewer samples than a micro-batch are one."""
+    shares = num_shares(processes, sequence_over)
     for batch in batches:
-        check_shares(batch, min(micro_batch, max(1, batch // processes)), processes)
+        fitting = min(micro_batch, max(1, batch // shares))
+        check_shares(batch, fitting, processes, sequence_over)
 
 
 def _is_installed(package: str) -> bool:

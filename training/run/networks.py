@@ -6,7 +6,7 @@ first process, from a memory-mapped file: no process ever holds more than its sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from rf_core.config import ModelConfig
@@ -25,6 +26,7 @@ from rf_core.weights.checkpoint import read_checkpoint
 
 from .distributed import rank, shard
 from .lora import LoRAConfig, adapter_weights, add_adapters, renamed_base
+from .sequence import split_sequence
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,9 +51,14 @@ class PlacementConfig:
     """How many neighbouring processes share a copy of the weights out among them, such as the cards
     of a node; None for all. Each such group has a copy of its own (hybrid sharding, HSDP): weights
     are gathered within it, and gradients alone are summed over all."""
+    sequence_over: int | None = None
+    """How many neighbouring processes share the tokens of a sample out among them, of every
+    network and of the student's cache, such as the cards of a node (sequence parallelism,
+    DeepSpeed-Ulysses); None for a process a sample. It must divide the networks' heads and the
+    tokens of a frame."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, shard_over=(1, MANY))
+        check_numbers(self, shard_over=(1, MANY), sequence_over=(1, MANY))
 
 
 def open_network(
@@ -63,20 +70,33 @@ def open_network(
     offload: bool = False,
     lora: LoRAConfig | None = None,
     seed: int = 0,
+    latents: Sequence[int] | None = None,
 ) -> WanModel:
     """A network from a checkpoint of any layout the engine reads, placed and ready.
 
     A network that is not trained is held in `placement.dtype`, one that is in float32; `lora` adds
-    adapters, which are then all that is trained. Every process calls this together.
+    adapters, which are then all that is trained. `latents` is the shape of a sample, [C, F, h, w],
+    by which `placement.sequence_over` shares tokens out; ValueError where it cannot. Every process
+    calls this together.
     """
     source = read_checkpoint(path)
-    return _placed(source.config, source.tensors, placement, device, trained, offload, lora, seed)
+    return _placed(
+        source.config, source.merged(), placement, device, trained, offload, lora, seed, latents
+    )
 
 
 def new_network(
-    config: ModelConfig, placement: PlacementConfig, device: torch.device, *, seed: int
+    config: ModelConfig,
+    placement: PlacementConfig,
+    device: torch.device,
+    *,
+    seed: int,
+    latents: Sequence[int] | None = None,
 ) -> WanModel:
-    """A freshly drawn network, placed and ready to be trained; every process draws the same."""
+    """A freshly drawn network, placed and ready to be trained; every process draws the same.
+
+    `latents` as of `open_network`.
+    """
     model = WanModel(config)
     generator = torch.Generator().manual_seed(seed)
     model.initialise(generator)
@@ -84,23 +104,43 @@ def new_network(
     for layer in (model.text_embedding[0], model.text_embedding[2]):
         nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
     tensors, offload = model.state_dict(), placement.offload == "all"
-    return _placed(config, tensors, placement, device, True, offload, None, seed)
+    return _placed(config, tensors, placement, device, True, offload, None, seed, latents)
+
+
+def random_network(
+    config: ModelConfig,
+    placement: PlacementConfig,
+    device: torch.device,
+    *,
+    trained: bool,
+    offload: bool = False,
+    lora: LoRAConfig | None = None,
+    latents: Sequence[int] | None = None,
+) -> WanModel:
+    """A network as `open_network` places it, of weights that mean nothing: for a dry run.
+
+    No process holds more than its share.
+    """
+    return _placed(config, None, placement, device, trained, offload, lora, 0, latents)
 
 
 def _placed(
     config: ModelConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | None,
     placement: PlacementConfig,
     device: torch.device,
     trained: bool,
     offload: bool,
     lora: LoRAConfig | None,
     seed: int,
+    latents: Sequence[int] | None,
 ) -> WanModel:
     network = _empty(config, torch.float32 if trained else DTYPES[placement.dtype])
+    network = split_sequence(network, placement.sequence_over, latents, device.type)
     network.requires_grad_(trained and lora is None)
     if lora is not None:
         add_adapters(network, lora)
+    if lora is not None and tensors is not None:
         tensors = renamed_base(network, tensors) | adapter_weights(network, seed)
     prepare(network, placement, trained=trained)
     shard(
@@ -111,6 +151,8 @@ def _placed(
         placement.reshard,
         placement.shard_over,
     )
+    if tensors is None:
+        return _drawn(network.to_empty(device="cpu" if offload else device))
     return _filled(network, tensors, device, offload)
 
 
@@ -148,6 +190,14 @@ def placement_dtype(placement: PlacementConfig) -> torch.dtype:
 def _empty(config: ModelConfig, dtype: torch.dtype) -> WanModel:
     with torch.device("meta"):
         return WanModel(config, dtype=dtype)
+
+
+@torch.no_grad()
+def _drawn(network: WanModel) -> WanModel:
+    for parameter in network.parameters():
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        own.normal_(std=0.02)
+    return network
 
 
 def _filled(

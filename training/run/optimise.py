@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -21,6 +22,7 @@ from rf_core.ranges import MANY, check_numbers
 from ..muon import Muon
 from .distributed import all_reduce_max, clip_gradients, reshard
 from .ema import trainable
+from .momentless import MomentlessAdamW
 
 SMALLEST_RATE = 1e-12
 """Of a learning rate: what is below it trains nothing that float32 weights can hold."""
@@ -36,7 +38,7 @@ class OptimiserConfig:
     rate: float
     """Learning rate."""
     betas: tuple[float, float] = (0.0, 0.999)
-    """Decay of the two moments."""
+    """Decay of the two moments; where the first is 0, as published, that moment is not kept."""
     weight_decay: float = 0.01
     """Decoupled weight decay; with Muon, of its matrices alone."""
     clip_norm: float = 10.0
@@ -55,6 +57,15 @@ class OptimiserConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; give two decays in [0, 1)")
 
+    def is_muons(self, name: str, parameter: Tensor) -> bool:
+        """Whether Muon steps a parameter of that name: blocks' matrices, where it is asked for."""
+        muon = self.matrix_rate is not None
+        return muon and name.startswith("blocks.") and parameter.ndim == 2
+
+    def num_moments(self, name: str, parameter: Tensor) -> int:
+        """How many tensors of a parameter's own size its optimiser keeps."""
+        return 1 if self.betas[0] == 0 or self.is_muons(name, parameter) else 2
+
     def rate_factor(self, update: int, updates: int) -> float:
         """Factor on the learning rates at `update` of a run of `updates`."""
         rise = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
@@ -70,17 +81,11 @@ class TrainedNetwork:
         self.network, self.config = network, config
         named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         muon = config.matrix_rate is not None
-        matrices = [p for name, p in named if muon and name.startswith("blocks.") and p.ndim == 2]
+        matrices = [p for name, p in named if config.is_muons(name, p)]
         chosen = {id(each) for each in matrices}
         self.others = [p for _, p in named if id(p) not in chosen]
-        self.optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                self.others,
-                lr=config.rate,
-                betas=config.betas,
-                weight_decay=0.0 if muon else config.weight_decay,
-            )
-        ]
+        decay = 0.0 if muon else config.weight_decay
+        self.optimisers: list[torch.optim.Optimizer] = [_adamw(self.others, config, decay)]
         if config.matrix_rate is not None:
             decay = config.weight_decay
             self.optimisers.append(Muon(matrices, lr=config.matrix_rate, weight_decay=decay))
@@ -140,3 +145,12 @@ class TrainedNetwork:
         if not counts:
             return found
         return get_state_dict(self.network, self.optimisers, options=_TRAINED_ONLY)
+
+
+def _adamw(
+    parameters: list[torch.nn.Parameter], config: OptimiserConfig, decay: float
+) -> torch.optim.Optimizer:
+    first, second = config.betas
+    if first == 0:
+        return MomentlessAdamW(parameters, lr=config.rate, beta2=second, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=config.rate, betas=config.betas, weight_decay=decay)

@@ -34,9 +34,14 @@ def add_config_arguments(
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--out` and `--resume`."""
+    """`--out`, `--resume` and `--dry-run`."""
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="one update on random tensors: its memory and seconds; nothing is written",
+    )
 
 
 def config_from_args(

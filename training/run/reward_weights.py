@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..objective.redmd import ReDMDConfig, WeightFn
 from ..objective.weights import SampleWeights, sample_weights
-from .distributed import all_gather, rank
+from .distributed import all_gather, share_number
 
 
 class LatentReward(Protocol):
@@ -34,8 +34,14 @@ class LatentReward(Protocol):
 class RewardWeights:
     """Scores and weights of an update, for each window of the rollout."""
 
-    def __init__(self, reward: LatentReward, config: ReDMDConfig, windows: int) -> None:
-        self.reward, self.config = reward, config
+    def __init__(
+        self,
+        reward: LatentReward,
+        config: ReDMDConfig,
+        windows: int,
+        sequence_over: int | None = None,
+    ) -> None:
+        self.reward, self.config, self.sequence_over = reward, config, sequence_over
         self.scores: list[list[Tensor]] = [[] for _ in range(windows)]
         self.precomputed: list[SampleWeights] | None = None
 
@@ -44,18 +50,19 @@ class RewardWeights:
         self.scores = [[row] for row in torch.cat(list(scores), dim=1)]
         self.precomputed = self._window_weights()
 
-    def for_samples(self, samples: range, numbers: list[int]) -> WeightFn:
-        """The weights of a micro-batch, whose prompts have those numbers."""
+    def for_samples(self, samples: range, numbers: Sequence[list[int]]) -> WeightFn:
+        """The weights of a micro-batch, whose prompts have those numbers in each window."""
 
         def weight_fn(x0: Tensor, window: int) -> Tensor:
             if self.precomputed is not None:
                 return self.precomputed[window].weights[list(samples)]
-            scores = self.reward(x0, numbers)
+            scores = self.reward(x0, numbers[window])
             self.scores[window].append(scores)
             if not self.config.weights.depends_on_batch:
                 return self._sample_weights(scores).weights
-            start = rank() * len(samples)
-            return self._sample_weights(all_gather(scores)).weights[start : start + len(samples)]
+            start = share_number(self.sequence_over) * len(samples)
+            every = self._sample_weights(all_gather(scores, self.sequence_over)).weights
+            return every[start : start + len(samples)]
 
         return weight_fn
 
@@ -64,7 +71,8 @@ class RewardWeights:
         return (self.precomputed or self._window_weights())[-1]
 
     def _window_weights(self) -> list[SampleWeights]:
-        return [self._sample_weights(all_gather(torch.cat(row))) for row in self.scores]
+        rows = [all_gather(torch.cat(row), self.sequence_over) for row in self.scores]
+        return [self._sample_weights(row) for row in rows]
 
     def _sample_weights(self, scores: Tensor) -> SampleWeights:
         return sample_weights(scores, self.config.weights, self.config.reward_sign)

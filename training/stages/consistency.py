@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, CacheConfig, SamplerConfig
+from rf_core.decoders.decoder import Decoder
 from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_numbers
@@ -47,18 +49,21 @@ from ..run.folder import STUDENT, checkpoint_to_resume
 from ..run.networks import PlacementConfig, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
+from ..run.sequence import check_cache, check_sequence
 from .export import file_hash, write_student
 from .regression import check_excerpt_cache, miniature_init
 from .supervised import (
     Report,
     SupervisedConfig,
     SupervisedTrainer,
+    check_validation,
     micro_batches,
     run_stage,
     train,
     video_size,
 )
 from .trajectories import student_levels
+from .validation import stream_video
 
 _ROLE = "consistency"
 
@@ -68,6 +73,7 @@ class ConsistencyConfig(SupervisedConfig):
     """The distillation. Nothing here is published for this network: the numbers are ours."""
 
     recipe = "consistency"
+    may_change = (*SupervisedConfig.may_change, "validation_chunks")
 
     source: Path = CLIPS
     """Folder of clips: the miniature world's, or whole clips of `ode_pairs`."""
@@ -89,6 +95,8 @@ class ConsistencyConfig(SupervisedConfig):
     """Classifier-free guidance of the teacher's step; 1 for none."""
     excerpts: ExcerptConfig = field(default_factory=ExcerptConfig)
     """How chunks and their past are drawn."""
+    validation_chunks: int = 14
+    """Length of validation's videos, which are streamed, in chunks."""
     optimiser: OptimiserConfig = field(
         default_factory=lambda: OptimiserConfig(rate=2e-6, betas=(0.9, 0.999))
     )
@@ -97,6 +105,7 @@ class ConsistencyConfig(SupervisedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, steps=(1, MANY), shift=(0.01, 1000.0), guidance=(1, 1000.0))
+        check_numbers(self, validation_chunks=(1, MANY))
 
     @property
     def levels(self) -> list[float]:
@@ -117,6 +126,8 @@ def miniature_consistency() -> ConsistencyConfig:
         micro_batch=init.micro_batch,
         ema=init.ema,
         ema_from=init.ema_from,
+        validate_every=init.validate_every,
+        validation_chunks=init.validation_chunks,
     )
 
 
@@ -152,10 +163,17 @@ class ConsistencyBatch(Tensors):
 
 
 def draw_batch(
-    source: ClipSource, config: ConsistencyConfig, update: int, samples: Sequence[int]
+    source: ClipSource,
+    config: ConsistencyConfig,
+    update: int,
+    samples: Sequence[int],
+    among: Sequence[int] | None = None,
 ) -> ConsistencyBatch:
-    """Some samples of an update: a function of the seed, on whatever process."""
-    c, groups = config, (range(len(source)),)
+    """Some samples of an update: a function of the seed, on whatever process.
+
+    They are drawn `among` those rows; None for all.
+    """
+    c, groups = config, (range(len(source)) if among is None else among,)
     rows = [draw_clip(groups, c.seed, _ROLE, update * c.batch + each) for each in samples]
 
     def generators(what: str) -> list[torch.Generator]:
@@ -251,16 +269,44 @@ class ConsistencyTrainer(SupervisedTrainer):
         """Networks are placed and sharded already; `uncond` is [1, S, D]."""
         steps = torch.tensor(student_levels(config.sampler))
         names = [f"t{NUM_TRAIN_TIMESTEPS * level:.0f}" for level in steps.tolist()]
-        super().__init__(config, student, names, len(source))
+        super().__init__(config, student, names, source)
         self.teacher, self.source, self.device = teacher, source, device
         self.uncond = uncond.to(device)
         levels = torch.tensor(config.levels[:-1])
         self._names_of_levels = (steps[:, None] >= levels).sum(0) - 1  # of which step it is below
-        micro_batches(config.batch, config.micro_batch)  # refuses what cannot be shared out
+        over = config.placement.sequence_over
+        micro_batches(config.batch, config.micro_batch, over)  # refuses what cannot be shared out
 
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`: each chunk's, by the student's step that its level is of."""
-        batch = draw_batch(self.source, self.config, self.update, samples)
+        c, among = self.config, self.split.trained
+        return self._errors(draw_batch(self.source, c, self.update, samples, among))
+
+    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
+        """See `SupervisedTrainer`."""
+        held = self.split.held_out
+        fixed = replace(self.config, batch=len(held), seed=0)
+        return self._errors(draw_batch(self.source, fixed, 0, samples, held))
+
+    def captions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
+        """See `SupervisedTrainer`."""
+        return self.source.captions(rows, rows)
+
+    def video(self, embeds: Tensor, decoder: Decoder | None, seed: int) -> Tensor | None:
+        """See `SupervisedTrainer`: a stream."""
+        return stream_video(
+            self.network,
+            embeds,
+            self.config.cache,
+            self.config.sampler,
+            decoder,
+            self.config.validation_chunks,
+            video_size(self.source.shape),
+            seed=seed,
+            dtype=self.dtype,
+        )
+
+    def _errors(self, batch: ConsistencyBatch) -> tuple[Tensor, Tensor]:
         errors = consistency_errors(
             self.network,
             self.teacher,
@@ -298,22 +344,23 @@ def distil_consistency(
     check_excerpt_cache(config.cache, config.cache.chunk_frames)
     check_no_prompt_files(config.data)
     source = open_clips(config.source, config.data, device)
+    placement = config.placement
+    check_cache(placement.sequence_over, config.cache, "cache")
     for name, path in files.items():
-        if (channels := read_checkpoint(path).config.in_dim) != source.shape[0]:
+        size = read_checkpoint(path).config
+        if size.in_dim != source.shape[0]:
             raise ValueError(
                 f"{config.source} holds latents of {source.shape[0]} channels; {name} is {path}, "
-                f"which reads {channels}: give it clips of its own VAE"
+                f"which reads {size.in_dim}: give it clips of its own VAE"
             )
+        check_sequence(placement.sequence_over, size, source.shape, name)
     check_excerpts(source, config.cache.chunk_frames)
+    check_validation(config, source)
     resumed = checkpoint_to_resume(config, out, resume)
-    placement = config.placement
     uncond = open_negative(config.data, out / "embeddings", device, placement_dtype(placement))
-    student = open_network(
-        files["start"], placement, device, trained=True, offload=placement.offload == "all"
-    )
-    teacher = open_network(
-        files["teacher"], placement, device, trained=False, offload=placement.offload != "none"
-    )
+    opened = partial(open_network, placement=placement, device=device, latents=source.shape)
+    student = opened(files["start"], trained=True, offload=placement.offload == "all")
+    teacher = opened(files["teacher"], trained=False, offload=placement.offload != "none")
     trainer = ConsistencyTrainer(config, student, teacher, source, uncond, device)
     yield from train(trainer, out, resumed)
 

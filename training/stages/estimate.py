@@ -1,4 +1,5 @@
-"""What a run will take, counted before it begins: memory of a process, operations of an update.
+"""What a Re-DMD run takes, counted before it begins: memory of a process, operations of an update.
+`costs` is the same for every recipe, with card hours and disk.
 
 Memory is counted from the network itself: it runs once without weights or arithmetic while a hook
 notes what autograd would keep, so nothing here has to follow the code by hand. Attention is taken
@@ -9,8 +10,7 @@ training begins, and a reward's own network are left out.
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,16 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rf_core.config import CacheConfig, Grid, ModelConfig
+from rf_core.config import Grid, ModelConfig
 from rf_core.kv_cache import KVSnapshot
-from rf_core.measure.counts import cache_bytes, num_parameters, pass_work, total
+from rf_core.measure.counts import cache_bytes, num_parameters
 from rf_core.model import WanModel
 
 from ..objective.redmd import ReDMDConfig
+from ..run.lora import LoRAConfig
 from ..run.networks import DTYPES, PlacementConfig, prepare
+from ..run.optimise import OptimiserConfig
+from ..run.sequence import own_grid
+from .operations import pass_flops
 from .recipes import DistilConfig
+from .trainer import RunConfig
 
-MASTER = 4  # bytes of a trained weight, of its gradient, and of each of AdamW's two moments
+MASTER = 4  # bytes of a trained weight, of its gradient, and of each of its moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,52 +66,18 @@ def estimate(config: DistilConfig, sizes: Sizes, processes: int) -> Estimate:
     return Estimate(memory=_memory(config, sizes, processes), flops=flops)
 
 
-def format_estimate(found: Estimate, speed: float | None = None) -> str:
-    """Lines for a terminal; `speed` is in operations a second, as `matmul_speed` measures it."""
-    rows = [f"{name:<38}{count / 1e9:>12.2f} GB" for name, count in found.memory.items()]
-    rows.append(f"{'a process takes about':<38}{found.bytes / 1e9:>12.2f} GB")
-    operations = sum(found.flops.values())
-    rows += [f"{name:<38}{_operations(count):>15}" for name, count in found.flops.items()]
-    rows.append(f"{'an update on a process':<38}{_operations(operations):>15}")
-    if speed is not None:
-        rows.append(
-            f"{'at the speed of its matrix products':<38}{operations / speed:>13.1f} s "
-            f"({speed / 1e12:.2f} TFLOP/s)"
-        )
-    return "\n".join(rows)
-
-
-def _operations(count: int) -> str:
-    return f"{count / 1e15:.2f} PFLOP" if count >= 1e15 else f"{count / 1e12:.2f} TFLOP"
-
-
-def matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations a second of large matrix products here."""
-    side = 4096 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        (a @ b).flatten()[0].item()  # waits for the device
-        count += 1
-    return 2 * side**3 * count / (time.perf_counter() - began)
-
-
 def _memory(config: DistilConfig, sizes: Sizes, processes: int) -> dict[str, int]:
-    placement, element = config.placement, DTYPES[config.placement.dtype].itemsize
-    frozen = num_parameters(sizes.teacher) * element // processes
-    student, critic = (
-        _trained(size, lora, processes, average)
-        for size, lora, average in (
-            (sizes.student, config.student_lora, True),
-            (sizes.critic, config.critic_lora, False),
-        )
-    )
+    placement, shards = config.placement, num_shards(config.placement, processes)
+    frozen = num_parameters(sizes.teacher) * DTYPES[placement.dtype].itemsize // shards
+    run, every = config.run, (sizes.student, sizes.teacher, sizes.critic)
+    student = training_bytes(sizes.student, run.generator, config.student_lora) // shards
+    critic = training_bytes(sizes.critic, run.critic, config.critic_lora, average=False) // shards
     offloaded = {"none": 1, "teacher": 1, "all": 0}[placement.offload]
     return {
         "student, gradients, moments, average": student * offloaded,
         "critic, gradients, moments": critic * offloaded,
         "teacher": 0 if placement.offload != "none" else frozen,
-        "gathered weights": _gathered(config.placement, sizes, processes),
+        "gathered weights": gathered_bytes(placement, every, processes),
         "KV cache": _cache(config, sizes),
         "kept for the backward pass": max(
             _rollout_activations(config, sizes), _critic_activations(config, sizes)
@@ -114,27 +85,48 @@ def _memory(config: DistilConfig, sizes: Sizes, processes: int) -> dict[str, int
     }
 
 
-def _trained(size: ModelConfig, lora: Any, processes: int, average: bool) -> int:
-    weights = num_parameters(size) * MASTER
+def num_shards(placement: PlacementConfig, processes: int) -> int:
+    """Processes that share a copy of the weights out."""
+    return placement.shard_over or processes
+
+
+def training_bytes(
+    size: ModelConfig, optimiser: OptimiserConfig, lora: LoRAConfig | None, average: bool = True
+) -> int:
+    """Weights of a trained network, their gradients, moments and average, on all processes."""
+    saved = saved_state_bytes(size, optimiser, lora, average)
+    trained = sum(count for count, _ in _trained(size, optimiser, lora))
+    frozen = num_parameters(size) if lora is not None else 0
+    return saved + MASTER * (trained + frozen)  # gradients, and what adapters stand beside
+
+
+def saved_state_bytes(
+    size: ModelConfig, optimiser: OptimiserConfig, lora: LoRAConfig | None, average: bool = True
+) -> int:
+    """What a checkpoint holds of a trained network: trained weights, moments and average."""
+    copies = 2 if average else 1
+    return MASTER * sum(c * (copies + moments) for c, moments in _trained(size, optimiser, lora))
+
+
+def _trained(
+    size: ModelConfig, optimiser: OptimiserConfig, lora: LoRAConfig | None
+) -> list[tuple[int, int]]:
+    """The trained entries of every parameter, or of the adapters of one, with their moments."""
+    named = list(_meta_model(size, torch.float32).named_parameters())
     if lora is None:
-        return weights * (5 if average else 4) // processes
-    adapters = sum(lora.rank * sum(layer.shape) * MASTER for layer in _targets(size, lora.targets))
-    return (weights + adapters * (5 if average else 4)) // processes
-
-
-def _targets(size: ModelConfig, pattern: str) -> list[Tensor]:
+        return [(p.numel(), optimiser.num_moments(name, p)) for name, p in named]
     return [
-        parameter
-        for name, parameter in _meta_model(size, torch.float32).named_parameters()
-        if name.endswith(".weight") and re.fullmatch(pattern, name.removesuffix(".weight"))
+        (lora.rank * sum(p.shape), optimiser.num_moments(name, p))
+        for name, p in named
+        if name.endswith(".weight") and re.fullmatch(lora.targets, name.removesuffix(".weight"))
     ]
 
 
-def _gathered(placement: PlacementConfig, sizes: Sizes, processes: int) -> int:
+def gathered_bytes(placement: PlacementConfig, every: Sequence[ModelConfig], processes: int) -> int:
+    """Whole weights that a process holds of sharded networks."""
     if processes == 1 and placement.dtype == "float32":
         return 0
     element = DTYPES[placement.dtype].itemsize
-    every = (sizes.student, sizes.teacher, sizes.critic)
     if not placement.reshard:
         return sum(num_parameters(size) for size in every) * element
     # The block at work, the next one on its way, and the gradient of one.
@@ -143,14 +135,14 @@ def _gathered(placement: PlacementConfig, sizes: Sizes, processes: int) -> int:
 
 def _cache(config: DistilConfig, sizes: Sizes) -> int:
     element = DTYPES[config.placement.dtype].itemsize
-    whole = cache_bytes(sizes.student, config.run.redmd.cache, _grid(config, sizes), element)
+    whole = cache_bytes(sizes.student, config.run.redmd.cache, _own_grid(config, sizes), element)
     return whole * config.run.micro_batch
 
 
 def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
-    cache, grid = config.run.redmd.cache, _grid(config, sizes)
+    cache, grid = config.run.redmd.cache, _own_grid(config, sizes)
     chunks = config.run.window_latents[1] // cache.chunk_frames
-    before = config.run.windows > 1  # the longest windows begin with a full cache
+    before = config.run.rollout_windows > 1  # the longest windows begin with a full cache
     contexts = [
         cache.window_frames - cache.chunk_frames
         if before
@@ -166,7 +158,7 @@ def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
 
 def _critic_activations(config: DistilConfig, sizes: Sizes) -> int:
     frames = config.run.window_latents[1]
-    one = saved_bytes(sizes.critic, config.placement, _grid(config, sizes), frames, None)
+    one = saved_bytes(sizes.critic, config.placement, _own_grid(config, sizes), frames, None)
     return config.run.micro_batch * one
 
 
@@ -287,19 +279,21 @@ class _FusedAttention(torch.autograd.Function):
 def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
     """Of one sample, through one update."""
     run, redmd, grid = config.run, config.run.redmd, _grid(config, sizes)
-    windows, frames = run.windows, run.window_latents[1]
-    chunks = run.latents[1] // redmd.cache.chunk_frames
-    student = _pass(sizes.student, redmd.cache, grid)
+    windows, frames = run.mean_windows, run.window_latents[1]
+    chunks = windows * frames // redmd.cache.chunk_frames
+    cache = redmd.cache
+    context = cache.window_frames - cache.chunk_frames
+    student = pass_flops(sizes.student, grid, cache.chunk_frames, context)
     score_pass = {
-        name: windows * _pass(size, _bidirectional(frames), grid)
+        name: int(windows * pass_flops(size, grid, frames))
         for name, size in (("teacher", sizes.teacher), ("critic", sizes.critic))
     }
     backward = 3 if config.placement.checkpointing else 2
-    rollout = int(chunks * _mean_passes(redmd) * student)
+    rollout = int((chunks * _mean_passes(redmd) + _recache_passes(run)) * student)
     ratio = run.critic_ratio
     return {
         "rollouts": (1 + ratio) * rollout,
-        "generator's backward passes": chunks * backward * student,
+        "generator's backward passes": int(chunks * backward * student),
         "scores": score_pass["critic"] + 2 * score_pass["teacher"],
         "critic's passes": ratio * (1 + backward) * score_pass["critic"],
     }
@@ -310,13 +304,16 @@ def _mean_passes(config: ReDMDConfig) -> float:
     return (len(config.sampler.steps) + 1) / 2 + 1
 
 
-def _pass(size: ModelConfig, cache: CacheConfig, grid: Grid) -> int:
-    context = cache.window_frames - cache.chunk_frames
-    return total(pass_work(size, cache, grid, context_frames=context)).flops
+def _own_grid(config: DistilConfig, sizes: Sizes) -> Grid:
+    """Whose tokens a process has: a cache's heads are as many fewer."""
+    return own_grid(_grid(config, sizes), config.placement.sequence_over)
 
 
-def _bidirectional(frames: int) -> CacheConfig:
-    return CacheConfig(window_frames=frames, chunk_frames=frames, sink_frames=0)
+def _recache_passes(run: RunConfig) -> float:
+    """Of an update's rollout, whose part they are where it goes on through several."""
+    cache = run.redmd.cache
+    again = (cache.window_frames - cache.sink_frames) / cache.chunk_frames
+    return again / run.carry if run.switch_share else 0.0
 
 
 def _grid(config: DistilConfig, sizes: Sizes) -> Grid:

@@ -21,8 +21,11 @@ import torch
 from rf_core.arguments import argument
 from rf_core.attention import BACKENDS
 from rf_core.devices import make_current
-from rf_core.options import DEMO
+from rf_core.options import model_path
 from rf_core.ranges import check_folder_writable
+from rf_core.weights.files import read_weights
+from rf_core.weights.layouts import is_lora
+from rf_core.weights.lora import Lora, parse_lora_argument
 from rf_core.writing import write_text
 
 from ..choices import DATA_SET, METRIC
@@ -41,6 +44,7 @@ from ..evaluation.report import collect, format_report
 from ..evaluation.study import format_study_results, study_results, write_study
 from ..evaluation.vbench_scores import vbench_scores
 from ..measures.flow import FlowName
+from .export import trained_on
 
 _REPORT, _TABLE = "report.json", "report.md"
 _PICK_SEED = 0
@@ -50,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m training evaluate`."""
     add = parser.add_argument
     parser.description = __doc__
-    add("--model", action="append", default=[], metavar="[NAME=]FILE", help="may be repeated")
+    model = "a checkpoint, or demo (the default) for the bundled student; may be repeated"
+    add("--model", action="append", default=[], metavar="[NAME=]FILE", help=model)
+    lora = "an adapter, merged into the model of that name; may be repeated"
+    add("--lora", action="append", default=[], metavar="[NAME=]FILE[:STRENGTH]", help=lora)
     add("--prompts", type=Path, metavar="FILE", help="TXT, CSV, TSV, JSONL (default: the demo's)")
     add("--num-prompts", type=int, metavar="N", help="draw so many of them (default: all)")
     add("--out", type=Path, metavar="DIR", help="folder of videos and measures")
@@ -144,10 +151,14 @@ def _evaluation(args: argparse.Namespace) -> Evaluation:
     prompts = DATA_SET.evaluation_prompts()
     if args.prompts is not None:
         prompts = read_prompts(DataConfig(prompts=(args.prompts,)))
+    models = _models(args.model or ["demo"])
+    loras = _loras(args.lora, models)
+    _require_bases(models)
     device = local_device(args.device, os.environ)
     make_current(device)
     return Evaluation(
-        models=_models(args.model or [str(DEMO / "student.safetensors")]),
+        models=models,
+        loras=loras,
         out=args.out,
         prompts=pick_prompts(prompts, args.num_prompts),
         seeds=args.seeds,
@@ -179,8 +190,40 @@ def _models(given: Sequence[str]) -> dict[str, Path]:
             )
         if not name or "/" in name or "\\" in name or name.startswith("."):
             raise ValueError(f"{name!r} cannot be a model's name: it becomes a folder's")
-        models[name] = Path(path)
+        models[name] = model_path(path)
     return models
+
+
+def _loras(given: Sequence[str], models: Mapping[str, Path]) -> dict[str, list[Lora]]:
+    """Adapters by the names of the models they are merged into, in the order given."""
+    loras: dict[str, list[Lora]] = {}
+    for text in given:
+        name, equals, file = text.partition("=")
+        if not equals and len(models) > 1:
+            raise ValueError(
+                f"--lora {text} does not say which of {', '.join(models)} it is for; write "
+                f"--lora NAME={text}"
+            )
+        if not equals:
+            (name,), file = models, text
+        if name not in models:
+            raise ValueError(
+                f"--lora {text} is for a model called {name}, which is not given; name its base: "
+                f"--model {name}=BASE"
+            )
+        loras.setdefault(name, []).append(parse_lora_argument(file))
+    return loras
+
+
+def _require_bases(models: Mapping[str, Path]) -> None:
+    """ValueError for an adapter in a model's place."""
+    for name, path in models.items():
+        if path.exists() and is_lora((file := read_weights(path)).tensors):
+            base = trained_on(file) or "BASE"
+            raise ValueError(
+                f"{path} is an adapter, and a model is its base; give both: "
+                f"--model {name}={base} --lora {name}={path}"
+            )
 
 
 @argument
@@ -213,7 +256,7 @@ def _add_measures(parser: argparse._ArgumentGroup) -> None:
 def _add_study(parser: argparse._ArgumentGroup) -> None:
     add = parser.add_argument
     add("--study", type=Path, metavar="PAGE.html", help="write a page that compares the models")
-    add("--study-seed", type=int, default=0, metavar="N", help="of order and sides; keep it secret")
+    add("--study-seed", type=int, metavar="N", help="of order and sides (default: a random one)")
     add("--study-pairs", type=int, metavar="N", help="pairs of each two models (default: all)")
     add("--study-results", type=Path, nargs="+", metavar="CSV", help="what raters answered")
     add("--key", type=Path, metavar="FILE", help="the study's .key.json, for --study-results")

@@ -18,6 +18,7 @@ from rf_core.config import SPATIAL_FACTOR, CacheConfig, SamplerConfig
 from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import Companion, read_checkpoint, write_checkpoint
+from rf_core.weights.files import WeightFile
 from rf_core.writing import whole_file
 
 from ..data.embeddings import encoder_path
@@ -90,7 +91,7 @@ def export(
         _save_adapter(out, trained, lora, note)
         return
     source = read_checkpoint(student)
-    tensors = merged(source.tensors, trained, lora) if lora is not None else trained
+    tensors = merged(source.merged(), trained, lora) if lora is not None else trained
     redmd, (*_, rows, columns) = config.run.redmd, config.run.latents
     write_checkpoint(
         out,
@@ -102,6 +103,15 @@ def export(
         provenance=note,
         companions=student_companions(config),
     )
+
+
+def trained_on(adapter: WeightFile) -> str | None:
+    """The student that an adapter of ours was trained on, as `--model` names it; None of others."""
+    try:
+        student = json.loads(adapter.metadata[PROVENANCE_KEY])["config"]["files"]["student"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return "demo" if student is None else str(student)
 
 
 def student_companions(config: DistilConfig) -> dict[str, Companion]:

@@ -25,7 +25,7 @@ from rf_core.weights.checkpoint import Companion, read_checkpoint
 
 from ..choices import DATA_SET, open_reward
 from ..data.embeddings import open_prompts
-from ..data.prompts import check_prompt_files
+from ..data.prompts import check_prompt_files, count_prompts
 from ..objective.redmd import Networks
 from ..rewards.reward import LatentRewards, image_anchor
 from ..run.config import to_json
@@ -40,14 +40,24 @@ from ..run.folder import (
     is_saved,
     name_last_checkpoint_on_error,
 )
-from ..run.journal import Journal, read_journal
+from ..run.journal import Journal
+from ..run.memory import costs
 from ..run.networks import open_network, placement_dtype
+from ..run.sequence import check_cache, check_sequence
 from ..run.signals import StopRequest, stop_on_signal
 from .estimate import Sizes
 from .export import file_hash, student_companions, write_adapter, write_student
 from .recipes import DistilConfig, student_path
-from .trainer import Report, Trainer, report_numbers
-from .validation import validate
+from .trainer import Report, Trainer, drawn_prompts, report_numbers
+from .validation import (
+    Validation,
+    is_due,
+    log_validation,
+    spread_prompts,
+    validate,
+    validation_folder,
+    was_validated,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -99,8 +109,9 @@ def distil(
     ):
         if resumed is not None:
             journal.write_changes(run.trainer.update, resumed.changes)
-            if _validation_is_due(run) and not _was_validated(run):  # it broke off, or failed
-                journal.write(run.trainer.update - 1, _validate(run))
+            done = was_validated(out, run.trainer.update)
+            if _validation_is_due(run) and not done:  # it broke off, or failed
+                log_validation(journal, run.trainer.update, _validate(run))
         while run.trainer.update < config.run.updates:
             yield _update(run, journal, stop)
 
@@ -119,6 +130,8 @@ def check_files(config: DistilConfig) -> dict[str, Path]:
         if not path.exists():
             raise ValueError(f"files.{name} is {path}, which is not there")
     check_prompt_files(config.data)
+    if config.run.switch_share:
+        config.run.check_prompts(count_prompts(config.data, DATA_SET))
     return found
 
 
@@ -138,6 +151,10 @@ def read_sizes(config: DistilConfig) -> Sizes:
                 f"{found['student'].text_dim}: they need one text encoder"
             )
     Grid.of_latents(*config.run.latents[2:], found["student"].patch_size)
+    over = config.placement.sequence_over
+    check_cache(over, config.run.redmd.cache, "run.redmd.cache")
+    for name, size in found.items():
+        check_sequence(over, size, config.run.latents, f"files.{name}")
     return Sizes(**found)
 
 
@@ -150,15 +167,17 @@ def _update(run: Run, journal: Journal, stop: StopRequest) -> Report:
             report = trainer.step(stop)
     except Stopped as stopped:
         if trainer.is_within_update or not is_saved(run.out, trainer.update):
-            _checkpoint(run)
+            _checkpoint(run, journal)
         raise stopped.saved(run.out, trainer.update) from None
-    journal.write(report.update, report_numbers(report) | {"seconds": time.perf_counter() - clock})
-    if trainer.update % output.checkpoint_every == 0 or _is_last(run) or _is_overdue(run):
+    journal.write(report.update, report_numbers(report) | costs(clock, trainer.uncond.device))
+    validates = _validation_is_due(run)
+    saves = trainer.update % output.checkpoint_every == 0 or validates or _is_last(run)
+    if saves or _is_overdue(run):
         with name_last_checkpoint_on_error(run.out, trainer.update):
-            _checkpoint(run)
+            _checkpoint(run, journal)
         run.saved = time.monotonic()
-    if _validation_is_due(run):
-        journal.write(report.update, _validate(run))
+    if validates:
+        log_validation(journal, trainer.update, _validate(run))
     return report
 
 
@@ -167,15 +186,7 @@ def _is_last(run: Run) -> bool:
 
 
 def _validation_is_due(run: Run) -> bool:
-    every = run.config.output.validate_every
-    return bool(every) and (run.trainer.update % every == 0 or _is_last(run))
-
-
-def _was_validated(run: Run) -> bool:
-    lines = read_journal(run.out / "log.jsonl")
-    found = (line for line in lines if line["update"] == run.trainer.update - 1)
-    done = any(name.startswith("validation/") for line in found for name in line)
-    return broadcast_from_rank_0(done)
+    return is_due(run.config.output.validate_every, run.trainer.update, run.config.run.updates)
 
 
 def _is_overdue(run: Run) -> bool:
@@ -183,9 +194,11 @@ def _is_overdue(run: Run) -> bool:
     return broadcast_from_rank_0(minutes >= run.config.output.checkpoint_minutes)
 
 
-def _checkpoint(run: Run) -> None:
+def _checkpoint(run: Run, journal: Journal) -> None:
     trainer, config, out = run.trainer, run.config, run.out
-    trainer.save(checkpoint_path(out, trainer.update))
+    folder = checkpoint_path(out, trainer.update)
+    trainer.save(folder)
+    journal.write_checkpoint(trainer.update - 1, folder)
     note = provenance(config, trainer.update, run.origin)
     note["minutes_since_start_or_resume"] = round((time.monotonic() - run.started) / 60, 2)
     student, redmd = trainer.networks.student, config.run.redmd
@@ -218,36 +231,39 @@ def provenance(config: DistilConfig, updates: int, origin: dict[str, str]) -> di
     }
 
 
-def _validate(run: Run) -> dict[str, float]:
+def _validate(run: Run) -> Validation:
     config, trainer = run.config, run.trainer
     if run.decoder is None:
-        return {}
-    count = min(config.output.validation_prompts, len(run.prompts))
+        return Validation()
+    shown = spread_prompts(config.output.validation_prompts, len(run.prompts))
     *_, rows, columns = config.run.latents
     with trainer.averaged():
         return validate(
             trainer.networks,
             config.run.redmd,
-            trainer.prompts.embeds(list(range(count))).to(trainer.uncond),
-            run.prompts[:count],
+            trainer.prompts.embeds(shown).to(trainer.uncond),
+            [run.prompts[number] for number in shown],
             run.decoder,
             config.output.validation_chunks,
             (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR),
-            run.out / "validation" / f"update_{trainer.update:06}",
+            validation_folder(run.out, trainer.update),
         )
 
 
 def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch.device) -> Run:
     started = time.monotonic()
     dtype = placement_dtype(config.placement)
-    prompts, embeds, uncond = open_prompts(config.data, DATA_SET, out / "embeddings", device, dtype)
+    prompts, embeds, uncond = open_prompts(
+        config.data, DATA_SET, out / "embeddings", device, dtype, partial(needed_prompts, config)
+    )
     decoder = None
     if _needs_pixels(config):  # as a stream decodes: a clip at once would take 27 GB
         group = config.run.redmd.cache.chunk_frames
         decoder = load_decoder(files["vae"], device, dtype, group)
     networks = _open_networks(config, files, device, decoder)
     reward = _open_rewards(config, decoder, prompts, device)
-    trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward)
+    over = config.placement.sequence_over
+    trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward, over)
     return Run(
         config=config,
         trainer=trainer,
@@ -261,17 +277,23 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
     )
 
 
+def needed_prompts(config: DistilConfig, num_prompts: int) -> list[int]:
+    """The numbers of the prompts that a distillation encodes, of so many."""
+    shown = config.output.validation_prompts if config.output.validate_every else 0
+    return [*spread_prompts(shown, num_prompts), *drawn_prompts(config.run, num_prompts)]
+
+
 def _open_networks(
     config: DistilConfig, files: dict[str, Path], device: torch.device, decoder: Decoder | None
 ) -> Networks:
     p = config.placement
-    opened = partial(open_network, placement=p, device=device)
+    opened = partial(open_network, placement=p, device=device, latents=config.run.latents)
     trained = partial(opened, trained=True, offload=p.offload == "all", seed=config.run.seed)
     return Networks(
         student=trained(files["student"], lora=config.student_lora),
         teacher=opened(files["teacher"], trained=False, offload=p.offload != "none"),
         critic=trained(files["critic"], lora=config.critic_lora),
-        anchor=image_anchor(decoder) if config.anchor and config.run.windows > 1 else None,
+        anchor=image_anchor(decoder) if config.anchor and config.run.rollout_windows > 1 else None,
         dtype=placement_dtype(p),
     )
 
@@ -287,5 +309,5 @@ def _open_rewards(
 
 
 def _needs_pixels(config: DistilConfig) -> bool:
-    anchored = config.anchor and config.run.windows > 1
+    anchored = config.anchor and config.run.rollout_windows > 1
     return bool(config.rewards) or anchored or bool(config.output.validate_every)

@@ -55,9 +55,12 @@ class OutputConfig:
     keep: int = 3
     """Newest checkpoints that are kept."""
     validate_every: int = 50
-    """Updates between validation videos of the averaged student; 0 for none."""
+    """Updates between validation videos of the averaged student; 0 for none. Each comes after a
+    checkpoint of its own."""
     validation_prompts: int = 4
-    """How many of the first prompts are shown."""
+    """How many prompts are shown: the first and others from all over the list, the same in every
+    run of it; a larger number adds to them. `prompts.json` beside the videos says which is which.
+    """
     validation_chunks: int = 14
     """Their length, in chunks."""
     tensorboard: bool = True
@@ -77,7 +80,7 @@ class DistilConfig:
 
     recipe = "re_dmd"
     may_change: ClassVar = (
-        *("run.updates", "run.micro_batch", "run.runaway", "output", "placement"),
+        *("run.updates", "run.micro_batch", "run.runaway", "output", "placement", "data.cache"),
         *(f"run.{who}.{what}" for who in ("generator", "critic") for what in RATES),
         *(f"run.redmd.weights.{name}" for name in WEIGHTING),
     )
@@ -110,6 +113,13 @@ class DistilConfig:
         return tuple(each for each in (self.reward, *self.more_rewards) if each.kind != "none")
 
     def __post_init__(self) -> None:
+        over = self.placement.sequence_over
+        if self.run.carry > 1 and (over or 1) > 1:
+            raise ValueError(
+                f"run.carry is {self.run.carry}, and placement.sequence_over {over}: processes "
+                "that share a sample each have other heads of its cache, which is kept whole; "
+                "choose one of them"
+            )
         if self.run.redmd.weigh == "critic" and not self.rewards:
             raise ValueError(
                 "run.redmd.weigh is critic, which a reward weights; give reward.kind, or set "

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from rf_core.attention import Attention, sdpa
 from rf_core.config import CacheConfig
+from rf_core.decoders.decoder import Decoder
 from rf_core.model import WanModel
 from rf_core.options import DEMO
-from rf_core.ranges import check_numbers
+from rf_core.ranges import MANY, check_numbers
 from rf_core.scheduler import flow_to_x0, sampling_timesteps
 from rf_core.weights.checkpoint import read_checkpoint
 
@@ -46,17 +47,20 @@ from ..run.folder import STUDENT, checkpoint_to_resume
 from ..run.networks import PlacementConfig, open_network
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
+from ..run.sequence import check_cache, check_sequence
 from .export import file_hash, write_student
 from .schedule import Schedule, notes_on_schedule
 from .supervised import (
     Report,
     SupervisedConfig,
     SupervisedTrainer,
+    check_validation,
     micro_batches,
     run_stage,
     train,
     video_size,
 )
+from .validation import stream_video
 
 _ROLE = "ode_init"
 
@@ -69,6 +73,7 @@ class InitConfig(SupervisedConfig):
     """
 
     recipe = "ode_init"
+    may_change = (*SupervisedConfig.may_change, "validation_chunks")
 
     pairs: Path = Path("pairs")
     """Folder of `ode_pairs`."""
@@ -84,6 +89,8 @@ class InitConfig(SupervisedConfig):
     first_step_share: float | None = None
     """Share of chunks at the first timestep, the hardest; the others share the rest evenly.
     None for all evenly (published)."""
+    validation_chunks: int = 14
+    """Length of validation's videos, which are streamed, in chunks."""
     optimiser: OptimiserConfig = field(
         default_factory=lambda: OptimiserConfig(rate=2e-6, betas=(0.9, 0.999))
     )
@@ -92,6 +99,7 @@ class InitConfig(SupervisedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, first_step_share=(1e-6, 1))  # a stream begins at that timestep
+        check_numbers(self, validation_chunks=(1, MANY))
 
 
 def miniature_init() -> InitConfig:
@@ -112,6 +120,8 @@ def miniature_init() -> InitConfig:
         micro_batch=16,
         ema=0.995,
         ema_from=None,
+        validate_every=300,
+        validation_chunks=7,
     )
 
 
@@ -164,10 +174,20 @@ def draw_steps(
     return torch.stack([drawn(seeded_generator(seed, _ROLE, update, each)) for each in samples])
 
 
-def draw_batch(pairs: Pairs, config: InitConfig, update: int, samples: Sequence[int]) -> Batch:
-    """Some samples of an update: a function of the seed, on whatever process; float32 latents."""
-    clips = shuffled_indices(config.seed, "generator", update, samples, config.batch, len(pairs))
-    trajectories = pairs.rows(clips)
+def draw_batch(
+    pairs: Pairs,
+    config: InitConfig,
+    update: int,
+    samples: Sequence[int],
+    among: Sequence[int] | None = None,
+) -> Batch:
+    """Some samples of an update: a function of the seed, on whatever process; float32 latents.
+
+    They are drawn `among` those rows; None for all.
+    """
+    rows = range(len(pairs)) if among is None else among
+    places = shuffled_indices(config.seed, "generator", update, samples, config.batch, len(rows))
+    trajectories = pairs.rows([rows[place] for place in places])
     size, (num_steps, *_) = config.cache.chunk_frames, trajectories.points.shape[1:]
     chunks = trajectories.clean.shape[2] // size
     share = config.first_step_share
@@ -239,12 +259,41 @@ class InitTrainer(SupervisedTrainer):
         check_pairs(config, pairs)
         self.pairs, self.device = pairs, device
         self.timesteps = sampling_timesteps(pairs.config.sampler)
-        super().__init__(config, student, [f"t{t:.0f}" for t in self.timesteps], len(pairs))
-        micro_batches(config.batch, config.micro_batch)  # refuses what cannot be shared out
+        super().__init__(config, student, [f"t{t:.0f}" for t in self.timesteps], pairs)
+        over = config.placement.sequence_over
+        micro_batches(config.batch, config.micro_batch, over)  # refuses what cannot be shared out
 
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`: each chunk's, by its timestep."""
-        batch = draw_batch(self.pairs, self.config, self.update, samples).to(self.device)
+        c, among = self.config, self.split.trained
+        return self._errors(draw_batch(self.pairs, c, self.update, samples, among))
+
+    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
+        """See `SupervisedTrainer`."""
+        held = self.split.held_out
+        fixed = replace(self.config, batch=len(held), seed=0)
+        return self._errors(draw_batch(self.pairs, fixed, 0, samples, held))
+
+    def captions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
+        """See `SupervisedTrainer`."""
+        return self.pairs.captions(rows, rows)
+
+    def video(self, embeds: Tensor, decoder: Decoder | None, seed: int) -> Tensor | None:
+        """See `SupervisedTrainer`: a stream."""
+        return stream_video(
+            self.network,
+            embeds,
+            self.config.cache,
+            self.pairs.config.sampler,
+            decoder,
+            self.config.validation_chunks,
+            video_size(self.pairs.config.latents),
+            seed=seed,
+            dtype=self.dtype,
+        )
+
+    def _errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.device)
         errors = regression_errors(
             self.network, batch, self.timesteps, self.config, dtype=self.dtype
         )
@@ -301,17 +350,25 @@ def init_student(
     ValueError, before any weight is read, where a file is missing or `out` holds another run;
     FloatingPointError, with the last good checkpoint named, where the run breaks down.
     """
-    start, pairs = start_path(config), Pairs.open(config.pairs)
+    start, pairs, placement = start_path(config), Pairs.open(config.pairs), config.placement
     check_pairs(config, pairs)
-    in_channels, channels = read_checkpoint(start).config.in_dim, pairs.config.latents[0]
+    size, latents, over = (
+        read_checkpoint(start).config,
+        pairs.config.latents,
+        placement.sequence_over,
+    )
+    in_channels, channels = size.in_dim, latents[0]
     if in_channels != channels:
         raise ValueError(
             f"start is {start}, which reads {in_channels} channels; the trajectories have "
             f"{channels}: give it those of its own VAE"
         )
+    check_cache(over, config.cache, "cache")
+    check_sequence(over, size, latents, "start")
+    check_validation(config, pairs)
     resumed = checkpoint_to_resume(config, out, resume)
-    offload = config.placement.offload == "all"
-    student = open_network(start, config.placement, device, trained=True, offload=offload)
+    offload = placement.offload == "all"
+    student = open_network(start, placement, device, trained=True, offload=offload, latents=latents)
     yield from train(InitTrainer(config, student, pairs, device), out, resumed)
 
 

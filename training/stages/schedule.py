@@ -30,8 +30,8 @@ class Schedule:
     def of_file(self, path: Path) -> Schedule:
         """This one, with the window and the steps that a student's file has in its metadata."""
         found = read_checkpoint(path)  # sizes and metadata: no weight
-        window = _fields(found.cache, WINDOW) if found.cache else {}
-        steps = _fields(found.sampler, STEPS) if found.sampler else {}
+        window = _fields(found.cache, WINDOW) if "cache" in found.recorded else {}
+        steps = _fields(found.sampler, STEPS) if "sampler" in found.recorded else {}
         return Schedule(cache=replace(self.cache, **window), sampler=replace(self.sampler, **steps))
 
     def differences(self, other: Schedule) -> list[tuple[str, Any, Any]]:

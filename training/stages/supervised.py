@@ -21,20 +21,26 @@ import torch
 from torch import Tensor
 
 from rf_core.config import SPATIAL_FACTOR
+from rf_core.decoders.decoder import Decoder
 from rf_core.model import WanModel
+from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_folder_writable, check_numbers
+from rf_core.weights.checkpoint import read_checkpoint
 
+from ..data.clips import ClipSource
+from ..data.held_out import split_clips
 from ..run import checkpointing
 from ..run.config import to_json
 from ..run.distributed import (
     Stopped,
-    all_gather,
     local_micro_batches,
+    num_shares,
     process_group,
     rank,
     world_size,
 )
-from ..run.ema import WeightAverage
+from ..run.ema import AverageConfig, WeightAverage
+from ..run.error_sums import ErrorSums
 from ..run.folder import (
     Resumed,
     checkpoint_path,
@@ -45,20 +51,32 @@ from ..run.folder import (
 )
 from ..run.journal import Journal
 from ..run.machine import check_batches, check_machine, num_processes
+from ..run.memory import costs
 from ..run.networks import PlacementConfig, placement_dtype
 from ..run.optimise import RATES, OptimiserConfig, TrainedNetwork
 from ..run.options import format_numbers, print_rank_0, show_progress
 from ..run.signals import StopRequest, stop_on_signal
+from .validation import (
+    Validation,
+    held_out_loss,
+    is_due,
+    log_validation,
+    open_decoder,
+    show,
+    validation_folder,
+    was_validated,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
-    """Options of such a run."""
+class SupervisedConfig(AverageConfig):
+    """Options of such a run; its average is as of Re-DMD."""
 
     recipe: ClassVar[str]
     """The command that runs it."""
     may_change: ClassVar = (
-        *("updates", "micro_batch", "checkpoint_every", "keep", "tensorboard", "wandb"),
+        *("updates", "micro_batch", "checkpoint_every", "keep", "tensorboard", "wandb", "vae"),
+        *("validate_every", "validation_prompts"),
         *("placement", *(f"optimiser.{name}" for name in RATES)),
     )
     """Fields and groups of fields that may be others when a run is resumed."""
@@ -70,11 +88,8 @@ class SupervisedConfig:
     """Clips an update, over all processes and micro-batches; ours, as Re-DMD's total."""
     micro_batch: int = 1
     """Clips at a time."""
-    ema: float = 0.99
-    """Decay of the averaged weights, an update; this and the next as in Re-DMD."""
     ema_from: int | None = 200
-    """Update at which averaging begins; until then the average is the network itself. None to
-    begin at once with a short memory that grows: update n decays by (1 + n) / (10 + n) at most."""
+    """See `AverageConfig`."""
     seed: int = 0
     """Of everything random."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -83,6 +98,15 @@ class SupervisedConfig:
     """Updates between checkpoints."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    validate_every: int = 0
+    """Updates between validations of the averaged network, each after a checkpoint of its own; 0
+    for none."""
+    validation_prompts: int = 4
+    """Videos that a validation makes, of prompts of held-out clips or, without any, of others."""
+    validation_clips: int = 0
+    """Clips that are never trained on, on which a validation measures the loss."""
+    vae: Path | None = None
+    """Wan VAE or TAEHV of the clips' latents, for the videos; None for the bundled demo's."""
     tensorboard: bool = True
     """Whether TensorBoard's files are written, where it is installed."""
     wandb: str | None = None
@@ -90,21 +114,20 @@ class SupervisedConfig:
 
     def __post_init__(self) -> None:
         counts = ("updates", "batch", "micro_batch", "checkpoint_every", "keep")
-        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), ema_from=(0, MANY))
-        check_numbers(self, seed=(0, 2**63 - 1))
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
+        super().__post_init__()
+        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), seed=(0, 2**63 - 1))
+        asked = ("validate_every", "validation_prompts", "validation_clips")
+        check_numbers(self, **dict.fromkeys(asked, (0, MANY)))
+        if self.validation_clips and not self.validate_every:
+            raise ValueError(
+                f"validation_clips is {self.validation_clips} and validate_every is 0, so that "
+                "nothing would measure them; give validate_every"
+            )
 
     @property
     def batches(self) -> set[int]:
         """Batch sizes of all updates."""
         return {self.batch}
-
-    def decay(self, update: int) -> float:
-        """Of the average, at an update."""
-        if self.ema_from is None:
-            return min(self.ema, (1 + update) / (10 + update))
-        return self.ema if update >= self.ema_from else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +155,14 @@ class SupervisedTrainer(ABC):
     """The command that makes its file, for provenance."""
     file: str
     """The averaged weights' name in the run's folder."""
+    device: torch.device
 
     def __init__(
-        self, config: SupervisedConfig, network: WanModel, names: Sequence[str], clips: int
+        self, config: SupervisedConfig, network: WanModel, names: Sequence[str], clips: ClipSource
     ) -> None:
         """`network` is placed and sharded already; losses are logged under `names`."""
-        self.config, self.network, self.names, self.clips = config, network, names, clips
+        self.config, self.network, self.names, self.clips = config, network, names, len(clips)
+        self.split = split_clips(clips, config.validation_clips)
         self.dtype = placement_dtype(config.placement)
         self.average = WeightAverage(network)
         self.trained = TrainedNetwork(network, config.optimiser)
@@ -146,6 +171,19 @@ class SupervisedTrainer(ABC):
     @abstractmethod
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
         """Errors of some samples of the update, [B, N], and the index of each in `names`."""
+
+    @abstractmethod
+    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
+        """The same of some of the held-out clips, with draws that are the same at every call."""
+
+    @abstractmethod
+    def captions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
+        """Prompts of some clips, as texts and encoded [N, S, D]."""
+
+    @abstractmethod
+    def video(self, embeds: Tensor, decoder: Decoder | None, seed: int) -> Tensor | None:
+        """A video [T, 3, H, W] in [0, 1] of a prompt [1, S, D], on all processes together; the one
+        with the decoder has it."""
 
     @abstractmethod
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
@@ -167,8 +205,7 @@ class SupervisedTrainer(ABC):
             Stopped: as `stop` asked for, between two micro-batches; the update is not begun then.
         """
         c = self.config
-        sums = self._gradients(stop)
-        loss = float(sums[0].sum() / sums[1].sum())
+        loss, losses = self._gradients(stop).means()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss:.4g} at update {self.update}; lower optimiser.rate"
@@ -179,15 +216,9 @@ class SupervisedTrainer(ABC):
             raise FloatingPointError(
                 f"the gradients are not finite at update {self.update}; lower optimiser.rate"
             ) from None
-        self.average.update(c.decay(self.update))
+        self.average.update(c.decay(self.update, self.batch()))
         self.update += 1
-        each = zip(self.names, *sums.tolist(), strict=True)
-        return Report(
-            update=self.update - 1,
-            loss=loss,
-            norm=norm,
-            losses={name: total / count for name, total, count in each if count},
-        )
+        return Report(update=self.update - 1, loss=loss, norm=norm, losses=losses)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it, the network has its averaged weights."""
@@ -227,27 +258,45 @@ class SupervisedTrainer(ABC):
             "student": self.trained.state(),  # whatever is trained: the name of saved runs
         }
 
-    def _gradients(self, stop: StopRequest | None) -> Tensor:
-        """Accumulates an update's gradients; sums and counts of errors a name, [2, K]."""
+    def validate(self, decoder: Decoder | None, out: Path) -> Validation:
+        """What the averaged network makes of held-out clips and of prompts, on all processes."""
+        c, held = self.config, len(self.split.held_out)
+        rows = self.split.shown(c.validation_prompts)
+        with self.averaged(), torch.no_grad():
+            loss = {}
+            if held:
+                loss = held_out_loss(self.held_out_errors, self.names, held, c.micro_batch)
+            if not rows:
+                return Validation(numbers=loss)
+            prompts, embeds = self.captions(rows)
+
+            def make(number: int) -> Tensor | None:
+                return self.video(embeds[number : number + 1].to(self.device), decoder, number)
+
+            found = show(prompts, validation_folder(out, self.update), make)
+        return Validation(numbers={**loss, **found.numbers}, videos=found.videos)
+
+    def _gradients(self, stop: StopRequest | None) -> ErrorSums:
+        """Accumulates an update's gradients; the errors of this process."""
         batch = self.batch()
-        sums = torch.zeros(2, len(self.names), dtype=torch.float64)
-        for samples in micro_batches(batch, self.config.micro_batch):
+        sums, c = ErrorSums(self.names), self.config
+        for samples in micro_batches(batch, c.micro_batch, c.placement.sequence_over):
             if stop is not None and stop.agreed():
                 self.trained.clear()
                 raise Stopped(stop.number)
             errors, which = self.errors(samples)
-            # FSDP averages over processes, where losses are shares of a sum.
+            # FSDP averages over processes, where losses are shares of a sum; processes that share
+            # a sample's tokens have the same loss, and each its part of the gradient.
             share = errors.mean(dim=1).sum() / batch * world_size()
             share.backward()
-            values = errors.detach().double().cpu().flatten()
-            sums[0].index_add_(0, which.cpu().flatten(), values)
-            sums[1].index_add_(0, which.cpu().flatten(), torch.ones_like(values))
-        return all_gather(sums[None]).sum(dim=0)
+            sums.add(errors, which)
+        return sums
 
 
-def micro_batches(batch: int, micro_batch: int) -> list[range]:
+def micro_batches(batch: int, micro_batch: int, sequence_over: int | None = None) -> list[range]:
     """This process's samples, `micro_batch` at a time or all where there are fewer."""
-    return local_micro_batches(batch, min(micro_batch, max(1, batch // world_size())))
+    shares = num_shares(world_size(), sequence_over)
+    return local_micro_batches(batch, min(micro_batch, max(1, batch // shares)), sequence_over)
 
 
 def video_size(latents: Sequence[int]) -> tuple[int, int]:
@@ -264,6 +313,9 @@ def train(trainer: SupervisedTrainer, out: Path, resumed: Resumed | None) -> Ite
         Stopped: a signal asked for it; the run is saved.
     """
     config, clock = trainer.config, time.monotonic()
+    decoder = None
+    if config.validate_every and config.validation_prompts:
+        decoder = open_decoder(vae_path(config), trainer.device, trainer.dtype)
     if resumed is not None:
         trainer.load(resumed.checkpoint)
     create_run_folder(config, out)
@@ -280,6 +332,9 @@ def train(trainer: SupervisedTrainer, out: Path, resumed: Resumed | None) -> Ite
     ):
         if resumed is not None:
             journal.write_changes(trainer.update, resumed.changes)
+            done = was_validated(out, trainer.update)
+            if _validation_is_due(trainer) and not done:  # it broke off, or failed
+                log_validation(journal, trainer.update, trainer.validate(decoder, out))
         while trainer.update < config.updates:
             began = time.perf_counter()
             try:
@@ -287,21 +342,56 @@ def train(trainer: SupervisedTrainer, out: Path, resumed: Resumed | None) -> Ite
                     report = trainer.step(stop)
             except Stopped as stopped:
                 if not is_saved(out, trainer.update):
-                    _checkpoint(trainer, out, clock, origin)
+                    _checkpoint(trainer, journal, out, clock, origin)
                 raise stopped.saved(out, trainer.update) from None
-            journal.write(
-                report.update, report.numbers() | {"seconds": time.perf_counter() - began}
-            )
-            if trainer.update % config.checkpoint_every == 0 or trainer.update == config.updates:
+            journal.write(report.update, report.numbers() | costs(began, trainer.device))
+            validates = _validation_is_due(trainer)
+            last = trainer.update == config.updates
+            if trainer.update % config.checkpoint_every == 0 or last or validates:
                 with name_last_checkpoint_on_error(out, trainer.update):
-                    _checkpoint(trainer, out, clock, origin)
+                    _checkpoint(trainer, journal, out, clock, origin)
+            if validates:
+                log_validation(journal, trainer.update, trainer.validate(decoder, out))
             yield report
 
 
+def check_validation(config: SupervisedConfig, clips: ClipSource) -> None:
+    """ValueError where the VAE is not there, or is another than the clips can be of, or where
+    holding out leaves nothing to train on."""
+    split_clips(clips, config.validation_clips)
+    if not (config.validate_every and config.validation_prompts):
+        return
+    path, size = vae_path(config), video_size(clips.shape)
+    if config.vae is None and size != read_checkpoint(DEMO / "teacher.safetensors").size:
+        raise ValueError(
+            f"vae is not given, and {path} is of another world than clips of {size[0]}x{size[1]}; "
+            "name the VAE that encoded them, or set validation_prompts to 0"
+        )
+
+
+def vae_path(config: SupervisedConfig) -> Path:
+    """The file of the decoder of validation's videos; ValueError where it does not exist."""
+    path = config.vae or DEMO / "vae.safetensors"
+    if not path.exists():
+        raise ValueError(
+            f"vae is {path}, which is not there; validation's videos need it: name it, or set "
+            "validation_prompts or validate_every to 0"
+        )
+    return path
+
+
+def _validation_is_due(trainer: SupervisedTrainer) -> bool:
+    c = trainer.config
+    asked = bool(c.validation_prompts or c.validation_clips)
+    return asked and is_due(c.validate_every, trainer.update, c.updates)
+
+
 def _checkpoint(
-    trainer: SupervisedTrainer, out: Path, clock: float, origin: Mapping[str, Any]
+    trainer: SupervisedTrainer, journal: Journal, out: Path, clock: float, origin: Mapping[str, Any]
 ) -> None:
-    trainer.save(checkpoint_path(out, trainer.update))
+    folder = checkpoint_path(out, trainer.update)
+    trainer.save(folder)
+    journal.write_checkpoint(trainer.update - 1, folder)
     note = {
         "command": trainer.command,
         "config": json.loads(to_json(trainer.config)),
@@ -328,7 +418,8 @@ def run_stage(
     `notes` gives lines to print before, once the machine is found fit.
     """
     check_machine(config.placement, config.wandb)
-    check_batches(config.batches, config.micro_batch, num_processes())
+    over = config.placement.sequence_over
+    check_batches(config.batches, config.micro_batch, num_processes(), over)
     check_folder_writable(args.out)
     lines = [to_json(config), *notes()]
     with process_group(args.device) as device:

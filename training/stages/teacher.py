@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -22,14 +22,17 @@ import torch
 from torch import Tensor
 
 from rf_core.config import NUM_TRAIN_TIMESTEPS, CacheConfig, ModelConfig
+from rf_core.decoders.decoder import Decoder
 from rf_core.model import PromptContext, WanModel
-from rf_core.ranges import LARGEST_WINDOW, MANY, check_numbers
+from rf_core.ranges import LARGEST_WINDOW, MANY, MAX_STEPS, check_numbers
 from rf_core.scheduler import add_noise, shift_sigma
 from rf_core.weights.checkpoint import read_checkpoint
 
 from ..choices import CLIPS, open_clips
 from ..data.clips import ClipSource, Groups, check_excerpts, draw_clip, draw_excerpts, draw_seeds
 from ..data.embeddings import open_negative
+from ..data.held_out import groups_among
+from ..data.pairs import PairsConfig
 from ..data.prompts import DataConfig, check_no_prompt_files
 from ..objective.causal import chunk_errors
 from ..objective.excerpts import (
@@ -48,16 +51,20 @@ from ..run.folder import TEACHER, checkpoint_to_resume
 from ..run.networks import PlacementConfig, new_network, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
+from ..run.sequence import check_sequence
 from .export import file_hash, write_student
 from .supervised import (
     Report,
     SupervisedConfig,
     SupervisedTrainer,
+    check_validation,
     micro_batches,
     run_stage,
     train,
     video_size,
 )
+from .trajectories import sample_trajectories
+from .validation import decoded
 
 _ROLE = "teacher"
 Kind = Literal["opening", "excerpt", "whole"]
@@ -83,6 +90,10 @@ class TeacherConfig(SupervisedConfig):
     """The teacher's training. Nothing here is published: the numbers are ours."""
 
     recipe = "teacher"
+    may_change = (
+        *SupervisedConfig.may_change,
+        *("validation_steps", "validation_shift", "validation_guidance"),
+    )
 
     source: Path = CLIPS
     """Folder of clips: the miniature world's, or whole clips of `ode_pairs`."""
@@ -106,6 +117,12 @@ class TeacherConfig(SupervisedConfig):
     """Flow shift of the training timesteps."""
     prompt_dropout: float = 0.1
     """Share of prompts replaced by the one that stands for none, for guidance."""
+    validation_steps: int = PairsConfig.steps
+    """Euler steps of validation's clips; these and the next two as of `ode_pairs`."""
+    validation_shift: float = PairsConfig.shift
+    """Flow shift of their grid."""
+    validation_guidance: float = PairsConfig.guidance
+    """Their classifier-free guidance; 1 for none."""
     optimiser: OptimiserConfig = field(
         default_factory=lambda: OptimiserConfig(rate=1e-5, betas=(0.9, 0.999), clip_norm=1.0)
     )
@@ -115,6 +132,8 @@ class TeacherConfig(SupervisedConfig):
         super().__post_init__()
         check_numbers(self, shift=(0.01, 1000.0), prompt_dropout=(0, 1))
         check_numbers(self, opening_batch=(1, MANY), chunk_frames=(1, LARGEST_WINDOW))
+        check_numbers(self, validation_steps=(1, MAX_STEPS), validation_shift=(0.01, 1000.0))
+        check_numbers(self, validation_guidance=(1, 1000.0))
         ends = [phase.until for phase in self.phases]
         if not ends or ends[-1] != 1 or ends != sorted(ends) or ends[0] <= 0:
             raise ValueError(f"phases end at {ends}; give shares that rise to 1")
@@ -160,6 +179,10 @@ def miniature_teacher() -> TeacherConfig:
         micro_batch=64,
         ema=0.999,
         ema_from=None,
+        validate_every=300,
+        validation_steps=14,
+        validation_shift=12.0,
+        validation_guidance=2.0,
     )
 
 
@@ -200,14 +223,20 @@ class TeacherBatch(Tensors):
 
 
 def draw_batch(
-    source: ClipSource, config: TeacherConfig, update: int, before: int, samples: Sequence[int]
+    source: ClipSource,
+    config: TeacherConfig,
+    update: int,
+    before: int,
+    samples: Sequence[int],
+    among: Groups | None = None,
 ) -> TeacherBatch:
     """Some samples of an update: a function of the seed, on whatever process.
 
-    `before` is the number of clips in all earlier updates.
+    `before` is the number of clips in all earlier updates. Clips are drawn `among` those groups;
+    None for all of the source's.
     """
     c, kind, batch = config, config.kind_at(update), config.batch_at(update)
-    groups: Groups = source.groups if c.balanced else (range(len(source)),)
+    groups = groups_of(source, c) if among is None else among
     rows = [draw_clip(groups, c.seed, _ROLE, before + each) for each in samples]
 
     def generators(what: str) -> list[torch.Generator]:
@@ -244,6 +273,11 @@ def draw_batch(
         embeds=embeds,
         excerpts=excerpts,
     )
+
+
+def groups_of(source: ClipSource, config: TeacherConfig) -> Groups:
+    """The clips that take turns."""
+    return source.groups if config.balanced else (range(len(source)),)
 
 
 def teacher_errors(
@@ -291,12 +325,14 @@ class TeacherTrainer(SupervisedTrainer):
         device: torch.device,
     ) -> None:
         """`teacher` is placed and sharded already; `uncond` is [1, S, D]."""
-        super().__init__(config, teacher, LOSS_NAMES, len(source))
+        super().__init__(config, teacher, LOSS_NAMES, source)
+        self.groups = groups_among(groups_of(source, config), self.split)
         self.source, self.uncond, self.device = source, uncond.to(device), device
         sizes = [config.batch_at(update) for update in range(config.updates)]
         self.clips_before = list(accumulate(sizes, initial=0))  # clips seen before each update
+        over = config.placement.sequence_over
         for batch in set(sizes):
-            micro_batches(batch, config.micro_batch)  # refuses what cannot be shared out
+            micro_batches(batch, config.micro_batch, over)  # refuses what cannot be shared out
 
     def batch(self) -> int:
         """See `SupervisedTrainer`."""
@@ -305,9 +341,44 @@ class TeacherTrainer(SupervisedTrainer):
     def errors(self, samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`: of chunks, or of whole clips."""
         before = self.clips_before[self.update]
-        batch = draw_batch(self.source, self.config, self.update, before, samples)
+        return self._errors(self.config, self.update, before, samples, self.groups)
+
+    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
+        """See `SupervisedTrainer`: of each kind that the run ends with."""
+        held = self.split.held_out
+        kinds = tuple(dict.fromkeys(self.config.phases[-1].kinds))
+        fixed = replace(
+            self.config,
+            phases=(Phase(until=1.0, kinds=kinds),),
+            updates=len(kinds),
+            batch=len(held),
+            opening_batch=len(held),
+            seed=0,
+        )
+        each = [self._errors(fixed, at, 0, samples, (held,)) for at in range(len(kinds))]
+        errors, which = (torch.cat(parts, dim=1) for parts in zip(*each, strict=True))
+        return errors, which
+
+    def captions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
+        """See `SupervisedTrainer`."""
+        return self.source.captions(rows, rows)
+
+    def video(self, embeds: Tensor, decoder: Decoder | None, seed: int) -> Tensor | None:
+        """See `SupervisedTrainer`: a whole clip, sampled as `ode_pairs` does it."""
+        c, drawn = self.config, seeded_generator("validation", seed)
+        noise = torch.randn(1, *self.source.shape, generator=drawn).to(self.device)
+        steps = PairsConfig(
+            steps=c.validation_steps, shift=c.validation_shift, guidance=c.validation_guidance
+        )
+        _, clip = sample_trajectories(self.network, noise, embeds, self.uncond, steps, self.dtype)
+        return decoded(clip, decoder)
+
+    def _errors(
+        self, config: TeacherConfig, update: int, before: int, samples: range, groups: Groups
+    ) -> tuple[Tensor, Tensor]:
+        batch = draw_batch(self.source, config, update, before, samples, groups)
         errors = teacher_errors(self.network, batch.to(self.device), self.uncond, self.dtype)
-        first = LOSS_NAMES.index("whole") if self.config.kind_at(self.update) == "whole" else 0
+        first = LOSS_NAMES.index("whole") if config.kind_at(update) == "whole" else 0
         return errors, torch.arange(first, first + errors.shape[1]).expand_as(errors)
 
     def write(self, path: Path, note: Mapping[str, Any]) -> None:
@@ -338,14 +409,18 @@ def train_teacher(
             f"{model.in_dim}: give it clips of its own VAE"
         )
     check_excerpts(source, config.chunk_frames)
+    check_sequence(config.placement.sequence_over, model, source.shape, "the network")
+    check_validation(config, source)
     resumed = checkpoint_to_resume(config, out, resume)
     dtype, placement = placement_dtype(config.placement), config.placement
     uncond = open_negative(config.data, out / "embeddings", device, dtype)
     if config.start is None:
-        network = new_network(model, placement, device, seed=config.seed)
+        network = new_network(model, placement, device, seed=config.seed, latents=source.shape)
     else:
         offload = placement.offload == "all"
-        network = open_network(config.start, placement, device, trained=True, offload=offload)
+        network = open_network(
+            config.start, placement, device, trained=True, offload=offload, latents=source.shape
+        )
     yield from train(TeacherTrainer(config, network, source, uncond, device), out, resumed)
 
 

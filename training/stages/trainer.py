@@ -2,14 +2,14 @@
 
 One update of the generator follows `critic_ratio` updates of the critic, as in DMD2 (arXiv
 2405.14867). All randomness is a function of the update's number (`run.draws`), so a checkpoint
-holds weights, optimisers and that number alone; and, of a run that was stopped within an update,
-what the critic has done of it.
+holds weights, optimisers and that number alone; of a run that was stopped within an update, what
+the critic has done of it; and the caches of rollouts that go on in the next update.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from rf_core.ranges import LARGEST_SIDE, MANY, check_each, check_numbers
 
 from ..data.embeddings import PromptEmbeds
+from ..objective.carry import CarriedSample, restore_samples, to_samples
 from ..objective.redmd import (
     Networks,
     Prompts,
@@ -31,23 +32,25 @@ from ..objective.redmd import (
     num_windows,
     rollout_latents,
 )
-from ..objective.rollout import RolloutDraws
+from ..objective.rollout import PromptSwitch, RolloutDraws, RolloutState
 from ..objective.weights import SampleWeights
 from ..run import checkpointing
 from ..run.distributed import Stopped, all_reduce_sum, local_micro_batches, world_size
-from ..run.draws import Role, draw_rollout, draw_score_noise, shuffled_indices
-from ..run.ema import WeightAverage
+from ..run.draws import Role, draw_rollout, draw_score_noise, draw_windows, shuffled_indices
+from ..run.ema import AverageConfig, WeightAverage
 from ..run.optimise import OptimiserConfig, TrainedNetwork
 from ..run.reward_weights import LatentReward, RewardWeights
+from ..run.rollouts import PromptNumbers, RolloutPart, switch_prompts
 from ..run.signals import StopRequest
 
 _PARTIAL = "critic_steps"  # a checkpoint's losses and norms of an unfinished update
+_CARRIED = "carried"  # and its rollouts that go on, by role and sample
 _WIDEST = 30.0
 """Standard deviation of latents from which the student is what broke down; Wan's have about 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(AverageConfig):
     """A whole run; defaults are the published ones."""
 
     redmd: ReDMDConfig = field(default_factory=ReDMDConfig)
@@ -64,34 +67,122 @@ class RunConfig:
     """Critic updates before each of them."""
     micro_batch: int = 1
     """Samples at a time."""
-    ema: float = 0.99
-    """Decay of the averaged weights, an update."""
-    ema_from: int = 40
-    """Update at which averaging begins; until then the average is the student itself."""
+    switch_share: float = 0.0
+    """Share of samples whose prompt changes at a border of two windows, drawn for the rollout."""
+    random_length: bool = False
+    """Whether an update's rollouts are 1 to all of their windows long, as drawn for the update."""
+    carry: int = 1
+    """Updates of a network through which its rollouts go on, with their cache, before they begin
+    anew; each of them makes `latents` more."""
+    ema_from: int | None = 40
+    """See `AverageConfig`."""
     seed: int = 0
     """Of everything random."""
     runaway: float = 100.0
     """The run stops when the critic's loss is above this, or anything is not finite."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         num_windows(self.latents[1], self.redmd)  # refuses what is not whole windows
         counts = ("updates", "critic_ratio", "micro_batch")
-        check_numbers(self, **dict.fromkeys(counts, (1, MANY)), ema_from=(0, MANY))
+        check_numbers(self, **dict.fromkeys(counts, (1, MANY)))
         check_numbers(self, seed=(0, 2**63 - 1), runaway=(1e-6, math.inf))
         check_each(self, latents=(1, LARGEST_SIDE))
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
+        check_numbers(self, switch_share=(0, 1), carry=(1, MANY))
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        if self.random_length and self.carry > 1:
+            raise ValueError(
+                f"carry is {self.carry}, and random_length is on; what goes on in the next update "
+                "has a length that is known: choose one of them"
+            )
+        frames = self.redmd.window_chunks * self.redmd.cache.chunk_frames
+        longer = f"give latents of twice {frames} frames, or three times and so on"
+        if self.random_length and self.windows == 1:
+            raise ValueError(f"random_length is on, and a rollout is one window; {longer}")
+        if self.switch_share and self.rollout_windows == 1:
+            raise ValueError(
+                f"switch_share is {self.switch_share}, and a rollout is one window; {longer}, or "
+                "carry=2 or more"
+            )
+
+    def check_prompts(self, count: int) -> None:
+        """ValueError where there is but one prompt, which is to change."""
+        if self.switch_share and count == 1:
+            raise ValueError(
+                f"run.switch_share is {self.switch_share}, and there is one prompt; give more in "
+                "data.prompts, or run.switch_share=0"
+            )
 
     @property
     def windows(self) -> int:
-        """Windows of a rollout, each supervised by itself."""
+        """Windows of an update's rollouts, the most of them, each supervised by itself."""
         return num_windows(self.latents[1], self.redmd)
+
+    @property
+    def mean_windows(self) -> float:
+        """Windows of an update's rollouts, on average."""
+        return (1 + self.windows) / 2 if self.random_length else self.windows
+
+    @property
+    def rollout_windows(self) -> int:
+        """Windows of a whole rollout, the most of them."""
+        return self.windows * self.carry
+
+    def part(self, role: Role, number: int) -> RolloutPart:
+        """What the role's update of that number trains on."""
+        if self.random_length:
+            drawn = draw_windows(self.seed, role, number, self.windows)
+            return RolloutPart(rollout=number, first=0, windows=drawn, length=drawn)
+        rollout, place = divmod(number, self.carry)
+        return RolloutPart(
+            rollout=rollout,
+            first=place * self.windows,
+            windows=self.windows,
+            length=self.rollout_windows,
+        )
 
     @property
     def window_latents(self) -> tuple[int, int, int, int]:
         """Shape of a window of one sample."""
         channels, frames, rows, columns = self.latents
         return channels, frames // self.windows, rows, columns
+
+
+def prompt_draws(config: RunConfig) -> dict[Role, int]:
+    """How many prompts each network's updates draw at most, all of the run's."""
+    c, each = config, config.redmd.batch // config.redmd.weights.best_of
+    each *= 2 if c.switch_share else 1
+    return {role: -(-count // c.carry) * each for role, count in _updates(c).items()}
+
+
+def drawn_prompts(config: RunConfig, num_prompts: int) -> list[int]:
+    """The numbers of the prompts that a run draws, of so many, each once; rewards see no others."""
+    found: dict[int, None] = {}
+    for role, count in _updates(config).items():
+        for number in range(count):
+            part = config.part(role, number)
+            drawn = prompt_numbers(config, role, part, range(config.redmd.batch), num_prompts)
+            found |= dict.fromkeys((*drawn.before, *drawn.after))
+    return list(found)
+
+
+def prompt_numbers(
+    config: RunConfig, role: Role, part: RolloutPart, samples: Sequence[int], num_prompts: int
+) -> PromptNumbers:
+    """The prompts of some samples of a part of a rollout, by their numbers."""
+    c, copies = config, config.redmd.weights.best_of
+    numbers = shuffled_indices(
+        c.seed, role, part.rollout, samples, c.redmd.batch, num_prompts, copies=copies
+    )
+    return switch_prompts(
+        c.seed, role, part, samples, numbers, num_prompts, c.switch_share, copies=copies
+    )
+
+
+def _updates(config: RunConfig) -> dict[Role, int]:
+    return {"generator": config.updates, "critic": config.updates * config.critic_ratio}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +217,11 @@ def report_numbers(report: Report) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    numbers: list[int]
+    numbers: list[list[int]]
+    """Of the prompts of each window."""
     drawn: tuple[Prompts, RolloutDraws, list[ScoreNoise]]
+    state: RolloutState | None
+    """A copy of where its rollouts stand; None where they do not go on in another update."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +241,18 @@ class Trainer:
         prompts: PromptEmbeds,
         uncond: Tensor,
         reward: LatentReward | None = None,
+        sequence_over: int | None = None,
     ) -> None:
-        """`networks` are placed and sharded already; `uncond` is [1, S, D] on their device."""
+        """`networks` are placed and sharded already; `uncond` is [1, S, D] on their device.
+
+        `sequence_over` is how many processes have the same samples: those that share a sample's
+        tokens. ValueError where the batch cannot be shared out, or a single prompt is to change.
+        """
+        config.check_prompts(len(prompts))
         self.config, self.networks, self.reward = config, networks, reward
-        self.prompts, self.uncond = prompts, uncond
-        self.micro_batches = local_micro_batches(config.redmd.batch, config.micro_batch)
+        self.prompts, self.uncond, self.sequence_over = prompts, uncond, sequence_over
+        batches = config.redmd.batch, config.micro_batch
+        self.micro_batches = local_micro_batches(*batches, sequence_over)
         self.average = WeightAverage(networks.student)
         self.trained: dict[Role, TrainedNetwork] = {
             "generator": TrainedNetwork(networks.student, config.generator),
@@ -160,6 +261,8 @@ class Trainer:
         self.update = 0
         self._critic_steps: list[_Step] = []
         """Those of the update that is not finished yet."""
+        self._carried: dict[Role, dict[int, CarriedSample]] = {"generator": {}, "critic": {}}
+        """Rollouts that go on in the role's next update, by sample."""
 
     @property
     def is_within_update(self) -> bool:
@@ -179,8 +282,8 @@ class Trainer:
             critic.append(self._train_step("critic", ratio * self.update + len(critic), stop))
         generator = self._train_step("generator", self.update, stop)
         self._critic_steps = []
+        self.average.update(c.decay(self.update, c.redmd.batch))
         self.update += 1
-        self.average.update(c.ema if self.update > c.ema_from else 0.0)
         weighted = generator if c.redmd.weigh == "generator" else critic[-1]
         return Report(
             update=self.update - 1,
@@ -212,6 +315,7 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Resume from what `save` has written, on any number of processes."""
         state = self._state()
+        state.pop(_CARRIED, None)
         if not checkpointing.holds(folder, _PARTIAL):  # of before runs could be stopped
             del state[_PARTIAL]
         checkpointing.load(state, folder)
@@ -220,6 +324,23 @@ class Trainer:
         self.update = int(state["update"])
         done = state.get(_PARTIAL, torch.zeros(0, 2))
         self._critic_steps = [_Step(*row) for row in done[done.isfinite().all(1)].tolist()]
+        ratio = self.config.critic_ratio
+        self._load_carried("generator", self.update, folder)
+        self._load_carried("critic", ratio * self.update + len(self._critic_steps), folder)
+
+    def _load_carried(self, role: Role, number: int, folder: Path) -> None:
+        part, c, device = self.config.part(role, number), self.config, self.uncond.device
+        self._carried[role] = {}
+        for samples in self.micro_batches if part.first else []:
+            for sample in samples:
+                found = checkpointing.read_part(folder, f"{_CARRIED}.{role}.{sample}")
+                self._carried[role][sample] = found
+            try:
+                self._state_of(
+                    role, part, samples, torch.empty(len(samples), *c.latents).to(device)
+                )
+            except ValueError as error:
+                raise ValueError(f"{folder} cannot be resumed from: {error}") from None
 
     def _state(self) -> dict[str, Any]:
         trained = {role: each.state() for role, each in self.trained.items()}
@@ -227,22 +348,34 @@ class Trainer:
         for row, step in zip(done, self._critic_steps, strict=False):
             row[0], row[1] = step.loss, step.norm
         counts = {"update": torch.tensor(self.update), _PARTIAL: done}
-        return {"average": self.average.tensors, **counts, **trained}
+        carried = {
+            role: {str(sample): dict(tensors) for sample, tensors in each.items()}
+            for role, each in self._carried.items()
+            if each
+        }
+        going_on = {_CARRIED: carried} if carried else {}
+        return {"average": self.average.tensors, **going_on, **counts, **trained}
 
     def _train_step(self, role: Role, number: int, stop: StopRequest | None) -> _Step:
         losses = generator_losses if role == "generator" else critic_losses
         total, reward_weights = 0.0, self._reward_weights(role, number)
+        goes_on, carried = not self.config.part(role, number).is_last, {}
         for samples in self.micro_batches:
             if stop is not None and stop.agreed():
                 self.trained[role].clear()
                 raise Stopped(stop.number)
             batch = self._batch(role, number, samples)
             weight_fn = reward_weights and reward_weights.for_samples(samples, batch.numbers)
-            for loss in losses(self.networks, *batch.drawn, self.config.redmd, weight_fn):
-                # FSDP averages over processes, where losses are shares of a sum.
+            for loss in losses(
+                self.networks, *batch.drawn, self.config.redmd, weight_fn, batch.state
+            ):
+                # FSDP averages over processes, where losses are shares of a sum; processes that
+                # share a sample's tokens have the same loss, and each its part of the gradient.
                 (loss * world_size()).backward()
                 total += float(loss.detach())
-        total = all_reduce_sum(total)
+            if goes_on and batch.state is not None:
+                carried |= dict(zip(samples, to_samples(batch.state), strict=True))
+        total = all_reduce_sum(total) / (self.sequence_over or 1)
         limit = self.config.runaway if role == "critic" else math.inf
         if not total < limit:
             raise FloatingPointError(
@@ -257,6 +390,7 @@ class Trainer:
                 f"the {role}'s gradients are not finite at its update {number}; "
                 f"{self._remedy(role)}"
             ) from None
+        self._carried[role] = carried
         return _Step(total, norm, reward_weights and reward_weights.log())
 
     def _remedy(self, role: Role) -> str:
@@ -273,41 +407,58 @@ class Trainer:
     @torch.no_grad()
     def _student_spread(self) -> float:
         """Standard deviation of what the student makes of this update's prompts, all processes'."""
-        prompts, draws, _ = self._batch("generator", self.update, self.micro_batches[0]).drawn
-        windows = rollout_latents(self.networks, prompts, draws, self.config.redmd)
-        x0 = torch.cat(list(windows))
+        batch = self._batch("generator", self.update, self.micro_batches[0])
+        x0 = torch.cat(list(self._rollout_latents(batch)))
         spread = float(x0.float().std())
         return all_reduce_sum(spread) / world_size()
 
     def _batch(self, role: Role, number: int, samples: range) -> _Batch:
-        c, device = self.config, self.uncond.device
-        numbers = shuffled_indices(
-            c.seed,
-            role,
-            number,
-            samples,
-            c.redmd.batch,
-            len(self.prompts),
-            copies=c.redmd.weights.best_of,
-        )
+        c, device, part = self.config, self.uncond.device, self.config.part(role, number)
+        numbers = prompt_numbers(c, role, part, samples, len(self.prompts))
         score_noises = [
             draw_score_noise(c.seed, role, number, samples, c.window_latents, c.redmd, window)
-            for window in range(c.windows)
+            for window in range(part.windows)
         ]
-        draws = draw_rollout(c.seed, role, number, samples, c.latents, c.redmd.sampler)
-        prompts = Prompts(cond=self.prompts.embeds(numbers).to(device), uncond=self.uncond)
-        drawn = prompts, draws.to(device), [each.to(device) for each in score_noises]
-        return _Batch(numbers=numbers, drawn=drawn)
+        channels, frames, rows, columns = c.window_latents
+        shape = channels, frames * part.windows, rows, columns
+        draws = draw_rollout(c.seed, role, number, samples, shape, c.redmd.sampler).to(device)
+        drawn = self._prompts(numbers), draws, [each.to(device) for each in score_noises]
+        state = self._state_of(role, part, samples, draws.noise) if c.carry > 1 else None
+        return _Batch(numbers=numbers.of_windows, drawn=drawn, state=state)
+
+    def _prompts(self, numbers: PromptNumbers) -> Prompts:
+        device, switch = self.uncond.device, None
+        if numbers.border < numbers.windows:
+            pairs = zip(numbers.before, numbers.after, strict=True)
+            switch = PromptSwitch(
+                window=numbers.border,
+                embeds=self.prompts.embeds(numbers.after),
+                samples=torch.tensor([old != new for old, new in pairs]),
+            ).to(device)
+        cond = self.prompts.embeds(numbers.before).to(device)
+        return Prompts(cond=cond, uncond=self.uncond, switch=switch)
+
+    def _state_of(
+        self, role: Role, part: RolloutPart, samples: range, latents: Tensor
+    ) -> RolloutState:
+        """Where rollouts stand that go on through several updates."""
+        n = self.networks
+        state = RolloutState.begin(n.student, latents, self.config.redmd.cache, n.dtype)
+        if part.first:
+            restore_samples(state, [self._carried[role][sample] for sample in samples])
+        return state
+
+    def _rollout_latents(self, batch: _Batch) -> Iterator[Tensor]:
+        prompts, draws, _ = batch.drawn
+        return rollout_latents(self.networks, prompts, draws, self.config.redmd, batch.state)
 
     def _reward_weights(self, role: Role, number: int) -> RewardWeights | None:
         redmd = self.config.redmd
         if self.reward is None or redmd.weigh != role:
             return None
-        reward_weights = RewardWeights(self.reward, redmd, self.config.windows)
-        if redmd.weights.depends_on_batch and (len(self.micro_batches), self.config.windows) != (
-            1,
-            1,
-        ):
+        windows = self.config.part(role, number).windows
+        reward_weights = RewardWeights(self.reward, redmd, windows, self.sequence_over)
+        if redmd.weights.depends_on_batch and (len(self.micro_batches), windows) != (1, 1):
             with torch.no_grad():
                 scores = [self._scores(role, number, samples) for samples in self.micro_batches]
             reward_weights.set_scores(scores)
@@ -317,6 +468,5 @@ class Trainer:
         """Scores [windows, B] of a micro-batch, computed ahead of its losses."""
         batch = self._batch(role, number, samples)
         assert self.reward is not None
-        prompts, draws, _ = batch.drawn
-        windows = rollout_latents(self.networks, prompts, draws, self.config.redmd)
-        return torch.stack([self.reward(x0, batch.numbers) for x0 in windows])
+        windows = zip(self._rollout_latents(batch), batch.numbers, strict=True)
+        return torch.stack([self.reward(x0, numbers) for x0, numbers in windows])

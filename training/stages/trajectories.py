@@ -46,6 +46,7 @@ from ..data.pairs import (
     write_shard,
 )
 from ..data.prompts import check_no_prompt_files, check_prompt_files, wan_data
+from ..data.seeded_noise import clip_noise
 from ..objective.excerpts import (
     KINDS,
     LATENT_FIELDS,
@@ -56,12 +57,21 @@ from ..objective.excerpts import (
     past_kv,
 )
 from ..run.config import to_json
-from ..run.distributed import all_gather, barrier, process_group, rank, world_size
-from ..run.draws import seeded_generator, shuffled_indices
+from ..run.distributed import (
+    all_gather,
+    barrier,
+    num_shares,
+    process_group,
+    rank,
+    share_number,
+    world_size,
+)
+from ..run.draws import first_indices, seeded_generator, shuffled_indices
 from ..run.folder import check_recipe, create_run_folder
 from ..run.machine import check_machine
 from ..run.networks import PlacementConfig, open_network, placement_dtype
 from ..run.options import add_config_arguments, config_from_args, print_rank_0, show_progress
+from ..run.sequence import check_sequence
 
 _ROLE = "ode_pairs"
 _STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -91,7 +101,7 @@ def miniature_pairs() -> PairsConfig:
 def wan_pairs() -> PairsConfig:
     """The published pairs; change the files to where yours are.
 
-    About 340 GB. A teacher that fits a card is gathered once (`placement.reshard`); set it to true
+    About 276 GB. A teacher that fits a card is gathered once (`placement.reshard`); set it to true
     for the 14B.
     """
     height, width = latent_size(*WAN_SIZE, (1, 2, 2))
@@ -169,6 +179,8 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
     """
     check_recipe(config, out)
     path, dtype = teacher_path(config), placement_dtype(config.placement)
+    over = config.placement.sequence_over
+    check_sequence(over, read_checkpoint(path).config, config.latents, "teacher")
     source = _open_source(config, device)
     origin = Origin(teacher=fingerprint(path), clips=None if source is None else len(source))
     for shard in shards_of(out):
@@ -181,24 +193,33 @@ def write_pairs(config: PairsConfig, out: Path, device: torch.device) -> Iterato
     create_run_folder(config, out)
     if source is None:
         prompts, embeds, uncond = open_prompts(
-            config.data, DATA_SET, out / "embeddings", device, dtype
+            config.data,
+            DATA_SET,
+            out / "embeddings",
+            device,
+            dtype,
+            lambda count: first_indices(config.seed, "generator", config.clips, count),
         )
         draw_conditions = prompt_conditions(prompts, embeds, config)
     else:
         uncond = open_negative(config.data, out / "embeddings", device, dtype)
         draw_conditions = excerpt_conditions(source, config)
     offload = config.placement.offload != "none"
-    teacher = open_network(path, config.placement, device, trained=False, offload=offload)
-    for first in range(0, len(missing), world_size()):
+    teacher = open_network(
+        path, config.placement, device, trained=False, offload=offload, latents=config.latents
+    )
+    at_once = num_shares(world_size(), over)
+    is_first_of_group = rank() % (over or 1) == 0
+    for first in range(0, len(missing), at_once):
         # Sharded networks run in step: a process without a shard left computes one and drops it.
-        place = first + rank()
+        place = first + share_number(over)
         number = missing[min(place, len(missing) - 1)]
         trajectories = make_shard(
             teacher, draw_conditions, uncond.to(device), config, number, dtype
         )
-        if place < len(missing):
+        if place < len(missing) and is_first_of_group:
             write_shard(shard_path(out, number), trajectories, config, number, origin)
-        done += config.shard * min(world_size(), len(missing) - first)
+        done += config.shard * min(at_once, len(missing) - first)
         yield done
     barrier()
 
@@ -248,11 +269,12 @@ def make_shard(
         conditions = replace(conditions, excerpts=replace(conditions.excerpts, **kept))
     for start in range(0, config.shard, config.batch):
         part = slice(start, start + config.batch)
-        noise = torch.stack([_noise(config, clip) for clip in clips[part]])
+        drawn = [clip_noise(config.seed, clip, config.latents) for clip in clips[part]]
+        noise = torch.stack(drawn)
         excerpts = None
         if conditions.excerpts is not None:
-            drawn = [seeded_generator(config.seed, _ROLE, clip, "past") for clip in clips[part]]
-            excerpts = augment_past(conditions.excerpts.select(part), config.excerpts, drawn).to(
+            past = [seeded_generator(config.seed, _ROLE, clip, "past") for clip in clips[part]]
+            excerpts = augment_past(conditions.excerpts.select(part), config.excerpts, past).to(
                 uncond.device
             )
         prompt = conditions.embeds[part].to(uncond)
@@ -267,10 +289,6 @@ def make_shard(
         clean=_to_stored_dtype(clean, config),
         **vars(conditions),
     )
-
-
-def _noise(config: PairsConfig, clip: int) -> Tensor:
-    return torch.randn(config.latents, generator=seeded_generator(config.seed, _ROLE, clip))
 
 
 def _to_stored_dtype(latents: Tensor, config: PairsConfig) -> Tensor:

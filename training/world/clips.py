@@ -178,6 +178,11 @@ class CaptionedClips:
         counts = [len(scene) for scene in self.clips.scenes]
         return [[row for row, n in enumerate(counts) if n == kind] for kind in sorted(set(counts))]
 
+    @property
+    def origins(self) -> Sequence[int]:
+        """Each clip is a video of its own."""
+        return range(len(self))
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         """Some clips, [N, C, F, h, w] in float32."""
         return self.clips.latents[list(rows)].float()
