@@ -756,7 +756,7 @@ def test_the_page_says_what_a_preset_does(name: str) -> None:
     family, stream = FAMILIES[name], stream_of(name)
     cache, sampler = family.cache, family.sampler
     assert sizes == f"{cache.window_frames} / {cache.sink_frames} / {cache.chunk_frames}"
-    first = "" if sampler.first_steps is None else f", first {_words(sampler.first_steps)}"
+    first = "" if not sampler.first_steps else f", first {_words(sampler.first_steps)}"
     assert steps == f"{_words(sampler.steps)}{first}"
     counted = []
     for _ in range(3):
