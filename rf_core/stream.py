@@ -142,7 +142,10 @@ class Stream:
     def generate(
         self, on_pass: OnPass | None = None, on_prediction: OnPrediction | None = None
     ) -> Tensor:
-        """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one."""
+        """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one.
+
+        Where a context is rebuilt of images (`CacheConfig.rebuild`), before a snapshot as well.
+        """
         on_pass = on_pass or _no_op
         make = self._roll if self.sampler.rolling else self._denoise
         with self._exclusive():

@@ -43,6 +43,9 @@ from rf_core.video import to_uint8
 MODES = ["soft", "recache", "blend 2", "cut"]
 KEPT = [name for name, family in FAMILIES.items() if family.cache.rebuild == "never"]
 REBUILT = [name for name in FAMILIES if name not in KEPT]
+ONE_OF_EACH_CACHE = {
+    family.cache: name for name, family in FAMILIES.items() if not family.sampler.rolling
+}.values()
 LAST = 3  # chunks after a change: a blend of two, and its recache
 ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -279,13 +282,14 @@ def test_a_change_of_prompt_acts_and_nothing_that_stops_or_saves_it_changes_it(
 def test_a_chunk_that_fails_within_a_pass_is_made_as_if_it_had_not(
     name: str, full: bool, tmp_path: Path
 ) -> None:
-    def switched() -> Stream:
+    def switched(stops: bool = True) -> Stream:
         stream = begun_stream(name, full)
-        stopped(stream, 0)  # frames have left for a chunk that is not made
+        if stops:
+            stopped(stream, 0)  # frames have left for a chunk that is not made
         stream.switch(tiny.prompt(5), "recache")
         return stream
 
-    expected = latents_of(switched(), LAST)
+    expected = latents_of(switched(stops=False), LAST)
     calls = attended(switched())
     for at in range(0, calls, -(-calls // 9)):
         stream = switched()
@@ -293,6 +297,26 @@ def test_a_chunk_that_fails_within_a_pass_is_made_as_if_it_had_not(
         if at % 2:
             stream = through_a_file(stream, tmp_path)
         assert torch.equal(latents_of(stream, LAST), expected), at
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["young", "full"])
+@of_every_family
+def test_a_recache_that_failed_half_way_is_finished_before_a_soft_change(
+    name: str, full: bool
+) -> None:
+    def run(fail: Callable[[Stream], None]) -> Tensor:
+        stream = begun_stream(name, full)
+        stream.switch(tiny.prompt(5), "recache")
+        fail(stream)
+        stream.switch(tiny.prompt(6), "soft")
+        return latents_of(stream, 2)
+
+    def after_it(stream: Stream) -> None:
+        kinds: list[str] = []
+        stream.fork().generate(lambda kind, number: kinds.append(kind))
+        stopped(stream, kinds.index("denoise"))
+
+    assert torch.equal(run(lambda stream: failing(stream, 0)), run(after_it))
 
 
 @pytest.mark.parametrize("recache", ["chunks", "joint", "joint_new_sink"])
@@ -333,15 +357,22 @@ def test_a_compact_snapshot_makes_the_window_anew(name: str, tmp_path: Path) -> 
     assert again.generate().isfinite().all()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_snapshot_of_before_there_were_families_goes_on(name: str) -> None:
-    stream = begun_stream(name)
+def test_a_snapshot_of_before_there_were_families_goes_on() -> None:
+    stream = begun_stream("reward_forcing")
+    stream.switch(tiny.prompt(5), "blend 3")
+    stream.step()
     snapshot = stream.snapshot()
-    new = {"first_due"}
-    facts = {key: value for key, value in snapshot.facts.items() if key not in new}
-    again = stream_of(name)
-    again.restore(replace(snapshot, facts=facts))
-    assert torch.equal(latents_of(again, 2), latents_of(stream, 2))
+    cache, sampler = snapshot.facts["cache"], snapshot.facts["sampler"]
+    olds = {"window_frames", "sink_frames", "chunk_frames", "decay", "accumulator", "storage"}
+    old = {
+        "cache": {name: cache[name] for name in olds},
+        "sampler": {name: sampler[name] for name in ("steps", "shift")},
+        "frames": snapshot.facts["frames"][:4],
+        "blend": snapshot.facts["blend"][:3],
+    }
+    facts = {key: value for key, value in snapshot.facts.items() if key != "first_due"} | old
+    again = Stream.from_snapshot(stream.model, replace(snapshot, facts=facts))
+    assert torch.equal(latents_of(again, 5), latents_of(stream, 5))
 
 
 def damaged(name: str) -> Iterator[tuple[str, Snapshot]]:
@@ -488,7 +519,7 @@ def test_images_that_a_handoff_delivers_are_encoded_again_as_those_that_are_deco
 # A first chunk of another length.
 
 
-@pytest.mark.parametrize("name", [n for n in KEPT if FAMILIES[n].cache.chunk_frames > 1])
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f.cache.chunk_frames > 1])
 def test_a_first_chunk_may_be_shorter_with_clip_decoder_and_cut(name: str, tmp_path: Path) -> None:
     first = {"first_chunk_frames": 1}
     if FAMILIES[name].sampler.rolling:
@@ -552,7 +583,7 @@ def test_keys_rotated_in_every_pass_give_the_same_bits(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_rotated", [True, False])
-@pytest.mark.parametrize("name", ["longlive", "memrope", "causal_forcing_1step", "krea"])
+@pytest.mark.parametrize("name", ONE_OF_EACH_CACHE)
 def test_recorded_passes_serve_one_stream_after_another(name: str, keep_rotated: bool) -> None:
     channels = model_of(4 if name in KEPT else 16).config.in_dim
     network = tiny.model(replace(tiny.CONFIG, in_dim=channels, out_dim=channels))
@@ -598,7 +629,7 @@ def test_a_strength_changes_between_two_chunks_and_the_last_one_keeps_its_weight
 
 # Several processes.
 
-SPLIT = ["longlive", "memrope", "rolling_forcing"]
+SHARED: dict[str, dict[str, Any]] = {name: {} for name in KEPT} | {"krea": {"rebuild": "first"}}
 SIX_HEADS = replace(tiny.CONFIG, num_heads=6)
 
 
@@ -614,8 +645,8 @@ def run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meet = f"file://{folder / 'meet'}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
-    for name in SPLIT:
-        whole = stream_of(name, model=tiny.model(SIX_HEADS))
+    for name, cache in SHARED.items():
+        whole = stream_of(name, cache, model=tiny.model(SIX_HEADS))
         config, grid = whole.cache_config, whole.state.cache.grid
         split = Split.of(Process(rank=rank, world_size=2), SIX_HEADS, grid, config)
         stream = SequenceParallelStream(
@@ -639,14 +670,16 @@ def run_rank(rank: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_make_the_stream_of_one(tmp_path: Path) -> None:
     spawn(run_rank, (tmp_path,), nprocs=2)
-    for name in SPLIT:
-        alone, close = stream_of(name, model=tiny.model(SIX_HEADS)), {"atol": 1e-4, "rtol": 1e-3}
+    close = {"atol": 1e-4, "rtol": 1e-3}
+    for name, cache in SHARED.items():
+        alone = stream_of(name, cache, model=tiny.model(SIX_HEADS))
         expected = torch.cat([video_of(alone), latents_of(alone, 1)], dim=2)
         made = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         torch.testing.assert_close(made, expected, **close)
-        again = stream_of(name, model=tiny.model(SIX_HEADS))
+        again = stream_of(name, cache, model=tiny.model(SIX_HEADS))
         again.restore(Snapshot.load(tmp_path / f"{name}.safetensors"))
-        torch.testing.assert_close(latents_of(again, 1), expected[:, :, -3:], **close)
+        frames = again.cache_config.chunk_frames
+        torch.testing.assert_close(latents_of(again, 1), expected[:, :, -frames:], **close)
 
 
 def test_images_are_encoded_by_one_process_alone() -> None:
@@ -710,3 +743,31 @@ def test_a_stream_without_images_to_encode_says_once_what_it_does(caplog: Any) -
     assert torch.equal(
         made, latents_of(stream_of("krea", {"rebuild": "first"}, model=model_of(16)), 5)
     )
+
+
+# The page.
+
+
+@of_every_family
+def test_the_page_says_what_a_preset_does(name: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
+    _, sizes, steps, passes, length, source = next(row for row in rows if row[0] == f"`{name}`")
+    family, stream = FAMILIES[name], stream_of(name)
+    cache, sampler = family.cache, family.sampler
+    assert sizes == f"{cache.window_frames} / {cache.sink_frames} / {cache.chunk_frames}"
+    first = "" if not sampler.first_steps else f", first {_words(sampler.first_steps)}"
+    assert steps == f"{_words(sampler.steps)}{first}"
+    counted = []
+    for _ in range(3):
+        kinds: list[str] = []
+        stream.step(lambda kind, number, kinds=kinds: kinds.append(kind))
+        counted.append([kinds.count("denoise"), kinds.count("clean")])
+    assert counted[1:] == 2 * [list(map(int, passes.split(",")[0].split(" + ")))]
+    assert counted[0] == [int(passes.split(", ")[1]), 0]
+    assert (int(length), source) == (family.frames, family.source)
+    assert family.licence in page
+
+
+def _words(steps: tuple[int, ...]) -> str:
+    return " ".join(map(str, steps))
