@@ -15,14 +15,17 @@ from types import MappingProxyType
 
 import torch
 
+from rf_core.decoders.decoder import Decoder
 from rf_core.ranges import MANY, check_numbers
 from rf_core.text import load_text_encoder
+from rf_core.weights.files import read_weights
 
 from .data.clips import ClipSource
 from .data.embeddings import encoder_path, open_texts
-from .data.latents import VideoClips, shards_of_latents
+from .data.latents import VideoClips, list_videos, shards_of_latents
 from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
+from .data.starts import ClipStarts, PictureStarts, StartsConfig, StartSource
 from .evaluation.metric import PromptMetric
 from .rewards.flow_motion import FlowMotionReward
 from .rewards.reward import Reward, WeightedScore
@@ -140,6 +143,10 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         (embeds,) = open_texts([prompts], data, folder / "embeddings", device, dtype)
         return VideoClips(clips, prompts, embeds)
+    return _whole_clips(folder)
+
+
+def _whole_clips(folder: Path) -> Pairs:
     if not shards_of(folder):
         raise ValueError(
             f"{folder} holds no clips; make some with `python -m training.world clips`, after "
@@ -151,3 +158,85 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
     if pairs.config.kind != "clips":
         raise ValueError(f"{folder} holds trajectories of excerpts; give those of whole clips")
     return pairs
+
+
+def holds_clips(folder: Path) -> bool:
+    """Whether a folder holds what `open_clips` opens."""
+    return any(shards(folder) for shards in (shards_of_clips, shards_of_latents, shards_of))
+
+
+def clip_shape(folder: Path) -> tuple[int, int, int, int]:
+    """The shape of a folder's clips, [C, F, h, w], by their headers. ValueError as `open_clips`."""
+    if shards := shards_of_clips(folder):
+        channels, frames, rows, columns = read_weights(shards[0]).tensors["latents"].shape[1:]
+    elif shards_of_latents(folder):
+        channels, frames, rows, columns = VideoClips.read(folder)[0][0][0].shape[1:]
+    else:
+        channels, frames, rows, columns = _whole_clips(folder).shape
+    return channels, frames, rows, columns
+
+
+def needs_pixels(config: StartsConfig) -> bool:
+    """Whether start images are encoded in the run, by its VAE."""
+    return config.source is not None and not holds_clips(config.source)
+
+
+def check_starts(
+    config: StartsConfig, latents: tuple[int, int, int, int], chunk_frames: int
+) -> None:
+    """ValueError where there are no start images for latents [C, F, h, w]; reads no weight."""
+    if config.source is None:
+        return
+    if not config.source.is_dir():
+        raise ValueError(f"starts.source is {config.source}, which is not a folder")
+    try:
+        if needs_pixels(config):
+            list_videos(config.source, config.captions, "pictures")
+            return
+        found = clip_shape(config.source)
+    except ValueError as error:
+        raise ValueError(f"starts: {error}") from None
+    if config.captions is not None:
+        raise ValueError(
+            f"starts.captions is {config.captions}, but {config.source} holds clips, which have "
+            "prompts of their own; set starts.captions=null"
+        )
+    channels, frames, *size = found
+    if (channels, *size) != (latents[0], *latents[2:]) or frames < chunk_frames:
+        raise ValueError(
+            f"starts.source is {config.source}, whose clips are {list(found)}; a start of "
+            f"run.latents {list(latents)} needs its channels, rows and columns, and {chunk_frames} "
+            "frames or more"
+        )
+
+
+def open_starts(
+    config: StartsConfig,
+    data: DataConfig,
+    decoder: Decoder | None,
+    chunk_frames: int,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StartSource | None:
+    """The start images that a config names; None where it names none.
+
+    Captions of pictures are encoded into `folder`, unless `data` names another.
+    """
+    if config.source is None:
+        return None
+    if not needs_pixels(config):
+        clips = open_clips(config.source, data, device)
+        return ClipStarts(clips=clips, chunk_frames=chunk_frames)
+    assert decoder is not None, config
+    pictures = list_videos(config.source, config.captions, "pictures")
+    prompts = [each.prompt for each in pictures]
+    (embeds,) = open_texts([prompts], data, folder, device, dtype)
+    return PictureStarts(
+        paths=[config.source / each.name for each in pictures],
+        prompts=prompts,
+        prompt_embeds=embeds,
+        decoder=decoder,
+        device=device,
+        chunk_frames=chunk_frames,
+    )

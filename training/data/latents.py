@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -23,38 +24,43 @@ from rf_core.writing import whole_file
 from .clips import Groups
 from .embeddings import PromptEmbeds
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+SUFFIXES = {
+    "videos": (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"),
+    "pictures": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"),
+}
 _NOTE = "rf_latents"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """A video with what it shows."""
+    """A video, or a picture, with what it shows."""
 
     name: str
-    """Its path within the folder of videos."""
+    """Its path within its folder."""
     prompt: str
 
 
-def list_videos(folder: Path, captions: Path | None) -> list[Video]:
-    """The videos of a folder and of those in it, by name, that have a caption.
+def list_videos(
+    folder: Path, captions: Path | None, kind: Literal["videos", "pictures"] = "videos"
+) -> list[Video]:
+    """The videos, or pictures, of a folder and of those in it, by name, that have a caption.
 
-    Captions are the rows of a CSV with the columns `file` and `prompt` or, without one, texts of
-    the videos' names: `a/b.txt` of `a/b.mp4`. ValueError where there is none.
+    Captions are the rows of a CSV with the columns `file` and `prompt` or, without one,
+    texts of the videos' names: `a/b.txt` of `a/b.mp4`. ValueError where there is none.
     """
     if not folder.is_dir():
-        raise ValueError(f"videos is {folder}, which is not a folder")
+        raise ValueError(f"{kind} is {folder}, which is not a folder")
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file()
+        if path.suffix.lower() in SUFFIXES[kind] and path.is_file()
     )
     told = _texts(folder, names) if captions is None else _table(captions)
     videos = [Video(name=name, prompt=told[name]) for name in names if told.get(name)]
     if not videos:
         hint = "a .txt of its name beside it" if captions is None else f"a row in {captions}"
         raise ValueError(
-            f"{folder} holds {len(names)} videos ({', '.join(SUFFIXES)}) and none has {hint}"
+            f"{folder} holds {len(names)} {kind} ({', '.join(SUFFIXES[kind])}) and none has {hint}"
         )
     return videos
 

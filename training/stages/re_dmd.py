@@ -23,11 +23,12 @@ from rf_core.decoders.decoder import Decoder, load_decoder
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import Companion, read_checkpoint
 
-from ..choices import DATA_SET, open_reward
+from ..choices import DATA_SET, check_starts, needs_pixels, open_reward, open_starts
 from ..data.embeddings import open_prompts
 from ..data.prompts import check_prompt_files
+from ..data.starts import StartedTexts, Starts
 from ..objective.redmd import Networks
-from ..rewards.reward import LatentRewards, image_anchor
+from ..rewards.reward import LatentRewards, Texts, image_anchor
 from ..run.config import to_json
 from ..run.distributed import Stopped, broadcast_from_rank_0, rank, world_size
 from ..run.folder import (
@@ -119,6 +120,7 @@ def check_files(config: DistilConfig) -> dict[str, Path]:
         if not path.exists():
             raise ValueError(f"files.{name} is {path}, which is not there")
     check_prompt_files(config.data)
+    check_starts(config.starts, config.run.latents, config.run.redmd.cache.chunk_frames)
     return found
 
 
@@ -246,8 +248,22 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
         group = config.run.redmd.cache.chunk_frames
         decoder = load_decoder(files["vae"], device, dtype, group)
     networks = _open_networks(config, files, device, decoder)
-    reward = _open_rewards(config, decoder, prompts, device)
-    trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward)
+    starts: Starts | None = None
+    texts: Texts = prompts
+    source = open_starts(
+        config.starts,
+        config.data,
+        decoder,
+        config.run.redmd.cache.chunk_frames,
+        out / "embeddings",
+        device,
+        dtype,
+    )
+    if source is not None:
+        starts = Starts(source=source, share=config.starts.share, own=embeds)
+        texts = StartedTexts(prompts, source)
+    reward = _open_rewards(config, decoder, texts, device)
+    trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward, starts)
     return Run(
         config=config,
         trainer=trainer,
@@ -277,7 +293,7 @@ def _open_networks(
 
 
 def _open_rewards(
-    config: DistilConfig, decoder: Decoder | None, prompts: list[str], device: torch.device
+    config: DistilConfig, decoder: Decoder | None, prompts: Texts, device: torch.device
 ) -> LatentRewards | None:
     if not config.rewards:
         return None
@@ -288,4 +304,5 @@ def _open_rewards(
 
 def _needs_pixels(config: DistilConfig) -> bool:
     anchored = config.anchor and config.run.windows > 1
-    return bool(config.rewards) or anchored or bool(config.output.validate_every)
+    shown = bool(config.rewards) or bool(config.output.validate_every)
+    return anchored or shown or needs_pixels(config.starts)

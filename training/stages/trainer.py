@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from rf_core.ranges import LARGEST_SIDE, MANY, check_each, check_numbers
 
 from ..data.embeddings import PromptEmbeds
+from ..data.starts import Starts
 from ..objective.redmd import (
     Networks,
     Prompts,
@@ -31,7 +32,7 @@ from ..objective.redmd import (
     num_windows,
     rollout_latents,
 )
-from ..objective.rollout import RolloutDraws
+from ..objective.rollout import RolloutDraws, Start
 from ..objective.weights import SampleWeights
 from ..run import checkpointing
 from ..run.distributed import Stopped, all_reduce_sum, local_micro_batches, world_size
@@ -147,10 +148,11 @@ class Trainer:
         prompts: PromptEmbeds,
         uncond: Tensor,
         reward: LatentReward | None = None,
+        starts: Starts | None = None,
     ) -> None:
         """`networks` are placed and sharded already; `uncond` is [1, S, D] on their device."""
         self.config, self.networks, self.reward = config, networks, reward
-        self.prompts, self.uncond = prompts, uncond
+        self.prompts, self.uncond, self.starts = prompts, uncond, starts
         self.micro_batches = local_micro_batches(config.redmd.batch, config.micro_batch)
         self.average = WeightAverage(networks.student)
         self.trained: dict[Role, TrainedNetwork] = {
@@ -295,9 +297,27 @@ class Trainer:
             for window in range(c.windows)
         ]
         draws = draw_rollout(c.seed, role, number, samples, c.latents, c.redmd.sampler)
-        prompts = Prompts(cond=self.prompts.embeds(numbers).to(device), uncond=self.uncond)
+        if self.starts is None:
+            cond = self.prompts.embeds(numbers)
+        else:
+            numbers, start = self._start(role, number, samples, numbers)
+            cond, draws = self.starts.embeds(numbers), replace(draws, start=start)
+        prompts = Prompts(cond=cond.to(device), uncond=self.uncond)
         drawn = prompts, draws.to(device), [each.to(device) for each in score_noises]
         return _Batch(numbers=numbers, drawn=drawn)
+
+    def _start(
+        self, role: Role, number: int, samples: range, numbers: list[int]
+    ) -> tuple[list[int], Start]:
+        """The numbers of some samples' prompts, and what they begin with."""
+        assert self.starts is not None
+        c = self.config
+        channels, _, *size = c.latents
+        drawn = self.starts.draw(
+            c.seed, role, number, samples, (size[0], size[1]), c.redmd.weights.best_of
+        )
+        chunk = (channels, c.redmd.cache.chunk_frames, *size)
+        return self.starts.prompts(numbers, drawn), self.starts.start(drawn, chunk)
 
     def _reward_weights(self, role: Role, number: int) -> RewardWeights | None:
         redmd = self.config.redmd
