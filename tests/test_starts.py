@@ -136,12 +136,12 @@ def test_start_images_that_do_not_fit_are_refused_by_name(pictures, clips, tmp_p
     of_clips = (share, f"starts.source={clips}")
     refuse(r"starts\.captions is x\.csv, but .* prompts of", *of_clips, "starts.captions=x.csv")
     refuse(
-        r"starts\.source is .* clips are \[16, 9, 8, 8\]", *of_clips, "run.latents=[16, 15, 8, 12]"
+        r"starts\.source is .* clips are \[\[16, 9, 8, 8\]\].* of 8x12 latents too",
+        *of_clips,
+        "run.buckets=[[8, 12]]",
     )
     chunk = "run.redmd.cache={'window_frames': 36, 'chunk_frames': 12, 'sink_frames': 12}"
-    refuse(
-        "and 12 frames or more", *of_clips, chunk.replace("'", '"'), "run.latents=[16, 24, 8, 8]"
-    )
+    refuse("12 frames or more", *of_clips, chunk.replace("'", '"'), "run.latents=[16, 24, 8, 8]")
     refuse("all that is supervised at once", *of_clips, "run.latents=[16, 3, 8, 8]")
     one = "run.redmd.window_chunks=1"
     refuse("all that is supervised at once", *of_clips, one, "run.latents=[16, 6, 8, 8]")

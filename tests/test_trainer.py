@@ -17,11 +17,18 @@ from training.data.starts import Starts
 from training.objective.redmd import Networks, ReDMDConfig
 from training.run.checkpointing import read_part
 from training.run.distributed import Stopped, shard
-from training.run.draws import draw_rollout, draw_score_noise, draw_starts, shuffled_indices
+from training.run.draws import (
+    draw_rollout,
+    draw_score_noise,
+    draw_size,
+    draw_starts,
+    shuffled_indices,
+)
 from training.run.optimise import OptimiserConfig
 from training.run.signals import StopRequest
 from training.stages.trainer import RunConfig, Trainer, report_numbers
 
+Buckets = tuple[tuple[int, int], ...]
 REDMD = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=4)
 RATE = OptimiserConfig(rate=1e-3)
 CONFIG = RunConfig(
@@ -180,6 +187,26 @@ def test_which_rollouts_begin_from_an_image_does_not_depend_on_how_they_are_shar
     assert pairs[::2] == pairs[1::2] and len(set(pairs)) > 2  # of a group, all begin alike
 
 
+def test_an_update_has_samples_of_one_size_and_runs_see_all_sizes():
+    config = replace(CONFIG, buckets=((6, 4), (8, 6)))
+
+    class Sizes(Numbers):
+        def __call__(self, x0: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+            self.sizes.append(tuple(x0.shape[3:]))
+            return super().__call__(x0, numbers)
+
+    reward = Sizes()
+    reward.sizes = []
+    run = trainer(config, reward)
+    for _ in range(8):
+        reward.sizes.clear()
+        run.step()
+        assert reward.sizes == [draw_size(0, "generator", run.update - 1, config.sizes)] * 2
+    assert {draw_size(0, "generator", update, config.sizes) for update in range(8)} == {
+        *config.sizes
+    }
+
+
 def test_a_runaway_critic_and_a_nan_stop_the_run():
     with pytest.raises(FloatingPointError, match=r"critic's loss is .* lower critic\.rate"):
         trainer(replace(CONFIG, runaway=1e-6)).step()
@@ -246,14 +273,21 @@ def test_a_run_that_is_stopped_between_two_micro_batches_goes_on_bit_for_bit(tmp
 
 
 def run_rank(
-    rank: int, world: int, folder: Path, go_on: bool, shard_over: int | None, share: float
+    rank: int,
+    world: int,
+    folder: Path,
+    go_on: bool,
+    shard_over: int | None,
+    share: float,
+    buckets: Buckets,
 ) -> None:
     """One process of a run: two updates, or two more after a checkpoint, and its weights."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / f'meet{go_on}'}", rank=rank, world_size=world
     )
     torch.set_num_threads(1)
-    run = trainer(replace(CONFIG, micro_batch=1), shard_over=shard_over, share=share)
+    config = replace(CONFIG, micro_batch=1, buckets=buckets)
+    run = trainer(config, shard_over=shard_over, share=share)
     if shard_over is not None:
         parameter = next(run.networks.student.parameters())
         assert parameter.to_local().shape[0] == -(-parameter.shape[0] // shard_over)
@@ -273,29 +307,34 @@ def run_rank(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shard_over", "share"),
-    [(None, 0.0), ((1, 2), 0.0), (None, 0.5)],
-    ids=["sharded", "a copy a node", "start images"],
+    ("shard_over", "share", "buckets"),
+    [
+        pytest.param(None, 0.0, (), id="sharded"),
+        pytest.param((1, 2), 0.0, (), id="a copy a node"),
+        pytest.param(None, 0.5, (), id="start images"),
+        pytest.param(None, 0.5, ((6, 4), (8, 6)), id="start images of several sizes"),
+    ],
 )
 def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
-    tmp_path, shard_over, share
+    tmp_path, shard_over, share, buckets
 ):
     of_two, of_four = shard_over or (None, None)
-    one = trainer(replace(CONFIG, micro_batch=1), share=share)
+    config = replace(CONFIG, micro_batch=1, buckets=buckets)
+    one = trainer(config, share=share)
     expected = [one.step() for _ in range(4)]
 
-    spawn(run_rank, (2, tmp_path, False, of_two, share), nprocs=2)
+    spawn(run_rank, (2, tmp_path, False, of_two, share, buckets), nprocs=2)
     reports, _ = torch.load(tmp_path / "resultFalse.pt", weights_only=False)
     for first, second in zip(reports, expected, strict=False):
         assert first.generator_loss == pytest.approx(second.generator_loss, rel=1e-4)
         assert first.critic_loss == pytest.approx(second.critic_loss, rel=1e-4)
 
-    alone = trainer(replace(CONFIG, micro_batch=1), share=share)
+    alone = trainer(config, share=share)
     alone.load(tmp_path / "at2")
     average = read_part(tmp_path / "at2", "average")  # of chunks of two processes
     assert all(torch.equal(average[name], t) for name, t in alone.average.tensors.items())
     alone.step(), alone.step()
-    spawn(run_rank, (4, tmp_path, True, of_four, share), nprocs=4)
+    spawn(run_rank, (4, tmp_path, True, of_four, share, buckets), nprocs=4)
     _, four = torch.load(tmp_path / "resultTrue.pt", weights_only=False)
     for name, weight in one.networks.student.state_dict().items():
         for other in (alone.networks.student.state_dict()[name], four[name]):

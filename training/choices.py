@@ -6,7 +6,7 @@ among them. Data, evaluation and rewards depend on Protocols alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
@@ -165,15 +165,13 @@ def holds_clips(folder: Path) -> bool:
     return any(shards(folder) for shards in (shards_of_clips, shards_of_latents, shards_of))
 
 
-def clip_shape(folder: Path) -> tuple[int, int, int, int]:
-    """The shape of a folder's clips, [C, F, h, w], by their headers. ValueError as `open_clips`."""
+def clip_shapes(folder: Path) -> set[tuple[int, ...]]:
+    """Shapes of a folder's clips, [C, F, h, w], by their headers. ValueError as `open_clips`."""
     if shards := shards_of_clips(folder):
-        channels, frames, rows, columns = read_weights(shards[0]).tensors["latents"].shape[1:]
-    elif shards_of_latents(folder):
-        channels, frames, rows, columns = VideoClips.read(folder)[0][0][0].shape[1:]
-    else:
-        channels, frames, rows, columns = _whole_clips(folder).shape
-    return channels, frames, rows, columns
+        return {tuple(read_weights(shards[0]).tensors["latents"].shape[1:])}
+    if shards_of_latents(folder):
+        return {tuple(latents.shape[1:]) for latents, _, _ in VideoClips.read(folder)[0]}
+    return {_whole_clips(folder).shape}
 
 
 def needs_pixels(config: StartsConfig) -> bool:
@@ -182,9 +180,12 @@ def needs_pixels(config: StartsConfig) -> bool:
 
 
 def check_starts(
-    config: StartsConfig, latents: tuple[int, int, int, int], chunk_frames: int
+    config: StartsConfig, channels: int, sizes: Sequence[tuple[int, int]], chunk_frames: int
 ) -> None:
-    """ValueError where there are no start images for latents [C, F, h, w]; reads no weight."""
+    """ValueError where there are no start images for latents of these channels and of each size.
+
+    `sizes` are rows and columns. Reads no weight.
+    """
     if config.source is None:
         return
     if not config.source.is_dir():
@@ -193,7 +194,7 @@ def check_starts(
         if needs_pixels(config):
             list_videos(config.source, config.captions, "pictures")
             return
-        found = clip_shape(config.source)
+        shapes = clip_shapes(config.source)
     except ValueError as error:
         raise ValueError(f"starts: {error}") from None
     if config.captions is not None:
@@ -201,12 +202,12 @@ def check_starts(
             f"starts.captions is {config.captions}, but {config.source} holds clips, which have "
             "prompts of their own; set starts.captions=null"
         )
-    channels, frames, *size = found
-    if (channels, *size) != (latents[0], *latents[2:]) or frames < chunk_frames:
+    fitting = {shape[2:] for shape in shapes if shape[0] == channels and shape[1] >= chunk_frames}
+    if missing := set(sizes) - fitting:
         raise ValueError(
-            f"starts.source is {config.source}, whose clips are {list(found)}; a start of "
-            f"run.latents {list(latents)} needs its channels, rows and columns, and {chunk_frames} "
-            "frames or more"
+            f"starts.source is {config.source}, whose clips are {sorted(map(list, shapes))}; the "
+            f"run needs {channels} channels, {chunk_frames} frames or more, and clips of "
+            f"{' and '.join(f'{h}x{w}' for h, w in sorted(missing))} latents too"
         )
 
 

@@ -6,7 +6,7 @@ of whole clips, which end in clips that the teacher has made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..objective.excerpts import KINDS, ExcerptConfig, Excerpts
-from ..run.draws import shuffled_indices
+from ..run.draws import seeded_generator, shuffled_indices
 
 _CLIPS = ("clip", "switch_clip", "sink_clip")
 Groups = Sequence[Sequence[int]]
 """Rows by kind of clip."""
+Buckets = Mapping[tuple[int, int], Sequence[int]]
+"""Rows by the size of their latents, rows and columns."""
 
 
 class ClipSource(Protocol):
-    """Clips as latents, with prompts that describe them."""
+    """Clips as latents, with prompts that describe them; all have as many channels and frames."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -31,7 +33,7 @@ class ClipSource(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of a clip's latents: channels, frames, rows, columns."""
+        """Of a clip's latents: channels, frames, rows, columns; of the size that most have."""
         ...
 
     @property
@@ -39,8 +41,13 @@ class ClipSource(Protocol):
         """Rows by kind of clip, for balanced draws; a single group where kinds do not matter."""
         ...
 
+    @property
+    def buckets(self) -> Buckets:
+        """Rows by size; a single bucket where all clips have one."""
+        ...
+
     def latents(self, rows: Sequence[int]) -> Tensor:
-        """Some clips, [N, C, F, h, w] in float32."""
+        """Some clips of one size, [N, C, F, h, w] in float32."""
         ...
 
     def captions(self, rows: Sequence[int], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
@@ -91,6 +98,24 @@ def draw_clip(groups: Groups, seed: int, role: str, index: int) -> int:
     group = groups[which]
     (place,) = shuffled_indices(seed, f"{role}/{which}", 0, [turn], 1, len(group))
     return group[place]
+
+
+def draw_bucket(source: ClipSource, groups: Groups, seed: int, role: str, update: int) -> Groups:
+    """What an update draws from of `groups`, the same on all processes: clips of one size.
+
+    A size is drawn as often as there are clips of it.
+    """
+    if len(source.buckets) == 1:
+        return groups
+    generator = seeded_generator(seed, role, update, "bucket")
+    drawn = int(torch.randint(len(source), (), generator=generator))
+    for rows in source.buckets.values():
+        if drawn < len(rows):
+            break
+        drawn -= len(rows)
+    bucket = set(rows)
+    within = [[row for row in group if row in bucket] for group in groups]
+    return [group for group in within if group]
 
 
 def draw_excerpt(

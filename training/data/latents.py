@@ -6,6 +6,8 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -21,7 +23,7 @@ from rf_core.video import images_at_rate
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file
 
-from .clips import Groups
+from .clips import Buckets, Groups
 from .embeddings import PromptEmbeds
 
 SUFFIXES = {
@@ -86,6 +88,16 @@ def cut(path: Path, *, height: int, width: int, fps: int, frames: int) -> Iterat
     images, size = images_at_rate(path, width=width, height=height, fps=fps), clip_images(frames)
     while len(clip := list(islice(images, size))) == size:
         yield torch.stack(clip)
+
+
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """That of the sizes, heights and widths, for which the least of a picture is cropped."""
+
+    def share_kept(size: tuple[int, int]) -> Fraction:
+        ratio = Fraction(height * size[1], width * size[0])
+        return min(ratio, 1 / ratio)
+
+    return max(sizes, key=share_kept)
 
 
 def clip_images(frames: int) -> int:
@@ -159,9 +171,14 @@ class VideoClips:
             if len(latents):
                 number = prompts.setdefault(note["prompt"], len(prompts))
                 clips += [(latents, place, number) for place in range(len(latents))]
-        shapes = {tuple(latents.shape[1:]) for latents, _, _ in clips}
-        if len(shapes) != 1:
-            raise ValueError(f"{folder} holds clips of {len(shapes)} shapes; there must be one")
+        if not clips:
+            raise ValueError(f"{folder} holds no clip: all of its videos were left out")
+        shapes = sorted({tuple(latents.shape[1:3]) for latents, _, _ in clips})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{folder} holds clips of {len(shapes)} kinds, of channels and latent frames "
+                f"{', '.join(map(str, shapes))}; they may differ in height and width alone"
+            )
         return tuple(clips), tuple(prompts)
 
     def __len__(self) -> int:
@@ -170,13 +187,22 @@ class VideoClips:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """See `ClipSource`."""
-        channels, frames, rows, columns = self.clips[0][0].shape[1:]
-        return channels, frames, rows, columns
+        channels, frames = self.clips[0][0].shape[1:3]
+        return channels, frames, *max(self.buckets, key=lambda size: len(self.buckets[size]))
 
     @property
     def groups(self) -> Groups:
         """See `ClipSource`."""
         return (range(len(self)),)
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """See `ClipSource`; in order of size."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for number, (latents, _, _) in enumerate(self.clips):
+            rows, columns = latents.shape[3:]
+            found.setdefault((rows, columns), []).append(number)
+        return dict(sorted(found.items()))
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""

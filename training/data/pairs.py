@@ -26,7 +26,7 @@ from rf_core.writing import whole_file
 from ..objective.excerpts import KINDS, SAVED_FIELDS, ExcerptConfig, Excerpts
 from ..run.config import difference, from_json, to_json
 from ..run.networks import PlacementConfig
-from .clips import Conditions, Groups
+from .clips import Buckets, Conditions, Groups
 from .prompts import DataConfig
 
 NOTE = "ode_pairs"
@@ -206,6 +206,12 @@ class Pairs:
     def groups(self) -> Groups:
         """See `ClipSource`."""
         return (range(len(self)),)
+
+    @property
+    def buckets(self) -> Buckets:
+        """See `ClipSource`."""
+        _, _, rows, columns = self.shape
+        return {(rows, columns): range(len(self))}
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""

@@ -117,7 +117,7 @@ class ClipStarts:
 
     def rows(self, size: tuple[int, int]) -> Sequence[int]:
         """See `StartSource`."""
-        return range(len(self.clips)) if self.clips.shape[2:] == size else ()
+        return self.clips.buckets.get(size, ())
 
     def latents(self, numbers: Sequence[int], size: tuple[int, int]) -> Tensor:
         """See `StartSource`."""

@@ -72,6 +72,14 @@ def draw_score_noise(
     return ScoreNoise(noise=torch.stack(noises), timestep_B=torch.cat(timesteps))
 
 
+def draw_size(
+    seed: int, role: Role, update: int, sizes: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The size of all samples of an update, on all processes; each is as likely."""
+    generator = seeded_generator(seed, role, update, "bucket")
+    return sizes[int(torch.randint(len(sizes), (), generator=generator))]
+
+
 def draw_starts(
     seed: int,
     role: Role,

@@ -28,7 +28,7 @@ from rf_core.scheduler import add_noise, euler_levels, flow_to_x0
 from rf_core.weights.checkpoint import read_checkpoint
 
 from ..choices import CLIPS, open_clips
-from ..data.clips import ClipSource, check_excerpts, draw_clip, draw_excerpts
+from ..data.clips import ClipSource, check_excerpts, draw_bucket, draw_clip, draw_excerpts
 from ..data.embeddings import open_negative
 from ..data.prompts import DataConfig, check_no_prompt_files
 from ..objective.causal import chunk_errors
@@ -155,7 +155,8 @@ def draw_batch(
     source: ClipSource, config: ConsistencyConfig, update: int, samples: Sequence[int]
 ) -> ConsistencyBatch:
     """Some samples of an update: a function of the seed, on whatever process."""
-    c, groups = config, (range(len(source)),)
+    c = config
+    groups = draw_bucket(source, (range(len(source)),), c.seed, _ROLE, update)
     rows = [draw_clip(groups, c.seed, _ROLE, update * c.batch + each) for each in samples]
 
     def generators(what: str) -> list[torch.Generator]:

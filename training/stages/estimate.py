@@ -3,11 +3,13 @@
 Memory is counted from the network itself: it runs once without weights or arithmetic while a hook
 notes what autograd would keep, so nothing here has to follow the code by hand. Attention is taken
 to keep its inputs and its output, as fused kernels do. The text encoder, which is gone before
-training begins, and a reward's own network are left out.
+training begins, and a reward's own network are left out. Where updates are of several sizes, all
+are counted as of the largest.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -149,7 +151,7 @@ def _cache(config: DistilConfig, sizes: Sizes) -> int:
 
 def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
     cache, grid = config.run.redmd.cache, _grid(config, sizes)
-    chunks = config.run.window_latents[1] // cache.chunk_frames
+    chunks = config.run.window_frames // cache.chunk_frames
     before = config.run.windows > 1  # the longest windows begin with a full cache
     contexts = [
         cache.window_frames - cache.chunk_frames
@@ -165,7 +167,7 @@ def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
 
 
 def _critic_activations(config: DistilConfig, sizes: Sizes) -> int:
-    frames = config.run.window_latents[1]
+    frames = config.run.window_frames
     one = saved_bytes(sizes.critic, config.placement, _grid(config, sizes), frames, None)
     return config.run.micro_batch * one
 
@@ -287,7 +289,7 @@ class _FusedAttention(torch.autograd.Function):
 def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
     """Of one sample, through one update."""
     run, redmd, grid = config.run, config.run.redmd, _grid(config, sizes)
-    windows, frames = run.windows, run.window_latents[1]
+    windows, frames = run.windows, run.window_frames
     chunks = run.latents[1] // redmd.cache.chunk_frames
     student = _pass(sizes.student, redmd.cache, grid)
     score_pass = {
@@ -320,5 +322,5 @@ def _bidirectional(frames: int) -> CacheConfig:
 
 
 def _grid(config: DistilConfig, sizes: Sizes) -> Grid:
-    *_, rows, columns = config.run.latents
+    rows, columns = max(config.run.sizes, key=math.prod)
     return Grid.of_latents(rows, columns, sizes.student.patch_size)

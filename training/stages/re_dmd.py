@@ -120,7 +120,12 @@ def check_files(config: DistilConfig) -> dict[str, Path]:
         if not path.exists():
             raise ValueError(f"files.{name} is {path}, which is not there")
     check_prompt_files(config.data)
-    check_starts(config.starts, config.run.latents, config.run.redmd.cache.chunk_frames)
+    check_starts(
+        config.starts,
+        config.run.latents[0],
+        config.run.sizes,
+        config.run.redmd.cache.chunk_frames,
+    )
     return found
 
 
@@ -139,7 +144,8 @@ def read_sizes(config: DistilConfig) -> Sizes:
                 f"files.{name} reads text of width {size.text_dim}, files.student of "
                 f"{found['student'].text_dim}: they need one text encoder"
             )
-    Grid.of_latents(*config.run.latents[2:], found["student"].patch_size)
+    for size in config.run.sizes:
+        Grid.of_latents(*size, found["student"].patch_size)
     return Sizes(**found)
 
 

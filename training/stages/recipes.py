@@ -119,7 +119,7 @@ class DistilConfig:
                 "run.redmd.weigh=generator"
             )
         chunk = self.run.redmd.cache.chunk_frames
-        if self.starts.share and self.run.window_latents[1] <= chunk:
+        if self.starts.share and self.run.window_frames <= chunk:
             raise ValueError(
                 f"starts.share is {self.starts.share}, and a start image fills a chunk of {chunk} "
                 "frames, all that is supervised at once: give run.latents more frames, or "

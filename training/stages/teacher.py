@@ -28,7 +28,15 @@ from rf_core.scheduler import add_noise, shift_sigma
 from rf_core.weights.checkpoint import read_checkpoint
 
 from ..choices import CLIPS, open_clips
-from ..data.clips import ClipSource, Groups, check_excerpts, draw_clip, draw_excerpts, draw_seeds
+from ..data.clips import (
+    ClipSource,
+    Groups,
+    check_excerpts,
+    draw_bucket,
+    draw_clip,
+    draw_excerpts,
+    draw_seeds,
+)
 from ..data.embeddings import open_negative
 from ..data.prompts import DataConfig, check_no_prompt_files
 from ..objective.causal import chunk_errors
@@ -208,6 +216,7 @@ def draw_batch(
     """
     c, kind, batch = config, config.kind_at(update), config.batch_at(update)
     groups: Groups = source.groups if c.balanced else (range(len(source)),)
+    groups = draw_bucket(source, groups, c.seed, _ROLE, update)
     rows = [draw_clip(groups, c.seed, _ROLE, before + each) for each in samples]
 
     def generators(what: str) -> list[torch.Generator]:

@@ -36,7 +36,7 @@ from ..objective.rollout import RolloutDraws, Start
 from ..objective.weights import SampleWeights
 from ..run import checkpointing
 from ..run.distributed import Stopped, all_reduce_sum, local_micro_batches, world_size
-from ..run.draws import Role, draw_rollout, draw_score_noise, shuffled_indices
+from ..run.draws import Role, draw_rollout, draw_score_noise, draw_size, shuffled_indices
 from ..run.ema import WeightAverage
 from ..run.optimise import OptimiserConfig, TrainedNetwork
 from ..run.reward_weights import LatentReward, RewardWeights
@@ -59,6 +59,9 @@ class RunConfig:
     """Of the critic."""
     latents: tuple[int, int, int, int] = (16, 21, 60, 104)
     """One sample: channels, frames, rows, columns."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Other rows and columns: an update draws one size for all of its samples, of these and that
+    of `latents`. The student's file has the latter's."""
     updates: int = 120
     """Generator updates. The published 600 steps are the critic's: every fifth trains both."""
     critic_ratio: int = 5
@@ -80,8 +83,20 @@ class RunConfig:
         check_numbers(self, **dict.fromkeys(counts, (1, MANY)), ema_from=(0, MANY))
         check_numbers(self, seed=(0, 2**63 - 1), runaway=(1e-6, math.inf))
         check_each(self, latents=(1, LARGEST_SIDE))
+        if not all(0 < side <= LARGEST_SIDE for size in self.buckets for side in size):
+            raise ValueError(f"buckets are {self.buckets}; give each rows and columns of latents")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(
+                f"buckets are {self.buckets} beside latents {self.latents}; name each size once"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a decay in [0, 1)")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns that an update's samples may have."""
+        _, _, rows, columns = self.latents
+        return ((rows, columns), *self.buckets)
 
     @property
     def windows(self) -> int:
@@ -89,10 +104,9 @@ class RunConfig:
         return num_windows(self.latents[1], self.redmd)
 
     @property
-    def window_latents(self) -> tuple[int, int, int, int]:
-        """Shape of a window of one sample."""
-        channels, frames, rows, columns = self.latents
-        return channels, frames // self.windows, rows, columns
+    def window_frames(self) -> int:
+        """Latent frames of a window."""
+        return self.latents[1] // self.windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +297,9 @@ class Trainer:
 
     def _batch(self, role: Role, number: int, samples: range) -> _Batch:
         c, device = self.config, self.uncond.device
+        channels, frames, *_ = c.latents
+        size = draw_size(c.seed, role, number, c.sizes)
+        window = (channels, c.window_frames, *size)
         numbers = shuffled_indices(
             c.seed,
             role,
@@ -293,30 +310,28 @@ class Trainer:
             copies=c.redmd.weights.best_of,
         )
         score_noises = [
-            draw_score_noise(c.seed, role, number, samples, c.window_latents, c.redmd, window)
-            for window in range(c.windows)
+            draw_score_noise(c.seed, role, number, samples, window, c.redmd, index)
+            for index in range(c.windows)
         ]
-        draws = draw_rollout(c.seed, role, number, samples, c.latents, c.redmd.sampler)
+        shape = (channels, frames, *size)
+        draws = draw_rollout(c.seed, role, number, samples, shape, c.redmd.sampler)
         if self.starts is None:
             cond = self.prompts.embeds(numbers)
         else:
-            numbers, start = self._start(role, number, samples, numbers)
+            numbers, start = self._start(role, number, samples, numbers, size)
             cond, draws = self.starts.embeds(numbers), replace(draws, start=start)
         prompts = Prompts(cond=cond.to(device), uncond=self.uncond)
         drawn = prompts, draws.to(device), [each.to(device) for each in score_noises]
         return _Batch(numbers=numbers, drawn=drawn)
 
     def _start(
-        self, role: Role, number: int, samples: range, numbers: list[int]
+        self, role: Role, number: int, samples: range, numbers: list[int], size: tuple[int, int]
     ) -> tuple[list[int], Start]:
         """The numbers of some samples' prompts, and what they begin with."""
         assert self.starts is not None
         c = self.config
-        channels, _, *size = c.latents
-        drawn = self.starts.draw(
-            c.seed, role, number, samples, (size[0], size[1]), c.redmd.weights.best_of
-        )
-        chunk = (channels, c.redmd.cache.chunk_frames, *size)
+        drawn = self.starts.draw(c.seed, role, number, samples, size, c.redmd.weights.best_of)
+        chunk = (c.latents[0], c.redmd.cache.chunk_frames, *size)
         return self.starts.prompts(numbers, drawn), self.starts.start(drawn, chunk)
 
     def _reward_weights(self, role: Role, number: int) -> RewardWeights | None:

@@ -178,6 +178,12 @@ class CaptionedClips:
         counts = [len(scene) for scene in self.clips.scenes]
         return [[row for row, n in enumerate(counts) if n == kind] for kind in sorted(set(counts))]
 
+    @property
+    def buckets(self) -> dict[tuple[int, int], Sequence[int]]:
+        """Rows by the size of their latents, which all share."""
+        _, _, rows, columns = self.shape
+        return {(rows, columns): range(len(self))}
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         """Some clips, [N, C, F, h, w] in float32."""
         return self.clips.latents[list(rows)].float()
