@@ -228,8 +228,8 @@ class Stream:
         """
         if self.decoder is None:
             raise ValueError("start images need the decoder's encoder; give the stream a decoder")
-        clip = start_clip(images, self.decoder, self.cache_config.chunk_frames)
-        return self.start_from(self.decoder.encode(clip))
+        chunk_frames = self.cache_config.chunk_frames
+        return self.start_from(start_latents(images, self.decoder, chunk_frames))
 
     def switch(self, prompt_embeds: Tensor, switch: Switch | str = DEFAULT_SWITCH) -> None:
         """Change the prompt from the next chunk on; `switch` may be written `blend 3 slerp`.
@@ -637,6 +637,11 @@ def start_clip(images: Tensor, decoder: Decoder, chunk_frames: int) -> Tensor:
         )
     keep = first + (images.shape[1] - first) // later * later
     return images[:, -keep:]
+
+
+def start_latents(images: Tensor, decoder: Decoder, chunk_frames: int) -> Tensor:
+    """Clean latents [B, C, F, h, w] of what `start_clip` takes of images: F is whole chunks."""
+    return decoder.encode(start_clip(images, decoder, chunk_frames))
 
 
 def _append(old: Tensor | None, new: Tensor) -> Tensor:
