@@ -7,7 +7,7 @@ of whole clips, which end in clips that the teacher has made.
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..objective.excerpts import KINDS, ExcerptConfig, Excerpts
+from ..objective.excerpts import KINDS, ExcerptConfig, Excerpts, augment_past
 from ..run.draws import seeded_generator, shuffled_indices
 
 _CLIPS = ("clip", "switch_clip", "sink_clip")
@@ -211,6 +211,26 @@ def draw_excerpts(
     indices = [draw_excerpt(row, groups, chunks, config, each) for row, each in pairs]
     seeds = [draw_seeds([each] * len(_CLIPS)) for each in generators]
     return gather_excerpts(source, indices, seeds, chunk_frames)
+
+
+def draw_augmented_excerpts(
+    source: ClipSource,
+    rows: Sequence[int],
+    groups: Groups,
+    config: ExcerptConfig,
+    generators: Callable[[str], Sequence[torch.Generator]],
+    chunk_frames: int,
+) -> tuple[Tensor, Tensor, Excerpts]:
+    """Excerpts of the clips in `rows` to train on, their pasts augmented.
+
+    Their chunks [N, C, 3 F, h, w], prompts [N, S, D] and pasts; `generators` gives one a clip, by
+    what it draws.
+    """
+    drawn = generators("excerpt")
+    latents, conditions = draw_excerpts(source, rows, groups, config, drawn, chunk_frames)
+    assert conditions.excerpts is not None
+    past = augment_past(conditions.excerpts, config, generators("past"))
+    return latents, conditions.embeds, past
 
 
 def draw_seeds(generators: Sequence[torch.Generator]) -> list[int]:

@@ -30,7 +30,7 @@ from rf_core.scheduler import add_noise, euler_levels, flow_to_x0
 from rf_core.weights.checkpoint import read_checkpoint
 
 from ..choices import CLIPS, open_clips
-from ..data.clips import ClipSource, check_excerpts, draw_bucket, draw_clip, draw_excerpts
+from ..data.clips import ClipSource, check_excerpts, draw_augmented_excerpts, draw_bucket, draw_clip
 from ..data.embeddings import open_negative
 from ..data.prompts import DataConfig, check_no_prompt_files
 from ..objective.causal import chunk_errors
@@ -39,7 +39,6 @@ from ..objective.excerpts import (
     ExcerptConfig,
     ExcerptPrompts,
     Excerpts,
-    augment_past,
     excerpt_flow,
     past_kv,
 )
@@ -171,7 +170,7 @@ def draw_batch(
 ) -> ConsistencyBatch:
     """Some samples of an update: a function of the seed, on whatever process.
 
-    They are drawn `among` those rows, all of one size; None for all.
+    They are drawn `among` those rows, all of an update of one size; None for all rows.
     """
     c, rows_of = config, range(len(source)) if among is None else among
     groups = draw_bucket(source, (rows_of,), c.seed, _ROLE, update)
@@ -180,18 +179,17 @@ def draw_batch(
     def generators(what: str) -> list[torch.Generator]:
         return [seeded_generator(c.seed, _ROLE, update, each, what) for each in samples]
 
-    latents, conditions = draw_excerpts(
-        source, rows, groups, c.excerpts, generators("excerpt"), c.cache.chunk_frames
+    latents, embeds, excerpts = draw_augmented_excerpts(
+        source, rows, groups, c.excerpts, generators, c.cache.chunk_frames
     )
-    assert conditions.excerpts is not None
     drawn, last = generators("noise"), len(c.levels) - 1
     noise = torch.stack([torch.randn(latents.shape[1:], generator=each) for each in drawn])
     return ConsistencyBatch(
         latents=latents,
         noise=noise,
         level_BN=torch.stack([torch.randint(last, (len(KINDS),), generator=g) for g in drawn]),
-        embeds=conditions.embeds,
-        excerpts=augment_past(conditions.excerpts, c.excerpts, generators("past")),
+        embeds=embeds,
+        excerpts=excerpts,
     )
 
 

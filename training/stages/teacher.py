@@ -33,9 +33,9 @@ from ..data.clips import (
     ClipSource,
     Groups,
     check_excerpts,
+    draw_augmented_excerpts,
     draw_bucket,
     draw_clip,
-    draw_excerpts,
     draw_seeds,
 )
 from ..data.embeddings import open_negative
@@ -48,7 +48,6 @@ from ..objective.excerpts import (
     ExcerptConfig,
     ExcerptPrompts,
     Excerpts,
-    augment_past,
     excerpt_flow,
     past_kv,
     select_prompt,
@@ -253,12 +252,8 @@ def draw_batch(
 
     excerpts = None
     if kind == "excerpt":
-        drawn = generators("excerpt")
-        latents, conditions = draw_excerpts(source, rows, groups, c.excerpts, drawn, c.chunk_frames)
-        assert conditions.excerpts is not None
-        embeds, excerpts = (
-            conditions.embeds,
-            augment_past(conditions.excerpts, c.excerpts, generators("past")),
+        latents, embeds, excerpts = draw_augmented_excerpts(
+            source, rows, groups, c.excerpts, generators, c.chunk_frames
         )
     else:
         latents = source.latents(rows)
