@@ -29,6 +29,7 @@ from training.data.latents import (
     clip_images,
     latents_path,
     nearest_size,
+    read_video_clips,
     write_latents,
 )
 from training.data.prompts import DataConfig
@@ -54,7 +55,7 @@ def shards(folder: Path) -> Path:
 
 
 def toy_clips(folder: Path) -> VideoClips:
-    clips, prompts = VideoClips.read(shards(folder))
+    clips, prompts = read_video_clips(shards(folder))
     return VideoClips(clips, prompts, MemoryEmbeds(tiny.prompt(batch=len(prompts))))
 
 
@@ -68,12 +69,12 @@ def test_a_folder_of_latents_has_a_bucket_for_each_size(tmp_path):
 def test_clips_of_several_lengths_or_of_none_are_refused(tmp_path):
     write_latents(latents_path(tmp_path, 0), [], Video(name="a.mp4", prompt="a"), "too short")
     with pytest.raises(ValueError, match="holds no clip: all of its videos were left out"):
-        VideoClips.read(tmp_path)
+        read_video_clips(tmp_path)
     for number, frames in ((1, 9), (2, 12)):
         video = Video(name=f"{number}.mp4", prompt="a")
         write_latents(latents_path(tmp_path, number), [torch.zeros(4, frames, 4, 6)], video, "")
     with pytest.raises(ValueError, match=r"2 kinds.* \(4, 9\), \(4, 12\); they may differ in heig"):
-        VideoClips.read(tmp_path)
+        read_video_clips(tmp_path)
 
 
 def test_a_size_is_drawn_as_often_as_there_are_clips_of_it(tmp_path):
@@ -175,7 +176,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world
     )
     torch.set_num_threads(1)
-    clips, prompts = VideoClips.read(folder / "clips")
+    clips, prompts = read_video_clips(folder / "clips")
     source = VideoClips(clips, prompts, MemoryEmbeds(tiny.prompt(batch=len(prompts))))
     run = consistency_trainer(source)
     numbers = [(each.loss, each.norm) for each in (run.step() for _ in range(5))]

@@ -24,7 +24,7 @@ from rf_core.weights.files import read_weights
 from .data.clips import ClipSource
 from .data.embed_cache import CachedEmbeds
 from .data.embeddings import encoded, encoder_path
-from .data.latents import VideoClips, list_videos, shards_of_latents
+from .data.latents import VideoClips, list_videos, read_video_clips, shards_of_latents
 from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
 from .data.starts import ClipStarts, PictureStarts, StartsConfig, StartSource
@@ -150,7 +150,7 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
         encoder = load_text_encoder(encoder_path(data), device=device, dtype=torch.float32)
         return CaptionedClips(read_clips(folder), encoder)
     if shards_of_latents(folder):
-        clips, prompts = VideoClips.read(folder)
+        clips, prompts = read_video_clips(folder)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         cache = encoded(prompts, data, folder / "embeddings", device, dtype)
         return VideoClips(clips, prompts, CachedEmbeds(prompts, cache))
@@ -181,7 +181,7 @@ def clip_shapes(folder: Path) -> set[tuple[int, int, int, int]]:
     if shards := shards_of_clips(folder):
         found = [read_weights(shards[0]).tensors["latents"]]
     elif shards_of_latents(folder):
-        found = [latents for latents, _, _ in VideoClips.read(folder)[0]]
+        found = [latents for latents, _, _ in read_video_clips(folder)[0]]
     else:
         return {_whole_clips(folder).shape}
     return {(c, frames, rows, columns) for _, c, frames, rows, columns in (t.shape for t in found)}

@@ -152,34 +152,38 @@ def _note(path: Path) -> dict[str, str]:
     return {name: str(note.get(name, "")) for name in ("file", "prompt", "problem")}
 
 
+VideoClip = tuple[Tensor, int, int]
+"""Its video's latents, its place in them, and its prompt's number."""
+
+
+def read_video_clips(folder: Path) -> tuple[tuple[VideoClip, ...], tuple[str, ...]]:
+    """A folder's clips, and its prompts. ValueError where there are none, or of several lengths."""
+    clips: list[VideoClip] = []
+    prompts: dict[str, int] = {}
+    for path in shards_of_latents(folder):
+        latents, note = read_weights(path).tensors["latents"], _note(path)
+        if len(latents):
+            number = prompts.setdefault(note["prompt"], len(prompts))
+            clips += [(latents, place, number) for place in range(len(latents))]
+    if not clips:
+        raise ValueError(f"{folder} holds no clip: all of its videos were left out")
+    shapes = sorted({tuple(latents.shape[1:3]) for latents, _, _ in clips})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{folder} holds clips of {len(shapes)} kinds, of channels and latent frames "
+            f"{', '.join(map(str, shapes))}; they may differ in height and width alone"
+        )
+    return tuple(clips), tuple(prompts)
+
+
 @dataclass(frozen=True)
 class VideoClips:
     """A folder of latents as a `ClipSource`: tensors are mapped, and read as they are asked for."""
 
-    clips: tuple[tuple[Tensor, int, int], ...]
-    """Of each clip: its video's latents, its place in them, and its prompt's number."""
+    clips: tuple[VideoClip, ...]
+    """As `read_video_clips` gives them, and the next."""
     prompts: tuple[str, ...]
     embeds: PromptEmbeds
-
-    @classmethod
-    def read(cls, folder: Path) -> tuple[tuple[tuple[Tensor, int, int], ...], tuple[str, ...]]:
-        """What a folder holds: the first two fields. ValueError where there are no clips."""
-        clips: list[tuple[Tensor, int, int]] = []
-        prompts: dict[str, int] = {}
-        for path in shards_of_latents(folder):
-            latents, note = read_weights(path).tensors["latents"], _note(path)
-            if len(latents):
-                number = prompts.setdefault(note["prompt"], len(prompts))
-                clips += [(latents, place, number) for place in range(len(latents))]
-        if not clips:
-            raise ValueError(f"{folder} holds no clip: all of its videos were left out")
-        shapes = sorted({tuple(latents.shape[1:3]) for latents, _, _ in clips})
-        if len(shapes) > 1:
-            raise ValueError(
-                f"{folder} holds clips of {len(shapes)} kinds, of channels and latent frames "
-                f"{', '.join(map(str, shapes))}; they may differ in height and width alone"
-            )
-        return tuple(clips), tuple(prompts)
 
     def __len__(self) -> int:
         return len(self.clips)
