@@ -145,14 +145,14 @@ class Starts:
         self,
         seed: int,
         role: Role,
-        update: int,
+        rollout: int,
         samples: Sequence[int],
         size: tuple[int, int],
         copies: int,
     ) -> list[int | None]:
         """The start image of each of those samples, for latents of so many rows and columns."""
         rows = self.source.rows(size)
-        places = draw_starts(seed, role, update, samples, self.share, len(rows), copies)
+        places = draw_starts(seed, role, rollout, samples, self.share, len(rows), copies)
         return [None if place is None else rows[place] for place in places]
 
     def embeds(self, numbers: Sequence[int]) -> Tensor:

@@ -112,17 +112,17 @@ def switched_indices(
 
 
 def draw_size(
-    seed: int, role: Role, update: int, sizes: Sequence[tuple[int, int]]
+    seed: int, role: Role, rollout: int, sizes: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
-    """The size of all samples of an update, on all processes; each is as likely."""
-    generator = seeded_generator(seed, role, update, "bucket")
+    """The size of all samples of a rollout, on all processes; each is as likely."""
+    generator = seeded_generator(seed, role, rollout, "bucket")
     return sizes[int(torch.randint(len(sizes), (), generator=generator))]
 
 
 def draw_starts(
     seed: int,
     role: Role,
-    update: int,
+    rollout: int,
     samples: Sequence[int],
     share: float,
     num_starts: int,
@@ -134,7 +134,7 @@ def draw_starts(
     """
     found = []
     for sample in samples:
-        generator = seeded_generator(seed, role, update, sample // copies, "start")
+        generator = seeded_generator(seed, role, rollout, sample // copies, "start")
         is_started = float(torch.rand((), generator=generator)) < share
         number = int(torch.randint(num_starts, (), generator=generator))
         found.append(number if is_started else None)
