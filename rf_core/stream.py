@@ -316,8 +316,7 @@ class Stream:
         """
         if self.decoder is None:
             raise ValueError("start images need the decoder's encoder; give the stream a decoder")
-        clip = start_clip(images, self.decoder, self.cache_config)
-        return self.start_from(self.decoder.encode(clip))
+        return self.start_from(start_latents(images, self.decoder, self.cache_config))
 
     def switch(self, prompt_embeds: Tensor, switch: Switch | str = DEFAULT_SWITCH) -> None:
         """Change the prompt from the next chunk on; `switch` may be written `blend 3 slerp`.
@@ -829,6 +828,11 @@ def start_clip(images: Tensor, decoder: Decoder, cache: CacheConfig) -> Tensor:
         )
     keep = first + (images.shape[1] - first) // later * later
     return images[:, -keep:]
+
+
+def start_latents(images: Tensor, decoder: Decoder, cache: CacheConfig) -> Tensor:
+    """Clean latents [B, C, F, h, w] of what `start_clip` takes of images: F is whole chunks."""
+    return decoder.encode(start_clip(images, decoder, cache))
 
 
 def _append(old: Tensor | None, new: Tensor, dim: int = 2) -> Tensor:

@@ -50,6 +50,7 @@ ALLOWED = {
     ("*prompt_dropout", 0): "no prompt is dropped",
     ("run.redmd.guidance", 0): "none: the prompt's own score",
     ("run.redmd.weights.beta", 0): "no reward",
+    ("starts.share", 0): "no rollout begins from an image",
     ("reward.share", 0): "a score that is told and moves nothing",
     ("reward.share", -1): "less of it is better",
     ("run.redmd.weights.limit", HUGE): "no limit that a score reaches",
