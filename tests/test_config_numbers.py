@@ -42,12 +42,16 @@ ALLOWED = {
     ("*ema", 0): "no averaging",
     ("*ema_from", 0): "averaging from the first update on",
     ("*cache.sink_frames", 0): "no sink",
+    ("run.redmd.sampler.steps.3", 0): "a last pass, over the noise that the table ends with",
+    ("run.redmd.sampler.first_steps.1", 0): "the same of a first chunk",
+    ("*sampler.clean_timestep", 0): "the clean pass as it is published",
     ("*cache.decay", 0): "the sink is what left the window last",
     ("model.eps", 0): "a norm as it is written",
     ("*excerpts.*", 0): "none of it",
     ("*prompt_dropout", 0): "no prompt is dropped",
     ("run.redmd.guidance", 0): "none: the prompt's own score",
     ("run.redmd.weights.beta", 0): "no reward",
+    ("starts.share", 0): "no rollout begins from an image",
     ("reward.share", 0): "a score that is told and moves nothing",
     ("reward.share", -1): "less of it is better",
     ("run.redmd.weights.limit", HUGE): "no limit that a score reaches",
@@ -56,15 +60,12 @@ ALLOWED = {
     ("*validate_every", 0): "no validation",
     ("validation_prompts", 0): "no videos",
     ("validation_clips", 0): "none is held out",
-    ("*sampler.clean_timestep", 0): "a clean pass over clean latents",
-    ("run.redmd.sampler.steps.3", 0): "a last step that takes away what noise is left",
-    ("run.redmd.sampler.first_steps.1", 0): "the same of a first chunk",
     ("output.checkpoint_minutes", 0): "a checkpoint after every update",
     ("output.checkpoint_minutes", HUGE): "checkpoints by their count of updates alone",
 }
 """What the extreme values mean that are no mistake, by the field's path and the value."""
 FILLED = {"first_steps": [1000, 500]}
-"""Lists in place of None."""
+"""Lists in place of empty ones."""
 
 
 def numbers_of(kind: Any, plain: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -77,7 +78,7 @@ def numbers_of(kind: Any, plain: Any, at: tuple[Any, ...] = ()) -> Iterator[tupl
             (inner,) = [a for a in get_args(hints[each.name]) if is_dataclass(a)] or [None]
             if plain[each.name] is None and inner is not None:
                 plain[each.name] = json.loads(to_json(inner()))
-            if plain[each.name] is None and each.name in FILLED:
+            if not plain[each.name] and each.name in FILLED:
                 plain[each.name] = list(FILLED[each.name])
             yield from numbers_of(hints[each.name], plain[each.name], (*at, each.name))
     elif get_origin(kind) is tuple:

@@ -27,7 +27,7 @@ from rf_core.writing import whole_file
 from ..objective.excerpts import KINDS, SAVED_FIELDS, ExcerptConfig, Excerpts
 from ..run.config import difference, from_json, to_json
 from ..run.networks import PlacementConfig
-from .clips import Conditions, Groups
+from .clips import Buckets, Conditions, Groups
 from .prompts import DataConfig
 from .seeded_noise import clip_noise, is_near, probe
 
@@ -96,7 +96,7 @@ class PairsConfig:
 def check_taught(sampler: SamplerConfig, *, with_clean_past: bool) -> None:
     """ValueError for a student's schedule that clean latents and their noise cannot teach."""
     for name in ("steps", "first_steps"):
-        if 0 in (getattr(sampler, name) or ()):
+        if 0 in getattr(sampler, name):
             raise ValueError(
                 f"sampler.{name} end at 0, where there is no noise to learn to take away; leave it "
                 "out"
@@ -250,6 +250,12 @@ class Pairs:
     def origins(self) -> Sequence[int]:
         """See `ClipSource`: of prompts, or of the clips that excerpts are cut from."""
         return [number for path in self.shards for number in _note(path)["numbers"]]
+
+    @property
+    def buckets(self) -> Buckets:
+        """See `ClipSource`."""
+        _, _, rows, columns = self.shape
+        return {(rows, columns): range(len(self))}
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""

@@ -4,7 +4,8 @@
 Memory is counted from the network itself: it runs once without weights or arithmetic while a hook
 notes what autograd would keep, so nothing here has to follow the code by hand. Attention is taken
 to keep its inputs and its output, as fused kernels do. The text encoder, which is gone before
-training begins, and a reward's own network are left out.
+training begins, and a reward's own network are left out. Where updates are of several sizes, all
+are counted as of the largest.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
     cache, grid = config.run.redmd.cache, _own_grid(config, sizes)
     # The longest windows begin with a full cache.
     before = cache.window_frames if config.run.rollout_windows > 1 else 0
-    passes = _passes(cache, config.run.window_latents[1], before)
+    passes = _passes(cache, config.run.window_frames, before)
     each = {one: saved_bytes(sizes.student, config.placement, grid, *one) for one in passes}
     kept = sum(count * each[one] for one, count in passes.items())
     return config.run.micro_batch * kept
@@ -162,7 +163,7 @@ def _passes(cache: CacheConfig, frames: int, before: int = 0) -> Counter[tuple[i
 
 
 def _critic_activations(config: DistilConfig, sizes: Sizes) -> int:
-    frames = config.run.window_latents[1]
+    frames = config.run.window_frames
     one = saved_bytes(sizes.critic, config.placement, _own_grid(config, sizes), frames, None)
     return config.run.micro_batch * one
 
@@ -284,7 +285,7 @@ class _FusedAttention(torch.autograd.Function):
 def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
     """Of one sample, through one update."""
     run, redmd, grid = config.run, config.run.redmd, _grid(config, sizes)
-    windows, frames = run.mean_windows, run.window_latents[1]
+    windows, frames = run.mean_windows, run.window_frames
     chunks = _chunks_flops(run, sizes.student, grid)
     score_pass = {
         name: int(windows * pass_flops(size, grid, frames))
@@ -303,7 +304,7 @@ def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
 
 def _chunks_flops(run: RunConfig, size: ModelConfig, grid: Grid) -> float:
     """A pass over each chunk of an update's rollout, of their mean length."""
-    frames = run.window_latents[1]
+    frames = run.window_frames
     lengths = range(1, run.windows + 1) if run.random_length else (run.rollout_windows,)
     passes = sum((_passes(run.redmd.cache, frames * each) for each in lengths), Counter())
     every = sum(count * pass_flops(size, grid, *one) for one, count in passes.items())
@@ -335,5 +336,4 @@ def _recache_flops(run: RunConfig, size: ModelConfig, grid: Grid) -> float:
 
 
 def _grid(config: DistilConfig, sizes: Sizes) -> Grid:
-    *_, rows, columns = config.run.latents
-    return Grid.of_latents(rows, columns, sizes.student.patch_size)
+    return Grid.of_latents(*config.run.largest_size, sizes.student.patch_size)

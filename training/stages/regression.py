@@ -188,7 +188,7 @@ def draw_steps(
         return own[later.where(~first, 0).clamp(max=len(own) - 1)]
 
     steps = [drawn(seeded_generator(seed, _ROLE, update, each), chunks, False) for each in samples]
-    if sampler.first_steps is not None:
+    if sampler.first_steps:
         for sample, found in zip(samples, steps, strict=True):
             generator = seeded_generator(seed, _ROLE, update, sample, "first")
             found[:1] = drawn(generator, 1, True)
@@ -291,9 +291,8 @@ class InitTrainer(SupervisedTrainer):
         c, among = self.config, self.split.trained
         return self._errors(draw_batch(self.pairs, c, self.update, samples, among))
 
-    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
+    def held_out_errors(self, held: Sequence[int], samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`."""
-        held = self.split.held_out
         fixed = replace(self.config, batch=len(held), seed=0)
         return self._errors(draw_batch(self.pairs, fixed, 0, samples, held))
 
