@@ -14,7 +14,7 @@ from ..model import WanModel
 from ..options import Files
 from ..ranges import MANY, check_numbers, check_writable
 from ..weights.checkpoint import Checkpoint, convert, describe, read_checkpoint
-from ..weights.checks import family
+from ..weights.checks import size_name
 from ..weights.files import CheckpointError
 from ..weights.lora_facts import describe_lora, is_adapter
 from .run_options import leave_out
@@ -47,7 +47,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def _bases() -> dict[str, dict[str, Tensor]]:
     """Tensors, without memory, of the models that an adapter may belong to."""
-    configs = {family(config): config for config in (WAN_1_3B, WAN_14B)}
+    configs = {size_name(config): config for config in (WAN_1_3B, WAN_14B)}
     configs["the bundled demo"] = read_checkpoint(Files().model).config
     return {name: WanModel(c, device="meta").state_dict() for name, c in configs.items()}
 
