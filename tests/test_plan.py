@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
 from rf_core.decoders.handoff import Handoff
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
+from rf_core.families import FAMILIES, Family
 from rf_core.fast.graphs import GraphedModel
 from rf_core.measure.counts import num_parameters
 from rf_core.memory import footprint as counting
@@ -116,7 +118,10 @@ def taken(sizes: Sizes, group_frames: int, device: str = "cpu", chunks: int | No
     decode = stream.decode
     if device == "cuda":
         decode = handed_on(stream, Handoff(decoder, lambda images: None, device=device))
-    for _ in range(chunks):
+    full = sizes.cache.window_frames // sizes.cache.chunk_frames
+    for chunk in range(chunks):
+        if chunk == full:  # all of the window is run again, and nothing has left it
+            stream.switch(stream.state.prompt_embeds, "recache")
         latents = stream.generate()
         images = decode(latents)
     stream.switch(stream.state.prompt_embeds)
@@ -144,6 +149,38 @@ def test_what_a_stream_is_said_to_take_is_within_a_tenth_of_what_its_tensors_tak
         pytest.skip("nothing is decoded")
     measured = peak_bytes(lambda: taken(sizes, group_frames), "cpu")
     assert planned(sizes, group_frames) == pytest.approx(measured, rel=0.1)
+
+
+def sizes_of(family: Family, **others: Any) -> Sizes:
+    return Sizes(
+        **{
+            "model": replace(MIDDLE, num_layers=3),
+            "height": 64,
+            "width": 96,
+            "cache": family.cache,
+            "sampler": family.sampler,
+            "dtype": torch.float32,
+            "device": "cpu",
+            **others,
+        }
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_familys_stream_is_said_to_take_is_within_a_tenth_of_what_its_tensors_take(name):
+    sizes = sizes_of(FAMILIES[name])
+    measured = peak_bytes(lambda: taken(sizes, 1), "cpu")
+    assert planned(sizes, 1) == pytest.approx(measured, rel=0.1)
+
+
+def test_a_picture_that_is_encoded_again_is_counted_with_the_images_it_is_taken_of():
+    sizes = sizes_of(FAMILIES["krea"], decoder=replace(SMALL_VAE, dim=48))
+    measured = peak_bytes(lambda: taken(sizes, 1), "cpu")
+    assert planned(sizes, 1) == pytest.approx(measured, rel=0.1)
+    kept = replace(sizes, cache=replace(sizes.cache, rebuild="first"))
+    with_images, without = (footprint(each, 1).decoder for each in (sizes, kept))
+    assert with_images.encode > 0 == without.encode
+    assert with_images.images - without.images == 9 * 3 * 64 * 96 * 4
 
 
 def test_a_cards_plan_is_that_of_the_cpu_but_for_the_paths_code_takes_there():
