@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import WAN_1_3B, WAN_14B, CacheConfig, SamplerConfig
+from ..config import WAN_1_3B, WAN_14B
 from ..families import AUTO
 from ..model import WanModel
 from ..options import Files
