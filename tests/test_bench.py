@@ -31,6 +31,7 @@ from rf_core.measure.bench import (
     network_streamed_fps,
     switch_costs,
 )
+from rf_core.measure.families import passes_of
 from rf_core.measure.machine import format_machine, machine
 from rf_core.measure.workload import WorkloadOptions, load_workload, prompt_tokens, randomise
 
@@ -81,6 +82,20 @@ def test_families_are_measured_in_turn_beside_their_counted_work(capsys):
     assert passes["krea"] == "3 5 5 + 1 3 6"
     assert passes["rolling_forcing"] == "3 5 1 + 1 15 21"
     assert rows["reward_forcing"][7] == "1.00"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_documented_passes_and_work_of_a_family_are_those_counted(name):
+    page = Path(__file__).parents[1] / "docs" / "families.md"
+    speed = page.read_text(encoding="utf-8").partition("## Speed")[2]
+    (line,) = (line for line in speed.splitlines() if line.startswith(f"| `{name}` |"))
+    _, frames, first, later, _, frames_a_pass, attended, work, *_ = line.strip("| ").split(" | ")
+    counted = passes_of(FAMILIES[name])
+    assert later == f"{counted['passes']} + {counted['cache_passes']}"
+    assert [int(each) for each in (frames, first, frames_a_pass, attended)] == [
+        counted[key] for key in ("frames", "first_passes", "pass_frames", "attended_frames")
+    ]
+    assert float(work) == pytest.approx(counted["work"], abs=0.005)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from rf_core import options as options_module
 from rf_core.__main__ import main
-from rf_core.config import WAN_1_3B, CacheConfig, Grid, ModelConfig, SamplerConfig
+from rf_core.config import WAN_1_3B, WAN_14B, CacheConfig, Grid, ModelConfig, SamplerConfig
 from rf_core.decoders.codec import put_channels_last
 from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
 from rf_core.decoders.handoff import Handoff
@@ -216,6 +217,26 @@ def test_the_published_students_parts_are_the_known_ones():
     assert footprint(replace(sizes, keep_rotated=False)).cache == 61 * 9 * frame
     context = 2 * 30 * WAN_1_3B.text_len * WAN_1_3B.dim * 2
     assert parts.prompt == context + WAN_1_3B.text_len * WAN_1_3B.text_dim * 2
+
+
+@pytest.mark.parametrize(("linear_bytes", "offload"), [(None, "none"), (1, "none"), (1, "stream")])
+def test_kreas_14b_takes_what_is_documented(linear_bytes, offload):
+    krea = FAMILIES["krea"]
+    sizes = Sizes(
+        model=WAN_14B,
+        height=krea.size[0],
+        width=krea.size[1],
+        cache=krea.cache,
+        sampler=krea.sampler,
+        decoder=VAEConfig(),
+        linear_bytes=linear_bytes,
+        graphs=True,
+    )
+    page = Path(__file__).parents[1] / "docs" / "families.md"
+    kind = "Wan VAE, fp8 weights" if linear_bytes else "Wan VAE, bf16"
+    (row,) = re.findall(rf"\| {kind} \| ([\d.]+) \| ([\d.]+) \|", page.read_text(encoding="utf-8"))
+    needed = fit(sizes, 10**12, offload=offload).needed
+    assert needed / 1e9 == pytest.approx(float(row[offload == "stream"]), abs=0.05)
 
 
 def test_two_layers_and_three_tell_of_any_depth():
