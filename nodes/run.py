@@ -227,6 +227,8 @@ class RunPlan:
         none where what they leave is known.
         """
         assert request.decoder is not None
+        if request.cache.rebuild == "reencoded":  # which needs the images of every chunk
+            tail = None
         if tail is not None and tail.serves(request.keep_images):
             known = self.reused
             return replace(self, written=known, wanted=known, decoded=known, tail=tail)
@@ -237,7 +239,8 @@ class RunPlan:
         new = min(self.reused, wanted)
         back = back_chunks(request.decoder.memory_frames, request.cache.chunk_frames)
         scene = max((cut for cut in self.clock.cuts if cut <= new), default=0)
-        return replace(self, written=self.reused, wanted=wanted, decoded=max(scene, new - back, 0))
+        decoded = 0 if request.cache.rebuild == "reencoded" else max(scene, new - back, 0)
+        return replace(self, written=self.reused, wanted=wanted, decoded=decoded)
 
 
 def _run_plan(request: Request) -> RunPlan:
@@ -383,7 +386,7 @@ def _hand_on(
         if number == run_plan.decoded > 0 and run_plan.tail is None:
             state.decoder = None  # it has not seen what lies between
         with host.deferred_interrupt():  # half a decode would leave a stream that cannot go on
-            state.decoder = handoff.submit(latents, state.decoder)
+            result.stream.hand_on(latents, handoff)
         result.decoder = (
             state.decoder if number + 1 >= min(run_plan.written, run_plan.wanted) else None
         )

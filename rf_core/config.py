@@ -182,6 +182,11 @@ class CacheConfig:
         return self.window_frames - self.chunk_frames
 
     @property
+    def rebuilt_images(self) -> int:
+        """Images of a rebuilt context, the first frame being one: its head is encoded of them."""
+        return 1 + TEMPORAL_FACTOR * (self.rebuilt_frames - 1)
+
+    @property
     def kept_first(self) -> int:
         """Clean latent frames of a stream's beginning that it keeps: the sink's, or the head's."""
         return max(self.sink_frames, int(self.rebuild != "never"))
@@ -201,8 +206,8 @@ class SamplerConfig:
     """Unwarped timesteps, high to low, in (0, 1000]."""
     shift: float = 5.0
     """Flow shift that warps the steps toward noise (Wan 2.1's for 480p)."""
-    first_steps: tuple[int, ...] | None = None
-    """Those of the first chunk that is generated, and of the first after a cut; None for the same.
+    first_steps: tuple[int, ...] = ()
+    """Those of the first chunk that is generated, and of the first after a cut; none for the same.
     A student of one step or two needs more where there is no past (Causal-Forcing++)."""
     clean_timestep: float = 0.0
     """Timestep at which a chunk is run again for the cache, in [0, 1000). It is not noised."""
@@ -212,16 +217,15 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "first_steps"):  # as JSON has lists
-            if (steps := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(steps))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_steps("steps", self.steps)
-        if self.first_steps is not None:
+        if self.first_steps:
             _check_steps("first_steps", self.first_steps)
         check_numbers(self, shift=(0.01, 1000.0), clean_timestep=(0, NUM_TRAIN_TIMESTEPS - 1))
 
     def steps_of(self, is_first: bool) -> tuple[int, ...]:
         """The steps of a chunk."""
-        return self.first_steps if is_first and self.first_steps is not None else self.steps
+        return (is_first and self.first_steps) or self.steps
 
     def passes_of(self, is_first: bool) -> int:
         """Denoising passes that end with a chunk; where chunks roll, one but for the first."""

@@ -241,10 +241,10 @@ def _hand_on(chunk: Chunk, stream: Stream, writer: VideoWriter, handoff: Handoff
     if chunk.images is not None:
         writer.write(to_uint8(chunk.images[0]).cpu())
         return chunk.images.shape[1]
-    state, decoder = stream.state.decoder, stream.decoder
+    first, decoder = stream.state.decoder is None, stream.decoder
     assert decoder is not None
-    stream.state.decoder = handoff.submit(chunk.latents, state)
-    return decoder.images_of(chunk.latents.shape[2], first=state is None)
+    stream.hand_on(chunk.latents, handoff)
+    return decoder.images_of(chunk.latents.shape[2], first)
 
 
 def _chunks(

@@ -56,15 +56,15 @@ def roll(
     says whether there is to be a chunk of that number, counted from the oldest.
     """
     chunks, last = list(flight), len(timesteps) - 1
-    for done in range(last if chunks else 0, len(timesteps)):
+    for number, done in enumerate(range(last if chunks else 0, len(timesteps))):
         if room(len(chunks)):
             chunks.append(draw(len(chunks), 0))
-        on_pass(done)
+        on_pass(number)
         at = tuple(timesteps[done - place] for place in range(len(chunks)))
         x = torch.cat(chunks, dim=2)
         at_BF = _by_frame(x, at)
         clean = flow_to_x0(predict(x, at), x, at_BF).chunk(len(chunks), dim=2)
-        on_prediction(done, clean[0])
+        on_prediction(number, clean[0])
         for place, x0 in enumerate(clean):
             step = done - place + 1
             chunks[place] = x0

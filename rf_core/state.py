@@ -306,10 +306,14 @@ def check(
     fits = fits and num_frames + evicted_frames <= config.window_frames and gone >= evicted_frames
     _require(fits, f"a window of {config.window_frames} frames cannot hold {counts}")
     _require(num_frames + evicted_frames <= sum(held), "its latents are not of its window")
+    made = facts["num_chunks"] * config.chunk_frames
+    _require(gone == 0 or num_frames + gone <= made, f"{gone} frames have left of {made}")
     if (images := tensors.get("last_images")) is not None:
         size = frame[0], 3, *(side * SPATIAL_FACTOR for side in frame[3:])
         fits = images.ndim == 5 and (images.shape[0], *images.shape[2:]) == size
-        _require(fits and images.is_floating_point(), f"its images are {list(images.shape)}")
+        fits = fits and config.rebuild == "reencoded" and images.is_floating_point()
+        fits = fits and 0 < images.shape[1] <= config.rebuilt_images
+        _require(fits, f"its images are {images.dtype} {list(images.shape)}")
     if not snapshot.compact:
         cache.check(strip_prefix(tensors, _CACHE), evicted_frames)
     if facts["decoder_frames"] is not None:

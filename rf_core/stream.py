@@ -32,13 +32,14 @@ from einops import repeat
 from torch import Tensor
 
 from .attention import Attention, sdpa
-from .config import SPATIAL_FACTOR, TEMPORAL_FACTOR, CacheConfig, Grid, SamplerConfig
+from .config import SPATIAL_FACTOR, CacheConfig, Grid, SamplerConfig
 from .decoders.decoder import Decoder
+from .decoders.handoff import Handoff
 from .devices import to_device
 from .kv_cache import KeyValues, KVCache
 from .model import CountedPrompt, Network, PromptContext, TimeContext, pad_prompt
 from .prompts import Switch
-from .recache import CleanPass, begins_at, chunks_from_end, recache, rerun
+from .recache import CleanPass, OnPart, begins_at, chunks_from_end, recache, rerun
 from .rolling import CleanContext, JointContext, check_rolling, roll
 from .scheduler import add_noise, flow_to_x0, noise_timestep, sampling_timesteps
 from .state import (
@@ -120,6 +121,7 @@ class Stream:
         self.state = StreamState(seed, self._new_cache(cache or CacheConfig()), embeds)
         self._context = embeds, self._prompt_context(embeds)
         self._busy = threading.Lock()
+        self._told_of_head = False
         self._times: dict[tuple[float | tuple[float, ...], int], TimeContext] = {}
         self._draws: dict[int, tuple[int, Iterator[Tensor]]] = {}
 
@@ -140,17 +142,14 @@ class Stream:
     def generate(
         self, on_pass: OnPass | None = None, on_prediction: OnPrediction | None = None
     ) -> Tensor:
-        """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one."""
+        """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one.
+
+        Where a context is rebuilt of images (`CacheConfig.rebuild`), before a snapshot as well.
+        """
         on_pass = on_pass or _no_op
+        make = self._roll if self.sampler.rolling else self._denoise
         with self._exclusive():
-            prompt = self._begin_chunk(on_pass)
-            try:
-                make = self._roll if self.sampler.rolling else self._denoise
-                x0 = make(prompt, on_pass, on_prediction)
-            except BaseException:
-                self.state.cache.abandon()
-                raise
-            self._finish_chunk(x0, prompt)
+            x0 = self._make(lambda prompt: make(prompt, on_pass, on_prediction), on_pass)
         return x0.clone()  # the clean pass is still to read what is kept
 
     @property
@@ -158,6 +157,19 @@ class Stream:
         """Latent frames of the next chunk."""
         is_first = self.state.cache.num_frames == 0
         return self.cache_config.first_frames if is_first else self.cache_config.chunk_frames
+
+    def _make(
+        self, latents_of: Callable[[Tensor], Tensor], on_pass: OnPass, *, is_start: bool = False
+    ) -> Tensor:
+        """The next chunk, whose clean latents are a function of its prompt [B, S, D]."""
+        prompt = self._begin_chunk(on_pass)
+        try:
+            x0 = latents_of(prompt)
+        except BaseException:
+            self.state.cache.abandon()
+            raise
+        self._finish_chunk(x0, prompt, is_start=is_start)
+        return x0
 
     def _denoise(self, prompt: Tensor, on_pass: OnPass, seen: OnPrediction | None) -> Tensor:
         timesteps, predict = self._timesteps(), partial(self._predict, prompt)
@@ -196,10 +208,14 @@ class Stream:
         """Make the next chunk of its clean latents [B, C, F, h, w], kept when it was generated.
 
         By one pass in place of all, and with the same bits in everything that follows: of its
-        latents and its changes of prompt a stream is made again up to any chunk. Without `decode`
-        the decoder does not see it. `is_start` says that it is of what `start_from` was given.
-        ValueError for latents that are no chunk of this stream.
+        latents and its changes of prompt a stream is made again up to any chunk. Of a rolling
+        sampler all passes are run, for the chunks in flight. Without `decode` the decoder does not
+        see it; a context that is rebuilt of images needs those of its chunks. `is_start` is for
+        latents that were no chunk's, as `start_from` takes them. ValueError for latents that are
+        no chunk of this stream.
         """
+        if is_start and not self.state.first_due:
+            raise ValueError("a chunk was generated; start latents come before the first one")
         return self._given_chunk(latents, on_pass or _no_op, decode=decode, is_start=is_start)
 
     def _given_chunk(
@@ -209,9 +225,15 @@ class Stream:
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents are {list(latents.shape)}; a chunk is {list(expected)}")
         latents = latents.to(self.device, torch.float32, copy=True)
+
+        def given(prompt: Tensor) -> Tensor:
+            if self.sampler.rolling and not is_start:
+                self._roll(prompt, on_pass, None)
+            return latents
+
         with self._exclusive():
             index = self.state.num_chunks
-            self._finish_chunk(latents, self._begin_chunk(on_pass), is_start=is_start)
+            self._make(given, on_pass, is_start=is_start)
         images = self.decode(latents) if decode else None
         return Chunk(index=index, latents=latents.clone(), images=images)
 
@@ -247,10 +269,21 @@ class Stream:
         if self.decoder is None:
             return None
         images, self.state.decoder = self.decoder.decode(latents, self.state.decoder)
+        self._see(images)
+        return images
+
+    def hand_on(self, latents: Tensor, handoff: Handoff) -> None:
+        """As `decode`, where a handoff of this stream's decoder delivers the images."""
+        state = self.state
+        state.decoder = handoff.submit(latents, state.decoder, self._see)
+        if state.last_images is not None and state.decoder.pending is not None:
+            state.decoder.pending.wait((state.last_images,))
+
+    def _see(self, images: Tensor) -> None:
+        """Keep of images [B, T, 3, H, W] what a rebuilt context's head is encoded of."""
         if self.cache_config.rebuild == "reencoded":
             seen = _append(self.state.last_images, images, dim=1)
-            self.state.last_images = seen[:, -self._images_in_sight() :]
-        return images
+            self.state.last_images = seen[:, -self.cache_config.rebuilt_images :].clone()
 
     @torch.no_grad()
     def start_from(self, latents: Tensor) -> list[Chunk]:
@@ -283,8 +316,7 @@ class Stream:
         """
         if self.decoder is None:
             raise ValueError("start images need the decoder's encoder; give the stream a decoder")
-        clip = start_clip(images, self.decoder, self.cache_config)
-        return self.start_from(self.decoder.encode(clip))
+        return self.start_from(start_latents(images, self.decoder, self.cache_config))
 
     def switch(self, prompt_embeds: Tensor, switch: Switch | str = DEFAULT_SWITCH) -> None:
         """Change the prompt from the next chunk on; `switch` may be written `blend 3 slerp`.
@@ -400,7 +432,23 @@ class Stream:
         text = self.model.config.text_len, self.model.config.text_dim
         as_saved = replace(cache, config=config, sink_backup=None)
         check(snapshot, as_saved, (self.batch, *text), self._frame_shape(1))
+        if self.sampler.rolling:
+            check_rolling(config, self.sampler)
+        self._require_flight(snapshot)
         return cache
+
+    def _require_flight(self, snapshot: Snapshot) -> None:
+        """ValueError where chunks in flight are not those that this stream has at that place."""
+        held, config = snapshot.tensors.get("in_flight"), cache_config_of(snapshot)
+        found = 0 if held is None else held.shape[2] // config.chunk_frames
+        wanted = len(self.sampler.steps) - 1 if self.sampler.rolling else 0
+        if self.last_chunk is not None:
+            wanted = max(0, min(wanted, self.last_chunk + 1 - snapshot.facts["num_chunks"]))
+        if found not in (0, wanted):
+            raise ValueError(
+                f"the snapshot has {found} chunks in flight, and this stream {wanted} at its "
+                "place; go on with the steps and up to the last chunk that it was made with"
+            )
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -454,7 +502,7 @@ class Stream:
         elif (due := state.pending_clean_pass) is not None:
             on_pass("clean", 0)
             if self.cache_config.rebuild != "never":
-                self._rebuild_context(due.prompt_embeds)
+                self._rebuild_context(due.prompt_embeds, on_pass)
             else:
                 self._clean_pass(due.latents, due.prompt_embeds, due.timestep)
             state.pending_clean_pass = None
@@ -474,8 +522,9 @@ class Stream:
         state, cache = self.state, self.state.cache
         if self.cache_config.rebuild != "never":
             on_pass("clean", 0)
-            self._rebuild_context(prompt_embeds)
-            state.pending_clean_pass = None
+            state.half_recached = prompt_embeds
+            self._rebuild_context(prompt_embeds, on_pass)
+            state.half_recached = state.pending_clean_pass = None
             return
         begin = begins_at(cache)
         if begin > cache.context_frames and state.half_recached is None:
@@ -485,8 +534,7 @@ class Stream:
             on_pass("clean", 0)
             state.half_recached = prompt_embeds
             cache.undo_eviction()  # a stop in what follows leaves all of it to be done again
-            clean_pass = self._clean_passes(prompt_embeds)
-            recache(cache, past, clean_pass, lambda n: on_pass("clean", n) if n else None)
+            recache(cache, past, self._clean_passes(prompt_embeds), _but_first(on_pass))
             if begin == 0:
                 self._remember(past)
         state.half_recached = state.pending_clean_pass = None
@@ -502,20 +550,21 @@ class Stream:
         """The window of a compact snapshot, of the latents that it holds."""
         state, config, (num_frames, _, evictions, _, gone) = self.state, self.cache_config, counts
         if config.rebuild != "never":
-            self._rebuild_context(state.prompt_embeds)
+            if num_frames:
+                self._rebuild_context(state.prompt_embeds, _no_op)
             return
         clean_pass = self._clean_passes(state.prompt_embeds)
         first, again = state.first_latents, num_frames
-        if evictions and first is not None:
+        if (evictions or gone) and first is not None:
             rerun(state.cache, first.split(config.chunk_frames, dim=2), clean_pass)
-            state.cache.gone_frames = gone
             first, again = None, num_frames - config.sink_frames
         # Of a window that has not moved the chunks themselves, which the sink may have cut in two.
+        state.cache.gone_frames = gone
         if (latents := _joined(first, state.last_latents, again)) is not None:
             rerun(state.cache, chunks_from_end(latents, config.chunk_frames), clean_pass)
 
     @torch.no_grad()
-    def _rebuild_context(self, prompt_embeds: Tensor) -> None:
+    def _rebuild_context(self, prompt_embeds: Tensor, on_pass: OnPass) -> None:
         """The window before the next chunk, made anew (`CacheConfig.rebuild`)."""
         head, recent = self._head_latents(), self.cache_config.rebuilt_frames - 1
         if head is None:  # nothing was made
@@ -524,7 +573,7 @@ class Stream:
         context = head if last is None else torch.cat([head, last], dim=2)
         self.state.cache.truncate(0)
         parts = context.split(self.cache_config.chunk_frames, dim=2)
-        rerun(self.state.cache, parts, self._clean_passes(prompt_embeds))
+        rerun(self.state.cache, parts, self._clean_passes(prompt_embeds), _but_first(on_pass))
 
     def _head_latents(self) -> Tensor | None:
         """The latent frame that a rebuilt context begins with, [B, C, 1, h, w]."""
@@ -536,15 +585,14 @@ class Stream:
 
     def _encoded_head(self) -> Tensor | None:
         if self.decoder is None or self.state.last_images is None:
-            _log.warning(
-                "the context's head cannot be encoded anew, as the stream's images are not decoded "
-                "beside it; it is the stream's first frame in their place"
-            )
+            if not self._told_of_head:
+                _log.warning(
+                    "rebuild is 'reencoded', and the stream's images are not decoded beside it: "
+                    "as with 'first', the context's head stays the stream's first frame"
+                )
+            self._told_of_head = True
             return self.state.first_latents
         return self.decoder.encode(self.state.last_images[:, :1])
-
-    def _images_in_sight(self) -> int:
-        return 1 + TEMPORAL_FACTOR * (self.cache_config.rebuilt_frames - 1)
 
     def _restore_decoder(self, snapshot: Snapshot) -> None:
         """The decoder's past: the snapshot's where it is this decoder's, or made of the latents."""
@@ -564,6 +612,7 @@ class Stream:
 
     def _redecode(self) -> None:
         """Give the decoder a past: whole chunks, of which the first may be longer."""
+        assert self.decoder is not None
         self.state.decoder = None
         first, last = self.state.first_latents, self.state.last_latents
         frames = self.cache_config.chunk_frames
@@ -572,7 +621,7 @@ class Stream:
         if last is not None:
             head = frames + last.shape[2] % frames
             for part in (last[:, :, :head], *chunks_from_end(last[:, :, head:], frames)):
-                self.decode(part)
+                _, self.state.decoder = self.decoder.decode(part, self.state.decoder)
 
     def _clean_passes(self, prompt_embeds: Tensor) -> CleanPass:
         """Those of a past that runs again under a prompt."""
@@ -618,7 +667,8 @@ class Stream:
         if number < drawn:
             drawn, draws = 0, self._noise_of(chunk, len(self.sampler.steps))
         noise = next(itertools.islice(draws, number - drawn, None))
-        self._draws[chunk] = number + 1, draws
+        if number + 1 < len(self.sampler.steps):
+            self._draws[chunk] = number + 1, draws
         return noise
 
     def _noise(self, num_draws: int) -> Iterator[Tensor]:
@@ -667,6 +717,11 @@ class Stream:
                 f"the snapshot's {what} is {found}, this stream's is {wanted}; "
                 "restore it with the model and the size it was made with"
             )
+
+
+def _but_first(on_pass: OnPass) -> OnPart:
+    """Tells of clean passes after the first, of which the caller tells beforehand."""
+    return lambda number: on_pass("clean", number) if number else None
 
 
 def _see_nothing(number: int, x0: Tensor) -> None:
@@ -773,6 +828,11 @@ def start_clip(images: Tensor, decoder: Decoder, cache: CacheConfig) -> Tensor:
         )
     keep = first + (images.shape[1] - first) // later * later
     return images[:, -keep:]
+
+
+def start_latents(images: Tensor, decoder: Decoder, cache: CacheConfig) -> Tensor:
+    """Clean latents [B, C, F, h, w] of what `start_clip` takes of images: F is whole chunks."""
+    return decoder.encode(start_clip(images, decoder, cache))
 
 
 def _append(old: Tensor | None, new: Tensor, dim: int = 2) -> Tensor:

@@ -325,6 +325,14 @@ def check_images(path: str | Path) -> None:
         _log.warning("%s is transparent in parts, which become white", path)
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of a picture, or of a clip's first image, upright. ValueError as above."""
+    with closing(_decode_timed(Path(path))) as images:
+        for _, image in images:
+            return image.shape[0], image.shape[1]
+    raise ValueError(f"{path} holds no images; give a picture or a clip")
+
+
 def count_images(path: str | Path, most: int) -> int:
     """How many images a picture or clip holds; it is read up to so many. ValueError as above."""
     with closing(_frames(Path(path))) as frames:

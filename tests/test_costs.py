@@ -117,6 +117,8 @@ def test_teacher_and_consistency_take_what_their_passes_take():
 @pytest.mark.slow
 def test_latents_are_counted_by_clips_and_take_the_vaes_memory():
     one, two = (costs(wan_latents(), Given(clips=clips), 1) for clips in (1, 2))
+    small = replace(wan_latents(), size=(64, 64), buckets=(wan_latents().size,))
+    assert costs(small, Given(clips=1), 1) == one  # as of the largest size
     assert two.total == 2 * one.total and two.disk["clips"] == 2 * 16 * 21 * 60 * 104 * 2
     assert 100e12 < one.total < 300e12  # an 81-image clip of 480x832
     assert one.memory["VAE"] == near(127e6 * 2)

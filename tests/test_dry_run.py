@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from rf_core.config import WAN_1_3B, WAN_14B
 from training.__main__ import main
 from training.run.config import to_json
 from training.run.networks import PlacementConfig, random_network
-from training.stages.dry_run import StandIns
+from training.stages.dry_run import StandIns, of_largest
+from training.stages.recipes import miniature
 from training.stages.regression import INIT_PRESETS
 from training.stages.trajectories import wan_pairs
 
@@ -57,6 +59,17 @@ def test_every_recipe_says_what_an_update_takes_and_leaves_nothing(
         name != "re_dmd"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_several_sizes_is_one_of_the_largest(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    for settings in (["run.buckets=[[4, 4], [16, 16]]"], ["run.latents=[16, 15, 16, 16]"]):
+        assert main(words("re_dmd", "reward.kind=none", *settings)) == 0
+        told.append(PEAK.search(capsys.readouterr().out)[3])
+    assert told[0] == told[1]
+    several = replace(miniature().run, buckets=((4, 4), (16, 16)))
+    assert of_largest(several) == replace(several, latents=(16, 15, 16, 16), buckets=())
 
 
 @pytest.mark.parametrize("name", ["ode_init", "re_dmd"])

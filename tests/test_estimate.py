@@ -118,6 +118,16 @@ def test_choices_show_in_the_count():
     assert long.flops["rollouts"] < changing.flops["rollouts"] < 1.1 * long.flops["rollouts"]
 
 
+@pytest.mark.parametrize("latents", [(16, 21, 80, 80), (16, 63, 80, 80)])
+def test_updates_of_several_sizes_are_counted_as_of_the_largest(latents):
+    own = (*latents[:2], 60, 104)
+    several = replace(wan().run, latents=own, buckets=((40, 40), latents[2:]))
+    one = replace(wan().run, latents=latents)
+    assert estimate(replace(wan(), run=several), WAN, 8) == estimate(
+        replace(wan(), run=one), WAN, 8
+    )
+
+
 @pytest.mark.slow
 def test_the_command_prints_both_totals(capsys):
     assert main(["estimate", "--device", "cpu"]) == 0

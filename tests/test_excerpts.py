@@ -132,6 +132,10 @@ class Toys:
     def groups(self) -> tuple[range, range]:
         return range(2), range(2, self.count)
 
+    @property
+    def buckets(self) -> dict[tuple[int, int], range]:
+        return {SIZE: range(self.count)}
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         each = [torch.randn(self.shape, generator=seeded_generator("toy", row)) for row in rows]
         return torch.stack(each)

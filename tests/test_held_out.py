@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -101,8 +101,8 @@ def test_held_out_clips_are_measured_and_never_trained_on(make):
     assert origins.isdisjoint(source.origins[row] for row in held) and len(origins) == 4
     source.read.clear()
     with torch.no_grad():
-        first, _ = run.held_out_errors(range(3))
-        again, which = run.held_out_errors(range(3))
+        first, _ = run.held_out_errors(run.split.held_out, range(3))
+        again, which = run.held_out_errors(run.split.held_out, range(3))
     assert source.read == held and torch.equal(first, again)
     assert which.shape == first.shape and len(first) == 3
 
@@ -256,6 +256,11 @@ def test_what_cannot_be_validated_is_refused_before_anything_is_made(
 def test_the_demo_s_vae_is_not_taken_for_clips_of_another_world():
     config = INIT_PRESETS["miniature"]()
     supervised.check_validation(config, RandomClips(SHAPE, (4, 8)))
+
+    class Several(RandomClips):
+        buckets: ClassVar = {(8, 12): range(40), (8, 8): range(40, 64)}
+
+    supervised.check_validation(config, Several((16, 9, 8, 12), (4, 8)))  # the demo's among them
     with pytest.raises(ValueError, match=r"vae is not given, and .* of 480x832; name the VAE"):
         supervised.check_validation(config, RandomClips((16, 9, 60, 104), (4, 8)))
 

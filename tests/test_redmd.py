@@ -20,7 +20,7 @@ from training.objective.redmd import (
     num_windows,
     rollout_latents,
 )
-from training.objective.rollout import RolloutDraws, random_draws, roll_out
+from training.objective.rollout import RolloutDraws, Start, random_draws, roll_out
 from training.objective.weights import WeightConfig, sample_weights
 from training.run.draws import draw_score_noise
 from training.world.reward import TrackerReward
@@ -198,6 +198,35 @@ def test_the_first_frame_of_a_later_window_is_an_anchor_that_is_not_supervised(n
 
     backward(generator_losses(anchored, *batch, LONG))
     assert all(g.isfinite().all() for g in gradients(networks.student))
+
+
+def test_the_chunk_of_a_start_image_is_seen_by_all_and_moves_only_what_follows_it(networks, batch):
+    """Against the plain loss, whose direction is zeroed there and averaged over the rest."""
+    prompts, draws, score_noises = batch
+    image = torch.full((2, tiny.CONFIG.in_dim, 3, 4, 6), 0.5)
+    start = Start(latents=image, given_B=torch.tensor([True, False]))
+    started = prompts, replace(draws, start=start), score_noises
+    (seen,) = rollout_latents(networks, *started[:2], CONFIG)
+    assert (seen[0, :, :3] == 0.5).all() and not (seen[1, :, :3] == 0.5).any()
+
+    backward(generator_losses(networks, *started, CONFIG))
+    found = gradients(networks.student)
+    (rollout,) = roll_out(networks.student, prompts.cond, started[1], CONFIG.sampler, CONFIG.cache)
+    x0 = rollout.latents
+    noisy, at = score_noises[0].apply(x0.detach())
+    with torch.no_grad():
+        fake = networks.predict_x0(networks.critic, noisy, at, prompts.cond)
+        cond = networks.predict_x0(networks.teacher, noisy, at, prompts.cond)
+        uncond = networks.predict_x0(networks.teacher, noisy, at, prompts.uncond)
+    real = cond + 3 * (cond - uncond)
+    loss = 0
+    for b, first in ((0, 3), (1, 0)):
+        g = (fake[b] - real[b]) / (x0[b].detach() - real[b]).abs().mean()
+        loss = loss + (x0[b] * g)[:, first:].mean() / 2
+    networks.student.zero_grad()
+    loss.backward()
+    for first, second in zip(found, gradients(networks.student), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
 
 
 def test_weights_are_published_unless_asked_otherwise():

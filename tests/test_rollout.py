@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -11,7 +13,7 @@ from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.layers import Block
 from rf_core.model import WanModel
 from rf_core.stream import chunk_noise
-from training.objective.rollout import Rollout, RolloutDraws, random_draws, roll_out
+from training.objective.rollout import Rollout, RolloutDraws, Start, random_draws, roll_out
 
 CHUNKS = 6  # the window of 9 holds three: three evictions
 SIZE = (4, 6)
@@ -146,6 +148,65 @@ def test_a_batch_is_the_sum_of_its_samples():
         sum(loss_of(rolled(model, draws_of([seed], 1), cache).latents) for seed in (5, 6)),
     ).items():
         torch.testing.assert_close(gradient, whole[name], atol=1e-4, rtol=1e-3)
+
+
+def given_chunk(seed: int, frames: int = 3, batch: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tiny.CONFIG.in_dim, frames, *SIZE, generator=generator)
+
+
+@pytest.mark.parametrize("chunk", [3, 1])
+def test_a_rollout_from_a_start_image_is_what_a_stream_makes_of_it(chunk):
+    cache, start = tiny.window(9, 3, chunk=chunk), given_chunk(1, chunk)
+    stream = tiny.stream(cache=cache, sampler=SAMPLER, seed=5)
+    stream.start_from(start)
+    rest = [stream.generate() for _ in range(1, 18 // chunk)]
+    shape = (tiny.CONFIG.in_dim, chunk, *SIZE)
+    each = [chunk_noise([5], n, shape, len(SAMPLER.steps)) for n in range(18 // chunk)]
+    draws = RolloutDraws(
+        noise=torch.cat([drawn[0] for drawn in each], dim=2),
+        renoise=torch.stack([torch.cat(s, dim=2) for s in zip(*each, strict=True)][1:]),
+        exit_step=len(SAMPLER.steps) - 1,
+        start=Start(latents=start),
+    )
+    result = rolled(trainable(), draws, cache)
+    expected = torch.cat([start, *rest], dim=2)
+    torch.testing.assert_close(result.latents, expected, atol=2e-5, rtol=1e-4)
+    assert torch.equal(result.latents[:, :, :chunk], start)
+    assert result.given_BF.tolist() == [[True] * chunk + [False] * (18 - chunk)]
+    assert result.num_evictions == stream.state.cache.num_evictions > 0
+
+
+def test_samples_of_a_batch_begin_from_an_image_or_from_noise_each_as_if_alone():
+    model, cache, draws = trainable(), tiny.window(9, 3), draws_of([5, 6], 1)
+    start = given_chunk(1, batch=2)
+    mixed = replace(draws, start=Start(latents=start, given_B=torch.tensor([False, True])))
+    both = rolled(model, mixed, cache)
+    noise = rolled(model, draws, cache)
+    every = rolled(model, replace(draws, start=Start(latents=start)), cache)
+    assert torch.equal(both.latents[0], noise.latents[0]) and noise.given_BF is None
+    torch.testing.assert_close(both.latents[1], every.latents[1])
+    assert both.given_BF.sum(1).tolist() == [0, 3]
+    found = gradients(model, loss_of(both.latents[1:]))
+    expected = gradients(model, loss_of(every.latents[1:]))
+    for name, gradient in expected.items():  # what was made in place of the image moves nothing
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_only_the_window_that_begins_a_rollout_has_given_frames():
+    draws = replace(draws_of([5], 1), start=Start(latents=given_chunk(1)))
+    windows = roll_out(
+        trainable(), tiny.prompt(), draws, SAMPLER, tiny.window(9, 3), window_chunks=2
+    )
+    first, *later = windows
+    assert first.given_BF.tolist() == [[True] * 3 + [False] * 3]
+    assert [each.given_BF for each in later] == [None, None]
+
+
+def test_a_start_that_is_no_chunk_of_the_rollout_is_refused():
+    draws = replace(draws_of([5], 1), start=Start(latents=given_chunk(1, frames=2)))
+    with pytest.raises(ValueError, match=r"start latents are \[1, 4, 2, 4, 6\]; a chunk"):
+        rolled(trainable(), draws, tiny.window(9, 3))
 
 
 def test_draws_are_a_function_of_their_generator_and_exit_anywhere():

@@ -69,14 +69,16 @@ def network(seed: int, trained: bool, over: int | None, shard_over: int | None):
     return shard(split_sequence(whole, over, CONFIG.latents, "cpu"), "cpu", shard_over=shard_over)
 
 
-def trainer(over: int | None = None, shard_over: int | None = None) -> Trainer:
+def trainer(
+    over: int | None = None, shard_over: int | None = None, config: RunConfig = CONFIG
+) -> Trainer:
     networks = Networks(
         student=network(0, True, over, shard_over),
         teacher=network(1, False, over, shard_over),
         critic=network(2, True, over, shard_over),
     )
     embeds = MemoryEmbeds(tiny.prompt(batch=6))
-    return Trainer(CONFIG, networks, embeds, tiny.prompt(9), Numbers(), over)
+    return Trainer(config, networks, embeds, tiny.prompt(9), Numbers(), over)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -90,7 +92,8 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 def flow_of(run: Trainer) -> Tensor:
     """The teacher's, of a window of two samples."""
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, *CONFIG.window_latents, generator=generator)
+    channels, _, *size = CONFIG.latents
+    x = torch.randn(2, channels, CONFIG.window_frames, *size, generator=generator)
     at = torch.full((2, x.shape[2]), 600.0)
     return run.networks.predict_flow(run.networks.teacher, x, at, tiny.prompt(batch=2))
 
@@ -182,6 +185,29 @@ def test_samples_whose_tokens_are_shared_out_have_the_losses_and_gradients_of_on
         found = torch.load(tmp_path / f"found{rank}.pt", weights_only=True)
         assert_same(found, expected, ("flow", "clip", *STEPS))
         assert int(found["cache"]) * over == cache_bytes(alone)
+
+
+BUCKETS = replace(CONFIG, buckets=((8, 4),), seed=4)  # which draws that size for both roles
+
+
+def sizes_rank(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    meet = f"file://{folder / 'meet'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    torch.save(update(trainer(world, config=BUCKETS)), folder / f"found{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_tokens_of_another_size_of_the_same_area_are_shared_out_as_well(tmp_path):
+    for role in ("generator", "critic"):
+        assert BUCKETS.size_of(role, BUCKETS.part(role, 0)) == (8, 4)
+    expected = update(trainer(config=BUCKETS))
+    spawn(sizes_rank, (2, tmp_path), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"found{rank}.pt", weights_only=True)
+        assert_same(found, expected, STEPS)
 
 
 def resume_rank(rank: int, world: int, folder: Path, over: int | None) -> None:

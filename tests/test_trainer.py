@@ -13,14 +13,22 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from rf_core.config import SamplerConfig
 from training.data.embeddings import MemoryEmbeds
+from training.data.starts import Starts, with_starts
 from training.objective.redmd import Networks, ReDMDConfig
 from training.run.checkpointing import read_part
 from training.run.distributed import Stopped, shard
-from training.run.draws import draw_rollout, draw_score_noise, shuffled_indices
+from training.run.draws import (
+    draw_rollout,
+    draw_score_noise,
+    draw_size,
+    draw_starts,
+    shuffled_indices,
+)
 from training.run.optimise import OptimiserConfig
 from training.run.signals import StopRequest
 from training.stages.trainer import RunConfig, Trainer, report_numbers
 
+Buckets = tuple[tuple[int, int], ...]
 REDMD = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=4)
 RATE = OptimiserConfig(rate=1e-3)
 CONFIG = RunConfig(
@@ -35,12 +43,34 @@ CONFIG = RunConfig(
 )
 
 
-def trainer(config: RunConfig = CONFIG, reward=None, shard_over: int | None = None) -> Trainer:
+class Images:
+    """Three start images, each with a prompt of its own."""
+
+    def rows(self, size: tuple[int, int]) -> range:
+        return range(3)
+
+    def latents(self, numbers: list[int], size: tuple[int, int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(number) for number in numbers]
+        shape = (tiny.CONFIG.in_dim, 3, *size)
+        return torch.stack([torch.randn(shape, generator=each) for each in generators])
+
+    def prompt(self, number: int) -> str:
+        return f"image {number}"
+
+    def embeds(self, number: int) -> torch.Tensor:
+        return tiny.prompt(100 + number)[0, :7]
+
+
+def trainer(
+    config: RunConfig = CONFIG, reward=None, shard_over: int | None = None, share: float = 0.0
+) -> Trainer:
     student, teacher, critic = (tiny.model(seed=seed) for seed in (0, 1, 1))
     for network in (student.requires_grad_(True), teacher, critic.requires_grad_(True)):
         shard(network, "cpu", shard_over=shard_over)
     networks = Networks(student=student, teacher=teacher, critic=critic)
-    return Trainer(config, networks, MemoryEmbeds(tiny.prompt(batch=6)), tiny.prompt(9), reward)
+    prompts = MemoryEmbeds(tiny.prompt(batch=6))
+    starts = Starts(source=Images(), share=share, own=prompts) if share else None
+    return Trainer(config, networks, prompts, tiny.prompt(9), reward, starts=starts)
 
 
 def weights(run: Trainer) -> list[torch.Tensor]:
@@ -50,14 +80,15 @@ def weights(run: Trainer) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
-    whole = trainer()
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, share):
+    whole = trainer(share=share)
     reports = [whole.step() for _ in range(4)]
-    first = trainer()
+    first = trainer(share=share)
     first.step()
     first.step()
     first.save(tmp_path / "at2")
-    second = trainer()
+    second = trainer(share=share)
     second.load(tmp_path / "at2")
     assert second.update == 2
     assert [second.step() for _ in range(2)] == reports[2:]
@@ -76,8 +107,11 @@ def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path, monkeypatch)
         run.load(tmp_path / "at0")
 
 
-def test_micro_batches_change_nothing_but_rounding():
-    whole, parts = (trainer(replace(CONFIG, micro_batch=size)) for size in (REDMD.batch, 1))
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_micro_batches_change_nothing_but_rounding(share):
+    whole, parts = (
+        trainer(replace(CONFIG, micro_batch=size), share=share) for size in (REDMD.batch, 1)
+    )
     first, second = whole.step(), parts.step()
     assert first.generator_loss == pytest.approx(second.generator_loss, rel=1e-4)
     assert first.critic_loss == pytest.approx(second.critic_loss, rel=1e-4)
@@ -118,6 +152,59 @@ def test_rewards_reach_the_log_and_see_their_prompts():
     assert report_numbers(report)["reward/numbers"] == pytest.approx(sum(expected) / 40)
     assert report.rewards.mean_score == pytest.approx(sum(expected) / 40)
     assert 0 < report.rewards.effective_share < 1
+
+
+def test_a_share_of_the_rollouts_begins_from_images_and_sees_their_prompts():
+    reward = Numbers()
+    trainer(reward=reward, share=0.5).step()
+    own = shuffled_indices(0, "generator", 0, range(4), 4, 6)
+    drawn = draw_starts(0, "generator", 0, range(4), 0.5, 3)
+    assert reward.seen == [n if d is None else 6 + d for n, d in zip(own, drawn, strict=True)]
+    assert None in drawn and set(drawn) != {None}
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_batch_has_the_images_and_the_prompts_that_were_drawn_for_it(share):
+    own = MemoryEmbeds(tiny.prompt(batch=6))
+    starts = Starts(source=Images(), share=share, own=own)
+    drawn = [2, 0, 1] if share == 1 else [2, None, 1]
+    numbers = with_starts([5, 4, 3], drawn, 6)
+    embeds = starts.embeds(numbers)
+    assert torch.equal(embeds[0, :7], Images().embeds(2)) and not embeds[0, 7:].any()
+    assert torch.equal(embeds[1], own.tensor[4]) == (share < 1)
+    start = starts.start(drawn, (4, 3, 4, 6))
+    assert torch.equal(start.latents[[0, 2]], Images().latents([2, 1], (4, 6)))
+    given = start.given_B
+    assert given is None if share == 1 else given.tolist() == [True, False, True]
+
+
+def test_which_rollouts_begin_from_an_image_does_not_depend_on_how_they_are_shared_out():
+    whole = draw_starts(0, "critic", 3, range(1000), 0.25, 50)
+    assert draw_starts(0, "critic", 3, range(500, 1000), 0.25, 50) == whole[500:]
+    assert sum(each is not None for each in whole) == pytest.approx(250, abs=50)
+    assert {each for each in whole if each is not None} == set(range(50))
+    pairs = draw_starts(0, "critic", 3, range(40), 0.5, 50, copies=2)
+    assert pairs[::2] == pairs[1::2] and len(set(pairs)) > 2  # of a group, all begin alike
+
+
+def test_an_update_has_samples_of_one_size_and_runs_see_all_sizes():
+    config = replace(CONFIG, buckets=((6, 4), (8, 6)))
+
+    class Sizes(Numbers):
+        def __call__(self, x0: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+            self.sizes.append(tuple(x0.shape[3:]))
+            return super().__call__(x0, numbers)
+
+    reward = Sizes()
+    reward.sizes = []
+    run = trainer(config, reward)
+    for _ in range(8):
+        reward.sizes.clear()
+        run.step()
+        assert reward.sizes == [draw_size(0, "generator", run.update - 1, config.sizes)] * 2
+    assert {draw_size(0, "generator", update, config.sizes) for update in range(8)} == {
+        *config.sizes
+    }
 
 
 def test_a_runaway_critic_and_a_nan_stop_the_run():
@@ -185,13 +272,22 @@ def test_a_run_that_is_stopped_between_two_micro_batches_goes_on_bit_for_bit(tmp
     assert all(map(torch.equal, weights(second), weights(whole)))
 
 
-def run_rank(rank: int, world: int, folder: Path, go_on: bool, shard_over: int | None) -> None:
+def run_rank(
+    rank: int,
+    world: int,
+    folder: Path,
+    go_on: bool,
+    shard_over: int | None,
+    share: float,
+    buckets: Buckets,
+) -> None:
     """One process of a run: two updates, or two more after a checkpoint, and its weights."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / f'meet{go_on}'}", rank=rank, world_size=world
     )
     torch.set_num_threads(1)
-    run = trainer(replace(CONFIG, micro_batch=1), shard_over=shard_over)
+    config = replace(CONFIG, micro_batch=1, buckets=buckets)
+    run = trainer(config, shard_over=shard_over, share=share)
     if shard_over is not None:
         parameter = next(run.networks.student.parameters())
         assert parameter.to_local().shape[0] == -(-parameter.shape[0] // shard_over)
@@ -210,26 +306,35 @@ def run_rank(rank: int, world: int, folder: Path, go_on: bool, shard_over: int |
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard_over", [None, (1, 2)], ids=["sharded", "a copy a node"])
+@pytest.mark.parametrize(
+    ("shard_over", "share", "buckets"),
+    [
+        pytest.param(None, 0.0, (), id="sharded"),
+        pytest.param((1, 2), 0.0, (), id="a copy a node"),
+        pytest.param(None, 0.5, (), id="start images"),
+        pytest.param(None, 0.5, ((6, 4), (8, 6)), id="start images of several sizes"),
+    ],
+)
 def test_two_processes_equal_one_and_either_goes_on_from_the_other_s_checkpoint(
-    tmp_path, shard_over
+    tmp_path, shard_over, share, buckets
 ):
     of_two, of_four = shard_over or (None, None)
-    one = trainer(replace(CONFIG, micro_batch=1))
+    config = replace(CONFIG, micro_batch=1, buckets=buckets)
+    one = trainer(config, share=share)
     expected = [one.step() for _ in range(4)]
 
-    spawn(run_rank, (2, tmp_path, False, of_two), nprocs=2)
+    spawn(run_rank, (2, tmp_path, False, of_two, share, buckets), nprocs=2)
     reports, _ = torch.load(tmp_path / "resultFalse.pt", weights_only=False)
     for first, second in zip(reports, expected, strict=False):
         assert first.generator_loss == pytest.approx(second.generator_loss, rel=1e-4)
         assert first.critic_loss == pytest.approx(second.critic_loss, rel=1e-4)
 
-    alone = trainer(replace(CONFIG, micro_batch=1))
+    alone = trainer(config, share=share)
     alone.load(tmp_path / "at2")
     average = read_part(tmp_path / "at2", "average")  # of chunks of two processes
     assert all(torch.equal(average[name], t) for name, t in alone.average.tensors.items())
     alone.step(), alone.step()
-    spawn(run_rank, (4, tmp_path, True, of_four), nprocs=4)
+    spawn(run_rank, (4, tmp_path, True, of_four, share, buckets), nprocs=4)
     _, four = torch.load(tmp_path / "resultTrue.pt", weights_only=False)
     for name, weight in one.networks.student.state_dict().items():
         for other in (alone.networks.student.state_dict()[name], four[name]):

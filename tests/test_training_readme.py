@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import training.world.__main__ as world
 from rf_core.__main__ import main as rf_core
@@ -164,6 +165,10 @@ def prepare(folder: Path) -> None:
     prompts = ["a red circle moves left", "a blue square moves up"]
     (folder / "prompts.csv").write_text("\n".join(["prompt", *prompts]))
     (folder / "prompts.txt").write_text(prompts[0])
+    (folder / "pictures").mkdir()
+    for number, prompt in enumerate(prompts):
+        Image.new("RGB", (80, 64), (200, 40 * number, 0)).save(folder / f"pictures/{number}.png")
+        (folder / f"pictures/{number}.txt").write_text(prompt)
 
 
 def as_above(arguments: list[str], earlier: list[list[str]]) -> list[str]:

@@ -6,7 +6,8 @@ among them. Data, evaluation and rewards depend on Protocols alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
@@ -15,6 +16,8 @@ from types import MappingProxyType
 
 import torch
 
+from rf_core.config import CacheConfig
+from rf_core.decoders.decoder import Decoder
 from rf_core.ranges import MANY, check_numbers
 from rf_core.text import load_text_encoder
 from rf_core.weights.files import read_weights
@@ -22,9 +25,10 @@ from rf_core.weights.files import read_weights
 from .data.clips import ClipSource
 from .data.embed_cache import CachedEmbeds
 from .data.embeddings import encoded, encoder_path
-from .data.latents import VideoClips, shards_of_latents
+from .data.latents import VideoClips, list_videos, read_video_clips, shards_of_latents
 from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
+from .data.starts import ClipStarts, PictureStarts, StartsConfig, StartSource
 from .evaluation.metric import PromptMetric
 from .rewards.flow_motion import FlowMotionReward
 from .rewards.reward import Reward, WeightedScore
@@ -129,18 +133,12 @@ def open_reward(config: RewardConfig, device: torch.device) -> WeightedScore:
 
 
 def shape_of_clips(folder: Path) -> tuple[int, int, int, int] | None:
-    """The shape of a folder's clips, [C, F, h, w], by the headers of its files; None without any.
+    """The shape of a folder's largest clips, [C, F, h, w], by the headers of its files; None
+    without any.
 
-    No text encoder is opened.
+    No text encoder is opened. ValueError as `open_clips`.
     """
-    if shards := shards_of_clips(folder):
-        _, channels, frames, rows, columns = read_weights(shards[0]).tensors["latents"].shape
-        return channels, frames, rows, columns
-    if shards_of_latents(folder):
-        clips, _ = VideoClips.read(folder)
-        channels, frames, rows, columns = clips[0][0].shape[1:]
-        return channels, frames, rows, columns
-    return Pairs.open(folder).config.latents if shards_of(folder) else None
+    return max(sorted(clip_shapes(folder)), key=math.prod) if holds_clips(folder) else None
 
 
 def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSource:
@@ -153,10 +151,14 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
         encoder = load_text_encoder(encoder_path(data), device=device, dtype=torch.float32)
         return CaptionedClips(read_clips(folder), encoder)
     if shards_of_latents(folder):
-        clips, prompts = VideoClips.read(folder)
+        clips, prompts = read_video_clips(folder)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         cache = encoded(prompts, data, folder / "embeddings", device, dtype)
         return VideoClips(clips, prompts, CachedEmbeds(prompts, cache))
+    return _whole_clips(folder)
+
+
+def _whole_clips(folder: Path) -> Pairs:
     if not shards_of(folder):
         raise ValueError(
             f"{folder} holds no clips; make some with `python -m training.world clips`, after "
@@ -168,3 +170,88 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
     if pairs.config.kind != "clips":
         raise ValueError(f"{folder} holds trajectories of excerpts; give those of whole clips")
     return pairs
+
+
+def holds_clips(folder: Path) -> bool:
+    """Whether a folder holds what `open_clips` opens."""
+    return any(shards(folder) for shards in (shards_of_clips, shards_of_latents, shards_of))
+
+
+def clip_shapes(folder: Path) -> set[tuple[int, int, int, int]]:
+    """Shapes of a folder's clips, [C, F, h, w], by their headers. ValueError as `open_clips`."""
+    if shards := shards_of_clips(folder):
+        found = [read_weights(shards[0]).tensors["latents"]]
+    elif shards_of_latents(folder):
+        found = [latents for latents, _, _ in read_video_clips(folder)[0]]
+    else:
+        return {_whole_clips(folder).shape}
+    return {(c, frames, rows, columns) for _, c, frames, rows, columns in (t.shape for t in found)}
+
+
+def needs_pixels(config: StartsConfig) -> bool:
+    """Whether start images are encoded in the run, by its VAE."""
+    return config.source is not None and not holds_clips(config.source)
+
+
+def check_starts(
+    config: StartsConfig, channels: int, sizes: Sequence[tuple[int, int]], chunk_frames: int
+) -> None:
+    """ValueError where there are no start images for latents of these channels and of each size.
+
+    `sizes` are rows and columns. Reads no weight.
+    """
+    if config.source is None:
+        return
+    if not config.source.is_dir():
+        raise ValueError(f"starts.source is {config.source}, which is not a folder")
+    try:
+        if needs_pixels(config):
+            list_videos(config.source, config.captions, "pictures")
+            return
+        shapes = clip_shapes(config.source)
+    except ValueError as error:
+        raise ValueError(f"starts: {error}") from None
+    if config.captions is not None:
+        raise ValueError(
+            f"starts.captions is {config.captions}, but {config.source} holds clips, which have "
+            "prompts of their own; set starts.captions=null"
+        )
+    fitting = {shape[2:] for shape in shapes if shape[0] == channels and shape[1] >= chunk_frames}
+    if missing := set(sizes) - fitting:
+        raise ValueError(
+            f"starts.source is {config.source}, whose clips are {sorted(map(list, shapes))}; the "
+            f"run needs {channels} channels, {chunk_frames} frames or more, and clips of "
+            f"{' and '.join(f'{h}x{w}' for h, w in sorted(missing))} latents too"
+        )
+
+
+def open_starts(
+    config: StartsConfig,
+    data: DataConfig,
+    decoder: Decoder | None,
+    cache: CacheConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> StartSource | None:
+    """The start images that a config names; None where it names none.
+
+    Captions of pictures are encoded into `folder`, unless `data` names another.
+    """
+    if config.source is None:
+        return None
+    if not needs_pixels(config):
+        clips = open_clips(config.source, data, device)
+        return ClipStarts(clips=clips, chunk_frames=cache.first_frames)
+    assert decoder is not None, config
+    pictures = list_videos(config.source, config.captions, "pictures")
+    prompts = [each.prompt for each in pictures]
+    embeds = CachedEmbeds(prompts, encoded(prompts, data, folder, device, dtype))
+    return PictureStarts(
+        paths=[config.source / each.name for each in pictures],
+        prompts=prompts,
+        prompt_embeds=embeds,
+        decoder=decoder,
+        device=device,
+        cache=cache,
+    )

@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 
 import torch
@@ -78,8 +78,16 @@ class Handoff:
             self._thread = threading.Thread(target=self._deliver_all, name="handoff", daemon=True)
             self._thread.start()
 
-    def submit(self, latents: Tensor, state: DecoderState | None) -> DecoderState:
+    def submit(
+        self,
+        latents: Tensor,
+        state: DecoderState | None,
+        see: Callable[[Tensor], object] | None = None,
+    ) -> DecoderState:
         """Decode the stream's next latents [B, C, F, h, w]; the state after them.
+
+        `see` is given the images [B, T, 3, H, W] in [0, 1] where they are decoded; on CUDA they
+        are still being made, as the state is.
 
         Waits while `depth` deliveries are on their way. On CUDA the state is still being made when
         this returns; whoever reads it waits for it, but for `submit`, which queues behind. The
@@ -89,15 +97,20 @@ class Handoff:
             ValueError: the latents or the state do not fit, or an earlier chunk's images held NaN.
         """
         if self._first_alone and state is None and latents.shape[2] > 1:
-            state = self._submit(latents[:, :, :1], None)
+            state = self._submit(latents[:, :, :1], None, see)
             latents = latents[:, :, 1:]
-        return self._submit(latents, state)
+        return self._submit(latents, state, see)
 
-    def _submit(self, latents: Tensor, state: DecoderState | None) -> DecoderState:
+    def _submit(
+        self,
+        latents: Tensor,
+        state: DecoderState | None,
+        see: Callable[[Tensor], object] | None,
+    ) -> DecoderState:
         slot = self._slots.get()
         try:
             self._raise_failure()
-            state = self._lane.decode(self._images, latents, state, slot)
+            state = self._lane.decode(partial(self._images, see), latents, state, slot)
         except BaseException:
             self._slots.put(slot)
             raise
@@ -135,10 +148,15 @@ class Handoff:
 
     @torch.no_grad()
     def _images(
-        self, latents: Tensor, state: DecoderState | None
+        self,
+        see: Callable[[Tensor], object] | None,
+        latents: Tensor,
+        state: DecoderState | None,
     ) -> tuple[Tensor, Tensor, DecoderState]:
         """Images as they are delivered, whether any holds NaN, and the state after them."""
         images, state = self._decoder.decode(latents, state)
+        if see is not None:
+            see(images)
         return self._convert(images), images.isnan().any(), state
 
     def _deliver_all(self) -> None:

@@ -156,6 +156,11 @@ class Split(HeadTrade):
                 "keep_key_norms measures keys over all heads, of which a process has a part; "
                 "stream this model in one process"
             )
+        if cache.rebuild == "reencoded":
+            raise ValueError(
+                "rebuild is 'reencoded', which encodes images, and one process alone decodes; "
+                "stream this model in one process, or set rebuild to 'first'"
+            )
         if grid.height % world_size == 0:
             return cls(
                 rank=rank, world_size=world_size, axis=-2, run=grid.frame_tokens // world_size

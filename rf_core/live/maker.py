@@ -200,7 +200,7 @@ class Maker:
             first = stream.state.decoder is None
             images = stream.decoder.images_of(latents.shape[2], first)
             self._presenter.expect(info)
-            stream.state.decoder = self._handoff.submit(latents, stream.state.decoder)
+            stream.hand_on(latents, self._handoff)
         past_chunk = PastChunk(latents=latents.cpu(), images=images)
         self.history.add_chunk(past_chunk)
         self.images += images
@@ -279,6 +279,8 @@ class Maker:
         decoder = self.stream.decoder
         if decoder is None:
             return chunk
+        if self.stream.cache_config.rebuild == "reencoded":  # its cache is made of images too
+            return plan.point.chunk
         frames = self.stream.cache_config.chunk_frames
         cuts = [
             at for at, each in plan.actions if isinstance(each, Prompt) and each.mode.mode == "cut"

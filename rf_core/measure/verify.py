@@ -241,7 +241,7 @@ def sibling_sampler(config: Mapping[str, Any]) -> SamplerConfig:
     return SamplerConfig(
         steps=config["denoising_step_list"],
         shift=config["shift"],
-        first_steps=config.get("denoising_step_list_first_chunk"),
+        first_steps=config.get("denoising_step_list_first_chunk", ()),
         clean_timestep=config.get("context_noise", 0),
         rolling=config["rope"] == "rolling",
     )

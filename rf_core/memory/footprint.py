@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from ..config import TEMPORAL_FACTOR, CacheConfig, ModelConfig, SamplerConfig
+from ..config import CacheConfig, ModelConfig, SamplerConfig
 from ..decoders.codec import put_channels_last
 from ..decoders.decoder import _CHANNELS_LAST_DEVICES, DecoderState, TAEHVDecoder, WanDecoder
 from ..decoders.taehv import TAEHV, TAEHVConfig
@@ -159,9 +159,8 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
         size = latent_size(sizes.height, sizes.width, sizes.model.patch_size)
         shape = (sizes.batch, sizes.model.in_dim, frames, *size)
         group = group_frames or frames
-        decoder = _count_decoder(
-            sizes.decoder, shape, group, sizes.dtype, sizes.device, _kept_images(sizes.cache)
-        )
+        kept = sizes.cache.rebuilt_images if sizes.cache.rebuild == "reencoded" else 0
+        decoder = _count_decoder(sizes.decoder, shape, group, sizes.dtype, sizes.device, kept)
     return Footprint(
         student=Layered(total=counted["weights"], layer=each["weights"], layers=layers),
         text=_count_text(sizes),
@@ -178,12 +177,6 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
 def _records(sizes: Sizes) -> bool:
     """Whether passes are recorded; those of chunks that are denoised together are not."""
     return sizes.graphs and not sizes.sampler.rolling
-
-
-def _kept_images(cache: CacheConfig) -> int:
-    """Images that a rebuilt context's head is encoded of."""
-    reencoded = cache.rebuild == "reencoded"
-    return 1 + TEMPORAL_FACTOR * (cache.rebuilt_frames - 1) if reencoded else 0
 
 
 @lru_cache(maxsize=256)

@@ -431,7 +431,7 @@ def _describe_sampler(sampler: SamplerConfig | None) -> str:
     if sampler is None:
         return "none"
     text = f"steps {', '.join(map(str, sampler.steps))}, shift {sampler.shift:g}"
-    if sampler.first_steps is not None:
+    if sampler.first_steps:
         text += f", first chunk {', '.join(map(str, sampler.first_steps))}"
     return text + (", rolling" if sampler.rolling else "")
 

@@ -26,6 +26,11 @@ STUDENT = {
     "url": f"{HUB}/JaydenLu666/Reward-Forcing-T2V-1.3B/resolve/main/rewardforcing.pt",
     "directory": "diffusion_models",
 }
+OTHER_STUDENT = {
+    "name": "self_forcing_dmd.pt",
+    "url": f"{HUB}/gdhe17/Self-Forcing/resolve/main/checkpoints/self_forcing_dmd.pt",
+    "directory": "diffusion_models",
+}
 TEXT_ENCODER = {
     "name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
     "url": f"{COMFY_ORG}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
@@ -91,15 +96,17 @@ def demo(row: int = 0) -> dict[str, Node]:
     return {"demo": Node(type="RFLoadDemo", at=(0, row))}
 
 
-def official(weight_dtype: str = "default", vae: dict[str, str] = VAE) -> dict[str, Node]:
+def official(
+    weight_dtype: str = "default", vae: dict[str, str] = VAE, student: dict[str, str] = STUDENT
+) -> dict[str, Node]:
     """Loaders of the published weights."""
     return {
         "model": Node(
             type="RFLoadModel",
             at=(0, 0),
-            widgets={"model_name": STUDENT["name"], "weight_dtype": weight_dtype},
+            widgets={"model_name": student["name"], "weight_dtype": weight_dtype},
             size=(340, 0),
-            models=(STUDENT,),
+            models=(student,),
         ),
         "vae": Node(
             type="VAELoader",
@@ -478,6 +485,36 @@ GRAPHS: dict[str, Graph] = {
         ),
         groups={MODELS: (0, 0), LIVE: (1, 1)},
         note_beside=True,
+    ),
+    "any_student": Graph(
+        title="14 Any student",
+        note="## Students of other projects\n\nSelf-Forcing's as an example (5.7 GB; its "
+        "weights are for non-commercial use). **Load RF Model** takes any causal student of "
+        "Wan 2.1: Causal-Forcing, LongLive, MemRoPE, Krea Realtime 14B, Rolling Forcing. Leave "
+        "**family** at auto: each streams as its authors run it, and the server's log says what "
+        "was taken. Where a file does not tell whose it is, choose.\n\nThen what they cannot do: "
+        "any length, prompts that change, states to go on from, live. An **EMA-Sink Config** works "
+        "on most.",
+        chinese="其他项目的学生模型：这里以 Self-Forcing 为例"
+        "（5.7 GB；权重仅限非商业用途）。"
+        "**Load RF Model** 可加载任何 Wan 2.1 的因果学生模型：Causal-Forcing、LongLive、MemRoPE、"
+        "Krea Realtime 14B、Rolling Forcing。**family** 保持 auto 即可："
+        "每个模型都按其作者的方式运行，"
+        "服务器日志会说明所采用的设置；若文件本身无法判断，请自行选择。"
+        "此外还能做到原项目做不到的事：任意时长、中途更换提示词、保存状态并继续、实时操控。"
+        "**EMA-Sink Config** 适用于其中大多数模型。",
+        nodes=official(student=OTHER_STUDENT)
+        | {
+            "script": Node(
+                type="RFPromptSchedule",
+                at=(1, 0),
+                widgets={"text": f"0s: {PANDA}\n6s: {PANDA_SITS}", "length": 12.0},
+                size=(440, 300),
+            ),
+            "stream": sampler(width=832, height=480, length=12.0),
+        },
+        links=(("clip.CLIP", "script.clip"), *fed("stream", "script.timeline", "official")),
+        groups={MODELS: (0, 0), SCRIPT: (1, 1), STREAM: (2, 2)},
     ),
 }
 

@@ -6,24 +6,28 @@ of whole clips, which end in clips that the teacher has made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..objective.excerpts import KINDS, ExcerptConfig, Excerpts
-from ..run.draws import shuffled_indices
+from ..objective.excerpts import KINDS, ExcerptConfig, Excerpts, augment_past
+from ..run.draws import seeded_generator, shuffled_indices
 
 _CLIPS = ("clip", "switch_clip", "sink_clip")
 Groups = Sequence[Sequence[int]]
 """Rows by kind of clip."""
+Buckets = Mapping[tuple[int, int], Sequence[int]]
+"""Rows by the size of their latents, rows and columns."""
 
 
 class ClipSource(Protocol):
-    """Clips as latents, with prompts that describe them."""
+    """Clips as latents, with prompts that describe them; all have as many channels and frames."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -31,7 +35,7 @@ class ClipSource(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of a clip's latents: channels, frames, rows, columns."""
+        """Of a clip's latents: channels, frames, rows, columns; of the size that most have."""
         ...
 
     @property
@@ -44,8 +48,13 @@ class ClipSource(Protocol):
         """Of each clip, the number of the video, the prompt or the clip that it is made from."""
         ...
 
+    @property
+    def buckets(self) -> Buckets:
+        """Rows by size; a single bucket where all clips have one."""
+        ...
+
     def latents(self, rows: Sequence[int]) -> Tensor:
-        """Some clips, [N, C, F, h, w] in float32."""
+        """Some clips of one size, [N, C, F, h, w] in float32."""
         ...
 
     def captions(self, rows: Sequence[int], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
@@ -96,6 +105,32 @@ def draw_clip(groups: Groups, seed: int, role: str, index: int) -> int:
     group = groups[which]
     (place,) = shuffled_indices(seed, f"{role}/{which}", 0, [turn], 1, len(group))
     return group[place]
+
+
+def by_size(source: ClipSource, groups: Groups) -> list[Groups]:
+    """The groups of the clips of each size that they have; those that it has none of are left out.
+
+    Groups with no clip have no size.
+    """
+    parts: list[Groups] = []
+    for rows in source.buckets.values():
+        bucket = set(rows)
+        within = [[row for row in group if row in bucket] for group in groups]
+        parts.append([group for group in within if group])
+    return [part for part in parts if part]
+
+
+def draw_bucket(source: ClipSource, groups: Groups, seed: int, role: str, update: int) -> Groups:
+    """What an update draws from of `groups`, the same on all processes: clips of one size.
+
+    A size is drawn as often as they have clips of it.
+    """
+    if len(source.buckets) == 1:
+        return groups
+    parts = by_size(source, groups)
+    ends = list(accumulate(sum(map(len, part)) for part in parts))
+    generator = seeded_generator(seed, role, update, "bucket")
+    return parts[bisect(ends, int(torch.randint(ends[-1], (), generator=generator)))]
 
 
 def draw_excerpt(
@@ -176,6 +211,26 @@ def draw_excerpts(
     indices = [draw_excerpt(row, groups, chunks, config, each) for row, each in pairs]
     seeds = [draw_seeds([each] * len(_CLIPS)) for each in generators]
     return gather_excerpts(source, indices, seeds, chunk_frames)
+
+
+def draw_augmented_excerpts(
+    source: ClipSource,
+    rows: Sequence[int],
+    groups: Groups,
+    config: ExcerptConfig,
+    generators: Callable[[str], Sequence[torch.Generator]],
+    chunk_frames: int,
+) -> tuple[Tensor, Tensor, Excerpts]:
+    """Excerpts of the clips in `rows` to train on, their pasts augmented.
+
+    Their chunks [N, C, 3 F, h, w], prompts [N, S, D] and pasts; `generators` gives one a clip, by
+    what it draws.
+    """
+    drawn = generators("excerpt")
+    latents, conditions = draw_excerpts(source, rows, groups, config, drawn, chunk_frames)
+    assert conditions.excerpts is not None
+    past = augment_past(conditions.excerpts, config, generators("past"))
+    return latents, conditions.embeds, past
 
 
 def draw_seeds(generators: Sequence[torch.Generator]) -> list[int]:

@@ -6,8 +6,11 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -20,41 +23,46 @@ from rf_core.video import images_at_rate
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file
 
-from .clips import Groups
+from .clips import Buckets, Groups
 from .embeddings import PromptEmbeds
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+SUFFIXES = {
+    "videos": (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"),
+    "pictures": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"),
+}
 _NOTE = "rf_latents"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """A video with what it shows."""
+    """A video, or a picture, with what it shows."""
 
     name: str
-    """Its path within the folder of videos."""
+    """Its path within its folder."""
     prompt: str
 
 
-def list_videos(folder: Path, captions: Path | None) -> list[Video]:
-    """The videos of a folder and of those in it, by name, that have a caption.
+def list_videos(
+    folder: Path, captions: Path | None, kind: Literal["videos", "pictures"] = "videos"
+) -> list[Video]:
+    """The videos, or pictures, of a folder and of those in it, by name, that have a caption.
 
-    Captions are the rows of a CSV with the columns `file` and `prompt` or, without one, texts of
-    the videos' names: `a/b.txt` of `a/b.mp4`. ValueError where there is none.
+    Captions are the rows of a CSV with the columns `file` and `prompt` or, without one,
+    texts of the videos' names: `a/b.txt` of `a/b.mp4`. ValueError where there is none.
     """
     if not folder.is_dir():
-        raise ValueError(f"videos is {folder}, which is not a folder")
+        raise ValueError(f"{kind} is {folder}, which is not a folder")
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file()
+        if path.suffix.lower() in SUFFIXES[kind] and path.is_file()
     )
     told = _texts(folder, names) if captions is None else _table(captions)
     videos = [Video(name=name, prompt=told[name]) for name in names if told.get(name)]
     if not videos:
         hint = "a .txt of its name beside it" if captions is None else f"a row in {captions}"
         raise ValueError(
-            f"{folder} holds {len(names)} videos ({', '.join(SUFFIXES)}) and none has {hint}"
+            f"{folder} holds {len(names)} {kind} ({', '.join(SUFFIXES[kind])}) and none has {hint}"
         )
     return videos
 
@@ -80,6 +88,16 @@ def cut(path: Path, *, height: int, width: int, fps: int, frames: int) -> Iterat
     images, size = images_at_rate(path, width=width, height=height, fps=fps), clip_images(frames)
     while len(clip := list(islice(images, size))) == size:
         yield torch.stack(clip)
+
+
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """That of the sizes, heights and widths, for which the least of a picture is cropped."""
+
+    def share_kept(size: tuple[int, int]) -> Fraction:
+        ratio = Fraction(height * size[1], width * size[0])
+        return min(ratio, 1 / ratio)
+
+    return max(sizes, key=share_kept)
 
 
 def clip_images(frames: int) -> int:
@@ -134,29 +152,38 @@ def _note(path: Path) -> dict[str, str]:
     return {name: str(note.get(name, "")) for name in ("file", "prompt", "problem")}
 
 
+VideoClip = tuple[Tensor, int, int]
+"""Its video's latents, its place in them, and its prompt's number."""
+
+
+def read_video_clips(folder: Path) -> tuple[tuple[VideoClip, ...], tuple[str, ...]]:
+    """A folder's clips, and its prompts. ValueError where there are none, or of several lengths."""
+    clips: list[VideoClip] = []
+    prompts: dict[str, int] = {}
+    for path in shards_of_latents(folder):
+        latents, note = read_weights(path).tensors["latents"], _note(path)
+        if len(latents):
+            number = prompts.setdefault(note["prompt"], len(prompts))
+            clips += [(latents, place, number) for place in range(len(latents))]
+    if not clips:
+        raise ValueError(f"{folder} holds no clip: all of its videos were left out")
+    shapes = sorted({tuple(latents.shape[1:3]) for latents, _, _ in clips})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{folder} holds clips of {len(shapes)} kinds, of channels and latent frames "
+            f"{', '.join(map(str, shapes))}; they may differ in height and width alone"
+        )
+    return tuple(clips), tuple(prompts)
+
+
 @dataclass(frozen=True)
 class VideoClips:
     """A folder of latents as a `ClipSource`: tensors are mapped, and read as they are asked for."""
 
-    clips: tuple[tuple[Tensor, int, int], ...]
-    """Of each clip: its video's latents, its place in them, and its prompt's number."""
+    clips: tuple[VideoClip, ...]
+    """As `read_video_clips` gives them, and the next."""
     prompts: tuple[str, ...]
     embeds: PromptEmbeds
-
-    @classmethod
-    def read(cls, folder: Path) -> tuple[tuple[tuple[Tensor, int, int], ...], tuple[str, ...]]:
-        """What a folder holds: the first two fields. ValueError where there are no clips."""
-        clips: list[tuple[Tensor, int, int]] = []
-        prompts: dict[str, int] = {}
-        for path in shards_of_latents(folder):
-            latents, note = read_weights(path).tensors["latents"], _note(path)
-            if len(latents):
-                number = prompts.setdefault(note["prompt"], len(prompts))
-                clips += [(latents, place, number) for place in range(len(latents))]
-        shapes = {tuple(latents.shape[1:]) for latents, _, _ in clips}
-        if len(shapes) != 1:
-            raise ValueError(f"{folder} holds clips of {len(shapes)} shapes; there must be one")
-        return tuple(clips), tuple(prompts)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -164,8 +191,8 @@ class VideoClips:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """See `ClipSource`."""
-        channels, frames, rows, columns = self.clips[0][0].shape[1:]
-        return channels, frames, rows, columns
+        channels, frames = self.clips[0][0].shape[1:3]
+        return channels, frames, *max(self.buckets, key=lambda size: len(self.buckets[size]))
 
     @property
     def groups(self) -> Groups:
@@ -176,6 +203,15 @@ class VideoClips:
     def origins(self) -> Sequence[int]:
         """See `ClipSource`: the prompt's, as a video has one."""
         return [number for _, _, number in self.clips]
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """See `ClipSource`; in order of size."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for number, (latents, _, _) in enumerate(self.clips):
+            rows, columns = latents.shape[3:]
+            found.setdefault((rows, columns), []).append(number)
+        return dict(sorted(found.items()))
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""

@@ -27,7 +27,7 @@ from rf_core.writing import whole_file
 from ..objective.excerpts import KINDS, SAVED_FIELDS, ExcerptConfig, Excerpts
 from ..run.config import difference, from_json, to_json
 from ..run.networks import PlacementConfig
-from .clips import Conditions, Groups
+from .clips import Buckets, Conditions, Groups
 from .prompts import DataConfig
 from .seeded_noise import clip_noise, is_near, probe
 
@@ -230,6 +230,12 @@ class Pairs:
     def origins(self) -> Sequence[int]:
         """See `ClipSource`: of prompts, or of the clips that excerpts are cut from."""
         return [number for path in self.shards for number in _note(path)["numbers"]]
+
+    @property
+    def buckets(self) -> Buckets:
+        """See `ClipSource`."""
+        _, _, rows, columns = self.shape
+        return {(rows, columns): range(len(self))}
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""

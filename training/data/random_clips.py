@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..objective.excerpts import KINDS, Excerpts
-from .clips import Groups
+from .clips import Buckets, Groups
 from .pairs import Pairs, PairsConfig, Trajectories
 
 COUNT = 64
@@ -38,6 +38,12 @@ class RandomClips:
     def origins(self) -> Sequence[int]:
         """See `ClipSource`."""
         return range(COUNT)
+
+    @property
+    def buckets(self) -> Buckets:
+        """See `ClipSource`."""
+        _, _, rows, columns = self.shape
+        return {(rows, columns): range(COUNT)}
 
     def latents(self, rows: Sequence[int]) -> Tensor:
         """See `ClipSource`."""

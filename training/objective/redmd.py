@@ -2,9 +2,11 @@
 
 The teacher and the critic are bidirectional networks that see a window of the rollout; both score
 it at one noised point a sample. A rollout of many windows is supervised a window at a time, as
-LongLive does (arXiv 2509.22622), so that cache and sink are trained as they are used. Losses are
-sums over samples divided by `config.batch`, whatever the size of a micro-batch: gradients
-accumulated over micro-batches and windows are those of the full batch.
+LongLive does (arXiv 2509.22622), so that cache and sink are trained as they are used. Frames that
+were given, of a start image or an anchor, are seen by both and are no part of the generator's loss;
+the critic learns windows whole. Losses are sums over samples divided by `config.batch`, whatever
+the size of a micro-batch: gradients accumulated over micro-batches and windows are those of the
+full batch.
 """
 
 from __future__ import annotations
@@ -246,9 +248,9 @@ def _windows(
 @torch.no_grad()
 def _anchored(rollout: Rollout, anchor: Anchor | None) -> tuple[Tensor, Tensor | None]:
     """A window's latents with an anchored first frame, and the mask of where the loss counts."""
-    x0 = rollout.latents.detach()
+    x0, given_BF = rollout.latents.detach(), rollout.given_BF
     if anchor is None or not rollout.past.shape[2]:
-        return x0, None
+        return x0, None if given_BF is None else ~given_BF[:, None, :, None, None]
     seen = torch.cat([rollout.past, x0[:, :, :1]], dim=2)
     mask = torch.ones_like(x0, dtype=torch.bool)
     mask[:, :, 0] = False

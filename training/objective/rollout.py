@@ -4,8 +4,9 @@ Chunk by chunk (Self Forcing, arXiv 2506.08009): denoise without gradient down t
 take that one step with gradient, then write the cache slot by a clean pass without gradient. What
 a chunk sees of its past is a copy that nothing writes to, so a recomputed forward reads the same,
 and no gradient leaks from a chunk into the ones before it. Window, evictions and the EMA-Sink are
-`KVCache`'s own: a rollout longer than the window trains the sink as it will be used. Where the
-prompt changes between two windows, the past is recached as a stream's is.
+`KVCache`'s own: a rollout longer than the window trains the sink as it will be used. A change of
+prompt recaches as a stream does. A first chunk may be given, as a stream begins from an image: its
+clean pass is all that the student does of it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,31 @@ class Rollout:
     """Of the exit step, at which the last pass denoises."""
     num_evictions: int
     """How often the cache has evicted frames into the sink so far."""
+    given_BF: Tensor | None
+    """Which frames were given and not generated, bool [B, F]; None where none was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(Tensors):
+    """Given first chunks, which stand in place of generated ones."""
+
+    latents: Tensor
+    """Clean latents of a chunk, [B, C, F, h, w]."""
+    given_B: Tensor | None = None
+    """Which samples begin so, bool [B]; None for all: then nothing is denoised in that chunk.
+    Sharded networks need the same passes on all processes, and so None on all of them or on none.
+    """
+
+    def over(self, x0: Tensor) -> Tensor:
+        """The given chunks where there are any, the generated ones elsewhere."""
+        assert self.given_B is not None
+        return self.latents.to(x0).where(self.given_B[:, None, None, None, None], x0)
+
+    def given_frames(self, frames: int) -> Tensor:
+        """Which of the first latent frames of a rollout are given, bool [B, F]."""
+        chunk = torch.arange(frames, device=self.latents.device) < self.latents.shape[2]
+        whole = chunk.expand(len(self.latents), -1)
+        return whole if self.given_B is None else whole & self.given_B[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +80,8 @@ class RolloutDraws(Tensors):
     """Noise that is added again between passes, [steps - 1, B, C, F, h, w]."""
     exit_step: int
     """The last denoising step of every chunk, from 0; shared by all chunks, samples and ranks."""
+    start: Start | None = None
+    """First chunks that are given; None where all is generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +165,7 @@ def roll_out(
     from a window into the one before: call backward on each before the next is asked for, and a
     rollout of any length takes the memory of one window. `dtype` is what the network computes in,
     by default that of its weights. With a `state` the rollout goes on from there. ValueError where
-    the noise is not whole windows.
+    the noise is not whole windows, or the start no chunk of it.
     """
     chunk = cache_config.chunk_frames
     parts = list(
@@ -153,11 +181,17 @@ def roll_out(
             f"noise of {draws.noise.shape[2]} latent frames is not whole windows of {per_window} "
             f"chunks of {chunk}"
         )
+    if draws.start is not None and draws.start.latents.shape != parts[0][0].shape:
+        raise ValueError(
+            f"start latents are {list(draws.start.latents.shape)}; a chunk of the rollout is "
+            f"{list(parts[0][0].shape)}"
+        )
     timesteps = sampling_timesteps(sampler).tolist()[: draws.exit_step + 1]
     dtype = dtype or model.patch_embedding.weight.dtype
     state = state or RolloutState.begin(model, draws.noise, cache_config, dtype)
-    for number, first in enumerate(range(0, len(parts), per_window)):
-        switches = switch is not None and number == switch.window
+    assert draws.start is None or not state.last_latents.shape[2], "a start begins a rollout"
+    for window, first in enumerate(range(0, len(parts), per_window)):
+        switches = switch is not None and window == switch.window
         if switches:
             prompt_embeds = switch.embeds
         student = _Student(
@@ -166,8 +200,10 @@ def roll_out(
         if switches:
             student.recache(state.last_latents, switch.samples)
         past = state.last_latents[:, :, -chunk:]
+        start = None if window else draws.start
         chunks = [
-            student.next_chunk(*part, timesteps) for part in parts[first : first + per_window]
+            student.next_chunk(*part, timesteps, None if number else start)
+            for number, part in enumerate(parts[first : first + per_window])
         ]
         latents = torch.cat(chunks, dim=2)
         state.append(latents)
@@ -176,6 +212,7 @@ def roll_out(
             past=past,
             timestep=timesteps[-1],
             num_evictions=state.cache.num_evictions,
+            given_BF=None if start is None else start.given_frames(latents.shape[2]),
         )
 
 
@@ -202,9 +239,22 @@ class _Student:
             self.prompt = model.prompt_context(prompt_embeds)
         self.detached_prompt = detached(self.prompt)
 
-    def next_chunk(self, noise: Tensor, renoise: Tensor, timesteps: Sequence[float]) -> Tensor:
-        """The next chunk, with gradient through the last of `timesteps`' passes."""
+    def next_chunk(
+        self, noise: Tensor, renoise: Tensor, timesteps: Sequence[float], start: Start | None
+    ) -> Tensor:
+        """The next chunk, with gradient through the last of `timesteps`' passes, or a given one."""
         self.cache.advance()
+        if start is not None and start.given_B is None:
+            x0 = start.latents.to(noise)
+        else:
+            x0 = self._generate(noise, renoise, timesteps)
+            x0 = x0 if start is None else start.over(x0)
+        with torch.no_grad():
+            self._clean_pass(x0.detach(), self.cache)
+        self.cache.finish()
+        return x0
+
+    def _generate(self, noise: Tensor, renoise: Tensor, timesteps: Sequence[float]) -> Tensor:
         x = noise
         with torch.no_grad():
             for step, timestep in enumerate(timesteps[:-1]):
@@ -212,11 +262,7 @@ class _Student:
                 x = add_noise(x0, renoise[step], _all_frames(x0, timesteps[step + 1]))
         with torch.set_grad_enabled(self.supervised):
             context = self.cache.snapshot() if self.supervised else self.cache
-            x0 = self._predict_x0(x, timesteps[-1], self.prompt, context)
-        with torch.no_grad():
-            self._clean_pass(x0.detach(), self.cache)
-        self.cache.finish()
-        return x0
+            return self._predict_x0(x, timesteps[-1], self.prompt, context)
 
     @torch.no_grad()
     def recache(self, last_latents: Tensor, samples: Tensor) -> None:

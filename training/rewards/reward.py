@@ -39,6 +39,12 @@ class WeightedScore:
     """What it is multiplied by."""
 
 
+class Texts(Protocol):
+    """Prompts by their numbers."""
+
+    def __getitem__(self, number: int, /) -> str: ...
+
+
 class LatentRewards:
     """A weighted sum of rewards' scores as a function of clean latents; a `LatentReward`.
 
@@ -49,7 +55,7 @@ class LatentRewards:
         self,
         parts: Sequence[WeightedScore],
         decoder: Decoder,
-        prompts: Sequence[str],
+        prompts: Texts,
         device: torch.device,
     ) -> None:
         self.parts, self.decoder, self.prompts, self.device = parts, decoder, prompts, device

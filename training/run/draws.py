@@ -111,6 +111,36 @@ def switched_indices(
     return after
 
 
+def draw_size(
+    seed: int, role: Role, rollout: int, sizes: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The size of all samples of a rollout, on all processes; each is as likely."""
+    generator = seeded_generator(seed, role, rollout, "bucket")
+    return sizes[int(torch.randint(len(sizes), (), generator=generator))]
+
+
+def draw_starts(
+    seed: int,
+    role: Role,
+    rollout: int,
+    samples: Sequence[int],
+    share: float,
+    num_starts: int,
+    copies: int = 1,
+) -> list[int | None]:
+    """The start image of each of those samples, as its number; None for one made of noise alone.
+
+    Each begins so with probability `share`; `copies` neighbouring samples begin alike.
+    """
+    found = []
+    for sample in samples:
+        generator = seeded_generator(seed, role, rollout, sample // copies, "start")
+        is_started = float(torch.rand((), generator=generator)) < share
+        number = int(torch.randint(num_starts, (), generator=generator))
+        found.append(number if is_started else None)
+    return found
+
+
 def shuffled_indices(
     seed: int,
     role: str,

@@ -59,19 +59,22 @@ def switch_prompts(
     num_prompts: int,
     share: float,
     copies: int = 1,
+    begun: list[int] | None = None,
 ) -> PromptNumbers:
     """A part's prompts, where the rollout begins with `numbers` and a `share` of samples changes.
 
-    See `draws.switched_indices`. A rollout of one window has no border to change at.
+    See `draws.switched_indices`. A rollout of one window has no border to change at. `begun` are
+    the prompts that it begins with in their stead.
     """
+    begun = numbers if begun is None else begun
     if not share or part.length == 1:
-        return PromptNumbers(
-            before=numbers, after=numbers, border=part.windows, windows=part.windows
-        )
-    after = switched_indices(seed, role, part.rollout, samples, numbers, num_prompts, share, copies)
+        return PromptNumbers(before=begun, after=begun, border=part.windows, windows=part.windows)
+    drawn = switched_indices(seed, role, part.rollout, samples, numbers, num_prompts, share, copies)
+    each = zip(numbers, drawn, begun, strict=True)
+    after = [kept if new == old else new for old, new, kept in each]
     border = draw_border(seed, role, part.rollout, part.length) - part.first
     if border < 0:  # they changed in an earlier part
         return PromptNumbers(before=after, after=after, border=part.windows, windows=part.windows)
     return PromptNumbers(
-        before=numbers, after=after, border=min(border, part.windows), windows=part.windows
+        before=begun, after=after, border=min(border, part.windows), windows=part.windows
     )

@@ -16,7 +16,7 @@ channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -109,7 +109,7 @@ def check_sequence(
 ) -> None:
     """ValueError, with what would do, where the heads or a frame's tokens cannot be shared out.
 
-    `latents` is the shape of a sample, [C, F, h, w]; `name` is the network's.
+    `latents` is the shape of a sample, [..., h, w]; `name` is the network's.
     """
     tokens = Grid.of_latents(*latents[-2:], config.patch_size).frame_tokens
     common = gcd(config.num_heads, tokens)
@@ -118,6 +118,20 @@ def check_sequence(
         raise ValueError(
             f"placement.sequence_over is {over}, which must divide the {config.num_heads} heads "
             f"of {name} and the {tokens} tokens of a frame; use {fitting or 'null'}"
+        )
+
+
+def check_sizes(over: int | None, sizes: Collection[tuple[int, int]], name: str) -> None:
+    """ValueError for latents of several sizes that are not as large; `name` is their field.
+
+    A process' run of a frame's tokens is as long in every size.
+    """
+    if (over or 1) > 1 and len({rows * columns for rows, columns in sizes}) > 1:
+        found = ", ".join(f"{rows}x{columns}" for rows, columns in sizes)
+        raise ValueError(
+            f"{name} has latents of {found}, and placement.sequence_over is {over}, whose "
+            "processes take as many tokens of every size; give sizes of one area, such as 60x104 "
+            "and 104x60, or placement.sequence_over=null"
         )
 
 

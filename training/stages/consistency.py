@@ -30,7 +30,7 @@ from rf_core.scheduler import add_noise, euler_levels, flow_to_x0
 from rf_core.weights.checkpoint import read_checkpoint
 
 from ..choices import CLIPS, open_clips
-from ..data.clips import ClipSource, check_excerpts, draw_clip, draw_excerpts
+from ..data.clips import ClipSource, check_excerpts, draw_augmented_excerpts, draw_bucket, draw_clip
 from ..data.embeddings import open_negative
 from ..data.prompts import DataConfig, check_no_prompt_files
 from ..objective.causal import chunk_errors
@@ -39,7 +39,6 @@ from ..objective.excerpts import (
     ExcerptConfig,
     ExcerptPrompts,
     Excerpts,
-    augment_past,
     excerpt_flow,
     past_kv,
 )
@@ -49,7 +48,7 @@ from ..run.folder import STUDENT, checkpoint_to_resume
 from ..run.networks import PlacementConfig, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
-from ..run.sequence import check_cache, check_sequence
+from ..run.sequence import check_cache, check_sequence, check_sizes
 from .export import file_hash, write_student
 from .regression import check_excerpt_cache, miniature_init
 from .supervised import (
@@ -171,26 +170,26 @@ def draw_batch(
 ) -> ConsistencyBatch:
     """Some samples of an update: a function of the seed, on whatever process.
 
-    They are drawn `among` those rows; None for all.
+    They are drawn `among` those rows, all of an update of one size; None for all rows.
     """
-    c, groups = config, (range(len(source)) if among is None else among,)
+    c, rows_of = config, range(len(source)) if among is None else among
+    groups = draw_bucket(source, (rows_of,), c.seed, _ROLE, update)
     rows = [draw_clip(groups, c.seed, _ROLE, update * c.batch + each) for each in samples]
 
     def generators(what: str) -> list[torch.Generator]:
         return [seeded_generator(c.seed, _ROLE, update, each, what) for each in samples]
 
-    latents, conditions = draw_excerpts(
-        source, rows, groups, c.excerpts, generators("excerpt"), c.cache.chunk_frames
+    latents, embeds, excerpts = draw_augmented_excerpts(
+        source, rows, groups, c.excerpts, generators, c.cache.chunk_frames
     )
-    assert conditions.excerpts is not None
     drawn, last = generators("noise"), len(c.levels) - 1
     noise = torch.stack([torch.randn(latents.shape[1:], generator=each) for each in drawn])
     return ConsistencyBatch(
         latents=latents,
         noise=noise,
         level_BN=torch.stack([torch.randint(last, (len(KINDS),), generator=g) for g in drawn]),
-        embeds=conditions.embeds,
-        excerpts=augment_past(conditions.excerpts, c.excerpts, generators("past")),
+        embeds=embeds,
+        excerpts=excerpts,
     )
 
 
@@ -282,9 +281,8 @@ class ConsistencyTrainer(SupervisedTrainer):
         c, among = self.config, self.split.trained
         return self._errors(draw_batch(self.source, c, self.update, samples, among))
 
-    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
+    def held_out_errors(self, held: Sequence[int], samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`."""
-        held = self.split.held_out
         fixed = replace(self.config, batch=len(held), seed=0)
         return self._errors(draw_batch(self.source, fixed, 0, samples, held))
 
@@ -353,7 +351,9 @@ def distil_consistency(
                 f"{config.source} holds latents of {source.shape[0]} channels; {name} is {path}, "
                 f"which reads {size.in_dim}: give it clips of its own VAE"
             )
-        check_sequence(placement.sequence_over, size, source.shape, name)
+        for latents in source.buckets:
+            check_sequence(placement.sequence_over, size, latents, name)
+    check_sizes(placement.sequence_over, source.buckets, "source")
     check_excerpts(source, config.cache.chunk_frames)
     check_validation(config, source)
     resumed = checkpoint_to_resume(config, out, resume)

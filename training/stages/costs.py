@@ -146,7 +146,8 @@ def _re_dmd(config: DistilConfig, given: Given, processes: int) -> Costs:
     else:
         sizes = replace(read_sizes(config), **given.sizes)
     for name in _NETWORKS["re_dmd"]:
-        check_sequence(over, getattr(sizes, name), config.run.latents, f"the {name}")
+        for latents in config.run.sizes:
+            check_sequence(over, getattr(sizes, name), latents, f"the {name}")
     found, updates = estimate(config, sizes, processes), config.run.updates
     prompts = disk.distilled_prompts(config)
     flops = {name: count * processes * updates for name, count in found.flops.items()}

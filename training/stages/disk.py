@@ -64,8 +64,8 @@ def pairs_disk(config: PairsConfig, size: ModelConfig, prompts: int) -> dict[str
 
 
 def latents_disk(config: LatentsConfig, channels: int, factor: int, clips: int) -> dict[str, int]:
-    """Clips in float16."""
-    rows, columns = (side // factor for side in config.size)
+    """Clips in float16, as of the largest size."""
+    rows, columns = (side // factor for side in config.largest_size)
     return {"clips": clips * channels * config.frames * rows * columns * _HALF}
 
 

@@ -40,7 +40,7 @@ from .recipes import DistilConfig, student_path
 from .regression import INIT_PRESETS, InitConfig, InitTrainer
 from .supervised import SupervisedConfig
 from .teacher import TEACHER_PRESETS, Phase, TeacherConfig, TeacherTrainer
-from .trainer import Trainer
+from .trainer import RunConfig, Trainer
 from .trajectories import PAIRS_PRESETS
 
 _TEACHER = DEMO / "teacher.safetensors"
@@ -184,14 +184,17 @@ def dry_redmd(args: argparse.Namespace, config: DistilConfig, found: StandIns) -
     """Try an update of `re_dmd`; a reward and its decoder take part where their files are there."""
 
     def make(device: torch.device) -> Trial:
-        c, files = config, config.files
+        c, files = replace(config, run=of_largest(config.run)), config.files
         teacher = files.teacher or _TEACHER
         sizes = Sizes(
             student=found.size("files.student", student_path(c)),
             teacher=found.size("files.teacher", teacher),
             critic=found.size("files.critic", files.critic or teacher),
         )
-        Grid.of_latents(*c.run.latents[2:], sizes.student.patch_size)
+        for latents in config.run.sizes:
+            Grid.of_latents(*latents, sizes.student.patch_size)
+        if c.starts.share:
+            found.notes.append("without start images")
         prompts = DATA_SET.training_prompts()[:COUNT]
         text = (sizes.student.text_len, sizes.student.text_dim)
         embeds = MemoryEmbeds(torch.randn(len(prompts), *text))
@@ -250,6 +253,11 @@ def _network(
     return random_network(
         size, placement, device, trained=trained, offload=offload, lora=lora, latents=latents
     )
+
+
+def of_largest(run: RunConfig) -> RunConfig:
+    """The same run with the largest of its sizes alone."""
+    return replace(run, latents=(*run.latents[:2], *run.largest_size), buckets=())
 
 
 def _without_validation(config: Any) -> Any:

@@ -4,7 +4,8 @@
 Memory is counted from the network itself: it runs once without weights or arithmetic while a hook
 notes what autograd would keep, so nothing here has to follow the code by hand. Attention is taken
 to keep its inputs and its output, as fused kernels do. The text encoder, which is gone before
-training begins, and a reward's own network are left out.
+training begins, and a reward's own network are left out. Where updates are of several sizes, all
+are counted as of the largest.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _cache(config: DistilConfig, sizes: Sizes) -> int:
 
 def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
     cache, grid = config.run.redmd.cache, _own_grid(config, sizes)
-    chunks = config.run.window_latents[1] // cache.chunk_frames
+    chunks = config.run.window_frames // cache.chunk_frames
     before = config.run.rollout_windows > 1  # the longest windows begin with a full cache
     contexts = [
         cache.window_frames - cache.chunk_frames
@@ -157,7 +158,7 @@ def _rollout_activations(config: DistilConfig, sizes: Sizes) -> int:
 
 
 def _critic_activations(config: DistilConfig, sizes: Sizes) -> int:
-    frames = config.run.window_latents[1]
+    frames = config.run.window_frames
     one = saved_bytes(sizes.critic, config.placement, _own_grid(config, sizes), frames, None)
     return config.run.micro_batch * one
 
@@ -279,7 +280,7 @@ class _FusedAttention(torch.autograd.Function):
 def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
     """Of one sample, through one update."""
     run, redmd, grid = config.run, config.run.redmd, _grid(config, sizes)
-    windows, frames = run.mean_windows, run.window_latents[1]
+    windows, frames = run.mean_windows, run.window_frames
     chunks = windows * frames // redmd.cache.chunk_frames
     cache = redmd.cache
     context = cache.window_frames - cache.chunk_frames
@@ -317,5 +318,4 @@ def _recache_passes(run: RunConfig) -> float:
 
 
 def _grid(config: DistilConfig, sizes: Sizes) -> Grid:
-    *_, rows, columns = config.run.latents
-    return Grid.of_latents(rows, columns, sizes.student.patch_size)
+    return Grid.of_latents(*config.run.largest_size, sizes.student.patch_size)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +24,7 @@ from rf_core.config import WAN_SIZE
 from rf_core.decoders.decoder import Decoder, load_decoder
 from rf_core.options import DEMO
 from rf_core.ranges import LARGEST_SIDE, MANY, check_folder_writable, check_numbers
+from rf_core.video import image_size
 
 from ..data.latents import (
     Video,
@@ -31,6 +34,7 @@ from ..data.latents import (
     encode_clips,
     latents_path,
     list_videos,
+    nearest_size,
     write_latents,
 )
 from ..run.config import to_json
@@ -62,6 +66,9 @@ class LatentsConfig:
     """A Wan VAE or TAEHV; None for the bundled demo's."""
     size: tuple[int, int] = (64, 64)
     """Height and width in pixels; videos are scaled to cover them, and cropped."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Other heights and widths: each video takes, of `size` and these, that of which the least of
+    it is cropped."""
     fps: int = 16
     """Images a second, whatever a video's own."""
     frames: int = 9
@@ -75,6 +82,24 @@ class LatentsConfig:
         check_numbers(self, fps=(1, 1000), frames=(1, MANY), clips_per_video=(1, MANY))
         if not all(0 < side <= LARGEST_SIDE for side in self.size):
             raise ValueError(f"size is {self.size}; give a height and a width in pixels")
+        if not all(0 < side <= LARGEST_SIDE for size in self.buckets for side in size):
+            raise ValueError(f"buckets are {self.buckets}; give heights and widths in pixels")
+        shapes = [Fraction(height, width) for height, width in self.sizes]
+        if len(set(shapes)) < len(shapes):
+            raise ValueError(
+                f"buckets are {self.buckets} and size {self.size}, of which two have one shape: "
+                "no video would take the second"
+            )
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Heights and widths that a video may take."""
+        return (self.size, *self.buckets)
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """That of them which takes most."""
+        return max(self.sizes, key=math.prod)
 
 
 def wan_latents() -> LatentsConfig:
@@ -110,8 +135,11 @@ def encode_videos(
     create_run_folder(config, out)
     dtype = getattr(torch, config.dtype)
     decoder = load_decoder(config.vae or DEMO / "vae.safetensors", device, dtype, _CHUNK)
-    if any(side % decoder.spatial_factor for side in config.size):
-        raise ValueError(f"size is {config.size}; give multiples of {decoder.spatial_factor}")
+    for name, size in zip(("size", *["buckets"] * len(config.buckets)), config.sizes, strict=True):
+        if any(side % decoder.spatial_factor for side in size):
+            raise ValueError(
+                f"{name}: {size} is not whole latents; give multiples of {decoder.spatial_factor}"
+            )
     for done, number in enumerate(missing[rank() :: world_size()], 1):
         _encode(config, out, number, videos[number], decoder, device)
         yield min(len(videos), len(videos) - len(missing) + done * world_size())
@@ -126,15 +154,10 @@ def _encode(
     decoder: Decoder,
     device: torch.device,
 ) -> None:
-    (height, width), problem = config.size, ""
-    clips = cut(
-        config.videos / video.name,
-        height=height,
-        width=width,
-        fps=config.fps,
-        frames=config.frames,
-    )
+    path, problem = config.videos / video.name, ""
     try:
+        height, width = nearest_size(*image_size(path), config.sizes)
+        clips = cut(path, height=height, width=width, fps=config.fps, frames=config.frames)
         latents = encode_clips(islice(clips, config.clips_per_video), decoder, device)
         if not latents:
             problem = f"it is shorter than {clip_images(config.frames)} images at {config.fps} fps"

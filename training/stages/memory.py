@@ -100,7 +100,7 @@ def latents_memory(config: LatentsConfig, vae: VAEConfig) -> dict[str, int]:
     dtype = getattr(torch, config.dtype)
     with fake_tensors("cuda") as place:
         decoder = WanDecoder(WanVAE(vae, device=place, dtype=dtype), group_frames=3)
-        images = torch.empty(1, clip_images(config.frames), 3, *config.size, device=place)
+        images = torch.empty(1, clip_images(config.frames), 3, *config.largest_size, device=place)
         most = peak_bytes(lambda: decoder.encode(images), images.device)
         weights = sum(each.nbytes for each in decoder.codec.parameters())
     return {"VAE": weights, "a clip's images": images.nbytes, "encoding": most}

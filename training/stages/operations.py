@@ -111,11 +111,11 @@ def consistency_flops(
 
 
 def encoding_flops(config: LatentsConfig, vae: VAEConfig) -> int:
-    """A clip through the VAE's encoder; counted by running a weightless one."""
+    """A clip of the largest size through the VAE's encoder; counted by running a weightless one."""
     from torch.utils.flop_counter import FlopCounterMode  # which imports triton: slow
 
     decoder = WanDecoder(WanVAE(vae, device="meta"), group_frames=3)
-    images = torch.empty(1, clip_images(config.frames), 3, *config.size, device="meta")
+    images = torch.empty(1, clip_images(config.frames), 3, *config.largest_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         decoder.encode(images)
     return counter.get_total_flops()

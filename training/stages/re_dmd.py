@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
-from rf_core.config import SPATIAL_FACTOR, Grid
+from rf_core.config import SPATIAL_FACTOR
 from rf_core.decoders.decoder import Decoder, load_decoder
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import Companion, read_checkpoint
 
-from ..choices import DATA_SET, open_reward
-from ..data.embeddings import open_prompts
+from ..choices import DATA_SET, check_starts, needs_pixels, open_reward, open_starts
+from ..data.embeddings import PromptEmbeds, open_prompts
 from ..data.prompts import check_prompt_files, count_prompts
+from ..data.starts import StartedTexts, Starts
 from ..objective.redmd import Networks
-from ..rewards.reward import LatentRewards, image_anchor
+from ..rewards.reward import LatentRewards, Texts, image_anchor
 from ..run.config import to_json
 from ..run.distributed import Stopped, broadcast_from_rank_0, rank, world_size
 from ..run.folder import (
@@ -132,6 +133,12 @@ def check_files(config: DistilConfig) -> dict[str, Path]:
     check_prompt_files(config.data)
     if config.run.switch_share:
         config.run.check_prompts(count_prompts(config.data, DATA_SET))
+    check_starts(
+        config.starts,
+        config.run.latents[0],
+        config.run.sizes,
+        config.run.redmd.cache.first_frames,
+    )
     return found
 
 
@@ -150,11 +157,11 @@ def read_sizes(config: DistilConfig) -> Sizes:
                 f"files.{name} reads text of width {size.text_dim}, files.student of "
                 f"{found['student'].text_dim}: they need one text encoder"
             )
-    Grid.of_latents(*config.run.latents[2:], found["student"].patch_size)
     over = config.placement.sequence_over
     check_cache(over, config.run.redmd.cache, "run.redmd.cache")
     for name, size in found.items():
-        check_sequence(over, size, config.run.latents, f"files.{name}")
+        for latents in config.run.sizes:
+            check_sequence(over, size, latents, f"files.{name}")
     return Sizes(**found)
 
 
@@ -260,10 +267,14 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
     if _needs_pixels(config):  # as a stream decodes: a clip at once would take 27 GB
         group = config.run.redmd.cache.chunk_frames
         decoder = load_decoder(files["vae"], device, dtype, group)
+    texts: Texts = prompts
+    starts = _open_starts(config, decoder, embeds, out, device)
+    if starts is not None:
+        texts = StartedTexts(prompts, starts.source)
     networks = _open_networks(config, files, device, decoder)
-    reward = _open_rewards(config, decoder, prompts, device)
+    reward = _open_rewards(config, decoder, texts, device)
     over = config.placement.sequence_over
-    trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward, over)
+    trainer = Trainer(config.run, networks, embeds, uncond.to(device), reward, over, starts)
     return Run(
         config=config,
         trainer=trainer,
@@ -280,7 +291,28 @@ def _open(config: DistilConfig, files: dict[str, Path], out: Path, device: torch
 def needed_prompts(config: DistilConfig, num_prompts: int) -> list[int]:
     """The numbers of the prompts that a distillation encodes, of so many."""
     shown = config.output.validation_prompts if config.output.validate_every else 0
-    return [*spread_prompts(shown, num_prompts), *drawn_prompts(config.run, num_prompts)]
+    drawn = drawn_prompts(config.run, num_prompts, config.starts.share)
+    return [*spread_prompts(shown, num_prompts), *drawn]
+
+
+def _open_starts(
+    config: DistilConfig,
+    decoder: Decoder | None,
+    own: PromptEmbeds,
+    out: Path,
+    device: torch.device,
+) -> Starts | None:
+    """Before the networks, which leave a text encoder no room."""
+    source = open_starts(
+        config.starts,
+        config.data,
+        decoder,
+        config.run.redmd.cache,
+        out / "embeddings",
+        device,
+        placement_dtype(config.placement),
+    )
+    return None if source is None else Starts(source=source, share=config.starts.share, own=own)
 
 
 def _open_networks(
@@ -299,7 +331,7 @@ def _open_networks(
 
 
 def _open_rewards(
-    config: DistilConfig, decoder: Decoder | None, prompts: list[str], device: torch.device
+    config: DistilConfig, decoder: Decoder | None, prompts: Texts, device: torch.device
 ) -> LatentRewards | None:
     if not config.rewards:
         return None
@@ -310,4 +342,5 @@ def _open_rewards(
 
 def _needs_pixels(config: DistilConfig) -> bool:
     anchored = config.anchor and config.run.rollout_windows > 1
-    return bool(config.rewards) or anchored or bool(config.output.validate_every)
+    shown = bool(config.rewards) or bool(config.output.validate_every)
+    return anchored or shown or needs_pixels(config.starts)

@@ -20,11 +20,13 @@ from rf_core.stream import latent_size
 
 from ..choices import RewardConfig
 from ..data.prompts import DataConfig, wan_data
+from ..data.starts import StartsConfig
 from ..objective.redmd import ReDMDConfig
 from ..objective.weights import WEIGHTING, WeightConfig
 from ..run.lora import LoRAConfig
 from ..run.networks import PlacementConfig
 from ..run.optimise import RATES, OptimiserConfig
+from ..run.sequence import check_sizes
 from .trainer import RunConfig
 
 Sink = Literal["ema", "static", "none"]
@@ -91,6 +93,8 @@ class DistilConfig:
     """Weights to begin with."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts and their encoder."""
+    starts: StartsConfig = field(default_factory=StartsConfig)
+    """Rollouts that begin from an image."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The reward."""
     more_rewards: tuple[RewardConfig, ...] = ()
@@ -120,10 +124,18 @@ class DistilConfig:
                 "that share a sample each have other heads of its cache, which is kept whole; "
                 "choose one of them"
             )
+        check_sizes(over, self.run.sizes, "run.buckets")
         if self.run.redmd.weigh == "critic" and not self.rewards:
             raise ValueError(
                 "run.redmd.weigh is critic, which a reward weights; give reward.kind, or set "
                 "run.redmd.weigh=generator"
+            )
+        chunk = self.run.redmd.cache.chunk_frames
+        if self.starts.share and self.run.window_frames <= chunk:
+            raise ValueError(
+                f"starts.share is {self.starts.share}, and a start image fills a chunk of {chunk} "
+                "frames, all that is supervised at once: give run.latents more frames, or "
+                "run.redmd.window_chunks more chunks"
             )
 
 

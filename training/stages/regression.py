@@ -268,9 +268,8 @@ class InitTrainer(SupervisedTrainer):
         c, among = self.config, self.split.trained
         return self._errors(draw_batch(self.pairs, c, self.update, samples, among))
 
-    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
+    def held_out_errors(self, held: Sequence[int], samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`."""
-        held = self.split.held_out
         fixed = replace(self.config, batch=len(held), seed=0)
         return self._errors(draw_batch(self.pairs, fixed, 0, samples, held))
 

@@ -27,7 +27,7 @@ from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_folder_writable, check_numbers
 from rf_core.weights.checkpoint import read_checkpoint
 
-from ..data.clips import ClipSource
+from ..data.clips import ClipSource, by_size
 from ..data.held_out import split_clips
 from ..run import checkpointing
 from ..run.config import to_json
@@ -163,6 +163,8 @@ class SupervisedTrainer(ABC):
         """`network` is placed and sharded already; losses are logged under `names`."""
         self.config, self.network, self.names, self.clips = config, network, names, len(clips)
         self.split = split_clips(clips, config.validation_clips)
+        self.held_out = [held for (held,) in by_size(clips, (self.split.held_out,))]
+        """Held-out rows of each size."""
         self.dtype = placement_dtype(config.placement)
         self.average = WeightAverage(network)
         self.trained = TrainedNetwork(network, config.optimiser)
@@ -173,8 +175,11 @@ class SupervisedTrainer(ABC):
         """Errors of some samples of the update, [B, N], and the index of each in `names`."""
 
     @abstractmethod
-    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
-        """The same of some of the held-out clips, with draws that are the same at every call."""
+    def held_out_errors(self, held: Sequence[int], samples: range) -> tuple[Tensor, Tensor]:
+        """The same of some of the clips `held`, with draws that are the same at every call.
+
+        They are held out, all of one size; samples number them in an order that is drawn.
+        """
 
     @abstractmethod
     def captions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
@@ -260,12 +265,13 @@ class SupervisedTrainer(ABC):
 
     def validate(self, decoder: Decoder | None, out: Path) -> Validation:
         """What the averaged network makes of held-out clips and of prompts, on all processes."""
-        c, held = self.config, len(self.split.held_out)
+        c = self.config
         rows = self.split.shown(c.validation_prompts)
         with self.averaged(), torch.no_grad():
             loss = {}
-            if held:
-                loss = held_out_loss(self.held_out_errors, self.names, held, c.micro_batch)
+            if self.held_out:
+                parts = self.held_out
+                loss = held_out_loss(self.held_out_errors, self.names, parts, c.micro_batch)
             if not rows:
                 return Validation(numbers=loss)
             prompts, embeds = self.captions(rows)
@@ -300,7 +306,7 @@ def micro_batches(batch: int, micro_batch: int, sequence_over: int | None = None
 
 
 def video_size(latents: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the videos of latents [C, F, h, w]."""
+    """Height and width of the videos of latents [..., h, w]."""
     *_, rows, columns = latents
     return rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR
 
@@ -361,10 +367,11 @@ def check_validation(config: SupervisedConfig, clips: ClipSource) -> None:
     split_clips(clips, config.validation_clips)
     if not (config.validate_every and config.validation_prompts):
         return
-    path, size = vae_path(config), video_size(clips.shape)
-    if config.vae is None and size != read_checkpoint(DEMO / "teacher.safetensors").size:
+    path, sizes = vae_path(config), [video_size(size) for size in clips.buckets]
+    if config.vae is None and read_checkpoint(DEMO / "teacher.safetensors").size not in sizes:
+        found = ", ".join(f"{height}x{width}" for height, width in sizes)
         raise ValueError(
-            f"vae is not given, and {path} is of another world than clips of {size[0]}x{size[1]}; "
+            f"vae is not given, and {path} is of another world than clips of {found}; "
             "name the VAE that encoded them, or set validation_prompts to 0"
         )
 

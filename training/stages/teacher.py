@@ -29,7 +29,15 @@ from rf_core.scheduler import add_noise, shift_sigma
 from rf_core.weights.checkpoint import read_checkpoint
 
 from ..choices import CLIPS, open_clips
-from ..data.clips import ClipSource, Groups, check_excerpts, draw_clip, draw_excerpts, draw_seeds
+from ..data.clips import (
+    ClipSource,
+    Groups,
+    check_excerpts,
+    draw_augmented_excerpts,
+    draw_bucket,
+    draw_clip,
+    draw_seeds,
+)
 from ..data.embeddings import open_negative
 from ..data.held_out import groups_among
 from ..data.pairs import PairsConfig
@@ -40,7 +48,6 @@ from ..objective.excerpts import (
     ExcerptConfig,
     ExcerptPrompts,
     Excerpts,
-    augment_past,
     excerpt_flow,
     past_kv,
     select_prompt,
@@ -51,7 +58,7 @@ from ..run.folder import TEACHER, checkpoint_to_resume
 from ..run.networks import PlacementConfig, new_network, open_network, placement_dtype
 from ..run.optimise import OptimiserConfig
 from ..run.options import add_config_arguments, add_run_arguments, config_from_args
-from ..run.sequence import check_sequence
+from ..run.sequence import check_sequence, check_sizes
 from .export import file_hash, write_student
 from .supervised import (
     Report,
@@ -237,6 +244,7 @@ def draw_batch(
     """
     c, kind, batch = config, config.kind_at(update), config.batch_at(update)
     groups = groups_of(source, c) if among is None else among
+    groups = draw_bucket(source, groups, c.seed, _ROLE, update)
     rows = [draw_clip(groups, c.seed, _ROLE, before + each) for each in samples]
 
     def generators(what: str) -> list[torch.Generator]:
@@ -244,12 +252,8 @@ def draw_batch(
 
     excerpts = None
     if kind == "excerpt":
-        drawn = generators("excerpt")
-        latents, conditions = draw_excerpts(source, rows, groups, c.excerpts, drawn, c.chunk_frames)
-        assert conditions.excerpts is not None
-        embeds, excerpts = (
-            conditions.embeds,
-            augment_past(conditions.excerpts, c.excerpts, generators("past")),
+        latents, embeds, excerpts = draw_augmented_excerpts(
+            source, rows, groups, c.excerpts, generators, c.chunk_frames
         )
     else:
         latents = source.latents(rows)
@@ -343,9 +347,8 @@ class TeacherTrainer(SupervisedTrainer):
         before = self.clips_before[self.update]
         return self._errors(self.config, self.update, before, samples, self.groups)
 
-    def held_out_errors(self, samples: range) -> tuple[Tensor, Tensor]:
+    def held_out_errors(self, held: Sequence[int], samples: range) -> tuple[Tensor, Tensor]:
         """See `SupervisedTrainer`: of each kind that the run ends with."""
-        held = self.split.held_out
         kinds = tuple(dict.fromkeys(self.config.phases[-1].kinds))
         fixed = replace(
             self.config,
@@ -409,7 +412,10 @@ def train_teacher(
             f"{model.in_dim}: give it clips of its own VAE"
         )
     check_excerpts(source, config.chunk_frames)
-    check_sequence(config.placement.sequence_over, model, source.shape, "the network")
+    over = config.placement.sequence_over
+    for latents in source.buckets:
+        check_sequence(over, model, latents, "the network")
+    check_sizes(over, source.buckets, "source")
     check_validation(config, source)
     resumed = checkpoint_to_resume(config, out, resume)
     dtype, placement = placement_dtype(config.placement), config.placement

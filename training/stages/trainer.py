@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from rf_core.ranges import LARGEST_SIDE, MANY, check_each, check_numbers
 
 from ..data.embeddings import PromptEmbeds
+from ..data.starts import Starts, with_starts
 from ..objective.carry import CarriedSample, restore_samples, to_samples
 from ..objective.redmd import (
     Networks,
@@ -32,11 +33,19 @@ from ..objective.redmd import (
     num_windows,
     rollout_latents,
 )
-from ..objective.rollout import PromptSwitch, RolloutDraws, RolloutState
+from ..objective.rollout import PromptSwitch, RolloutDraws, RolloutState, Start
 from ..objective.weights import SampleWeights
 from ..run import checkpointing
 from ..run.distributed import Stopped, all_reduce_sum, local_micro_batches, world_size
-from ..run.draws import Role, draw_rollout, draw_score_noise, draw_windows, shuffled_indices
+from ..run.draws import (
+    Role,
+    draw_rollout,
+    draw_score_noise,
+    draw_size,
+    draw_starts,
+    draw_windows,
+    shuffled_indices,
+)
 from ..run.ema import AverageConfig, WeightAverage
 from ..run.optimise import OptimiserConfig, TrainedNetwork
 from ..run.reward_weights import LatentReward, RewardWeights
@@ -61,6 +70,9 @@ class RunConfig(AverageConfig):
     """Of the critic."""
     latents: tuple[int, int, int, int] = (16, 21, 60, 104)
     """One sample: channels, frames, rows, columns."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Other rows and columns: an update draws one size for all of its samples, of these and that
+    of `latents`. The student's file has the latter's."""
     updates: int = 120
     """Generator updates. The published 600 steps are the critic's: every fifth trains both."""
     critic_ratio: int = 5
@@ -90,6 +102,7 @@ class RunConfig(AverageConfig):
         check_each(self, latents=(1, LARGEST_SIDE))
         check_numbers(self, switch_share=(0, 1), carry=(1, MANY))
         self._check_lengths()
+        self._check_buckets()
 
     def _check_lengths(self) -> None:
         if self.random_length and self.carry > 1:
@@ -107,6 +120,14 @@ class RunConfig(AverageConfig):
                 "carry=2 or more"
             )
 
+    def _check_buckets(self) -> None:
+        if not all(0 < side <= LARGEST_SIDE for size in self.buckets for side in size):
+            raise ValueError(f"buckets are {self.buckets}; give each rows and columns of latents")
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(
+                f"buckets are {self.buckets} beside latents {self.latents}; name each size once"
+            )
+
     def check_prompts(self, count: int) -> None:
         """ValueError where there is but one prompt, which is to change."""
         if self.switch_share and count == 1:
@@ -114,6 +135,17 @@ class RunConfig(AverageConfig):
                 f"run.switch_share is {self.switch_share}, and there is one prompt; give more in "
                 "data.prompts, or run.switch_share=0"
             )
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns that an update's samples may have."""
+        _, _, rows, columns = self.latents
+        return ((rows, columns), *self.buckets)
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """That of them which takes most."""
+        return max(self.sizes, key=math.prod)
 
     @property
     def windows(self) -> int:
@@ -143,11 +175,14 @@ class RunConfig(AverageConfig):
             length=self.rollout_windows,
         )
 
+    def size_of(self, role: Role, part: RolloutPart) -> tuple[int, int]:
+        """Rows and columns of a rollout, which keeps them where it goes on."""
+        return draw_size(self.seed, role, part.rollout, self.sizes)
+
     @property
-    def window_latents(self) -> tuple[int, int, int, int]:
-        """Shape of a window of one sample."""
-        channels, frames, rows, columns = self.latents
-        return channels, frames // self.windows, rows, columns
+    def window_frames(self) -> int:
+        """Latent frames of a window."""
+        return self.latents[1] // self.windows
 
 
 def prompt_draws(config: RunConfig) -> dict[Role, int]:
@@ -157,27 +192,43 @@ def prompt_draws(config: RunConfig) -> dict[Role, int]:
     return {role: -(-count // c.carry) * each for role, count in _updates(c).items()}
 
 
-def drawn_prompts(config: RunConfig, num_prompts: int) -> list[int]:
-    """The numbers of the prompts that a run draws, of so many, each once; rewards see no others."""
+def drawn_prompts(config: RunConfig, num_prompts: int, start_share: float = 0.0) -> list[int]:
+    """The numbers of the prompts that a run draws, of so many, each once; rewards see no others.
+
+    A `start_share` of the rollouts begins from images, whose captions are not of these prompts.
+    """
+    c, samples, copies = config, range(config.redmd.batch), config.redmd.weights.best_of
     found: dict[int, None] = {}
     for role, count in _updates(config).items():
         for number in range(count):
             part = config.part(role, number)
-            drawn = prompt_numbers(config, role, part, range(config.redmd.batch), num_prompts)
-            found |= dict.fromkeys((*drawn.before, *drawn.after))
+            begun = draw_starts(c.seed, role, part.rollout, samples, start_share, 1, copies)
+            drawn = prompt_numbers(config, role, part, samples, num_prompts, begun)
+            each = (*drawn.before, *drawn.after)
+            found |= dict.fromkeys(prompt for prompt in each if prompt < num_prompts)
     return list(found)
 
 
 def prompt_numbers(
-    config: RunConfig, role: Role, part: RolloutPart, samples: Sequence[int], num_prompts: int
+    config: RunConfig,
+    role: Role,
+    part: RolloutPart,
+    samples: Sequence[int],
+    num_prompts: int,
+    drawn_starts: Sequence[int | None] | None = None,
 ) -> PromptNumbers:
-    """The prompts of some samples of a part of a rollout, by their numbers."""
+    """The prompts of some samples of a part of a rollout, by their numbers.
+
+    `drawn_starts` says which of them begin from which image, and so under its caption; to what
+    prompts change is the same with it and without.
+    """
     c, copies = config, config.redmd.weights.best_of
     numbers = shuffled_indices(
         c.seed, role, part.rollout, samples, c.redmd.batch, num_prompts, copies=copies
     )
+    begun = None if drawn_starts is None else with_starts(numbers, drawn_starts, num_prompts)
     return switch_prompts(
-        c.seed, role, part, samples, numbers, num_prompts, c.switch_share, copies=copies
+        c.seed, role, part, samples, numbers, num_prompts, c.switch_share, copies, begun
     )
 
 
@@ -242,6 +293,7 @@ class Trainer:
         uncond: Tensor,
         reward: LatentReward | None = None,
         sequence_over: int | None = None,
+        starts: Starts | None = None,
     ) -> None:
         """`networks` are placed and sharded already; `uncond` is [1, S, D] on their device.
 
@@ -251,6 +303,7 @@ class Trainer:
         config.check_prompts(len(prompts))
         self.config, self.networks, self.reward = config, networks, reward
         self.prompts, self.uncond, self.sequence_over = prompts, uncond, sequence_over
+        self.starts = starts
         batches = config.redmd.batch, config.micro_batch
         self.micro_batches = local_micro_batches(*batches, sequence_over)
         self.average = WeightAverage(networks.student)
@@ -335,10 +388,9 @@ class Trainer:
             for sample in samples:
                 found = checkpointing.read_part(folder, f"{_CARRIED}.{role}.{sample}")
                 self._carried[role][sample] = found
+            shape = (len(samples), *c.latents[:2], *c.size_of(role, part))
             try:
-                self._state_of(
-                    role, part, samples, torch.empty(len(samples), *c.latents).to(device)
-                )
+                self._state_of(role, part, samples, torch.empty(shape).to(device))
             except ValueError as error:
                 raise ValueError(f"{folder} cannot be resumed from: {error}") from None
 
@@ -414,17 +466,37 @@ class Trainer:
 
     def _batch(self, role: Role, number: int, samples: range) -> _Batch:
         c, device, part = self.config, self.uncond.device, self.config.part(role, number)
-        numbers = prompt_numbers(c, role, part, samples, len(self.prompts))
+        size = c.size_of(role, part)
+        starts = self._drawn_starts(role, part, samples, size)
+        numbers = prompt_numbers(c, role, part, samples, len(self.prompts), starts)
+        window = (c.latents[0], c.window_frames, *size)
         score_noises = [
-            draw_score_noise(c.seed, role, number, samples, c.window_latents, c.redmd, window)
-            for window in range(part.windows)
+            draw_score_noise(c.seed, role, number, samples, window, c.redmd, index)
+            for index in range(part.windows)
         ]
-        channels, frames, rows, columns = c.window_latents
-        shape = channels, frames * part.windows, rows, columns
-        draws = draw_rollout(c.seed, role, number, samples, shape, c.redmd.sampler).to(device)
+        shape = (c.latents[0], c.window_frames * part.windows, *size)
+        draws = draw_rollout(c.seed, role, number, samples, shape, c.redmd.sampler)
+        if starts is not None and not part.first:
+            draws = replace(draws, start=self._start(starts, size))
+        draws = draws.to(device)
         drawn = self._prompts(numbers), draws, [each.to(device) for each in score_noises]
         state = self._state_of(role, part, samples, draws.noise) if c.carry > 1 else None
         return _Batch(numbers=numbers.of_windows, drawn=drawn, state=state)
+
+    def _drawn_starts(
+        self, role: Role, part: RolloutPart, samples: range, size: tuple[int, int]
+    ) -> list[int | None] | None:
+        """The images that some samples' rollout begins from, by number; None where none may."""
+        if self.starts is None:
+            return None
+        c = self.config
+        copies = c.redmd.weights.best_of
+        return self.starts.draw(c.seed, role, part.rollout, samples, size, copies)
+
+    def _start(self, drawn: list[int | None], size: tuple[int, int]) -> Start:
+        assert self.starts is not None
+        c = self.config
+        return self.starts.start(drawn, (c.latents[0], c.redmd.cache.first_frames, *size))
 
     def _prompts(self, numbers: PromptNumbers) -> Prompts:
         device, switch = self.uncond.device, None
@@ -432,11 +504,14 @@ class Trainer:
             pairs = zip(numbers.before, numbers.after, strict=True)
             switch = PromptSwitch(
                 window=numbers.border,
-                embeds=self.prompts.embeds(numbers.after),
+                embeds=self._embeds(numbers.after),
                 samples=torch.tensor([old != new for old, new in pairs]),
             ).to(device)
-        cond = self.prompts.embeds(numbers.before).to(device)
+        cond = self._embeds(numbers.before).to(device)
         return Prompts(cond=cond, uncond=self.uncond, switch=switch)
+
+    def _embeds(self, numbers: Sequence[int]) -> Tensor:
+        return (self.prompts if self.starts is None else self.starts).embeds(numbers)
 
     def _state_of(
         self, role: Role, part: RolloutPart, samples: range, latents: Tensor

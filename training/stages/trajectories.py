@@ -325,6 +325,12 @@ def _open_source(config: PairsConfig, device: torch.device) -> ClipSource | None
     assert config.source is not None
     source = open_clips(config.source, config.data, device)
     channels, frames, rows, columns = config.latents
+    if len(source.buckets) > 1:
+        sizes = ", ".join(f"{h}x{w}" for h, w in source.buckets)
+        raise ValueError(
+            f"{config.source} holds clips whose latents are {sizes}; trajectories are of one size: "
+            "give a folder of clips of that size alone"
+        )
     if (source.shape[0], *source.shape[2:]) != (channels, rows, columns):
         raise ValueError(
             f"latents are {config.latents}; {config.source} holds clips of {source.shape}: "

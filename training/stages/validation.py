@@ -192,19 +192,20 @@ def show(prompts: Sequence[str], folder: Path, make: Callable[[int], Tensor | No
 
 
 def held_out_loss(
-    errors: Callable[[range], tuple[Tensor, Tensor]],
+    errors: Callable[[Sequence[int], range], tuple[Tensor, Tensor]],
     names: Sequence[str],
-    count: int,
+    parts: Sequence[Sequence[int]],
     micro_batch: int,
 ) -> dict[str, float]:
-    """The mean error of clips 0 to count - 1, and by name.
+    """The mean error of all clips, and by name; `parts` are their rows by size.
 
-    `errors` gives those of some clips, [B, N], with the index of each in `names`. Every process
-    measures all of them: few they are, and so sharded networks stay in step whatever their number.
+    `errors` gives those of some samples of a part, [B, N], with the index of each in `names`. Every
+    process measures all: few they are, and so sharded networks stay in step whatever their number.
     """
     sums = ErrorSums(names)
-    for start in range(0, count, micro_batch):
-        sums.add(*errors(range(start, min(count, start + micro_batch))))
+    for held in parts:
+        for start in range(0, len(held), micro_batch):
+            sums.add(*errors(held, range(start, min(len(held), start + micro_batch))))
     mean, by_name = sums.means()
     each = {f"{NUMBERS}loss/{name}": value for name, value in by_name.items()}
     return {f"{NUMBERS}loss": mean, **each}

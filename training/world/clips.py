@@ -183,6 +183,12 @@ class CaptionedClips:
         """Each clip is a video of its own."""
         return range(len(self))
 
+    @property
+    def buckets(self) -> dict[tuple[int, int], Sequence[int]]:
+        """Rows by the size of their latents, which all share."""
+        _, _, rows, columns = self.shape
+        return {(rows, columns): range(len(self))}
+
     def latents(self, rows: Sequence[int]) -> Tensor:
         """Some clips, [N, C, F, h, w] in float32."""
         return self.clips.latents[list(rows)].float()
