@@ -178,14 +178,21 @@ class StreamingModel(
 
     def memory_required(self, input_shape: list[int], cond_shapes: Any = None) -> float:
         """Bytes of a stream with the published cache, over latents [B, C, F, h, w]."""
-        return self.stream_memory(input_shape[0], tuple(input_shape[3:]), CacheConfig())
+        published = CacheConfig(), SamplerConfig()
+        return self.stream_memory(input_shape[0], tuple(input_shape[3:]), *published)
 
-    def stream_memory(self, batch: int, latent_size: tuple[int, int], cache: CacheConfig) -> float:
+    def stream_memory(
+        self,
+        batch: int,
+        latent_size: tuple[int, int],
+        cache: CacheConfig,
+        sampler: SamplerConfig,
+    ) -> float:
         """Bytes a stream takes beside the weights and the decoder."""
         sizes = self.diffusion_model.config
         itemsize = comfy.model_management.dtype_size(self.get_dtype_inference())
         grid = Grid.of_latents(*latent_size, sizes.patch_size)
-        return float(batch * stream_bytes(sizes, cache, grid, itemsize))
+        return float(batch * stream_bytes(sizes, cache, sampler, grid, itemsize))
 
 
 class StreamingWan(comfy.supported_models.WAN21_T2V):

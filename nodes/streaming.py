@@ -236,7 +236,7 @@ def produce(request: Request, keep_state: str, result: RunResult, make: Make) ->
 def _with_memory(request: Request, keep_state: str, result: RunResult, make: Make) -> Any:
     base = host.student_of(request.model)
     size = latent_size(request.height, request.width, base.diffusion_model.config.patch_size)
-    memory = base.stream_memory(1, size, request.cache)
+    memory = base.stream_memory(1, size, request.cache, request.sampler)
     others = []
     if request.decoder is not None:
         others = [request.decoder.vae.patcher]

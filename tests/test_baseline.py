@@ -20,9 +20,10 @@ import torch
 
 from rf_core.__main__ import main
 from rf_core.config import CacheConfig, Grid, SamplerConfig
+from rf_core.families import FAMILIES
 from rf_core.measure import baseline as baseline_module
 from rf_core.measure.baseline import BaselineOptions, compare, format_comparison
-from rf_core.measure.published import Published, check_cache, import_checkout
+from rf_core.measure.published import Published, check_settings, import_checkout
 from rf_core.stream import Stream, chunk_noise
 
 ATTENTION = "FLASH_ATTN_2_AVAILABLE = FLASH_ATTN_3_AVAILABLE = False\n"
@@ -293,17 +294,28 @@ def test_a_checkout_with_other_names_is_refused(checkout):
     [
         (CacheConfig(sink_frames=0), "sink of 0 is not what the published code can do"),
         (CacheConfig(window_frames=10), "a window of whole chunks of 3"),
-        (CacheConfig(accumulator="float32"), "use accumulator 'reference'"),
-        (replace(CacheConfig(), keep_key_norms=True), "knows no such sink"),
+        (CacheConfig(accumulator="float32"), "does not know accumulator 'float32'"),
+        (replace(CacheConfig(), keep_key_norms=True), "does not know keep_key_norms True"),
+        (FAMILIES["longlive"].cache, "not know positions 'absolute', recache 'joint'; race it"),
+        (FAMILIES["memrope"].cache, "not know memory_rates"),
     ],
 )
 def test_a_window_the_published_code_does_not_have_is_refused(cache, says):
     with pytest.raises(ValueError, match=says):
-        check_cache(cache)
+        check_settings(cache, SamplerConfig())
 
 
-def test_other_chunks_and_decays_are_within_the_published_code():
-    check_cache(CacheConfig(window_frames=8, sink_frames=2, chunk_frames=2, decay=0.5))
+def test_steps_the_published_code_does_not_take_are_refused_before_weights_are_read(tmp_path):
+    rolling, wide = FAMILIES["rolling_forcing"].sampler, CacheConfig(window_frames=24)
+    with pytest.raises(ValueError, match="does not know rolling True"):
+        small(tmp_path, cache=wide, sampler=rolling)
+    with pytest.raises(ValueError, match="does not know first_steps"):
+        small(tmp_path, sampler=SamplerConfig(first_steps=(1000, 500)))
+
+
+def test_other_chunks_decays_and_steps_are_within_the_published_code():
+    cache = CacheConfig(window_frames=8, sink_frames=2, chunk_frames=2, decay=0.5)
+    check_settings(cache, SamplerConfig(steps=(1000, 500), shift=3.0))
 
 
 @pytest.mark.parametrize(

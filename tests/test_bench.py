@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from rf_core.__main__ import main
 from rf_core.config import WAN_1_3B
 from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
+from rf_core.families import FAMILIES
 from rf_core.fast import stopwatch
 from rf_core.measure import bench as bench_module
 from rf_core.measure import machine as machine_module
@@ -30,6 +31,7 @@ from rf_core.measure.bench import (
     network_streamed_fps,
     switch_costs,
 )
+from rf_core.measure.families import passes_of
 from rf_core.measure.machine import format_machine, machine
 from rf_core.measure.workload import WorkloadOptions, load_workload, prompt_tokens, randomise
 
@@ -55,6 +57,66 @@ def test_each_decoder_is_measured_on_top_of_the_network():
         "first image",
     ):
         assert row in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_familys_settings_are_measured(name):
+    family = FAMILIES[name]
+    settings = {"cache": family.cache, "sampler": family.sampler}
+    result = bench(BenchOptions(chunks=3, decoder="wan", **settings, **SMALL))
+    assert result["network_fps"] > 0 and result["switches"].keys() >= {"recache", "blend 3"}
+    assert json.loads(json.dumps(result))["options"]["sampler"]["steps"]
+
+
+def test_families_are_measured_in_turn_beside_their_counted_work(capsys):
+    arguments = ["bench", "--families", "--chunks", "1", "--rounds", "1", "--graphs", "off"]
+    assert main([*arguments, "--device", "cpu", "--width", "16", "--height", "16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[-len(FAMILIES) :]}
+    assert rows.keys() == FAMILIES.keys()
+    passes = {name: " ".join(row[:7]) for name, row in rows.items()}
+    # Frames; passes of the first chunk and of later ones; frames of a pass, and those it sees.
+    assert passes["reward_forcing"] == "3 4 4 + 1 3 9"
+    assert passes["causal_forcing_1step"] == "1 4 1 + 1 1 21"
+    assert passes["krea"] == "3 5 5 + 1 3 6"
+    assert passes["rolling_forcing"] == "3 5 1 + 1 15 21"
+    assert rows["reward_forcing"][7] == "1.00"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_documented_passes_and_work_of_a_family_are_those_counted(name):
+    page = Path(__file__).parents[1] / "docs" / "families.md"
+    speed = page.read_text(encoding="utf-8").partition("## Speed")[2]
+    (line,) = (line for line in speed.splitlines() if line.startswith(f"| `{name}` |"))
+    _, frames, first, later, _, frames_a_pass, attended, work, *_ = line.strip("| ").split(" | ")
+    counted = passes_of(FAMILIES[name])
+    assert later == f"{counted['passes']} + {counted['cache_passes']}"
+    assert [int(each) for each in (frames, first, frames_a_pass, attended)] == [
+        counted[key] for key in ("frames", "first_passes", "pass_frames", "attended_frames")
+    ]
+    assert float(work) == pytest.approx(counted["work"], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--decoder", "wan"], "leave out --compile and --decoder"),
+        (["--family", "krea"], "leave out --family and those of the cache"),
+        (["--window", "12"], "leave out --family and those of the cache"),
+        (["--rounds", "0"], "0 rounds measure nothing"),
+        (["--baseline", "x"], "give one of --baseline and --families"),
+    ],
+)
+def test_families_are_compared_with_settings_of_their_own(given, says, capsys):
+    assert main(["bench", "--families", "--device", "cpu", *given]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_a_window_too_small_for_chunks_in_flight_is_refused_before_weights_are_drawn():
+    rolling = FAMILIES["rolling_forcing"].sampler
+    with pytest.raises(ValueError, match="raise it to 21"):
+        BenchOptions(sampler=rolling, **SMALL)
 
 
 def test_without_a_decoder_the_latents_are_what_comes_first():

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rf_core import kernels
+from rf_core.attention import sdpa
 from rf_core.config import WAN_1_3B, WAN_SIZE, CacheConfig, Grid, SamplerConfig
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
+from rf_core.families import FAMILIES
 from rf_core.kv_cache import KVCache
 from rf_core.measure import counts
 from rf_core.measure.counts import Work, cache_bytes, chunk_work, num_parameters, pass_work, total
@@ -57,10 +59,12 @@ def test_the_published_cache_takes_2_59_gb_and_rotated_keys_half_as_much_again()
     assert kept / lean == pytest.approx(90 / 61)
 
 
+@pytest.mark.parametrize("memories", [(), (0.01, 0.1)], ids=["sink", "memories"])
 @pytest.mark.parametrize("keep_rotated", [True, False])
 @pytest.mark.parametrize("accumulator", ["reference", "float32"])
-def test_a_cache_takes_what_is_counted(accumulator, keep_rotated):
-    sizes, config = tiny.CONFIG, tiny.window(6, 2, chunk=2, accumulator=accumulator)
+def test_a_cache_takes_what_is_counted(accumulator, keep_rotated, memories):
+    sizes = tiny.CONFIG
+    config = tiny.window(8, 2, chunk=2, accumulator=accumulator, memory_rates=memories)
     cache = KVCache.allocate(
         config,
         num_layers=sizes.num_layers,
@@ -191,18 +195,45 @@ def test_decoder_work_grows_with_the_picture():
     assert large > 4 * small  # four times the convolutions, sixteen times the attention
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_counted_passes_of_a_chunk_are_those_of_a_familys_stream(name):
+    family, model = FAMILIES[name], tiny.model()
+    begun: list[bool] = []
+    seen: list[tuple[int, int]] = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: begun.append(True))
+
+    def attend(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+        if begun:  # the first layer's; a clean pass ends before the last one's
+            begun.clear()
+            seen.append((q_BLHD.shape[1], k_BSHD.shape[1]))
+        return sdpa(q_BLHD, k_BSHD, v_BSHD)
+
+    stream = tiny.stream(model=model, cache=family.cache, sampler=family.sampler, attention=attend)
+    for _ in range(family.cache.window_frames // family.cache.chunk_frames + 2):
+        seen.clear()
+        stream.generate()
+        stream.finish_clean_pass()
+    assert seen == [
+        (each.frames * GRID.frame_tokens, (each.frames + each.context_frames) * GRID.frame_tokens)
+        for each in counts.chunk_passes(family.cache, family.sampler)
+        for _ in range(each.count)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", [CacheConfig(), CacheConfig(window_frames=21)], ids=["9", "21"])
-def test_what_a_host_is_told_at_no_cost_is_near_what_is_counted(keep):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_host_is_told_at_no_cost_is_near_what_is_counted(name):
+    family = FAMILIES[name]
     sizes = Sizes(
         model=WAN_1_3B,
         height=WAN_SIZE[0],
         width=WAN_SIZE[1],
-        cache=keep,
+        cache=family.cache,
+        sampler=family.sampler,
         batch=1,
         dtype=torch.bfloat16,
         device="cuda",
     )
     parts = footprint(sizes)
-    told = counts.stream_bytes(WAN_1_3B, keep, PUBLISHED)
+    told = counts.stream_bytes(WAN_1_3B, family.cache, family.sampler, PUBLISHED)
     assert told == pytest.approx(parts.cache + parts.prompt + parts.network, rel=0.05)

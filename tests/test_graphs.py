@@ -198,6 +198,18 @@ def test_on_a_cpu_only_what_comes_often_is_captured():
     assert len(model._passes) == 2  # denoising and clean, with a full window
 
 
+def test_a_joint_recache_is_run_as_it_is_however_often_it_comes(graphed):
+    model, _ = graphed
+    options = {"cache": tiny.window(6, 2, chunk=2, recache="joint")}
+    expected = tiny.stream(**options)
+    stream = tiny.stream(model=model, **options)
+    for _ in range(5):
+        for each in (stream, expected):
+            each.switch(tiny.prompt(1), "recache")
+        assert torch.equal(stream.generate(), expected.generate())
+    assert {x.shape[2] for x in (each.x for each in model._inputs.values())} == {2}
+
+
 class Failing(Recorder):
     """Records a few passes, then has no memory for more."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -12,12 +14,13 @@ import torch
 
 from rf_core import options as options_module
 from rf_core.__main__ import main
-from rf_core.config import WAN_1_3B, CacheConfig, Grid, ModelConfig, SamplerConfig
+from rf_core.config import WAN_1_3B, WAN_14B, CacheConfig, Grid, ModelConfig, SamplerConfig
 from rf_core.decoders.codec import put_channels_last
 from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
 from rf_core.decoders.handoff import Handoff
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
+from rf_core.families import FAMILIES, Family
 from rf_core.fast.graphs import GraphedModel
 from rf_core.measure.counts import num_parameters
 from rf_core.memory import footprint as counting
@@ -116,7 +119,10 @@ def taken(sizes: Sizes, group_frames: int, device: str = "cpu", chunks: int | No
     decode = stream.decode
     if device == "cuda":
         decode = handed_on(stream, Handoff(decoder, lambda images: None, device=device))
-    for _ in range(chunks):
+    full = sizes.cache.window_frames // sizes.cache.chunk_frames
+    for chunk in range(chunks):
+        if chunk == full:  # all of the window is run again, and nothing has left it
+            stream.switch(stream.state.prompt_embeds, "recache")
         latents = stream.generate()
         images = decode(latents)
     stream.switch(stream.state.prompt_embeds)
@@ -144,6 +150,38 @@ def test_what_a_stream_is_said_to_take_is_within_a_tenth_of_what_its_tensors_tak
         pytest.skip("nothing is decoded")
     measured = peak_bytes(lambda: taken(sizes, group_frames), "cpu")
     assert planned(sizes, group_frames) == pytest.approx(measured, rel=0.1)
+
+
+def sizes_of(family: Family, **others: Any) -> Sizes:
+    return Sizes(
+        **{
+            "model": replace(MIDDLE, num_layers=3),
+            "height": 64,
+            "width": 96,
+            "cache": family.cache,
+            "sampler": family.sampler,
+            "dtype": torch.float32,
+            "device": "cpu",
+            **others,
+        }
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_familys_stream_is_said_to_take_is_within_a_tenth_of_what_its_tensors_take(name):
+    sizes = sizes_of(FAMILIES[name])
+    measured = peak_bytes(lambda: taken(sizes, 1), "cpu")
+    assert planned(sizes, 1) == pytest.approx(measured, rel=0.1)
+
+
+def test_a_picture_that_is_encoded_again_is_counted_with_the_images_it_is_taken_of():
+    sizes = sizes_of(FAMILIES["krea"], decoder=replace(SMALL_VAE, dim=48))
+    measured = peak_bytes(lambda: taken(sizes, 1), "cpu")
+    assert planned(sizes, 1) == pytest.approx(measured, rel=0.1)
+    kept = replace(sizes, cache=replace(sizes.cache, rebuild="first"))
+    with_images, without = (footprint(each, 1).decoder for each in (sizes, kept))
+    assert with_images.encode > 0 == without.encode
+    assert with_images.images - without.images == 9 * 3 * 64 * 96 * 4
 
 
 def test_a_cards_plan_is_that_of_the_cpu_but_for_the_paths_code_takes_there():
@@ -179,6 +217,26 @@ def test_the_published_students_parts_are_the_known_ones():
     assert footprint(replace(sizes, keep_rotated=False)).cache == 61 * 9 * frame
     context = 2 * 30 * WAN_1_3B.text_len * WAN_1_3B.dim * 2
     assert parts.prompt == context + WAN_1_3B.text_len * WAN_1_3B.text_dim * 2
+
+
+@pytest.mark.parametrize(("linear_bytes", "offload"), [(None, "none"), (1, "none"), (1, "stream")])
+def test_kreas_14b_takes_what_is_documented(linear_bytes, offload):
+    krea = FAMILIES["krea"]
+    sizes = Sizes(
+        model=WAN_14B,
+        height=krea.size[0],
+        width=krea.size[1],
+        cache=krea.cache,
+        sampler=krea.sampler,
+        decoder=VAEConfig(),
+        linear_bytes=linear_bytes,
+        graphs=True,
+    )
+    page = Path(__file__).parents[1] / "docs" / "families.md"
+    kind = "Wan VAE, fp8 weights" if linear_bytes else "Wan VAE, bf16"
+    (row,) = re.findall(rf"\| {kind} \| ([\d.]+) \| ([\d.]+) \|", page.read_text(encoding="utf-8"))
+    needed = fit(sizes, 10**12, offload=offload).needed
+    assert needed / 1e9 == pytest.approx(float(row[offload == "stream"]), abs=0.05)
 
 
 def test_two_layers_and_three_tell_of_any_depth():

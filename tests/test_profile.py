@@ -11,6 +11,7 @@ import torch
 
 from rf_core import kernels
 from rf_core.__main__ import main
+from rf_core.families import FAMILIES
 from rf_core.fast.quantise import quantise_linears
 from rf_core.measure import counts
 from rf_core.measure import profile as profile_module
@@ -104,8 +105,11 @@ def test_every_layer_with_weights_has_a_kind_in_fp8_the_same():
         assert kind_of(name, packed) == kind_of(name, module)
 
 
-def test_all_that_is_counted_is_timed(tmp_path):
-    workload = load_workload(WorkloadOptions(height=16, width=16))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_that_is_counted_is_timed(name):
+    family = FAMILIES[name]
+    options = WorkloadOptions(height=16, width=16, cache=family.cache, sampler=family.sampler)
+    workload = load_workload(options)
     stream, tally = workload.stream(), Tally()
     with instrumented(stream, tally):
         stream.step()

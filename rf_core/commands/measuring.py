@@ -14,8 +14,10 @@ from ..config import WAN_SIZE, ModelConfig
 from ..decoders.taehv import TAEHVConfig
 from ..decoders.vae import VAEConfig
 from ..devices import make_current, preferred_dtype
+from ..families import AUTO
 from ..measure.baseline import BaselineOptions, compare, format_comparison
 from ..measure.bench import BenchOptions, bench, format_bench
+from ..measure.families import FamiliesOptions, compare_families, format_families
 from ..measure.profile import ProfileOptions, format_profile, profile
 from ..measure.verify import Backend, Comparison, verify_folder
 from ..measure.workload import DECODERS, RANDOM_SIZES, SIZES
@@ -34,6 +36,7 @@ from .shared import (
     add_cache,
     add_family,
     add_weights,
+    cache_fields,
     dtype_of,
     family_fields,
 )
@@ -103,8 +106,12 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_bench(args: argparse.Namespace) -> int:
     """Measure time and memory a chunk, alone or against the published code."""
     _check_json(args)
+    if args.baseline is not None and args.families:
+        raise ValueError("both are races of their own; give one of --baseline and --families")
     if args.baseline is not None:
         return _run_baseline(args)
+    if args.families:
+        return _run_families(args)
     fields = {**_chunks(args), **_workload_fields(args)}
     result = bench(BenchOptions(compile=args.compile, graphs=_graphs(args), **fields))
     print(format_bench(result))
@@ -121,6 +128,22 @@ def _run_baseline(args: argparse.Namespace) -> int:
     print(format_comparison(result))
     _write_json(args.json, result)
     return 0 if result["agrees"] else 1
+
+
+def _run_families(args: argparse.Namespace) -> int:
+    if args.compile or args.decoder not in (None, "none"):
+        raise ValueError("--families compares the network alone; leave out --compile and --decoder")
+    if cache_fields(args) or args.family != AUTO:
+        raise ValueError(
+            "--families compares each family's own settings; leave out --family and those of the "
+            "cache"
+        )
+    fields = _workload_fields(args) | {"decoder": "none", "graphs": _graphs(args)}
+    race = FamiliesOptions(rounds=args.rounds, **_chunks(args), **fields)
+    result = compare_families(race)
+    print(format_families(result))
+    _write_json(args.json, result)
+    return 0
 
 
 def _chunks(args: argparse.Namespace) -> dict[str, Any]:
@@ -199,13 +222,15 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bench`."""
     parser.set_defaults(command=run_bench)
     add = parser.add_argument
-    add("--chunks", type=int, help="chunks to stream (default: 500; 12 a round with --baseline)")
+    in_turn = "12 a round with --baseline or --families"
+    add("--chunks", type=int, help=f"chunks to stream (default: 500; {in_turn})")
     add(
         "--graphs", choices=GRAPHS, default="auto", help="recorded passes (default: where possible)"
     )
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--baseline", type=Path, metavar="FOLDER", help="a checkout of the published code to race")
-    add("--rounds", type=int, default=3, help="rollouts of the race")
+    add("--families", action="store_true", help="stream as each family does, in turn")
+    add("--rounds", type=int, default=3, help="rollouts with --baseline or --families")
     _add_workload(parser)
 
 

@@ -142,16 +142,18 @@ class GraphedModel:
         cache: KeyValues,
         attention: Attention,
     ) -> Any:
-        # What a view of a cache reads is made anew in each pass, which runs as it is.
-        if isinstance(cache, KVCache) and self._is_lent(cache) and not self._failed:
+        # What a view of a cache reads is made anew in each pass, which runs as it is; so does one
+        # over more than a chunk, which comes with a change of prompt and takes much memory.
+        if isinstance(cache, KVCache) and self._may_record(cache):
             with self._lock:
                 replay = self._recorded(run, x, time, prompt, cache, attention)
                 if replay is not None:
                     return replay()
         return run(x, time, prompt, cache, attention)
 
-    def _is_lent(self, cache: KVCache) -> bool:
-        return cache.k_NBWHD.data_ptr() in self._lent
+    def _may_record(self, cache: KVCache) -> bool:
+        is_lent = cache.k_NBWHD.data_ptr() in self._lent
+        return is_lent and cache.slot_frames <= cache.config.chunk_frames and not self._failed
 
     def _recorded(
         self,

@@ -20,7 +20,7 @@ from ..config import Grid
 from ..fast.stopwatch import Stopwatch
 from ..stream import Stream, chunk_noise
 from .machine import format_machine, machine
-from .published import Published
+from .published import Published, check_settings
 from .table import format_table
 from .verify import RELATIVE_NORM
 from .workload import Workload, WorkloadOptions, load_workload
@@ -39,6 +39,7 @@ class BaselineOptions(WorkloadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_settings(self.cache, self.sampler)
         if self.chunks <= self.warm_up:
             raise ValueError(
                 f"{self.chunks} chunks leave nothing after the first {self.warm_up}, in which the "

@@ -55,6 +55,37 @@ def total(parts: Mapping[str, Work]) -> Work:
     return sum(parts.values(), Work())
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Passes of the network that are alike."""
+
+    count: int
+    frames: int
+    """Latent frames that one runs over."""
+    context_frames: int
+    """Those before them that attention sees."""
+
+
+def chunk_passes(cache: CacheConfig, sampler: SamplerConfig) -> list[Passes]:
+    """All passes of a chunk of the steady state: those that denoise, then what fills the cache."""
+    chunk, steps = cache.chunk_frames, len(sampler.steps)
+    context = cache.window_frames - chunk
+    if sampler.rolling:  # the sink lies beside what attention sees
+        seen, flight = cache.window_frames - cache.sink_frames, steps * chunk
+        return [Passes(1, flight, seen - flight), Passes(1, chunk, seen - chunk)]
+    if cache.rebuild == "never":
+        return [Passes(steps + 1, chunk, context)]
+    begins = range(0, context, chunk)
+    rebuilt = [Passes(1, min(chunk, context - begin), begin) for begin in begins]
+    return [Passes(steps, chunk, context), *rebuilt]
+
+
+def largest_pass(cache: CacheConfig, sampler: SamplerConfig) -> int:
+    """The most latent frames that a pass runs over, a joint recache's among them."""
+    recached = cache.window_frames if cache.recache != "chunks" else 0
+    return max(recached, *(each.frames for each in chunk_passes(cache, sampler)))
+
+
 def pass_work(
     model: ModelConfig,
     cache: CacheConfig,
@@ -62,16 +93,18 @@ def pass_work(
     element_bytes: int = 2,
     context_frames: int | None = None,
     prompt_keys: int | None = None,
+    frames: int | None = None,
 ) -> dict[str, Work]:
-    """One pass of the network over a chunk, by kind.
+    """One pass of the network over so many latent frames, by default a chunk, by kind.
 
-    `context_frames` is what the window holds before the chunk, by default all it can; of the
+    `context_frames` is what attention sees before them, by default all the window can hold; of the
     prompt's keys, `prompt_keys` are computed with, by default all: of one without padding.
     """
+    frames = cache.chunk_frames if frames is None else frames
     if context_frames is None:
-        context_frames = cache.window_frames - cache.chunk_frames
+        context_frames = cache.window_frames - frames
     keys = model.text_len if prompt_keys is None else prompt_keys
-    tokens = cache.chunk_frames * grid.frame_tokens
+    tokens = frames * grid.frame_tokens
     window = context_frames * grid.frame_tokens + tokens
     block = {
         SELF_PRODUCTS: attention_work(model.dim, tokens, window, element_bytes),
@@ -85,7 +118,7 @@ def pass_work(
     parts = {kind: work.times(model.num_layers) for kind, work in block.items()}
     # The first norm finds its sum made, which spares two rows; the head's has the last to make.
     parts[NORMS] += Work(bytes=(4 - 2) * tokens * model.dim * element_bytes)
-    return parts | {OTHER_LINEARS: _ends(model, cache.chunk_frames, tokens, element_bytes)}
+    return parts | {OTHER_LINEARS: _ends(model, frames, tokens, element_bytes)}
 
 
 def chunk_work(
@@ -96,10 +129,17 @@ def chunk_work(
     element_bytes: int = 2,
     prompt_keys: int | None = None,
 ) -> dict[str, Work]:
-    """A chunk of the steady state, by kind: the denoising passes, the clean pass, one eviction."""
-    passes = len(sampler.steps) + 1
-    one = pass_work(model, cache, grid, element_bytes, prompt_keys=prompt_keys)
-    parts = {kind: work.times(passes) for kind, work in one.items()}
+    """A chunk of the steady state, by kind: all its passes, and one eviction.
+
+    A context that a pass copies for itself, as rolling ones do, is not counted.
+    """
+    parts: dict[str, Work] = {}
+    for each in chunk_passes(cache, sampler):
+        one = pass_work(
+            model, cache, grid, element_bytes, each.context_frames, prompt_keys, each.frames
+        )
+        for kind, work in one.items():
+            parts[kind] = parts.get(kind, Work()) + work.times(each.count)
     return parts | {EVICTION: _eviction(model, cache, grid, element_bytes)}
 
 
@@ -119,31 +159,41 @@ def cache_bytes(
     layers = model.num_layers * (3 if keep_rotated else 2) + (not keep_rotated)
     frames = layers * cache.window_frames
     if cache.accumulator == "float32" and element_bytes < 4:
-        frames += 2 * model.num_layers * cache.sink_frames * 4 // element_bytes
+        frames += 2 * model.num_layers * cache.head_frames * 4 // element_bytes
     return frames * grid.frame_tokens * model.dim * element_bytes
 
 
 def int8_cache_bytes(
     model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes: int = 2
 ) -> int:
-    """The same where all but the sink is kept in int8, and one layer's window unpacked."""
-    kept, sink = cache.window_frames - cache.sink_frames, cache.sink_frames
-    sink_bytes = 4 if cache.accumulator == "float32" else element_bytes
-    row = kept * (model.dim + 4 * model.num_heads) + sink * model.dim * sink_bytes
+    """The same where all but the head is kept in int8, and one layer's window unpacked."""
+    kept, head = cache.window_frames - cache.head_frames, cache.head_frames
+    head_bytes = 4 if cache.accumulator == "float32" else element_bytes
+    row = kept * (model.dim + 4 * model.num_heads) + head * model.dim * head_bytes
     scratch = 3 * cache.window_frames * model.dim * element_bytes
     return (2 * model.num_layers * row + scratch) * grid.frame_tokens
 
 
-def stream_bytes(model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes: int = 2) -> int:
+def stream_bytes(
+    model: ModelConfig,
+    cache: CacheConfig,
+    sampler: SamplerConfig,
+    grid: Grid,
+    element_bytes: int = 2,
+) -> int:
     """About what a stream takes beside its weights and decoder, at no cost.
 
     For hosts that ask before every run; `rf_core.memory.footprint` counts it, in seconds.
     """
     prompt = 2 * model.num_layers * model.text_len * model.dim
-    tokens = cache.chunk_frames * grid.frame_tokens
+    tokens = largest_pass(cache, sampler) * grid.frame_tokens
     # The feed-forward layer and its GELU; the residual stream, norms, queries and what attends.
-    pass_ = tokens * (2 * model.ffn_dim + 8 * model.dim)
-    return cache_bytes(model, cache, grid, element_bytes) + (prompt + pass_) * element_bytes
+    pass_ = tokens * (2 * model.ffn_dim + 8 * model.dim) * element_bytes
+    # Where no kernel does it, a layer's context is turned in float32, in some four copies.
+    context = (cache.window_frames - cache.chunk_frames) * grid.frame_tokens
+    turning = 4 * context * model.dim * 4
+    held = cache_bytes(model, cache, grid, element_bytes) + prompt * element_bytes
+    return held + max(pass_, turning)
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -236,10 +286,12 @@ def _ends(model: ModelConfig, frames: int, tokens: int, element_bytes: int) -> W
 
 
 def _eviction(model: ModelConfig, cache: CacheConfig, grid: Grid, element_bytes: int) -> Work:
-    kept = cache.window_frames - cache.sink_frames - cache.chunk_frames  # they move up
-    sink = cache.sink_frames if cache.decay < 1 else 0
-    absorbed = 2 * sink + (cache.chunk_frames if sink else 0)
     rotated = cache.window_frames - cache.chunk_frames
+    kept = rotated - cache.head_frames  # they move up
+    sink, memories = (cache.sink_frames if cache.decay < 1 else 0), len(cache.memory_rates)
+    absorbed = 2 * (sink + memories) + (cache.chunk_frames if sink or memories else 0)
+    if cache.rebuild != "never":  # nothing stays to move; each part's context is rotated
+        kept, rotated = 0, rotated + sum(range(0, rotated, cache.chunk_frames))
     frames = 2 * (absorbed + 2 * kept) + 2 * rotated
     rows = model.num_layers * frames * grid.frame_tokens
     return Work(bytes=rows * model.dim * element_bytes)

@@ -13,7 +13,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -87,7 +87,7 @@ class Published:
         sampler: SamplerConfig,
         grid: Grid,
     ) -> None:
-        check_cache(cache)
+        check_settings(cache, sampler)
         modules = import_checkout(folder)
         weight = model.patch_embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -174,8 +174,8 @@ class _ChunkWatch:
         return latents.new_zeros(1)
 
 
-def check_cache(cache: CacheConfig) -> None:
-    """ValueError where the published code's window works otherwise, or not at all."""
+def check_settings(cache: CacheConfig, sampler: SamplerConfig) -> None:
+    """ValueError where the published code's window or steps work otherwise, or not at all."""
     room = cache.window_frames - cache.sink_frames
     if cache.sink_frames != cache.chunk_frames or room % cache.chunk_frames:
         raise ValueError(
@@ -183,11 +183,18 @@ def check_cache(cache: CacheConfig) -> None:
             f"the published code can do; use a sink of {cache.chunk_frames} frames and a window "
             f"of whole chunks of {cache.chunk_frames}"
         )
-    plain = CacheConfig(
-        window_frames=cache.window_frames, sink_frames=cache.sink_frames, decay=cache.decay
-    )
-    if replace(plain, chunk_frames=cache.chunk_frames) != cache:
-        raise ValueError("the published code knows no such sink; use accumulator 'reference'")
+    known = {"window_frames", "sink_frames", "chunk_frames", "decay", "steps", "shift"}
+    unknown = [
+        f"{name} {getattr(config, name)!r}"
+        for config in (cache, sampler)
+        for name in vars(config).keys() - known
+        if getattr(config, name) != getattr(type(config)(), name)
+    ]
+    if unknown:
+        raise ValueError(
+            f"the published code does not know {', '.join(sorted(unknown))}; race it with settings "
+            "of its own"
+        )
 
 
 def import_checkout(folder: Path) -> Modules:

@@ -29,6 +29,7 @@ from ..fast.stopwatch import Stopwatch
 from ..model import Network, WanModel
 from ..options import Files
 from ..ranges import LARGEST_SIDE, check_numbers
+from ..rolling import check_rolling
 from ..stream import Stream, latent_size
 from ..text import TextEncoder, load_text_encoder
 from ..weights.checkpoint import load_student
@@ -95,6 +96,8 @@ class WorkloadOptions:
 
     def __post_init__(self) -> None:
         check_numbers(self, height=(1, LARGEST_SIDE), width=(1, LARGEST_SIDE))
+        if self.sampler.rolling:
+            check_rolling(self.cache, self.sampler)
         if self.size not in SIZES:
             raise ValueError(f"size {self.size!r} is unknown; use one of {', '.join(SIZES)}")
         if self.decoder is not None and self.decoder not in DECODERS:

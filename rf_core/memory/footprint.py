@@ -4,6 +4,9 @@ A chunk is generated and decoded by weightless copies of the networks while the 
 are counted (`live_bytes`). Nothing is estimated by formula: what the code does is what is counted.
 Every layer adds the same, so a network of two and one of three tell of any depth.
 
+The stream that is counted has a full window, from which nothing has left: its first chunk runs all
+of the past again, as a recache then does, and its second leaves the first one's clean pass behind.
+
 Not counted: encoding start images, and what a text encoder takes beside its weights.
 """
 
@@ -104,9 +107,11 @@ class DecoderFootprint:
     state: int = 0
     """What it remembers of the stream."""
     images: int = 0
-    """The last chunk's images, float32."""
+    """The last chunk's images, and those that a rebuilt context's head is encoded of, float32."""
     decode: int = 0
     """Most that lives at once while a chunk is decoded, beside the above."""
+    encode: int = 0
+    """The same while that head is encoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +126,8 @@ class Footprint:
     prompt: int
     """The prompt's embedding, and its keys and values."""
     network: int
-    """Most that lives at once while a chunk is generated or a prompt changed, beside the above."""
+    """Most that lives at once while a chunk is generated, a prompt changed or a rebuilt context's
+    head encoded, beside the above."""
     decoder: DecoderFootprint
     recorded: int = 0
     """What recorded passes hold: their own places for what they read and, on a card, for what they
@@ -139,7 +145,10 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
     sizes do not fit each other.
     """
     on_card = torch.device(sizes.device).type == "cuda"
-    network = replace(sizes, decoder=None, text=None, keeps_text=False, graphs=False)
+    cache = sizes.cache
+    if cache.rebuild == "reencoded":  # which is the decoder's part
+        cache = replace(cache, rebuild="first")
+    network = replace(sizes, cache=cache, decoder=None, text=None, keeps_text=False, graphs=False)
     few, more = (_count_network(network, _FEW_LAYERS + extra) for extra in (0, 1))
     layers = sizes.model.num_layers
     each = {name: more[name] - few[name] for name in few}
@@ -150,18 +159,24 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
         size = latent_size(sizes.height, sizes.width, sizes.model.patch_size)
         shape = (sizes.batch, sizes.model.in_dim, frames, *size)
         group = group_frames or frames
-        decoder = _count_decoder(sizes.decoder, shape, group, sizes.dtype, sizes.device)
+        kept = sizes.cache.rebuilt_images if sizes.cache.rebuild == "reencoded" else 0
+        decoder = _count_decoder(sizes.decoder, shape, group, sizes.dtype, sizes.device, kept)
     return Footprint(
         student=Layered(total=counted["weights"], layer=each["weights"], layers=layers),
         text=_count_text(sizes),
         cache=counted["cache"],
         prompt=counted["prompt"],
-        network=max(counted["chunks"], counted["switch"]),
+        network=max(counted["chunks"], counted["switch"], decoder.encode),
         decoder=decoder,
-        recorded=counted["read"] + on_card * counted["pass"] if sizes.graphs else 0,
+        recorded=counted["read"] + on_card * counted["pass"] if _records(sizes) else 0,
         overlapped=on_card,
         keeps_text=sizes.keeps_text,
     )
+
+
+def _records(sizes: Sizes) -> bool:
+    """Whether passes are recorded; those of chunks that are denoised together are not."""
+    return sizes.graphs and not sizes.sampler.rolling
 
 
 @lru_cache(maxsize=256)
@@ -171,7 +186,8 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
         assert isinstance(stream.model, WanModel)
         state, (embeds, context) = stream.state, stream._context
 
-        def two_chunks() -> None:  # the second runs the clean pass of the first
+        def two_chunks() -> None:
+            _fill(stream)
             stream.generate()
             stream.generate()
 
@@ -187,6 +203,8 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
         )
         chunks = peak_bytes(two_chunks, place)
         x = next(stream._noise(1))
+        table = () if state.cache.turning is None else state.cache.turning.table
+        own_tables = 2 * sum(part.nbytes for part in table if part is not None)  # copied from one
         context_bytes = sum(t.nbytes for layer in context for t in layer)
         whole = stream._pass_inputs(x, _TIMESTEP, embeds)[0].whole_NBF1C
         assert whole is not None
@@ -198,6 +216,7 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
             "weights": _weight_bytes(stream.model, sizes.linear_bytes),
             # A card's sink is held by the host.
             "cache": state.cache.nbytes
+            + own_tables
             + (0 if torch.device(sizes.device).type == "cuda" else held),
             "prompt": state.prompt_embeds.nbytes + context_bytes,
         }
@@ -229,6 +248,16 @@ def _fake_stream(sizes: Sizes, layers: int, place: str) -> Stream:
     )
 
 
+def _fill(stream: Stream) -> None:
+    """Give a stream the past of a full window, to be run again."""
+    state, config = stream.state, stream.cache_config
+    first, last = (
+        torch.empty(stream._frame_shape(frames), device=stream.device) if frames else None
+        for frames in (config.kept_first, config.kept_last)
+    )
+    state.first_latents, state.last_latents, state.recache_due = first, last, True
+
+
 class _LongestPrompt(WanModel):
     """A fake tensor has no values to find padding by, and the longest prompt has none."""
 
@@ -243,6 +272,7 @@ def _count_decoder(
     group_frames: int,
     dtype: torch.dtype,
     device: str,
+    kept_images: int,
 ) -> DecoderFootprint:
     """A chunk of latents [B, C, F, h, w] of a running stream."""
     with fake_tensors(device) as place:
@@ -262,11 +292,13 @@ def _count_decoder(
 
         most = peak_bytes(two_chunks, latents.device)
         ((images, state),) = made
+        head = images[:, :1]
         return DecoderFootprint(
             weights=sum(parameter.nbytes for parameter in codec.parameters()),
             state=state.nbytes,
-            images=images.nbytes,
+            images=images.nbytes + kept_images * head.numel() * head.itemsize,
             decode=most - state.nbytes,
+            encode=peak_bytes(lambda: decoder.encode(head), place) if kept_images else 0,
         )
 
 

@@ -1343,13 +1343,16 @@ def test_out_of_memory_keeps_the_file_and_says_what_to_lower(
 
 def test_memory_counts_the_cache(host: Any, demo: Any) -> None:
     inside = host.student_of(demo.load_model())
-    from rf_core.config import CacheConfig
+    from rf_core.config import CacheConfig, SamplerConfig
 
-    small = inside.stream_memory(1, (8, 8), CacheConfig())
-    wide = inside.stream_memory(1, (16, 16), CacheConfig())
-    long = inside.stream_memory(1, (8, 8), CacheConfig(window_frames=21))
+    steps = SamplerConfig()
+    small = inside.stream_memory(1, (8, 8), CacheConfig(), steps)
+    wide = inside.stream_memory(1, (16, 16), CacheConfig(), steps)
+    long = inside.stream_memory(1, (8, 8), CacheConfig(window_frames=21), steps)
+    joint = inside.stream_memory(1, (8, 8), CacheConfig(recache="joint"), steps)
     cache = 2 * 5 * 9 * 16 * 160 * 4
     assert small > cache and 2 * small < wide < 4 * small and long > small + cache
+    assert joint > small
 
 
 def test_on_cards_it_computes_in_bfloat16_as_published(
