@@ -23,6 +23,7 @@ from rf_core.config import WAN_14B, CacheConfig, ModelConfig, SamplerConfig
 from rf_core.families import AUTO, DEFAULT, FAMILIES, family_of
 from rf_core.live import Prompt, Rewind
 from rf_core.model import WanModel
+from rf_core.options import DEMO
 from rf_core.pace import Pace
 from rf_core.prompts import ChunkClock
 from rf_core.rolling import check_rolling
@@ -265,6 +266,8 @@ def test_recorded_settings_go_before_the_familys_and_not_before_another_that_is_
     assert read_checkpoint(path, family="self_forcing").cache == found.cache
     other = read_checkpoint(path, family="memrope")
     assert (other.cache, other.recorded) == (FAMILIES["memrope"].cache, frozenset())
+    demo = read_checkpoint(DEMO / "student.safetensors", family="memrope")
+    assert (demo.cache, demo.size) == (FAMILIES["memrope"].cache, (64, 64))
 
 
 def test_our_files_without_a_family_are_reward_forcings(tmp_path: Path) -> None:

@@ -490,14 +490,17 @@ def _family_in(settings: Mapping[str, Any]) -> object:
 
 
 def _schedule_in(path: Path, settings: Mapping[str, Any], told: Told) -> dict[str, Any]:
-    """Cache, sampler and size of our metadata, as far as it has them for this family."""
+    """Cache, sampler and size of our metadata, as far as it has them.
+
+    Where another family is chosen, the size alone, which is the network's own.
+    """
     found = {
         "cache": _parse(path, CacheConfig, settings.get("cache")),
         "sampler": _parse(path, SamplerConfig, settings.get("sampler")),
         "size": _parse_size(path, settings.get("size")),
     }
     if told.source == "choice" and told.family != _family_in(settings):
-        return {}
+        del found["cache"], found["sampler"]
     return {name: value for name, value in found.items() if value is not None}
 
 
