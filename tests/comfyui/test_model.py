@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -763,6 +763,29 @@ def test_a_file_that_does_not_say_it_is_causal_is_doubted_by_name_alone(
         save_file(weights, path)
         lines = doubtful(host.load_student(path).clone(), None)
         assert len(lines) == doubts and all(path.name in line for line in lines)
+
+
+def test_a_student_of_another_project_streams_by_its_family_and_says_so(
+    pack: Any, host: Any, tmp_path: Path
+) -> None:
+    from rf_core.config import ModelConfig
+    from rf_core.families import FAMILIES
+    from rf_core.model import WanModel
+
+    doubtful = importlib.import_module(f"{PACK}.nodes.ignored").doubtful
+    sizes = ModelConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=1)
+    weights = {f"model.{k}": torch.zeros_like(t) for k, t in WanModel(sizes).state_dict().items()}
+    path = tmp_path / "self_forcing_dmd.pt"
+    torch.save({"generator_ema": weights}, path)
+    for chosen, family in (("auto", "self_forcing"), ("longlive", "longlive"), ("krea", "krea")):
+        settings = host.settings_of(host.load_student(path, family=chosen))
+        preset = FAMILIES[family]
+        assert asdict(settings.cache) == asdict(preset.cache)
+        assert asdict(settings.sampler) == asdict(preset.sampler)
+        assert settings.family.fps == preset.fps
+    named, licence = doubtful(host.load_student(path), None)
+    assert "self_forcing_dmd.pt is streamed as Self-Forcing, by its file's name" in named
+    assert "non-commercial" in licence
 
 
 def test_a_vae_of_another_student_is_doubted(pack: Any, demo: Any, host: Any) -> None:
