@@ -34,6 +34,11 @@ def check_rolling(cache: CacheConfig, sampler: SamplerConfig) -> None:
             f"beside a sink of {cache.sink_frames}, and a window_frames of {cache.window_frames} "
             f"leaves {seen} for both; raise it to {flight + cache.sink_frames} or give fewer steps"
         )
+    if sampler.first_steps:
+        raise ValueError(
+            f"first_steps are {sampler.first_steps}; chunks denoised together (rolling) are all at "
+            "steps of one schedule: leave them out"
+        )
     if cache.memory_rates or cache.rebuild != "never" or cache.first_chunk_frames:
         raise ValueError(
             "chunks denoised together (rolling) go with a sink alone: give no memory_rates, "

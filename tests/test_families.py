@@ -108,6 +108,19 @@ def test_a_preset_streams_from_its_first_chunk_into_its_full_window(name: str) -
         check_rolling(family.cache, family.sampler)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"first_steps": (1000, 500)}, "first_steps are"),
+        ({"steps": (1000, 900, 800, 700, 600, 500, 400)}, "7 chunks of 3 frames are denoised"),
+    ],
+)
+def test_a_rolling_schedule_that_cannot_be_is_refused_by_name(change: Any, said: str) -> None:
+    family = FAMILIES["rolling_forcing"]
+    with pytest.raises(ValueError, match=said):
+        check_rolling(family.cache, replace(family.sampler, **change))
+
+
 def test_an_unknown_family_is_refused_with_all_that_there_are() -> None:
     with pytest.raises(ValueError, match="family is 'wan'; choose one of auto, reward_forcing, "):
         family_of("wan")
