@@ -150,7 +150,7 @@ def test_a_strength_is_taken_where_none_is_named_and_the_guide_is_left_alone() -
     assert torch.equal(guide, source(0))
 
 
-def test_a_later_chunk_without_a_guide_draws_its_own_noise() -> None:
+def test_after_a_guided_chunk_a_stream_goes_on_by_text() -> None:
     stream = stream_of()
     made = guided(stream, 1)
     given = stream_of()
