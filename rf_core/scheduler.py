@@ -50,6 +50,41 @@ def noise_timestep(timestep: float, shift: float) -> float:
     return timestep or float(training_sigmas(shift)[-1]) * NUM_TRAIN_TIMESTEPS
 
 
+def entered_at(
+    strength: float, config: SamplerConfig, *, is_first: bool = False
+) -> tuple[list[float], list[float]]:
+    """Where a guide enters the schedule: the timesteps left, and those of their noise.
+
+    Both high to low, in [0, 1000], as `denoise` takes them; the first noise level is the guide's.
+    It is sigma' = shift sigma / (1 + (shift - 1) sigma) of sigma = strength steps[0] / 1000: the
+    steps' own warp, so that a step s is entered at strength s / steps[0] (a step of 0 as one of 1,
+    whose noise it has). Between two steps the first pass is at the level asked for, and the lower
+    steps follow. 1 is the whole schedule, 0 no pass (SDEdit, Meng et al., arXiv 2108.01073).
+    ValueError for a strength outside [0, 1].
+    """
+    check_strength(strength)
+    timesteps = sampling_timesteps(config, is_first=is_first).tolist()
+    levels = [noise_timestep(each, config.shift) for each in timesteps]
+    if strength == 0:
+        return [], []
+    steps = [max(step, 1) / NUM_TRAIN_TIMESTEPS for step in config.steps_of(is_first)]
+    wanted = strength * steps[0]
+    above = sum(step > wanted + _SAME_LEVEL for step in steps)
+    if above < len(steps) and wanted - steps[above] <= _SAME_LEVEL:
+        return timesteps[above:], levels[above:]
+    sigma = shift_sigma(torch.tensor(wanted, dtype=torch.float64), config.shift)
+    entry = sigma.item() * NUM_TRAIN_TIMESTEPS
+    return [entry, *timesteps[above:]], [entry, *levels[above:]]
+
+
+def check_strength(strength: float) -> None:
+    """ValueError unless a guide's strength is in [0, 1]."""
+    if not 0 <= strength <= 1:
+        raise ValueError(
+            f"strength is {strength}; give a number from 0, the guide as it is, to 1, text alone"
+        )
+
+
 def euler_levels(steps: int, shift: float, through: Sequence[float] = ()) -> list[float]:
     """Noise levels from 1 to 0: `steps` + 1 of a shifted grid, and those of `through`.
 

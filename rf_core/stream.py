@@ -5,6 +5,7 @@ chunk in a few passes and decodes it; before the next one, a clean pass rewrites
 that images are handed on without waiting for it. All that changes lives in the state, so saving,
 restoring and forking are copies of data. Noise is a function of (seed, chunk) alone: a longer video
 begins with the shorter one. A chunk whose latents are kept is made again by one pass (`replay`).
+A source's latents may stand at a chunk's beginning in place of noise alone (`generate`'s `guide`).
 
 Prompt changes act at chunk boundaries in one of four modes (`Stream.switch`). The published code
 never refreshes cross-attention, so they are ours; `recache` follows LongLive (arXiv 2509.22622).
@@ -41,7 +42,7 @@ from .model import CountedPrompt, Network, PromptContext, TimeContext, pad_promp
 from .prompts import Switch
 from .recache import CleanPass, OnPart, begins_at, chunks_from_end, recache, rerun
 from .rolling import CleanContext, JointContext, check_rolling, roll
-from .scheduler import add_noise, flow_to_x0, noise_timestep, sampling_timesteps
+from .scheduler import add_noise, check_strength, entered_at, flow_to_x0, sampling_timesteps
 from .state import (
     Blend,
     PendingCleanPass,
@@ -57,6 +58,8 @@ from .state import (
 
 _log = logging.getLogger(__name__)
 DEFAULT_SWITCH = Switch()
+GUIDE_STRENGTH = 0.6
+"""Where none is named: noise at 0.88, and three of the four published passes."""
 _DRAWN_TOGETHER = 16  # normal numbers that torch's CPU generator draws at once
 
 OnPass = Callable[[Literal["denoise", "clean"], int], None]
@@ -131,24 +134,41 @@ class Stream:
         return self.state.cache.config
 
     def step(
-        self, on_pass: OnPass | None = None, on_prediction: OnPrediction | None = None
+        self,
+        on_pass: OnPass | None = None,
+        on_prediction: OnPrediction | None = None,
+        *,
+        guide: Tensor | None = None,
+        strength: float = GUIDE_STRENGTH,
     ) -> Chunk:
-        """Make the next chunk: denoise it and decode it."""
+        """Make the next chunk: denoise it and decode it; `guide` and `strength` as `generate`."""
         index = self.state.num_chunks
-        latents = self.generate(on_pass, on_prediction)
+        latents = self.generate(on_pass, on_prediction, guide=guide, strength=strength)
         return Chunk(index=index, latents=latents, images=self.decode(latents))
 
     @torch.no_grad()
     def generate(
-        self, on_pass: OnPass | None = None, on_prediction: OnPrediction | None = None
+        self,
+        on_pass: OnPass | None = None,
+        on_prediction: OnPrediction | None = None,
+        *,
+        guide: Tensor | None = None,
+        strength: float = GUIDE_STRENGTH,
     ) -> Tensor:
         """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one.
 
         Where a context is rebuilt of images (`CacheConfig.rebuild`), before a snapshot as well.
+
+        `guide` is a source's clean latents for this chunk [B, C, F, h, w], F being `next_frames`.
+        The chunk's first noise is mixed into them, and only the steps below are run (SDEdit,
+        arXiv 2108.01073; of a stream StreamDiffusionV2, arXiv 2511.07399). `strength` in [0, 1]
+        says how far up the schedule they enter, by the formula of `entered_at`: 1 is text alone,
+        to the bit; 0 is the guide itself, with no pass. The context holds what was made of it.
+        ValueError for a guide of another shape, a strength outside [0, 1], and a rolling sampler.
         """
         on_pass = on_pass or _no_op
-        make = self._roll if self.sampler.rolling else self._denoise
         with self._exclusive():
+            make = self._maker(guide, strength)
             x0 = self._make(lambda prompt: make(prompt, on_pass, on_prediction), on_pass)
         return x0.clone()  # the clean pass is still to read what is kept
 
@@ -171,11 +191,44 @@ class Stream:
         self._finish_chunk(x0, prompt, is_start=is_start)
         return x0
 
-    def _denoise(self, prompt: Tensor, on_pass: OnPass, seen: OnPrediction | None) -> Tensor:
-        timesteps, predict = self._timesteps(), partial(self._predict, prompt)
-        levels = [noise_timestep(each, self.sampler.shift) for each in timesteps]
-        noise = self._noise(len(timesteps))
-        return denoise(predict, next(noise), noise, timesteps, on_pass, seen, levels=levels)
+    def _maker(
+        self, guide: Tensor | None, strength: float
+    ) -> Callable[[Tensor, OnPass, OnPrediction | None], Tensor]:
+        """What makes the next chunk of its prompt; what is asked for is checked first."""
+        check_strength(strength)
+        if guide is None:
+            return self._roll if self.sampler.rolling else self._denoise
+        if self.sampler.rolling:
+            raise ValueError(
+                "a rolling sampler takes no guide, for it begins chunks before their guides are "
+                "there; use a student that makes one chunk at a time"
+            )
+        self._require_chunk("the guide's latents", guide)
+        if strength == 1:
+            return self._denoise
+        guide = guide.to(self.device, torch.float32, copy=True)
+        if strength == 0:
+            return lambda *_: guide
+        return partial(self._denoise, guide=guide, strength=strength)
+
+    def _denoise(
+        self,
+        prompt: Tensor,
+        on_pass: OnPass,
+        seen: OnPrediction | None,
+        guide: Tensor | None = None,
+        strength: float = 1,
+    ) -> Tensor:
+        schedule, predict = self._timesteps(), partial(self._predict, prompt)
+        timesteps, levels = entered_at(strength, self.sampler, is_first=self.state.first_due)
+        noise = self._noise(len(schedule))
+        x = next(noise)
+        if guide is not None:
+            x = add_noise(guide, x, x.new_full((x.shape[0], x.shape[2]), levels[0]))
+        x0 = denoise(predict, x, noise, timesteps, on_pass, seen, levels=levels)
+        if timesteps[0] not in schedule:  # of which a strength that moves has any number
+            self._times.pop((timesteps[0], x.shape[2]), None)
+        return x0
 
     def _roll(self, prompt: Tensor, on_pass: OnPass, seen: OnPrediction | None) -> Tensor:
         state, frames, first = self.state, self.cache_config.chunk_frames, self.state.num_chunks
@@ -221,9 +274,7 @@ class Stream:
     def _given_chunk(
         self, latents: Tensor, on_pass: OnPass, *, decode: bool = True, is_start: bool = False
     ) -> Chunk:
-        expected = self._frame_shape(self.next_frames)
-        if tuple(latents.shape) != expected:
-            raise ValueError(f"latents are {list(latents.shape)}; a chunk is {list(expected)}")
+        self._require_chunk("latents", latents)
         latents = latents.to(self.device, torch.float32, copy=True)
 
         def given(prompt: Tensor) -> Tensor:
@@ -710,6 +761,11 @@ class Stream:
             device=self.device,
             keep_rotated=self._keep_rotated,
         )
+
+    def _require_chunk(self, what: str, latents: Tensor) -> None:
+        expected = self._frame_shape(self.next_frames)
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"{what} are {list(latents.shape)}; a chunk is {list(expected)}")
 
     def _require(self, what: str, found: object, wanted: object) -> None:
         if found != wanted:

@@ -290,7 +290,9 @@ def read_images(
 _SAME_TIME = 1e-3  # seconds; containers round times
 
 
-def images_at_rate(path: str | Path, *, width: int, height: int, fps: int) -> Iterator[Tensor]:
+def images_at_rate(
+    path: str | Path, *, width: int, height: int, fps: int
+) -> Generator[Tensor, None, None]:
     """A video's images as it shows them `fps` times a second, however many it has itself.
 
     Each is float32 [3, height, width] in [0, 1], scaled to cover and cropped as by `read_images`.
