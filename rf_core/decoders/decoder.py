@@ -155,9 +155,9 @@ class _Adapter:
                 f"a start clip is {list(images.shape)}; it must be [batch, {step}k + 1 images, 3, "
                 "height, width]: trim it"
             )
-        lacking = self.source_images_of(1, first=True) - 1
-        filled = torch.cat([images, images[:, -1:].expand(-1, lacking, -1, -1, -1)], dim=1)
-        return self.encode_chunk(filled if lacking else images, None)[0]
+        if lacking := self.source_images_of(1, first=True) - 1:
+            images = torch.cat([images, images[:, -1:].expand(-1, lacking, -1, -1, -1)], dim=1)
+        return self.encode_chunk(images, None)[0]
 
     def _pixels(self, video: Tensor) -> Tensor:
         """Images in [0, 1] in the codec's range."""
