@@ -7,6 +7,7 @@ their past kept here, they give the very same images. The weights stay where Com
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..rf_core.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..rf_core.decoders.codec import VAEState, memory_frames
+from ..rf_core.decoders.decoder import check_source
 from ..rf_core.decoders.vae import wan_memory_frames
 from . import host
 
@@ -30,6 +32,10 @@ def _on_its_card(decode: Any) -> Any:
 
 REPEATED = "Rep"
 """What the stock codec notes of an upsampling in time that has seen a stream's first frame only."""
+
+
+ENCODER = "encoder."
+"""How the names of an encoder's past begin."""
 
 
 class _Stock:
@@ -62,6 +68,32 @@ class _Stock:
         numbers = self.numbers_per_pixel * height * width * latent_frames / 3
         return numbers * self.vae.vae_dtype.itemsize
 
+    def source_images_of(self, latent_frames: int, first: bool) -> int:
+        """See `Decoder.source_images_of`."""
+        return self.images_of(latent_frames, first)
+
+    @_on_its_card
+    def encode_chunk(self, images: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
+        """See `Decoder.encode_chunk`; the weights are where ComfyUI put them, as for `decode`."""
+        first = self.source_images_of(1, first=state is None)
+        check_source(images, first, TEMPORAL_FACTOR, SPATIAL_FACTOR)
+        past: dict[str, Tensor] = {}
+        if state is not None:
+            past = {key: self._cast(tensor) for key, tensor in taken_of_images(state).items()}
+        done = images.shape[1] + (0 if state is None else state.num_frames)
+        latents = []
+        for part in (images[:, :first], *images[:, first:].split(TEMPORAL_FACTOR, dim=1)):
+            if part.shape[1]:
+                pixels = self._cast(self.vae.process_input(part))
+                video = rearrange(pixels, "b t c h w -> b c t h w")
+                latents.append(self._encode_frame(video, past))
+        kept = {key: tensor.clone() for key, tensor in past.items()}  # not views of activations
+        return self._known(torch.cat(latents, dim=2).float()), VAEState(kept, done)
+
+    def _encode_frame(self, video: Tensor, past: dict[str, Tensor]) -> Tensor:
+        """One latent frame, in the VAE socket's scale, after which `past` is the next one's."""
+        raise NotImplementedError
+
     def encode(self, images: Tensor) -> Tensor:
         """See `Decoder.encode`; one clip. ComfyUI may unload other models for it."""
         return self._known(self.vae.encode(rearrange(images[0], "t c h w -> t h w c"))).float()
@@ -76,6 +108,16 @@ class _Stock:
     def _images(self, pixels: Tensor) -> Tensor:
         images = self.vae.process_output(pixels.float())
         return rearrange(images, "b c t h w -> b t c h w")
+
+
+def taken_of_images(state: VAEState) -> dict[str, Tensor]:
+    """All tensors of a stream of images, taken; ValueError for a state of decoded latents."""
+    state.require_unspent()
+    if any(not key.startswith(ENCODER) for key in state.tensors):
+        raise ValueError(
+            "this state is of a stream that is decoded, not encoded; pass None to begin a new one"
+        )
+    return {key: tensor for key in [*state.tensors] if (tensor := state.take(key)) is not None}
 
 
 class StockWanDecoder(_Stock):
@@ -116,15 +158,35 @@ class StockWanDecoder(_Stock):
         The codec keeps a part's last two frames at each layer; of one alone, which it takes for a
         clip's end, the frame before goes with it.
         """
-        before: dict[int, Tensor] = {}
-        if part.shape[2] == 1:
-            tensors = ((index, each) for index, each in enumerate(past) if torch.is_tensor(each))
-            before = {index: each[:, :, -1:].clone() for index, each in tensors}
+        before = last_frames(past) if part.shape[2] == 1 else {}
         pixels: list[Tensor] = self.codec.decoder(part, feat_cache=past, feat_idx=[0])
-        for index, frame in before.items():
-            if past[index].shape[2] == 1:
-                past[index] = torch.cat([frame, past[index]], dim=2)
+        put_before(before, past)
         return pixels
+
+    def _encode_frame(self, video: Tensor, past: dict[str, Tensor]) -> Tensor:
+        # `final`, or the codec would keep an odd latent frame until it has two.
+        layers = range(host.count_cache_layers(self.codec.encoder))
+        cache: list[Any] = [past.pop(f"{ENCODER}{index}", None) for index in layers]
+        before = last_frames(cache)
+        moments = self.codec.encoder(video, feat_cache=cache, feat_idx=[0], final=True)
+        put_before(before, cache)
+        tensors = ((index, each) for index, each in enumerate(cache) if torch.is_tensor(each))
+        past.update({f"{ENCODER}{index}": each for index, each in tensors})
+        mean: Tensor = self.codec.conv1(moments).chunk(2, dim=1)[0]
+        return mean
+
+
+def last_frames(past: list[Any]) -> dict[int, Tensor]:
+    """The last frame of each layer's past."""
+    tensors = ((index, each) for index, each in enumerate(past) if torch.is_tensor(each))
+    return {index: each[:, :, -1:].clone() for index, each in tensors}
+
+
+def put_before(frames: dict[int, Tensor], past: list[Any]) -> None:
+    """Put each of the frames before what a layer kept, where that is one frame."""
+    for index, frame in frames.items():
+        if past[index].shape[2] == 1:
+            past[index] = torch.cat([frame, past[index]], dim=2)
 
 
 class StockTAEHVDecoder(_Stock):
@@ -151,28 +213,48 @@ class StockTAEHVDecoder(_Stock):
     @_on_its_card
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """See `Decoder.decode`."""
-        batch = latents.shape[0]
         if not self._normalised:
             latents = self.latent_format.process_out(latents)
         if state is not None:
             state.require_unspent()
-        x = rearrange(self._cast(latents), "b c t h w -> (b t) c h w")
-        kept: dict[str, Tensor] = {}
-        for index, block in enumerate(self.codec.decoder):
+
+        def past(key: str) -> Tensor | None:
+            return None if state is None else self._cast(state.take(key))
+
+        images, kept = self._run(self.codec.decoder, self._cast(latents), past)
+        done = 0 if state is None else state.num_frames
+        trim = 0 if state else self.codec.frames_to_trim
+        return self._images(images[:, :, trim:]), VAEState(kept, done + latents.shape[2])
+
+    def source_images_of(self, latent_frames: int, first: bool) -> int:
+        """See `Decoder.source_images_of`."""
+        return TEMPORAL_FACTOR * latent_frames
+
+    def _encode_frame(self, video: Tensor, past: dict[str, Tensor]) -> Tensor:
+        latent, kept = self._run(
+            self.codec.encoder, video, lambda key: past.pop(ENCODER + key, None)
+        )
+        past.update({ENCODER + key: tensor for key, tensor in kept.items()})
+        scaled: Tensor = self.codec.process_out(latent)
+        return scaled
+
+    def _run(
+        self, layers: Any, x: Tensor, past: Callable[[str], Tensor | None]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x [B, C, T, H, W] through the layers; each memory block's past, and what it leaves."""
+        batch, kept = x.shape[0], {}
+        x = rearrange(x, "b c t h w -> (b t) c h w")
+        for index, block in enumerate(layers):
             if isinstance(block, host.MemBlock):
                 frames = rearrange(x, "(b t) c h w -> b t c h w", b=batch)
-                first = torch.zeros_like(frames[:, :1])
-                if state is not None:
-                    first = self._cast(state.take(str(index)))
+                if (first := past(str(index))) is None:
+                    first = torch.zeros_like(frames[:, :1])
                 before = torch.cat([first, frames[:, :-1]], dim=1)
                 kept[str(index)] = frames[:, -1:].clone()
                 x = block(x, before.flatten(0, 1))
             else:
                 x = block(x)
-        images = rearrange(x, "(b t) c h w -> b c t h w", b=batch)
-        done = 0 if state is None else state.num_frames
-        trim = 0 if state else self.codec.frames_to_trim
-        return self._images(images[:, :, trim:]), VAEState(kept, done + latents.shape[2])
+        return rearrange(x, "(b t) c h w -> b c t h w", b=batch), kept
 
     def _known(self, latents: Tensor) -> Tensor:
         # Where ComfyUI has scaled what were normalised latents, that is undone.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rf_core.decoders.codec import FeatureCache, put_channels_last
@@ -178,13 +179,130 @@ def test_decoding_in_groups_changes_neither_images_nor_state(kind: Adapter, grou
 
 
 @BOTH
-@pytest.mark.parametrize("group", [1, 2, 3, 100])
-def test_encoding_in_groups_equals_encoding_whole(kind: Adapter, group: int) -> None:
+def test_encoding_frame_by_frame_equals_the_codec_s_encoding_whole(kind: Adapter) -> None:
     codec = codec_of(kind)
     scaled = images() * 2 - 1 if kind is WanDecoder else images()
-    encoded = kind(codec, group_frames=group).encode(images())
+    encoded = kind(codec).encode(images())
     assert encoded.shape == (2, 16, 4, 2, 3)
     torch.testing.assert_close(encoded, codec.encode(scaled.transpose(1, 2)), atol=1e-5, rtol=1e-5)
+
+
+def source_parts(decoder: Decoder, frames: list[int]) -> list[Tensor]:
+    """Images cut where so many latent frames begin and end."""
+    counts = [decoder.source_images_of(each, first=i == 0) for i, each in enumerate(frames)]
+    return list(images(sum(counts)).split(counts, dim=1))
+
+
+def encoded_in(decoder: Decoder, parts: list[Tensor]) -> tuple[Tensor, DecoderState]:
+    done, state = [], None
+    for part in parts:
+        out, state = decoder.encode_chunk(part, state)
+        done.append(out)
+    return torch.cat(done, dim=2), state
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_of_images_is_encoded_to_the_same_bits_however_it_is_cut(
+    kind: Adapter, seed: int
+) -> None:
+    decoder, draw, frames = kind(codec_of(kind)), random.Random(seed), []
+    while sum(frames) < 7:
+        frames.append(min(draw.randint(1, 4), 7 - sum(frames)))
+    whole, after = encoded_in(decoder, source_parts(decoder, [7]))
+    streamed, state = encoded_in(decoder, source_parts(decoder, frames))
+    assert whole.shape == (2, 16, 7, 2, 3)
+    assert torch.equal(streamed, whole)
+    assert same(state.tensors, after.tensors)
+    assert state.num_frames == after.num_frames == decoder.source_images_of(7, first=True)
+
+
+@BOTH
+def test_a_start_clip_is_a_stream_of_images_whose_last_is_repeated_where_more_are_needed(
+    kind: Adapter,
+) -> None:
+    decoder, clip = kind(codec_of(kind)), images(13)
+    lacking = decoder.source_images_of(4, first=True) - 13
+    assert lacking == (0 if kind is WanDecoder else 3)
+    filled = torch.cat([clip, *[clip[:, -1:]] * lacking], dim=1)
+    assert torch.equal(decoder.encode(clip), decoder.encode_chunk(filled, None)[0])
+
+
+@BOTH
+def test_a_fork_of_a_stream_of_images_and_its_parent_go_on_alike_and_apart(kind: Adapter) -> None:
+    decoder = kind(codec_of(kind))
+    first, rest = source_parts(decoder, [2, 3])
+    _, state = decoder.encode_chunk(first, None)
+    fork, other = state.fork(), state.fork()
+    decoder.encode_chunk(1 - rest, other)
+    left, right = (decoder.encode_chunk(rest, each)[0] for each in (fork, state))
+    whole, _ = encoded_in(decoder, source_parts(decoder, [5]))
+    assert torch.equal(left, whole[:, :, 2:])
+    assert torch.equal(right, whole[:, :, 2:])
+    with pytest.raises(ValueError, match=r"was taken from.*fork\(\)"):
+        decoder.encode_chunk(rest, state)
+
+
+@BOTH
+def test_a_stream_of_images_goes_on_from_a_state_read_back_from_a_file(
+    kind: Adapter, tmp_path: Path
+) -> None:
+    decoder = kind(codec_of(kind), channels_last=True)
+    first, rest = source_parts(decoder, [2, 3])
+    _, state = decoder.encode_chunk(first, None)
+    tensors = {key: tensor.contiguous() for key, tensor in state.tensors.items()}
+    save_file(tensors, tmp_path / "state.safetensors")
+    restored = DecoderState(load_file(tmp_path / "state.safetensors"), state.num_frames)
+    ours, theirs = (decoder.encode_chunk(rest, each) for each in (state, restored))
+    assert torch.equal(ours[0], theirs[0])
+    assert same(ours[1].tensors, theirs[1].tensors)
+
+
+@BOTH
+@torch.no_grad()
+def test_what_encoding_takes_grows_neither_with_the_stream_nor_with_a_chunk(kind: Adapter) -> None:
+    decoder, sizes = kind(codec_of(kind)), []
+    state = None
+    for part in source_parts(decoder, [1, 2, 2, 2]):
+        _, state = decoder.encode_chunk(part, state)
+        sizes.append(state.nbytes)
+        held = sum(tensor.untyped_storage().nbytes() for tensor in state.tensors.values())
+        assert held == state.nbytes
+    assert len(set(sizes[1:])) == 1
+    clips = [source_parts(decoder, [frames])[0] for frames in (3, 12)]
+    few, many = (peak_bytes(lambda c=clip: decoder.encode_chunk(c, None), "cpu") for clip in clips)
+    latent = 2 * 16 * 2 * 3 * 4
+    assert many - few <= 2 * 9 * latent  # the latents, in a list and joined
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("count", "begun"), [(0, False), (2, False), (6, False), (3, True), (5, True)]
+)
+def test_images_that_do_not_make_whole_latent_frames_are_refused_and_the_state_is_kept(
+    kind: Adapter, count: int, begun: bool
+) -> None:
+    decoder = kind(codec_of(kind))
+    first, rest = source_parts(decoder, [1, 1])
+    state = decoder.encode_chunk(first, None)[1] if begun else None
+    rule = r"4k \+ 1" if kind is WanDecoder and not begun else "a multiple of 4"
+    with pytest.raises(ValueError, match=f"{count} images do not make.*{rule}.*next part"):
+        decoder.encode_chunk(images(7)[:, :count], state)
+    if begun:
+        decoder.encode_chunk(rest, state)
+
+
+@BOTH
+def test_images_of_another_form_are_refused_before_they_are_encoded(kind: Adapter) -> None:
+    decoder = kind(codec_of(kind))
+    (part,) = source_parts(decoder, [1])
+    with pytest.raises(ValueError, match=r"16x20; both must be multiples of 8"):
+        decoder.encode_chunk(part[..., :20], None)
+    with pytest.raises(ValueError, match=r"\[batch, images, 3, height, width\]"):
+        decoder.encode_chunk(part[:, :, :2], None)
+    _, state = decoder.decode(latents(), None)
+    with pytest.raises(ValueError, match="belongs to another"):
+        decoder.encode_chunk(images(4), state)
 
 
 @BOTH

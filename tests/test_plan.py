@@ -184,6 +184,32 @@ def test_a_picture_that_is_encoded_again_is_counted_with_the_images_it_is_taken_
     assert with_images.images - without.images == 9 * 3 * 64 * 96 * 4
 
 
+@pytest.mark.parametrize("kind", ["wan", "taehv"])
+def test_a_stream_of_images_that_is_encoded_is_counted_within_a_tenth_of_what_it_takes(kind):
+    config = SMALL_VAE if kind == "wan" else TAEHVConfig()
+    sizes = sizes_of(FAMILIES["reward_forcing"], decoder=config)
+    with_source, without = (
+        footprint(replace(sizes, encodes=each), 1).decoder for each in (True, False)
+    )
+    codec = (WanVAE if kind == "wan" else TAEHV)(sizes.decoder).requires_grad_(False)
+    decoder = (WanDecoder if kind == "wan" else TAEHVDecoder)(codec, 1, channels_last=True)
+    images, states = torch.zeros(1, 12, 3, sizes.height, sizes.width), []
+
+    def encoded() -> None:
+        state = None
+        for frames in (3, 3, 3):
+            count = decoder.source_images_of(frames, first=state is None)
+            _, state = decoder.encode_chunk(images[:, :count], state)
+        states.append(state)
+
+    measured = peak_bytes(encoded, "cpu")
+    past = with_source.state - without.state
+    assert past == states[0].nbytes
+    assert with_source.images - without.images == images.nbytes
+    assert with_source.encode + past == pytest.approx(measured, rel=0.1)
+    assert with_source.decode == without.decode > without.encode == 0
+
+
 def test_a_cards_plan_is_that_of_the_cpu_but_for_the_paths_code_takes_there():
     sizes = SIZES["wan"]()
     card = footprint(replace(sizes, device="cuda"))

@@ -1,7 +1,8 @@
 """The border between latents and images: what a stream needs of the Wan VAE or TAEHV.
 
 One protocol, two adapters. They handle what differs (pixel range, how a clip ends, dtype) and run
-long inputs a few latent frames at a time, so that memory follows `group_frames` and not the input.
+long inputs in parts, so that memory does not follow the input: `group_frames` latent frames are
+decoded at once, and one is encoded, as in the published code.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..weights.files import read_weights
-from .codec import VAEState, put_channels_last
-from .taehv import TAEHV, fill_last_group, is_taehv, scales_of_file, taehv_of
+from .codec import RGB, VAEState, put_channels_last
+from .taehv import TAEHV, is_taehv, scales_of_file, taehv_of
 from .vae import WanVAE
 from .vae_files import naming, vae_of
 
@@ -26,7 +27,7 @@ _CHANNELS_LAST_DEVICES = ("cpu", "cuda")
 
 
 class Decoder(Protocol):
-    """Latents of a stream to images, and start images to latents."""
+    """Latents of a stream to images, and images of a clip or a stream to latents."""
 
     kind: str
     """Names what made a state: only a decoder of the same kind goes on from it."""
@@ -59,8 +60,30 @@ class Decoder(Protocol):
         taken (`VAEState`): one that fails half way may leave it spent.
         """
 
+    def source_images_of(self, latent_frames: int, first: bool) -> int:
+        """How many images the frames are encoded from; `first` where they begin a stream.
+
+        `images_of` for the Wan VAE. TAEHV takes four for each frame, the first too, so that a
+        stream of images runs three ahead of the images that are decoded from its latents.
+        """
+
+    def encode_chunk(
+        self, images: Tensor, state: DecoderState | None
+    ) -> tuple[Tensor, DecoderState]:
+        """The stream's next images [B, T, 3, H, W] in [0, 1] -> latents, and the state after.
+
+        Latents are normalised, float32 [B, C, F, h, w]; T is `source_images_of` F frames. However a
+        stream is cut, each latent frame is encoded by itself behind the state, and so is the same
+        to the bit. `state` is as in `decode`, but another than that of the decoded stream.
+
+        ValueError where so many images do not make whole latent frames.
+        """
+
     def encode(self, images: Tensor) -> Tensor:
-        """A start clip's images [B, 4k+1, 3, H, W] in [0, 1] -> latents [B, C, k+1, h, w]."""
+        """A start clip's images [B, 4k+1, 3, H, W] in [0, 1] -> latents [B, C, k+1, h, w].
+
+        As `encode_chunk`, with the last image repeated where more are needed.
+        """
 
 
 class _Adapter:
@@ -108,22 +131,37 @@ class _Adapter:
         group = self.group_frames or latents.shape[2]
         return _in_turn(self.codec.decode_chunk, self._cast(latents).split(group, dim=2), state)
 
-    def _encode(self, video: Tensor, first_images: int) -> Tensor:
-        """`first_images` is how many images the clip's first latent frame stands for."""
-        later = self.temporal_factor * (self.group_frames or video.shape[2])
-        first = later - self.temporal_factor + first_images
-        parts = [video[:, :, :first], *video[:, :, first:].split(later, dim=2)]
-        latents, _ = _in_turn(self.codec.encode_chunk, [p for p in parts if p.shape[2]], None)
-        return latents.float()
+    def source_images_of(self, latent_frames: int, first: bool) -> int:
+        """See `Decoder.source_images_of`."""
+        return self.images_of(latent_frames, first)
 
-    def _video_of(self, images: Tensor) -> Tensor:
+    def encode_chunk(
+        self, images: Tensor, state: DecoderState | None
+    ) -> tuple[Tensor, DecoderState]:
+        """See `Decoder.encode_chunk`."""
+        step, first = self.temporal_factor, self.source_images_of(1, first=state is None)
+        check_source(images, first, step, self.spatial_factor)
+        video = rearrange(images, "b t c h w -> b c t h w")
+        parts = [video[:, :, :first], *video[:, :, first:].split(step, dim=2)]
+        pixels = (self._pixels(self._cast(part)) for part in parts if part.shape[2])
+        latents, state = _in_turn(self.codec.encode_chunk, pixels, state)
+        return latents.float(), state
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See `Decoder.encode`."""
         step = self.temporal_factor
         if images.ndim != 5 or images.shape[1] % step != 1:
             raise ValueError(
                 f"a start clip is {list(images.shape)}; it must be [batch, {step}k + 1 images, 3, "
                 "height, width]: trim it"
             )
-        return self._cast(rearrange(images, "b t c h w -> b c t h w"))
+        if lacking := self.source_images_of(1, first=True) - 1:
+            images = torch.cat([images, images[:, -1:].expand(-1, lacking, -1, -1, -1)], dim=1)
+        return self.encode_chunk(images, None)[0]
+
+    def _pixels(self, video: Tensor) -> Tensor:
+        """Images in [0, 1] in the codec's range."""
+        return video
 
     def _cast(self, x: Tensor) -> Tensor:
         weights = next(self.codec.parameters())
@@ -131,7 +169,7 @@ class _Adapter:
 
 
 class WanDecoder(_Adapter):
-    """The Wan VAE as a `Decoder`; `group_frames` latent frames at a time (None: all at once)."""
+    """The Wan VAE as a `Decoder`; decodes `group_frames` latent frames at a time (None: all)."""
 
     kind = "wan"
 
@@ -140,13 +178,12 @@ class WanDecoder(_Adapter):
         pixels, state = self._decode(latents, state)
         return _images_of(pixels.float() / 2 + 0.5), state
 
-    def encode(self, images: Tensor) -> Tensor:
-        """See `Decoder.encode`."""
-        return self._encode(self._video_of(images) * 2 - 1, first_images=1)
+    def _pixels(self, video: Tensor) -> Tensor:
+        return video * 2 - 1
 
 
 class TAEHVDecoder(_Adapter):
-    """TAEHV as a `Decoder`; `group_frames` latent frames at a time (None: all at once)."""
+    """TAEHV as a `Decoder`; decodes `group_frames` latent frames at a time (None: all)."""
 
     kind = "taehv"
 
@@ -155,10 +192,34 @@ class TAEHVDecoder(_Adapter):
         pixels, state = self._decode(latents, state)
         return _images_of(pixels.float()), state
 
-    def encode(self, images: Tensor) -> Tensor:
-        """See `Decoder.encode`."""
-        video = fill_last_group(self._video_of(images))
-        return self._encode(video, first_images=self.temporal_factor)
+    def source_images_of(self, latent_frames: int, first: bool) -> int:
+        """See `Decoder.source_images_of`."""
+        return self.temporal_factor * latent_frames
+
+
+def check_source(images: Tensor, first: int, step: int, side: int) -> None:
+    """ValueError unless images [B, T, 3, H, W] make whole latent frames.
+
+    The first of them is made of `first` images, every later one of `step`; height and width are
+    multiples of `side`.
+    """
+    if images.ndim != 5 or images.shape[2] != RGB:
+        raise ValueError(
+            f"the images to encode are {list(images.shape)}; they must be [batch, images, {RGB}, "
+            "height, width]"
+        )
+    if images.shape[1] < first or (images.shape[1] - first) % step:
+        rule = f"{step}k + {first}" if first < step else f"a multiple of {step}"
+        raise ValueError(
+            f"{images.shape[1]} images do not make whole latent frames; here in the stream their "
+            f"number is {rule}: keep what is over for the next part, or repeat the last image"
+        )
+    height, width = images.shape[3:]
+    if height % side or width % side:
+        raise ValueError(
+            f"the images to encode are {height}x{width}; both must be multiples of {side}; crop or "
+            "resize them"
+        )
 
 
 def back_chunks(memory_frames: int, chunk_frames: int) -> int:

@@ -262,7 +262,7 @@ def teacher_forward(config: Mapping[str, Any], tensors: Tensors, backend: Backen
 
 
 def vae(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Outputs:
-    """The Wan VAE both ways, decoded whole and, which must be the same, frame by frame."""
+    """The Wan VAE both ways, whole and, which must be the same, latent frame by latent frame."""
     sizes = {k: config[k] for k in ("dim", "z_dim", "num_res_blocks")}
     model = WanVAE(
         VAEConfig(
@@ -282,7 +282,14 @@ def vae(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Output
             parts.append(part)
         yield "pixels", torch.cat(parts, dim=2)
     if "video" in tensors:
-        yield "encoded", model.encode(_to(tensors["video"], backend))
+        video = _to(tensors["video"], backend)
+        yield "encoded", model.encode(video)
+        step, parts, state = model.config.temporal_factor, [], None
+        for images in (video[:, :, :1], *video[:, :, 1:].split(step, dim=2)):
+            if images.shape[2]:
+                part, state = model.encode_chunk(images, state)
+                parts.append(part)
+        yield "encoded", torch.cat(parts, dim=2)
 
 
 KINDS: Kinds = {

@@ -76,6 +76,8 @@ class Sizes:
     """Whether the text encoder stays while the stream runs, for prompts to come."""
     graphs: bool = False
     """Whether passes are recorded (`fast.graphs`)."""
+    encodes: bool = False
+    """Whether the decoder encodes a stream of images too, a chunk at a time (`encode_chunk`)."""
 
     def __post_init__(self) -> None:
         sides = dict.fromkeys(("height", "width"), (1, LARGEST_SIDE))
@@ -105,13 +107,14 @@ class DecoderFootprint:
     weights: int = 0
     """Its encoder half included."""
     state: int = 0
-    """What it remembers of the stream."""
+    """What it remembers of the stream, and of the stream of images that it encodes."""
     images: int = 0
-    """The last chunk's images, and those that a rebuilt context's head is encoded of, float32."""
+    """The last chunk's images, those that a rebuilt context's head is encoded of, and those of a
+    chunk that is encoded, float32."""
     decode: int = 0
     """Most that lives at once while a chunk is decoded, beside the above."""
     encode: int = 0
-    """The same while that head is encoded."""
+    """The same while that head or a chunk is encoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +129,8 @@ class Footprint:
     prompt: int
     """The prompt's embedding, and its keys and values."""
     network: int
-    """Most that lives at once while a chunk is generated, a prompt changed or a rebuilt context's
-    head encoded, beside the above."""
+    """Most that lives at once while a chunk is generated, a prompt changed or images encoded,
+    beside the above."""
     decoder: DecoderFootprint
     recorded: int = 0
     """What recorded passes hold: their own places for what they read and, on a card, for what they
@@ -160,7 +163,9 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
         shape = (sizes.batch, sizes.model.in_dim, frames, *size)
         group = group_frames or frames
         kept = sizes.cache.rebuilt_images if sizes.cache.rebuild == "reencoded" else 0
-        decoder = _count_decoder(sizes.decoder, shape, group, sizes.dtype, sizes.device, kept)
+        decoder = _count_decoder(
+            sizes.decoder, shape, group, sizes.dtype, sizes.device, kept, sizes.encodes
+        )
     return Footprint(
         student=Layered(total=counted["weights"], layer=each["weights"], layers=layers),
         text=_count_text(sizes),
@@ -273,6 +278,7 @@ def _count_decoder(
     dtype: torch.dtype,
     device: str,
     kept_images: int,
+    encodes: bool,
 ) -> DecoderFootprint:
     """A chunk of latents [B, C, F, h, w] of a running stream."""
     with fake_tensors(device) as place:
@@ -293,13 +299,30 @@ def _count_decoder(
         most = peak_bytes(two_chunks, latents.device)
         ((images, state),) = made
         head = images[:, :1]
+        head_most = peak_bytes(lambda: decoder.encode(head), place) if kept_images else 0
+        source, past, source_most = _count_encoder(decoder, images) if encodes else (0, 0, 0)
         return DecoderFootprint(
             weights=sum(parameter.nbytes for parameter in codec.parameters()),
-            state=state.nbytes,
-            images=images.nbytes + kept_images * head.numel() * head.itemsize,
+            state=state.nbytes + past,
+            images=images.nbytes + kept_images * head.numel() * head.itemsize + source,
             decode=most - state.nbytes,
-            encode=peak_bytes(lambda: decoder.encode(head), place) if kept_images else 0,
+            encode=max(head_most, source_most),
         )
+
+
+def _count_encoder(decoder: WanDecoder | TAEHVDecoder, images: Tensor) -> tuple[int, int, int]:
+    """Bytes of a chunk's images, of the past behind it, and the most that encoding it takes.
+
+    `images` are a later chunk's: as many are encoded at a time.
+    """
+    first = images[:, : decoder.source_images_of(1, first=True)]
+    made: list[DecoderState] = []
+
+    def two_parts() -> None:
+        made.append(decoder.encode_chunk(images, decoder.encode_chunk(first, None)[1])[1])
+
+    most = peak_bytes(two_parts, images.device)
+    return images.nbytes, made[0].nbytes, most - made[0].nbytes
 
 
 def _codec(config: DecoderConfig, place: str, dtype: torch.dtype) -> WanVAE | TAEHV:

@@ -1479,6 +1479,36 @@ def test_stock_decoders_stream_to_the_very_images_of_a_whole_decode(
         torch.testing.assert_close(streamed, whole.float(), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [[6], [1] * 6, [2, 1, 3], [1, 4, 1]])
+@torch.no_grad()
+def test_stock_decoders_encode_a_stream_of_images_to_the_latents_of_a_whole_encode(
+    pack: Any, demo: Any, sizes: list[int]
+) -> None:
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    format = demo.load_model().model.latent_format
+    for vae in (demo.load_vae(), random_wan(), random_taehv()):
+        decoder = decoders.decoder_of(vae, format)
+        counts = [decoder.source_images_of(each, i == 0) for i, each in enumerate(sizes)]
+        images = torch.rand(1, sum(counts), 3, 64, 64)
+        state, parts = None, []
+        for part in images.split(counts, dim=1):
+            kept = state and state.fork()
+            latents, state = decoder.encode_chunk(part, state)
+            if kept:
+                assert torch.equal(decoder.encode_chunk(part, kept)[0], latents)
+            parts.append(latents.cpu())
+        streamed = torch.cat(parts, dim=2)
+        assert streamed.shape == (1, 16, sum(sizes), 8, 8)
+        assert state.num_frames == sum(counts)
+        assert torch.equal(streamed, decoder.encode_chunk(images, None)[0].cpu())
+        torch.testing.assert_close(streamed, decoder.encode(images).cpu(), atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match=r"5 images do not make.*a multiple of 4"):
+            decoder.encode_chunk(images[:, :5], state)
+        _, decoded = decoder.decode(streamed, None)
+        with pytest.raises(ValueError, match="is decoded, not encoded"):
+            decoder.encode_chunk(images[:, :4], decoded)
+
+
 @pytest.mark.parametrize(("name", "memory"), [("comfy-wan", 38), ("comfy-taehv", 8)])
 def test_nothing_is_left_of_what_was_before_a_stock_decoder_s_memory(
     pack: Any, demo: Any, name: str, memory: int
