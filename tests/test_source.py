@@ -33,14 +33,6 @@ class Means:
         return means[:, None, :, None, None], VAEState({}, self.encoded)
 
 
-class Streaming(WanDecoder):
-    def source_images_of(self, latent_frames: int, first: bool) -> int:
-        return self.images_of(latent_frames, first)
-
-    def encode_chunk(self, images: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
-        return self.codec.encode_chunk(images.transpose(1, 2) * 2 - 1, state)
-
-
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips of some images, each a little lighter than the one before."""
@@ -65,7 +57,7 @@ def numbers(latents: Tensor | None) -> list[float]:
 
 def test_chunks_are_the_clip_encoded_whole(clips: Path) -> None:
     torch.manual_seed(0)
-    decoder = Streaming(WanVAE(VAEConfig(dim=2, num_res_blocks=1)).eval())
+    decoder = WanDecoder(WanVAE(VAEConfig(dim=2, num_res_blocks=1)).eval())
     with torch.no_grad():
         whole = decoder.encode(read_images(clips / "22.mp4", height=SIDE, width=SIDE)[:, :21])
     with ClipSource(clips / "22.mp4", decoder, height=SIDE, width=SIDE) as clip:
