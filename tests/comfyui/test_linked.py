@@ -77,7 +77,7 @@ def saved(server: Server) -> str:
 
 
 WIDGETS = [
-    *(("RFLoadModel", name) for name in ("model_name", "weight_dtype", "submodel")),
+    *(("RFLoadModel", name) for name in ("model_name", "weight_dtype", "submodel", "family")),
     *(("RFLoadLoRA", name) for name in ("lora_name", "strength_model")),
     *(("RFSinkConfig", name) for name in ("preset", "window_frames", "sink_frames")),
     *(("RFSinkConfig", name) for name in ("decay", "accumulator")),
@@ -177,6 +177,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("RFPromptSchedule", "clip", None, "CLIP"),
     ("RFLoadModel", "weight_dtype", "load", "one of"),
     ("RFLoadModel", "submodel", "critic", "one of"),
+    ("RFLoadModel", "family", "wan", "one of"),
     ("RFLoadLoRA", "strength_model", math.inf, "from -10.0 to 10.0"),
 ]
 
