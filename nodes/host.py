@@ -54,7 +54,7 @@ from torch import Tensor
 
 from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
 from ..rf_core.devices import preferred_dtype
-from ..rf_core.families import AUTO, FAMILIES, Family
+from ..rf_core.families import AUTO, Family
 from ..rf_core.kv_cache import KeyValues
 from ..rf_core.measure.counts import stream_bytes
 from ..rf_core.model import PromptContext, TimeContext, WanModel, fingerprint_of
@@ -98,7 +98,7 @@ class Settings:
     @property
     def family(self) -> Family:
         """How its authors stream it."""
-        return FAMILIES[self.told.family]
+        return self.told.preset
 
 
 @dataclass(frozen=True, kw_only=True)

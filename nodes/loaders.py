@@ -19,7 +19,7 @@ PRESETS = {
     "Static sink": CacheConfig(decay=1.0),
     "No sink": CacheConfig(sink_frames=0),
 }
-"""Sinks by name; the first is what a checkpoint that says nothing gets."""
+"""Sinks by name; the first is Reward Forcing's own."""
 CUSTOM = "Custom"
 
 

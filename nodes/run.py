@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -319,7 +319,7 @@ def _make(
     previews = request.decoder is None
     progress = host.Progress(request.model, sum(passes), previews=previews, rate=request.fps)
     try:
-        for latents in _chunks(request, run_plan, progress, result):
+        for latents in _chunks(request, run_plan, passes, progress, result):
             _hand_on(latents, run_plan, request, handoff, result)
         _flush(handoff)
         reuse.store(run_key, request, result)
@@ -340,7 +340,7 @@ def _passes(request: Request, run_plan: RunPlan, stream: Stream) -> list[int]:
 
 
 def _chunks(
-    request: Request, run_plan: RunPlan, progress: Any, result: RunResult
+    request: Request, run_plan: RunPlan, passes: Sequence[int], progress: Any, result: RunResult
 ) -> Iterator[Tensor]:
     """The latents of each chunk, given or generated, prompts changed on the way."""
     stream = result.stream
@@ -359,7 +359,7 @@ def _chunks(
             run_plan.total,
             given,
             request.model.load_device,
-            passes=[1 + passes for passes in _passes(request, run_plan, stream)],
+            passes=[1 + count for count in passes],
             rate=request.fps,
         )
         pace.network_begins()

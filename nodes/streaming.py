@@ -20,7 +20,7 @@ from ..rf_core.config import (
     SamplerConfig,
 )
 from ..rf_core.state import cache_config_of
-from ..rf_core.stream import latent_size, start_clip
+from ..rf_core.stream import latent_size, start_latents
 from . import host, reuse
 from .decoders import decoder_of
 from .inputs import checked, set_on_node
@@ -413,7 +413,7 @@ def _encoded(start: Any, request: Request) -> Any:
         raise ValueError("a start image needs a VAE: connect one, or give a start_latent")
     images = rearrange(start[..., :3], "t h w c -> t c h w")
     clip = host.resize(images, request.width, request.height)[None]
-    return request.decoder.encode(start_clip(clip, request.decoder, request.cache))
+    return start_latents(clip, request.decoder, request.cache)
 
 
 def _metadata(hidden: Any) -> dict[str, str]:

@@ -208,7 +208,7 @@ class SamplerConfig:
     """The few-step schedule. Defaults are the published settings."""
 
     steps: tuple[int, ...] = PUBLISHED_STEPS
-    """Unwarped timesteps, high to low, in (0, 1000]."""
+    """Unwarped timesteps, high to low, in (0, 1000]; the last may be 0."""
     shift: float = 5.0
     """Flow shift that warps the steps toward noise (Wan 2.1's for 480p)."""
     first_steps: tuple[int, ...] = ()

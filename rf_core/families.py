@@ -9,11 +9,11 @@ configuration and code, held by recorded outputs of that code (`rf_core verify`)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from .config import FPS, WAN_SIZE, CacheConfig, SamplerConfig
+from .config import FPS, PUBLISHED_STEPS, WAN_SIZE, CacheConfig, SamplerConfig
 
 AUTO = "auto"
 """Stands for the family that a file tells."""
@@ -25,9 +25,6 @@ with an adapter beside its generator (PEFT); a network of 14B under `model.` in 
 
 _APACHE = "code Apache-2.0"
 _ONE_CLIP = CacheConfig(window_frames=21, sink_frames=0, decay=1.0)
-_LONGLIVE = CacheConfig(
-    window_frames=12, sink_frames=3, decay=1.0, positions="absolute", recache="joint"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +60,37 @@ class Family:
         return any(term in self.licence for term in ("non-commercial", "academic"))
 
 
+_CAUSAL_FORCING = Family(
+    title="Causal-Forcing",
+    source="arXiv 2602.02214, github.com/thu-ml/Causal-Forcing",
+    cache=_ONE_CLIP,
+    frames=21,
+    good_at="one clip of 5 seconds, sharper",
+    licence=_APACHE,
+    files=("causal forcing",),
+    network="generator",
+)
+_FRAMEWISE = replace(
+    _CAUSAL_FORCING,
+    title="Causal-Forcing, frame by frame",
+    cache=replace(_ONE_CLIP, chunk_frames=1),
+    good_at="quick answers, and a start from one picture",
+    files=("causal forcing frame", "framewise"),
+    network="generator_ema",
+)
+_LONGLIVE = Family(
+    title="LongLive",
+    source="arXiv 2509.22622, github.com/NVlabs/LongLive",
+    cache=CacheConfig(
+        window_frames=12, sink_frames=3, decay=1.0, positions="absolute", recache="joint"
+    ),
+    frames=240,
+    good_at="minutes of video whose prompt changes",
+    licence="code Apache-2.0 (one file of it CC-BY-NC-SA-4.0)",
+    files=("longlive",),
+    layouts=("adapter", "plain"),
+)
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         DEFAULT: Family(
@@ -82,67 +110,30 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             licence=f"weights CC-BY-NC-SA-4.0 (non-commercial); {_APACHE}",
             files=("self forcing",),
         ),
-        "causal_forcing": Family(
-            title="Causal-Forcing",
-            source="arXiv 2602.02214, github.com/thu-ml/Causal-Forcing",
-            cache=_ONE_CLIP,
-            frames=21,
-            good_at="one clip of 5 seconds, sharper",
-            licence=_APACHE,
-            files=("causal forcing",),
-            network="generator",
-        ),
-        "causal_forcing_frame": Family(
-            title="Causal-Forcing, frame by frame",
-            source="arXiv 2602.02214, github.com/thu-ml/Causal-Forcing",
-            cache=CacheConfig(window_frames=21, sink_frames=0, decay=1.0, chunk_frames=1),
-            frames=21,
-            good_at="quick answers, and a start from one picture",
-            licence=_APACHE,
-            files=("causal forcing frame", "framewise"),
-            network="generator_ema",
-        ),
-        "causal_forcing_2step": Family(
+        "causal_forcing": _CAUSAL_FORCING,
+        "causal_forcing_frame": _FRAMEWISE,
+        "causal_forcing_2step": replace(
+            _FRAMEWISE,
             title="Causal-Forcing++ in 2 steps",
-            source="arXiv 2602.02214, github.com/thu-ml/Causal-Forcing",
-            cache=CacheConfig(window_frames=21, sink_frames=0, decay=1.0, chunk_frames=1),
-            sampler=SamplerConfig(steps=(1000, 500), first_steps=(1000, 750, 500, 250)),
-            frames=21,
+            sampler=SamplerConfig(steps=(1000, 500), first_steps=PUBLISHED_STEPS),
             good_at="speed: 2 passes a frame",
-            licence=_APACHE,
             files=("causal forcing 2step", "framewise 2step"),
-            network="generator_ema",
         ),
-        "causal_forcing_1step": Family(
+        "causal_forcing_1step": replace(
+            _FRAMEWISE,
             title="Causal-Forcing++ in 1 step",
-            source="arXiv 2602.02214, github.com/thu-ml/Causal-Forcing",
-            cache=CacheConfig(window_frames=21, sink_frames=0, decay=1.0, chunk_frames=1),
-            sampler=SamplerConfig(steps=(1000,), first_steps=(1000, 750, 500, 250)),
-            frames=21,
+            sampler=SamplerConfig(steps=(1000,), first_steps=PUBLISHED_STEPS),
             good_at="speed: 1 pass a frame",
-            licence=_APACHE,
             files=("causal forcing 1step", "framewise 1step"),
-            network="generator_ema",
         ),
-        "longlive": Family(
-            title="LongLive",
-            source="arXiv 2509.22622, github.com/NVlabs/LongLive",
-            cache=_LONGLIVE,
-            frames=240,
-            good_at="minutes of video whose prompt changes",
-            licence="code Apache-2.0 (one file of it CC-BY-NC-SA-4.0)",
-            files=("longlive",),
-            layouts=("adapter", "plain"),
-        ),
-        "longlive_infinity": Family(
+        "longlive": _LONGLIVE,
+        "longlive_infinity": replace(
+            _LONGLIVE,
             title="LongLive infinity",
-            source="arXiv 2509.22622, github.com/NVlabs/LongLive",
-            cache=CacheConfig(window_frames=12, sink_frames=3, decay=1.0, recache="joint"),
+            cache=replace(_LONGLIVE.cache, positions="window"),
             frames=1050,
             good_at="as LongLive, without end",
-            licence="code Apache-2.0 (one file of it CC-BY-NC-SA-4.0)",
             files=("longlive infinity",),
-            layouts=("adapter", "plain"),
         ),
         "memrope": Family(
             title="MemRoPE",
@@ -150,7 +141,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             cache=CacheConfig(window_frames=12, sink_frames=3, decay=1.0, memory_rates=(0.01, 0.1)),
             frames=14400,
             good_at="an hour from Self-Forcing's or LongLive's file, whose colours it remembers",
-            licence=f"{_APACHE}; weights are Self-Forcing's or LongLive's",
+            licence=f"weights are Self-Forcing's (non-commercial) or LongLive's; {_APACHE}",
             files=("memrope",),
             layouts=("adapter", "plain"),
         ),

@@ -267,10 +267,14 @@ class KVCache:
     torn: bool = False
     """An eviction failed half way: window and sink hold neither what was nor what was to be."""
     turning: TurningTable | None = field(default=None, repr=False)
-    """The window's angles where the sink keeps its own time."""
+    """The window's angles where the sink keeps its own time; made where they are not given."""
     sink_backup: SinkBackup | None = field(default=None, repr=False)
     """The sink before the eviction that `backup_sink` was called for."""
     _windows: dict[int, LayerWindow] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.turning is None:
+            self.turning = TurningTable.of(self)
 
     @classmethod
     def allocate(
@@ -301,9 +305,7 @@ class KVCache:
         if config.accumulator == "float32" and dtype != torch.float32:
             shape = (2, num_layers, batch, head, num_heads, head_dim)
             exact_sink = torch.zeros(shape, dtype=torch.float32, device=device)
-        cache = cls(config, grid, k, v, rotated, exact_sink)
-        cache.turning = TurningTable.of(cache)
-        return cache
+        return cls(config, grid, k, v, rotated, exact_sink)
 
     @property
     def frame_tokens(self) -> int:
@@ -388,7 +390,7 @@ class KVCache:
         if not self.evicted_frames:
             return
         assert not self.slot_frames, "a chunk is made, or given up first"
-        assert self.sink_backup is not None, "hold() comes before advance()"
+        assert self.sink_backup is not None, "backup_sink() comes before advance()"
         self.sink_backup.restore(self.sink_tensors())
         self.num_frames += self.evicted_frames
         self.gone_frames -= self.evicted_frames
@@ -469,7 +471,7 @@ class KVCache:
             v_NBWHD=v,
             rotated_NBWHD=rotated,
             exact_sink=exact,
-            turning=TurningTable.of(self),
+            turning=None,
             sink_backup=self._cloned_backup(),
         )
 

@@ -29,7 +29,6 @@ from .kv_cache import (
     KVCache,
     LayerWindow,
     RotatingWindow,
-    TurningTable,
     shift_tokens,
     update_memories,
     update_sink,
@@ -132,12 +131,10 @@ class Int8KVCache(KVCache):
                 ((3, batch, window, *heads), dtype),
             )
         )
-        cache = cls(
+        return cls(
             config, grid, k, v, scratch[1:2], scale_2NBRH1=scale, sink_2NBSHD=sinks,
             scratch_3BWHD=scratch,
         )  # fmt: skip
-        cache.turning = TurningTable.of(cache)
-        return cache
 
     @property
     def keeps_rotated(self) -> bool:
@@ -160,7 +157,7 @@ class Int8KVCache(KVCache):
             scale_2NBRH1=self.scale_2NBRH1.clone(),
             sink_2NBSHD=self.sink_2NBSHD.clone(),
             scratch_3BWHD=scratch,
-            turning=TurningTable.of(self),
+            turning=None,
             sink_backup=self._cloned_backup(),
         )
 

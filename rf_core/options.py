@@ -18,7 +18,7 @@ from .attention import check_device
 from .companions import OPTIONS, TEXT_ENCODER, VAE, belongs_with, check_vae
 from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, recorded
 from .devices import preferred_dtype
-from .families import AUTO, FAMILIES, Family
+from .families import AUTO, Family
 from .memory.footprint import Sizes
 from .memory.placement import decoder_config, free_bytes, text_sizes
 from .memory.plan import Fit, OffloadMode, fit
@@ -172,7 +172,7 @@ class Plan:
     @property
     def family(self) -> Family:
         """How its authors stream it."""
-        return FAMILIES[self.told.family]
+        return self.told.preset
 
     @property
     def format(self) -> VideoFormat:
@@ -271,8 +271,8 @@ def plan(options: Options) -> Plan:
         files.model, submodel=files.submodel, num_heads=files.num_heads, family=files.family
     )
     check_vae(files.model, checkpoint.companions, files.vae)
-    cache = replace(checkpoint.cache or CacheConfig(), **options.cache)
-    sampler = replace(checkpoint.sampler or SamplerConfig(), **options.sampler)
+    cache = replace(checkpoint.cache or checkpoint.preset.cache, **options.cache)
+    sampler = replace(checkpoint.sampler or checkpoint.preset.sampler, **options.sampler)
     native, fps = checkpoint.size, checkpoint.preset.fps
     height = native[0] if options.height is None else options.height
     width = native[1] if options.width is None else options.width

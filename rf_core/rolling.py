@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import CacheConfig, SamplerConfig
 from .kv_cache import KVCache, LayerWindow
-from .rope import apply_rope, rope_table
+from .rope import apply_rope
 from .scheduler import add_noise, flow_to_x0
 
 Draw = Callable[[int, int], Tensor]
@@ -120,8 +120,7 @@ class _JointWindow:
             return rotated_BLHD, v_BLHD
         begin = self._kept[0].shape[1] - (tokens - sink)
         k, v = (torch.cat([kept[:, :sink], kept[:, begin:]], dim=1) for kept in self._kept)
-        table = rope_table(cache.config.window_frames, cache.grid, k.shape[-1], k.device)
-        rotated = apply_rope(k, table.tokens(0, tokens))
+        rotated = apply_rope(k, cache.table.tokens(0, tokens))
         return torch.cat([rotated, rotated_BLHD], dim=1), torch.cat([v, v_BLHD], dim=1)
 
 

@@ -48,7 +48,7 @@ from .memory.placement import free_bytes
 from .model import Network, WanModel
 from .options import Files, Options, Plan
 from .prompts import Switch
-from .stream import Stream, start_clip
+from .stream import Stream, start_latents
 from .text import encode_prompts
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
@@ -146,7 +146,7 @@ def _open(resolved: Plan, first: str, encode: Encode) -> LiveSetup:
 def _clip(resolved: Plan, stream: Stream) -> Tensor:
     assert stream.decoder is not None
     images = start_images(resolved)
-    return stream.decoder.encode(start_clip(images, stream.decoder, stream.cache_config))
+    return start_latents(images, stream.decoder, stream.cache_config)
 
 
 def _set_lora(options: Options, model: Network, loras: Mapping[str, Lora]) -> SetLora:

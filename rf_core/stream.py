@@ -219,14 +219,15 @@ class Stream:
         guide: Tensor | None = None,
         strength: float = 1,
     ) -> Tensor:
-        schedule, predict = self._timesteps(), partial(self._predict, prompt)
-        timesteps, levels = entered_at(strength, self.sampler, is_first=self.state.first_due)
-        noise = self._noise(len(schedule))
+        is_first, predict = self.state.first_due, partial(self._predict, prompt)
+        timesteps, levels = entered_at(strength, self.sampler, is_first=is_first)
+        noise = self._noise(len(self.sampler.steps_of(is_first)))
         x = next(noise)
         if guide is not None:
             x = add_noise(guide, x, x.new_full((x.shape[0], x.shape[2]), levels[0]))
         x0 = denoise(predict, x, noise, timesteps, on_pass, seen, levels=levels)
-        if timesteps[0] not in schedule:  # of which a strength that moves has any number
+        if guide is not None and timesteps[0] not in self._timesteps():
+            # Of these a strength that moves has any number.
             self._times.pop((timesteps[0], x.shape[2]), None)
         return x0
 

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from ..families import DEFAULT, FAMILIES
+from ..families import DEFAULT
 from ..options import Options, Plan
 from ..pace import Progress
 from ..prompts import clip_notes, format_table
@@ -42,7 +42,7 @@ def print_plan(args: argparse.Namespace, resolved: Plan) -> None:
 
 def family_lines(told: Told) -> list[str]:
     """Whose student the model is, where that is news, and its licence where that forbids a use."""
-    family = FAMILIES[told.family]
+    family = told.preset
     lines = [f"family: {told}"] if told.source != "metadata" or told.family != DEFAULT else []
     return lines + ([f"licence: {family.licence}"] if family.is_restricted else [])
 

@@ -18,7 +18,7 @@ from ..config import TEMPORAL_FACTOR, WAN_1_3B, WAN_SIZE, Grid
 from ..families import DEFAULT, FAMILIES, Family
 from ..fast.graphs import GraphedModel
 from ..fast.stopwatch import Stopwatch
-from ..stream import Stream, latent_size
+from ..stream import latent_size
 from .counts import chunk_passes, chunk_work, total
 from .machine import format_machine, machine
 from .table import format_table
@@ -124,14 +124,8 @@ def _laps(
     cache = family.cache
     if cache.rebuild == "reencoded":  # nothing is decoded, so nothing encoded
         cache = replace(cache, rebuild="first")
-    stream = Stream(
-        network,
-        workload.prompts[0],
-        height=options.height,
-        width=options.width,
-        cache=cache,
-        sampler=family.sampler,
-    )
+    own = replace(options, cache=cache, sampler=family.sampler)
+    stream = replace(workload, passes=network, options=own).stream()
     for _ in range(cache.window_frames // cache.chunk_frames + _WARM):
         stream.generate()
     watch, laps = Stopwatch(options.device), []

@@ -26,6 +26,7 @@ from ..config import (
     SamplerConfig,
 )
 from ..decoders.vae import VAEConfig, WanVAE
+from ..kv_cache import KVCache
 from ..model import WanModel
 from ..scheduler import flow_to_x0, sampling_timesteps, training_sigmas, training_weights
 from ..stream import Stream, denoise
@@ -134,10 +135,7 @@ def student_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend
         chunks.append(denoise(predict, chunk, again, timesteps.tolist()))
         predict(chunks[-1], 0.0)
     yield "latents", rearrange(torch.cat(chunks, dim=2), "b c f h w -> b f c h w")
-    for name in sorted(name for name in tensors if name.startswith("cache.")):
-        _, layer, which = name.split(".")
-        window = cache.k_NBWHD if which == "k" else cache.v_NBWHD
-        yield name, window[int(layer)][:, : cache.num_frames * cache.frame_tokens]
+    yield from _windows(cache, tensors)
 
 
 def sibling_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend) -> Outputs:
@@ -148,11 +146,7 @@ def sibling_stream(config: Mapping[str, Any], tensors: Tensors, backend: Backend
         if (name := f"denoising_timesteps{suffix}") in tensors:
             yield name, sampling_timesteps(stream.sampler, is_first=is_first)
     yield "latents", rearrange(stream.all_latents(), "b c f h w -> b f c h w")
-    cache = stream.state.cache
-    for name in sorted(name for name in tensors if name.startswith("cache.")):
-        _, layer, which = name.split(".")
-        window = cache.k_NBWHD if which == "k" else cache.v_NBWHD
-        yield name, window[int(layer)][:, : cache.num_frames * cache.frame_tokens]
+    yield from _windows(stream.state.cache, tensors)
 
 
 class _RecordedStream(Stream):
@@ -335,6 +329,14 @@ def _window(config: Mapping[str, Any], tensors: Tensors) -> int:
 
 def _chunks(frames: Tensor | None, size: int, backend: Backend) -> tuple[Tensor, ...]:
     return () if frames is None else _video(frames, backend).split(size, dim=2)
+
+
+def _windows(cache: KVCache, tensors: Tensors) -> Outputs:
+    """What is left in a cache of the layers that a record has."""
+    for name in sorted(name for name in tensors if name.startswith("cache.")):
+        _, layer, which = name.split(".")
+        window = cache.k_NBWHD if which == "k" else cache.v_NBWHD
+        yield name, window[int(layer)][:, : cache.num_frames * cache.frame_tokens]
 
 
 def _weights(tensors: Tensors) -> Tensors:

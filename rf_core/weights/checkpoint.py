@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import operations
 from ..config import CacheConfig, ModelConfig, SamplerConfig
-from ..families import AUTO, DEFAULT, FAMILIES, Family, check_family, family_of
+from ..families import AUTO, DEFAULT, Family, check_family, family_of
 from ..fused_linear import fuse_projections
 from ..layers import SelfAttention
 from ..model import WanModel
@@ -125,7 +125,7 @@ class Checkpoint:
     @property
     def preset(self) -> Family:
         """How its family's students stream."""
-        return FAMILIES[self.family]
+        return self.told.preset
 
     def merged(self) -> dict[str, Tensor]:
         """The network's tensors, with the bundle's adapter in them: what that changes is float32.
@@ -208,7 +208,7 @@ def read_checkpoint(
     )
     found = _schedule_in(file.path, settings, told)
     is_bidirectional = bool(settings) and family == AUTO and "cache" not in found
-    preset = FAMILIES[told.family]
+    preset = told.preset
     usual = {"cache": preset.cache, "sampler": preset.sampler, "size": preset.size}
     if is_bidirectional:
         usual |= {"cache": None, "sampler": None}
@@ -344,8 +344,8 @@ def convert(
         target,
         tensors,
         checkpoint.config,
-        cache or checkpoint.cache or CacheConfig(),
-        sampler or checkpoint.sampler or SamplerConfig(),
+        cache or checkpoint.cache or checkpoint.preset.cache,
+        sampler or checkpoint.sampler or checkpoint.preset.sampler,
         size=checkpoint.size,
         family=checkpoint.family,
         provenance={

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from ..config import WAN_14B, ModelConfig
-from ..families import AUTO, DEFAULT, FAMILIES, Layout, family_of
+from ..families import AUTO, DEFAULT, FAMILIES, Family, Layout
 from .files import CheckpointError, WeightFile
 
 FamilyFrom = Literal["choice", "metadata", "keys", "name", "nothing"]
@@ -38,8 +38,13 @@ class Told:
     because: str
     """The same for people, without the family."""
 
+    @property
+    def preset(self) -> Family:
+        """How its students stream."""
+        return FAMILIES[self.family]
+
     def __str__(self) -> str:
-        return f"{FAMILIES[self.family].title}, {self.because}"
+        return f"{self.preset.title}, {self.because}"
 
 
 def recognise(
@@ -56,7 +61,6 @@ def recognise(
     in the file. ValueError for a choice that is none, CheckpointError for a record that is none.
     """
     if chosen != AUTO:
-        family_of(chosen)
         return Told(family=chosen, source="choice", because="as chosen")
     if recorded is not None:
         return _recorded(path, recorded)
