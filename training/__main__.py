@@ -96,9 +96,9 @@ def run_redmd(args: argparse.Namespace) -> int:
         check_reward(reward)
     check_folder_writable(args.out)
     with process_group(args.device) as device:
-        read_sizes(config)
+        given = Given(sizes=vars(read_sizes(config)))
         speed = _speed(config, device, None)
-        counted = format_costs(costs(config, Given(), world_size()), world_size(), *speed)
+        counted = format_costs(costs(config, given, world_size()), world_size(), *speed)
         print_rank_0("\n".join([to_json(config), counted, *notes]))
         reports = distil(config, args.out, device, resume=args.resume)
         steps = ((each.update + 1, format_numbers(report_numbers(each))) for each in reports)

@@ -207,6 +207,13 @@ def num_shares(processes: int, sequence_over: int | None) -> int:
     return processes // (sequence_over or 1)
 
 
+def fitting_micro_batch(
+    batch: int, micro_batch: int, processes: int, sequence_over: int | None = None
+) -> int:
+    """Samples at a time: `micro_batch`, or all of a process's where there are fewer."""
+    return min(micro_batch, max(1, batch // num_shares(processes, sequence_over)))
+
+
 def share_number(sequence_over: int | None) -> int:
     """Which share of a batch is this process's."""
     return rank() // (sequence_over or 1)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .distributed import check_groups, check_shares, num_shares
+from .distributed import check_groups, check_shares, fitting_micro_batch
 from .networks import PlacementConfig
 
 
@@ -44,9 +44,8 @@ def check_batches(
     batches: Iterable[int], micro_batch: int, processes: int, sequence_over: int | None = None
 ) -> None:
     """ValueError where a batch cannot be shared out; fewer samples than a micro-batch are one."""
-    shares = num_shares(processes, sequence_over)
     for batch in batches:
-        fitting = min(micro_batch, max(1, batch // shares))
+        fitting = fitting_micro_batch(batch, micro_batch, processes, sequence_over)
         check_shares(batch, fitting, processes, sequence_over)
 
 

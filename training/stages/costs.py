@@ -258,8 +258,7 @@ def _latents(config: LatentsConfig, given: Given, processes: int) -> Costs:
 def _encoding(data: DataConfig, size: ModelConfig, prompts: int) -> dict[str, int]:
     if not prompts:
         return {}
-    place = data.text_encoder and Path(data.text_encoder)
-    text = text_sizes(str(place) if place and place.exists() else encoder_path(data))
+    text = text_sizes(encoder_path(data))
     return {TEXT: prompts * operations.prompt_flops(text, size.text_len)}
 
 

@@ -9,8 +9,9 @@ from rf_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig
 from rf_core.measure.counts import num_parameters
 from rf_core.scheduler import all_timesteps
 
+from ..choices import DATA_SET
 from ..data.pairs import PairsConfig
-from ..data.prompts import DataConfig, read_prompts
+from ..data.prompts import DataConfig, count_prompts
 from ..objective.excerpts import KINDS, LATENT_FIELDS
 from ..run.draws import first_indices
 from ..run.networks import DTYPES, PlacementConfig
@@ -104,4 +105,4 @@ def _distinct(data: DataConfig, most: int, drawn: Callable[[int], list[int]]) ->
         return 0
     if not all(path.exists() for path in data.prompts):
         return min(most, data.limit or most)
-    return len(set(drawn(len(read_prompts(data)))))
+    return len(set(drawn(count_prompts(data, DATA_SET))))

@@ -31,7 +31,7 @@ from ..run.lora import LoRAConfig
 from ..run.networks import DTYPES, PlacementConfig, prepare
 from ..run.optimise import OptimiserConfig
 from ..run.sequence import own_grid
-from .operations import pass_flops
+from .operations import pass_flops, trained
 from .recipes import DistilConfig
 from .trainer import RunConfig
 
@@ -291,7 +291,7 @@ def _flops(config: DistilConfig, sizes: Sizes) -> dict[str, int]:
         name: int(windows * pass_flops(size, grid, frames))
         for name, size in (("teacher", sizes.teacher), ("critic", sizes.critic))
     }
-    backward = 3 if config.placement.checkpointing else 2
+    backward = trained(config.placement) - 1
     rollout = int(chunks * _mean_passes(redmd.sampler) + _recache_flops(run, sizes.student, grid))
     ratio = run.critic_ratio
     return {

@@ -12,7 +12,7 @@ from rf_core.memory.live_bytes import fake_tensors, peak_bytes
 
 from ..data.latents import clip_images
 from ..data.pairs import PairsConfig
-from ..run.distributed import num_shares
+from ..run.distributed import fitting_micro_batch
 from ..run.networks import DTYPES, PlacementConfig
 from .consistency import ConsistencyConfig
 from .estimate import gathered_bytes, num_shards, saved_bytes, training_bytes
@@ -119,8 +119,8 @@ def _kept(
 
 def _samples(config: SupervisedConfig, processes: int, batch: int) -> int:
     """Samples at a time: as `supervised.micro_batches`."""
-    shares = num_shares(processes, config.placement.sequence_over)
-    return min(config.micro_batch, max(1, batch // shares))
+    over = config.placement.sequence_over
+    return fitting_micro_batch(batch, config.micro_batch, processes, over)
 
 
 def _trained_memory(config: SupervisedConfig, size: ModelConfig, processes: int) -> dict[str, int]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from rf_core.config import SPATIAL_FACTOR
 from rf_core.decoders.decoder import Decoder, load_decoder
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import Companion, read_checkpoint
@@ -49,6 +48,7 @@ from ..run.signals import StopRequest, stop_on_signal
 from .estimate import Sizes
 from .export import file_hash, student_companions, write_adapter, write_student
 from .recipes import DistilConfig, student_path
+from .supervised import video_size
 from .trainer import Report, Trainer, drawn_prompts, report_numbers
 from .validation import (
     Validation,
@@ -94,7 +94,7 @@ def distil(
         Stopped: a signal asked for it; the run is saved.
     """
     files = check_files(config)
-    read_sizes(config)
+    _sizes_of(config, files)
     resumed = checkpoint_to_resume(config, out, resume)
     run = _open(config, files, out, device)
     if resumed is not None:
@@ -149,7 +149,11 @@ def read_sizes(config: DistilConfig) -> Sizes:
 
     ValueError where they cannot work together on the run's latents.
     """
-    files, channels = check_files(config), config.run.latents[0]
+    return _sizes_of(config, check_files(config))
+
+
+def _sizes_of(config: DistilConfig, files: dict[str, Path]) -> Sizes:
+    channels = config.run.latents[0]
     found = {name: read_checkpoint(files[name]).config for name in ("student", "teacher", "critic")}
     for name, size in found.items():
         if size.in_dim != channels:
@@ -215,8 +219,7 @@ def _checkpoint(run: Run, journal: Journal) -> None:
         if config.student_lora is not None:
             write_adapter(out / LORA, student, config.student_lora, note)
         else:
-            *_, rows, columns = config.run.latents
-            size = (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR)
+            size = video_size(config.run.latents)
             write_student(
                 out / STUDENT,
                 student,
@@ -252,7 +255,6 @@ def _validate(run: Run) -> Validation:
     if run.decoder is None:
         return Validation()
     shown = spread_prompts(config.output.validation_prompts, len(run.prompts))
-    *_, rows, columns = config.run.latents
     with trainer.averaged():
         return validate(
             trainer.networks,
@@ -261,7 +263,7 @@ def _validate(run: Run) -> Validation:
             [run.prompts[number] for number in shown],
             run.decoder,
             config.output.validation_chunks,
-            (rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR),
+            video_size(config.run.latents),
             validation_folder(run.out, trainer.update),
         )
 

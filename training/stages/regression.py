@@ -296,10 +296,6 @@ class InitTrainer(SupervisedTrainer):
         fixed = replace(self.config, batch=len(held), seed=0)
         return self._errors(draw_batch(self.pairs, fixed, 0, samples, held))
 
-    def captions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
-        """See `SupervisedTrainer`."""
-        return self.pairs.captions(rows, rows)
-
     def video(self, embeds: Tensor, decoder: Decoder | None, seed: int) -> Tensor | None:
         """See `SupervisedTrainer`: a stream."""
         return stream_video(

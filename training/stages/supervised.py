@@ -33,8 +33,8 @@ from ..run import checkpointing
 from ..run.config import to_json
 from ..run.distributed import (
     Stopped,
+    fitting_micro_batch,
     local_micro_batches,
-    num_shares,
     process_group,
     rank,
     world_size,
@@ -162,6 +162,7 @@ class SupervisedTrainer(ABC):
     ) -> None:
         """`network` is placed and sharded already; losses are logged under `names`."""
         self.config, self.network, self.names, self.clips = config, network, names, len(clips)
+        self._captioned = clips
         self.split = split_clips(clips, config.validation_clips)
         self.held_out = [held for (held,) in by_size(clips, (self.split.held_out,))]
         """Held-out rows of each size."""
@@ -181,9 +182,9 @@ class SupervisedTrainer(ABC):
         They are held out, all of one size; samples number them in an order that is drawn.
         """
 
-    @abstractmethod
     def captions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
         """Prompts of some clips, as texts and encoded [N, S, D]."""
+        return self._captioned.captions(rows, rows)
 
     @abstractmethod
     def video(self, embeds: Tensor, decoder: Decoder | None, seed: int) -> Tensor | None:
@@ -301,8 +302,8 @@ class SupervisedTrainer(ABC):
 
 def micro_batches(batch: int, micro_batch: int, sequence_over: int | None = None) -> list[range]:
     """This process's samples, `micro_batch` at a time or all where there are fewer."""
-    shares = num_shares(world_size(), sequence_over)
-    return local_micro_batches(batch, min(micro_batch, max(1, batch // shares)), sequence_over)
+    fitting = fitting_micro_batch(batch, micro_batch, world_size(), sequence_over)
+    return local_micro_batches(batch, fitting, sequence_over)
 
 
 def video_size(latents: Sequence[int]) -> tuple[int, int]:

@@ -362,10 +362,6 @@ class TeacherTrainer(SupervisedTrainer):
         errors, which = (torch.cat(parts, dim=1) for parts in zip(*each, strict=True))
         return errors, which
 
-    def captions(self, rows: Sequence[int]) -> tuple[list[str], Tensor]:
-        """See `SupervisedTrainer`."""
-        return self.source.captions(rows, rows)
-
     def video(self, embeds: Tensor, decoder: Decoder | None, seed: int) -> Tensor | None:
         """See `SupervisedTrainer`: a whole clip, sampled as `ode_pairs` does it."""
         c, drawn = self.config, seeded_generator("validation", seed)

@@ -217,7 +217,9 @@ def drawn_prompts(config: RunConfig, num_prompts: int, start_share: float = 0.0)
     for role, count in _updates(config).items():
         for number in range(count):
             part = config.part(role, number)
-            begun = draw_starts(c.seed, role, part.rollout, samples, start_share, 1, copies)
+            begun = None
+            if start_share:
+                begun = draw_starts(c.seed, role, part.rollout, samples, start_share, 1, copies)
             drawn = prompt_numbers(config, role, part, samples, num_prompts, begun)
             each = (*drawn.before, *drawn.after)
             found |= dict.fromkeys(prompt for prompt in each if prompt < num_prompts)
