@@ -135,14 +135,12 @@ def test_tokens_come_back_to_their_places_after_the_trades(monkeypatch):
     splits = [Split(rank=r, world_size=2, axis=-2, run=6) for r in range(2)]
     bands = [_band_tokens(heads, grid, rank) for rank in range(2)]
     sent: list[Tensor] = []
-    monkeypatch.setattr("rf_core.fast.parallel._all_to_all", lambda x: sent.append(x) or x)
+    monkeypatch.setattr("rf_core.fast.parallel.all_to_all", lambda x: sent.append(x) or x)
     for split, band in zip(splits, bands, strict=True):
         split.to_heads(*band)
     received = [torch.stack([each[rank] for each in sent]) for rank in range(2)]
     for rank, split in enumerate(splits):
-        monkeypatch.setattr(
-            "rf_core.fast.parallel._all_to_all", lambda x, rank=rank: received[rank]
-        )
+        monkeypatch.setattr("rf_core.fast.parallel.all_to_all", lambda x, rank=rank: received[rank])
         own_q, own_v = split.to_heads(*bands[rank])
         assert torch.equal(own_q, split.own_heads(q)) and torch.equal(own_v, split.own_heads(v))
 

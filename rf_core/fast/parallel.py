@@ -117,7 +117,7 @@ class HeadTrade:
 
     def exchange(self, sent: Tensor) -> Tensor:
         """Row p of the result is what process p had in the row of this one."""
-        return _all_to_all(sent)
+        return all_to_all(sent)
 
     def to_heads(self, *bands_BLHD: Tensor) -> Tensor:
         """All heads of a band's tokens -> own heads of all tokens, in order: [N, B, L, H, D]."""
@@ -296,11 +296,11 @@ def all_gather(part: Tensor, axis: int) -> Tensor:
     return torch.cat(parts, dim=axis)
 
 
-def _all_to_all(sent: Tensor) -> Tensor:
-    """Row p of the result is what process p had in the row of this one."""
+def all_to_all(sent: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Row p of the result is what process p had in the row of this one; None is all processes."""
     sent = sent.contiguous()
     got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent)
+    dist.all_to_all_single(got, sent, group=group)
     return got
 
 

@@ -112,11 +112,14 @@ def by_size(source: ClipSource, groups: Groups) -> list[Groups]:
 
     Groups with no clip have no size.
     """
-    parts: list[Groups] = []
-    for rows in source.buckets.values():
-        bucket = set(rows)
-        within = [[row for row in group if row in bucket] for group in groups]
-        parts.append([group for group in within if group])
+    parts = [groups_within(groups, rows) for rows in source.buckets.values()]
+    return [part for part in parts if part]
+
+
+def groups_within(groups: Groups, rows: Sequence[int]) -> Groups:
+    """The groups with those rows alone; groups that have none of them are left out."""
+    kept = set(rows)
+    parts = [[row for row in group if row in kept] for group in groups]
     return [part for part in parts if part]
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from ..run.draws import seeded_generator
-from .clips import Groups
+from .clips import Groups, groups_within
 
 
 class Origins(Protocol):
@@ -70,11 +70,7 @@ def split_clips(source: Origins, count: int) -> Split:
 
 def groups_among(groups: Groups, split: Split) -> Groups:
     """The groups with the trained rows alone; groups that have none are left out."""
-    if not split.held_out:
-        return groups
-    trained = set(split.trained)
-    left = [[row for row in group if row in trained] for group in groups]
-    return [group for group in left if group]
+    return groups_within(groups, split.trained) if split.held_out else groups
 
 
 def _shuffled(count: int) -> list[int]:

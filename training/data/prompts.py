@@ -92,7 +92,7 @@ def read_prompts(config: DataConfig) -> list[str]:
     if rank() == 0:
         for line in notes:
             _log.warning("%s", line)
-    return prompts
+    return prompts[: config.limit]
 
 
 def count_prompts(config: DataConfig, own: DataSet) -> int:
@@ -109,4 +109,4 @@ def _prompts_of(config: DataConfig) -> tuple[list[str], list[str]]:
     notes = [file.left_out for file in files if file.left_out]
     if len(prompts) < len(found):
         notes.append(f"{len(found) - len(prompts)} of {len(found)} prompts repeat one before")
-    return prompts[: config.limit], notes
+    return prompts, notes

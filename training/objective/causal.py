@@ -19,7 +19,7 @@ from rf_core.attention import Attention, sdpa
 from rf_core.config import CacheConfig, Grid
 from rf_core.kv_cache import update_sink
 from rf_core.model import PromptContext, WanModel
-from rf_core.rope import apply_rope, rope_from, rope_table
+from rf_core.rope import Rope, apply_rope, rope_from, rope_table
 from rf_core.scheduler import flow_to_x0
 
 FramesKV = tuple[Tensor, ...]
@@ -49,11 +49,22 @@ class ChunkKV:
         self.past, self.grid = past, grid
         self.sink_frames, self.gone_frames = sink_frames, gone_frames
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, [B, L, H, D] each
+        self._rope: Rope | None = None
 
     @property
     def context_frames(self) -> int:
         """Latent frames of the window that lie before the chunk."""
         return len(self.past[0][0])
+
+    def rope(self, head_dim: int, device: torch.device) -> Rope:
+        """The angles of the window before the chunk, made once for all layers."""
+        if self._rope is None:
+            place = self.grid, head_dim, device
+            self._rope = rope_table(self.context_frames, *place)
+            if self.gone_frames:
+                self._rope = self._rope.clone()
+                self._rope.copy_(rope_from(-self.gone_frames, self.sink_frames, *place))
+        return self._rope
 
     def layer(self, index: int) -> LayerKV:
         """The window of one layer."""
@@ -85,11 +96,7 @@ class LayerKV:
         if not keys:
             return rotated_BLHD, v_BLHD
         context = torch.cat(keys, dim=1).to(k_BLHD.dtype)
-        place = self.chunk_kv.grid, k_BLHD.shape[-1], k_BLHD.device
-        rope = rope_table(len(keys), *place)
-        if gone := self.chunk_kv.gone_frames:
-            rope = rope.clone()
-            rope.copy_(rope_from(-gone, self.chunk_kv.sink_frames, *place))
+        rope = self.chunk_kv.rope(k_BLHD.shape[-1], k_BLHD.device)
         rotated = torch.cat([apply_rope(context, rope), rotated_BLHD], dim=1)
         return rotated, torch.cat([*(v.to(v_BLHD.dtype) for v in values), v_BLHD], dim=1)
 

@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from .distributed import all_reduce_max
+from rf_core.memory.plan import GB
 
-GB = 1e9
+from .distributed import all_reduce_max
 
 
 def reset_peak(device: torch.device) -> None:

@@ -68,10 +68,12 @@ class MomentlessAdamW(torch.optim.Optimizer):
 def _in_parts(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The weights in their order, some at a time: at most `MAX_ENTRIES`, or a single one."""
     part: list[Tensor] = []
+    entries = 0
     for weight in weights:
-        if part and sum(each.numel() for each in (*part, weight)) > MAX_ENTRIES:
+        if part and entries + weight.numel() > MAX_ENTRIES:
             yield part
-            part = []
+            part, entries = [], 0
         part.append(weight)
+        entries += weight.numel()
     if part:
         yield part

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from rf_core.config import CacheConfig, Grid, ModelConfig
-from rf_core.fast.parallel import HeadTrade, SequenceParallelAttention, adopt
+from rf_core.fast.parallel import HeadTrade, SequenceParallelAttention, adopt, all_to_all
 from rf_core.model import WanModel
 
 from .distributed import check_groups, rank, world_size
@@ -155,11 +155,11 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sent: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _all_to_all(sent, group)
+        return all_to_all(sent, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_to_all(grad, ctx.group), None
+        return all_to_all(grad, ctx.group), None
 
 
 class _Gather(torch.autograd.Function):
@@ -175,10 +175,3 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad[ctx.rank], None
-
-
-def _all_to_all(sent: Tensor, group: dist.ProcessGroup) -> Tensor:
-    sent = sent.contiguous()
-    got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent, group=group)
-    return got

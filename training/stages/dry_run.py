@@ -17,6 +17,7 @@ import torch
 
 from rf_core.config import WAN_1_3B, WAN_14B, Grid, ModelConfig
 from rf_core.decoders.decoder import load_decoder
+from rf_core.memory.plan import GB
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import read_checkpoint
 
@@ -28,7 +29,7 @@ from ..objective.redmd import Networks
 from ..rewards.reward import LatentRewards, image_anchor
 from ..run.distributed import all_gather, check_shares, process_group, world_size
 from ..run.machine import check_batches, check_machine, num_processes
-from ..run.memory import GB, peak_bytes, reset_peak
+from ..run.memory import peak_bytes, reset_peak
 from ..run.networks import PlacementConfig, placement_dtype, random_network
 from ..run.optimise import TrainedNetwork
 from ..run.options import begins_with_preset, config_from_args, print_rank_0
