@@ -363,7 +363,7 @@ async def _events(watcher: _Watcher) -> None:
     after = int(last) if re.fullmatch(r"[0-9]{1,15}", last) else None
     reader = room.outbox.reader(after=after)  # before the status, so that nothing is between
     await watcher.begin("text/event-stream")
-    last = await _publish_status(watcher, None)
+    last = await _publish_status(watcher, (None, False))
     async with aclosing(watcher.news(reader)) as news:
         async for items in news:
             if items is None:
@@ -377,10 +377,12 @@ async def _events(watcher: _Watcher) -> None:
         await watcher.write(_event("ended", _plain(room.end)))
 
 
-async def _publish_status(watcher: _Watcher, last: Status | None) -> Status:
-    """Send the status where it is another than the last one sent."""
-    now: Status = watcher.room.outbox.status
-    if now is not last:
+async def _publish_status(
+    watcher: _Watcher, last: tuple[Status | None, bool]
+) -> tuple[Status | None, bool]:
+    """Send the status where it is another than was sent last, or the session has ended since."""
+    now: tuple[Status, bool] = watcher.room.outbox.status, watcher.room.end is not None
+    if now[0] is not last[0] or now[1] is not last[1]:
         await watcher.write(_event("status", watcher.room.status()))
     return now
 

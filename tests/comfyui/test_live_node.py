@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib
 import json
@@ -539,3 +540,41 @@ def test_prompts_and_strengths_leave_nothing_of_those_before(
         run.ask(RESUME)
     run.end(STOP)
     assert counted[1] == counted[2], counted
+
+
+def test_the_last_status_says_that_it_has_ended_although_nothing_else_is_new(pack: Any) -> None:
+    http = importlib.import_module(f"{PACK}.nodes.live_http")
+    buffers = importlib.import_module(f"{PACK}.rf_core.live.buffers")
+
+    class Room:
+        outbox = buffers.Outbox()
+        end = property(lambda self: self.outbox.end)
+
+        def status(self) -> dict[str, bool]:
+            return {"ended": self.end is not None}
+
+    class Watcher(http._Watcher):
+        def __init__(self) -> None:
+            transport = SimpleNamespace(is_closing=lambda: False)
+            self.request = SimpleNamespace(headers={}, transport=transport)
+            self.room, self.sent = Room(), []
+
+        async def begin(self, kind: str, **headers: str) -> None:
+            self.room.outbox.status = object()
+
+        async def write(self, data: bytes) -> None:
+            self.sent.append(data.decode())
+
+    async def drive() -> list[str]:
+        watcher = Watcher()
+        watching = asyncio.create_task(http._events(watcher))
+        while not watcher.sent:
+            await asyncio.sleep(0)
+        watcher.room.outbox.publish(buffers.Ended(chunk=3, why=None))  # the status stays
+        watcher.room.outbox.close()
+        await asyncio.wait_for(watching, PATIENCE)
+        return watcher.sent
+
+    first, *_, last, end = asyncio.run(drive())
+    assert "status" in first and "false" in first
+    assert "status" in last and "true" in last and "ended" in end.splitlines()[0]
