@@ -418,6 +418,9 @@ def _add_encoder(container: Any, format: VideoFormat) -> Any:
     # One thread: x264's output depends on their number, and should not on the machine's cores.
     # Past "veryfast", presets cost three times the time for 5 % of the size on 12 images.
     options = {"crf": str(format.crf), "preset": "veryfast", "threads": "1", "sc_threshold": "0"}
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        # With them x264 codes equal images differently once in some thousand chunks (docs/log.md).
+        options["x264-params"] = "asm=avx2"
     is_x264 = format.codec == "libx264"
     stream = container.add_stream(
         format.codec, rate=format.fps, options=options if is_x264 else None

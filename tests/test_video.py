@@ -56,6 +56,13 @@ def times_of(path: Path) -> list[Fraction]:
         return [frame.pts * frame.time_base for frame in container.decode(video=0)]
 
 
+@pytest.mark.slow
+def test_equal_images_are_encoded_to_equal_bytes_however_often() -> None:
+    chunks = [make_images(9, seed) for seed in range(10)]
+    found = [video._fragment(chunks[number % 10], 0, FORMAT, {}) for number in range(500)]
+    assert found == found[:10] * 50
+
+
 def test_images_written_in_uneven_chunks_are_read_back_in_order(tmp_path: Path) -> None:
     images = make_images(9 + CHUNK + 1)
     with VideoWriter(tmp_path / "a.mp4", FORMAT) as writer:
