@@ -89,7 +89,7 @@ class LiveStream(io.ComfyNode):
                     "pace",
                     options=list(PACES),
                     default="real time",
-                    tooltip="real time: 16 images a second at most, so that what you see is what "
+                    tooltip="real time: no faster than it plays, so that what you see is what "
                     "is made. as fast as possible: the player skips what it cannot show.",
                 ),
                 RFTimeline.Input(
