@@ -171,7 +171,8 @@ class Stream:
         arXiv 2108.01073; of a stream StreamDiffusionV2, arXiv 2511.07399). `strength` in [0, 1]
         says how far up the schedule they enter, by the formula of `entered_at`: 1 is text alone,
         to the bit; 0 is the guide itself, with no pass. The context holds what was made of it.
-        ValueError for a guide of another shape or with nan, a strength outside [0, 1], and a rolling sampler.
+        ValueError for a guide of another shape or with nan, a strength outside [0, 1], and a
+        rolling sampler.
         """
         on_pass = on_pass or _no_op
         with self._exclusive():

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -16,6 +17,10 @@ import torch
 from test_generate import arguments, assert_same_images, comment_of, images_of, stop_here, weights
 
 from rf_core.__main__ import main
+from rf_core.fast.parallel import Process
+from rf_core.generate import split_of
+from rf_core.options import Files, Options, _sizes_of, plan
+from rf_core.prompts import PromptTimeline, Switch
 from rf_core.source_input import SourceOptions
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
 
@@ -242,3 +247,63 @@ def test_a_letterboxed_source_has_black_beside_it(weights, tmp_path) -> None:
     crop = made(weights, tmp_path / "a.mp4", *given)
     boxed = made(weights, tmp_path / "b.mp4", *given, "--source-fit", "letterbox")
     assert not np.array_equal(crop, boxed)
+
+
+def test_a_live_session_with_a_source_is_made_again_with_its_file_alone(
+    weights, tmp_path, monkeypatch, capsys
+) -> None:
+    output, source = tmp_path / "take.mp4", clip(tmp_path / "clip.mp4")
+    given = ("--live", "--pace", "max", "--chunks", "4", "--source-end", "loop")
+    piped(monkeypatch, b"/strength 0.2\n/status\n")
+    assert main(arguments(weights, output, *PROMPT, *given, "--source", str(source))) == 0
+    told = capsys.readouterr().out
+    assert "received: strength 0.2" in told and "; strength 0." in told
+    log = ("--replay", str(output.with_suffix(".jsonl")))
+    (tmp_path / "again").mkdir()
+    again = tmp_path / "again" / "take.mp4"
+    assert main(arguments(weights, again, *log, "--source", str(source))) == 0
+    assert again.read_bytes() == output.read_bytes()
+    other, last = clip(tmp_path / "other.mp4", images=44), tmp_path / "again" / "b.mp4"
+    capsys.readouterr()
+    for more, said in [
+        ((), "the log's session was guided by clip.mp4; give that file with --source"),
+        (("--source", str(other)), "other.mp4 is another file than clip.mp4, which guided"),
+        (("--source", "-"), "the log's session was guided by clip.mp4; give that file"),
+        (("--source", str(source), "--strength", "0.5"), "--strength is not for --replay"),
+    ]:
+        assert main(arguments(weights, last, *log, *more)) == 1
+        assert said in capsys.readouterr().err
+    assert not last.exists()
+
+
+def test_a_live_session_of_a_pipe_reads_no_lines_and_is_not_made_again(
+    weights, tmp_path, monkeypatch, capsys
+) -> None:
+    output, source = tmp_path / "take.mp4", clip(tmp_path / "clip.mp4")
+    piped(monkeypatch, source.read_bytes())
+    given = ("--live", "--pace", "max", "--chunks", "2", "--source", "-")
+    assert main(arguments(weights, output, *PROMPT, *given)) == 0
+    assert "so no line is read" in capsys.readouterr().out
+    log = ("--replay", str(output.with_suffix(".jsonl")))
+    assert main(arguments(weights, tmp_path / "b.mp4", *log)) == 1
+    assert "was guided by -, of which nothing is kept" in capsys.readouterr().err
+
+
+def test_the_plan_counts_what_encoding_takes_and_several_processes_take_no_source(
+    weights, tmp_path
+) -> None:
+    source = SourceOptions(place=str(clip(tmp_path / "clip.mp4")))
+    files = Files(
+        model=weights / "student.safetensors",
+        vae=weights / "vae.safetensors",
+        text_encoder=str(weights / "text.safetensors"),
+    )
+    timeline = PromptTimeline().append(0, "s", Switch(), "x")
+    options = Options(timeline=timeline, output=tmp_path / "a.mp4", files=files, source=source)
+    resolved = plan(options)
+    assert resolved.total == 4 and _sizes_of(resolved).encodes
+    assert not _sizes_of(plan(replace(options, source=None, chunks=1))).encodes
+    with pytest.raises(ValueError, match="of its prompt alone; leave out --source"):
+        split_of(resolved, Process(rank=0, world_size=2))
+    with pytest.raises(ValueError, match="a rolling sampler takes no guide"):
+        plan(replace(options, sampler={"rolling": True}))

@@ -103,9 +103,7 @@ def test_a_log_is_replayed_with_its_own_source_alone(tmp_path: Path) -> None:
         replay_log(read_log(path), again, encode, set_lora=loras, source=source)
 
     replayed()
-    with pytest.raises(
-        ValueError, match=r"log's source has digest .*, this one has .*; replay"
-    ):
+    with pytest.raises(ValueError, match=r"log's source has digest .*, this one has .*; replay"):
         replayed(images=images(seed=4))
     with pytest.raises(ValueError, match="the log's source has at_end loop, this one has hold"):
         replayed(at_end="hold")
