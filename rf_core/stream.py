@@ -58,8 +58,15 @@ from .state import (
 
 _log = logging.getLogger(__name__)
 DEFAULT_SWITCH = Switch()
-GUIDE_STRENGTH = 0.6
-"""Where none is named: noise at 0.88, and three of the four published passes."""
+GUIDE_STRENGTH = 0.4
+"""Where none is named: noise at 0.77, and two of the four published passes. Of those measured
+(docs/video_in.md) the highest that keeps the source's motion, where the prompt's look is whole;
+StreamDiffusionV2 has noise at 0.68 to 0.76 (arXiv 2511.07399, figure 8)."""
+NO_GUIDES = (
+    "a rolling sampler takes no guide, for it begins chunks before their guides are there; use a "
+    "student that makes one chunk at a time"
+)
+"""Why there are none."""
 _DRAWN_TOGETHER = 16  # normal numbers that torch's CPU generator draws at once
 
 OnPass = Callable[[Literal["denoise", "clean"], int], None]
@@ -164,7 +171,8 @@ class Stream:
         arXiv 2108.01073; of a stream StreamDiffusionV2, arXiv 2511.07399). `strength` in [0, 1]
         says how far up the schedule they enter, by the formula of `entered_at`: 1 is text alone,
         to the bit; 0 is the guide itself, with no pass. The context holds what was made of it.
-        ValueError for a guide of another shape, a strength outside [0, 1], and a rolling sampler.
+        ValueError for a guide of another shape or with nan, a strength outside [0, 1], and a
+        rolling sampler.
         """
         on_pass = on_pass or _no_op
         with self._exclusive():
@@ -177,6 +185,12 @@ class Stream:
         """Latent frames of the next chunk."""
         is_first = self.state.cache.num_frames == 0
         return self.cache_config.first_frames if is_first else self.cache_config.chunk_frames
+
+    @property
+    def decodes_afresh(self) -> bool:
+        """Whether the next chunk begins a decoder's stream: the video's first, or after a cut."""
+        begins = self.state.cache.num_frames == 0
+        return begins if self.decoder is None else self.state.decoder is None
 
     def _make(
         self, latents_of: Callable[[Tensor], Tensor], on_pass: OnPass, *, is_start: bool = False
@@ -199,11 +213,13 @@ class Stream:
         if guide is None:
             return self._roll if self.sampler.rolling else self._denoise
         if self.sampler.rolling:
-            raise ValueError(
-                "a rolling sampler takes no guide, for it begins chunks before their guides are "
-                "there; use a student that makes one chunk at a time"
-            )
+            raise ValueError(NO_GUIDES)
         self._require_chunk("the guide's latents", guide)
+        if not guide.isfinite().all():
+            raise ValueError(
+                "the guide's latents hold numbers that are not finite: the source's images do, or "
+                "its encoder's dtype is too narrow; encode in float32 or bfloat16"
+            )
         if strength == 1:
             return self._denoise
         guide = guide.to(self.device, torch.float32, copy=True)
