@@ -1,8 +1,8 @@
 """The miniature world's command line: its data, and what its models show.
 
-`python -m training.world vae | text | clips | evaluate | release`. Each stage reads what the ones
-before left in the output folder, takes a budget in minutes or steps, writes its result as it goes
-on, and records how it was made. Between clips and evaluation, the recipes of `python -m training`
+`python -m training.world vae | text | clips | controls | evaluate | release`. Each stage reads what
+the ones before left in the output folder, takes a budget in minutes or steps, writes its result as
+it goes on, and records how it was made. Between clips and evaluation, the recipes of `python -m training`
 make teacher and student.
 """
 
@@ -25,6 +25,7 @@ from rf_core.ranges import MANY, check_folder_writable, check_numbers
 from . import stages
 from .budget import Budget
 from .clips import ClipsConfig
+from .controls import ControlsConfig
 from .evaluate import EulerConfig, EvaluateConfig, format_report
 from .stages import Files
 from .train_text import TextTrainConfig
@@ -81,6 +82,11 @@ def run_clips(args: argparse.Namespace, files: Files) -> None:
     stages.make_clips(files, replace(defaults, num_clips=args.count or defaults.num_clips))
 
 
+def run_controls(args: argparse.Namespace, files: Files) -> None:
+    """Encode the clips' outlines and masked regions, for `python -m training control`."""
+    stages.make_controls(files, ControlsConfig())
+
+
 def run_evaluate(args: argparse.Namespace, files: Files) -> None:
     """Measure what is there, or the demo where nothing has been trained, and print it."""
     measured = files if files.vae.exists() else replace(files, folder=args.demo)
@@ -102,6 +108,7 @@ STAGES: dict[str, Stage] = {
     "vae": run_vae,
     "text": run_text,
     "clips": run_clips,
+    "controls": run_controls,
     "evaluate": run_evaluate,
     "release": run_release,
 }

@@ -33,6 +33,7 @@ from .clips import (
     to_channels_last,
     write_clips,
 )
+from .controls import ControlsConfig, write_controls_of
 from .evaluate import EulerConfig, EvaluateConfig, Report, evaluate
 from .train_text import TextTrainConfig, train_text
 from .train_vae import FILE_NAME as VAE_FILE_NAME
@@ -66,6 +67,10 @@ class Files:
         return self.folder / "clips"
 
     @property
+    def controls(self) -> Path:
+        return self.folder / "controls"
+
+    @property
     def teacher(self) -> Path:
         return self.teacher_file or self.folder / "teacher.safetensors"
 
@@ -93,6 +98,12 @@ def make_clips(files: Files, config: ClipsConfig) -> None:
     vae = open_vae(files)
     for count in write_clips(vae, config, files.clips):
         _log.info("%d clips", count)
+
+
+def make_controls(files: Files, config: ControlsConfig) -> None:
+    """Encode control contexts of the training clips."""
+    for count in write_controls_of(open_vae(files), config, files.clips, files.controls):
+        _log.info("controls of %d clips", count)
 
 
 def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig, path: Path) -> Report:

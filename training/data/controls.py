@@ -1,0 +1,126 @@
+"""Control contexts of clips, encoded once: what a VACE is trained to follow beside the clips.
+
+A context is what VACE reads of a video: latents of its kept (inactive) part and of the part that is
+to be made (reactive), and the mask (VACE, arXiv 2503.07598, sec. 3.2). A clip may have several: its
+outlines, a masked region of it, or nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rf_core.numbered import numbered
+from rf_core.weights.files import read_weights
+from rf_core.writing import whole_file
+
+from .clips import ClipSource
+
+TENSORS = ("inactive", "reactive", "mask", "row")
+
+
+def controls_path(folder: Path, start: int) -> Path:
+    """The shard of the contexts of clips from number `start` on."""
+    return folder / _shard_name(start)
+
+
+def _shard_name(start: int) -> str:
+    return f"controls-{start:06}.safetensors"
+
+
+def shards_of_controls(folder: Path) -> list[Path]:
+    """The shards that a folder holds."""
+    return [path for _, path in numbered(folder, _shard_name)]
+
+
+def write_controls(
+    path: Path, inactive: Tensor, reactive: Tensor, mask: Tensor, rows: Sequence[int]
+) -> None:
+    """Write N contexts, whole or not at all.
+
+    Latents [N, C, F, h, w], the mask packed as [N, 64, F, h, w] of 0 and 1; `rows` are the numbers
+    of the clips that they control.
+    """
+    tensors = {
+        "inactive": inactive.half(),
+        "reactive": reactive.half(),
+        "mask": mask.to(torch.uint8),
+        "row": torch.tensor(rows),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+
+
+class ControlContexts(Protocol):
+    """What controls clips, by their numbers."""
+
+    def of(self, rows: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """A context of each clip, one of its own drawn by its generator, [N, 2 C + 64, F, h, w]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The contexts of a folder of clips; tensors are mapped, and read as they are asked for."""
+
+    shards: Sequence[Mapping[str, Tensor]]
+
+    @cached_property
+    def places(self) -> dict[int, list[tuple[int, int]]]:
+        """Of each clip that has any, its contexts as shard and place."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for shard, tensors in enumerate(self.shards):
+            for place, row in enumerate(tensors["row"].tolist()):
+                found.setdefault(row, []).append((shard, place))
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a context: channels, frames, rows, columns."""
+        latents, mask = (self.shards[0][name].shape for name in ("inactive", "mask"))
+        return 2 * latents[1] + mask[1], *latents[2:]
+
+    def of(self, rows: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """See `ControlContexts`."""
+        drawn = []
+        for row, generator in zip(rows, generators, strict=True):
+            own = self.places[row]
+            shard, place = own[int(torch.randint(len(own), (), generator=generator))]
+            tensors = (self.shards[shard][name][place] for name in TENSORS[:3])
+            drawn.append(torch.cat([each.float() for each in tensors]))
+        return torch.stack(drawn)
+
+
+def read_controls(folder: Path, clips: ClipSource) -> Contexts:
+    """The contexts of a folder.
+
+    ValueError where it holds none, or others than of those clips: one of each at least, of as many
+    frames, rows and columns.
+    """
+    shards = [read_weights(path).tensors for path in shards_of_controls(folder)]
+    if not shards or any(set(TENSORS) - set(each) for each in shards):
+        raise ValueError(
+            f"controls is {folder}, which holds no control contexts; make them of the miniature's "
+            "clips with `python -m training.world controls`"
+        )
+    found, sizes = Contexts(shards), {shard["mask"].shape[2:] for shard in shards}
+    if set(range(len(clips))) - set(found.places):
+        raise ValueError(
+            f"controls is {folder}, which controls {len(found.places)} clips of {len(clips)}; "
+            "make those that are missing"
+        )
+    if sizes != {torch.Size(clips.shape[1:])}:
+        raise ValueError(
+            f"controls is {folder}, of frames, rows and columns "
+            f"{' and '.join(str(tuple(each)) for each in sorted(sizes))}; the clips have "
+            f"{tuple(clips.shape[1:])}: make them of these clips"
+        )
+    return found
