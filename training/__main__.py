@@ -38,7 +38,16 @@ from .run.options import (
     print_rank_0,
     show_progress,
 )
-from .stages import consistency, dry_run, evaluation, latents, regression, teacher, trajectories
+from .stages import (
+    consistency,
+    control,
+    dry_run,
+    evaluation,
+    latents,
+    regression,
+    teacher,
+    trajectories,
+)
 from .stages.costs import RECIPES, Given, costs, format_costs, matmul_speed
 from .stages.export import export, export_supervised
 from .stages.latents import LatentsConfig
@@ -282,6 +291,9 @@ def _parser() -> argparse.ArgumentParser:
     cheaper = commands.add_parser("consistency", help="the same without stored trajectories")
     consistency.add_consistency_arguments(cheaper)
     cheaper.set_defaults(command=_or_dry(consistency.run_consistency, dry_run.dry_consistency))
+    controlling = commands.add_parser("control", help="train a VACE beside a frozen network")
+    control.add_control_arguments(controlling)
+    controlling.set_defaults(command=_or_dry(control.run_control, dry_run.dry_control))
     export = commands.add_parser("export", help="write a run's checkpoint as a student")
     export.set_defaults(command=run_export)
     export.add_argument("run", type=Path, help="folder of a run: re_dmd, ode_init or teacher")

@@ -17,17 +17,21 @@ from rf_core.companions import companions_of
 from rf_core.config import SPATIAL_FACTOR, CacheConfig, SamplerConfig
 from rf_core.model import WanModel
 from rf_core.options import DEMO
+from rf_core.vace import Vace
 from rf_core.weights.checkpoint import Companion, read_checkpoint, write_checkpoint
 from rf_core.weights.files import WeightFile
+from rf_core.weights.vace import save_vace
 from rf_core.writing import whole_file
 
 from ..data.embeddings import encoder_path
 from ..run.checkpointing import read_part
+from ..run.controlled import TrainedControl
 from ..run.distributed import rank
 from ..run.lora import BASE, LoRAConfig, exported, merged
 from .recipes import DistilConfig
 
 PROVENANCE_KEY = "rf_provenance"
+_VACE = "vace."
 Weights = Literal["average", "student"]
 
 
@@ -60,6 +64,18 @@ def write_student(
             provenance=note,
             companions=companions,
         )
+
+
+def write_control(path: Path, network: TrainedControl, note: Mapping[str, Any]) -> None:
+    """The same of a VACE alone, without its base."""
+    tensors = _full_state_dict(network)
+    if rank() == 0:
+        own = {name: each for name, each in tensors.items() if name.startswith(_VACE)}
+        whole = Vace(network.config, network.vace.config, device="meta")
+        whole.load_state_dict(
+            {name.removeprefix(_VACE): each for name, each in own.items()}, assign=True
+        )
+        save_vace(path, whole, provenance=note)
 
 
 def write_adapter(

@@ -15,7 +15,7 @@ from rf_core.control import GREY, packed_mask, parts_of
 from rf_core.decoders.vae import WanVAE
 from rf_core.weights.files import parse_json, read_weights
 
-from ..data.controls import controls_path, write_controls
+from ..control_files import controls_path, write_controls
 from .clips import num_images, scene_of, shards_of_clips
 from .outlines import draw_outlines
 from .scenes import SIZE, Scene, render
