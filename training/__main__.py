@@ -27,7 +27,15 @@ from .objective.verify import KINDS
 from .rewards.videoalign import convert
 from .run.config import to_json
 from .run.distributed import Stopped, check_shares, exit_code, process_group, world_size
-from .run.folder import STUDENT, TEACHER, checkpoints, read_config, recipe_of, saved_weights
+from .run.folder import (
+    CONTROL,
+    STUDENT,
+    TEACHER,
+    checkpoints,
+    read_config,
+    recipe_of,
+    saved_weights,
+)
 from .run.machine import check_machine, num_processes
 from .run.options import (
     add_config_arguments,
@@ -48,8 +56,9 @@ from .stages import (
     teacher,
     trajectories,
 )
+from .stages.control import ControlRunConfig
 from .stages.costs import RECIPES, Given, costs, format_costs, matmul_speed
-from .stages.export import export, export_supervised
+from .stages.export import export, export_control, export_supervised
 from .stages.latents import LatentsConfig
 from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
 from .stages.recipes import PRESETS, DistilConfig, student_path, with_sink
@@ -67,6 +76,7 @@ from .stages.trainer import report_numbers
 STRIP_PROMPT = "a red circle moves left"
 SIZES = {"1.3b": WAN_1_3B, "14b": WAN_14B}
 NETWORKS = ("student", "teacher", "critic")
+SAVED = {TeacherConfig.recipe: TEACHER, ControlRunConfig.recipe: CONTROL}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -183,7 +193,7 @@ def _export_distilled(args: argparse.Namespace, update: int, checkpoint: Path) -
 def _export_supervised(
     args: argparse.Namespace, recipe: str, update: int, checkpoint: Path
 ) -> None:
-    saved = args.run / (TEACHER if recipe == TeacherConfig.recipe else STUDENT)
+    saved = args.run / SAVED.get(recipe, STUDENT)
     if args.adapter:
         raise ValueError(f"{args.run} is a run of {recipe}, which trains no adapter")
     if not saved.exists():
@@ -191,7 +201,8 @@ def _export_supervised(
             f"{saved} is not there, which says what {checkpoint.name} is; --resume the run, which "
             "writes it with its next checkpoint"
         )
-    export_supervised(
+    exported = export_control if recipe == ControlRunConfig.recipe else export_supervised
+    exported(
         saved,
         checkpoint,
         args.out,

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rf_core.companions import companions_of
-from rf_core.config import SPATIAL_FACTOR, CacheConfig, SamplerConfig
+from rf_core.config import SPATIAL_FACTOR, CacheConfig, ModelConfig, SamplerConfig, VaceConfig
 from rf_core.model import WanModel
 from rf_core.options import DEMO
 from rf_core.vace import Vace
 from rf_core.weights.checkpoint import Companion, read_checkpoint, write_checkpoint
 from rf_core.weights.files import WeightFile
-from rf_core.weights.vace import save_vace
+from rf_core.weights.vace import fit_vace, read_vace, save_vace
 from rf_core.writing import whole_file
 
 from ..data.embeddings import encoder_path
@@ -70,12 +70,20 @@ def write_control(path: Path, network: TrainedControl, note: Mapping[str, Any]) 
     """The same of a VACE alone, without its base."""
     tensors = _full_state_dict(network)
     if rank() == 0:
-        own = {name: each for name, each in tensors.items() if name.startswith(_VACE)}
-        whole = Vace(network.config, network.vace.config, device="meta")
-        whole.load_state_dict(
-            {name.removeprefix(_VACE): each for name, each in own.items()}, assign=True
-        )
-        save_vace(path, whole, provenance=note)
+        _save_control(path, network.config, network.vace.config, tensors, note)
+
+
+def _save_control(
+    path: Path,
+    base: ModelConfig,
+    config: VaceConfig,
+    tensors: Mapping[str, Tensor],
+    note: Mapping[str, Any],
+) -> None:
+    own = {n.removeprefix(_VACE): each for n, each in tensors.items() if n.startswith(_VACE)}
+    vace = Vace(base, config, device="meta")
+    vace.load_state_dict(own, strict=True, assign=True)
+    save_vace(path, vace, provenance=note)
 
 
 def write_adapter(
@@ -165,6 +173,24 @@ def export_supervised(
         family=found.family,
         provenance={**found.provenance, "updates": update},
     )
+
+
+def export_control(
+    saved: Path,
+    checkpoint: Path,
+    out: Path,
+    *,
+    weights: Weights = "average",
+    dtype: torch.dtype = torch.bfloat16,
+    update: int,
+) -> None:
+    """The same of `control`, whose runs train a VACE."""
+    part = "average" if weights == "average" else "student.model"
+    tensors = {name: each.to(dtype) for name, each in read_part(checkpoint, part).items()}
+    found = read_vace(saved)
+    base = ModelConfig(**found.base)
+    note = {**found.provenance, "updates": update}
+    _save_control(out, base, fit_vace(found, base), tensors, note)
 
 
 def file_hash(path: Path) -> str:
