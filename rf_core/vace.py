@@ -37,7 +37,9 @@ from .model import (
     TimeContext,
     WanModel,
     embed_patches,
+    fingerprint_of,
 )
+from .ranges import check_numbers
 from .rope import Rope
 
 
@@ -49,7 +51,16 @@ class Control:
     """Latents of what is kept, latents of what is changed and the mask, [B or 1, Z, F, h, w]; F, h
     and w are the chunk's."""
     strength: float = 1.0
-    """How much of the hints is added; as published 1. 0 is none, to the bit."""
+    """How much of the hints is added, from 0 to 10; as published 1. 0 is none, to the bit."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, strength=(0, 10))
+
+    def framed(self) -> Tensor:
+        """The context and a plane of the strength behind it, to be cut by frames as latents are:
+        [B or 1, Z + 1, F, h, w], float32."""
+        plane = torch.full_like(self.context[:, :1], self.strength)
+        return torch.cat([self.context, plane], dim=1).float()
 
 
 class VaceBlock(Block):
@@ -205,6 +216,13 @@ class ControlledModel(nn.Module):
     def fingerprint(self) -> str:
         """The base's."""
         return self.base.fingerprint()
+
+    def control_facts(self) -> dict[str, Any] | None:
+        """Whose past lies in a cache, as JSON has it: None where the VACE sees none."""
+        if not self.control.past:
+            return None
+        own = fingerprint_of(self.vace.get_parameter("vace_blocks.0.modulation"))
+        return {"fingerprint": own, "layers": list(self.vace.config.layers)}
 
     def prompt_context(self, prompt_embeds_BSD: Tensor) -> PromptContext:
         """See `WanModel.prompt_context`; the VACE's layers come behind the base's."""
