@@ -1,9 +1,9 @@
 """The miniature world's command line: its data, and what its models show.
 
-`python -m training.world vae | text | clips | controls | evaluate | release`. Each stage reads what
-the ones before left in the output folder, takes a budget in minutes or steps, writes its result as
-it goes on, and records how it was made. Between clips and evaluation, the recipes of `python -m
-training` make teacher, student and control.
+`python -m training.world vae | text | clips | controls | evaluate | follow | release`. Each stage
+reads what the ones before left in the output folder, takes a budget in minutes or steps, writes its
+result as it goes on, and records how it was made. Between clips and evaluation, the recipes of
+`python -m training` make teacher, student and control.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .budget import Budget
 from .clips import ClipsConfig
 from .controls import ControlsConfig
 from .evaluate import EulerConfig, EvaluateConfig, format_report
+from .follow import FollowConfig, format_rows
 from .stages import Files
 from .train_text import TextTrainConfig
 from .train_vae import VAETrainConfig, train_vae
@@ -57,7 +58,7 @@ def _check(args: argparse.Namespace) -> None:
     check_numbers(args, **counts, threads=(1, 4096), minutes=(0, MANY), seed=(0, 2**63 - 1))
     check_numbers(args, guidance=(-1000.0, 1000.0))
     check_folder_writable(args.out)
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", "control"):
         path = getattr(args, name)
         if path is not None and not path.exists():
             raise ValueError(f"{name} is {path}, which is not there")
@@ -96,6 +97,15 @@ def run_evaluate(args: argparse.Namespace, files: Files) -> None:
     print(f"\nwritten to {files.report}")
 
 
+def run_follow(args: argparse.Namespace, files: Files) -> None:
+    """Measure how the demo's student follows its control, and print it."""
+    config, demo = FollowConfig(), replace(files, folder=args.demo)
+    config = replace(config, clips=args.count or config.clips)
+    control = args.control or args.demo / "control.safetensors"
+    found = stages.make_following(demo, control, config, args.out)
+    print(format_rows(found))
+
+
 def run_release(args: argparse.Namespace, files: Files) -> None:
     """Copy the results to the demo's folder."""
     sizes = stages.release(files, args.demo)
@@ -110,6 +120,7 @@ STAGES: dict[str, Stage] = {
     "clips": run_clips,
     "controls": run_controls,
     "evaluate": run_evaluate,
+    "follow": run_follow,
     "release": run_release,
 }
 
@@ -151,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "--teacher", type=Path, help="what is measured or released (default: OUT's)"
     )
     parser.add_argument("--student", type=Path, help="the same of the student")
+    parser.add_argument("--control", type=Path, help="what is followed (default: the demo's)")
     parser.add_argument("--guidance", type=float, help="the teacher's guidance")
     parser.add_argument("--euler-steps", type=int, help="the teacher's sampling steps")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
