@@ -88,8 +88,8 @@ class Row:
     """The first that no longer is; None for all."""
     switch_chunk: int | None = None
     """Where the prompt changes to another colour, by a recache."""
-    seen: tuple[int, int | None] = (0, None)
-    """The chunks that are measured, from and before."""
+    parts: tuple[tuple[str, int, int | None], ...] = (("", 0, None),)
+    """What is measured by itself: its name, the first chunk, and the first that is not."""
 
 
 def rows() -> list[Row]:
@@ -109,16 +109,18 @@ def rows() -> list[Row]:
         Row(name="controlled by edges of the clip (Sobel)", edges="sobel"),
         Row(name="controlled, all in the caption", prompt="caption"),
         *(Row(name=f"strength {each}", strength=each) for each in (0.25, 0.5, 0.75, 1.5)),
-        Row(name="from chunk 4 on: before", from_chunk=4, seen=(0, 4)),
-        Row(name="from chunk 4 on: after", from_chunk=4, seen=(5, None)),
-        Row(name="until chunk 6: before", until_chunk=6, seen=(0, 6)),
-        Row(name="until chunk 6: after", until_chunk=6, seen=(7, None)),
-        Row(name="prompt switched at chunk 6: before", switch_chunk=6, seen=(0, 6)),
-        Row(name="prompt switched at chunk 6: after", switch_chunk=6, seen=(8, None)),
+        Row(name="from chunk 4 on", from_chunk=4, parts=((": before", 0, 4), (": after", 5, None))),
+        Row(name="until chunk 6", until_chunk=6, parts=((": before", 0, 6), (": after", 7, None))),
+        Row(
+            name="prompt switched at chunk 6",
+            switch_chunk=6,
+            parts=((": before", 0, 6), (": after", 8, None)),
+        ),
         *(
             Row(name=f"past={way.past}, clean={way.clean}{name}", control=way, **changes)
             for name, changes in hard
             for way in ways
+            if changes.get("prompt") or way != ControlConfig()
         ),
     ]
 
@@ -146,31 +148,27 @@ def held_out(config: FollowConfig) -> list[Thing]:
 
 def follow(
     student: Student, row: Row, things: Sequence[Thing], config: FollowConfig
-) -> tuple[Tensor, list[dict[str, float]]]:
-    """The streams of a row, [B, T, 3, H, W] in [0, 1], and what of each thing is followed."""
-    colours = [each.colour for each in things]
-    prompts = [prompt_of(each, row.prompt) for each in things]
+) -> tuple[Tensor, dict[str, list[dict[str, float]]]]:
+    """The streams of a row, [B, T, 3, H, W] in [0, 1]; of each of its parts what is followed."""
     context = contexts_of(student.vae, tuple(things), row.edges, config.chunks)
-    stream = open_stream(student, prompts, row.control, config.seed)
+    shown = {0: things}
+    stream = open_stream(student, [prompt_of(t, row.prompt) for t in things], row, config.seed)
     videos = []
     for chunk in range(config.chunks):
         if chunk == row.switch_chunk:
-            colours = [other(COLOURS, each) for each in colours]
-            changed = [replace(t, colour=c) for t, c in zip(things, colours, strict=True)]
-            texts = [prompt_of(each, row.prompt) for each in changed]
+            shown[chunk] = [replace(t, colour=other(COLOURS, t.colour)) for t in things]
+            texts = [prompt_of(each, row.prompt) for each in shown[chunk]]
             stream.switch(student.encoder.encode(texts), "recache")
         controls = row.strength > 0 and chunk >= row.from_chunk
         controls = controls and (row.until_chunk is None or chunk < row.until_chunk)
         videos.append(_step(stream, context, row.strength if controls else 0))
-    video = torch.cat(videos, dim=1)
-    first, last = (None if c is None else _images(c) for c in row.seen)
-    if row.switch_chunk is not None and row.seen[1] == row.switch_chunk:
-        colours = [each.colour for each in things]
-    measured = [
-        followed(detect(each[first:last]), thing, colour, first or 0)
-        for each, thing, colour in zip(video, things, colours, strict=True)
-    ]
-    return video, measured
+    video, found = torch.cat(videos, dim=1), {}
+    for name, first, last in row.parts:
+        since = max(chunk for chunk in shown if chunk <= first)
+        begin, end = first_image(first), None if last is None else first_image(last)
+        pairs = zip(video[:, begin:end], shown[since], strict=True)
+        found[row.name + name] = [followed(detect(v), t, t.colour, begin) for v, t in pairs]
+    return video, found
 
 
 def _step(stream: Stream, context: Tensor, strength: float) -> Tensor:
@@ -183,12 +181,10 @@ def _step(stream: Stream, context: Tensor, strength: float) -> Tensor:
     return images
 
 
-def open_stream(
-    student: Student, prompts: Sequence[str], control: ControlConfig, seed: int
-) -> Stream:
-    """A stream of a batch of prompts."""
+def open_stream(student: Student, prompts: Sequence[str], row: Row, seed: int) -> Stream:
+    """A stream of a batch of prompts, under a row's control."""
     return Stream(
-        ControlledModel(student.base, student.control, control),
+        ControlledModel(student.base, student.control, row.control),
         student.encoder.encode(prompts),
         height=SIZE,
         width=SIZE,
@@ -266,8 +262,8 @@ def _median(values: Tensor) -> float:
     return float(values.median()) if len(values) else math.nan
 
 
-def _images(chunk: int, frames: int = 3) -> int | None:
-    """The first image of a chunk."""
+def first_image(chunk: int, frames: int = 3) -> int:
+    """The number of a chunk's first image."""
     return num_images(chunk * frames) if chunk else 0
 
 
@@ -311,7 +307,7 @@ def masked_clips(config: FollowConfig) -> list[MaskedClip]:
 
 
 def follow_masked(
-    student: Student, control: ControlConfig, config: FollowConfig
+    student: Student, row: Row, config: FollowConfig
 ) -> tuple[Tensor, dict[str, list[dict[str, float]]]]:
     """Streams in which the left half of a clip is kept, and the right half made of an outline.
 
@@ -321,7 +317,7 @@ def follow_masked(
     clips, images = masked_clips(config), num_images(3 * config.chunks)
     context = torch.cat(encode_controls(student.vae, [c.control(images) for c in clips]), dim=1)
     prompts = [colour_caption([clip.kept, clip.made]) for clip in clips]
-    stream = open_stream(student, prompts, control, config.seed)
+    stream = open_stream(student, prompts, row, config.seed)
     parts = [_step(stream, context, 1.0) for _ in range(config.chunks)]
     video = torch.cat(parts, dim=1)
     found: dict[str, list[dict[str, float]]] = {"kept": [], "made": []}
@@ -347,15 +343,17 @@ def measure(
         _, found = truth(student.vae, things, config)
         yield name, found
     for row in rows():
-        if row.name not in known:
-            video, found = follow(student, row, things, config)
+        if row.name + row.parts[-1][0] not in known:
+            video, parts = follow(student, row, things, config)
             images = [draw_outlines([(thing,)], video.shape[1])[0] for thing in things[:STRIPS]]
             _write_strips(out, row.name, [_channels_first(each) for each in images], video)
-            yield row.name, found
+            yield from parts.items()
     for past in (True, False):
         name = f"masked, past={past}"
         if f"{name}: made" not in known:
-            video, parts = follow_masked(student, ControlConfig(past=past), config)
+            video, parts = follow_masked(
+                student, Row(name=name, control=ControlConfig(past=past)), config
+            )
             clips = masked_clips(config)[:STRIPS]
             _write_strips(out, name, [each.control(video.shape[1]).images for each in clips], video)
             for part, found in parts.items():
