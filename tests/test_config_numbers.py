@@ -51,6 +51,7 @@ ALLOWED = {
     ("model.eps", 0): "a norm as it is written",
     ("*excerpts.*", 0): "none of it",
     ("*prompt_dropout", 0): "no prompt is dropped",
+    ("layers.0", 0): "the first hint is the first block's",
     ("colours_alone", 0): "no caption names a colour alone",
     ("run.redmd.guidance", 0): "none: the prompt's own score",
     ("run.redmd.weights.beta", 0): "no reward",

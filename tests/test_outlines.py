@@ -45,7 +45,7 @@ def pixels_of(video: torch.Tensor) -> torch.Tensor:
 def test_outlines_are_white_lines_on_black_where_shapes_have_their_edges():
     (video,) = draw_outlines([(thing(),)], 1)
     assert video.shape == (1, SIZE, SIZE, 3) and video.dtype == torch.float32
-    assert (video == video[..., :1]).all() and 0 <= video.min() and video.max() == 1
+    assert (video == video[..., :1]).all() and video.min() >= 0 and video.max() == 1
     line = video[0, ..., 0]
     assert line[30, 11:13].eq(1).all() and line[30, 27:29].eq(1).all()  # left and right sides
     assert line[21:23, 20].eq(1).all() and line[37:39, 20].eq(1).all()  # top and bottom
@@ -103,7 +103,7 @@ def test_control_videos_are_outlines_and_then_masked_ones_or_nothing():
 
 
 def test_shares_that_are_more_than_all_are_refused():
-    with pytest.raises(ValueError, match="masked is 0.9 and erased 0.2"):
+    with pytest.raises(ValueError, match=r"masked is 0.9 and erased 0.2"):
         ControlsConfig(masked=0.9, erased=0.2)
 
 

@@ -22,7 +22,7 @@ from rf_core.config import NUM_TRAIN_TIMESTEPS, ModelConfig, VaceConfig
 from rf_core.decoders.decoder import Decoder
 from rf_core.model import pad_prompt
 from rf_core.options import DEMO
-from rf_core.ranges import MANY, MAX_STEPS, check_numbers
+from rf_core.ranges import MANY, MAX_LAYERS, MAX_STEPS, check_numbers
 from rf_core.scheduler import add_noise, shift_sigma
 from rf_core.weights.checkpoint import read_checkpoint
 
@@ -107,6 +107,10 @@ class ControlRunConfig(SupervisedConfig):
         check_numbers(self, validation_steps=(1, MAX_STEPS), validation_shift=(0.01, 1000.0))
         check_numbers(self, validation_guidance=(1, 1000.0), frames=(1, MANY))
         VaceConfig(layers=self.layers)  # refuses what are no layers
+        if self.layers[-1] >= MAX_LAYERS:
+            raise ValueError(
+                f"layers end with {self.layers[-1]}; no network has more than {MAX_LAYERS} blocks"
+            )
         if self.placement.sequence_over not in (None, 1):
             raise ValueError(
                 f"placement.sequence_over is {self.placement.sequence_over}; control's tokens are "
@@ -133,7 +137,6 @@ def miniature_control() -> ControlRunConfig:
         ema=0.99,
         ema_from=None,
         validate_every=200,
-        validation_clips=64,
         validation_steps=14,
         validation_shift=12.0,
         validation_guidance=2.0,
