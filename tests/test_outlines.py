@@ -10,10 +10,10 @@ from einops import rearrange
 from rf_core.control import GREY, context_of
 from rf_core.decoders.decoder import load_decoder
 from rf_core.options import DEMO
+from training.control_videos import VariantsConfig
 from training.data.controls import read_controls
 from training.world.clips import CaptionedClips, ClipsConfig, read_clips, scene_of, write_clips
 from training.world.controls import (
-    ControlsConfig,
     control_videos,
     encode_controls,
     write_controls_of,
@@ -92,7 +92,7 @@ def test_control_videos_are_outlines_and_then_masked_ones_or_nothing():
     kinds = set()
     for index, scene in enumerate(SCENES):
         rng = np.random.default_rng(index)
-        whole, other = control_videos(scene, 3, ControlsConfig(), rng)
+        whole, other = control_videos(scene, 3, VariantsConfig(), rng)
         assert whole.mask.min() == 1 and whole.images.shape == (IMAGES, 3, SIZE, SIZE)
         kept = (other.mask == 0).expand_as(other.images)
         true = render([scene], IMAGES)[0]
@@ -104,11 +104,11 @@ def test_control_videos_are_outlines_and_then_masked_ones_or_nothing():
 
 def test_shares_that_are_more_than_all_are_refused():
     with pytest.raises(ValueError, match=r"masked is 0.9 and erased 0.2"):
-        ControlsConfig(masked=0.9, erased=0.2)
+        VariantsConfig(masked=0.9, erased=0.2)
 
 
 def test_contexts_are_those_that_a_stream_makes_of_the_same_videos():
-    videos = list(control_videos(SCENES[1], 3, ControlsConfig(masked=1, erased=0), _rng()))
+    videos = list(control_videos(SCENES[1], 3, VariantsConfig(masked=1, erased=0), _rng()))
     parts = encode_controls(open_vae(Files(DEMO)), videos)
     decoder = load_decoder(DEMO / "vae.safetensors", torch.device("cpu"), torch.float32, 3)
     for number, video in enumerate(videos):
@@ -127,7 +127,7 @@ def folder(tmp_path_factory):
     folder, vae = tmp_path_factory.mktemp("world"), open_vae(Files(DEMO))
     clips = ClipsConfig(num_clips=6, frames=3, shard_clips=4)
     assert list(write_clips(vae, clips, folder / "clips")) == [4, 6]
-    made = write_controls_of(vae, ControlsConfig(), folder / "clips", folder / "controls")
+    made = write_controls_of(vae, VariantsConfig(), folder / "clips", folder / "controls")
     assert list(made) == [4, 6]
     return folder
 
@@ -146,7 +146,7 @@ def test_contexts_of_clips_are_read_by_their_numbers(folder):
 
 def test_contexts_that_are_there_are_not_made_again(folder):
     before = {path: path.stat().st_mtime_ns for path in (folder / "controls").iterdir()}
-    vae, config = open_vae(Files(DEMO)), ControlsConfig()
+    vae, config = open_vae(Files(DEMO)), VariantsConfig()
     list(write_controls_of(vae, config, folder / "clips", folder / "controls"))
     assert {p: p.stat().st_mtime_ns for p in (folder / "controls").iterdir()} == before
 
@@ -165,4 +165,4 @@ def test_controls_of_other_clips_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="holds no control contexts"):
         read_controls(tmp_path, short)
     with pytest.raises(ValueError, match=r"holds no clips; run `python -m training.world clips`"):
-        list(write_controls_of(open_vae(Files(DEMO)), ControlsConfig(), tmp_path, tmp_path))
+        list(write_controls_of(open_vae(Files(DEMO)), VariantsConfig(), tmp_path, tmp_path))

@@ -48,6 +48,7 @@ from .run.options import (
 )
 from .stages import (
     consistency,
+    contexts,
     control,
     dry_run,
     evaluation,
@@ -302,6 +303,9 @@ def _parser() -> argparse.ArgumentParser:
     cheaper = commands.add_parser("consistency", help="the same without stored trajectories")
     consistency.add_consistency_arguments(cheaper)
     cheaper.set_defaults(command=_or_dry(consistency.run_consistency, dry_run.dry_consistency))
+    contextual = commands.add_parser("contexts", help="encode control videos, once")
+    contexts.add_contexts_arguments(contextual)
+    contextual.set_defaults(command=contexts.run_contexts)
     controlling = commands.add_parser("control", help="train a VACE beside a frozen network")
     control.add_control_arguments(controlling)
     controlling.set_defaults(command=_or_dry(control.run_control, dry_run.dry_control))

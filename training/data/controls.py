@@ -66,19 +66,22 @@ def read_controls(folder: Path, clips: ClipSource) -> Contexts:
     shards = [read_weights(path).tensors for path in shards_of_controls(folder)]
     if not shards or any(set(TENSORS) - set(each) for each in shards):
         raise ValueError(
-            f"controls is {folder}, which holds no control contexts; make them of the miniature's "
-            "clips with `python -m training.world controls`"
+            f"controls is {folder}, which holds no control contexts; make them with `python -m "
+            "training contexts`, or of the miniature's clips with `python -m training.world "
+            "controls`"
         )
-    found, sizes = Contexts(shards), {shard["mask"].shape[2:] for shard in shards}
+    found = Contexts(shards)
     if set(range(len(clips))) - set(found.places):
         raise ValueError(
             f"controls is {folder}, which controls {len(found.places)} clips of {len(clips)}; "
             "make those that are missing"
         )
-    if sizes != {torch.Size(clips.shape[1:])}:
+    sizes = {tuple(shard["mask"].shape[2:]) for shard in shards}
+    wanted = {(clips.shape[1], *size) for size in clips.buckets}
+    if sizes != wanted:
         raise ValueError(
             f"controls is {folder}, of frames, rows and columns "
-            f"{' and '.join(str(tuple(each)) for each in sorted(sizes))}; the clips have "
-            f"{tuple(clips.shape[1:])}: make them of these clips"
+            f"{' and '.join(map(str, sorted(sizes)))}; the clips have "
+            f"{' and '.join(map(str, sorted(wanted)))}: make them of these clips"
         )
     return found

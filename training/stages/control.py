@@ -270,9 +270,10 @@ class ControlTrainer(SupervisedTrainer):
     def video(self, embeds: Tensor, decoder: Decoder | None, seed: int) -> Tensor | None:
         """See `SupervisedTrainer`: a whole clip under a control of the clip of that prompt."""
         c, drawn = self.config, seeded_generator("validation", seed)
-        noise = torch.randn(1, *self.source.shape, generator=drawn).to(self.device)
         row = self.split.shown(c.validation_prompts)[seed]
         context = self.contexts.of([row], [drawn]).to(self.device, self.dtype)
+        shape = 1, self.source.shape[0], *context.shape[2:]
+        noise = torch.randn(shape, generator=drawn).to(self.device)
         steps = PairsConfig(
             steps=c.validation_steps, shift=c.validation_shift, guidance=c.validation_guidance
         )

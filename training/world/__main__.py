@@ -22,10 +22,10 @@ from rf_core.arguments import argument
 from rf_core.console import forgiving_console
 from rf_core.ranges import MANY, check_folder_writable, check_numbers
 
+from ..control_videos import VariantsConfig
 from . import stages
 from .budget import Budget
 from .clips import ClipsConfig
-from .controls import ControlsConfig
 from .evaluate import EulerConfig, EvaluateConfig, format_report
 from .follow import FollowConfig, format_rows
 from .stages import Files
@@ -85,7 +85,7 @@ def run_clips(args: argparse.Namespace, files: Files) -> None:
 
 def run_controls(args: argparse.Namespace, files: Files) -> None:
     """Encode the clips' outlines and masked regions, for `python -m training control`."""
-    stages.make_controls(files, ControlsConfig())
+    stages.make_controls(files, VariantsConfig())
 
 
 def run_evaluate(args: argparse.Namespace, files: Files) -> None:

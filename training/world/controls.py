@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,73 +15,23 @@ from rf_core.decoders.vae import WanVAE
 from rf_core.weights.files import parse_json, read_weights
 
 from ..control_files import controls_path, write_controls
+from ..control_videos import ControlVideo, VariantsConfig, variants
 from .clips import num_images, scene_of, shards_of_clips
 from .outlines import draw_outlines
-from .scenes import SIZE, Scene, render
+from .scenes import Scene, render
 from .train_vae import to_wan
 
 LINES = (1.0, 3.0)  # pixels: widths of outlines, as edge filters differ in theirs
-LEAST_SIDE = 20  # pixels: of a masked region
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlsConfig:
-    """What of each clip is controlled. Each has its whole outlines, and one context more."""
-
-    masked: float = 0.5
-    """Share of the others that are outlines in a rectangle, with the true clip around it."""
-    erased: float = 0.25
-    """Share that are a rectangle of grey, to be filled by the prompt alone, in the true clip. What
-    is left are whole clips of grey: no control."""
-    seed: int = 6
-    """Seeds lines and rectangles."""
-
-    def __post_init__(self) -> None:
-        if min(self.masked, self.erased) < 0 or self.masked + self.erased > 1:
-            raise ValueError(
-                f"masked is {self.masked} and erased {self.erased}; give shares of at most 1 in all"
-            )
-
-
-@dataclass(frozen=True)
-class ControlVideo:
-    """What a user would give: a video and a mask."""
-
-    images: Tensor
-    """[T, 3, H, W] in [0, 1]."""
-    mask: Tensor
-    """[T, 1, H, W], 1 where the video is to be made."""
 
 
 def control_videos(
-    scene: Scene, frames: int, config: ControlsConfig, rng: np.random.Generator
+    scene: Scene, frames: int, config: VariantsConfig, rng: np.random.Generator
 ) -> Iterator[ControlVideo]:
     """The control videos of a clip of so many latent frames: its outlines, and one more."""
     images = num_images(frames)
-    outlines = _outlines(scene, images, rng)
-    whole = torch.ones(images, 1, SIZE, SIZE)
-    yield ControlVideo(outlines, whole)
-    kind = rng.random()
-    if kind >= config.masked + config.erased:
-        yield ControlVideo(torch.full_like(outlines, GREY), whole)
-        return
-    mask = rectangle(rng).expand(images, -1, -1, -1)
-    inside = outlines if kind < config.masked else torch.full_like(outlines, GREY)
-    yield ControlVideo(torch.where(mask > 0, inside, render([scene], images)[0]), mask)
-
-
-def _outlines(scene: Scene, images: int, rng: np.random.Generator) -> Tensor:
     drawn = draw_outlines([scene], images, line=rng.uniform(*LINES))[0]
-    return rearrange(drawn, "t h w c -> t c h w")
-
-
-def rectangle(rng: np.random.Generator) -> Tensor:
-    """A mask of a rectangle anywhere in the picture, [1, 1, H, W]."""
-    mask = torch.zeros(1, 1, SIZE, SIZE)
-    height, width = rng.integers(LEAST_SIDE, SIZE, 2, endpoint=True)
-    top, left = (rng.integers(SIZE - side, endpoint=True) for side in (height, width))
-    mask[..., top : top + height, left : left + width] = 1
-    return mask
+    outlines = rearrange(drawn, "t h w c -> t c h w")
+    return variants(render([scene], images)[0], outlines, config, rng)
 
 
 @torch.no_grad()
@@ -110,7 +59,7 @@ def _encode(vae: WanVAE, images: Tensor) -> Tensor:
 
 
 def write_controls_of(
-    vae: WanVAE, config: ControlsConfig, clips: Path, folder: Path
+    vae: WanVAE, config: VariantsConfig, clips: Path, folder: Path
 ) -> Iterator[int]:
     """Encode the missing contexts of the clips of a folder; yields how many clips have theirs.
 

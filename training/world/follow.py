@@ -29,8 +29,9 @@ from rf_core.text import TextEncoder
 from rf_core.vace import Control, ControlledModel, Vace
 from rf_core.weights.checkpoint import Checkpoint
 
+from ..control_videos import ControlVideo
 from .clips import decode_latents, encode_scenes, num_images, scene_of
-from .controls import ControlVideo, encode_controls
+from .controls import encode_controls
 from .outlines import draw_outlines, sobel
 from .scenes import (
     COLOURS,

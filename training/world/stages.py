@@ -27,6 +27,7 @@ from rf_core.weights.files import read_weights
 from rf_core.weights.vace import load_vace
 from rf_core.writing import whole_file, write_text
 
+from ..control_videos import VariantsConfig
 from .clips import (
     ClipsConfig,
     num_images,
@@ -34,7 +35,7 @@ from .clips import (
     to_channels_last,
     write_clips,
 )
-from .controls import ControlsConfig, write_controls_of
+from .controls import write_controls_of
 from .evaluate import EulerConfig, EvaluateConfig, Report, evaluate
 from .follow import FollowConfig, Student, line, measure
 from .train_text import TextTrainConfig, train_text
@@ -102,7 +103,7 @@ def make_clips(files: Files, config: ClipsConfig) -> None:
         _log.info("%d clips", count)
 
 
-def make_controls(files: Files, config: ControlsConfig) -> None:
+def make_controls(files: Files, config: VariantsConfig) -> None:
     """Encode control contexts of the training clips."""
     for count in write_controls_of(open_vae(files), config, files.clips, files.controls):
         _log.info("controls of %d clips", count)
