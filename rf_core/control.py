@@ -146,8 +146,8 @@ class ControlSource:
         if first:
             self._since, self._continues = begin, False
         active = self._from <= begin + count / 2 < self._until
-        context = None
-        if active and not self._ended and (self._continues or self._begin(begin, first)):
+        continues, self._continues, context = self._continues, False, None  # one that fails does not
+        if active and not self._ended and (continues or self._begin(begin, first)):
             context = self._next(count)
         if self._ended and not begin:
             raise ValueError(
@@ -254,5 +254,5 @@ def check_times(start: float, end: float | None) -> None:
 
 
 def _require_numbers(what: str, images: Tensor) -> None:
-    if not images.isfinite().all():
+    if images.isnan().any():
         raise ValueError(f"{what} holds values that are no numbers (NaN); give another")

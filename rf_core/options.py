@@ -17,6 +17,7 @@ import torch
 from .attention import check_device
 from .companions import OPTIONS, TEXT_ENCODER, VAE, belongs_with, check_vae
 from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, recorded
+from .control_inputs import ControlInputs
 from .devices import preferred_dtype
 from .families import AUTO, Family
 from .memory.footprint import Sizes
@@ -32,6 +33,8 @@ from .weights.lora import Lora
 from .weights.recognise import Told
 
 DEMO = Path(__file__).parent / "demo"
+DEMO_CONTROL = DEMO / "control.safetensors"
+"""The bundled control network, for the bundled student."""
 SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA = 20, 400
 """Chunks between snapshots; on a card one of 480x832 is 4.5 GB, which the network waits for."""
 
@@ -56,12 +59,14 @@ class Files:
     """Folder or hub id of its tokenizer, where the encoder comes without one."""
     loras: tuple[Lora, ...] = ()
     """Adapters merged into the student."""
+    control: Path | None = None
+    """A VACE for the student, which follows `Options.control`."""
 
     def named(self) -> dict[str, Any]:
         """Names alone, for the record kept in videos and snapshots."""
         loras = [f"{lora.path.name}:{lora.strength:g}" for lora in self.loras]
         names = {"model": self.model.name, "submodel": self.submodel, "vae": self.vae.name}
-        return {**names, "loras": loras}
+        return {**names, "loras": loras, "control_model": self.control and self.control.name}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,8 @@ class Options:
     """Fields of SamplerConfig in place of the checkpoint's."""
     start: Path | None = None
     """A picture or clip to begin with; of a clip the last images, as many as the window holds."""
+    control: ControlInputs = field(default_factory=ControlInputs)
+    """What controls it beside its prompts."""
     device: str = "cpu"
     dtype: torch.dtype | Literal["auto"] = torch.float32
     """What networks compute in; `auto`: what suits them and the device, or what was begun with."""
@@ -219,6 +226,7 @@ class Plan:
             "weights": options.weights,
             "crf": options.crf,
             "start": options.start and options.start.name,
+            "control": options.control.record(),
             "prompts": [[p.chunk, str(p.switch), p.text] for p in self.prompts],
         }
 
@@ -231,6 +239,11 @@ class Plan:
 def model_path(name: str) -> Path:
     """The student that a command line names: `demo` is the bundled one, all else a path."""
     return Files().model if name == "demo" else Path(name)
+
+
+def control_path(name: str) -> Path:
+    """The control network that a command line names: `demo` is the bundled one."""
+    return DEMO_CONTROL if name == "demo" else Path(name)
 
 
 def files_of_model(
@@ -277,6 +290,11 @@ def plan(options: Options) -> Plan:
     height = native[0] if options.height is None else options.height
     width = native[1] if options.width is None else options.width
     latent_size(height, width, checkpoint.config.patch_size)
+    if options.control.given and sampler.rolling:
+        raise ValueError(
+            "a rolling sampler takes no control, for it begins chunks before their control is "
+            "there; use a student that makes one chunk at a time"
+        )
     VideoFormat(width=width, height=height, crf=options.crf)
     clip_chunks = 0 if options.start is None else _clip_chunks(options.start, cache)
     clock = ChunkClock.of(cache, clip_chunks=clip_chunks, fps=fps)
@@ -374,6 +392,7 @@ def _check_values(options: Options) -> None:
     )
     check_numbers(options.files, num_heads=(1, MANY))
     check_device(options.device, options.dtype, options.attention)
+    options.control.check_model(options.files.control)
     if options.compile and options.graphs is True:
         raise ValueError("compiled blocks are not recorded; leave out --compile or --graphs on")
     if "stream" in (options.offload, options.text_offload) and "cuda" not in options.device:
@@ -405,6 +424,9 @@ def _check_files(options: Options) -> None:
     for what, path in (wanted | {"text encoder": encoder} if local else wanted).items():
         if not path.exists():
             raise ValueError(f"there is no {what} at {path}; check the path")
+    options.control.check_files()
+    if (control := options.files.control) is not None and not control.exists():
+        raise ValueError(f"there is no control model at {control}; check the path")
     for lora in options.files.loras:
         if not lora.path.exists():
             raise ValueError(f"there is no LoRA at {lora.path}; check the path")

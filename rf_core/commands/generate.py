@@ -19,6 +19,7 @@ from ..generate import attention_of, follow, generate, load, load_sequence_paral
 from ..options import SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA, Plan, plan
 from ..prompt_files import read_prompt_file
 from ..stream import Stream
+from .control import CONTROL, add_control
 from .live import LIVE, add_live, run_live_session, run_replay
 from .printing import ProgressLine, dtype_note, family_lines, print_plan
 from .run_options import batch_options, leave_out, single_options
@@ -137,6 +138,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="PIXELS", help="default: the model's own")
     add("--height", type=int, metavar="PIXELS", help="default: the model's own")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same video")
+    add_control(parser.add_argument_group("control", CONTROL))
     add_live(parser.add_argument_group("live", LIVE))
     weights = parser.add_argument_group("weights")
     add = weights.add_argument
