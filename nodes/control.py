@@ -26,9 +26,9 @@ class LoadControl(io.ComfyNode):
             node_id="RFLoadControl",
             display_name="Load RF Control",
             category=CATEGORY,
-            description="Puts a VACE beside a model, so that a stream follows depth, pose, outlines "
-            "or a masked video from Control Video. Published for Wan 2.1 1.3B; other sizes do not "
-            "fit.",
+            description="Puts a VACE beside a model, so that a stream follows depth, pose, "
+            "outlines or a masked video from Control Video. Published for Wan 2.1 1.3B; other "
+            "sizes do not fit.",
             search_aliases=[CATEGORY, "vace", "controlnet", "video control", "depth", "pose"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load RF Model, Load RF Demo or a LoRA."),
@@ -145,7 +145,9 @@ class ControlVideo(io.ComfyNode):
         if control is None and reference is None:
             raise ValueError("nothing is connected; connect control, a video, or reference")
         if control is None and mask is not None:
-            raise ValueError("mask says which part of a control video is made anew; connect control")
+            raise ValueError(
+                "mask says which part of a control video is made anew; connect control"
+            )
         if end and end <= start:
             raise ValueError(f"end is {end:g} and start {start:g}; let it end later, or 0: never")
         return io.NodeOutput(

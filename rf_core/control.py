@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,7 @@ from torch import Tensor
 
 from .config import FPS, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from .decoders.decoder import DecoderState
-
-if TYPE_CHECKING:
-    from .source import ChunkEncoder, ImageReader
+from .source import ChunkEncoder, ImageReader
 
 GREY = 0.5
 """What stands for no picture, in [0, 1]: 0 in the encoder's range."""
@@ -127,7 +124,7 @@ class ControlSource:
         if mask is not None and images is None:
             raise ValueError("a mask says which part of a control video is kept; give one with it")
         self._encoder, self._size = encoder, (height, width)
-        self._step = encoder.temporal_factor
+        self._step = encoder.source_images_of(1, first=False)
         self._readers = [each for each in (images, mask) if each is not None]
         self._from, self._until = start * fps, math.inf if end is None else end * fps
         self._encodings = _Encodings(encoder)
@@ -146,7 +143,11 @@ class ControlSource:
         if first:
             self._since, self._continues = begin, False
         active = self._from <= begin + count / 2 < self._until
-        continues, self._continues, context = self._continues, False, None  # one that fails does not
+        continues, self._continues, context = (
+            self._continues,
+            False,
+            None,
+        )  # one that fails does not
         if active and not self._ended and (continues or self._begin(begin, first)):
             context = self._next(count)
         if self._ended and not begin:
@@ -192,11 +193,12 @@ class ControlSource:
         """The context of the next so many images; None at the end."""
         taken = [reader.take(count) for reader in self._readers]
         self._read += count
-        if any(each is None for each in taken):
+        found = [each for each in taken if each is not None]
+        if len(found) < len(taken):
             self._ended = True
             return None
-        images = torch.full((count, 3, *self._size), GREY) if not taken else taken[0]
-        mask = taken[1].mean(dim=1, keepdim=True) if len(taken) > 1 else None
+        images, *masks = found or [torch.full((count, 3, *self._size), GREY)]
+        mask = masks[0].mean(dim=1, keepdim=True) if masks else None
         return self._encodings.context(images, mask)
 
 
@@ -213,7 +215,7 @@ class _Encodings:
         images = images.clamp(0, 1)
         mask = torch.ones_like(images[:, :1]) if mask is None else mask.clamp(0, 1)
         _require_numbers("the mask", mask)
-        step = self._encoder.temporal_factor
+        step = self._encoder.source_images_of(1, first=False)
         packed = packed_mask(mask, step if self._inactive.state else 1, step)
         inactive, reactive = parts_of(images, mask)
         latents = self._inactive.encode(inactive), self._reactive.encode(reactive)
@@ -233,7 +235,8 @@ class _Encoding:
     def encode(self, images: Tensor) -> Tensor:
         """Latents [1, C, F, h, w] of the next images [T, 3, H, W]."""
         before = images[:1] if self._last is None else self._last
-        still, step = bool((images == before).all()), self._encoder.temporal_factor
+        still = bool((images == before).all())
+        step = self._encoder.source_images_of(1, first=False)
         if still and self._still >= self._encoder.source_memory_images + step:
             return self._frame.expand(-1, -1, len(images) // step, -1, -1)
         if self.state is None:  # TAEHV's first frame is of as many images as the others

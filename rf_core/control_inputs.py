@@ -16,7 +16,7 @@ from torch import Tensor
 from .control import ControlSource, check_times, fitted_reference, shape_note
 from .ranges import MANY
 from .source import AtEnd, ChunkEncoder, ImageReader, clip_reader
-from .video import check_images, count_images, image_size, read_images
+from .video import check_images, image_size, read_images
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +47,7 @@ class ControlInputs:
         for name, most in (("strength", STRONGEST), ("start", MANY), ("end", MANY)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
-                raise ValueError(
-                    f"--control-{name} is {value:g}; give a number from 0 to {most:g}"
-                )
+                raise ValueError(f"--control-{name} is {value:g}; give a number from 0 to {most:g}")
         check_times(self.start, self.end)
         if self.at_end not in get_args(AtEnd):
             raise ValueError(f"at_end is {self.at_end!r}; use one of {', '.join(get_args(AtEnd))}")
@@ -72,8 +70,8 @@ class ControlInputs:
             )
         if model is not None and not self.given:
             raise ValueError(
-                f"--control-model {model} has nothing to follow; give --control VIDEO or --reference "
-                "PICTURE, or leave it out"
+                f"--control-model {model} has nothing to follow; give --control VIDEO or "
+                "--reference PICTURE, or leave it out"
             )
 
     def check_files(self) -> None:
@@ -84,9 +82,10 @@ class ControlInputs:
             if not path.is_file():
                 raise ValueError(f"there is no {what} at {path}; check the path")
             check_images(path)
-        if self.video is not None and self.mask is not None:
-            if note := shape_note(image_size(self.video), image_size(self.mask)):
-                _log.warning("%s", note)
+        if self.video is None or self.mask is None:
+            return
+        if note := shape_note(image_size(self.video), image_size(self.mask)):
+            _log.warning("%s", note)
 
     def record(self) -> dict[str, Any] | None:
         """What is kept in a video's metadata; None where nothing controls it."""
