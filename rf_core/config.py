@@ -88,6 +88,44 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VaceConfig:
+    """What a VACE has that its base does not say (VACE, arXiv 2503.07598). Defaults are those of
+    the published Wan2.1-VACE-1.3B."""
+
+    layers: tuple[int, ...] = tuple(range(0, 30, 2))
+    """The base's blocks that get a hint, in order; 0 is among them."""
+    in_channels: int = 96
+    """Channels of the control: latents of what is kept, of what is changed, and the mask."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # as JSON has a list
+        check_counts(self, in_channels=(1, LARGEST_WIDTH))
+        whole = all(type(layer) is int for layer in self.layers)
+        if not whole or self.layers[:1] != (0,) or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f"layers are {self.layers}; they are numbers of the base's blocks, each once, that "
+                "rise from 0"
+            )
+
+    @classmethod
+    def spread(cls, blocks: int, base_blocks: int, **options: Any) -> VaceConfig:
+        """Hints at even distances over the base's blocks, as all published ones have them."""
+        step = max(1, base_blocks // max(1, blocks))
+        return cls(layers=tuple(range(0, step * blocks, step)), **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """How a control's network takes part in a stream of chunks, which it was not trained for."""
+
+    past: bool = True
+    """Whether it sees the chunks of the window before the one at hand, through layers of its own
+    in the stream's cache; else it sees that chunk alone, and has no cache."""
+    clean: bool = True
+    """Whether a chunk is hinted too in the clean pass, which leaves what later chunks see."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """The sliding window and its EMA-Sink. Defaults are the published inference settings."""
 

@@ -270,6 +270,20 @@ class Head(nn.Module):
         return self.head(h)
 
 
+def hinted(x_BLC: Any, hint_BLC: Tensor | None) -> Any:
+    """Tokens, or a `Residual`, with a hint added where there is one."""
+    if hint_BLC is None:
+        return x_BLC
+    if isinstance(x_BLC, Residual):
+        return x_BLC._replace(x_BLC=x_BLC.x_BLC + hint_BLC)
+    return x_BLC + hint_BLC
+
+
+def summed(x_BLC: Tensor | Residual) -> Tensor:
+    """Tokens, their last sum made."""
+    return add_gated(*x_BLC) if isinstance(x_BLC, Residual) else x_BLC
+
+
 def summed_and_normed(
     x_BLC: Tensor | Residual,
     shift_BF1C: Tensor,

@@ -8,7 +8,8 @@ be cloned and offloaded by its host, and gives the same result when a forward is
 from __future__ import annotations
 
 import hashlib
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from . import operations
 from .attention import Attention, sdpa
-from .config import CacheConfig, Grid, ModelConfig
+from .config import CacheConfig, ControlConfig, Grid, ModelConfig
 from .kv_cache import KeyValues, KVCache
 from .kv_int8 import Int8KVCache
-from .layers import Block, CountedPromptKV, Head, HeadModulations, Modulations, PromptKV
+from .layers import Block, CountedPromptKV, Head, HeadModulations, Modulations, PromptKV, hinted
 from .padding import counted_rows
 from .rope import Rope, rope_table
 
@@ -31,6 +32,9 @@ PromptContext = tuple[PromptKV, ...]
 """A prompt's cross-attention keys and values, one pair a layer."""
 CountedPrompt = tuple[CountedPromptKV, ...]
 """The same with its padding counted."""
+Hints = Callable[[Tensor, Rope], Iterator[Tensor | None]]
+"""What another network adds behind the blocks: of a chunk's embedded latents [B, L, C] and their
+places, for every block in turn what is added to its result [B, L, C], or None."""
 
 
 class TimeContext(NamedTuple):
@@ -53,11 +57,25 @@ class TimeContext(NamedTuple):
         return cls(timestep_BF, blocks, HeadModulations(*parts[last:]), whole_NBF1C)
 
 
+class ControlTokens(NamedTuple):
+    """A chunk's control as the network takes it: what does not change from pass to pass."""
+
+    tokens_BLC: Tensor
+    """Its embedded context, which the chunk's own tokens are added to."""
+    strength_F: Tensor | None
+    """How much of the hints each frame gets, in the dtype of the tokens; None for nothing at all:
+    only later chunks may then see it."""
+
+
 class Network(Protocol):
     """What a stream asks of a network: a `WanModel`, or what stands for one."""
 
     @property
     def config(self) -> ModelConfig: ...
+    @property
+    def control(self) -> ControlConfig | None:
+        """How it takes control: then it is a `ControlledNetwork`. None where it takes none."""
+
     @property
     def patch_embedding(self) -> nn.Conv3d: ...
     def fingerprint(self) -> str: ...
@@ -94,12 +112,46 @@ class Network(Protocol):
     ) -> Tensor: ...
 
 
+class ControlledNetwork(Network, Protocol):
+    """A network whose chunks may have a control beside the prompt (`vace.ControlledModel`)."""
+
+    @property
+    def control_channels(self) -> int: ...
+    def embed_control(
+        self, context: Tensor, strength_F: Tensor | None, dtype: torch.dtype, /
+    ) -> ControlTokens: ...
+    def write_cache(
+        self,
+        x: Tensor,
+        time: TimeContext,
+        prompt: PromptContext | CountedPrompt,
+        cache: KeyValues,
+        attention: Attention,
+        control: ControlTokens | None = None,
+        /,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: Tensor,
+        time: TimeContext,
+        prompt: PromptContext | CountedPrompt,
+        cache: KeyValues,
+        attention: Attention,
+        control: ControlTokens | None = None,
+        /,
+    ) -> Tensor: ...
+
+
 class WanModel(nn.Module):
     """Wan 2.1 text-to-video (arXiv 2503.20314), keyed as released.
 
     `operations` supplies Linear, LayerNorm, RMSNorm and Conv3d. Parameters are uninitialised until
-    a state dict is loaded or `initialise` is called.
+    a state dict is loaded or `initialise` is called. Blocks of another network that reads the same
+    prompt and timesteps may follow its own in what is made of those (`further`).
     """
+
+    control = None
+    """It takes none by itself."""
 
     def __init__(
         self,
@@ -133,36 +185,41 @@ class WanModel(nn.Module):
         """Tells one training's weights from another's; see `fingerprint_of`."""
         return fingerprint_of(self.get_parameter("blocks.0.modulation"))
 
-    def prompt_context(self, prompt_embeds_BSD: Tensor) -> PromptContext:
+    def prompt_context(
+        self, prompt_embeds_BSD: Tensor, further: Iterable[nn.Module] = ()
+    ) -> PromptContext:
         """Cross-attention keys and values of a prompt, computed once for as long as it lasts.
 
         Takes the text encoder's output [B, S, text_dim] with S up to `text_len`; shorter prompts
         are padded with zeros to `text_len`, which the network attends to, as it was trained.
         """
         text = self.text_embedding(pad_prompt(prompt_embeds_BSD, self.config))
-        return tuple(block.prompt_kv(text) for block in self.blocks)  # type: ignore[operator]
+        return tuple(block.prompt_kv(text) for block in chain(self.blocks, further))  # type: ignore[operator]
 
-    def counted_prompt(self, prompt_embeds_BSD: Tensor) -> PromptContext | CountedPrompt:
+    def counted_prompt(
+        self, prompt_embeds_BSD: Tensor, further: Iterable[nn.Module] = ()
+    ) -> PromptContext | CountedPrompt:
         """As `prompt_context`, for streams: attention sees one key for all equal ones of padding.
 
         The flow is the same but for rounding. Rows of padding are those of zeros at the end.
         """
         embeds = pad_prompt(prompt_embeds_BSD, self.config)
         if (counted := counted_rows(embeds)) is None:
-            return self.prompt_context(embeds)
+            return self.prompt_context(embeds, further)
         rows_BSD, bias_BS = counted
         text = self.text_embedding(rows_BSD)
-        layers = (block.prompt_kv(text) for block in self.blocks)  # type: ignore[operator]
+        layers = (block.prompt_kv(text) for block in chain(self.blocks, further))  # type: ignore[operator]
         return tuple(CountedPromptKV(kv.k_BSHD, kv.v_BSHD, bias_BS) for kv in layers)
 
-    def time_context(self, timestep_BF: Tensor, dtype: torch.dtype) -> TimeContext:
+    def time_context(
+        self, timestep_BF: Tensor, dtype: torch.dtype, further: Iterable[nn.Module] = ()
+    ) -> TimeContext:
         """What timesteps in [0, 1000] are to every block, computed once for as long as they recur.
 
         `dtype` is what the network computes in.
         """
-        time = self._time(timestep_BF, dtype)
-        layers = zip(self.blocks, time.blocks, strict=True)
-        blocks = [block.modulations(time_BF6C) for block, time_BF6C in layers]  # type: ignore[operator]
+        time = self.projected_time(timestep_BF, dtype)
+        blocks = [block.modulations(time.blocks[0]) for block in chain(self.blocks, further)]  # type: ignore[operator]
         return TimeContext.of(timestep_BF, torch.stack([*chain(*blocks), *time.head]))
 
     @property
@@ -179,12 +236,13 @@ class WanModel(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         keep_rotated: bool = True,
+        further_layers: int = 0,
     ) -> KVCache:
         """An empty cache for a stream of this network; see `KVCache.allocate`."""
         kind = Int8KVCache if config.storage == "int8" else KVCache
         return kind.allocate(
             config,
-            num_layers=self.config.num_layers,
+            num_layers=self.config.num_layers + further_layers,
             batch=batch,
             grid=grid,
             num_heads=self.cached_heads,
@@ -201,20 +259,23 @@ class WanModel(nn.Module):
         prompt: PromptContext | CountedPrompt,
         cache: KeyValues | None = None,
         attention: Attention = sdpa,
+        hints: Hints | None = None,
     ) -> Tensor:
         """Predict the flow of latents `x` [B, C, F, h, w].
 
         `time` is the frames' timesteps [B, F] in [0, 1000], or what `time_context` makes of them.
         With a cache the frames are the current chunk and see its window; `cache.advance()` must
-        have opened their slot. Without one all frames see each other.
+        have opened their slot. Without one all frames see each other. `hints` are added behind the
+        blocks.
         """
-        context, rope = self._time(time, x.dtype), self.rope(x, cache)
+        context, rope = self.projected_time(time, x.dtype), self.rope(x, cache)
         tokens = self._tokens(x)
-        for index, (block, at, kv) in enumerate(
-            zip(self.blocks, context.blocks, prompt, strict=True)
+        added = self._added(hints, tokens, rope)
+        for index, (block, at, kv, hint) in enumerate(
+            zip(self.blocks, context.blocks, prompt, added, strict=True)
         ):
             window = None if cache is None else cache.layer(index)
-            tokens = block(tokens, at, kv, rope, window, attention)
+            tokens = hinted(block(tokens, at, kv, rope, window, attention), hint)
         return self._unpatchify(self.head(tokens, context.head), self._grid(x))
 
     def write_cache(
@@ -224,15 +285,21 @@ class WanModel(nn.Module):
         prompt: PromptContext | CountedPrompt,
         cache: KeyValues,
         attention: Attention = sdpa,
+        hints: Hints | None = None,
     ) -> None:
-        """As `forward`, for what it leaves in the cache alone: ends at the last keys and values."""
-        context, rope = self._time(time, x.dtype), self.rope(x, cache)
+        """As `forward`, for what it leaves in the cache alone: ends at the last keys and values.
+
+        `hints` are gone through to their end.
+        """
+        context, rope = self.projected_time(time, x.dtype), self.rope(x, cache)
         tokens, last = self._tokens(x), len(self.blocks) - 1
-        for index, (block, at, kv) in enumerate(
-            zip(self.blocks, context.blocks, prompt, strict=True)
+        added = self._added(hints, tokens, rope)
+        for index, (block, at, kv, hint) in enumerate(
+            zip(self.blocks, context.blocks, prompt, added, strict=True)
         ):
             if index < last:
                 tokens = block(tokens, at, kv, rope, cache.layer(index), attention)
+                tokens = hinted(tokens, hint)
             else:
                 block.write_cache(tokens, at, rope, cache.layer(index))  # type: ignore[operator]
 
@@ -253,14 +320,13 @@ class WanModel(nn.Module):
     def _grid(self, x: Tensor) -> Grid:
         return Grid.of_latents(x.shape[-2], x.shape[-1], self.config.patch_size)
 
+    def _added(
+        self, hints: Hints | None, tokens_BLC: Tensor, rope: Rope
+    ) -> Iterable[Tensor | None]:
+        return repeat(None, len(self.blocks)) if hints is None else hints(tokens_BLC, rope)
+
     def _tokens(self, x: Tensor) -> Tensor:
-        embedding = self.patch_embedding
-        if type(embedding) is not nn.Conv3d:  # a host's, which may cast or patch its weights
-            return rearrange(embedding(x), "b c f h w -> b (f h w) c").contiguous()
-        # Patches do not overlap, so the convolution is a product, and as one it is fast everywhere.
-        _, p, q = self.config.patch_size
-        patches = rearrange(x, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
-        return F.linear(patches, embedding.weight.flatten(1), embedding.bias)
+        return embed_patches(self.patch_embedding, x, self.config.patch_size)
 
     # A compiler does not know that the table is kept, and would make it anew in every pass.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -271,7 +337,8 @@ class WanModel(nn.Module):
         table = rope_table(frames, grid, self.config.head_dim, x.device)
         return table.tokens(before * grid.frame_tokens, frames * grid.frame_tokens)
 
-    def _time(self, time: Tensor | TimeContext, dtype: torch.dtype) -> TimeContext:
+    def projected_time(self, time: Tensor | TimeContext, dtype: torch.dtype) -> TimeContext:
+        """What timesteps [B, F] are to every block before its own modulation is added."""
         # Under FSDP a block's parameters are there within its own forward alone, so timesteps that
         # come as a tensor are left to the blocks.
         if isinstance(time, TimeContext):
@@ -301,6 +368,18 @@ class WanModel(nn.Module):
             q=rows,
             r=columns,
         )
+
+
+def embed_patches(
+    embedding: nn.Module, x_BCFhw: Tensor, patch_size: tuple[int, int, int]
+) -> Tensor:
+    """Patches of latents as tokens [B, L, C], in frame, row, column order, by a convolution."""
+    if type(embedding) is not nn.Conv3d:  # a host's, which may cast or patch its weights
+        return rearrange(embedding(x_BCFhw), "b c f h w -> b (f h w) c").contiguous()
+    # Patches do not overlap, so the convolution is a product, and as one it is fast everywhere.
+    _, p, q = patch_size
+    patches = rearrange(x_BCFhw, "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
+    return F.linear(patches, embedding.weight.flatten(1), embedding.bias)
 
 
 def pad_prompt(prompt_embeds_BSD: Tensor, config: ModelConfig) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+from torch import nn
 
 from rf_core.config import CacheConfig, ModelConfig, SamplerConfig
 from rf_core.model import WanModel
 from rf_core.stream import Stream
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 CONFIG = ModelConfig(
     dim=48,
@@ -24,8 +29,12 @@ TWO_STEPS = SamplerConfig(steps=(1000, 500))
 
 def model(config: ModelConfig = CONFIG, seed: int = 0) -> WanModel:
     """A network whose every part matters: no weight is zero, the head included."""
+    return randomise(WanModel(config), seed)
+
+
+def randomise(network: _Network, seed: int) -> _Network:
+    """Frozen, with random weights that keep numbers at about their size."""
     generator = torch.Generator().manual_seed(seed)
-    network = WanModel(config)
     for name, parameter in network.named_parameters():
         scale = 0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
         with torch.no_grad():

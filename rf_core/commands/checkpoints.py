@@ -17,6 +17,7 @@ from ..weights.checkpoint import Checkpoint, convert, describe, read_checkpoint
 from ..weights.checks import size_name
 from ..weights.files import CheckpointError
 from ..weights.lora_facts import describe_lora, is_adapter
+from ..weights.vace import describe_vace, is_vace, read_vace
 from .run_options import leave_out
 from .shared import (
     DTYPES,
@@ -30,18 +31,21 @@ from .shared import (
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Print what a checkpoint or an adapter is."""
+    """Print what a checkpoint, an adapter or a VACE is."""
     check_numbers(args, num_heads=(1, MANY))
     try:
-        found = _read(args, args.model)
-    except CheckpointError:
-        if not is_adapter(args.model):
-            raise
-        given = {"submodel": None, "num_heads": None, "family": AUTO}
-        leave_out(args, "for checkpoints, and this is an adapter", **given)
-        print(describe_lora(args.model, _bases()))
+        print(describe(_read(args, args.model)))
         return 0
-    print(describe(found))
+    except CheckpointError:
+        kind = "an adapter" if is_adapter(args.model) else "a VACE"
+        if kind == "a VACE" and not is_vace(args.model):
+            raise
+    given = {"submodel": None, "num_heads": None, "family": AUTO}
+    leave_out(args, f"for checkpoints, and this is {kind}", **given)
+    if kind == "a VACE":
+        print(describe_vace(read_vace(args.model)))
+    else:
+        print(describe_lora(args.model, _bases()))
     return 0
 
 
@@ -81,7 +85,7 @@ def _read(args: argparse.Namespace, path: Path) -> Checkpoint:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Arguments of `inspect`."""
     parser.set_defaults(command=run_inspect)
-    what = "a checkpoint, or an adapter: file, folder or index"
+    what = "a checkpoint, an adapter or a VACE: file, folder or index"
     parser.add_argument("model", type=Path, help=what)
     add_choice(parser)
     add_family(parser)

@@ -70,6 +70,7 @@ class GraphedModel:
         self._model, self._given, self._must, self._failed = model, capture, must, False
         self._lock = threading.Lock()
         self.config, self.fingerprint = model.config, model.fingerprint
+        self.control = model.control
         self.counted_prompt, self.time_context = model.counted_prompt, model.time_context
         self._forget(size=None)
         self._look_at_network()

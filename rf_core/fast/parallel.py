@@ -39,7 +39,7 @@ from ..devices import make_current
 from ..kernels.reference import Rows
 from ..kv_cache import KeyValues, LayerWindow
 from ..layers import SelfAttention
-from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
+from ..model import CountedPrompt, Hints, PromptContext, TimeContext, WanModel
 from ..rope import Rope
 from ..state import Snapshot, snapshot_errors
 from ..stream import Stream
@@ -233,8 +233,10 @@ class SequenceParallelModel(WanModel):
         prompt: PromptContext | CountedPrompt,
         cache: KeyValues | None = None,
         attention: Attention = sdpa,
+        hints: Hints | None = None,
     ) -> Tensor:
         """As in one process: whole latents in, the whole flow out."""
+        assert hints is None, "a control's network is of one process"
         return self.split.gather(
             super().forward(self.split.shard(x), time, prompt, cache, attention)
         )
@@ -246,8 +248,10 @@ class SequenceParallelModel(WanModel):
         prompt: PromptContext | CountedPrompt,
         cache: KeyValues,
         attention: Attention = sdpa,
+        hints: Hints | None = None,
     ) -> None:
         """As in one process."""
+        assert hints is None, "a control's network is of one process"
         super().write_cache(self.split.shard(x), time, prompt, cache, attention)
 
     def rope(self, x: Tensor, cache: KeyValues | None) -> Rope:

@@ -12,7 +12,7 @@ Not counted: encoding start images, and what a text encoder takes beside its wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -266,8 +266,10 @@ def _fill(stream: Stream) -> None:
 class _LongestPrompt(WanModel):
     """A fake tensor has no values to find padding by, and the longest prompt has none."""
 
-    def counted_prompt(self, prompt_embeds_BSD: Tensor) -> PromptContext:
-        return self.prompt_context(prompt_embeds_BSD)
+    def counted_prompt(
+        self, prompt_embeds_BSD: Tensor, further: Iterable[nn.Module] = ()
+    ) -> PromptContext:
+        return self.prompt_context(prompt_embeds_BSD, further)
 
 
 @lru_cache(maxsize=256)

@@ -195,7 +195,7 @@ def read_checkpoint(
     require_text_to_video(file.path, tensors)
     tensors = without_counters(tensors)
     require_keys(file.path, tensors)
-    settings = _settings(file)
+    settings = settings_in(file)
     config = _find_sizes(file, tensors, settings, num_heads)
     require_shapes(file.path, tensors, config)
     on_disk = prefix_on_disk(file.tensors, prefix)
@@ -504,7 +504,8 @@ def _schedule_in(path: Path, settings: Mapping[str, Any], told: Told) -> dict[st
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _settings(file: WeightFile) -> dict[str, Any]:
+def settings_in(file: WeightFile) -> dict[str, Any]:
+    """What our metadata says; empty without it. CheckpointError for another version's."""
     settings = parse_json(file.path, file.metadata.get(SETTINGS_KEY, "{}"))
     found = settings.get("format", SETTINGS_FORMAT)
     if found != SETTINGS_FORMAT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,18 +56,22 @@ def _expected_keys(tensors: Iterable[str]) -> set[str]:
 
 def require_keys(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a network with a tensor missing or one too many."""
-    expected = _expected_keys(tensors)
-    missing = sorted(expected - tensors.keys())
-    unexpected = sorted(tensors.keys() - expected)
+    require_names(path, tensors, _expected_keys(tensors), "plain text-to-video Wan")
+
+
+def require_names(path: Path, found: Collection[str], expected: Collection[str], kind: str) -> None:
+    """Refuse tensors that are not those of a kind of network, by their names."""
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted(set(found) - set(expected))
     if missing or unexpected:
-        found = [
+        told = [
             f"{len(keys)} {label} ({shorten(keys)})"
             for label, keys in (("missing", missing), ("unexpected", unexpected))
             if keys
         ]
         raise CheckpointError(
-            f"{path}: is incomplete or no plain text-to-video Wan; of its tensors "
-            f"{' and '.join(found)}: use another file"
+            f"{path}: is incomplete or no {kind}; of its tensors {' and '.join(told)}: use another "
+            "file"
         )
 
 

@@ -50,6 +50,8 @@ _BLOCK_NAMES = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
     "scale_shift_table": "modulation",
+    "proj_in": "before_proj",  # of a VACE's blocks
+    "proj_out": "after_proj",
 }
 _OUTER_NAMES = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -151,6 +153,7 @@ _WAN_VARIANTS = (
     (r"(^|\.)face_adapter\.", "an Animate Wan"),
 )
 _OTHER_MODELS = (
+    (r"(^|\.)vace_blocks\.\d+\.", "a VACE, which controls a student,"),
     (r"(^|\.)decoder\.(upsamples|middle|up_blocks|mid_block|up)\.", "a VAE"),
     (r"^(taesd_)?decoder\.\d+\.", "a TAEHV decoder"),
     (
@@ -347,7 +350,7 @@ def _first_match(keys: Collection[str], table: Iterable[tuple[str, str]]) -> str
 
 
 def _rename(key: str, block_names: Mapping[str, str], outer_names: Mapping[str, str]) -> str:
-    block = re.match(r"blocks\.\d+\.", key)
+    block = re.match(r"(?:vace_)?blocks\.\d+\.", key)
     start, names = (block[0], block_names) if block else ("", outer_names)
     rest = key[len(start) :]
     for old, new in names.items():
