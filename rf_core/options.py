@@ -31,6 +31,7 @@ from .video import RUN, VideoFormat, check_images, count_images, read_metadata
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 from .weights.recognise import Told
+from .weights.vace import fit_vace, read_vace
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_CONTROL = DEMO / "control.safetensors"
@@ -284,6 +285,8 @@ def plan(options: Options) -> Plan:
         files.model, submodel=files.submodel, num_heads=files.num_heads, family=files.family
     )
     check_vae(files.model, checkpoint.companions, files.vae)
+    if files.control is not None:
+        fit_vace(read_vace(files.control), checkpoint.config)
     cache = replace(checkpoint.cache or checkpoint.preset.cache, **options.cache)
     sampler = replace(checkpoint.sampler or checkpoint.preset.sampler, **options.sampler)
     native, fps = checkpoint.size, checkpoint.preset.fps
@@ -474,6 +477,8 @@ def _check_resume(resolved: Plan, made: dict[str, Any] | None) -> None:
     if not options.resume or not (snapshot or options.output.exists()):
         return
     done, fixed = 0, 1
+    if made is not None:  # before there was control, there was none
+        made = {"control": None, "control_model": None} | made
     if snapshot is not None:
         done = snapshot.facts["num_chunks"]
         fixed = done + snapshot.facts["chunk_open"]  # chunks whose prompts cannot change
