@@ -9,7 +9,7 @@ decoder's longer memory. Files are safetensors; nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 from .config import SPATIAL_FACTOR, CacheConfig
 from .decoders.decoder import DecoderState
 from .kv_cache import KVCache, strip_prefix
+from .model import ControlTokens
 from .prompts import Interpolation
 from .weights.files import CheckpointError, parse_json, read_weights
 from .writing import whole_file
@@ -67,6 +68,8 @@ class PendingCleanPass:
     """What it was made under, [B, S, D]."""
     timestep: float = 0.0
     """At which it is run."""
+    control: ControlTokens | None = None
+    """What it was made by beside the prompt."""
 
 
 @dataclass
@@ -96,6 +99,13 @@ class StreamState:
     """Clean latents that seeded the sink, [B, C, <= `CacheConfig.kept_first`, h, w]."""
     last_latents: Tensor | None = None
     """Clean latents the rest of the window was made from, [B, C, <= `kept_last`, h, w]."""
+    first_control: Tensor | None = None
+    """The control of `first_latents`, with its strength behind it (`Control.framed`), [B, Z + 1, F,
+    h, w]; None while no chunk that is kept has any."""
+    last_control: Tensor | None = None
+    """The same of `last_latents`."""
+    reference_frames: int = 0
+    """Latent frames of references at the window's beginning, which are no part of the video."""
     last_images: Tensor | None = None
     """The last images [B, T, 3, H, W] where a rebuild encodes one again."""
     in_flight: Tensor | None = None
@@ -108,7 +118,8 @@ class StreamState:
         self.recache_due, self.chunk_open, self.first_due = False, False, True
         self.blend = self.half_recached = None
         self.pending_clean_pass = self.first_latents = self.last_latents = self.decoder = None
-        self.last_images = self.in_flight = None
+        self.first_control = self.last_control = self.last_images = self.in_flight = None
+        self.reference_frames = 0
 
     def clone(self) -> StreamState:
         """An independent copy.
@@ -180,6 +191,8 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "prompt_embeds": state.prompt_embeds,
         "first_latents": state.first_latents,
         "last_latents": state.last_latents,
+        "first_control": state.first_control,
+        "last_control": state.last_control,
         "last_images": state.last_images,
         "in_flight": state.in_flight,
     }
@@ -203,6 +216,8 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "blend": None if blend is None else _blend_facts(blend),
         "decoder_frames": None if decoder is None else decoder.num_frames,
     }
+    if state.reference_frames:
+        own["reference_frames"] = state.reference_frames
     # To the host, and not by way of a copy on a device that may be full.
     copies = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items() if t is not None}
     return Snapshot(tensors=copies, facts={**facts, **own})
@@ -245,6 +260,9 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
         chunk_open=facts["chunk_open"],
         first_latents=tensors.get("first_latents"),
         last_latents=tensors.get("last_latents"),
+        first_control=tensors.get("first_control"),
+        last_control=tensors.get("last_control"),
+        reference_frames=facts.get("reference_frames", 0),
         last_images=tensors.get("last_images"),
         in_flight=tensors.get("in_flight"),
         decoder=decoder,
@@ -257,12 +275,16 @@ def unpack(snapshot: Snapshot, cache: KVCache) -> StreamState:
 
 
 def check(
-    snapshot: Snapshot, cache: KVCache, embeds: tuple[int, ...], frame: tuple[int, ...]
+    snapshot: Snapshot,
+    cache: KVCache,
+    embeds: tuple[int, ...],
+    frame: tuple[int, ...],
+    control_channels: int = 0,
 ) -> None:
     """ValueError unless `unpack` makes a sound state of a snapshot.
 
     `cache` is one of its config, `embeds` the largest [B, S, D] that prompts are, and `frame` the
-    shape of one latent frame [B, C, 1, h, w].
+    shape of one latent frame [B, C, 1, h, w]; a control's context has `control_channels`.
     """
     facts, tensors = snapshot.facts, snapshot.tensors
     blend, config = facts["blend"], cache.config
@@ -276,7 +298,7 @@ def check(
     fraction = due is None or (type(due) in (int, float) and 0 <= due <= 1)
     _require(fraction, f"its decay is to be {due!r}")
     names, optional = {"prompt_embeds"}, {"first_latents", "last_latents"}
-    optional |= {"last_images", "in_flight"}
+    optional |= {"last_images", "in_flight", "first_control", "last_control"}
     if blend is not None:
         num_chunks, done, interpolation, holds = _blend_of(facts)
         whole = type(num_chunks) is type(done) is int and 0 <= done < num_chunks
@@ -298,6 +320,10 @@ def check(
             ("last_latents", config.kept_last),
         )
     ]
+    _check_control(tensors, frame, control_channels, held)
+    references = facts.get("reference_frames", 0)
+    fits = type(references) is int and 0 <= references <= config.sink_frames
+    _require(fits, f"it has {references} frames of references")
     most = (config.window_frames // config.chunk_frames) * config.chunk_frames
     in_flight = _frames("in_flight", tensors, frame, most)
     _require(in_flight % config.chunk_frames == 0, "its chunks in flight are not whole")
@@ -306,7 +332,7 @@ def check(
     fits = fits and num_frames + evicted_frames <= config.window_frames and gone >= evicted_frames
     _require(fits, f"a window of {config.window_frames} frames cannot hold {counts}")
     _require(num_frames + evicted_frames <= sum(held), "its latents are not of its window")
-    made = facts["num_chunks"] * config.chunk_frames
+    made = facts["num_chunks"] * config.chunk_frames + references
     _require(gone == 0 or num_frames + gone <= made, f"{gone} frames have left of {made}")
     if (images := tensors.get("last_images")) is not None:
         size = frame[0], 3, *(side * SPATIAL_FACTOR for side in frame[3:])
@@ -341,6 +367,23 @@ def _frames(name: str, tensors: Mapping[str, Tensor], frame: tuple[int, ...], mo
     fits = fits and (*found.shape[:2], *found.shape[3:]) == wanted
     _require(fits, f"{name} is {found.dtype} {list(found.shape)}")
     return found.shape[2]
+
+
+def _check_control(
+    tensors: Mapping[str, Tensor], frame: tuple[int, ...], channels: int, held: Sequence[int]
+) -> None:
+    """That there is a control for all latents that are held, or for none."""
+    names = "first_control", "last_control"
+    if not any(name in tensors for name in names):
+        return
+    if not channels:
+        raise ValueError(
+            "the snapshot's chunks were made with a control, and this stream's network takes none; "
+            "put the VACE beside it that it was made with"
+        )
+    shape = frame[0], channels + 1, *frame[2:]
+    found = [_frames(name, tensors, shape, most) for name, most in zip(names, held, strict=True)]
+    _require(found == held, f"it holds a control of {found} frames for {held}")
 
 
 def _require(sound: bool, what: str) -> None:

@@ -38,6 +38,7 @@ from .model import (
     WanModel,
     embed_patches,
 )
+from .ranges import check_numbers
 from .rope import Rope
 
 
@@ -49,7 +50,16 @@ class Control:
     """Latents of what is kept, latents of what is changed and the mask, [B or 1, Z, F, h, w]; F, h
     and w are the chunk's."""
     strength: float = 1.0
-    """How much of the hints is added; as published 1. 0 is none, to the bit."""
+    """How much of the hints is added, from 0 to 10; as published 1. 0 is none, to the bit."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, strength=(0, 10))
+
+    def framed(self) -> Tensor:
+        """The context and a plane of the strength behind it, to be cut by frames as latents are:
+        [B or 1, Z + 1, F, h, w], float32."""
+        plane = torch.full_like(self.context[:, :1], self.strength)
+        return torch.cat([self.context, plane], dim=1).float()
 
 
 class VaceBlock(Block):
