@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
+from ..rf_core.ranges import STRONGEST_CONTROL
 from ..rf_core.source import AtEnd
 from . import demo, host
 from .border import checked_execute
@@ -14,7 +15,6 @@ from .types import ControlInput, RFControl
 
 DEMO = "demo (bundled)"
 """The control network of Load RF Demo's student, among the files."""
-STRONGEST = 10.0
 
 
 class LoadControl(io.ComfyNode):
@@ -96,7 +96,7 @@ class ControlVideo(io.ComfyNode):
                     "strength",
                     default=1.0,
                     min=0.0,
-                    max=STRONGEST,
+                    max=STRONGEST_CONTROL,
                     step=0.05,
                     round=False,
                     tooltip="How closely it is followed. 1: as the network was trained; 0: not.",

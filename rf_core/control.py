@@ -8,7 +8,9 @@ streams of their own, so that any cut gives the bits of the whole and memory is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,12 @@ from torch import Tensor
 
 from .config import FPS, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from .decoders.decoder import DecoderState
+from .ranges import STRONGEST_CONTROL
 from .source import ChunkEncoder, ImageReader
+from .vace import Control
+
+if TYPE_CHECKING:
+    from .stream import Stream
 
 GREY = 0.5
 """What stands for no picture, in [0, 1]: 0 in the encoder's range."""
@@ -105,6 +112,10 @@ class ControlSource:
     prompt and the references alone. A chunk is controlled whose middle lies from `start` on and
     before `end`, in seconds of the video. Readers give images at the stream's size and rate and
     say what follows their end; where the one that stops first has ended, so has the control.
+    `references` are pictures [R, 3, H, W] that the video refers to from its beginning, or a cut, on
+    (`Stream.refer_to`). A stream that goes on in its midst begins at a `place`: an image of the
+    control, and the one that the decoder's stream began with. `facts` gives what a log says of it
+    all, as `Source.facts`.
     ValueError for a mask without a video and for an `end` that is not after the `start`.
     """
 
@@ -116,20 +127,58 @@ class ControlSource:
         *,
         height: int,
         width: int,
+        references: Tensor | None = None,
         start: float = 0.0,
         end: float | None = None,
         fps: int = FPS,
+        place: tuple[int, int] = (0, 0),
+        facts: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         check_times(start, end)
         if mask is not None and images is None:
             raise ValueError("a mask says which part of a control video is kept; give one with it")
-        self._encoder, self._size = encoder, (height, width)
+        self._encoder, self._size, self._facts = encoder, (height, width), facts
+        self._references, self._place = references, place
+        self._referred: Tensor | None = None
         self._step = encoder.source_images_of(1, first=False)
         self._readers = [each for each in (images, mask) if each is not None]
         self._from, self._until = start * fps, math.inf if end is None else end * fps
         self._encodings = _Encodings(encoder)
         self._image = self._since = self._read = 0
         self._continues = self._ended = False
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `Source.facts`."""
+        return self._facts()
+
+    def next(
+        self, stream: Stream, images: int, since: int = 0, *, strength: float = 1.0
+    ) -> Control | None:
+        """The control of a stream's next chunk; None for none.
+
+        The chunk begins with image number `images` after the place; `since` is as in `Source.seek`.
+        """
+        self.refer(stream, strength=strength)
+        begin, begun = self._place
+        if begin + images != self._image:
+            self.seek(begin + images, begin + since if since else begun)
+        context = self.context(stream.next_frames, first=stream.decodes_afresh)
+        return None if context is None else Control(context=context, strength=strength)
+
+    def refer(self, stream: Stream, *, strength: float = 1.0) -> None:
+        """Let a stream without a past refer to the pictures; before its first chunk, and anew after
+        a cut. Of one that has begun nothing is changed."""
+        if self._references is None or stream.state.cache.num_frames:
+            return
+        if self._referred is None:
+            self._referred = reference_context(self._references, self._encoder)
+        stream.refer_to(Control(context=self._referred, strength=strength))
+
+    @property
+    def since(self) -> int:
+        """The control's image that the decoder's stream of the last chunk began with."""
+        return self._since
 
     @torch.no_grad()
     def context(self, frames: int, *, first: bool) -> Tensor | None:
@@ -246,6 +295,14 @@ class _Encoding:
         self._still = self._still + len(images) if still else 0
         self._last, self._frame = images[-1:].clone(), latents[:, :, -1:].clone()
         return latents
+
+
+def check_control_strength(strength: float) -> None:
+    """ValueError for a strength that is no number from 0 to `STRONGEST_CONTROL`."""
+    if not 0 <= strength <= STRONGEST_CONTROL:
+        raise ValueError(
+            f"the control's strength is {strength}; give a number from 0 to {STRONGEST_CONTROL:g}"
+        )
 
 
 def check_times(start: float, end: float | None) -> None:

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from .control import ControlSource, check_times, fitted_reference, shape_note
-from .ranges import MANY
+from .digests import file_digest
+from .ranges import MANY, STRONGEST_CONTROL
 from .source import AtEnd, ChunkEncoder, ImageReader, clip_reader
 from .video import check_images, image_size, read_images
 
 _log = logging.getLogger(__name__)
-
-STRONGEST = 10.0
-"""A control's strength lies between 0 and this; 1 is as it was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class ControlInputs:
     """What follows the end of the control video or its mask."""
 
     def __post_init__(self) -> None:
-        for name, most in (("strength", STRONGEST), ("start", MANY), ("end", MANY)):
+        for name, most in (("strength", STRONGEST_CONTROL), ("start", MANY), ("end", MANY)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise ValueError(f"--control-{name} is {value:g}; give a number from 0 to {most:g}")
@@ -109,22 +107,25 @@ class ControlInputs:
                 return None
             return clip_reader(path, height=height, width=width, at_end=self.at_end, fps=fps)
 
+        references = [_reference(path, height, width) for path in self.references]
         return ControlSource(
             encoder,
             reader(self.video),
             reader(self.mask),
             height=height,
             width=width,
+            references=torch.stack(references) if references else None,
             start=self.start,
             end=self.end,
             fps=fps,
+            facts=self._facts,
         )
 
-    def reference_images(self, height: int, width: int) -> Tensor | None:
-        """The reference pictures [R, 3, height, width] in [0, 1], whole on white; None for none."""
-        if not self.references:
-            return None
-        return torch.stack([_reference(path, height, width) for path in self.references])
+    def _facts(self) -> dict[str, Any]:
+        files = [self.video, self.mask, *self.references]
+        digests = [file_digest(path) for path in files if path is not None]
+        how = {name: value for name, value in (self.record() or {}).items() if name != "strength"}
+        return {**how, "digests": digests}
 
 
 def _reference(path: Path, height: int, width: int) -> Tensor:

@@ -21,8 +21,15 @@ import torch
 from torch import Tensor
 
 from .config import FPS
+from .control import ControlSource
 from .fast.graphs import GraphedModel
-from .generate import open_networks, open_stream, open_text_encoder, start_images
+from .generate import (
+    open_control,
+    open_networks,
+    open_stream,
+    open_text_encoder,
+    start_images,
+)
 from .live.buffers import Picture, ReaderLagged
 from .live.commands import Command, Schedule, Stop
 from .live.commands import Resume as GoOn
@@ -50,6 +57,7 @@ from .options import Files, Options, Plan
 from .prompts import Switch
 from .stream import Stream, start_latents
 from .text import encode_prompts
+from .vace import ControlledModel
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 from .weights.strengths import Strengths, names_of
@@ -77,10 +85,19 @@ class LiveSetup:
     loras: Mapping[str, float]
     """See `Session`."""
     set_lora: SetLora | None
+    control: ControlSource | None = None
+    """See `Session`; open until its end."""
+
+    def __enter__(self) -> None:
+        """Around its use: what it reads is let go of after it."""
+
+    def __exit__(self, *failure: object) -> None:
+        if self.control is not None:
+            self.control.close()
 
     def named(self) -> dict[str, Any]:
         """What both take by name."""
-        return {"set_lora": self.set_lora, "clip": self.clip}
+        return {"set_lora": self.set_lora, "clip": self.clip, "control": self.control}
 
 
 def log_path(output: Path) -> Path:
@@ -140,6 +157,7 @@ def _open(resolved: Plan, first: str, encode: Encode) -> LiveSetup:
         clip=None if resolved.options.start is None else _clip(resolved, stream),
         loras={name: lora.strength for name, lora in loras.items()},
         set_lora=_set_lora(resolved.options, model, loras) if loras else None,
+        control=open_control(resolved, decoder),
     )
 
 
@@ -159,6 +177,8 @@ def _set_lora(options: Options, model: Network, loras: Mapping[str, Lora]) -> Se
         files.model, submodel=files.submodel, num_heads=files.num_heads, family=files.family
     )
     network = model.network if isinstance(model, GraphedModel) else model
+    if isinstance(network, ControlledModel):
+        network = network.network
     assert isinstance(network, WanModel), "a live session is of one process"
     return Strengths(network, checkpoint.merged(), loras)
 
@@ -196,6 +216,7 @@ def run_live(
         log=log_path(output),
         limits=_limits(),
         rate=rate,
+        control_strength=resolved.options.control.strength,
         **setup.named(),
     )
     for later in resolved.prompts[1:]:
@@ -203,7 +224,7 @@ def run_live(
     fps = resolved.family.fps
     hand = _Terminal(session, print_line, typed, stopped, alone=osc is None, fps=fps)
     try:
-        with _listening(session, osc) as server, hand:
+        with _listening(session, osc) as server, hand, setup:
             if server is not None:
                 print_line(f"OSC on {server.host}:{server.port}")
             session.run(hand.on_pass, hand.on_idle, resolved.total)
@@ -417,16 +438,17 @@ def replay(
         report(done, total)
 
     try:
-        replay_log(
-            log,
-            setup.stream,
-            setup.encode,
-            recorder=recorder,
-            on_chunk=on_chunk,
-            on_pass=on_pass,
-            exact=exact,
-            **setup.named(),
-        )
+        with setup:
+            replay_log(
+                log,
+                setup.stream,
+                setup.encode,
+                recorder=recorder,
+                on_chunk=on_chunk,
+                on_pass=on_pass,
+                exact=exact,
+                **setup.named(),
+            )
     except _Ended:
         return False
     except ReplayMismatch as error:

@@ -27,6 +27,8 @@ def batch_options(args: argparse.Namespace) -> Options:
         raise ValueError("with --prompts each process makes its own videos; leave out --parallel")
     if args.prompt is not None or args.timeline is not None:
         raise ValueError("--prompts says what the videos show; leave out --prompt and --timeline")
+    if args.control_model is not None:
+        raise ValueError("a control is of one video; leave out --prompts, or --control-model")
     if args.output is None:
         raise ValueError("videos of a prompt file need a folder; give --output FOLDER")
     return run_options(args, PromptTimeline(), args.output)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..control import ControlSource
 from ..source import Source
 from ..stream import GUIDE_STRENGTH, OnPass, Stream
 from .log import ActionEntry, ChunkEntry, Log, RewindEntry, digest_of, facts_of, source_of
@@ -27,6 +28,7 @@ def replay_log(
     set_lora: SetLora | None = None,
     clip: Tensor | None = None,
     source: Source | None = None,
+    control: ControlSource | None = None,
     side_stream: bool | None = None,
     recorder: Recorder | None = None,
     on_chunk: Callable[[Branch, int, Tensor], None] = lambda branch, chunk, latents: None,
@@ -35,8 +37,8 @@ def replay_log(
 ) -> list[Tensor]:
     """Do to a stream what a session did, branches included.
 
-    The stream is as the session's was when it began, its LoRAs' strengths, its clip and its
-    source, too.
+    The stream is as the session's was when it began, its LoRAs' strengths, its clip, its source
+    and its control, too.
     `on_chunk` gets each chunk's branch, number and latents [1, C, F, h, w], float32 on the CPU;
     `recorder` the images, as in the session. With `exact`, every chunk is compared with the digest
     in the log; without, a log whose commands were edited makes another video.
@@ -45,11 +47,12 @@ def replay_log(
         list: clean latents [1, C, F, h, w] of the last line's chunks, as far as they are kept.
 
     Raises:
-        ValueError: the stream is another one's, or the source.
+        ValueError: the stream is another one's, or the source, or the control.
         ReplayMismatch: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
-    strength = _check_source(log, source)
+    strength = _check_source("source", log.header.source, source, GUIDE_STRENGTH)
+    control_strength = _check_source("control", log.header.control, control, 1.0)
     header, presenter = log.header, Presenter(recorder=recorder)
     maker = Maker(
         stream,
@@ -63,6 +66,8 @@ def replay_log(
         side_stream=side_stream,
         source=source,
         strength=strength,
+        control=control,
+        control_strength=control_strength,
     )
     branch = SessionState.beginning(maker.chunk).branch
     try:
@@ -104,15 +109,20 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
             )
 
 
-def _check_source(log: Log, source: Source | None) -> float:
+def _check_source(
+    what: str,
+    logged: Mapping[str, Any] | None,
+    source: Source | ControlSource | None,
+    usual: float,
+) -> float:
     """The strength that the session began with; ValueError where its source is another."""
-    wanted = dict(log.header.source or {})
-    strength: float = wanted.pop("strength", GUIDE_STRENGTH)
+    wanted = dict(logged or {})
+    strength: float = wanted.pop("strength", usual)
     facts = {} if source is None else source_of(source, strength)
     for name in {**wanted, **facts}:
         if name != "strength" and facts.get(name) != wanted.get(name):
             raise ValueError(
-                f"the log's source has {name} {wanted.get(name)}, this one has {facts.get(name)}; "
+                f"the log's {what} has {name} {wanted.get(name)}, this one has {facts.get(name)}; "
                 "replay it with the file and the settings that it was made with"
             )
     return strength

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..control import ControlSource
 from ..source import Source
 from ..stream import GUIDE_STRENGTH, OnPass, Stream
 from .buffers import (
@@ -93,6 +94,8 @@ class Status:
     decay: float
     strength: float | None
     """The source's; None without one."""
+    control_strength: float | None
+    """The control's; None without one."""
     branches: tuple[Branch, ...]
     """The last of them, in the order they were begun."""
     past: tuple[PastAction, ...]
@@ -146,6 +149,8 @@ class Session:
         outbox: where events and pictures go, where another size than usual is wanted.
         source: guides the chunks that are generated; the caller closes it after `run`.
         strength: what the source's guides begin with, see `Stream.generate`.
+        control: controls all chunks but a clip's; the caller closes it after `run`.
+        control_strength: what the control begins with, see `vace.Control`.
         on_autosave: takes a compact snapshot every few chunks, and at the end.
 
     Raises:
@@ -172,6 +177,8 @@ class Session:
         on_autosave: OnAutosave | None = None,
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
+        control: ControlSource | None = None,
+        control_strength: float = 1.0,
     ) -> None:
         self.outbox = outbox or Outbox()
         self.inbox = Inbox(max_commands, received=self.outbox.publish)
@@ -188,6 +195,8 @@ class Session:
             side_stream=side_stream,
             source=source,
             strength=strength,
+            control=control,
+            control_strength=control_strength,
         )
         self._rate_limiter = RateLimiter(rate)
         self._state = SessionState.beginning(self._maker.chunk)
@@ -202,6 +211,9 @@ class Session:
             loras=settings.loras,
             limits=self._maker.history.limits,
             source=None if source is None or log is None else source_of(source, strength),
+            control=None
+            if control is None or log is None
+            else source_of(control, control_strength),
         )
         self._log_path = log
         self._log: LogWriter | None = None
@@ -401,6 +413,7 @@ class Session:
             loras=dict(maker.settings.loras),
             decay=maker.decay,
             strength=maker.strength,
+            control_strength=maker.control_strength,
             branches=tuple(self._branches[-_LISTED:]),
             past=tuple(self._past),
             coming=state.coming,
