@@ -10,8 +10,9 @@ from ..rf_core.ranges import STRONGEST_CONTROL
 from ..rf_core.source import AtEnd
 from . import demo, host
 from .border import checked_execute
+from .control_input import ControlInput
 from .loaders import CATEGORY, WEIGHT_DTYPES
-from .types import ControlInput, RFControl
+from .types import RFControl
 
 DEMO = "demo (bundled)"
 """The control network of Load RF Demo's student, among the files."""

@@ -53,7 +53,15 @@ from PIL import Image, ImageOps
 from server import PromptServer
 from torch import Tensor
 
-from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..rf_core.config import (
+    FPS,
+    TEMPORAL_FACTOR,
+    CacheConfig,
+    ControlConfig,
+    Grid,
+    ModelConfig,
+    SamplerConfig,
+)
 from ..rf_core.devices import preferred_dtype
 from ..rf_core.families import AUTO, Family
 from ..rf_core.kv_cache import KeyValues
@@ -445,6 +453,22 @@ def load_control(
     network.requires_grad_(False).to(offload)
     patcher.cached_patcher_init = (load_control, (path, sizes, computes, weight_dtype))
     return patcher
+
+
+def without_control(model: Any) -> Any:
+    """The MODEL alone, without a control network."""
+    if control_of(model) is None:
+        return model
+    alone = model.clone()
+    alone.remove_additional_models(CONTROL)
+    return alone
+
+
+def control_layers(model: Any) -> int:
+    """How many layers a control network has in a stream's cache."""
+    control = control_of(model)
+    past = ControlConfig().past
+    return 0 if control is None or not past else len(control.vace_blocks)
 
 
 def control_of(model: Any) -> Vace | None:

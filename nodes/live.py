@@ -13,6 +13,7 @@ from ..rf_core.live import MAX_COMING, Limits, Log, Prompt, read_log
 from ..rf_core.prompts import PromptTimeline, ResolvedEntry, Switch
 from . import host
 from .border import checked_execute
+from .control_input import ControlInput
 from .ignored import doubtful, ignored
 from .live_run import LiveRun, resumed, times_given_way
 from .loaders import CATEGORY
@@ -20,6 +21,8 @@ from .prompt import encode
 from .run import Request, RunResult, check_state, clock_of
 from .streaming import (
     HIDDEN,
+    control_input,
+    control_notes,
     other_decoder,
     outputs,
     produce,
@@ -169,6 +172,7 @@ class LiveStream(io.ComfyNode):
                     "the same images, with its own size and seed.",
                 ),
                 *(shared[name] for name in SOURCE_INPUTS),
+                control_input(),
             ],
             outputs=video_outputs(),
             hidden=HIDDEN,
@@ -216,6 +220,7 @@ class LiveStream(io.ComfyNode):
         give_way: bool = False,
         osc_port: int = 0,
         replay: str = "",
+        control: ControlInput | None = None,
     ) -> io.NodeOutput:
         log = _log_named(replay) if replay.strip() else None
 
@@ -242,6 +247,7 @@ class LiveStream(io.ComfyNode):
                 keep_images=keep_images,
                 keep_latents=keep_latents,
                 filename_prefix=filename_prefix,
+                control=control,
             )
             if log is not None:
                 request = _as_logged(request, log)
@@ -268,7 +274,8 @@ class LiveStream(io.ComfyNode):
             make = live.run if log is None else partial(live.replay, log)
             request, result = live.request, live.result
             snapshot = produce(request, keep_state, result, make)
-        lines = [live.summary(log is not None), *other_decoder(request), *doubtful(model, vae)]
+        lines = [live.summary(log is not None), *other_decoder(request)]
+        lines += [*control_notes(request, model), *doubtful(model, vae)]
         if timeline is not None and log is None and text.strip() not in ("", _FIRST):
             lines.append("ignored: text, as a timeline is connected")
         text = "\n".join([*lines, *ignored(model, request.prompts)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -18,17 +18,21 @@ from einops import rearrange
 from torch import Tensor
 
 from ..rf_core.config import FPS, CacheConfig, SamplerConfig
+from ..rf_core.control import ControlSource
 from ..rf_core.decoders.decoder import DecoderState, back_chunks
 from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.pace import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry, clip_notes
 from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Stream, split_chunks
+from ..rf_core.vace import Control
 from ..rf_core.video import RUN, VideoFormat, VideoWriter, remux, to_uint8
 from . import host, reuse
+from .control_input import ControlInput
 from .decoders import StockTAEHVDecoder, StockWanDecoder
 from .join import PreviousVideo, is_of_run
 from .report import Report
+from .source import Place
 from .types import UNITS, Timeline
 
 
@@ -61,6 +65,8 @@ class Request:
     """Last images for the IMAGE socket; -1 for all."""
     keep_latents: int
     """Last latent frames for the LATENT socket; -1 for all."""
+    control: ControlInput | None = None
+    """What controls the chunks, but a start clip's."""
     previous: PreviousVideo | None = None
     """The video that the file begins with."""
     reuse_bytes: int = 0
@@ -103,6 +109,8 @@ class RunResult:
     """What the decoder remembers after those chunks; None where that is not all."""
     stream: Stream | None = None
     """At its end."""
+    control_place: Place = field(default_factory=Place)
+    """In the control, after those chunks."""
     path: Path | None = None
     """The file."""
     state: Path | None = None
@@ -216,6 +224,11 @@ class RunPlan:
     tail: reuse.DecoderTail | None = None
     """What is known of the decoder and the images after the reused ones."""
 
+    def place_of(self, chunk: int) -> tuple[int, int]:
+        """The image that a chunk begins with, and the one that its decoder's stream does."""
+        begun = max((cut for cut in self.clock.cuts if cut <= chunk), default=0)
+        return self.clock.images_before(chunk), self.clock.images_before(begun)
+
     def after(self, cached: reuse.CachedRun, count: int) -> RunPlan:
         """The same where the first chunks are an earlier run's."""
         return replace(self, given=cached.latents[:count], reused=count)
@@ -282,6 +295,8 @@ def run(request: Request, result: RunResult) -> None:
             _make(request, run_plan, run_key, handoff, result)
     finally:
         _tidy(request, result)
+    if request.control is not None:
+        result.control_place = request.control.place.after(*run_plan.place_of(result.chunks))
     result.report.end()
 
 
@@ -316,11 +331,13 @@ def _make(
     """Hand on chunk after chunk; what is made until the end, or a stop, is kept for a later run."""
     assert result.stream is not None
     passes = _passes(request, run_plan, result.stream)
+    control = opened_control(request)
     previews = request.decoder is None
     progress = host.Progress(request.model, sum(passes), previews=previews, rate=request.fps)
     try:
-        for latents in _chunks(request, run_plan, passes, progress, result):
-            _hand_on(latents, run_plan, request, handoff, result)
+        with closing(control) if control else nullcontext():
+            for latents in _chunks(request, run_plan, passes, progress, control, result):
+                _hand_on(latents, run_plan, request, handoff, result)
         _flush(handoff)
         reuse.store(run_key, request, result)
     except (Exception, host.Interrupted):
@@ -328,6 +345,24 @@ def _make(
             _flush(handoff)
             result.resumable = reuse.store(run_key, request, result)
         raise
+
+
+def opened_control(request: Request) -> ControlSource | None:
+    """What controls a run, to be closed by the caller; None for nothing."""
+    if request.control is None:
+        return None
+    assert request.decoder is not None, "a control has an encoder"
+    return request.control.open(request.decoder, request.height, request.width, request.fps)
+
+
+def _control_for(
+    request: Request, run_plan: RunPlan, control: ControlSource | None, stream: Stream, number: int
+) -> Control | None:
+    """What controls a chunk that is no start clip's."""
+    if control is None or request.control is None or number < request.clip_chunks:
+        return None
+    strength = request.control.strength
+    return control.next(stream, *run_plan.place_of(number), strength=strength)
 
 
 def _passes(request: Request, run_plan: RunPlan, stream: Stream) -> list[int]:
@@ -340,20 +375,31 @@ def _passes(request: Request, run_plan: RunPlan, stream: Stream) -> list[int]:
 
 
 def _chunks(
-    request: Request, run_plan: RunPlan, passes: Sequence[int], progress: Any, result: RunResult
+    request: Request,
+    run_plan: RunPlan,
+    passes: Sequence[int],
+    progress: Any,
+    control: ControlSource | None,
+    result: RunResult,
 ) -> Iterator[Tensor]:
     """The latents of each chunk, given or generated, prompts changed on the way."""
     stream = result.stream
     assert stream is not None
     switches = {entry.chunk: entry for entry in run_plan.prompts[1:]}
     given, pace = len(run_plan.given), None
+    if control is not None and request.control is not None:
+        control.refer(stream, strength=request.control.strength)
     for number in range(run_plan.total):
+        host.check_interrupt()
         if number in switches:
             entry = switches[number]
             stream.switch(request.prompts.embeds[entry.text], entry.switch)
         if number < given:
             known, is_start = run_plan.given[number], number < request.clip_chunks
-            yield stream.replay(known, progress.on_pass, decode=False, is_start=is_start).latents
+            controlled = _control_for(request, run_plan, control, stream, number)
+            yield stream.replay(
+                known, progress.on_pass, decode=False, is_start=is_start, control=controlled
+            ).latents
             continue
         pace = pace or Pace(
             run_plan.total,
@@ -363,7 +409,8 @@ def _chunks(
             rate=request.fps,
         )
         pace.network_begins()
-        latents = stream.generate(progress.on_pass, progress.on_prediction)
+        controlled = _control_for(request, run_plan, control, stream, number)
+        latents = stream.generate(progress.on_pass, progress.on_prediction, control=controlled)
         pace.network_ends()
         yield latents
         images, until = run_plan.clock.images_of(number), run_plan.clock.images_before(number + 1)

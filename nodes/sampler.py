@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..rf_core.config import CacheConfig
 from .border import checked_execute
+from .control_input import ControlInput
 from .ignored import doubtful, ignored
 from .join import VIDEO
 from .loaders import CATEGORY
@@ -15,6 +16,8 @@ from .prompt import timeline_of
 from .run import Request, RunResult, plan, prompt_notes, run
 from .streaming import (
     HIDDEN,
+    control_input,
+    control_notes,
     other_decoder,
     outputs,
     produce,
@@ -137,6 +140,7 @@ class StreamingSampler(io.ComfyNode):
                     "keeps nothing, and makes all of it anew.",
                 ),
                 *(shared[name] for name in SOURCE_INPUTS),
+                control_input(),
             ],
             outputs=video_outputs(),
             hidden=HIDDEN,
@@ -175,6 +179,7 @@ class StreamingSampler(io.ComfyNode):
         filename_prefix: str = "video/reward_forcing",
         join: bool = False,
         reuse_memory: int = 1024,
+        control: ControlInput | None = None,
     ) -> io.NodeOutput:
         request = request_of(
             cls,
@@ -194,6 +199,7 @@ class StreamingSampler(io.ComfyNode):
             keep_images=keep_images,
             keep_latents=keep_latents,
             filename_prefix=filename_prefix,
+            control=control,
             join=join,
             reuse_memory=reuse_memory,
         )
@@ -201,6 +207,7 @@ class StreamingSampler(io.ComfyNode):
         request, result = with_start(request, start_image), RunResult()
         snapshot = produce(request, keep_state, result, lambda load: run(request, result))
         lines = [summary(request, result), *_alone(request, join), *other_decoder(request)]
+        lines += control_notes(request, model)
         lines += [*doubtful(model, vae), *prompt_notes(request)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
         return io.NodeOutput(*outputs(cls, request, result, snapshot), ui=ui_output(result, text))

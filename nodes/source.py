@@ -145,7 +145,7 @@ class Clip:
 
         ValueError where the snapshot says nonsense of it.
         """
-        known = None if snapshot is None else _place_in(snapshot)
+        known = None if snapshot is None else place_in(snapshot)
         if known is None or known[0] != self.footage.digest:
             return self
         return replace(self, place=known[1])
@@ -233,9 +233,12 @@ class PlacedSource:
         return max((each for each in self._begun if each < image), default=self._begin.since)
 
 
-def _place_in(snapshot: Snapshot) -> tuple[str, Place] | None:
-    """The digest of a snapshot's source, and how far that had come; ValueError for nonsense."""
-    note = snapshot.facts.get(PLACE)
+def place_in(snapshot: Snapshot, name: str = PLACE) -> tuple[str, Place] | None:
+    """The digest of a snapshot's source, and how far that had come; ValueError for nonsense.
+
+    `name` is what the snapshot's facts call it.
+    """
+    note = snapshot.facts.get(name)
     if note is None:
         return None
     kinds = {"digest": str, "images": int, "since": int}

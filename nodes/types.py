@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..rf_core.prompts import PromptTimeline
-    from ..rf_core.source import AtEnd
     from ..rf_core.state import Snapshot
 
 
@@ -41,25 +40,6 @@ class State:
     snapshot: Snapshot
     source: dict[str, Any]
     """What made it: shown on nodes, never needed to go on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlInput:
-    """What controls a video beside its prompt; nothing is encoded yet."""
-
-    video: Any = None
-    """IMAGE [T, H, W, C] or VIDEO; None for none."""
-    mask: Any = None
-    """MASK [T, H, W]; None for none."""
-    reference: Any = None
-    """IMAGE, a picture each; None for none."""
-    strength: float = 1.0
-    start: float = 0.0
-    """Seconds of the video from which on it acts."""
-    end: float | None = None
-    """Seconds up to which it acts; None for all of it."""
-    at_end: AtEnd = "stop"
-    """What follows the end of the control video."""
 
 
 SINK_VALUES = ("window_frames", "sink_frames", "decay", "accumulator")

@@ -80,7 +80,12 @@ def reference_context(images: Tensor, encoder: ChunkEncoder) -> Tensor:
 
 
 def fitted_reference(image: Tensor, height: int, width: int) -> Tensor:
-    """A picture [3, H, W] in [0, 1], scaled to lie within [3, height, width], white beside it."""
+    """A picture [3, H, W] in [0, 1], scaled to lie within [3, height, width], white beside it.
+
+    What a fourth channel says is transparent becomes white as well.
+    """
+    image, alpha = image[:3], image[3:]
+    image = image * alpha + _PAPER * (1 - alpha) if len(alpha) else image
     scale = min(Fraction(height, image.shape[1]), Fraction(width, image.shape[2]))
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     if size != list(image.shape[1:]):
@@ -161,9 +166,12 @@ class ControlSource:
         """
         self.refer(stream, strength=strength)
         begin, begun = self._place
-        if begin + images != self._image:
-            self.seek(begin + images, begin + since if since else begun)
-        context = self.context(stream.next_frames, first=stream.decodes_afresh)
+        image, since = begin + images, begin + since if since else begun
+        if image != self._image:
+            self.seek(image, since)
+        # A chunk that is made again is not always decoded: no past says nothing then.
+        first = stream.decodes_afresh and image == since
+        context = self.context(stream.next_frames, first=first)
         return None if context is None else Control(context=context, strength=strength)
 
     def refer(self, stream: Stream, *, strength: float = 1.0) -> None:
@@ -214,9 +222,14 @@ class ControlSource:
         self._continues = self._ended = False
 
     def close(self) -> None:
-        """Let go of what is read."""
+        """Let go of what is read; `next` reads it again."""
+        self._continues, self._read = False, -1
         for reader in self._readers:
             reader.close()
+
+    def attach(self, encoder: ChunkEncoder) -> None:
+        """Go on, to the bit, with another encoder of the same kind."""
+        self._encoder, self._continues = encoder, False
 
     def _begin(self, image: int, first: bool) -> bool:
         """Encode as many images before one as an encoder remembers; whether it has not ended."""

@@ -214,6 +214,7 @@ class Maker:
         given = self.chunk < len(self._clip)
         if given:
             clip = self._clip[self.chunk]
+            self._refer()
             latents = stream.replay(clip, on_pass, decode=False, is_start=True).latents
         else:
             latents = self._generate(on_pass)
@@ -254,6 +255,10 @@ class Maker:
         guide = self._guides.next(stream, self.images, self._since)
         strength = self.settings.strength
         return stream.generate(on_pass, guide=guide, strength=strength, control=control)
+
+    def _refer(self) -> None:
+        if self._control is not None:
+            self._control.refer(self.stream, strength=self.settings.control_strength)
 
     def _next_control(self) -> Control | None:
         if self._control is None:
@@ -310,6 +315,7 @@ class Maker:
                 if at == number:
                     self._do(action)
             is_start = number < len(self._clip)
+            self._refer()
             self.stream.replay(
                 past_chunk.latents,
                 on_pass,
