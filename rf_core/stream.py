@@ -5,7 +5,8 @@ chunk in a few passes and decodes it; before the next one, a clean pass rewrites
 that images are handed on without waiting for it. All that changes lives in the state, so saving,
 restoring and forking are copies of data. Noise is a function of (seed, chunk) alone: a longer video
 begins with the shorter one. A chunk whose latents are kept is made again by one pass (`replay`).
-A source's latents may stand at a chunk's beginning in place of noise alone (`generate`'s `guide`).
+A source's latents may stand at a chunk's beginning in place of noise alone (`generate`'s `guide`),
+and a second network may structure it (`control`; see `vace`).
 
 Prompt changes act at chunk boundaries in one of four modes (`Stream.switch`). The published code
 never refreshes cross-attention, so they are ours; `recache` follows LongLive (arXiv 2509.22622).
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from einops import repeat
@@ -38,7 +39,15 @@ from .decoders.decoder import Decoder
 from .decoders.handoff import Handoff
 from .devices import to_device
 from .kv_cache import KeyValues, KVCache
-from .model import CountedPrompt, Network, PromptContext, TimeContext, pad_prompt
+from .model import (
+    ControlledNetwork,
+    ControlTokens,
+    CountedPrompt,
+    Network,
+    PromptContext,
+    TimeContext,
+    pad_prompt,
+)
 from .prompts import Switch
 from .recache import CleanPass, OnPart, begins_at, chunks_from_end, recache, rerun
 from .rolling import CleanContext, JointContext, check_rolling, roll
@@ -55,6 +64,7 @@ from .state import (
     snapshot_errors,
     unpack,
 )
+from .vace import Control, no_control
 
 _log = logging.getLogger(__name__)
 DEFAULT_SWITCH = Switch()
@@ -65,11 +75,19 @@ NO_GUIDES = (
     "student that makes one chunk at a time"
 )
 """Why there are none."""
+NO_CONTROL = (
+    "a rolling sampler takes no control, for it begins chunks before theirs is there; use a "
+    "student that makes one chunk at a time"
+)
+"""Why there is none."""
 _DRAWN_TOGETHER = 16  # normal numbers that torch's CPU generator draws at once
 
 OnPass = Callable[[Literal["denoise", "clean"], int], None]
 """Called before every pass of the network with its kind and its number. What it raises ends the
 chunk within one pass; the next step begins the same chunk again."""
+
+_ChunkControl = tuple[Control | None, ControlTokens | None]
+"""A chunk's control, and what the network makes of it."""
 
 OnPrediction = Callable[[int, Tensor], None]
 """Called after every denoising pass with its number and the clean chunk it predicts."""
@@ -145,10 +163,13 @@ class Stream:
         *,
         guide: Tensor | None = None,
         strength: float = GUIDE_STRENGTH,
+        control: Control | None = None,
     ) -> Chunk:
-        """Make the next chunk: denoise it and decode it; `guide` and `strength` as `generate`."""
+        """Make the next chunk: denoise it and decode it; the rest is as in `generate`."""
         index = self.state.num_chunks
-        latents = self.generate(on_pass, on_prediction, guide=guide, strength=strength)
+        latents = self.generate(
+            on_pass, on_prediction, guide=guide, strength=strength, control=control
+        )
         return Chunk(index=index, latents=latents, images=self.decode(latents))
 
     @torch.no_grad()
@@ -159,6 +180,7 @@ class Stream:
         *,
         guide: Tensor | None = None,
         strength: float = GUIDE_STRENGTH,
+        control: Control | None = None,
     ) -> Tensor:
         """The next chunk's clean latents [B, C, F, h, w]; `decode` them before the next one.
 
@@ -170,27 +192,43 @@ class Stream:
         says how far up the schedule they enter, by the formula of `entered_at`: 1 is text alone,
         to the bit; 0 is the guide itself, with no pass. The context holds what was made of it.
         ValueError for a guide of another shape, a strength outside [0, 1], and a rolling sampler.
+
+        `control` structures the chunk by a VACE beside the network, with a strength of its own;
+        guide and control go together. Without one, and at its strength 0, the chunk is the
+        network's own to the bit, if its past is. ValueError where the network takes none, for a
+        context of another shape, and for a rolling sampler.
         """
         on_pass = on_pass or _no_op
         with self._exclusive():
-            make = self._maker(guide, strength)
-            x0 = self._make(lambda prompt: make(prompt, on_pass, on_prediction), on_pass)
+            tokens = self._embedded(control)
+            make = self._maker(guide, strength, tokens)
+            x0 = self._make(
+                lambda prompt: make(prompt, on_pass, on_prediction), on_pass, (control, tokens)
+            )
         return x0.clone()  # the clean pass is still to read what is kept
 
     @property
     def next_frames(self) -> int:
         """Latent frames of the next chunk."""
-        is_first = self.state.cache.num_frames == 0
-        return self.cache_config.first_frames if is_first else self.cache_config.chunk_frames
+        return self.cache_config.first_frames if self._begins else self.cache_config.chunk_frames
+
+    @property
+    def _begins(self) -> bool:
+        """Whether nothing of the video is there: before its first chunk, or after a cut."""
+        return self.state.cache.num_frames == self.state.reference_frames
 
     @property
     def decodes_afresh(self) -> bool:
         """Whether the next chunk begins a decoder's stream: the video's first, or after a cut."""
-        begins = self.state.cache.num_frames == 0
-        return begins if self.decoder is None else self.state.decoder is None
+        return self._begins if self.decoder is None else self.state.decoder is None
 
     def _make(
-        self, latents_of: Callable[[Tensor], Tensor], on_pass: OnPass, *, is_start: bool = False
+        self,
+        latents_of: Callable[[Tensor], Tensor],
+        on_pass: OnPass,
+        control: _ChunkControl,
+        *,
+        is_start: bool = False,
     ) -> Tensor:
         """The next chunk, whose clean latents are a function of its prompt [B, S, D]."""
         prompt = self._begin_chunk(on_pass)
@@ -199,25 +237,26 @@ class Stream:
         except BaseException:
             self.state.cache.abandon()
             raise
-        self._finish_chunk(x0, prompt, is_start=is_start)
+        self._finish_chunk(x0, prompt, control, is_start=is_start)
         return x0
 
     def _maker(
-        self, guide: Tensor | None, strength: float
+        self, guide: Tensor | None, strength: float, control: ControlTokens | None
     ) -> Callable[[Tensor, OnPass, OnPrediction | None], Tensor]:
         """What makes the next chunk of its prompt; what is asked for is checked first."""
         check_strength(strength)
+        denoise = partial(self._denoise, control=control)
         if guide is None:
-            return self._roll if self.sampler.rolling else self._denoise
+            return self._roll if self.sampler.rolling else denoise
         if self.sampler.rolling:
             raise ValueError(NO_GUIDES)
         self._require_chunk("the guide's latents", guide)
         if strength == 1:
-            return self._denoise
+            return denoise
         guide = guide.to(self.device, torch.float32, copy=True)
         if strength == 0:
             return lambda *_: guide
-        return partial(self._denoise, guide=guide, strength=strength)
+        return partial(denoise, guide=guide, strength=strength)
 
     def _denoise(
         self,
@@ -226,8 +265,9 @@ class Stream:
         seen: OnPrediction | None,
         guide: Tensor | None = None,
         strength: float = 1,
+        control: ControlTokens | None = None,
     ) -> Tensor:
-        is_first, predict = self.state.first_due, partial(self._predict, prompt)
+        is_first, predict = self.state.first_due, partial(self._predict, prompt, control)
         timesteps, levels = entered_at(strength, self.sampler, is_first=is_first)
         noise = self._noise(len(self.sampler.steps_of(is_first)))
         x = next(noise)
@@ -266,6 +306,7 @@ class Stream:
         *,
         decode: bool = True,
         is_start: bool = False,
+        control: Control | None = None,
     ) -> Chunk:
         """Make the next chunk of its clean latents [B, C, F, h, w], kept when it was generated.
 
@@ -273,15 +314,22 @@ class Stream:
         latents and its changes of prompt a stream is made again up to any chunk. Of a rolling
         sampler all passes are run, for the chunks in flight. Without `decode` the decoder does not
         see it; a context that is rebuilt of images needs those of its chunks. `is_start` is for
-        latents that were no chunk's, as `start_from` takes them. ValueError for latents that are
-        no chunk of this stream.
+        latents that were no chunk's, as `start_from` takes them; `control` is what the chunk was
+        made with. ValueError for latents that are no chunk of this stream.
         """
         if is_start and not self.state.first_due:
             raise ValueError("a chunk was generated; start latents come before the first one")
-        return self._given_chunk(latents, on_pass or _no_op, decode=decode, is_start=is_start)
+        options = {"decode": decode, "is_start": is_start}
+        return self._given_chunk(latents, on_pass or _no_op, control, **options)
 
     def _given_chunk(
-        self, latents: Tensor, on_pass: OnPass, *, decode: bool = True, is_start: bool = False
+        self,
+        latents: Tensor,
+        on_pass: OnPass,
+        control: Control | None = None,
+        *,
+        decode: bool = True,
+        is_start: bool = False,
     ) -> Chunk:
         self._require_chunk("latents", latents)
         latents = latents.to(self.device, torch.float32, copy=True)
@@ -292,8 +340,8 @@ class Stream:
             return latents
 
         with self._exclusive():
-            index = self.state.num_chunks
-            self._make(given, on_pass, is_start=is_start)
+            index, tokens = self.state.num_chunks, self._embedded(control)
+            self._make(given, on_pass, (control, tokens), is_start=is_start)
         images = self.decode(latents) if decode else None
         return Chunk(index=index, latents=latents.clone(), images=images)
 
@@ -378,6 +426,46 @@ class Stream:
             raise ValueError("start images need the decoder's encoder; give the stream a decoder")
         return self.start_from(start_latents(images, self.decoder, self.cache_config))
 
+    @torch.no_grad()
+    def refer_to(self, references: Control) -> None:
+        """Begin with reference images that are no part of the video: people, things, a look.
+
+        Before the first chunk, and anew after a cut, which forgets them. `references` is their
+        context [B or 1, Z, R, h, w], whose first latents are the R encoded pictures, a frame each.
+        A published VACE has them as frames in front of the video; here they are a hidden chunk in
+        front of the first, run by a clean pass like any past and never decoded. They count as no
+        chunk, and draw no noise. They are the first R frames of the window, in the sink in the
+        place of as many of the video's: its length and what is recent stay as they are, and with a
+        `decay` under 1 they fade as a sink does. ValueError where the network takes no control,
+        something was made, the sink has fewer frames, or chunks roll.
+        """
+        with self._exclusive():
+            tokens, frames = (
+                self._embedded(references, references=True),
+                references.context.shape[2],
+            )
+            state, channels = self.state, self.model.config.in_dim
+            if not self._begins or state.reference_frames:
+                raise ValueError(
+                    "something was made already; references come before the first chunk, or right "
+                    "after a cut"
+                )
+            if frames > (sink := self.cache_config.sink_frames):
+                raise ValueError(
+                    f"{frames} reference images are given, and they stay in the sink, which has "
+                    f"{sink} frames; give fewer, or raise sink_frames"
+                )
+            latents = references.context[:, :channels].to(self.device, torch.float32)
+            latents = latents.expand(self.batch, -1, -1, -1, -1).clone()
+            state.cache.advance(frames)
+            state.cache.finish()
+            prompt = state.prompt_embeds if state.blend is None else state.blend.embeds()
+            state.pending_clean_pass = PendingCleanPass(
+                latents=latents, prompt_embeds=prompt, control=tokens
+            )
+            self._record(latents, references)
+            state.reference_frames = frames
+
     def switch(self, prompt_embeds: Tensor, switch: Switch | str = DEFAULT_SWITCH) -> None:
         """Change the prompt from the next chunk on; `switch` may be written `blend 3 slerp`.
 
@@ -427,6 +515,8 @@ class Stream:
                 "batch": self.batch,
                 "decoder": None if self.decoder is None else self.decoder.kind,
             }
+            if (known := self._control_facts()) is not None:
+                facts["control"] = known
             return pack(self.state, facts, compact=compact)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -486,12 +576,14 @@ class Stream:
         self._require("model weights", facts["fingerprint"], self.model.fingerprint())
         for fact in ("height", "width", "batch"):
             self._require(fact, facts[fact], getattr(self, fact))
+        self._require("control's past", facts.get("control"), self._control_facts())
         cache, config = self.state.cache, cache_config_of(snapshot)
         if replace(cache.config, decay=config.decay) != config:
             cache = self._new_cache(config)
         text = self.model.config.text_len, self.model.config.text_dim
         as_saved = replace(cache, config=config, sink_backup=None)
-        check(snapshot, as_saved, (self.batch, *text), self._frame_shape(1))
+        channels = 0 if self._controlled is None else self._controlled.control_channels
+        check(snapshot, as_saved, (self.batch, *text), self._frame_shape(1), channels)
         if self.sampler.rolling:
             check_rolling(config, self.sampler)
         self._require_flight(snapshot)
@@ -538,17 +630,22 @@ class Stream:
         state.cache.advance(self.next_frames)
         return state.prompt_embeds if state.blend is None else state.blend.embeds()
 
-    def _finish_chunk(self, x0: Tensor, prompt: Tensor, *, is_start: bool = False) -> None:
+    def _finish_chunk(
+        self, x0: Tensor, prompt: Tensor, control: _ChunkControl, *, is_start: bool = False
+    ) -> None:
         state = self.state
         state.cache.finish()
         state.num_chunks += 1
         state.chunk_open = False
         state.first_due = state.first_due and is_start
         at = 0.0 if is_start else self.sampler.clean_timestep
-        state.pending_clean_pass = PendingCleanPass(latents=x0, prompt_embeds=prompt, timestep=at)
+        given, tokens = control
+        state.pending_clean_pass = PendingCleanPass(
+            latents=x0, prompt_embeds=prompt, timestep=at, control=tokens
+        )
         if state.cache.context_frames >= self.cache_config.head_frames:
             state.cache.backup_sink()  # as its clean pass leaves the head alone
-        self._record_latents(x0)
+        self._record(x0, given)
         if state.blend is not None:
             state.prompt_embeds = prompt
             state.blend = replace(state.blend, done=state.blend.done + 1)
@@ -564,18 +661,32 @@ class Stream:
             if self.cache_config.rebuild != "never":
                 self._rebuild_context(due.prompt_embeds, on_pass)
             else:
-                self._clean_pass(due.latents, due.prompt_embeds, due.timestep)
+                self._clean_pass(due.latents, due.prompt_embeds, due.timestep, due.control)
             state.pending_clean_pass = None
 
-    def _record_latents(self, x0: Tensor) -> None:
+    def _record(self, x0: Tensor, control: Control | None) -> None:
+        """Keep a chunk's latents, and its control, for passes over the past."""
         state, config = self.state, self.cache_config
-        held = 0 if state.first_latents is None else state.first_latents.shape[2]
-        to_sink = min(config.kept_first - held, x0.shape[2])
-        if to_sink:
-            state.first_latents = _append(state.first_latents, x0[:, :, :to_sink])
-        if to_sink < x0.shape[2]:
-            last = _append(state.last_latents, x0[:, :, to_sink:])
-            state.last_latents = last[:, :, -config.kept_last :]
+        first, last = state.first_control, state.last_control
+        if self._keeps_control and not (control is None and first is None and last is None):
+            held = state.first_latents, state.last_latents
+            first, last = (
+                self._framed(None, latents) if kept is None and latents is not None else kept
+                for kept, latents in zip((first, last), held, strict=True)
+            )
+            new = self._framed(control, x0)
+            state.first_control, state.last_control = kept_of(first, last, new, config)
+        held = state.first_latents, state.last_latents
+        state.first_latents, state.last_latents = kept_of(*held, x0, config)
+
+    @property
+    def _kept(self) -> tuple[Tensor | None, Tensor | None]:
+        """The latents that are kept of the beginning and of the end, their control behind them."""
+        state = self.state
+        return (
+            _with_control(state.first_latents, state.first_control),
+            _with_control(state.last_latents, state.last_control),
+        )
 
     @torch.no_grad()
     def _recache(self, prompt_embeds: Tensor, on_pass: OnPass) -> None:
@@ -590,7 +701,7 @@ class Stream:
         if begin > cache.context_frames and state.half_recached is None:
             self._finish_clean_pass(on_pass)  # of a chunk that lies across
         frames = cache.num_frames + cache.evicted_frames - begin
-        if (past := _joined(state.first_latents, state.last_latents, frames)) is not None:
+        if (past := _joined(*self._kept, frames)) is not None:
             on_pass("clean", 0)
             state.half_recached = prompt_embeds
             cache.undo_eviction()  # a stop in what follows leaves all of it to be done again
@@ -599,11 +710,15 @@ class Stream:
                 self._remember(past)
         state.half_recached = state.pending_clean_pass = None
 
-    def _remember(self, latents: Tensor) -> None:
-        """Latents that the whole window was made of: the sink's first."""
-        sink = self.cache_config.sink_frames
-        self.state.first_latents = latents[:, :, :sink] if sink else None
-        self.state.last_latents = latents[:, :, sink:] if latents.shape[2] > sink else None
+    def _remember(self, past: Tensor) -> None:
+        """Latents, and their control, that the whole window was made of: the sink's first."""
+        state, sink = self.state, self.cache_config.sink_frames
+        held = sum(each.shape[2] for each in self._kept if each is not None)
+        state.reference_frames = max(0, state.reference_frames - (held - past.shape[2]))
+        first = past[:, :, :sink] if sink else None
+        last = past[:, :, sink:] if past.shape[2] > sink else None
+        state.first_latents, state.first_control = self._parted(first)
+        state.last_latents, state.last_control = self._parted(last)
 
     @torch.no_grad()
     def _rebuild(self, counts: Sequence[int]) -> None:
@@ -614,45 +729,49 @@ class Stream:
                 self._rebuild_context(state.prompt_embeds, _no_op)
             return
         clean_pass = self._clean_passes(state.prompt_embeds)
-        first, again = state.first_latents, num_frames
+        (first, last), again = self._kept, num_frames
         if (evictions or gone) and first is not None:
             rerun(state.cache, first.split(config.chunk_frames, dim=2), clean_pass)
             first, again = None, num_frames - config.sink_frames
         # Of a window that has not moved the chunks themselves, which the sink may have cut in two.
         state.cache.gone_frames = gone
-        if (latents := _joined(first, state.last_latents, again)) is not None:
+        if (latents := _joined(first, last, again)) is not None:
             rerun(state.cache, chunks_from_end(latents, config.chunk_frames), clean_pass)
 
     @torch.no_grad()
     def _rebuild_context(self, prompt_embeds: Tensor, on_pass: OnPass) -> None:
         """The window before the next chunk, made anew (`CacheConfig.rebuild`)."""
-        head, recent = self._head_latents(), self.cache_config.rebuilt_frames - 1
+        head, recent = self._head(), self.cache_config.rebuilt_frames - 1
         if head is None:  # nothing was made
             return
-        last = _joined(None, self.state.last_latents, recent)
+        last = _joined(None, self._kept[1], recent)
         context = head if last is None else torch.cat([head, last], dim=2)
         self.state.cache.truncate(0)
         parts = context.split(self.cache_config.chunk_frames, dim=2)
         rerun(self.state.cache, parts, self._clean_passes(prompt_embeds), _but_first(on_pass))
 
-    def _head_latents(self) -> Tensor | None:
-        """The latent frame that a rebuilt context begins with, [B, C, 1, h, w]."""
-        last = self.state.last_latents
+    def _head(self) -> Tensor | None:
+        """The latent frame that a rebuilt context begins with, [B, C, 1, h, w], and its control."""
+        first, last = self._kept
         in_sight = last is None or last.shape[2] < self.cache_config.kept_last
-        if self.cache_config.rebuild == "first" or in_sight:
-            return self.state.first_latents
-        return self._encoded_head()
+        if self.cache_config.rebuild == "first" or in_sight or not self._can_encode:
+            return first
+        assert self.decoder is not None and self.state.last_images is not None
+        head = self.decoder.encode(self.state.last_images[:, :1])
+        recent = _joined(None, self.state.last_control, self.cache_config.rebuilt_frames)
+        return _with_control(head, None if recent is None else recent[:, :, :1])
 
-    def _encoded_head(self) -> Tensor | None:
-        if self.decoder is None or self.state.last_images is None:
-            if not self._told_of_head:
-                _log.warning(
-                    "rebuild is 'reencoded', and the stream's images are not decoded beside it: "
-                    "as with 'first', the context's head stays the stream's first frame"
-                )
+    @property
+    def _can_encode(self) -> bool:
+        """Whether a context's head can be encoded of an image; where it cannot, that is said."""
+        can = self.decoder is not None and self.state.last_images is not None
+        if not can and not self._told_of_head:
+            _log.warning(
+                "rebuild is 'reencoded', and the stream's images are not decoded beside it: "
+                "as with 'first', the context's head stays the stream's first frame"
+            )
             self._told_of_head = True
-            return self.state.first_latents
-        return self.decoder.encode(self.state.last_images[:, :1])
+        return can
 
     def _restore_decoder(self, snapshot: Snapshot) -> None:
         """The decoder's past: the snapshot's where it is this decoder's, or made of the latents."""
@@ -675,7 +794,9 @@ class Stream:
         assert self.decoder is not None
         self.state.decoder = None
         first, last = self.state.first_latents, self.state.last_latents
-        frames = self.cache_config.chunk_frames
+        frames, references = self.cache_config.chunk_frames, self.state.reference_frames
+        if first is not None and references:
+            first = first[:, :, references:] if first.shape[2] > references else None
         if last is None or last.shape[2] < frames:  # of chunks that the sink has, or a part of
             last = first if last is None or first is None else torch.cat([first, last], dim=2)
         if last is not None:
@@ -684,18 +805,99 @@ class Stream:
                 _, self.state.decoder = self.decoder.decode(part, self.state.decoder)
 
     def _clean_passes(self, prompt_embeds: Tensor) -> CleanPass:
-        """Those of a past that runs again under a prompt."""
+        """Those of a past that runs again under a prompt, its control behind its latents."""
         at = self.sampler.clean_timestep
-        return partial(self._clean_pass, prompt_embeds=prompt_embeds, timestep=at)
 
-    def _predict(self, prompt_embeds: Tensor, x: Tensor, timestep: float) -> Tensor:
-        return self.model(x.to(self.dtype), *self._pass_inputs(x, timestep, prompt_embeds))
+        def clean_pass(past: Tensor) -> None:
+            latents, framed = self._parted(past)
+            tokens = None
+            if framed is not None and self._controlled is not None:
+                context, strength_F = framed[:, :-1], framed[0, -1, :, 0, 0]
+                tokens = self._controlled.embed_control(context, strength_F, self.dtype)
+            assert latents is not None
+            self._clean_pass(latents, prompt_embeds, at, tokens)
 
-    def _clean_pass(self, latents: Tensor, prompt_embeds: Tensor, timestep: float) -> None:
+        return clean_pass
+
+    def _predict(
+        self, prompt_embeds: Tensor, control: ControlTokens | None, x: Tensor, timestep: float
+    ) -> Tensor:
+        inputs = x.to(self.dtype), *self._pass_inputs(x, timestep, prompt_embeds)
+        if self._controlled is None:
+            return self.model(*inputs)
+        return self._controlled(*inputs, control)
+
+    def _clean_pass(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        timestep: float,
+        control: ControlTokens | None = None,
+    ) -> None:
         view = CleanContext(self.state.cache) if self.sampler.rolling else None
-        self.model.write_cache(
-            latents.to(self.dtype), *self._pass_inputs(latents, timestep, prompt_embeds, view)
-        )
+        inputs = self._pass_inputs(latents, timestep, prompt_embeds, view)
+        if self._controlled is None:
+            self.model.write_cache(latents.to(self.dtype), *inputs)
+        else:
+            self._controlled.write_cache(latents.to(self.dtype), *inputs, control)
+
+    @property
+    def _controlled(self) -> ControlledNetwork | None:
+        """The network, where it takes a control."""
+        return None if self.model.control is None else cast(ControlledNetwork, self.model)
+
+    @property
+    def _keeps_control(self) -> bool:
+        """Whether clean passes see a chunk's control."""
+        config = self.model.control
+        return config is not None and (config.past or config.clean)
+
+    def _control_facts(self) -> dict[str, Any] | None:
+        """What a cache depends on of the control's network; None for nothing."""
+        return None if self._controlled is None else self._controlled.control_facts()
+
+    def _embedded(
+        self, control: Control | None, *, references: bool = False
+    ) -> ControlTokens | None:
+        """A control as all passes of the next chunk take it; checked."""
+        if control is None:
+            return None
+        if self.sampler.rolling:
+            raise ValueError(NO_CONTROL)
+        if (network := self._controlled) is None:
+            raise ValueError(
+                "this stream's network takes no control; put a VACE beside it (`ControlledModel`)"
+            )
+        self._require_control(control, network.control_channels, references)
+        context = control.context.to(self.device).expand(self.batch, -1, -1, -1, -1)
+        strength_F = None
+        if control.strength:
+            frames = context.shape[2]
+            strength_F = torch.full((frames,), control.strength, device=self.device)
+        return network.embed_control(context, strength_F, self.dtype)
+
+    def _require_control(self, control: Control, channels: int, references: bool) -> None:
+        found = list(control.context.shape)
+        frames = found[2] if references and len(found) == 5 else self.next_frames
+        wanted = [self.batch, channels, max(frames, 1), *self.latent_size]
+        if found not in (wanted, [1, *wanted[1:]]):
+            what = "references" if references else "the control"
+            raise ValueError(f"{what} of shape {found} do not fit; {wanted} is needed")
+
+    def _framed(self, control: Control | None, latents: Tensor) -> Tensor:
+        """The control of such latents, with its strength behind it (`Control.framed`)."""
+        assert self._controlled is not None
+        if control is None:
+            context = no_control(latents, self._controlled.control_channels)
+            control = Control(context=context, strength=0.0)
+        return control.framed().to(self.device).expand(self.batch, -1, -1, -1, -1)
+
+    def _parted(self, past: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Latents, and the control behind them."""
+        channels = self.model.config.in_dim
+        if past is None or past.shape[1] == channels:
+            return past, None
+        return past[:, :channels], past[:, channels:]
 
     def _timesteps(self) -> list[float]:
         """Those of the next chunk that is generated."""
@@ -908,6 +1110,29 @@ def _joined(first: Tensor | None, last: Tensor | None, frames: int) -> Tensor | 
     """The last so many latent frames of one after the other; None for no frame."""
     held = [each for each in (first, last) if each is not None]
     return torch.cat(held, dim=2)[:, :, -frames:] if held and frames > 0 else None
+
+
+def kept_of(
+    first: Tensor | None, last: Tensor | None, new: Tensor, config: CacheConfig
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is kept of a stream's beginning and of its end once a chunk was made.
+
+    Of its latents, or whatever else is by frames [B, C, F, h, w].
+    """
+    held = 0 if first is None else first.shape[2]
+    to_first = min(config.kept_first - held, new.shape[2])
+    if to_first:
+        first = _append(first, new[:, :, :to_first])
+    if to_first < new.shape[2]:
+        last = _append(last, new[:, :, to_first:])[:, :, -config.kept_last :]
+    return first, last
+
+
+def _with_control(latents: Tensor | None, control: Tensor | None) -> Tensor | None:
+    """Latents with their control behind them, where both are there."""
+    if latents is None or control is None:
+        return latents
+    return torch.cat([latents, control], dim=1)
 
 
 def split_chunks(latents: Tensor, cache: CacheConfig) -> list[Tensor]:

@@ -37,6 +37,7 @@ from .model import (
     TimeContext,
     WanModel,
     embed_patches,
+    fingerprint_of,
 )
 from .ranges import check_numbers
 from .rope import Rope
@@ -215,6 +216,13 @@ class ControlledModel(nn.Module):
     def fingerprint(self) -> str:
         """The base's."""
         return self.base.fingerprint()
+
+    def control_facts(self) -> dict[str, Any] | None:
+        """Whose past lies in a cache, as JSON has it: None where the VACE sees none."""
+        if not self.control.past:
+            return None
+        own = fingerprint_of(self.vace.get_parameter("vace_blocks.0.modulation"))
+        return {"fingerprint": own, "layers": list(self.vace.config.layers)}
 
     def prompt_context(self, prompt_embeds_BSD: Tensor) -> PromptContext:
         """See `WanModel.prompt_context`; the VACE's layers come behind the base's."""

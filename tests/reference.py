@@ -13,9 +13,9 @@ from torch import Tensor
 class Reference:
     """The student with per-frame lists for a cache. Frames are [B, tokens, heads, head_dim]."""
 
-    def __init__(self, weights, config, cache, sampler):
+    def __init__(self, weights, config, cache, sampler, further_layers=0):
         self.w, self.config, self.cache, self.sampler = weights, config, cache, sampler
-        layers = range(config.num_layers)
+        layers = range(config.num_layers + further_layers)
         self.frames = [[] for _ in layers]  # (k, v) of every frame in the window, sink first
         self.slot = 0
 
@@ -54,33 +54,14 @@ class Reference:
         padded = torch.zeros(batch, c.text_len, c.text_dim)
         padded[:, : prompt.shape[1]] = prompt
         text = mlp(w, "text_embedding", padded, gelu)
-        per_frame = rows * columns
+        added = self.hints(tokens, e, text, rows, columns, keep)
+        for i in range(c.num_layers):
+            tokens = self.block(f"blocks.{i}.", i, tokens, e, text, rows, columns, keep)
+            tokens = tokens + added.get(i, 0)
 
         def spread(v):  # [B, F, C] -> [B, F * tokens, C]
-            return v.repeat_interleave(per_frame, dim=1)
+            return v.repeat_interleave(rows * columns, dim=1)
 
-        for i in range(c.num_layers):
-            b = f"blocks.{i}."
-            m = w[b + "modulation"][:, None] + e
-            y = norm(tokens, c.eps) * (1 + spread(m[:, :, 1])) + spread(m[:, :, 0])
-            q, k, v = self.heads(y, y, b + "self_attn.")
-            past = list(self.frames[i])
-            new = list(zip(k.split(per_frame, 1), v.split(per_frame, 1), strict=True))
-            if keep:
-                self.frames[i] = past + new
-            seen = past + new
-            start = len(past)
-            q = rotate(q, [start + f for f in range(frames)], rows, columns)
-            k = rotate(torch.cat([f[0] for f in seen], 1), list(range(len(seen))), rows, columns)
-            y = attend(q, k, torch.cat([f[1] for f in seen], 1))
-            y = y @ w[b + "self_attn.o.weight"].T + w[b + "self_attn.o.bias"]
-            tokens = tokens + y * spread(m[:, :, 2])
-            y = norm(tokens, c.eps) * w[b + "norm3.weight"] + w[b + "norm3.bias"]
-            q, k, v = self.heads(y, text, b + "cross_attn.")
-            y = attend(q, k, v)
-            tokens = tokens + y @ w[b + "cross_attn.o.weight"].T + w[b + "cross_attn.o.bias"]
-            y = norm(tokens, c.eps) * (1 + spread(m[:, :, 4])) + spread(m[:, :, 3])
-            tokens = tokens + mlp(w, b + "ffn", y, gelu) * spread(m[:, :, 5])
         m = w["head.modulation"][:, None] + time[:, :, None]
         y = norm(tokens, c.eps) * (1 + spread(m[:, :, 1])) + spread(m[:, :, 0])
         y = y @ w["head.head.weight"].T + w["head.head.bias"]
@@ -90,6 +71,36 @@ class Reference:
             for r in range(2):
                 out[:, :, :, q::2, r::2] = y[..., q, r, :].permute(0, 4, 1, 2, 3)
         return out
+
+    def hints(self, tokens, e, text, rows, columns, keep):
+        """What is added behind the blocks, by their numbers."""
+        return {}
+
+    def block(self, b, i, tokens, e, text, rows, columns, keep, past=True):
+        w, c, per_frame, frames = self.w, self.config, rows * columns, e.shape[1]
+
+        def spread(v):
+            return v.repeat_interleave(per_frame, dim=1)
+
+        m = w[b + "modulation"][:, None] + e
+        y = norm(tokens, c.eps) * (1 + spread(m[:, :, 1])) + spread(m[:, :, 0])
+        q, k, v = self.heads(y, y, b + "self_attn.")
+        seen = list(self.frames[i]) if past else []
+        start = len(seen)
+        seen += list(zip(k.split(per_frame, 1), v.split(per_frame, 1), strict=True))
+        if keep and past:
+            self.frames[i] = list(seen)
+        q = rotate(q, [start + f for f in range(frames)], rows, columns)
+        k = rotate(torch.cat([f[0] for f in seen], 1), list(range(len(seen))), rows, columns)
+        y = attend(q, k, torch.cat([f[1] for f in seen], 1))
+        y = y @ w[b + "self_attn.o.weight"].T + w[b + "self_attn.o.bias"]
+        tokens = tokens + y * spread(m[:, :, 2])
+        y = norm(tokens, c.eps) * w[b + "norm3.weight"] + w[b + "norm3.bias"]
+        q, k, v = self.heads(y, text, b + "cross_attn.")
+        y = attend(q, k, v)
+        tokens = tokens + y @ w[b + "cross_attn.o.weight"].T + w[b + "cross_attn.o.bias"]
+        y = norm(tokens, c.eps) * (1 + spread(m[:, :, 4])) + spread(m[:, :, 3])
+        return tokens + mlp(w, b + "ffn", y, gelu) * spread(m[:, :, 5])
 
     def heads(self, x, source, name):
         w, c = self.w, self.config
@@ -104,6 +115,9 @@ class Reference:
         q, k, v = rms(project("q", x), "q"), rms(project("k", source), "k"), project("v", source)
         return (y.unflatten(-1, (c.num_heads, -1)) for y in (q, k, v))
 
+    def begin_chunk(self, number):
+        """Before a chunk is made."""
+
     def stream(self, noise, renoise, prompt, start=None):
         """The whole rollout: `noise` [B, C, F, h, w], `renoise` a list in the order drawn."""
         size, renoise, out = self.cache.chunk_frames, iter(renoise), []
@@ -113,7 +127,8 @@ class Reference:
             self.advance(chunk.shape[2])
             self.flow(chunk, torch.zeros(chunk.shape[0], chunk.shape[2]), prompt, keep=True)
             out.append(chunk)
-        for x in noise.split(size, 2):
+        for number, x in enumerate(noise.split(size, 2)):
+            self.begin_chunk(number)
             self.advance(size)
             for i, s in enumerate(sigma):
                 t = torch.full((x.shape[0], size), s * 1000)
@@ -123,6 +138,45 @@ class Reference:
             self.flow(x0, torch.zeros(x.shape[0], size), prompt, keep=True)
             out.append(x0)
         return torch.cat(out, 2)
+
+
+class ControlledReference(Reference):
+    """The same beside a VACE. `controls` are a chunk's context [B, Z, F, h, w] and strength, or
+    None for a chunk without. Where it sees the `past`, what it keeps of such a chunk is what it
+    makes of latents of zeros and a mask of ones."""
+
+    def __init__(self, weights, config, cache, sampler, layers, controls, past, clean):
+        super().__init__(weights, config, cache, sampler, len(layers) if past else 0)
+        self.layers, self.controls, self.past, self.clean = layers, controls, past, clean
+
+    def begin_chunk(self, number):
+        self.control = self.controls[number]
+
+    def hints(self, tokens, e, text, rows, columns, keep):
+        w, first = self.w, self.config.num_layers
+        context, strength = self.control or (None, 0)
+        if context is None:
+            channels = w["vace_patch_embedding.weight"].shape[1]
+            context = torch.ones(len(tokens), channels, e.shape[1], 2 * rows, 2 * columns)
+            context[:, : 2 * self.config.in_dim] = 0
+        x = patches(context) @ w["vace_patch_embedding.weight"].flatten(1).T
+        x = x + w["vace_patch_embedding.bias"]
+        b = "vace_blocks.0.before_proj."
+        x, added = x @ w[b + "weight"].T + w[b + "bias"] + tokens, {}
+        for n, layer in enumerate(self.layers):
+            b = f"vace_blocks.{n}."
+            x = self.block(b, first + n, x, e, text, rows, columns, keep, self.past)
+            hint = x @ w[b + "after_proj.weight"].T + w[b + "after_proj.bias"]
+            if strength and (self.clean or not keep):
+                added[layer] = hint * strength
+        return added
+
+    def refer_to(self, context, prompt, strength=1.0):
+        """References as a hidden chunk in front, kept at timestep 0."""
+        self.advance(context.shape[2])
+        self.control = context, strength
+        latents, at = context[:, : self.config.in_dim], torch.zeros(len(context), context.shape[2])
+        self.flow(latents, at, prompt, keep=True)
 
 
 def patches(x):

@@ -22,7 +22,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -34,9 +34,10 @@ from ..attention import Attention, sdpa
 from ..config import CacheConfig
 from ..kv_cache import KeyValues, KVCache
 from ..memory.offload import StreamedLayers
-from ..model import CountedPrompt, PromptContext, TimeContext, WanModel
+from ..model import ControlTokens, CountedPrompt, PromptContext, TimeContext, WanModel
 from ..operations import is_watched
 from ..rope import Rope
+from ..vace import ControlledModel
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,16 @@ class GraphedModel:
     `capture` is the one of the model's device but for tests. Unless it `must`, a pass that fails
     to be recorded, as for want of memory, is warned of once, and all go on without. ValueError
     where the network cannot be captured, or can no longer.
+
+    Of a network with control (`ControlledModel`) passes with one and without are recorded apart.
     """
 
     def __init__(
-        self, model: WanModel, capture: Capture | None = None, *, must: bool = True
+        self,
+        model: WanModel | ControlledModel,
+        capture: Capture | None = None,
+        *,
+        must: bool = True,
     ) -> None:
         self._model, self._given, self._must, self._failed = model, capture, must, False
         self._lock = threading.Lock()
@@ -77,8 +84,8 @@ class GraphedModel:
 
     @property
     def network(self) -> WanModel:
-        """The network, whose weights may be changed where they lie."""
-        return self._model
+        """The network, whose weights may be changed where they lie; of two the base."""
+        return self._model.base if isinstance(self._model, ControlledModel) else self._model
 
     @property
     def patch_embedding(self) -> nn.Conv3d:
@@ -92,9 +99,10 @@ class GraphedModel:
         prompt: PromptContext | CountedPrompt,
         cache: KeyValues,
         attention: Attention = sdpa,
+        control: ControlTokens | None = None,
     ) -> Tensor:
         """See `WanModel.forward`. The flow is overwritten by the same stream's next pass."""
-        return self._run(self._model.forward, x, time, prompt, cache, attention)
+        return self._run(self._model.forward, x, time, prompt, cache, attention, control)
 
     def write_cache(
         self,
@@ -103,9 +111,30 @@ class GraphedModel:
         prompt: PromptContext | CountedPrompt,
         cache: KeyValues,
         attention: Attention = sdpa,
+        control: ControlTokens | None = None,
     ) -> None:
         """See `WanModel.write_cache`."""
-        self._run(self._model.write_cache, x, time, prompt, cache, attention)
+        self._run(self._model.write_cache, x, time, prompt, cache, attention, control)
+
+    @property
+    def control_channels(self) -> int:
+        """See `ControlledModel.control_channels`."""
+        return self._with_control.control_channels
+
+    def control_facts(self) -> dict[str, Any] | None:
+        """See `ControlledModel.control_facts`."""
+        return self._with_control.control_facts()
+
+    def embed_control(
+        self, context: Tensor, strength_F: Tensor | None, dtype: torch.dtype
+    ) -> ControlTokens:
+        """See `ControlledModel.embed_control`; once a chunk, and so not recorded."""
+        return self._with_control.embed_control(context, strength_F, dtype)
+
+    @property
+    def _with_control(self) -> ControlledModel:
+        assert isinstance(self._model, ControlledModel), "it takes no control"
+        return self._model
 
     def new_cache(self, config: CacheConfig, **sizes: Any) -> KVCache:
         """See `WanModel.new_cache`; the memory of one that is no longer in use is lent again."""
@@ -142,15 +171,16 @@ class GraphedModel:
         prompt: PromptContext | CountedPrompt,
         cache: KeyValues,
         attention: Attention,
+        control: ControlTokens | None,
     ) -> Any:
         # What a view of a cache reads is made anew in each pass, which runs as it is; so does one
         # over more than a chunk, which comes with a change of prompt and takes much memory.
         if isinstance(cache, KVCache) and self._may_record(cache):
             with self._lock:
-                replay = self._recorded(run, x, time, prompt, cache, attention)
+                replay = self._recorded(run, x, time, prompt, cache, attention, control)
                 if replay is not None:
                     return replay()
-        return run(x, time, prompt, cache, attention)
+        return run(x, time, prompt, cache, attention, *_if_there(control))
 
     def _may_record(self, cache: KVCache) -> bool:
         is_lent = cache.k_NBWHD.data_ptr() in self._lent
@@ -164,13 +194,16 @@ class GraphedModel:
         prompt: PromptContext | CountedPrompt,
         cache: KVCache,
         attention: Attention,
+        control: ControlTokens | None,
     ) -> Replay | None:
         """The pass as it was recorded, its inputs in place; None where it is to run as it is."""
         if _fixed_by_recording(self._model) != self._fixed:
             self._look_at_network()
             self._forget_passes()
         memory = cache.k_NBWHD.data_ptr()
-        form = (run, x.shape, memory, cache.context_frames, cache.slot_frames, attention)
+        window = cache.context_frames, cache.slot_frames
+        hinted = None if control is None else control.strength_F is not None
+        form = (run, x.shape, memory, *window, attention, hinted)
         # By thread, as libraries set themselves up for each: a form is recorded where it has run.
         use = form, threading.get_ident()
         self._uses[use] += 1
@@ -181,9 +214,10 @@ class GraphedModel:
         if inputs is None:
             inputs = self._inputs[x.shape, memory] = _Inputs.like(x, time, prompt)
         inputs.set(x, time, prompt)
+        placed = inputs.with_control(control)
         if form not in self._passes:
             fixed = cache.shallow_copy()  # and not the stream's own, which is to be let go of
-            seen = (inputs.x, inputs.time, inputs.prompt, fixed, attention)
+            seen = (inputs.x, inputs.time, inputs.prompt, fixed, attention, *_if_there(placed))
             replay = self._captured(lambda: _with_memory(run(*seen), fixed))
             if replay is None:
                 return None
@@ -216,6 +250,10 @@ class _Inputs:
     prompt: PromptContext | CountedPrompt
     now: tuple[Any, Any] = (None, None)
     """Whose timestep and prompt are there."""
+    control: dict[str, Tensor] = field(default_factory=dict)
+    """Parts of `ControlTokens`, by their names; made when the first one comes."""
+    controlled_by: ControlTokens | None = None
+    """Whose parts are there."""
 
     @classmethod
     def like(cls, x: Tensor, time: TimeContext, prompt: PromptContext | CountedPrompt) -> _Inputs:
@@ -234,6 +272,25 @@ class _Inputs:
                     place.resize_(part.shape)  # on a CPU, where it has the rows that a prompt has
                 torch._foreach_copy_(mine, new)
         self.now = time, prompt
+
+    def with_control(self, control: ControlTokens | None) -> ControlTokens | None:
+        """A chunk's control in its places."""
+        if control is None:
+            return None
+        parts = {name: part for name, part in control._asdict().items() if part is not None}
+        for name, part in parts.items():
+            place = self.control.setdefault(name, part.clone())
+            if control is not self.controlled_by:
+                place.copy_(part)
+        self.controlled_by = control
+        return ControlTokens(
+            **{**control._asdict(), **{name: self.control[name] for name in parts}}
+        )
+
+
+def _if_there(control: ControlTokens | None) -> tuple[ControlTokens, ...]:
+    """A network without control has no such argument."""
+    return () if control is None else (control,)
 
 
 def _whole(time: TimeContext) -> Tensor:
@@ -381,14 +438,14 @@ def _fixed_by_recording(module: nn.Module) -> list[Any]:
     return found
 
 
-def _capture_for(model: WanModel) -> Capture:
+def _capture_for(model: nn.Module) -> Capture:
     parameter = next(model.parameters())
     return CudaCapture(parameter.device) if parameter.is_cuda else TraceCapture()
 
 
-def _require_recordable(model: WanModel) -> None:
+def _require_recordable(model: nn.Module) -> None:
     """ValueError where a recording would leave out what the network does."""
-    if isinstance(model.blocks, StreamedLayers):
+    if any(isinstance(part, StreamedLayers) for part in model.modules()):
         raise ValueError("recorded passes need all weights in place; leave out --offload stream")
     devices = {p.device.type for p in model.parameters()}
     if len(devices) > 1 or not devices <= {"cuda", "cpu"}:
