@@ -23,6 +23,8 @@ from ..rf_core.decoders.decoder import DecoderState, back_chunks
 from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.pace import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry, clip_notes
+from ..rf_core.scheduler import entered_at
+from ..rf_core.source import Guides
 from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Stream, split_chunks
 from ..rf_core.vace import Control
@@ -32,7 +34,7 @@ from .control_input import ControlInput
 from .decoders import StockTAEHVDecoder, StockWanDecoder
 from .join import PreviousVideo, is_of_run
 from .report import Report
-from .source import Place
+from .source import Clip, Place, PlacedSource
 from .types import UNITS, Timeline
 
 
@@ -65,6 +67,8 @@ class Request:
     """Last images for the IMAGE socket; -1 for all."""
     keep_latents: int
     """Last latent frames for the LATENT socket; -1 for all."""
+    source: Clip | None = None
+    """What guides the chunks that are generated."""
     control: ControlInput | None = None
     """What controls the chunks, but a start clip's."""
     previous: PreviousVideo | None = None
@@ -109,6 +113,10 @@ class RunResult:
     """What the decoder remembers after those chunks; None where that is not all."""
     stream: Stream | None = None
     """At its end."""
+    place: Place = field(default_factory=Place)
+    """In the source, after those chunks."""
+    source_ended: bool = False
+    """Whether the video ends with its source, before the length that was asked for."""
     control_place: Place = field(default_factory=Place)
     """In the control, after those chunks."""
     path: Path | None = None
@@ -245,7 +253,10 @@ class RunPlan:
         if tail is not None and tail.serves(request.keep_images):
             known = self.reused
             return replace(self, written=known, wanted=known, decoded=known, tail=tail)
-        images, keep = self.clock.images_before(self.total), request.keep_images
+        # A source that stops may end the video as early as here.
+        stops = request.source is not None and request.source.at_end == "stop"
+        images = self.clock.images_before(self.reused if stops else self.total)
+        keep = request.keep_images
         first = 0 if keep < 0 else images - keep
         ends = (self.clock.images_before(number + 1) for number in range(self.total))
         wanted = next((number for number, end in enumerate(ends) if end > first), self.total)
@@ -295,9 +306,24 @@ def run(request: Request, result: RunResult) -> None:
             _make(request, run_plan, run_key, handoff, result)
     finally:
         _tidy(request, result)
+    _end_source(request, run_plan, result)
     if request.control is not None:
         result.control_place = request.control.place.after(*run_plan.place_of(result.chunks))
     result.report.end()
+
+
+def _end_source(request: Request, run_plan: RunPlan, result: RunResult) -> None:
+    """Note where the run leaves its source; ValueError where that was over before it began."""
+    if request.source is None:
+        return
+    place, (images, since) = request.source.place, run_plan.place_of(result.chunks)
+    result.place = place.after(images, since)
+    if not result.chunks:
+        seconds = place.images / request.fps
+        raise ValueError(
+            f"the source ends before {seconds:.2f} s, where the state goes on; connect a longer "
+            "one, or let source_end hold or loop it"
+        )
 
 
 def _continued(
@@ -331,12 +357,17 @@ def _make(
     """Hand on chunk after chunk; what is made until the end, or a stop, is kept for a later run."""
     assert result.stream is not None
     passes = _passes(request, run_plan, result.stream)
-    control = opened_control(request)
     previews = request.decoder is None
-    progress = host.Progress(request.model, sum(passes), previews=previews, rate=request.fps)
+    progress = host.Progress(
+        request.model, max(1, sum(passes)), previews=previews, rate=request.fps
+    )
     try:
-        with closing(control) if control else nullcontext():
-            for latents in _chunks(request, run_plan, passes, progress, control, result):
+        with (
+            closing(source) if (source := opened(request)) else nullcontext(),
+            closing(control) if (control := opened_control(request)) else nullcontext(),
+        ):
+            guides = None if source is None else Guides(source)
+            for latents in _chunks(request, run_plan, passes, progress, guides, control, result):
                 _hand_on(latents, run_plan, request, handoff, result)
         _flush(handoff)
         reuse.store(run_key, request, result)
@@ -345,6 +376,16 @@ def _make(
             _flush(handoff)
             result.resumable = reuse.store(run_key, request, result)
         raise
+
+
+def opened(request: Request) -> PlacedSource | None:
+    """The source of a run, with the decoder's twin; None without one."""
+    if request.source is None:
+        return None
+    assert request.decoder is not None, "a source has an encoder"
+    source = request.source.open(request.height, request.width, request.fps)
+    source.attach(request.decoder)
+    return source
 
 
 def opened_control(request: Request) -> ControlSource | None:
@@ -371,7 +412,13 @@ def _passes(request: Request, run_plan: RunPlan, stream: Stream) -> list[int]:
     if stream.state.first_due:
         firsts.add(request.clip_chunks)
     generated = range(len(run_plan.given), run_plan.total)
-    return [request.sampler.passes_of(chunk in firsts) for chunk in generated]
+    return [_num_passes(request, chunk in firsts) for chunk in generated]
+
+
+def _num_passes(request: Request, is_first: bool) -> int:
+    if request.source is None:
+        return request.sampler.passes_of(is_first)
+    return len(entered_at(request.source.strength, request.sampler, is_first=is_first)[0])
 
 
 def _chunks(
@@ -379,6 +426,7 @@ def _chunks(
     run_plan: RunPlan,
     passes: Sequence[int],
     progress: Any,
+    guides: Guides | None,
     control: ControlSource | None,
     result: RunResult,
 ) -> Iterator[Tensor]:
@@ -408,9 +456,18 @@ def _chunks(
             passes=[1 + count for count in passes],
             rate=request.fps,
         )
+        guided: dict[str, Any] = {}
+        if guides is not None:
+            host.check_interrupt()
+            guide = guides.next(stream, *run_plan.place_of(number))
+            if guide is None:
+                result.source_ended = True
+                return
+            assert request.source is not None
+            guided = {"guide": guide, "strength": request.source.strength}
         pace.network_begins()
-        controlled = _control_for(request, run_plan, control, stream, number)
-        latents = stream.generate(progress.on_pass, progress.on_prediction, control=controlled)
+        guided["control"] = _control_for(request, run_plan, control, stream, number)
+        latents = stream.generate(progress.on_pass, progress.on_prediction, **guided)
         pace.network_ends()
         yield latents
         images, until = run_plan.clock.images_of(number), run_plan.clock.images_before(number + 1)
