@@ -11,9 +11,11 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from . import source_input
 from .attention import attention_backend
 from .config import ModelConfig
 from .control import ControlSource
@@ -27,10 +29,10 @@ from .memory.offload import stream_layers
 from .model import Network, WanModel
 from .options import Options, Plan, most_start_images
 from .pace import Pace, Progress
-from .source import ChunkEncoder
+from .source import ChunkEncoder, EncodedSource, Guides, Reader, Source
 from .stream import Chunk, Stream
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
-from .vace import Control, ControlledModel, Vace
+from .vace import ControlledModel, Vace
 from .video import RUN, VideoWriter, read_images, remux, to_uint8
 from .weights.checkpoint import load_student
 from .weights.vace import load_vace
@@ -71,6 +73,8 @@ def split_of(resolved: Plan, process: Process) -> Split:
     """How processes share a run out; ValueError where they cannot."""
     if resolved.options.start is not None:
         raise ValueError("several processes make a stream from noise alone; leave out --start")
+    if resolved.options.source is not None:
+        raise ValueError("several processes make a stream of its prompt alone; leave out --source")
     if resolved.options.files.control is not None:
         raise ValueError(
             "several processes make a stream of its prompts alone; leave out --control-model"
@@ -181,14 +185,34 @@ def open_stream(
     return stream
 
 
+def open_reader(resolved: Plan) -> Reader | None:
+    """The images of a run's source; None without one. ValueError where there are none."""
+    if resolved.options.source is None:
+        return None
+    size = {"height": resolved.height, "width": resolved.width, "fps": resolved.family.fps}
+    return source_input.open_reader(resolved.options.source, **size)
+
+
+def open_source(
+    resolved: Plan, decoder: Decoder | None, reader: Reader | None = None
+) -> EncodedSource | None:
+    """A run's source around what `open_reader` has opened, or opens; None without one."""
+    options, reader = resolved.options.source, reader or open_reader(resolved)
+    if options is None or reader is None:
+        return None
+    assert decoder is not None, "a process that follows has no source"
+    return EncodedSource(reader, decoder, options.facts)
+
+
 def generate(
     resolved: Plan,
     stream: Stream,
     embeds: dict[str, Tensor],
     report: Callable[[Progress], None] = lambda progress: None,
     stopped: Callable[[], bool] = lambda: False,
+    reader: Reader | None = None,
 ) -> int | None:
-    """Make the video; None once it is finished.
+    """Make the video; None once it is finished. `reader` is what `open_reader` has opened.
 
     Where `stopped` ended it early, within one pass of the network, how many chunks lead to the
     snapshot it can go on from; 0 without one. However it ends, the file is closed and plays.
@@ -201,12 +225,12 @@ def generate(
             raise Stopped
 
     writer, finished = _open_writer(resolved, begun), False
-    saver = _Saver(resolved, begun, writer)
+    saver, source = _Saver(resolved, begun, writer), open_source(resolved, stream.decoder, reader)
     try:
-        with writer, _handoff(resolved, stream, writer) as handoff:
+        with writer, source or nullcontext(), _handoff(resolved, stream, writer) as handoff:
             written = writer.num_images
             try:
-                for chunk in _chunks(resolved, stream, embeds, pace, on_pass):
+                for chunk in _chunks(resolved, stream, embeds, pace, on_pass, source):
                     images = _hand_on(chunk, stream, writer, handoff)
                     done, written = chunk.index + 1, written + images
                     given = stream.state.num_chunks > done  # of a start clip, all is there at once
@@ -289,23 +313,26 @@ def _chunks(
     embeds: dict[str, Tensor],
     pace: Pace,
     on_pass: Callable[[str, int], None],
+    source: Source | None = None,
 ) -> Iterator[Chunk]:
     control = open_control(resolved, stream.decoder)
     with closing(control) if control else nullcontext():
-        yield from _controlled_chunks(resolved, stream, embeds, pace, on_pass, control)
+        yield from _steered_chunks(resolved, stream, embeds, pace, on_pass, source, control)
 
 
-def _controlled_chunks(
+def _steered_chunks(
     resolved: Plan,
     stream: Stream,
     embeds: dict[str, Tensor],
     pace: Pace,
     on_pass: Callable[[str, int], None],
+    source: Source | None,
     control: ControlSource | None,
 ) -> Iterator[Chunk]:
-    state = stream.state
+    state, clock = stream.state, resolved.clock
+    guided, strength = _guided(resolved, source), resolved.options.control.strength
     if control is not None:
-        control.refer(stream, strength=resolved.options.control.strength)
+        control.refer(stream, strength=strength)
     if resolved.options.start is not None and not state.num_chunks:
         yield from stream.start_from_images(start_images(resolved))
     switches = {prompt.chunk: prompt for prompt in resolved.prompts if prompt.chunk}
@@ -314,18 +341,27 @@ def _controlled_chunks(
         if index in switches and not state.chunk_open:
             stream.switch(embeds[switches[index].text], switches[index].switch)
         pace.network_begins()
-        latents = stream.generate(on_pass, control=_next_control(resolved, stream, control))
+        place = clock.images_before(index), clock.begun_with(index)
+        given = guided(stream, *place)
+        if control is not None:
+            given["control"] = control.next(stream, *place, strength=strength)
+        latents = stream.generate(on_pass, **given)
         pace.network_ends()
         yield Chunk(index=index, latents=latents, images=None)
 
 
-def _next_control(resolved: Plan, stream: Stream, control: ControlSource | None) -> Control | None:
-    if control is None:
-        return None
-    clock, chunk = resolved.clock, stream.state.num_chunks
-    since = clock.images_before(max((cut for cut in clock.cuts if cut <= chunk), default=0))
-    strength = resolved.options.control.strength
-    return control.next(stream, clock.images_before(chunk), since, strength=strength)
+def _guided(resolved: Plan, source: Source | None) -> Callable[[Stream, int, int], dict[str, Any]]:
+    """What `Stream.generate` takes of a source for the chunk that begins with an image."""
+    options = resolved.options.source
+    if source is None or options is None:
+        return lambda stream, images, since: {}
+    guides, strength = Guides(source, options.motion_strength), options.strength
+
+    def guided(stream: Stream, images: int, since: int) -> dict[str, Any]:
+        guide = guides.next(stream, images, since)
+        return {"guide": guide, "strength": guides.strength(strength)}
+
+    return guided
 
 
 def _open_writer(resolved: Plan, chunks: int) -> VideoWriter:

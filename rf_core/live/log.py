@@ -145,9 +145,16 @@ def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
-def source_of(source: Source | ControlSource, strength: float) -> dict[str, Any]:
-    """What a header says of a source or a control, and of the strength that it begins with."""
-    facts: dict[str, Any] = json.loads(json.dumps({**source.facts, "strength": strength}))
+def source_of(source: Source, strength: float, motion_strength: float = 0.0) -> dict[str, Any]:
+    """What a header says of a source, and of the strength that it begins with."""
+    given = {"strength": strength, "motion_strength": motion_strength}
+    facts: dict[str, Any] = json.loads(json.dumps({**source.facts, **given}))
+    return facts
+
+
+def control_of(control: ControlSource, strength: float) -> dict[str, Any]:
+    """What a header says of a control, and of the strength that it begins with."""
+    facts: dict[str, Any] = json.loads(json.dumps({**control.facts, "strength": strength}))
     return facts
 
 
@@ -275,6 +282,7 @@ def _header(facts: Any) -> LogHeader:
     if source is not None:
         _require(isinstance(source, dict), "its source is no object")
         Strength(strength=source["strength"])
+        Strength(strength=abs(source["motion_strength"]))
     control = facts.get("control")
     if control is not None:
         _require(isinstance(control, dict), "its control is no object")

@@ -69,6 +69,7 @@ class Maker:
         side_stream: see `Handoff`.
         source: guides the chunks that are generated; the caller closes it.
         strength: what the source's guides begin with, see `Stream.generate`.
+        motion_strength: what is added where all moves, see `source.strength_at`.
         control: controls all chunks but a clip's; the caller closes it.
         control_strength: what the control begins with, see `vace.Control`.
         presenter: takes the images, in a thread of its own.
@@ -88,6 +89,7 @@ class Maker:
         side_stream: bool | None = None,
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
+        motion_strength: float = 0.0,
         control: ControlSource | None = None,
         control_strength: float = 1.0,
     ) -> None:
@@ -102,7 +104,7 @@ class Maker:
             raise ValueError(NO_GUIDES)
         check_control_strength(control_strength)
         self.stream, self.history = stream, History(limits or Limits())
-        self._guides = None if source is None else Guides(source)
+        self._guides = None if source is None else Guides(source, motion_strength)
         self._control = control
         self._clip = [] if clip is None else split_chunks(clip, stream.cache_config)
         self._pace = Pace(None, stream.state.num_chunks, stream.device)
@@ -253,7 +255,7 @@ class Maker:
         if self._guides is None:
             return stream.generate(on_pass, control=control)
         guide = self._guides.next(stream, self.images, self._since)
-        strength = self.settings.strength
+        strength = self._guides.strength(self.settings.strength)
         return stream.generate(on_pass, guide=guide, strength=strength, control=control)
 
     def _refer(self) -> None:

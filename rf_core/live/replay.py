@@ -9,8 +9,17 @@ from torch import Tensor
 
 from ..control import ControlSource
 from ..source import Source
-from ..stream import GUIDE_STRENGTH, OnPass, Stream
-from .log import ActionEntry, ChunkEntry, Log, RewindEntry, digest_of, facts_of, source_of
+from ..stream import OnPass, Stream
+from .log import (
+    ActionEntry,
+    ChunkEntry,
+    Log,
+    RewindEntry,
+    control_of,
+    digest_of,
+    facts_of,
+    source_of,
+)
 from .maker import Encode, Maker, SetLora
 from .record import Presenter, Recorder
 from .transition import Branch, SessionState, branch_of
@@ -51,8 +60,12 @@ def replay_log(
         ReplayMismatch: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
-    strength = _check_source("source", log.header.source, source, GUIDE_STRENGTH)
-    control_strength = _check_source("control", log.header.control, control, 1.0)
+    logged = log.header
+    facts = {} if source is None else source_of(source, **strengths_of(log))
+    _check_facts("source", logged.source, facts)
+    control_strength = (logged.control or {}).get("strength", 1.0)
+    facts = {} if control is None else control_of(control, control_strength)
+    _check_facts("control", logged.control, facts)
     header, presenter = log.header, Presenter(recorder=recorder)
     maker = Maker(
         stream,
@@ -65,7 +78,7 @@ def replay_log(
         clip=clip,
         side_stream=side_stream,
         source=source,
-        strength=strength,
+        **strengths_of(log),
         control=control,
         control_strength=control_strength,
     )
@@ -109,23 +122,21 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
             )
 
 
-def _check_source(
-    what: str,
-    logged: Mapping[str, Any] | None,
-    source: Source | ControlSource | None,
-    usual: float,
-) -> float:
-    """The strength that the session began with; ValueError where its source is another."""
-    wanted = dict(logged or {})
-    strength: float = wanted.pop("strength", usual)
-    facts = {} if source is None else source_of(source, strength)
+def strengths_of(log: Log) -> dict[str, float]:
+    """The strengths that a session's source began with, by `Maker`'s names; none without one."""
+    source = log.header.source or {}
+    return {name: source[name] for name in ("strength", "motion_strength") if name in source}
+
+
+def _check_facts(what: str, logged: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> None:
+    """ValueError where the session's source, or its control, is not this one."""
+    wanted = logged or {}
     for name in {**wanted, **facts}:
-        if name != "strength" and facts.get(name) != wanted.get(name):
+        if facts.get(name) != wanted.get(name):
             raise ValueError(
                 f"the log's {what} has {name} {wanted.get(name)}, this one has {facts.get(name)}; "
                 "replay it with the file and the settings that it was made with"
             )
-    return strength
 
 
 def _mismatch(entry: ChunkEntry) -> ReplayMismatch:

@@ -45,6 +45,7 @@ from .log import (
     LogHeader,
     LogWriter,
     RewindEntry,
+    control_of,
     digest_of,
     facts_of,
     source_of,
@@ -149,6 +150,7 @@ class Session:
         outbox: where events and pictures go, where another size than usual is wanted.
         source: guides the chunks that are generated; the caller closes it after `run`.
         strength: what the source's guides begin with, see `Stream.generate`.
+        motion_strength: what is added where all moves, see `source.strength_at`.
         control: controls all chunks but a clip's; the caller closes it after `run`.
         control_strength: what the control begins with, see `vace.Control`.
         on_autosave: takes a compact snapshot every few chunks, and at the end.
@@ -177,6 +179,7 @@ class Session:
         on_autosave: OnAutosave | None = None,
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
+        motion_strength: float = 0.0,
         control: ControlSource | None = None,
         control_strength: float = 1.0,
     ) -> None:
@@ -195,6 +198,7 @@ class Session:
             side_stream=side_stream,
             source=source,
             strength=strength,
+            motion_strength=motion_strength,
             control=control,
             control_strength=control_strength,
         )
@@ -210,10 +214,12 @@ class Session:
             prompt=prompt,
             loras=settings.loras,
             limits=self._maker.history.limits,
-            source=None if source is None or log is None else source_of(source, strength),
+            source=None
+            if source is None or log is None
+            else source_of(source, strength, motion_strength),
             control=None
             if control is None or log is None
-            else source_of(control, control_strength),
+            else control_of(control, control_strength),
         )
         self._log_path = log
         self._log: LogWriter | None = None
