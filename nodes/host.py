@@ -448,6 +448,8 @@ def load_control(
     offload = manage.unet_offload_device()
     patcher = kind(network, load_device=device, offload_device=offload)
     require_finite(Path(path.name), file.tensors)
+    modulation = file.tensors["vace_blocks.0.modulation"]
+    patcher.model_options[CONTROL] = fingerprint_of(modulation)
     tensors = {name: tensor.to(dtype) for name, tensor in file.tensors.items()}
     network.load_state_dict(tensors, strict=True, assign=patcher.is_dynamic())
     network.requires_grad_(False).to(offload)
@@ -684,6 +686,10 @@ class ComfyNetwork:
             network = ControlledModel(network, self._vace)
             self.control_channels = network.control_channels
             self.embed_control = network.embed_control
+            self._control_facts = network.control_facts()
+            if self._control_facts is not None:
+                (beside,) = model.get_additional_models_with_key(CONTROL)
+                self._control_facts["fingerprint"] = beside.model_options[CONTROL]
         self.config, self.control = network.config, network.control
         self.patch_embedding = network.patch_embedding
         self._fingerprint = settings_of(model).fingerprint
@@ -716,6 +722,10 @@ class ComfyNetwork:
             transformer_options=self._options["transformer_options"],
             rf_pass=Pass(time=time, prompt=prompt, cache=cache, **beside),
         )
+
+    def control_facts(self) -> dict[str, Any] | None:
+        """See `ControlledModel.control_facts`; its fingerprint is the file's, too."""
+        return self._control_facts
 
     def fingerprint(self) -> str:
         """The file's: what ComfyUI holds of it may be patched, or in 8 bits."""
