@@ -91,7 +91,7 @@ class ControlVideo(io.ComfyNode):
                     "reference",
                     optional=True,
                     tooltip="Pictures whose things or people are to appear. Each takes a frame of "
-                    "what the model sees.",
+                    "the sink.",
                 ),
                 io.Float.Input(
                     "strength",
