@@ -44,6 +44,11 @@ VAE = {
     "url": f"{COMFY_ORG}/vae/wan_2.1_vae.safetensors",
     "directory": "vae",
 }
+VACE = {
+    "name": "wan2.1_vace_1.3B_fp16.safetensors",
+    "url": f"{COMFY_ORG}/diffusion_models/wan2.1_vace_1.3B_fp16.safetensors",
+    "directory": "diffusion_models",
+}
 TAEHV = {  # ComfyUI reads files of this name from a folder of their own
     "name": "lighttaew2_1.safetensors",
     "url": f"{HUB}/lightx2v/Autoencoders/resolve/main/lighttaew2_1.safetensors",
@@ -162,6 +167,13 @@ def fed(name: str, prompt: str, source: str = "demo") -> tuple[tuple[str, str], 
 DEMO_PROMPT = "a blue square moves up quickly"
 DEMO_NEXT = "a cyan circle moves right slowly"
 RESTYLED = "a red circle moves up quickly"
+COLOURED = "a red shape moves"
+STATUE = "a bronze statue comes to life and walks through a museum, warm light, steady camera"
+SHOWN = {
+    COLOURED: "a red square moves up quickly",
+    "a blue shape moves": "a blue circle moves up quickly",
+}
+"""What is seen where a prompt names a colour alone and outlines say the rest."""
 SINKS = ("Published", "Long", "Static sink", "No sink")
 
 MODEL, MODELS, STREAM = "Model · 模型", "Models · 模型", "Stream · 视频流"
@@ -579,10 +591,119 @@ GRAPHS: dict[str, Graph] = {
         ),
         groups={MODELS: (0, 0), "Prompt and video · 提示词与视频": (1, 1), STREAM: (2, 2)},
     ),
+    "control_demo": Graph(
+        title="17 Control, no downloads",
+        note="## Outlines drive, the prompt colours\n\n**Detect Edges (Canny)** draws the outlines "
+        "of the first sampler's video. **Load RF Control** puts a small VACE beside the model, "
+        "which follows them: shape and motion are theirs, the colour comes of the prompt. Lower "
+        "**strength** on **Control Video** to follow them less; a **mask** there keeps what it is "
+        "black on. Prompts are of the form **a red shape moves**.",
+        chinese="轮廓决定形状和运动，提示词决定颜色："
+        "**Detect Edges (Canny)** 画出第一个采样器视频的轮廓，"
+        "**加载 RF 控制** 在模型旁加上一个小型 VACE 来跟随它们。"
+        "降低 **控制视频** 的强度可减少跟随；那里的 **遮罩** 保留其黑色部分。"
+        "提示词的格式为 **a red shape moves**。",
+        nodes=demo(150)
+        | {
+            "after": text(COLOURED, 0),
+            "before": text(DEMO_PROMPT, 250),
+            "network": Node(
+                type="RFLoadControl",
+                at=(1, 500),
+                widgets={"control_name": "demo (bundled)"},
+                size=(380, 0),
+            ),
+            "clip": sampler(title="A clip", length=6.0, keep_images=-1, row=250),
+            "edges": Node(
+                type="Canny",
+                at=(3, 250),
+                widgets={"low_threshold": 0.1, "high_threshold": 0.2},
+            ),
+            "control": Node(type="RFControlVideo", at=(4, 250), size=(300, 0)),
+            "stream": sampler(column=5, title="Follows the outlines", length=6.0, seed=2, row=150),
+        },
+        links=(
+            ("demo.CLIP", "before.clip"),
+            ("demo.CLIP", "after.clip"),
+            ("demo.MODEL", "network.model"),
+            *fed("clip", "before.CONDITIONING"),
+            ("clip.IMAGE", "edges.image"),
+            ("edges.IMAGE", "control.control"),
+            ("network.MODEL", "stream.model"),
+            ("after.CONDITIONING", "stream.prompt"),
+            ("demo.VAE", "stream.vae"),
+            ("control.control", "stream.control"),
+        ),
+        groups={
+            MODEL: (0, 0),
+            PROMPTS: (1, 1),
+            CLIP: (2, 2),
+            "Outlines · 轮廓": (3, 4),
+            STREAM: (5, 5),
+        },
+    ),
+    "control": Graph(
+        title="18 Control",
+        note="## Follow the outlines of a video with the published weights\n\nChoose your own in "
+        "**Load Video**. Of **Wan 2.1 VACE 1.3B** (4.3 GB to download) the control alone is read and "
+        "stays beside the student. **Detect Edges (Canny)** draws outlines; depth, pose or "
+        "sketches do as well, an image for each of the video's, 16 a second. The images of the "
+        "whole clip are in RAM: **Trim Video** shortens a long one. Pictures of what is to appear "
+        "go to **reference**.",
+        chinese="使用官方权重跟随视频的轮廓："
+        "在 **Load Video**（加载视频）中选择你自己的视频。"
+        "只读取 **Wan 2.1 VACE 1.3B**（下载 4.3 GB）中的控制部分，"
+        "并放在学生模型旁。**Detect Edges (Canny)** 画出轮廓；深度、姿态或草图也可以，"
+        "每帧对应视频的一帧，每秒 16 帧。整段视频的图像都在内存中，"
+        "可用 **Trim Video** 缩短。要出现的人物或物体的图片接到 **参考**。",
+        nodes=official()
+        | {
+            "network": Node(
+                type="RFLoadControl",
+                at=(1, 500),
+                widgets={"control_name": VACE["name"]},
+                size=(380, 0),
+                models=(VACE,),
+            ),
+            "file": Node(
+                type="LoadVideo",
+                at=(1, 250),
+                title="Choose your own video",
+                widgets={"file": OWN_VIDEO},
+                size=(380, 0),
+            ),
+            "prompt": text(STATUE, 0),
+            "parts": Node(type="GetVideoComponents", at=(2, 250)),
+            "edges": Node(
+                type="Canny",
+                at=(3, 250),
+                widgets={"low_threshold": 0.1, "high_threshold": 0.2},
+            ),
+            "control": Node(type="RFControlVideo", at=(4, 250), size=(300, 0)),
+            "stream": sampler(column=5, width=832, height=480, length=6.0),
+        },
+        links=(
+            ("clip.CLIP", "prompt.clip"),
+            ("model.MODEL", "network.model"),
+            ("file.VIDEO", "parts.video"),
+            ("parts.images", "edges.image"),
+            ("edges.IMAGE", "control.control"),
+            ("network.MODEL", "stream.model"),
+            ("prompt.CONDITIONING", "stream.prompt"),
+            ("vae.VAE", "stream.vae"),
+            ("control.control", "stream.control"),
+        ),
+        groups={
+            MODELS: (0, 0),
+            "Prompt, video and control · 提示词、视频与控制": (1, 1),
+            "Outlines · 轮廓": (2, 4),
+            STREAM: (5, 5),
+        },
+    ),
 }
 
 
-STANDS_FOR = {PANDA: DEMO_PROMPT, PANDA_SITS: DEMO_NEXT}
+STANDS_FOR = {PANDA: DEMO_PROMPT, PANDA_SITS: DEMO_NEXT, STATUE: "a blue shape moves"}
 """Prompts that the demo knows in place of those it does not."""
 SAMPLERS = {"RFStreamingSampler": "length", "RFLiveStream": "max_seconds"}
 """Nodes that make videos, and how long."""
@@ -605,6 +726,8 @@ def runnable(prompt: dict[str, Any], lora: str) -> dict[str, Any]:
         inputs = dict(each["inputs"])
         if each["class_type"] == "LoadVideo":
             inputs["file"] = VIDEO
+        if each["class_type"] == "RFLoadControl":
+            inputs["control_name"] = "demo (bundled)"
         for name, value in inputs.items():
             if isinstance(value, list) and value[0] in swapped:
                 inputs[name] = ["demo", swapped[value[0]]]
