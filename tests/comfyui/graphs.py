@@ -645,7 +645,7 @@ GRAPHS: dict[str, Graph] = {
     "control": Graph(
         title="18 Control",
         note="## Follow the outlines of a video with the published weights\n\nChoose your own in "
-        "**Load Video**. Of **Wan 2.1 VACE 1.3B** (4.3 GB to download) the control alone is read and "
+        "**Load Video**. Of **Wan 2.1 VACE 1.3B** (a download of 4.3 GB) its control is read, and "
         "stays beside the student. **Detect Edges (Canny)** draws outlines; depth, pose or "
         "sketches do as well, an image for each of the video's, 16 a second. The images of the "
         "whole clip are in RAM: **Trim Video** shortens a long one. Pictures of what is to appear "
