@@ -19,6 +19,7 @@ from ..rf_core.config import (
     ModelConfig,
     SamplerConfig,
 )
+from ..rf_core.control import ENCODINGS
 from ..rf_core.state import cache_config_of
 from ..rf_core.stream import NO_CONTROL, NO_GUIDES, latent_size, start_latents
 from . import host, reuse
@@ -271,8 +272,8 @@ def _with_memory(request: Request, keep_state: str, result: RunResult, make: Mak
         chunk = request.cache.chunk_frames
         if request.decoder.device == request.model.load_device:
             memory += request.decoder.decode_bytes(request.height, request.width, chunk)
-            if request.source is not None:
-                memory += request.decoder.encode_bytes(request.height, request.width)
+            streams = (request.source is not None) + ENCODINGS * (request.control is not None)
+            memory += streams * request.decoder.encode_bytes(request.height, request.width)
     about = (
         f"a stream of {request.width}x{request.height} takes about {memory / 2**30:.1f} GiB beside "
         "the weights"

@@ -26,6 +26,8 @@ from .vace import Control
 if TYPE_CHECKING:
     from .stream import Stream
 
+ENCODINGS = 2
+"""Streams of images that are encoded of a control video: what is kept of it, and what is not."""
 GREY = 0.5
 """What stands for no picture, in [0, 1]: 0 in the encoder's range."""
 MASK_CHANNELS = SPATIAL_FACTOR**2

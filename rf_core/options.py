@@ -16,7 +16,8 @@ import torch
 
 from .attention import check_device
 from .companions import OPTIONS, TEXT_ENCODER, VAE, belongs_with, check_vae
-from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, recorded
+from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, VaceConfig, recorded
+from .control import ENCODINGS
 from .control_inputs import ControlInputs
 from .devices import preferred_dtype
 from .families import AUTO, Family
@@ -181,6 +182,8 @@ class Plan:
     """Images that the source has, where it stops and the file tells."""
     told: Told
     """Whose student the model is, and how that is known."""
+    vace: VaceConfig | None = None
+    """The control network's; None without one."""
 
     @property
     def family(self) -> Family:
@@ -291,8 +294,9 @@ def plan(options: Options) -> Plan:
         files.model, submodel=files.submodel, num_heads=files.num_heads, family=files.family
     )
     check_vae(files.model, checkpoint.companions, files.vae)
+    vace = None
     if files.control is not None:
-        fit_vace(read_vace(files.control), checkpoint.config)
+        vace = fit_vace(read_vace(files.control), checkpoint.config)
     cache = replace(checkpoint.cache or checkpoint.preset.cache, **options.cache)
     sampler = replace(checkpoint.sampler or checkpoint.preset.sampler, **options.sampler)
     native, fps = checkpoint.size, checkpoint.preset.fps
@@ -339,6 +343,7 @@ def plan(options: Options) -> Plan:
         clip_chunks=clip_chunks,
         source_images=source_images,
         told=checkpoint.told,
+        vace=vace,
     )
     _check_resume(resolved, made)
     return _placed(resolved)
@@ -402,7 +407,8 @@ def _sizes_of(resolved: Plan) -> Sizes:
         text=text_sizes(options.files.text_encoder),
         keeps_text=options.keeps_text,
         graphs=options.records_passes,
-        encodes=options.source is not None,
+        encodes=int(options.source is not None) + ENCODINGS * options.control.given,
+        vace=resolved.vace,
     )
 
 
