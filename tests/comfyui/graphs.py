@@ -603,30 +603,33 @@ GRAPHS: dict[str, Graph] = {
         "**加载 RF 控制** 在模型旁加上一个小型 VACE 来跟随它们。"
         "降低 **控制视频** 的强度可减少跟随；那里的 **遮罩** 保留其黑色部分。"
         "提示词的格式为 **a red shape moves**。",
-        nodes=demo(150)
-        | {
-            "after": text(COLOURED, 0),
-            "before": text(DEMO_PROMPT, 250),
+        nodes={
+            "source": Node(type="RFLoadDemo", at=(0, 400)),
+            "before": text(DEMO_PROMPT, 400),
+            "clip": sampler(title="A clip", length=6.0, keep_images=-1, row=300),
+            "demo": Node(type="RFLoadDemo", at=(3, 0)),
+            "edges": Node(
+                type="Canny",
+                at=(3, 500),
+                widgets={"low_threshold": 0.1, "high_threshold": 0.2},
+            ),
             "network": Node(
                 type="RFLoadControl",
-                at=(1, 500),
+                at=(4, 0),
                 widgets={"control_name": "demo (bundled)"},
                 size=(380, 0),
             ),
-            "clip": sampler(title="A clip", length=6.0, keep_images=-1, row=250),
-            "edges": Node(
-                type="Canny",
-                at=(3, 250),
-                widgets={"low_threshold": 0.1, "high_threshold": 0.2},
-            ),
-            "control": Node(type="RFControlVideo", at=(4, 250), size=(300, 0)),
-            "stream": sampler(column=5, title="Follows the outlines", length=6.0, seed=2, row=150),
+            "after": text(COLOURED, 250, column=4),
+            "control": Node(type="RFControlVideo", at=(4, 500), size=(380, 0)),
+            "stream": sampler(column=5, title="Follows the outlines", length=6.0, seed=2),
         },
         links=(
-            ("demo.CLIP", "before.clip"),
+            ("source.CLIP", "before.clip"),
+            ("source.MODEL", "clip.model"),
+            ("before.CONDITIONING", "clip.prompt"),
+            ("source.VAE", "clip.vae"),
             ("demo.CLIP", "after.clip"),
             ("demo.MODEL", "network.model"),
-            *fed("clip", "before.CONDITIONING"),
             ("clip.IMAGE", "edges.image"),
             ("edges.IMAGE", "control.control"),
             ("network.MODEL", "stream.model"),
@@ -634,13 +637,7 @@ GRAPHS: dict[str, Graph] = {
             ("demo.VAE", "stream.vae"),
             ("control.control", "stream.control"),
         ),
-        groups={
-            MODEL: (0, 0),
-            PROMPTS: (1, 1),
-            CLIP: (2, 2),
-            "Outlines · 轮廓": (3, 4),
-            STREAM: (5, 5),
-        },
+        groups={CLIP: (0, 2), "Control · 控制": (3, 4), STREAM: (5, 5)},
     ),
     "control": Graph(
         title="18 Control",
@@ -658,29 +655,29 @@ GRAPHS: dict[str, Graph] = {
         "可用 **Trim Video** 缩短。要出现的人物或物体的图片接到 **参考**。",
         nodes=official()
         | {
+            "file": Node(
+                type="LoadVideo",
+                at=(0, 600),
+                title="Choose your own video",
+                widgets={"file": OWN_VIDEO},
+                size=(340, 0),
+            ),
             "network": Node(
                 type="RFLoadControl",
-                at=(1, 500),
+                at=(1, 0),
                 widgets={"control_name": VACE["name"]},
                 size=(380, 0),
                 models=(VACE,),
             ),
-            "file": Node(
-                type="LoadVideo",
-                at=(1, 250),
-                title="Choose your own video",
-                widgets={"file": OWN_VIDEO},
-                size=(380, 0),
-            ),
-            "prompt": text(STATUE, 0),
-            "parts": Node(type="GetVideoComponents", at=(2, 250)),
+            "prompt": text(STATUE, 250),
+            "parts": Node(type="GetVideoComponents", at=(1, 600)),
             "edges": Node(
                 type="Canny",
-                at=(3, 250),
+                at=(2, 600),
                 widgets={"low_threshold": 0.1, "high_threshold": 0.2},
             ),
-            "control": Node(type="RFControlVideo", at=(4, 250), size=(300, 0)),
-            "stream": sampler(column=5, width=832, height=480, length=6.0),
+            "control": Node(type="RFControlVideo", at=(3, 600), size=(300, 0)),
+            "stream": sampler(column=4, width=832, height=480, length=6.0),
         },
         links=(
             ("clip.CLIP", "prompt.clip"),
@@ -694,10 +691,9 @@ GRAPHS: dict[str, Graph] = {
             ("control.control", "stream.control"),
         ),
         groups={
-            MODELS: (0, 0),
-            "Prompt, video and control · 提示词、视频与控制": (1, 1),
-            "Outlines · 轮廓": (2, 4),
-            STREAM: (5, 5),
+            "Models and video · 模型与视频": (0, 0),
+            "Prompt and outlines · 提示词与轮廓": (1, 3),
+            STREAM: (4, 4),
         },
     ),
 }
