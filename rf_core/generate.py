@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from . import source_input
 from .attention import attention_backend
 from .config import ModelConfig
+from .control import ControlSource
 from .decoders.decoder import Decoder, load_decoder
 from .decoders.handoff import Handoff
 from .fast.dispatch import Choice, choose_attention
@@ -28,11 +29,13 @@ from .memory.offload import stream_layers
 from .model import Network, WanModel
 from .options import Options, Plan, most_start_images
 from .pace import Pace, Progress
-from .source import EncodedSource, Guides, Reader, Source
+from .source import ChunkEncoder, EncodedSource, Guides, Reader, Source
 from .stream import Chunk, Stream
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
+from .vace import ControlledModel, Vace
 from .video import RUN, VideoWriter, read_images, remux, to_uint8
 from .weights.checkpoint import load_student
+from .weights.vace import load_vace
 from .writing import WriteError
 
 _log = logging.getLogger(__name__)
@@ -72,6 +75,10 @@ def split_of(resolved: Plan, process: Process) -> Split:
         raise ValueError("several processes make a stream from noise alone; leave out --start")
     if resolved.options.source is not None:
         raise ValueError("several processes make a stream of its prompt alone; leave out --source")
+    if resolved.options.files.control is not None:
+        raise ValueError(
+            "several processes make a stream of its prompts alone; leave out --control-model"
+        )
     return Split.of(process, resolved.model, resolved.grid, resolved.cache)
 
 
@@ -116,14 +123,41 @@ def open_networks(resolved: Plan) -> tuple[Network, Decoder]:
         quantise_linears(model)
     if options.offload == "stream":
         stream_layers(model, "blocks", device)
+    network: WanModel | ControlledModel = model
+    if files.control is not None:
+        network = ControlledModel(model, _control_network(files.control, model, options))
     assert options.group_frames != "auto", "plan() resolves it"
     decoder = load_decoder(files.vae, device, dtype, options.group_frames)
     if options.compile:
         for block in model.blocks:
             block.compile()
     if not options.records_passes or (options.graphs == "auto" and options.offload == "stream"):
-        return model, decoder
-    return GraphedModel(model, must=options.graphs is True), decoder
+        return network, decoder
+    return GraphedModel(network, must=options.graphs is True), decoder
+
+
+def _control_network(path: Path, model: WanModel, options: Options) -> Vace:
+    """A VACE beside the student, where and as that is kept."""
+    streams, device = options.offload == "stream", options.device
+    place = "cpu" if streams else device
+    vace = load_vace(path, model.config, device=place, dtype=options.torch_dtype)
+    if options.weights == "fp8":
+        quantise_linears(vace)
+    if streams:
+        stream_layers(vace, "vace_blocks", device)
+    if options.compile:
+        for block in vace.vace_blocks:
+            block.compile()
+    return vace
+
+
+def open_control(resolved: Plan, encoder: ChunkEncoder | None) -> ControlSource | None:
+    """What controls a run's chunks, to be closed by the caller; None for nothing."""
+    control, size = resolved.options.control, {"height": resolved.height, "width": resolved.width}
+    if not control.given:
+        return None
+    assert encoder is not None, "a run has a decoder"
+    return control.open(encoder, **size, fps=resolved.family.fps)
 
 
 def open_stream(
@@ -281,8 +315,24 @@ def _chunks(
     on_pass: Callable[[str, int], None],
     source: Source | None = None,
 ) -> Iterator[Chunk]:
+    control = open_control(resolved, stream.decoder)
+    with closing(control) if control else nullcontext():
+        yield from _steered_chunks(resolved, stream, embeds, pace, on_pass, source, control)
+
+
+def _steered_chunks(
+    resolved: Plan,
+    stream: Stream,
+    embeds: dict[str, Tensor],
+    pace: Pace,
+    on_pass: Callable[[str, int], None],
+    source: Source | None,
+    control: ControlSource | None,
+) -> Iterator[Chunk]:
     state, clock = stream.state, resolved.clock
-    guided = _guided(resolved, source)
+    guided, strength = _guided(resolved, source), resolved.options.control.strength
+    if control is not None:
+        control.refer(stream, strength=strength)
     if resolved.options.start is not None and not state.num_chunks:
         yield from stream.start_from_images(start_images(resolved))
     switches = {prompt.chunk: prompt for prompt in resolved.prompts if prompt.chunk}
@@ -291,8 +341,11 @@ def _chunks(
         if index in switches and not state.chunk_open:
             stream.switch(embeds[switches[index].text], switches[index].switch)
         pace.network_begins()
-        guide = guided(stream, clock.images_before(index), clock.begun_with(index))
-        latents = stream.generate(on_pass, **guide)
+        place = clock.images_before(index), clock.begun_with(index)
+        given = guided(stream, *place)
+        if control is not None:
+            given["control"] = control.next(stream, *place, strength=strength)
+        latents = stream.generate(on_pass, **given)
         pace.network_ends()
         yield Chunk(index=index, latents=latents, images=None)
 

@@ -16,7 +16,9 @@ import torch
 
 from .attention import check_device
 from .companions import OPTIONS, TEXT_ENCODER, VAE, belongs_with, check_vae
-from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, recorded
+from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, VaceConfig, recorded
+from .control import ENCODINGS
+from .control_inputs import ControlInputs
 from .devices import preferred_dtype
 from .families import AUTO, Family
 from .memory.footprint import Sizes
@@ -31,8 +33,11 @@ from .video import RUN, VideoFormat, check_images, count_images, read_metadata
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 from .weights.recognise import Told
+from .weights.vace import fit_vace, read_vace
 
 DEMO = Path(__file__).parent / "demo"
+DEMO_CONTROL = DEMO / "control.safetensors"
+"""The bundled control network, for the bundled student."""
 SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA = 20, 400
 """Chunks between snapshots; on a card one of 480x832 is 4.5 GB, which the network waits for."""
 
@@ -57,12 +62,14 @@ class Files:
     """Folder or hub id of its tokenizer, where the encoder comes without one."""
     loras: tuple[Lora, ...] = ()
     """Adapters merged into the student."""
+    control: Path | None = None
+    """A VACE for the student, which follows `Options.control`."""
 
     def named(self) -> dict[str, Any]:
         """Names alone, for the record kept in videos and snapshots."""
         loras = [f"{lora.path.name}:{lora.strength:g}" for lora in self.loras]
         names = {"model": self.model.name, "submodel": self.submodel, "vae": self.vae.name}
-        return {**names, "loras": loras}
+        return {**names, "loras": loras, "control_model": self.control and self.control.name}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,8 @@ class Options:
     """A picture or clip to begin with; of a clip the last images, as many as the window holds."""
     source: SourceOptions | None = None
     """What the chunks are guided by; see `Stream.generate`."""
+    control: ControlInputs = field(default_factory=ControlInputs)
+    """What controls it beside its prompts."""
     device: str = "cpu"
     dtype: torch.dtype | Literal["auto"] = torch.float32
     """What networks compute in; `auto`: what suits them and the device, or what was begun with."""
@@ -173,6 +182,8 @@ class Plan:
     """Images that the source has, where it stops and the file tells."""
     told: Told
     """Whose student the model is, and how that is known."""
+    vace: VaceConfig | None = None
+    """The control network's; None without one."""
 
     @property
     def family(self) -> Family:
@@ -225,6 +236,7 @@ class Plan:
             "crf": options.crf,
             "start": options.start and options.start.name,
             "source": options.source and options.source.record(),
+            "control": options.control.record(),
             "prompts": [[p.chunk, str(p.switch), p.text] for p in self.prompts],
         }
 
@@ -237,6 +249,11 @@ class Plan:
 def model_path(name: str) -> Path:
     """The student that a command line names: `demo` is the bundled one, all else a path."""
     return Files().model if name == "demo" else Path(name)
+
+
+def control_path(name: str) -> Path:
+    """The control network that a command line names: `demo` is the bundled one."""
+    return DEMO_CONTROL if name == "demo" else Path(name)
 
 
 def files_of_model(
@@ -277,12 +294,25 @@ def plan(options: Options) -> Plan:
         files.model, submodel=files.submodel, num_heads=files.num_heads, family=files.family
     )
     check_vae(files.model, checkpoint.companions, files.vae)
+    vace = None
+    if files.control is not None:
+        vace = fit_vace(read_vace(files.control), checkpoint.config)
     cache = replace(checkpoint.cache or checkpoint.preset.cache, **options.cache)
     sampler = replace(checkpoint.sampler or checkpoint.preset.sampler, **options.sampler)
     native, fps = checkpoint.size, checkpoint.preset.fps
     height = native[0] if options.height is None else options.height
     width = native[1] if options.width is None else options.width
     latent_size(height, width, checkpoint.config.patch_size)
+    if options.control.given and sampler.rolling:
+        raise ValueError(
+            "a rolling sampler takes no control, for it begins chunks before their control is "
+            "there; use a student that makes one chunk at a time"
+        )
+    if (number := len(options.control.references)) > cache.sink_frames:
+        raise ValueError(
+            f"{number} pictures are given as --reference, and they lie in the sink, which has "
+            f"{cache.sink_frames} frames; give fewer, or a larger --sink"
+        )
     VideoFormat(width=width, height=height, crf=options.crf)
     clip_chunks = 0 if options.start is None else _clip_chunks(options.start, cache)
     clock = ChunkClock.of(cache, clip_chunks=clip_chunks, fps=fps)
@@ -313,6 +343,7 @@ def plan(options: Options) -> Plan:
         clip_chunks=clip_chunks,
         source_images=source_images,
         told=checkpoint.told,
+        vace=vace,
     )
     _check_resume(resolved, made)
     return _placed(resolved)
@@ -376,7 +407,8 @@ def _sizes_of(resolved: Plan) -> Sizes:
         text=text_sizes(options.files.text_encoder),
         keeps_text=options.keeps_text,
         graphs=options.records_passes,
-        encodes=options.source is not None,
+        encodes=int(options.source is not None) + ENCODINGS * options.control.given,
+        vace=resolved.vace,
     )
 
 
@@ -413,6 +445,7 @@ def _check_values(options: Options) -> None:
     )
     check_numbers(options.files, num_heads=(1, MANY))
     check_device(options.device, options.dtype, options.attention)
+    options.control.check_model(options.files.control)
     if options.compile and options.graphs is True:
         raise ValueError("compiled blocks are not recorded; leave out --compile or --graphs on")
     if "stream" in (options.offload, options.text_offload) and "cuda" not in options.device:
@@ -444,6 +477,9 @@ def _check_files(options: Options) -> None:
     for what, path in (wanted | {"text encoder": encoder} if local else wanted).items():
         if not path.exists():
             raise ValueError(f"there is no {what} at {path}; check the path")
+    options.control.check_files()
+    if (control := options.files.control) is not None and not control.exists():
+        raise ValueError(f"there is no control model at {control}; check the path")
     for lora in options.files.loras:
         if not lora.path.exists():
             raise ValueError(f"there is no LoRA at {lora.path}; check the path")
@@ -491,6 +527,8 @@ def _check_resume(resolved: Plan, made: dict[str, Any] | None) -> None:
     if not options.resume or not (snapshot or options.output.exists()):
         return
     done, fixed = 0, 1
+    if made is not None:  # before there was control, there was none
+        made = {"control": None, "control_model": None} | made
     if snapshot is not None:
         done = snapshot.facts["num_chunks"]
         fixed = done + snapshot.facts["chunk_open"]  # chunks whose prompts cannot change

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from .config import FPS
+from .control import ControlSource
 from .digests import file_digest
 from .fast.graphs import GraphedModel
 from .generate import (
+    open_control,
     open_networks,
     open_reader,
     open_source,
@@ -60,6 +62,7 @@ from .source import Source
 from .source_input import SourceOptions
 from .stream import Stream, start_latents
 from .text import encode_prompts
+from .vace import ControlledModel
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 from .weights.strengths import Strengths, names_of
@@ -89,10 +92,19 @@ class LiveSetup:
     set_lora: SetLora | None
     source: Source | None = None
     """See `Session`; whoever runs it closes it."""
+    control: ControlSource | None = None
+    """See `Session`."""
 
     def named(self) -> dict[str, Any]:
         """What both take by name."""
-        return {"set_lora": self.set_lora, "clip": self.clip, "source": self.source}
+        named = {"set_lora": self.set_lora, "clip": self.clip}
+        return {**named, "source": self.source, "control": self.control}
+
+    def close(self) -> None:
+        """Let go of what is read."""
+        for each in (self.source, self.control):
+            if each is not None:
+                each.close()
 
 
 def log_path(output: Path) -> Path:
@@ -154,6 +166,7 @@ def _open(resolved: Plan, first: str, encode: Encode) -> LiveSetup:
         loras={name: lora.strength for name, lora in loras.items()},
         set_lora=_set_lora(resolved.options, model, loras) if loras else None,
         source=open_source(resolved, decoder, reader),
+        control=open_control(resolved, decoder),
     )
 
 
@@ -173,6 +186,8 @@ def _set_lora(options: Options, model: Network, loras: Mapping[str, Lora]) -> Se
         files.model, submodel=files.submodel, num_heads=files.num_heads, family=files.family
     )
     network = model.network if isinstance(model, GraphedModel) else model
+    if isinstance(network, ControlledModel):
+        network = network.network
     assert isinstance(network, WanModel), "a live session is of one process"
     return Strengths(network, checkpoint.merged(), loras)
 
@@ -210,6 +225,7 @@ def run_live(
         log=log_path(output),
         limits=_limits(),
         rate=rate,
+        control_strength=resolved.options.control.strength,
         **_strengths(resolved),
         **setup.named(),
     )
@@ -223,8 +239,7 @@ def run_live(
                 print_line(f"OSC on {server.host}:{server.port}")
             session.run(hand.on_pass, hand.on_idle, resolved.total)
     finally:
-        if setup.source is not None:
-            setup.source.close()
+        setup.close()
         _print_files(recorder, print_line, resolved.family.fps)
         if log_path(output).exists() and recorder.paths:
             print_line(f"{log_path(output)}: its log, of which --replay makes it again")
@@ -457,8 +472,7 @@ def replay(
     except ReplayMismatch as error:
         raise ValueError(f"{error}; --edited makes the video that it asks for now") from error
     finally:
-        if setup.source is not None:
-            setup.source.close()
+        setup.close()
         _print_files(recorder, print_line, resolved.family.fps)
     return True
 

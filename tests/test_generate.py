@@ -39,9 +39,12 @@ MODEL = ModelConfig(
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """A folder with a tiny student, VAE and text encoder of random weights."""
+    return write_weights(tmp_path_factory.mktemp("weights"))
+
+
+def write_weights(folder: Path) -> Path:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    folder = tmp_path_factory.mktemp("weights")
     student = tiny.model(MODEL)
     write_checkpoint(
         folder / "student.safetensors",

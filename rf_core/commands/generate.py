@@ -30,6 +30,7 @@ from ..prompt_files import read_prompt_file
 from ..source import AtEnd
 from ..stream import GUIDE_STRENGTH, Stream
 from ..video import Fit
+from .control import CONTROL, add_control
 from .live import LIVE, add_live, run_live_session, run_replay
 from .printing import ProgressLine, dtype_note, family_lines, print_plan
 from .run_options import batch_options, leave_out, single_options
@@ -170,6 +171,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, metavar="PIXELS", help="default: the model's own")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same video")
     add_source(parser.add_argument_group("a source that guides it", SOURCE))
+    add_control(parser.add_argument_group("control", CONTROL))
     add_live(parser.add_argument_group("live", LIVE))
     weights = parser.add_argument_group("weights")
     add = weights.add_argument

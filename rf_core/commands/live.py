@@ -32,6 +32,7 @@ _HELD = (
     "accumulator",
     "steps",
     "shift",
+    "control_strength",
 )
 _TYPED = "type a prompt and press Enter, or /help; Ctrl-C or /stop ends it and keeps what is made"
 _PIPED = (

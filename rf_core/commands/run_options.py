@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..options import Files, Options, files_of_model, model_path
+from ..control_inputs import ControlInputs
+from ..options import Files, Options, control_path, files_of_model, model_path
 from ..prompt_files import text_lines
 from ..prompts import PromptTimeline, Switch, TimelineError, parse_timeline
 from ..source_input import SourceOptions
@@ -29,6 +30,8 @@ def batch_options(args: argparse.Namespace) -> Options:
         raise ValueError("videos of a prompt file are guided by a file; name one with --source")
     if args.prompt is not None or args.timeline is not None:
         raise ValueError("--prompts says what the videos show; leave out --prompt and --timeline")
+    if args.control_model is not None:
+        raise ValueError("a control is of one video; leave out --prompts, or --control-model")
     if args.output is None:
         raise ValueError("videos of a prompt file need a folder; give --output FOLDER")
     return run_options(args, PromptTimeline(), args.output)
@@ -49,6 +52,7 @@ def run_options(args: argparse.Namespace, timeline: PromptTimeline, output: Path
         sampler=sampler_fields(args),
         start=args.start,
         source=_source(args),
+        control=_control(args),
         device=args.device,
         dtype=dtype_of(args),
         attention=args.attention,
@@ -95,6 +99,30 @@ def _source(args: argparse.Namespace) -> SourceOptions | None:
     )
 
 
+def _control(args: argparse.Namespace) -> ControlInputs:
+    control = ControlInputs(
+        video=args.control,
+        mask=args.control_mask,
+        references=tuple(args.reference),
+        **{
+            field: value
+            for field, name in _CONTROL.items()
+            if (value := getattr(args, name)) is not None
+        },
+    )
+    if not control.given:
+        leave_out(args, "for --control or --reference", **dict.fromkeys(_CONTROL.values()))
+    return control
+
+
+_CONTROL = {
+    "strength": "control_strength",
+    "start": "control_start",
+    "end": "control_end",
+    "at_end": "control_finish",
+}
+
+
 def _timeline(args: argparse.Namespace) -> PromptTimeline:
     if (args.prompt is None) == (args.timeline is None):
         raise ValueError("give either --prompt TEXT or --timeline FILE, or else --prompts FILE")
@@ -113,10 +141,12 @@ def _timeline(args: argparse.Namespace) -> PromptTimeline:
 
 def _files(args: argparse.Namespace) -> Files:
     model = model_path(args.model)
+    control = args.control_model and control_path(args.control_model)
     if model == Files().model:
         names = ("vae", "text_encoder", "tokenizer", "submodel", "num_heads", "family")
         given = {name: getattr(args, name) for name in names}
-        return Files(loras=tuple(args.lora), **{k: v for k, v in given.items() if v is not None})
+        known = {k: v for k, v in given.items() if v is not None}
+        return Files(loras=tuple(args.lora), control=control, **known)
     vae, text_encoder = files_of_model(model, args.vae, args.text_encoder, args.submodel)
     return Files(
         model=model,
@@ -127,6 +157,7 @@ def _files(args: argparse.Namespace) -> Files:
         text_encoder=text_encoder,
         tokenizer=args.tokenizer,
         loras=tuple(args.lora),
+        control=control,
     )
 
 

@@ -19,6 +19,7 @@ from ..prompts import Switch
 from .buffers import Applied, Branched, Ended, Event, Happened, Received, Refused
 from .commands import (
     Command,
+    ControlStrength,
     Cut,
     Decay,
     Drop,
@@ -246,6 +247,11 @@ _VERBS = {
         "X",
         "how far the prompt goes from the source: 0 to 1",
         lambda words, now: Strength(strength=_number("strength", words[0])),
+    ),
+    "control_strength": _of(
+        "X",
+        "how closely the control is followed: 0 to 10, 1 as trained",
+        lambda words, now: ControlStrength(strength=_number("strength", words[0])),
     ),
     "pause": _of("", "make no further chunk; commands are obeyed", lambda words, now: Pause()),
     "resume": _of("", "go on", lambda words, now: Resume()),

@@ -80,8 +80,8 @@ class Sizes:
     """Whether the text encoder stays while the stream runs, for prompts to come."""
     graphs: bool = False
     """Whether passes are recorded (`fast.graphs`)."""
-    encodes: bool = False
-    """Whether the decoder encodes a stream of images too, a chunk at a time (`encode_chunk`)."""
+    encodes: int = 0
+    """Streams of images that the decoder encodes too, a chunk at a time (`encode_chunk`)."""
     vace: VaceConfig | None = None
     """The control network beside the student, by which every chunk is made; None for none."""
     control: ControlConfig = field(default_factory=ControlConfig)
@@ -115,7 +115,7 @@ class DecoderFootprint:
     weights: int = 0
     """Its encoder half included."""
     state: int = 0
-    """What it remembers of the stream, and of the stream of images that it encodes."""
+    """What it remembers of the stream, and of the streams of images that it encodes."""
     images: int = 0
     """The last chunk's images, those that a rebuilt context's head is encoded of, and those of a
     chunk that is encoded, float32."""
@@ -328,7 +328,7 @@ def _count_decoder(
     dtype: torch.dtype,
     device: str,
     kept_images: int,
-    encodes: bool,
+    encodes: int,
 ) -> DecoderFootprint:
     """A chunk of latents [B, C, F, h, w] of a running stream."""
     with fake_tensors(device) as place:
@@ -353,8 +353,8 @@ def _count_decoder(
         source, past, source_most = _count_encoder(decoder, images) if encodes else (0, 0, 0)
         return DecoderFootprint(
             weights=sum(parameter.nbytes for parameter in codec.parameters()),
-            state=state.nbytes + past,
-            images=images.nbytes + kept_images * head.numel() * head.itemsize + source,
+            state=state.nbytes + encodes * past,
+            images=images.nbytes + kept_images * head.numel() * head.itemsize + encodes * source,
             decode=most - state.nbytes,
             encode=max(head_most, source_most),
         )
