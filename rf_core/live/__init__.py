@@ -7,6 +7,7 @@ hands on it, which put commands in its inbox and read its outbox.
 from .buffers import (
     Applied,
     Branched,
+    CameraMark,
     Ended,
     Happened,
     Inbox,
@@ -17,6 +18,7 @@ from .buffers import (
     Received,
     Refused,
 )
+from .camera import MAX_FRAME_BYTES, Camera, NotThisCameraError, TooFastError
 from .commands import (
     Command,
     Cut,
@@ -43,10 +45,13 @@ from .transition import MAX_COMING, Branch
 
 __all__ = [
     "MAX_COMING",
+    "MAX_FRAME_BYTES",
     "Applied",
     "Autosave",
     "Branch",
     "Branched",
+    "Camera",
+    "CameraMark",
     "Command",
     "Cut",
     "Decay",
@@ -60,6 +65,7 @@ __all__ = [
     "Lora",
     "Move",
     "OscServer",
+    "NotThisCameraError",
     "Outbox",
     "Pause",
     "Picture",
@@ -75,6 +81,7 @@ __all__ = [
     "Session",
     "Status",
     "Stop",
+    "TooFastError",
     "VideoRecorder",
     "codec_of",
     "digest_of",
