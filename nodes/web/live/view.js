@@ -1,5 +1,6 @@
 // A live session on a page: the picture, the strip of time, the panel, the figures. It knows no node.
 
+import { Camera } from "./camera.js";
 import { Display } from "./display.js";
 import { button, element, write } from "./element.js";
 import { t } from "./language.js";
@@ -32,6 +33,7 @@ export class View {
     this.watch = watch;
     this.session = new Session(address, session, token);
     this.player = new Player(this.session);
+    this.camera = new Camera(this.session, this.player);
     this.panel = new Panel(this.session);
     this.display = new Display(this.session, this.player);
     this.popover = new Popover();
@@ -42,13 +44,14 @@ export class View {
       this.render();
       if (this.session.over) onOver?.(this.session.over);
     });
+    this.camera.addEventListener("change", () => this.renderCamera());
     this.timer = setInterval(() => this.display.renderBuffer(), BUFFER);
     this.render();
   }
 
   build() {
     this.badge = element("span", { className: "rf-badge", role: "status" });
-    this.player.element.append(this.badge, this.popover.element);
+    this.player.element.append(this.badge, this.camera.element, this.popover.element);
     this.player.element.addEventListener("dblclick", () => this.fill());
     this.player.element.title = t("double-click: full screen");
     this.where = element("span", { className: "rf-where" });
@@ -59,6 +62,7 @@ export class View {
       (this.pause = control(t("Pause"), pause, t("nothing is made until it goes on"))),
       control(t("Cut"), cut, t("everything starts afresh with the next chunk")),
       control(t("Rewind…"), () => this.rewind(), t("go back and take another way from there")),
+      (this.eye = control(t("Camera"), () => this.camera.toggle(), "", "rf-look")),
       (this.link = control(t("Link"), () => this.copyLink(), t("copy a link to watch and steer it elsewhere"))),
       (this.stop = control(t("Stop"), () => this.askStop(), t("end it and keep what is made"), "rf-stop")),
     ];
@@ -82,6 +86,7 @@ export class View {
 
   close() {
     clearInterval(this.timer);
+    this.camera.close();
     this.session.close();
     this.player.close();
     this.element.remove();
@@ -173,6 +178,20 @@ export class View {
     return title(Number(field.value));
   }
 
+  renderCamera() {
+    const { state, why, seen } = this.camera;
+    this.eye.hidden = !seen;
+    this.eye.classList.toggle("rf-on", state === "on");
+    write(this.eye, state === "off" ? t("Camera") : t("Camera off"));
+    this.eye.title =
+      state === "off"
+        ? t("guide what is made by this browser's camera, in place of the source or another page's camera; the strength says how far it is followed")
+        : t("the source, or the prompt alone, goes on");
+    this.camera.render();
+    if (why) this.popover.show(why, {}, t("OK"), () => {});
+    this.camera.why = null;
+  }
+
   state({ paused, suspended, branch }) {
     const { status, over, connected, trouble } = this.session;
     if (over) return ["over", over.why ?? t("Ended")];
@@ -196,6 +215,8 @@ export class View {
     for (const each of this.controls) each.disabled = Boolean(over);
     if (over) this.popover.element.hidden = true;
     this.element.classList.toggle("rf-none", !status);
+    if (over) this.camera.close();
+    this.renderCamera();
     this.panel.render();
     this.display.render();
     this.strip.render();
