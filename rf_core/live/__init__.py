@@ -32,6 +32,7 @@ from .commands import (
     Rewind,
     Schedule,
     Stop,
+    Strength,
     read_command,
 )
 from .fragments import FragmentSequence, codec_of
@@ -64,8 +65,8 @@ __all__ = [
     "Log",
     "Lora",
     "Move",
-    "OscServer",
     "NotThisCameraError",
+    "OscServer",
     "Outbox",
     "Pause",
     "Picture",
@@ -81,6 +82,7 @@ __all__ = [
     "Session",
     "Status",
     "Stop",
+    "Strength",
     "TooFastError",
     "VideoRecorder",
     "codec_of",
