@@ -196,6 +196,7 @@ class LiveRun:
                 fps=request.fps,
             ),
             facts=partial(_facts, recording.paths, self._until, self.limits, device),
+            camera=session.camera,
         )
         with ExitStack() as exits:
             exits.enter_context(self._osc(session))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from test_live import decoder_of, encode, stream_of
 
+from rf_core.live import Outbox, Picture, Rewind, Session, Strength, read_log, replay_log
 from rf_core.live import camera as module
 from rf_core.live.buffers import CameraMark
 from rf_core.live.camera import (
@@ -25,8 +28,11 @@ from rf_core.live.camera import (
     TooFastError,
     camera_record,
 )
+from rf_core.source import BatchSource
+from rf_core.video import read_jpeg
 
 SIZE = 32
+WIDTH, HEIGHT = 48, 32  # of the tiny stream
 FPS = 16
 
 
@@ -194,10 +200,8 @@ def test_many_threads_may_show_frames_at_once() -> None:
 
     def send(name: str) -> None:
         for number in range(1, 30):
-            try:
+            with suppress(ValueError):
                 camera.put(name, number, number, jpeg(number))
-            except (NotThisCameraError, TooFastError, ValueError):
-                pass
 
     threads = [threading.Thread(target=send, args=(name,)) for name in "abcd"]
     for thread in threads:
@@ -207,3 +211,209 @@ def test_many_threads_may_show_frames_at_once() -> None:
         assert len({frame.mark.camera for frame in frames}) <= 1
     for thread in threads:
         thread.join()
+
+
+# A session.
+
+
+class Scene:
+    """A session with a camera: `script[n]` is done right before the nth chunk looks, from 1."""
+
+    def __init__(self, script: dict[int, Any], **options: Any) -> None:
+        outbox = Outbox(max_pictures=100)
+        self.session = Session(stream_of("wan"), encode, prompt="p0", outbox=outbox, **options)
+        self.script, self.chunks, self.number = script, 0, 0
+        self.reader = self.session.outbox.reader()
+        assert self.session.camera is not None
+        self.camera, self.take = self.session.camera, self.session.camera.take
+        self.camera.take = self._take  # type: ignore[method-assign]
+
+    def _take(self, count: int) -> list[CameraFrame]:
+        self.chunks += 1
+        self.script.get(self.chunks, lambda scene: None)(self)
+        return self.take(count)
+
+    def show(self, level: int, frames: int = 12) -> None:
+        """Frames at the stream's rate, the first of this brightness, and then brighter."""
+        for n in range(frames):
+            self.number += 1
+            at = 1000 * self.number / FPS
+            self.camera._arrivals.clear()  # they come at once here
+            self.camera.put("cam", self.number, at, jpeg(level + n, WIDTH, HEIGHT))
+
+    def run(self, chunks: int) -> list[Any]:
+        """The events, and the pictures."""
+        self.session.run(until=chunks)
+        return self.reader.read(0)
+
+
+def replayed(log: Path, **options: Any) -> list[torch.Tensor]:
+    made: list[torch.Tensor] = []
+    replay_log(
+        read_log(log),
+        stream_of("wan"),
+        encode,
+        on_chunk=lambda branch, chunk, latents: made.append(latents),
+        **options,
+    )
+    return made
+
+
+def test_without_a_frame_the_prompt_alone_goes_on_and_then_the_camera_guides() -> None:
+    plain, seen = Scene({}), Scene({3: lambda scene: scene.show(60)})
+    plain.run(4)
+    shown = [each for each in seen.run(4) if isinstance(each, Picture)]
+    ours, theirs = seen.session.recent_latents, plain.session.recent_latents
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    assert not torch.equal(ours[2], theirs[2])
+    assert [each.camera and each.camera.number for each in shown] == [None, None, 12, 12]
+    assert plain.session.outbox.status.strength is None
+    assert seen.session.outbox.status.strength == 0.6
+
+
+def test_at_a_strength_of_0_the_stream_is_what_the_camera_shows() -> None:
+    script = {1: lambda scene: scene.show(60, 9), 2: lambda scene: scene.show(100)}
+    scene = Scene(script, strength=0.0)
+    scene.run(2)
+    size = {"width": WIDTH, "height": HEIGHT, "most_pixels": 10**6}
+    levels = [*range(60, 69), *range(100, 112)]
+    images = torch.stack([read_jpeg(jpeg(n, WIDTH, HEIGHT), **size) for n in levels])
+    video = images.permute(0, 3, 1, 2).contiguous().float().unsqueeze(0) / 255
+    with torch.no_grad():
+        whole, _ = decoder_of("wan").encode_chunk(video, None)
+    assert torch.equal(torch.cat(scene.session.recent_latents, dim=2), whole)
+
+
+def test_a_camera_that_is_lost_holds_and_one_that_is_off_leaves_the_prompt_alone() -> None:
+    script = {1: lambda scene: scene.show(60, 9), 3: lambda scene: scene.camera.off()}
+    shown = [each.camera for each in Scene(script).run(4) if isinstance(each, Picture)]
+    assert [mark and mark.number for mark in shown] == [9, 9, None, None]
+
+
+def test_a_camera_takes_the_place_of_a_source_which_goes_on_at_its_own_time_afterwards() -> None:
+    clip = torch.rand(64, HEIGHT, WIDTH, 3)
+
+    def source() -> BatchSource:
+        return BatchSource(clip, decoder_of("wan"), height=HEIGHT, width=WIDTH)
+
+    script = {2: lambda scene: scene.show(60), 3: lambda scene: scene.camera.off()}
+    alone, both = (Scene(each, source=source(), strength=0.0) for each in ({}, script))
+    alone.run(4)
+    both.run(4)
+    ours, theirs = both.session.recent_latents, alone.session.recent_latents
+    same = [torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)]
+    assert same == [True, False, True, True]
+
+
+def test_a_log_makes_the_same_again_of_the_frames_beside_it(tmp_path: Path) -> None:
+    log = tmp_path / "take_00001_.jsonl"
+    script = {
+        3: lambda scene: scene.show(60),
+        4: lambda scene: scene.session.submit(Strength(strength=0.3)),
+        5: lambda scene: scene.show(120, 5),
+        6: lambda scene: scene.session.submit(Rewind(chunk=3, branch="b")),
+        7: lambda scene: scene.show(30, 20),
+        9: lambda scene: scene.camera.off(),
+    }
+    scene = Scene(script, log=log, strength=0.8)
+    scene.run(7)
+    record = tmp_path / "take_00001_camera.mjpeg"
+    assert {each.name for each in tmp_path.iterdir()} == {log.name, record.name}
+    again = replayed(log)
+    assert len(again) == scene.chunks == 10
+    assert torch.equal(again[-1], scene.session.recent_latents[-1])
+    with av.open(str(record)) as container:  # players play it
+        frames = sum(1 for _ in container.decode(video=0))
+    used = [use for each in read_log(log).entries if (use := getattr(each, "camera", None))]
+    assert frames == sum(len(use.sizes) for use in used) == 1 + max(max(use.frames) for use in used)
+    assert frames < sum(len(use.frames) for use in used)  # what is held is kept once
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda path: path.unlink(), "is not there; put it beside the log"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "does not hold the camera frames"),
+        (lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:]), "does not hold"),
+    ],
+)
+def test_a_record_that_is_gone_or_another_is_said_in_a_sentence(
+    tmp_path: Path, change: Any, why: str
+) -> None:
+    log = tmp_path / "take.jsonl"
+    Scene({1: lambda scene: scene.show(60)}, log=log).run(2)
+    change(camera_record(log))
+    with pytest.raises(ValueError, match=why) as refused:
+        replayed(log)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_log_that_names_frames_it_does_not_have_is_refused(tmp_path: Path) -> None:
+    log = tmp_path / "take.jsonl"
+    Scene({1: lambda scene: scene.show(60)}, log=log).run(1)
+    for old, new, why in (
+        ('"frames": [', '"frames": [99, ', "not in"),
+        ('"frames": [0, ', '"frames": [', "camera images"),
+        ('"sizes": [', '"sizes": [-1, ', "none that counts"),
+        ('"sizes": [', '"sizes": [9999999, ', "too large"),
+        ('"digest": "', '"digest": 5, "x": "', "other fields"),
+    ):
+        edited = tmp_path / "edited.jsonl"
+        edited.write_text(log.read_text().replace(old, new, 1))
+        camera_record(edited).write_bytes(camera_record(log).read_bytes())
+        with pytest.raises(ValueError, match=why):
+            replayed(edited)
+
+
+def test_a_record_is_bounded_and_a_session_goes_on_without(tmp_path: Path) -> None:
+    frame = CameraFrame(
+        mark=CameraMark(camera="a", number=1, captured=0), data=jpeg(1), image=torch.zeros(1)
+    )
+    other = CameraFrame(mark=frame.mark, data=jpeg(2), image=frame.image)
+    writer = CameraWriter(tmp_path / "a.mjpeg", max_bytes=len(jpeg(1)) + 5)
+    assert writer.write([frame, frame]).frames == (0, 0)
+    assert writer.write([frame, other]) == CameraUse(frames=())
+    assert writer.write([frame]) == CameraUse(frames=())
+    writer.close()
+    assert (tmp_path / "a.mjpeg").read_bytes() == frame.data
+    with pytest.raises(ValueError, match="was full before"):
+        RecordedCamera(tmp_path / "a.mjpeg", height=8, width=8).expect(CameraUse(frames=()))
+    nowhere = CameraWriter(tmp_path / "absent" / "a.mjpeg")
+    assert nowhere.write([frame]) == CameraUse(frames=())
+
+
+def test_a_session_without_a_camera_leaves_no_file(tmp_path: Path) -> None:
+    Scene({}, log=tmp_path / "take.jsonl").run(1)
+    assert [each.name for each in tmp_path.iterdir()] == ["take.jsonl"]
+
+
+def test_a_stream_without_a_decoder_has_no_camera() -> None:
+    assert Session(stream_of(None), encode, prompt="p0").camera is None
+
+
+def test_once_a_session_has_ended_its_camera_takes_nothing() -> None:
+    scene = Scene({})
+    scene.run(1)
+    with pytest.raises(NotThisCameraError, match="has ended"):
+        scene.camera.put("a", 1, 0.0, jpeg(1))
+
+
+def test_of_taehv_the_first_image_is_read_four_times_as_of_a_clip() -> None:
+    guide, decoder = CameraGuide(Still()), decoder_of("taehv")
+    first = guide.latents(decoder, 3, first=True)
+    assert first is not None and first.shape[2] == 3 and len(guide.used) == 9
+    second = guide.latents(decoder, 3, first=False)
+    assert second is not None and second.shape[2] == 3 and len(guide.used) == 12
+    guide.forget()
+    late = guide.latents(decoder, 3, first=False)
+    assert late is not None and late.shape == second.shape
+
+
+class Still:
+    """A camera before a wall."""
+
+    def take(self, count: int) -> list[CameraFrame]:
+        image = torch.full((32, 32, 3), 90, dtype=torch.uint8)
+        return [
+            CameraFrame(mark=CameraMark(camera="a", number=1, captured=0), data=b"", image=image)
+        ] * count

@@ -195,7 +195,10 @@ def _nearest(frames: Sequence[CameraFrame], captured: float) -> CameraFrame:
 
 
 class CameraGuide:
-    """Guides for a stream's chunks, of a camera that may come and go. Used by one thread."""
+    """Guides for a stream's chunks, of a camera that may come and go. Used by one thread.
+
+    As a `Source`, but there need not be anything to see, and it always shows what is now.
+    """
 
     def __init__(self, frames: Frames) -> None:
         self._frames = frames
@@ -207,21 +210,23 @@ class CameraGuide:
     def latents(self, encoder: ChunkEncoder, frames: int, *, first: bool) -> Tensor | None:
         """Clean latents [1, C, F, h, w] for the next chunk; None while nothing is seen.
 
-        `first` as of a `Source`. Where a camera comes into a video that has begun, it is taken to
-        have shown its first image before.
+        `first` as of a `Source`. Where a camera comes into a video that has begun, its first image
+        is taken to have stood before.
         """
-        self.used = tuple(self._frames.take(encoder.source_images_of(frames, first)))
+        step, repeats = (encoder.source_images_of(1, first=begins) for begins in (False, True))
+        self.used = tuple(self._frames.take(step * frames - (step - 1 if first else 0)))
         if not self.used:
-            self._state = None
+            self.forget()
             return None
         shown = torch.stack([frame.image for frame in self.used])
-        images = rearrange(shown, "t h w c -> 1 t c h w").float() / 255
-        begun, before = None if first else self._state, 0
-        if begun is None and not first:
-            held = images[:, :1].expand(-1, encoder.source_images_of(1, first=True), -1, -1, -1)
-            images, before = torch.cat([held, images], dim=1), 1
-        latents, self._state = encoder.encode_chunk(images, begun)
-        return latents[:, :, before:]
+        images = rearrange(shown, "t h w c -> t c h w").contiguous().float() / 255
+        if first:
+            self.forget()
+        if self._state is None:
+            before = repeats - (1 if first else 0)
+            images = torch.cat([images[:1].expand(before, -1, -1, -1), images])
+        latents, self._state = encoder.encode_chunk(images.unsqueeze(0), self._state)
+        return latents[:, :, -frames:]
 
     def forget(self) -> None:
         """Let the next chunk follow nothing: the stream went elsewhere."""
@@ -329,6 +334,10 @@ class RecordedCamera:
             mark = CameraMark(camera="log", number=self._count + 1, captured=0)
             self._known[self._count] = CameraFrame(mark=mark, data=data, image=image)
             self._count += 1
+        if not all(place in self._known for place in use.frames):
+            raise ValueError(
+                f"the log names a camera frame that is not in {self._path}; take the log as it was"
+            )
         self._next = tuple(self._known[place] for place in use.frames)
         self._known = {place: self._known[place] for place in use.frames}
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..config import CacheConfig, SamplerConfig, recorded
 from ..ranges import MANY
 from ..source import Source
-from ..stream import Stream
+from ..stream import GUIDE_STRENGTH, Stream
+from .camera import MAX_FRAME_BYTES, CameraUse, camera_record
 from .commands import Command, Decay, Lora, Prompt, Rewind, Strength, read_command
 from .history import Limits
 from .transition import MAIN, Action
@@ -43,6 +44,8 @@ class LogHeader:
     limits: Limits = field(default_factory=Limits)
     source: dict[str, Any] | None = None
     """What guides it, as its maker describes it, and the strength; see `Session`."""
+    strength: float = GUIDE_STRENGTH
+    """What a camera is followed with at first, where there is no source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,8 @@ class ChunkEntry:
     chunk: int
     digest: str
     """Of its latents; see `digest_of`."""
+    camera: CameraUse | None = None
+    """What it was guided by, where a camera was on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,8 @@ class Log:
 
     header: LogHeader
     entries: tuple[LogEntry, ...]
+    camera: Path
+    """Where the frames that it used of a camera lie, if it used any."""
 
     @property
     def texts(self) -> list[str]:
@@ -168,6 +175,7 @@ class LogWriter:
                 "limits": asdict(header.limits),
             }
             | ({} if header.source is None else {"source": header.source})
+            | ({} if header.strength == GUIDE_STRENGTH else {"strength": header.strength})
         )
 
     def write(self, entry: LogEntry) -> None:
@@ -213,7 +221,7 @@ def read_log(path: Path | str) -> Log:
         entry = _checked(path, number, facts, _entry)
         chunk = _checked(path, number, entry, partial(_follows, chunk, names))
         entries.append(entry)
-    return Log(header=header, entries=tuple(entries))
+    return Log(header=header, entries=tuple(entries), camera=camera_record(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -252,7 +260,8 @@ def _plain(entry: LogEntry) -> dict[str, Any]:
     if isinstance(entry, RewindEntry):
         return {"number": entry.number, "back": entry.chunk, "branch": entry.branch}
     if isinstance(entry, ChunkEntry):
-        return {"made": entry.chunk, "mark": entry.digest}
+        made = {"made": entry.chunk, "mark": entry.digest}
+        return made | ({} if entry.camera is None else {"camera": asdict(entry.camera)})
     return {"end": entry.chunk}
 
 
@@ -271,21 +280,24 @@ def _header(facts: Any) -> LogHeader:
     if source is not None:
         _require(isinstance(source, dict), "its source is no object")
         Strength(strength=source["strength"])
+    strength = Strength(strength=facts.get("strength", GUIDE_STRENGTH)).strength
     return LogHeader(
         stream=stream,
         prompt=prompt,
         loras=tuple(loras.items()),
         limits=Limits(**limits),
         source=source,
+        strength=strength,
     )
 
 
 def _entry(facts: Any) -> LogEntry:
     _require(isinstance(facts, dict), "it is no object")
     keys = facts.keys()
-    if keys == {"made", "mark"}:
+    if keys - {"camera"} == {"made", "mark"}:
         _require(isinstance(facts["mark"], str), "its mark is no text")
-        return ChunkEntry(chunk=_count(facts["made"]), digest=facts["mark"])
+        camera = _camera_use(facts["camera"]) if "camera" in keys else None
+        return ChunkEntry(chunk=_count(facts["made"]), digest=facts["mark"], camera=camera)
     if keys == {"end"}:
         return EndEntry(chunk=_count(facts["end"]))
     if keys == {"number", "back", "branch"}:
@@ -299,6 +311,16 @@ def _entry(facts: Any) -> LogEntry:
     _require(done, f"{command.do} is not done to a stream")
     assert isinstance(command, (Prompt, Lora, Decay, Strength))
     return ActionEntry(number=_count(facts["number"]), chunk=_count(facts["chunk"]), action=command)
+
+
+def _camera_use(facts: Any) -> CameraUse:
+    _require(isinstance(facts, dict), "its camera is no object")
+    _require(facts.keys() == {"frames", "sizes", "digest"}, "its camera has other fields")
+    frames, sizes, digest = facts["frames"], facts["sizes"], facts["digest"]
+    _require(all(isinstance(each, list) for each in (frames, sizes)), "its frames are no list")
+    _require(all(_count(size) <= MAX_FRAME_BYTES for size in sizes), "a frame is too large")
+    _require(isinstance(digest, str), "its camera's digest is no text")
+    return CameraUse(frames=tuple(map(_count, frames)), sizes=tuple(sizes), digest=digest)
 
 
 def _follows(chunk: int, names: set[str], entry: LogEntry) -> int:

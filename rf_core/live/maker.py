@@ -22,6 +22,7 @@ from ..scheduler import check_strength
 from ..source import Guides, Source
 from ..state import Snapshot
 from ..stream import GUIDE_STRENGTH, NO_GUIDES, OnPass, Stream, split_chunks
+from .camera import CameraFrame, CameraGuide, Frames
 from .commands import Cut, Decay, Lora, Prompt, Rewind, Strength
 from .history import History, Limits, PastChunk, RestorePoint, RewindPlan, StreamSettings
 from .record import Autosave, ChunkInfo, Presenter
@@ -67,6 +68,7 @@ class Maker:
         side_stream: see `Handoff`.
         source: guides the chunks that are generated; the caller closes it.
         strength: what the source's guides begin with, see `Stream.generate`.
+        camera: guides in the source's place, wherever it shows something.
         presenter: takes the images, in a thread of its own.
     """
 
@@ -84,6 +86,7 @@ class Maker:
         side_stream: bool | None = None,
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
+        camera: Frames | None = None,
     ) -> None:
         if stream.batch != 1:
             raise ValueError(f"the stream's batch is {stream.batch}; a live one makes 1 video")
@@ -96,6 +99,7 @@ class Maker:
             raise ValueError(NO_GUIDES)
         self.stream, self.history = stream, History(limits or Limits())
         self._guides = None if source is None else Guides(source)
+        self._camera = None if camera is None else CameraGuide(camera)
         self._clip = [] if clip is None else split_chunks(clip, stream.cache_config)
         self._pace = Pace(None, stream.state.num_chunks, stream.device)
         self._recent: deque[Progress] = deque(maxlen=_RECENT)
@@ -107,6 +111,8 @@ class Maker:
         self._encoded: OrderedDict[str, Tensor] = OrderedDict()
         self.images = self.last_images = 0
         """Made on this line, and with the last chunk."""
+        self.camera_frames: tuple[CameraFrame, ...] = ()
+        """What the last chunk was guided by, an image each; none where no camera did."""
         self._since = 0  # the image that the decoder's stream began with
         self._handoff: Handoff | None = None
         self._detached: Snapshot
@@ -200,12 +206,14 @@ class Maker:
         self._branch = branch
         stream, info = self.stream, ChunkInfo(branch=branch, chunk=self.chunk, images=self.images)
         self._pace.network_begins()
+        self.camera_frames = ()
         given = self.chunk < len(self._clip)
         if given:
             clip = self._clip[self.chunk]
             latents = stream.replay(clip, on_pass, decode=False, is_start=True).latents
         else:
             latents = self._generate(on_pass)
+        info = replace(info, camera=self.camera_frames[-1].mark if self.camera_frames else None)
         self._pace.network_ends()
         images = 0
         if stream.decoder is None or self._handoff is None:
@@ -228,14 +236,24 @@ class Maker:
 
     @property
     def strength(self) -> float | None:
-        """The source's; None without one."""
-        return None if self._guides is None else self.settings.strength
+        """The source's, or the camera's; None where nothing guides."""
+        guided = self._guides is not None or self.camera_frames
+        return self.settings.strength if guided else None
 
     def _generate(self, on_pass: OnPass | None) -> Tensor:
-        if self._guides is None:
-            return self.stream.generate(on_pass)
-        guide = self._guides.next(self.stream, self.images, self._since)
+        guide = self._camera_guide()
+        if guide is None and self._guides is not None:
+            guide = self._guides.next(self.stream, self.images, self._since)
         return self.stream.generate(on_pass, guide=guide, strength=self.settings.strength)
+
+    def _camera_guide(self) -> Tensor | None:
+        stream = self.stream
+        if self._camera is None or stream.decoder is None:
+            return None
+        frames, first = stream.next_frames, stream.decodes_afresh
+        guide = self._camera.latents(stream.decoder, frames, first=first)
+        self.camera_frames = self._camera.used
+        return guide
 
     def _autosave(self) -> None:
         """Hand on a snapshot of where the stream stands now."""
@@ -278,6 +296,8 @@ class Maker:
         What `on_pass` raises leaves it at a chunk before that.
         """
         self._restore(plan.point)
+        if self._camera is not None:
+            self._camera.forget()
         self.images = plan.point.images
         chunk = plan.point.chunk + len(plan.chunks)
         decoded = self._decoded_from(plan, chunk)
@@ -321,7 +341,7 @@ class Maker:
         elif isinstance(action, Lora):
             self._do_lora(action)
         elif isinstance(action, Strength):
-            if self._guides is None:
+            if self._guides is None and self._camera is None:
                 raise ValueError("there is no source for a strength; begin the stream with one")
             self.settings = replace(self.settings, strength=action.strength)
         else:

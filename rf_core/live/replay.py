@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..source import Source
-from ..stream import GUIDE_STRENGTH, OnPass, Stream
+from ..stream import OnPass, Stream
+from .camera import RecordedCamera
 from .log import ActionEntry, ChunkEntry, Log, RewindEntry, digest_of, facts_of, source_of
 from .maker import Encode, Maker, SetLora
 from .record import Presenter, Recorder
@@ -45,12 +46,13 @@ def replay_log(
         list: clean latents [1, C, F, h, w] of the last line's chunks, as far as they are kept.
 
     Raises:
-        ValueError: the stream is another one's, or the source.
+        ValueError: the stream is another one's, or the source, or the camera's frames.
         ReplayMismatch: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
     strength = _check_source(log, source)
     header, presenter = log.header, Presenter(recorder=recorder)
+    camera = RecordedCamera(log.camera, height=stream.height, width=stream.width)
     maker = Maker(
         stream,
         encode,
@@ -63,10 +65,11 @@ def replay_log(
         side_stream=side_stream,
         source=source,
         strength=strength,
+        camera=camera,
     )
     branch = SessionState.beginning(maker.chunk).branch
     try:
-        with maker:
+        with camera, maker:
             maker.add_restore_point()
             for entry in log.entries:
                 if isinstance(entry, ActionEntry):
@@ -75,6 +78,7 @@ def replay_log(
                     branch = branch_of(branch, maker.chunk, entry.branch, entry.chunk)
                     _rewind(maker, entry, on_pass)
                 elif isinstance(entry, ChunkEntry):
+                    camera.expect(entry.camera)
                     latents = maker.make(branch, on_pass)
                     if exact and digest_of(latents) != entry.digest:
                         raise _mismatch(entry)
@@ -107,7 +111,7 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
 def _check_source(log: Log, source: Source | None) -> float:
     """The strength that the session began with; ValueError where its source is another."""
     wanted = dict(log.header.source or {})
-    strength: float = wanted.pop("strength", GUIDE_STRENGTH)
+    strength: float = wanted.pop("strength", log.header.strength)
     facts = {} if source is None else source_of(source, strength)
     for name in {**wanted, **facts}:
         if name != "strength" and facts.get(name) != wanted.get(name):
