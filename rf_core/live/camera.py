@@ -46,8 +46,8 @@ MAX_RECORD_BYTES = 4 << 30
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _LATEST = 1e15  # milliseconds: of any clock that counts from 1970, or from a page's begin
 
-CameraState = Literal["off", "waiting", "on", "lost"]
-"""`waiting`: for the first frame, the prompt alone; `lost`: the last image is held."""
+CameraState = Literal["off", "on", "lost"]
+"""Off: the source, or the prompt alone; lost: the last image is held."""
 
 
 class NotThisCameraError(ValueError):
@@ -100,8 +100,6 @@ class Camera:
         with self._lock:
             if self._name is None:
                 return "off"
-            if not self._frames:
-                return "waiting"
             return "lost" if time.monotonic() - self._shown_at > LOST_AFTER else "on"
 
     @property
@@ -116,58 +114,51 @@ class Camera:
         One that a newer frame has overtaken is left out. ValueError, in a sentence, for what is no
         frame, `TooFastError` and `NotThisCameraError` for one that comes in vain.
         """
-        self._accept(camera, number, captured, data)
+        _check_frame(camera, number, captured, data)
+        with self._lock:
+            self._require_due(camera, number)
+            self._arrive()
         image = read_jpeg(
             data, width=self._width, height=self._height, most_pixels=MAX_FRAME_PIXELS
         )
         mark = CameraMark(camera=camera, number=number, captured=captured)
         with self._lock:
-            newest = self._frames[-1].mark if self._frames else None
-            if camera == self._name and (newest is None or newest.captured < captured):
+            self._require_due(camera, number)
+            if number == 1:
+                self._begin(camera)
+            self._number = number
+            if not self._frames or self._frames[-1].mark.captured < captured:
                 self._frames.append(CameraFrame(mark=mark, data=data, image=image))
                 self._shown_at = time.monotonic()
 
-    def _accept(self, camera: str, number: int, captured: float, data: bytes) -> None:
-        if not _NAME.fullmatch(camera):
-            raise ValueError("a camera's name has 1 to 40 letters, digits, - and _")
-        if number < 1:
-            raise ValueError(f"frame is {number}; frames are numbered from 1")
-        if not (math.isfinite(captured) and 0 <= captured <= _LATEST):
-            raise ValueError(f"captured is {captured}; give the frame's time in milliseconds")
-        if len(data) > MAX_FRAME_BYTES:
-            raise ValueError(f"the frame has {len(data)} bytes; give at most {MAX_FRAME_BYTES}")
-        with self._lock:
-            self._admit(camera, number)
-
-    def _admit(self, camera: str, number: int) -> None:
+    def _require_due(self, camera: str, number: int) -> None:
         if self._closed:
             raise NotThisCameraError("the session has ended")
+        if number > 1 and camera != self._name:
+            why = "this camera was turned off" if self._name is None else "another camera is on"
+            raise NotThisCameraError(f"{why}; turn it on again to take it from here")
+        if 1 < number <= self._number:
+            raise ValueError(f"frame {number} comes after frame {self._number}; count on from it")
+
+    def _arrive(self) -> None:
         now = time.monotonic()
         if len(self._arrivals) == self._arrivals.maxlen and now - self._arrivals[0] < 1:
             raise TooFastError(f"frames come too fast; send at most {self._fps} a second")
-        if number == 1:
-            self._clear(camera)
-        elif camera != self._name:
-            why = "this camera was turned off" if self._name is None else "another camera is on"
-            raise NotThisCameraError(f"{why}; turn it on again to take it from here")
-        elif number <= self._number:
-            raise ValueError(f"frame {number} comes after frame {self._number}; count on from it")
-        self._number = number
         self._arrivals.append(now)
 
     def off(self, camera: str | None = None) -> None:
         """Look through no camera any more; of a name, only where it is that one."""
         with self._lock:
             if camera in (None, self._name):
-                self._clear(None)
+                self._begin(None)
 
     def close(self) -> None:
         """Take no more."""
         with self._lock:
-            self._clear(None)
+            self._begin(None)
             self._closed = True
 
-    def _clear(self, name: str | None) -> None:
+    def _begin(self, name: str | None) -> None:
         self._name, self._number, self._taken = name, 0, None
         self._frames.clear()
 
@@ -175,7 +166,7 @@ class Camera:
         """The newest `count` images at the stream's rate, by capture time: the nearest frame each.
 
         None is older than the last that was taken before; where nothing has come since, that one is
-        held. Empty while the camera is off, or has shown nothing yet.
+        held. Empty while the camera is off.
         """
         with self._lock:
             frames, last = list(self._frames), self._taken
@@ -186,6 +177,17 @@ class Camera:
             frames = [last, *(f for f in frames if f.mark.captured > last.mark.captured)]
         begin = frames[-1].mark.captured - (count - 1) * 1000 / self._fps
         return [_nearest(frames, begin + i * 1000 / self._fps) for i in range(count)]
+
+
+def _check_frame(camera: str, number: int, captured: float, data: bytes) -> None:
+    if not _NAME.fullmatch(camera):
+        raise ValueError("a camera's name has 1 to 40 letters, digits, - and _")
+    if number < 1:
+        raise ValueError(f"frame is {number}; frames are numbered from 1")
+    if not (math.isfinite(captured) and 0 <= captured <= _LATEST):
+        raise ValueError(f"captured is {captured}; give the frame's time in milliseconds")
+    if len(data) > MAX_FRAME_BYTES:
+        raise ValueError(f"the frame has {len(data)} bytes; give at most {MAX_FRAME_BYTES}")
 
 
 def _nearest(frames: Sequence[CameraFrame], captured: float) -> CameraFrame:

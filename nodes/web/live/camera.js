@@ -7,6 +7,7 @@ import { sentenceOf } from "./session.js";
 
 const QUALITY = 0.85; // of a JPEG
 const POLL = 15; // milliseconds between two looks, where a browser does not tell of images
+const EARLY = 0.25; // of the time between two images, that one may come before it is due
 const PATIENCE = 5000; // milliseconds for an answer
 const WAIT = 1000; // milliseconds before another try
 const SMOOTH = 0.3; // weight of the newest delay
@@ -108,7 +109,7 @@ export class Camera extends EventTarget {
     const canvas = element("canvas");
     const period = 1000 / this.session.status.rate;
     for (let frame = 1, due = performance.now(); this.turn === turn; ) {
-      const captured = performance.timeOrigin + (await this.next(due));
+      const captured = performance.timeOrigin + (await this.next(due - EARLY * period));
       if (this.turn !== turn) return;
       due = Math.max(due + period, performance.now() - period);
       const body = await this.draw(canvas);
