@@ -118,6 +118,7 @@ class Room:
             "prompt": now.prompt,
             "loras": now.loras,
             "decay": now.decay,
+            "strength": now.strength,
             "camera": _seen(self.camera),
             "past": [{"chunk": each.chunk} | _brief(each.action.as_dict()) for each in now.past],
             "coming": [

@@ -201,23 +201,170 @@ def cameras(folder: Path, number: int = 1, *flags: str) -> Iterator[list[Any]]:
         yield browsers
 
 
+def eye(session: Live) -> Any:
+    """The camera's button."""
+    return session.view.locator(".rf-eye button")
+
+
 def words(session: Live) -> str:
-    return session.view.locator(".rf-eye span").inner_text()
+    return eye(session).inner_text()
+
+
+def turn_on(session: Live) -> None:
+    eye(session).click()
+    wait_until(lambda: re.fullmatch(r"camera \d+\.\d s", words(session)))
+
+
+def motion_of(video: Path, images: int) -> tuple[str, float]:
+    """Direction and speed, in shape sizes a latent frame, of what the last images show."""
+    tail = torch.from_numpy(images_of(video)[-images:]).permute(0, 3, 1, 2).float() / 255
+    seen = track(tail)[0]
+    return seen.direction, seen.speed
+
+
+def video_of(session: Live) -> Path:
+    """The file that is being written."""
+    (name,) = (each["file"] for each in session.status["branches"])
+    return session.server.output / "video" / name
 
 
 @BROWSER
-def test_the_camera_guides_the_picture_and_its_delay_is_told(
+def test_what_comes_out_moves_as_the_camera_shows_and_its_delay_is_told(
     server: Server, tmp_path: Path
 ) -> None:
     with cameras(tmp_path) as (browser,), live(server, False, browser) as session:
-        assert session.status["camera"]["state"] == "off"
-        session.click("Camera")
-        wait_until(lambda: session.status["camera"]["state"] == "on")
-        wait_until(lambda: re.fullmatch(r"camera \d+\.\d s", words(session)))
+        assert session.status["camera"]["state"] == "off" and words(session) == "Camera"
+        turn_on(session)
+        assert session.status["camera"]["state"] == "on"
         assert 0.3 < float(words(session).split()[1]) < 20
+        kept = session.kept
+        strength = json.dumps({"do": "strength", "strength": 0.3})
+        path = f"/rf/live/{kept['session']}/commands?token={kept['token']}"
+        session.page.evaluate(
+            "([path, body]) => fetch(path, {method: 'POST', body})", [path, strength]
+        )
+        wait_until(lambda: session.status["strength"] == 0.3)
+        session.wait_for_chunk(session.status["chunk"] + 5)
         session.look("camera-on", tmp_path)
-        begin = session.status["chunk"]
-        session.wait_for_chunk(begin + 4)
-        session.click("Camera off")
+        direction, speed = motion_of(video_of(session), 24)
+        assert direction == SHOWN.direction and speed == pytest.approx(SHOWN.speed, abs=0.25)
+        eye(session).click()
         wait_until(lambda: session.status["camera"]["state"] == "off")
-        assert not session.view.locator(".rf-eye").is_visible()
+        wait_until(lambda: words(session) == "Camera")
+        session.wait_for_chunk(session.status["chunk"] + 1)
+        assert session.status["camera"]["state"] == "off"
+
+
+HOLD = """
+(held) => {
+  window.fetched ??= window.fetch;
+  const late = (path, given) =>
+    String(path).includes("/camera?") ? Promise.reject(new TypeError()) : fetched(path, given);
+  window.fetch = held ? late : window.fetched;
+}
+"""
+"""Frames no longer reach the server, or do again."""
+
+
+@BROWSER
+def test_a_camera_that_is_dropped_is_held_and_said_and_goes_on_when_it_is_back(
+    server: Server, tmp_path: Path
+) -> None:
+    with cameras(tmp_path) as (browser,), live(server, False, browser) as session:
+        turn_on(session)
+        session.page.evaluate(HOLD, True)
+        wait_until(lambda: words(session) == "camera lost: its last image is held")
+        session.look("camera-lost", tmp_path)
+        assert session.status["camera"]["state"] == "lost"
+        chunk = session.status["chunk"]
+        session.wait_for_chunk(chunk + 3)
+        session.page.evaluate(HOLD, False)
+        wait_until(lambda: re.fullmatch(r"camera \d+\.\d s", words(session)))
+        assert session.status["camera"]["state"] == "on"
+
+
+@BROWSER
+def test_the_page_that_turned_its_camera_on_last_has_it_and_the_other_is_told(
+    server: Server, tmp_path: Path
+) -> None:
+    with cameras(tmp_path) as (browser,), live(server, False, browser) as session:
+        turn_on(session)
+        kept = session.kept
+        other = browser.new_page()
+        page = f"{server.address}/extensions/ComfyUI-RewardForcing/live.html"
+        other.goto(f"{page}#session={kept['session']}&token={kept['token']}")
+        second = Live(server, other)
+        wait_until(lambda: words(second) == "another page's camera")
+        mine = session.status["camera"]["name"]
+        turn_on(second)
+        wait_until(lambda: words(session) == "another page's camera")
+        assert "another camera is on" in session.view.locator(".rf-popover").inner_text()
+        assert session.status["camera"]["name"] != mine
+        second.look("camera-second", tmp_path)
+        other.close()  # as a page that crashes: nobody turned it off
+        wait_until(lambda: words(session) == "camera lost: its last image is held")
+        session.view.locator(".rf-popover .rf-main").click()
+        turn_on(session)
+
+
+@BROWSER
+def test_a_page_that_is_loaded_again_turns_its_camera_on_again(
+    server: Server, tmp_path: Path
+) -> None:
+    with cameras(tmp_path) as (browser,), live(server, False, browser) as session:
+        kept = session.kept
+        page = browser.new_page()
+        link = f"{server.address}/extensions/ComfyUI-RewardForcing/live.html"
+        page.goto(f"{link}#session={kept['session']}&token={kept['token']}")
+        alone = Live(server, page)
+        turn_on(alone)
+        page.reload()
+        wait_until(lambda: words(alone) == "camera lost: its last image is held")
+        turn_on(alone)
+        page.close()
+
+
+@BROWSER
+@pytest.mark.parametrize(
+    "flags, script, why",
+    [
+        (["--deny-permission-prompts"], None, "The camera is not allowed."),
+        (
+            [],
+            "Object.defineProperty(navigator, 'mediaDevices', {value: undefined})",
+            "https or localhost",
+        ),
+    ],
+)
+def test_where_there_is_no_camera_a_sentence_says_why_and_the_stream_goes_on(
+    server: Server, tmp_path: Path, flags: list[str], script: str | None, why: str
+) -> None:
+    with cameras(tmp_path, 1, *flags) as (browser,):
+        if script is not None:
+            browser.add_init_script(script)
+        with live(server, False, browser) as session:
+            eye(session).click()
+            form = session.view.locator(".rf-popover")
+            wait_until(lambda: form.is_visible() and why in form.inner_text())
+            session.look("camera-refused", tmp_path)
+            form.locator(".rf-main").click()
+            assert words(session) == "Camera"
+            assert session.status["camera"]["state"] == "off"
+            session.wait_for_pictures()
+
+
+@BROWSER
+def test_the_camera_ends_with_the_session(server: Server, tmp_path: Path) -> None:
+    with cameras(tmp_path) as (browser,), live(server, False, browser) as session:
+        session.page.evaluate(
+            """() => {
+              const {mediaDevices} = navigator, {getUserMedia} = mediaDevices;
+              mediaDevices.getUserMedia = async (given) =>
+                (window.given = await getUserMedia.call(mediaDevices, given));
+            }"""
+        )
+        turn_on(session)
+        ended = "() => window.given.getTracks().every(({readyState}) => readyState === 'ended')"
+        assert not session.page.evaluate(ended)
+        session.stop()
+        wait_until(lambda: session.page.evaluate(ended))

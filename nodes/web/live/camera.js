@@ -1,7 +1,8 @@
 // This browser's camera, for a live session to look through. Images go one at a time, each the newest
-// there is: while one is on its way, those that pass are not kept. Whoever shows it listens for "change".
+// there is: while one is on its way, those that pass are not kept. Its button stands on the picture, and
+// says how things are; whoever shows it listens for "trouble", which has a sentence.
 
-import { element, write } from "./element.js";
+import { button, element, write } from "./element.js";
 import { t } from "./language.js";
 import { sentenceOf } from "./session.js";
 
@@ -28,25 +29,27 @@ const needsHttps = () =>
 
 export class Camera extends EventTarget {
   state = "off"; // asking, on
-  why = null; // a sentence, where it went off by itself
   delay = null; // seconds from the camera to the picture
 
   constructor(session, player) {
     super();
     Object.assign(this, { session, player });
     this.video = element("video", { muted: true, playsInline: true, disableRemotePlayback: true });
-    this.label = element("span");
-    this.element = element("div", { className: "rf-eye", hidden: true }, this.label);
+    this.button = button(t("Camera"), () => this.toggle());
+    this.element = element("div", { className: "rf-eye" }, this.button);
+    this.element.addEventListener("dblclick", (event) => event.stopPropagation());
     this.followPlayer();
   }
 
-  // What the session looks through: off, waiting, on or lost; whose: own, or another page's.
+  // What the session looks through: its state (off, on or lost), and its name.
   get seen() {
     return this.session.status?.camera ?? null;
   }
 
-  get own() {
-    return this.state === "on" && this.seen?.name === this.name;
+  // Whether another page's camera is looked through, as far as is known.
+  get foreign() {
+    const { state = "off", name } = this.seen ?? {};
+    return state !== "off" && ![this.name, this.gone].includes(name);
   }
 
   toggle() {
@@ -83,11 +86,16 @@ export class Camera extends EventTarget {
   }
 
   off() {
-    if (this.state === "on")
-      this.session.fetch(`camera?camera=${this.name}`, { method: "DELETE", keepalive: true }).catch(() => {});
+    this.gone = this.name;
+    if (this.state === "on") this.release(this.name);
     this.end();
   }
 
+  release(name) {
+    this.session.fetch(`camera?camera=${name}`, { method: "DELETE", keepalive: true }).catch(() => {});
+  }
+
+  // Where it goes off by itself, `why` says so, and what it showed last is held.
   end(why = null) {
     this.turn = null;
     this.stream?.getTracks().forEach((track) => {
@@ -96,16 +104,17 @@ export class Camera extends EventTarget {
     });
     this.stream = this.video.srcObject = null;
     this.video.remove();
-    this.become("off", why);
+    this.become("off");
+    if (why) this.dispatchEvent(new CustomEvent("trouble", { detail: why }));
   }
 
-  become(state, why = null) {
-    Object.assign(this, { state, why });
+  become(state) {
+    this.state = state;
     this.render();
-    this.dispatchEvent(new Event("change"));
   }
 
   async send(turn) {
+    const { name } = this;
     const canvas = element("canvas");
     const period = 1000 / this.session.status.rate;
     for (let frame = 1, due = performance.now(); this.turn === turn; ) {
@@ -113,10 +122,11 @@ export class Camera extends EventTarget {
       if (this.turn !== turn) return;
       due = Math.max(due + period, performance.now() - period);
       const body = await this.draw(canvas);
-      const path = `camera?camera=${this.name}&frame=${frame}&captured=${captured.toFixed(1)}`;
+      const path = `camera?camera=${name}&frame=${frame}&captured=${captured.toFixed(1)}`;
       try {
         const signal = AbortSignal.timeout(PATIENCE);
         const response = await this.session.fetch(path, { method: "POST", body, signal });
+        if (this.turn !== turn && this.gone === name) return this.release(name); // it came after that
         if (response.ok) frame += 1;
         else if (response.status !== BUSY) {
           const why = await sentenceOf(response);
@@ -157,7 +167,7 @@ export class Camera extends EventTarget {
     const { video } = this.player;
     const look = (now, { mediaTime, expectedDisplayTime }) => {
       const mark = this.player.markAt(mediaTime);
-      if (mark && this.own && mark.camera === this.name) {
+      if (mark && this.state === "on" && mark.camera === this.name) {
         const shown = performance.timeOrigin + expectedDisplayTime - 1000 * (mediaTime - mark.time);
         const delay = (shown - mark.captured) / 1000;
         this.delay = this.delay === null ? delay : (1 - SMOOTH) * this.delay + SMOOTH * delay;
@@ -169,22 +179,26 @@ export class Camera extends EventTarget {
   }
 
   words() {
-    const { state } = this.seen ?? {};
-    if (state === "lost") return t("camera lost: its last image is held");
-    if (this.state === "asking") return t("the browser asks for the camera");
-    if (state === "on" && this.state === "on" && !this.own) return t("the camera begins");
-    if (state === "on" && !this.own) return t("another page's camera");
-    if (this.state === "on" && this.delay !== null)
-      return t("camera {seconds} s", { seconds: this.delay.toFixed(1) });
-    return t("the camera begins");
+    const lost = this.seen?.state === "lost" && this.seen.name !== this.gone;
+    if (this.state === "asking") return t("camera: allow it");
+    if (lost) return t("camera lost: its last image is held");
+    if (this.foreign) return this.state === "on" ? t("camera begins") : t("another page's camera");
+    if (this.state === "off") return t("Camera");
+    return this.delay === null ? t("camera begins") : t("camera {seconds} s", { seconds: this.delay.toFixed(1) });
+  }
+
+  help() {
+    if (this.state === "on")
+      return t("seconds from this camera to the picture; a click turns it off: the source, or the prompt alone, goes on");
+    return t("guides what is made by this browser's camera, in place of the source or another page's camera; the strength says how far the prompt may leave it");
   }
 
   render() {
-    const seen = this.seen?.state ?? "off";
-    const shown = !this.session.over && (this.state !== "off" || seen !== "off");
-    this.element.hidden = !shown;
-    this.element.dataset.kind = seen;
-    if (shown) write(this.label, this.words());
+    this.element.hidden = !this.seen || Boolean(this.session.over);
+    this.element.dataset.kind = this.seen?.state ?? "off";
+    write(this.button, this.words());
+    this.button.title = this.help();
+    this.button.setAttribute("aria-pressed", this.state === "on");
   }
 
   close() {

@@ -44,7 +44,9 @@ export class View {
       this.render();
       if (this.session.over) onOver?.(this.session.over);
     });
-    this.camera.addEventListener("change", () => this.renderCamera());
+    this.camera.addEventListener("trouble", ({ detail }) =>
+      this.popover.show(detail, {}, t("OK"), () => {}),
+    );
     this.timer = setInterval(() => this.display.renderBuffer(), BUFFER);
     this.render();
   }
@@ -62,7 +64,6 @@ export class View {
       (this.pause = control(t("Pause"), pause, t("nothing is made until it goes on"))),
       control(t("Cut"), cut, t("everything starts afresh with the next chunk")),
       control(t("Rewind…"), () => this.rewind(), t("go back and take another way from there")),
-      (this.eye = control(t("Camera"), () => this.camera.toggle(), "", "rf-look")),
       (this.link = control(t("Link"), () => this.copyLink(), t("copy a link to watch and steer it elsewhere"))),
       (this.stop = control(t("Stop"), () => this.askStop(), t("end it and keep what is made"), "rf-stop")),
     ];
@@ -178,20 +179,6 @@ export class View {
     return title(Number(field.value));
   }
 
-  renderCamera() {
-    const { state, why, seen } = this.camera;
-    this.eye.hidden = !seen;
-    this.eye.classList.toggle("rf-on", state === "on");
-    write(this.eye, state === "off" ? t("Camera") : t("Camera off"));
-    this.eye.title =
-      state === "off"
-        ? t("guide what is made by this browser's camera, in place of the source or another page's camera; the strength says how far it is followed")
-        : t("the source, or the prompt alone, goes on");
-    this.camera.render();
-    if (why) this.popover.show(why, {}, t("OK"), () => {});
-    this.camera.why = null;
-  }
-
   state({ paused, suspended, branch }) {
     const { status, over, connected, trouble } = this.session;
     if (over) return ["over", over.why ?? t("Ended")];
@@ -216,7 +203,7 @@ export class View {
     if (over) this.popover.element.hidden = true;
     this.element.classList.toggle("rf-none", !status);
     if (over) this.camera.close();
-    this.renderCamera();
+    this.camera.render();
     this.panel.render();
     this.display.render();
     this.strip.render();

@@ -52,14 +52,14 @@ export const ZH = {
   "Rewind\u2026": "回退…",
   "go back and take another way from there": "回到过去，从那里另走一路",
   "Camera": "摄像头",
-  "Camera off": "关闭摄像头",
-  "guide what is made by this browser's camera, in place of the source or another page's camera; the strength says how far it is followed":
-    "用此浏览器的摄像头引导生成，代替源视频或其他页面的摄像头；强度决定跟随的程度",
-  "the source, or the prompt alone, goes on": "改由源视频或仅由提示词继续",
+  "guides what is made by this browser's camera, in place of the source or another page's camera; the strength says how far the prompt may leave it":
+    "用此浏览器的摄像头引导生成，代替源视频或其他页面的摄像头；强度决定提示词可以偏离它多远",
+  "seconds from this camera to the picture; a click turns it off: the source, or the prompt alone, goes on":
+    "从此摄像头到画面的秒数；点击关闭，改由源视频或仅由提示词继续",
   "camera {seconds} s": "摄像头 {seconds} 秒",
   "camera lost: its last image is held": "摄像头中断：保持最后一幅图像",
-  "the browser asks for the camera": "浏览器正在请求使用摄像头",
-  "the camera begins": "摄像头正在启动",
+  "camera: allow it": "摄像头：请允许",
+  "camera begins": "摄像头正在启动",
   "another page's camera": "其他页面的摄像头",
   "The camera is not allowed. Allow it beside the address, and in the system's settings; then turn it on again.":
     "未允许使用摄像头。请在地址栏旁和系统设置中允许，然后重新打开。",
