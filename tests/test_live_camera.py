@@ -29,6 +29,7 @@ from rf_core.live.camera import (
     camera_record,
 )
 from rf_core.source import BatchSource
+from rf_core.stream import GUIDE_STRENGTH
 from rf_core.video import read_jpeg
 
 SIZE = 32
@@ -269,7 +270,7 @@ def test_without_a_frame_the_prompt_alone_goes_on_and_then_the_camera_guides() -
     assert not torch.equal(ours[2], theirs[2])
     assert [each.camera and each.camera.number for each in shown] == [None, None, 12, 12]
     assert plain.session.outbox.status.strength is None
-    assert seen.session.outbox.status.strength == 0.6
+    assert seen.session.outbox.status.strength == GUIDE_STRENGTH
 
 
 def test_at_a_strength_of_0_the_stream_is_what_the_camera_shows() -> None:

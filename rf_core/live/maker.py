@@ -69,6 +69,7 @@ class Maker:
         source: guides the chunks that are generated; the caller closes it.
         strength: what the source's guides begin with, see `Stream.generate`.
         camera: guides in the source's place, wherever it shows something.
+        motion_strength: what is added where all moves, see `source.strength_at`.
         presenter: takes the images, in a thread of its own.
     """
 
@@ -87,6 +88,7 @@ class Maker:
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
         camera: Frames | None = None,
+        motion_strength: float = 0.0,
     ) -> None:
         if stream.batch != 1:
             raise ValueError(f"the stream's batch is {stream.batch}; a live one makes 1 video")
@@ -98,7 +100,7 @@ class Maker:
         if source is not None and stream.sampler.rolling:
             raise ValueError(NO_GUIDES)
         self.stream, self.history = stream, History(limits or Limits())
-        self._guides = None if source is None else Guides(source)
+        self._guides = None if source is None else Guides(source, motion_strength)
         self._camera = None if camera is None else CameraGuide(camera)
         self._clip = [] if clip is None else split_chunks(clip, stream.cache_config)
         self._pace = Pace(None, stream.state.num_chunks, stream.device)
@@ -241,10 +243,11 @@ class Maker:
         return self.settings.strength if guided else None
 
     def _generate(self, on_pass: OnPass | None) -> Tensor:
-        guide = self._camera_guide()
+        guide, strength = self._camera_guide(), self.settings.strength
         if guide is None and self._guides is not None:
             guide = self._guides.next(self.stream, self.images, self._since)
-        return self.stream.generate(on_pass, guide=guide, strength=self.settings.strength)
+            strength = self._guides.strength(strength)
+        return self.stream.generate(on_pass, guide=guide, strength=strength)
 
     def _camera_guide(self) -> Tensor | None:
         stream = self.stream

@@ -50,7 +50,7 @@ def replay_log(
         ReplayMismatch: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
-    strength = _check_source(log, source)
+    _check_source(log, source)
     header, presenter = log.header, Presenter(recorder=recorder)
     camera = RecordedCamera(log.camera, height=stream.height, width=stream.width)
     maker = Maker(
@@ -64,8 +64,8 @@ def replay_log(
         clip=clip,
         side_stream=side_stream,
         source=source,
-        strength=strength,
         camera=camera,
+        **strengths_of(log),
     )
     branch = SessionState.beginning(maker.chunk).branch
     try:
@@ -108,18 +108,23 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
             )
 
 
-def _check_source(log: Log, source: Source | None) -> float:
-    """The strength that the session began with; ValueError where its source is another."""
-    wanted = dict(log.header.source or {})
-    strength: float = wanted.pop("strength", log.header.strength)
-    facts = {} if source is None else source_of(source, strength)
+def strengths_of(log: Log) -> dict[str, float]:
+    """The strengths that a session's source or camera began with, by `Maker`'s names."""
+    source, named = log.header.source or {}, ("strength", "motion_strength")
+    given = {name: source[name] for name in named if name in source}
+    return {"strength": log.header.strength} | given
+
+
+def _check_source(log: Log, source: Source | None) -> None:
+    """ValueError where the session's source is not this one."""
+    wanted = log.header.source or {}
+    facts = {} if source is None else source_of(source, **strengths_of(log))
     for name in {**wanted, **facts}:
-        if name != "strength" and facts.get(name) != wanted.get(name):
+        if facts.get(name) != wanted.get(name):
             raise ValueError(
                 f"the log's source has {name} {wanted.get(name)}, this one has {facts.get(name)}; "
                 "replay it with the file and the settings that it was made with"
             )
-    return strength
 
 
 def _mismatch(entry: ChunkEntry) -> ReplayMismatch:
