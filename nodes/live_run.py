@@ -32,7 +32,6 @@ from ..rf_core.live import (
     replay_log,
 )
 from ..rf_core.prompts import ResolvedEntry
-from ..rf_core.stream import GUIDE_STRENGTH
 from ..rf_core.video import RUN, VideoFormat, header_of
 from . import host, live_http
 from .decoders import decoder_of
@@ -103,6 +102,8 @@ class LiveRun:
     give_way: bool
     osc_port: int
     autosaves: bool
+    strength: float
+    """Of the source, and of a camera, at the beginning."""
     differs: list[str] = field(default_factory=list)
     """From where on a replay is not what the log says."""
     session: Session = field(init=False)
@@ -193,7 +194,7 @@ class LiveRun:
             rate=self.rate,
             side_stream=decodes_on_side_stream(request),
             source=self._source,
-            strength=GUIDE_STRENGTH if request.source is None else request.source.strength,
+            strength=self.strength,
             on_autosave=partial(self._autosave, recording.paths) if self.autosaves else None,
         )
         if differs:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from training.world.scenes import SIZE, Thing, render
-from training.world.tracker import track
+from training.world.scenes import COLOURS, SIZE, Thing, render
+from training.world.tracker import detect
 
 from .browser import chromium, open_browsers
 from .live import Live as Session
@@ -28,7 +28,10 @@ from .video import images_of
 
 BROWSER = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
 FPS = 16
+CHUNK = 12  # images
 LARGEST = 1 << 20
+NEAR = 5.0
+"""Pixels; a shape that goes its own way is 22 off, in the median."""
 SHOWN = Thing(colour="purple", shape="circle", direction="left", speed=1.0)
 """What the camera sees; in 16 images it goes once around."""
 
@@ -156,10 +159,7 @@ def test_frames_guide_what_is_made_and_a_replay_makes_it_again(server: Server) -
     chunks = [json.loads(line) for line in log.read_text().splitlines() if '"made"' in line]
     guided = [each for each in chunks if "camera" in each]
     assert len(guided) >= 3
-    tail = torch.from_numpy(images_of(video)[-24:]).permute(0, 3, 1, 2).float() / 255
-    seen = track(tail)[0]
-    assert (seen.colour, seen.direction) == ("blue", "left")  # the prompt's, and the camera's
-    assert seen.speed == pytest.approx(SHOWN.speed, abs=0.2)
+    assert distance(video, "blue", 4) < NEAR  # the prompt's colour, at the camera's places
 
     again = prompt | {
         "live": {
@@ -173,6 +173,28 @@ def test_frames_guide_what_is_made_and_a_replay_makes_it_again(server: Server) -
 
 
 # In a browser.
+
+
+def distance(video: Path, colour: str, chunks: int) -> float:
+    """Pixels, in the median, from a shape of the last chunks to what the camera showed for it."""
+    record = video.with_name(f"{video.stem.rstrip('_')}_camera.mjpeg")
+    lines = video.with_suffix(".jsonl").read_text().splitlines()
+    made = [each for line in lines if "made" in (each := json.loads(line))]
+    images, shown = detect(video_of_file(video)), detect(video_of_file(record))
+    ends = [9 + CHUNK * each["made"] for each in made]  # of a line that never went back
+    found = []
+    for end, each in list(zip(ends, made, strict=True))[-chunks:]:
+        frames = each["camera"]["frames"]
+        there = images[end - len(frames) : end]
+        if len(there.area) == len(frames):  # of a video that is being written
+            seen = there.centre[:, COLOURS.index(colour)]
+            wanted = shown.centre[frames, COLOURS.index(SHOWN.colour)]
+            found.append(((seen - wanted + SIZE / 2) % SIZE - SIZE / 2).norm(dim=1))
+    return float(torch.cat(found).median())
+
+
+def video_of_file(path: Path) -> torch.Tensor:
+    return torch.from_numpy(images_of(path)).permute(0, 3, 1, 2).float() / 255
 
 
 def y4m(path: Path, seconds: int = 2, scale: int = 4) -> Path:
@@ -215,13 +237,6 @@ def turn_on(session: Live) -> None:
     wait_until(lambda: re.fullmatch(r"camera \d+\.\d s", words(session)))
 
 
-def motion_of(video: Path, images: int) -> tuple[str, float]:
-    """Direction and speed, in shape sizes a latent frame, of what the last images show."""
-    tail = torch.from_numpy(images_of(video)[-images:]).permute(0, 3, 1, 2).float() / 255
-    seen = track(tail)[0]
-    return seen.direction, seen.speed
-
-
 def video_of(session: Live) -> Path:
     """The file that is being written."""
     (name,) = (each["file"] for each in session.status["branches"])
@@ -246,8 +261,7 @@ def test_what_comes_out_moves_as_the_camera_shows_and_its_delay_is_told(
         wait_until(lambda: session.status["strength"] == 0.3)
         session.wait_for_chunk(session.status["chunk"] + 5)
         session.look("camera-on", tmp_path)
-        direction, speed = motion_of(video_of(session), 24)
-        assert direction == SHOWN.direction and speed == pytest.approx(SHOWN.speed, abs=0.25)
+        assert distance(video_of(session), "red", 4) < NEAR
         eye(session).click()
         wait_until(lambda: session.status["camera"]["state"] == "off")
         wait_until(lambda: words(session) == "Camera")
