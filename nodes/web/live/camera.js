@@ -190,7 +190,7 @@ export class Camera extends EventTarget {
   help() {
     if (this.state === "on")
       return t("seconds from this camera to the picture; a click turns it off: the source, or the prompt alone, goes on");
-    return t("guides what is made by this browser's camera, in place of the source or another page's camera; the strength says how far the prompt may leave it");
+    return t("guides what is made by this browser's camera, in place of the source or another page's camera; the strength says how far the prompt may leave it; its images are kept beside the video, for replay");
   }
 
   render() {

@@ -53,8 +53,8 @@ export const ZH = {
   "Rewind\u2026": "回退…",
   "go back and take another way from there": "回到过去，从那里另走一路",
   "Camera": "摄像头",
-  "guides what is made by this browser's camera, in place of the source or another page's camera; the strength says how far the prompt may leave it":
-    "用此浏览器的摄像头引导生成，代替源视频或其他页面的摄像头；强度决定提示词可以偏离它多远",
+  "guides what is made by this browser's camera, in place of the source or another page's camera; the strength says how far the prompt may leave it; its images are kept beside the video, for replay":
+    "用此浏览器的摄像头引导生成，代替源视频或其他页面的摄像头；强度决定提示词可以偏离它多远；图像保存在视频旁，供重放",
   "seconds from this camera to the picture; a click turns it off: the source, or the prompt alone, goes on":
     "从此摄像头到画面的秒数；点击关闭，改由源视频或仅由提示词继续",
   "camera {seconds} s": "摄像头 {seconds} 秒",
