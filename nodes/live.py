@@ -275,6 +275,7 @@ class LiveStream(io.ComfyNode):
                 give_way=give_way,
                 osc_port=osc_port,
                 autosaves=keep_state != "none",
+                strength=strength,
             )
 
         with resumed() as suspended:
@@ -286,7 +287,7 @@ class LiveStream(io.ComfyNode):
             snapshot = produce(request, keep_state, result, make)
         lines = [live.summary(log is not None), *other_decoder(request)]
         if request.source is None:
-            lines += idle_inputs(*how)
+            lines += idle_inputs(GUIDE_STRENGTH, *how[1:])  # the strength is a camera's, too
         else:
             lines += place_notes(request.source, request.snapshot, request.fps)
         lines += [*control_notes(request, model), *doubtful(model, vae)]

@@ -25,15 +25,20 @@ from PIL import Image
 
 from ..rf_core.config import FPS
 from ..rf_core.live import (
+    MAX_FRAME_BYTES,
+    Camera,
+    CameraMark,
     Command,
     Ended,
     FragmentSequence,
     Inbox,
+    NotThisCameraError,
     Outbox,
     Picture,
     Reader,
     ReaderLagged,
     Status,
+    TooFastError,
     codec_of,
     read_command,
 )
@@ -75,6 +80,8 @@ class Room:
     screen: Screen
     facts: Callable[[], dict[str, Any]]
     """What the node adds to the status: files, limits, memory."""
+    camera: Camera | None = None
+    """Takes frames; None where the stream is guided by none."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
     ended_at: float | None = None
@@ -113,6 +120,7 @@ class Room:
             "decay": now.decay,
             "control_strength": now.control_strength,
             "strength": now.strength,
+            "camera": _seen(self.camera),
             "past": [{"chunk": each.chunk} | _brief(each.action.as_dict()) for each in now.past],
             "coming": [
                 {"number": each.number, "chunk": each.chunk}
@@ -139,6 +147,11 @@ class Room:
     def _waiting(self) -> list[Any]:
         answered = self.outbox.status.answered
         return [each for each in self.inbox.waiting() if each.number > answered]
+
+
+def _seen(camera: Camera | None) -> dict[str, Any] | None:
+    """Which camera a session looks through, if it can at all."""
+    return None if camera is None else {"state": camera.state, "name": camera.name}
 
 
 def _brief(action: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +206,8 @@ def register() -> None:
     ):
         routes.get("/rf/live/{session}" + path)(_guarded(handler))
     routes.post("/rf/live/{session}/commands")(_guarded(_command))
+    routes.post("/rf/live/{session}/camera")(_guarded(_frame))
+    routes.delete("/rf/live/{session}/camera")(_guarded(_camera_off))
 
 
 class _RefusedError(Exception):
@@ -246,26 +261,59 @@ async def _status(request: web.Request, room: Room) -> web.StreamResponse:
 
 
 async def _command(request: web.Request, room: Room) -> web.StreamResponse:
-    try:
-        command = _read(await asyncio.wait_for(_body(request), _SLOWEST))
-    except asyncio.TimeoutError:
-        raise _RefusedError(408, f"the command did not come within {_SLOWEST:g} s") from None
+    command = _read(await _body(request, "a command", LARGEST_COMMAND))
     try:
         return web.json_response({"number": room.inbox.put(command)}, status=202)
     except ValueError as error:
         raise _RefusedError(409, str(error)) from error
 
 
-async def _body(request: web.Request) -> bytes:
-    data = b""
-    if (request.content_length or 0) <= LARGEST_COMMAND:
+async def _frame(request: web.Request, room: Room) -> web.StreamResponse:
+    camera, given = _camera_of(room), request.query
+    try:
+        name, number, captured = given["camera"], int(given["frame"]), float(given["captured"])
+    except (LookupError, ValueError):
+        why = "name the camera, the frame's number and when it was captured, in milliseconds: "
+        raise _RefusedError(400, why + "?camera=NAME&frame=1&captured=0") from None
+    data = await _body(request, "a camera's frame", MAX_FRAME_BYTES)
+    try:
+        await asyncio.to_thread(camera.put, name, number, captured, data)
+    except ValueError as error:
+        codes = {TooFastError: 429, NotThisCameraError: 409}
+        raise _RefusedError(codes.get(type(error), 400), str(error)) from error
+    return web.json_response({"frame": number}, status=202)
+
+
+async def _camera_off(request: web.Request, room: Room) -> web.StreamResponse:
+    _camera_of(room).off(request.query.get("camera"))
+    return web.json_response({})
+
+
+def _camera_of(room: Room) -> Camera:
+    if room.camera is None:
+        raise _RefusedError(
+            409, "this live stream takes no camera: it has no VAE, or its sampler rolls"
+        )
+    return room.camera
+
+
+async def _body(request: web.Request, what: str, most: int) -> bytes:
+    try:
+        return await asyncio.wait_for(_read_body(request, what, most), _SLOWEST)
+    except asyncio.TimeoutError:
+        raise _RefusedError(408, f"{what} did not come within {_SLOWEST:g} s") from None
+
+
+async def _read_body(request: web.Request, what: str, most: int) -> bytes:
+    data = bytearray()
+    if (request.content_length or 0) <= most:
         async for part in request.content.iter_any():
             data += part
-            if len(data) > LARGEST_COMMAND:
+            if len(data) > most:
                 break
         else:
-            return data
-    raise _RefusedError(413, f"a command has at most {LARGEST_COMMAND} bytes")
+            return bytes(data)
+    raise _RefusedError(413, f"{what} has at most {most} bytes")
 
 
 def _read(data: bytes) -> Command:
@@ -413,13 +461,18 @@ async def _pictures(watcher: _Watcher) -> AsyncIterator[Picture]:
 async def _mp4(watcher: _Watcher) -> None:
     watcher.room.seen = True
     header = watcher.room.screen.header
-    codec, sequence = codec_of(header), FragmentSequence()
+    codec, sequence = codec_of(header), FragmentSequence(header)
     await watcher.begin("video/mp4", **({"X-RF-Codec": codec} if codec else {}))
     await watcher.write(header)
     async with aclosing(_pictures(watcher)) as pictures:
         async for picture in pictures:
             if picture.fragment is not None:
-                await watcher.write(sequence.add(picture.fragment))
+                await watcher.write(sequence.add(picture.fragment, _said(picture.camera)))
+
+
+def _said(mark: CameraMark | None) -> bytes:
+    """What a page is told of an image, to know how old it is."""
+    return b"" if mark is None else json.dumps(asdict(mark)).encode()
 
 
 async def _mjpeg(watcher: _Watcher) -> None:

@@ -34,7 +34,6 @@ from ..rf_core.live import (
 )
 from ..rf_core.prompts import ResolvedEntry
 from ..rf_core.state import Snapshot
-from ..rf_core.stream import GUIDE_STRENGTH
 from ..rf_core.video import RUN, VideoFormat, header_of
 from . import host, live_http
 from .decoders import decoder_of
@@ -106,6 +105,8 @@ class LiveRun:
     give_way: bool
     osc_port: int
     autosaves: bool
+    strength: float
+    """Of the source, and of a camera, at the beginning."""
     differs: list[str] = field(default_factory=list)
     """From where on a replay is not what the log says."""
     session: Session = field(init=False)
@@ -200,7 +201,7 @@ class LiveRun:
             rate=self.rate,
             side_stream=decodes_on_side_stream(request),
             source=self._source,
-            strength=GUIDE_STRENGTH if request.source is None else request.source.strength,
+            strength=self.strength,
             control=self._control,
             control_strength=1.0 if request.control is None else request.control.strength,
             on_autosave=partial(self._autosave, recording.paths) if self.autosaves else None,
@@ -224,6 +225,7 @@ class LiveRun:
                 fps=request.fps,
             ),
             facts=partial(_facts, recording.paths, self._until, self.limits, device),
+            camera=session.camera,
         )
         with ExitStack() as exits:
             exits.enter_context(self._osc(session))

@@ -42,6 +42,7 @@ _CODECS = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf", "h264_nvenc
 # A name is one file's: no pattern of many, and nothing in a file names another over a network.
 _ONE_FILE = {"pattern_type": "none", "protocol_whitelist": "file"}
 _NO_PICTURES = ("tty", "concat")  # FFmpeg "plays" any text, and a list of other files
+_JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8", b"\xff\xd9"
 _PAPER = 255  # what shows through a transparent picture: white
 # Containers add these to what they report; they are no metadata of ours to copy.
 _CONTAINER_KEYS = ("major_brand", "minor_version", "compatible_brands", "encoder")
@@ -290,6 +291,28 @@ def read_images(
     if not images:
         raise ValueError(f"{path} holds no images; give a picture or a clip")
     return torch.stack(images).unsqueeze(0)
+
+
+def read_jpeg(data: bytes, *, width: int, height: int, most_pixels: int) -> Tensor:
+    """The image of a JPEG in memory, uint8 [height, width, 3], scaled and cropped as `read_images`.
+
+    ValueError, in a sentence, for bytes that are no whole JPEG, and for more pixels than that.
+    """
+    import av
+
+    if not (data.startswith(_JPEG_BEGINS) and data.endswith(_JPEG_ENDS)):
+        raise ValueError(f"{len(data)} bytes came that are no whole JPEG; send images as JPEG")
+    context = av.CodecContext.create("mjpeg", "r")
+    context.thread_count = 1
+    context.options = {"err_detect": "explode", "max_pixels": str(most_pixels)}
+    try:
+        (frame,) = context.decode(av.Packet(data))
+    except (av.FFmpegError, ValueError) as error:
+        raise ValueError(
+            f"a JPEG of {len(data)} bytes cannot be decoded: it is damaged, or has more than "
+            f"{most_pixels} pixels; send a smaller image, or a sound one"
+        ) from error
+    return to_uint8(_cover(pixels_of(frame), width, height))
 
 
 _SAME_TIME = 1e-3  # seconds; containers round times

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import threading
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ from rf_core.live import (
     codec_of,
     history,
 )
+from rf_core.live.fragments import boxes
 from rf_core.live.session import RateLimiter
 from rf_core.stream import OnPass
 from rf_core.video import VideoFormat, VideoWriter, header_of
@@ -228,12 +230,32 @@ def test_a_reader_who_comes_late_and_misses_some_sees_a_whole_video_of_what_it_g
     header = header_of(FORMAT)
     assert (tmp_path / "take.mp4").read_bytes().endswith(b"".join(fragments))
     assert b"secret" not in header and codec_of(header) == "avc1.f4000a"
-    reel, seen = FragmentSequence(), [2, 1, 3, 0, 3]
+    reel, seen = FragmentSequence(header_of(FORMAT)), [2, 1, 3, 0, 3]
     shown, dates = decoded(header + b"".join(reel.add(fragments[n]) for n in seen))
     whole, _ = decoded((tmp_path / "take.mp4").read_bytes())
     begins = [0, 9, 21, 33, 45]
     assert np.array_equal(shown, np.concatenate([whole[begins[n] : begins[n + 1]] for n in seen]))
     assert dates == list(range(0, 1024 * len(dates), 1024))
+
+
+def test_what_is_said_of_images_lies_between_the_fragments_and_plays_as_before(
+    tmp_path: Path,
+) -> None:
+    images = [torch.randint(0, 256, (n, 32, 48, 3), dtype=torch.uint8) for n in (9, 12)]
+    with VideoWriter(tmp_path / "take.mp4", FORMAT) as writer:
+        fragments = [writer.write(each) for each in images]
+    header = header_of(FORMAT)
+    reel = FragmentSequence(header)
+    video = header + reel.add(fragments[0], b'{"frame": 7}') + reel.add(fragments[1], b"{}")
+    shown, dates = decoded(video)
+    whole, _ = decoded((tmp_path / "take.mp4").read_bytes())
+    assert np.array_equal(shown, whole) and dates == list(range(0, 1024 * len(dates), 1024))
+    said = [at for name, at in boxes(video) if name == b"emsg"]
+    assert [struct.unpack_from(">IQ", video, at + 4) for at in said] == [
+        (16384, 8 * 1024),  # the last image of each
+        (16384, 20 * 1024),
+    ]
+    assert b'{"frame": 7}' in video
 
 
 def test_what_is_no_video_in_h264_has_no_name_that_a_browser_is_asked_for() -> None:
@@ -247,7 +269,8 @@ def test_pictures_carry_what_is_in_the_file(tmp_path: Path) -> None:
     reader = session.outbox.reader()
     session.run(until=3)
     pictures = of_kind(reader.read(0), Picture)
-    reel, header = FragmentSequence(), header_of(FORMAT)
+    header = header_of(FORMAT)
+    reel = FragmentSequence(header)
     shown, _ = decoded(header + b"".join(reel.add(each.fragment) for each in pictures))
     whole, _ = decoded((tmp_path / "take.mp4").read_bytes())
     assert len(pictures) == 3 and np.array_equal(shown, whole)

@@ -7,6 +7,7 @@ hands on it, which put commands in its inbox and read its outbox.
 from .buffers import (
     Applied,
     Branched,
+    CameraMark,
     Ended,
     Happened,
     Inbox,
@@ -17,6 +18,7 @@ from .buffers import (
     Received,
     Refused,
 )
+from .camera import MAX_FRAME_BYTES, Camera, NotThisCameraError, TooFastError
 from .commands import (
     Command,
     ControlStrength,
@@ -45,10 +47,13 @@ from .transition import MAX_COMING, Branch
 
 __all__ = [
     "MAX_COMING",
+    "MAX_FRAME_BYTES",
     "Applied",
     "Autosave",
     "Branch",
     "Branched",
+    "Camera",
+    "CameraMark",
     "Command",
     "ControlStrength",
     "Cut",
@@ -62,6 +67,7 @@ __all__ = [
     "Log",
     "Lora",
     "Move",
+    "NotThisCameraError",
     "OscServer",
     "Outbox",
     "Pause",
@@ -79,6 +85,7 @@ __all__ = [
     "Status",
     "Stop",
     "Strength",
+    "TooFastError",
     "VideoRecorder",
     "codec_of",
     "digest_of",

@@ -95,6 +95,18 @@ Event = Received | Applied | Refused | Happened | Branched | Ended
 
 
 @dataclass(frozen=True, kw_only=True)
+class CameraMark:
+    """Which frame of a camera it is."""
+
+    camera: str
+    """Its name, which whoever sends its frames gave it."""
+    number: int
+    """From 1."""
+    captured: float
+    """When it was captured, in milliseconds of the clock of whoever sends it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Picture:
     """A chunk as it is shown."""
 
@@ -104,6 +116,8 @@ class Picture:
     """uint8 [T, H, W, 3] on the CPU; None of a stream without a decoder."""
     fragment: bytes | None = None
     """The same as it stands in the recording, for `fragments.Stream`; None without one."""
+    camera: CameraMark | None = None
+    """The frame that its last image was made of; None where no camera guided it."""
 
 
 class Inbox:

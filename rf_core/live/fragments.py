@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterator
 
 _CONTAINERS = (b"moof", b"traf", b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1")
+CAMERA_SCHEME = b"urn:reward-forcing:camera"
+"""Names the messages that say which frame of a camera an image was made of."""
 _ENTRY = {b"stsd": 8, b"avc1": 78}  # bytes before the boxes within
 
 
@@ -26,13 +28,14 @@ def retimed(fragment: bytes, number: int, time: int) -> bytes:
 
 def duration(fragment: bytes) -> int:
     """How long a fragment is shown, in clock ticks; its images are all shown as long."""
-    each = count = 0
-    for name, at in boxes(fragment):
-        if name == b"tfhd":
-            each = _default_duration(fragment, at)
-        elif name == b"trun":
-            count += struct.unpack_from(">I", fragment, at + 4)[0]
-    return each * count
+    runs = (at for name, at in boxes(fragment) if name == b"trun")
+    count = sum(struct.unpack_from(">I", fragment, at + 4)[0] for at in runs)
+    return _image_duration(fragment) * count
+
+
+def _image_duration(fragment: bytes) -> int:
+    headers = [at for name, at in boxes(fragment) if name == b"tfhd"]
+    return _default_duration(fragment, headers[-1]) if headers else 0
 
 
 def codec_of(header: bytes) -> str | None:
@@ -43,18 +46,43 @@ def codec_of(header: bytes) -> str | None:
     return None
 
 
-class FragmentSequence:
-    """One reader's video: fragments one after another, whichever they were."""
+def timescale_of(header: bytes) -> int:
+    """Clock ticks a second of the video that begins with this header."""
+    for name, at in boxes(header):
+        if name == b"mdhd":
+            return int(struct.unpack_from(">I", header, at + (20 if header[at] == 1 else 12))[0])
+    raise ValueError("the header is of no video")
 
-    def __init__(self) -> None:
+
+def message(data: bytes, time: int, timescale: int, number: int) -> bytes:
+    """A box that says something about a moment of the video; players pass over it.
+
+    An event message of ISO/IEC 23009-1, version 1; `time` is in clock ticks.
+    """
+    facts = struct.pack(">B3xIQII", 1, timescale, time, 0, number)
+    body = facts + CAMERA_SCHEME + b"\0\0" + data
+    return struct.pack(">I4s", 8 + len(body), b"emsg") + body
+
+
+class FragmentSequence:
+    """One reader's video: fragments one after another, whichever they were.
+
+    `header` is what the video begins with.
+    """
+
+    def __init__(self, header: bytes) -> None:
+        self._timescale = timescale_of(header)
         self._number = 1
         self._time = 0
 
-    def add(self, fragment: bytes) -> bytes:
-        """The fragment as it follows those before."""
+    def add(self, fragment: bytes, said: bytes = b"") -> bytes:
+        """The fragment as it follows those before, with what is said of its last image."""
         dated = retimed(fragment, self._number, self._time)
-        self._number += 1
         self._time += duration(fragment)
+        if said:
+            last = self._time - _image_duration(fragment)
+            dated = message(said, last, self._timescale, self._number) + dated
+        self._number += 1
         return dated
 
 

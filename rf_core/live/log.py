@@ -23,7 +23,8 @@ from ..config import CacheConfig, SamplerConfig, recorded
 from ..control import ControlSource
 from ..ranges import MANY
 from ..source import Source
-from ..stream import Stream
+from ..stream import GUIDE_STRENGTH, Stream
+from .camera import MAX_FRAME_BYTES, CameraUse, camera_record
 from .commands import Command, ControlStrength, Decay, Lora, Prompt, Rewind, Strength, read_command
 from .history import Limits
 from .transition import MAIN, Action
@@ -46,6 +47,8 @@ class LogHeader:
     """What guides it, as its maker describes it, and the strength; see `Session`."""
     control: dict[str, Any] | None = None
     """The same of what controls it."""
+    strength: float = GUIDE_STRENGTH
+    """What a camera is followed with at first, where there is no source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,8 @@ class ChunkEntry:
     chunk: int
     digest: str
     """Of its latents; see `digest_of`."""
+    camera: CameraUse | None = None
+    """What it was guided by, where a camera was on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,8 @@ class Log:
 
     header: LogHeader
     entries: tuple[LogEntry, ...]
+    camera: Path
+    """Where the frames that it used of a camera lie, if it used any."""
 
     @property
     def texts(self) -> list[str]:
@@ -179,6 +186,7 @@ class LogWriter:
             }
             | ({} if header.source is None else {"source": header.source})
             | ({} if header.control is None else {"control": header.control})
+            | ({} if header.strength == GUIDE_STRENGTH else {"strength": header.strength})
         )
 
     def write(self, entry: LogEntry) -> None:
@@ -224,7 +232,7 @@ def read_log(path: Path | str) -> Log:
         entry = _checked(path, number, facts, _entry)
         chunk = _checked(path, number, entry, partial(_follows, chunk, names))
         entries.append(entry)
-    return Log(header=header, entries=tuple(entries))
+    return Log(header=header, entries=tuple(entries), camera=camera_record(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -263,7 +271,8 @@ def _plain(entry: LogEntry) -> dict[str, Any]:
     if isinstance(entry, RewindEntry):
         return {"number": entry.number, "back": entry.chunk, "branch": entry.branch}
     if isinstance(entry, ChunkEntry):
-        return {"made": entry.chunk, "mark": entry.digest}
+        made = {"made": entry.chunk, "mark": entry.digest}
+        return made | ({} if entry.camera is None else {"camera": asdict(entry.camera)})
     return {"end": entry.chunk}
 
 
@@ -287,6 +296,7 @@ def _header(facts: Any) -> LogHeader:
     if control is not None:
         _require(isinstance(control, dict), "its control is no object")
         ControlStrength(strength=control["strength"])
+    strength = Strength(strength=facts.get("strength", GUIDE_STRENGTH)).strength
     return LogHeader(
         stream=stream,
         prompt=prompt,
@@ -294,15 +304,17 @@ def _header(facts: Any) -> LogHeader:
         limits=Limits(**limits),
         source=source,
         control=control,
+        strength=strength,
     )
 
 
 def _entry(facts: Any) -> LogEntry:
     _require(isinstance(facts, dict), "it is no object")
     keys = facts.keys()
-    if keys == {"made", "mark"}:
+    if keys - {"camera"} == {"made", "mark"}:
         _require(isinstance(facts["mark"], str), "its mark is no text")
-        return ChunkEntry(chunk=_count(facts["made"]), digest=facts["mark"])
+        camera = _camera_use(facts["camera"]) if "camera" in keys else None
+        return ChunkEntry(chunk=_count(facts["made"]), digest=facts["mark"], camera=camera)
     if keys == {"end"}:
         return EndEntry(chunk=_count(facts["end"]))
     if keys == {"number", "back", "branch"}:
@@ -316,6 +328,16 @@ def _entry(facts: Any) -> LogEntry:
     _require(done, f"{command.do} is not done to a stream")
     assert isinstance(command, (Prompt, Lora, Decay, Strength, ControlStrength))
     return ActionEntry(number=_count(facts["number"]), chunk=_count(facts["chunk"]), action=command)
+
+
+def _camera_use(facts: Any) -> CameraUse:
+    _require(isinstance(facts, dict), "its camera is no object")
+    _require(facts.keys() == {"frames", "sizes", "digest"}, "its camera has other fields")
+    frames, sizes, digest = facts["frames"], facts["sizes"], facts["digest"]
+    _require(all(isinstance(each, list) for each in (frames, sizes)), "its frames are no list")
+    _require(all(_count(size) <= MAX_FRAME_BYTES for size in sizes), "a frame is too large")
+    _require(isinstance(digest, str), "its camera's digest is no text")
+    return CameraUse(frames=tuple(map(_count, frames)), sizes=tuple(sizes), digest=digest)
 
 
 def _follows(chunk: int, names: set[str], entry: LogEntry) -> int:

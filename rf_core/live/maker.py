@@ -24,6 +24,7 @@ from ..source import Guides, Source
 from ..state import Snapshot
 from ..stream import GUIDE_STRENGTH, NO_GUIDES, OnPass, Stream, split_chunks
 from ..vace import Control
+from .camera import CameraFrame, CameraGuide, Frames
 from .commands import ControlStrength, Cut, Decay, Lora, Prompt, Rewind, Strength
 from .history import History, Limits, PastChunk, RestorePoint, RewindPlan, StreamSettings
 from .record import Autosave, ChunkInfo, Presenter
@@ -69,6 +70,7 @@ class Maker:
         side_stream: see `Handoff`.
         source: guides the chunks that are generated; the caller closes it.
         strength: what the source's guides begin with, see `Stream.generate`.
+        camera: guides in the source's place, wherever it shows something.
         motion_strength: what is added where all moves, see `source.strength_at`.
         control: controls all chunks but a clip's; the caller closes it.
         control_strength: what the control begins with, see `vace.Control`.
@@ -89,6 +91,7 @@ class Maker:
         side_stream: bool | None = None,
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
+        camera: Frames | None = None,
         motion_strength: float = 0.0,
         control: ControlSource | None = None,
         control_strength: float = 1.0,
@@ -106,6 +109,7 @@ class Maker:
         self.stream, self.history = stream, History(limits or Limits())
         self._guides = None if source is None else Guides(source, motion_strength)
         self._control = control
+        self._camera = None if camera is None else CameraGuide(camera)
         self._clip = [] if clip is None else split_chunks(clip, stream.cache_config)
         self._pace = Pace(None, stream.state.num_chunks, stream.device)
         self._recent: deque[Progress] = deque(maxlen=_RECENT)
@@ -120,6 +124,8 @@ class Maker:
         self._encoded: OrderedDict[str, Tensor] = OrderedDict()
         self.images = self.last_images = 0
         """Made on this line, and with the last chunk."""
+        self.camera_frames: tuple[CameraFrame, ...] = ()
+        """What the last chunk was guided by, an image each; none where no camera did."""
         self._since = 0  # the image that the decoder's stream began with
         self._handoff: Handoff | None = None
         self._detached: Snapshot
@@ -213,6 +219,7 @@ class Maker:
         self._branch = branch
         stream, info = self.stream, ChunkInfo(branch=branch, chunk=self.chunk, images=self.images)
         self._pace.network_begins()
+        self.camera_frames = ()
         given = self.chunk < len(self._clip)
         if given:
             clip = self._clip[self.chunk]
@@ -220,6 +227,7 @@ class Maker:
             latents = stream.replay(clip, on_pass, decode=False, is_start=True).latents
         else:
             latents = self._generate(on_pass)
+        info = replace(info, camera=self.camera_frames[-1].mark if self.camera_frames else None)
         self._pace.network_ends()
         images = 0
         if stream.decoder is None or self._handoff is None:
@@ -242,8 +250,9 @@ class Maker:
 
     @property
     def strength(self) -> float | None:
-        """The source's; None without one."""
-        return None if self._guides is None else self.settings.strength
+        """The source's, or the camera's; None where nothing guides."""
+        guided = self._guides is not None or self.camera_frames
+        return self.settings.strength if guided else None
 
     @property
     def control_strength(self) -> float | None:
@@ -251,12 +260,12 @@ class Maker:
         return None if self._control is None else self.settings.control_strength
 
     def _generate(self, on_pass: OnPass | None) -> Tensor:
-        stream, control = self.stream, self._next_control()
-        if self._guides is None:
-            return stream.generate(on_pass, control=control)
-        guide = self._guides.next(stream, self.images, self._since)
-        strength = self._guides.strength(self.settings.strength)
-        return stream.generate(on_pass, guide=guide, strength=strength, control=control)
+        control = self._next_control()
+        guide, strength = self._camera_guide(), self.settings.strength
+        if guide is None and self._guides is not None:
+            guide = self._guides.next(self.stream, self.images, self._since)
+            strength = self._guides.strength(strength)
+        return self.stream.generate(on_pass, guide=guide, strength=strength, control=control)
 
     def _refer(self) -> None:
         if self._control is not None:
@@ -267,6 +276,15 @@ class Maker:
             return None
         strength = self.settings.control_strength
         return self._control.next(self.stream, self.images, self._since, strength=strength)
+
+    def _camera_guide(self) -> Tensor | None:
+        stream = self.stream
+        if self._camera is None or stream.decoder is None:
+            return None
+        frames, first = stream.next_frames, stream.decodes_afresh
+        guide = self._camera.latents(stream.decoder, frames, first=first)
+        self.camera_frames = self._camera.used
+        return guide
 
     def _autosave(self) -> None:
         """Hand on a snapshot of where the stream stands now."""
@@ -309,6 +327,8 @@ class Maker:
         What `on_pass` raises leaves it at a chunk before that.
         """
         self._restore(plan.point)
+        if self._camera is not None:
+            self._camera.forget()
         self.images = plan.point.images
         chunk = plan.point.chunk + len(plan.chunks)
         decoded = self._decoded_from(plan, chunk)
@@ -357,7 +377,7 @@ class Maker:
         elif isinstance(action, Lora):
             self._do_lora(action)
         elif isinstance(action, Strength):
-            if self._guides is None:
+            if self._guides is None and self._camera is None:
                 raise ValueError("there is no source for a strength; begin the stream with one")
             self.settings = replace(self.settings, strength=action.strength)
         elif isinstance(action, ControlStrength):

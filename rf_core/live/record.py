@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..state import Snapshot
 from ..video import VideoFormat, VideoWriter, remux
-from .buffers import Outbox, Picture
+from .buffers import CameraMark, Outbox, Picture
 from .transition import Branch
 
 _log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ class ChunkInfo:
     chunk: int
     images: int
     """Images of the session before it."""
+    camera: CameraMark | None = None
+    """See `Picture.camera`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +107,15 @@ class Presenter:
         """Hand a chunk to those who watch."""
         if self._outbox is not None:
             copy = None if images is None else images.clone()
-            name, chunk = info.branch.name, info.chunk
-            self._outbox.show(Picture(branch=name, chunk=chunk, images=copy, fragment=fragment))
+            self._outbox.show(
+                Picture(
+                    branch=info.branch.name,
+                    chunk=info.chunk,
+                    images=copy,
+                    fragment=fragment,
+                    camera=info.camera,
+                )
+            )
 
     def close(self) -> None:
         """End the branch that is recorded; after the last delivery."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..control import ControlSource
 from ..source import Source
 from ..stream import OnPass, Stream
+from .camera import RecordedCamera
 from .log import (
     ActionEntry,
     ChunkEntry,
@@ -56,7 +57,7 @@ def replay_log(
         list: clean latents [1, C, F, h, w] of the last line's chunks, as far as they are kept.
 
     Raises:
-        ValueError: the stream is another one's, or the source, or the control.
+        ValueError: the stream is another one's, or the source, the control or the camera's frames.
         ReplayMismatch: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
@@ -67,6 +68,7 @@ def replay_log(
     facts = {} if control is None else control_of(control, control_strength)
     _check_facts("control", logged.control, facts)
     header, presenter = log.header, Presenter(recorder=recorder)
+    camera = RecordedCamera(log.camera, height=stream.height, width=stream.width)
     maker = Maker(
         stream,
         encode,
@@ -78,13 +80,14 @@ def replay_log(
         clip=clip,
         side_stream=side_stream,
         source=source,
+        camera=camera,
         **strengths_of(log),
         control=control,
         control_strength=control_strength,
     )
     branch = SessionState.beginning(maker.chunk).branch
     try:
-        with maker:
+        with camera, maker:
             maker.add_restore_point()
             for entry in log.entries:
                 if isinstance(entry, ActionEntry):
@@ -93,6 +96,7 @@ def replay_log(
                     branch = branch_of(branch, maker.chunk, entry.branch, entry.chunk)
                     _rewind(maker, entry, on_pass)
                 elif isinstance(entry, ChunkEntry):
+                    camera.expect(entry.camera)
                     latents = maker.make(branch, on_pass)
                     if exact and digest_of(latents) != entry.digest:
                         raise _mismatch(entry)
@@ -123,9 +127,10 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
 
 
 def strengths_of(log: Log) -> dict[str, float]:
-    """The strengths that a session's source began with, by `Maker`'s names; none without one."""
-    source = log.header.source or {}
-    return {name: source[name] for name in ("strength", "motion_strength") if name in source}
+    """The strengths that a session's source or camera began with, by `Maker`'s names."""
+    source, named = log.header.source or {}, ("strength", "motion_strength")
+    given = {name: source[name] for name in named if name in source}
+    return {"strength": log.header.strength} | given
 
 
 def _check_facts(what: str, logged: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> None:

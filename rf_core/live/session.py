@@ -35,6 +35,7 @@ from .buffers import (
     Outbox,
     Refused,
 )
+from .camera import Camera, CameraUse, CameraWriter, camera_record
 from .commands import Command, Prompt, Rewind, Stop
 from .history import Limits
 from .log import (
@@ -185,6 +186,8 @@ class Session:
     ) -> None:
         self.outbox = outbox or Outbox()
         self.inbox = Inbox(max_commands, received=self.outbox.publish)
+        self.camera = _camera_of(stream)
+        """What it looks through where one is turned on; None where the stream takes no guides."""
         self._presenter = Presenter(self.outbox, recorder, on_autosave)
         self._maker = Maker(
             stream,
@@ -198,6 +201,7 @@ class Session:
             side_stream=side_stream,
             source=source,
             strength=strength,
+            camera=self.camera,
             motion_strength=motion_strength,
             control=control,
             control_strength=control_strength,
@@ -220,9 +224,11 @@ class Session:
             control=None
             if control is None or log is None
             else control_of(control, control_strength),
+            strength=strength,
         )
         self._log_path = log
         self._log: LogWriter | None = None
+        self._camera_writer = None if log is None else CameraWriter(camera_record(log))
         self._leaving = False
         self.suspended = False
         """Whether `run` has returned to be called again, after `resume`."""
@@ -316,8 +322,16 @@ class Session:
         self._rate_limiter.chunk_begins()
         latents = self._maker.make(self._state.branch, on_pass)
         self._rate_limiter.chunk_made(self._maker.last_images)
-        self._write(ChunkEntry(chunk=self._state.chunk, digest=digest_of(latents)))
+        self._write(
+            ChunkEntry(
+                chunk=self._state.chunk, digest=digest_of(latents), camera=self._camera_use()
+            )
+        )
         self._state = self._state.next_chunk()
+
+    def _camera_use(self) -> CameraUse | None:
+        used = self._maker.camera_frames
+        return self._camera_writer.write(used) if used and self._camera_writer else None
 
     def _boundary(self, on_pass: OnPass, on_idle: Callable[[], None] | None) -> bool:
         """What is done between two chunks; whether there is to be another."""
@@ -402,6 +416,8 @@ class Session:
         if self._log is not None:
             with self._log:
                 self._log.write(EndEntry(chunk=self._state.chunk))
+        if self._camera_writer is not None:
+            self._camera_writer.close()
 
     def _publish_status(self) -> None:
         if self.suspended:
@@ -434,6 +450,8 @@ class Session:
     def _say_goodbye(self, why: str | None) -> None:
         """Answer what was not: a stop is applied, the rest comes too late."""
         chunk = self._state.chunk if self.suspended else self._maker.chunk
+        if self.camera is not None:
+            self.camera.close()
         for given in (*self._pending, *self.inbox.close()):
             stops = isinstance(given.command, Stop) and why is None
             number = given.number
@@ -445,3 +463,11 @@ class Session:
         self._publish_status()
         self.outbox.publish(Ended(chunk=chunk, why=why))
         self.outbox.close()
+
+
+def _camera_of(stream: Stream) -> Camera | None:
+    if stream.decoder is None or stream.sampler.rolling:
+        return None
+    frames = max(stream.cache_config.first_frames, stream.cache_config.chunk_frames)
+    images = stream.decoder.images_of(frames, first=False)
+    return Camera(height=stream.height, width=stream.width, max_frames=2 * images)

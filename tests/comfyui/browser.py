@@ -116,8 +116,8 @@ def wait_for_graph(page: Any) -> None:
 
 
 @contextmanager
-def open_browsers(number: int) -> Iterator[list[Any]]:
-    """Browsers that share nothing."""
+def open_browsers(number: int, *flags: str) -> Iterator[list[Any]]:
+    """Browsers that share nothing, with further flags."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright, ExitStack() as ends:
@@ -128,7 +128,7 @@ def open_browsers(number: int) -> Iterator[list[Any]]:
                 Path(profile),
                 executable_path=chromium(),
                 headless=True,
-                args=list(FLAGS),
+                args=[*FLAGS, *flags],
                 viewport={"width": 1920, "height": 1080},
             )
             browser.set_default_timeout(1000 * PATIENCE)

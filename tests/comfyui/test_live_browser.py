@@ -160,7 +160,7 @@ class Live:
     @property
     def played(self) -> int:
         """Pictures that were shown so far."""
-        return int(self.view.locator("video").evaluate(PLAYED))
+        return int(self.view.locator(".rf-screen > video").evaluate(PLAYED))
 
     def wait_for_pictures(self) -> None:
         """Until they move."""

@@ -3,10 +3,13 @@
 // do that, or not with this codec, a stream of JPEGs takes their place.
 
 import { element } from "./element.js";
+import { MarkReader } from "./marks.js";
 
 const MOST_CHUNKS = 2; // behind the newest; further behind, it jumps
 const ENOUGH = 0.7; // of a chunk, to play on: a video's first chunk has fewer images than the others
 const KEPT = 10; // seconds of the past
+const SAME = 0.02; // seconds; browsers round times
+const RECENT = 0.5; // seconds that a mark is good for
 const WAIT = 1000; // milliseconds before connecting again
 const Source = globalThis.ManagedMediaSource ?? globalThis.MediaSource;
 
@@ -14,6 +17,8 @@ const once = (target, name) => new Promise((done) => target.addEventListener(nam
 const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 export class Player {
+  marks = []; // {time, camera, number, captured}: the camera's frame that the image at a time is made of
+
   constructor(session) {
     this.session = session;
     this.video = element("video", { muted: true, playsInline: true, disableRemotePlayback: true });
@@ -77,9 +82,11 @@ export class Player {
     if (!response.ok) return;
     await this.open(`video/mp4; codecs="${response.headers.get("X-RF-Codec")}"`);
     const reader = response.body.getReader();
+    const marks = new MarkReader(this.buffer.timestampOffset);
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return;
+      this.marks.push(...marks.read(value));
       await this.append(value);
       await this.keepUp();
     }
@@ -115,6 +122,14 @@ export class Player {
     if (!video.buffered.length || video.buffered.start(0) > past - KEPT) return;
     this.buffer.remove(0, past);
     await once(this.buffer, "updateend");
+  }
+
+  // The mark of an image that is shown, each once; null where there is none, or it is too long ago.
+  markAt(time) {
+    const passed = this.marks.filter((mark) => mark.time <= time + SAME);
+    this.marks = this.marks.slice(passed.length);
+    const mark = passed.at(-1);
+    return mark && time - mark.time < RECENT ? mark : null;
   }
 
   fall() {

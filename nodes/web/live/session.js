@@ -28,7 +28,7 @@ async function* eventsOf(body, alive) {
   }
 }
 
-async function sentenceOf(response) {
+export async function sentenceOf(response) {
   const answer = await response.json().catch(() => ({}));
   const status = `${response.status} ${response.statusText}`;
   return answer.error ?? t("the server answered {status}", { status });

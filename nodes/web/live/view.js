@@ -1,5 +1,6 @@
 // A live session on a page: the picture, the strip of time, the panel, the figures. It knows no node.
 
+import { Camera } from "./camera.js";
 import { Display } from "./display.js";
 import { button, element, write } from "./element.js";
 import { t } from "./language.js";
@@ -32,6 +33,7 @@ export class View {
     this.watch = watch;
     this.session = new Session(address, session, token);
     this.player = new Player(this.session);
+    this.camera = new Camera(this.session, this.player);
     this.panel = new Panel(this.session);
     this.display = new Display(this.session, this.player);
     this.popover = new Popover();
@@ -42,13 +44,16 @@ export class View {
       this.render();
       if (this.session.over) onOver?.(this.session.over);
     });
+    this.camera.addEventListener("trouble", ({ detail }) =>
+      this.popover.show(detail, {}, t("OK"), () => {}),
+    );
     this.timer = setInterval(() => this.display.renderBuffer(), BUFFER);
     this.render();
   }
 
   build() {
     this.badge = element("span", { className: "rf-badge", role: "status" });
-    this.player.element.append(this.badge, this.popover.element);
+    this.player.element.append(this.badge, this.camera.element, this.popover.element);
     this.player.element.addEventListener("dblclick", () => this.fill());
     this.player.element.title = t("double-click: full screen");
     this.where = element("span", { className: "rf-where" });
@@ -82,6 +87,7 @@ export class View {
 
   close() {
     clearInterval(this.timer);
+    this.camera.close();
     this.session.close();
     this.player.close();
     this.element.remove();
@@ -196,6 +202,8 @@ export class View {
     for (const each of this.controls) each.disabled = Boolean(over);
     if (over) this.popover.element.hidden = true;
     this.element.classList.toggle("rf-none", !status);
+    if (over) this.camera.close();
+    this.camera.render();
     this.panel.render();
     this.display.render();
     this.strip.render();

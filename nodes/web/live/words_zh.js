@@ -53,6 +53,23 @@ export const ZH = {
   "everything starts afresh with the next chunk": "从下一个块起一切重新开始",
   "Rewind\u2026": "回退…",
   "go back and take another way from there": "回到过去，从那里另走一路",
+  "Camera": "摄像头",
+  "guides what is made by this browser's camera, in place of the source or another page's camera; the strength says how far the prompt may leave it; its images are kept beside the video, for replay":
+    "用此浏览器的摄像头引导生成，代替源视频或其他页面的摄像头；强度决定提示词可以偏离它多远；图像保存在视频旁，供重放",
+  "seconds from this camera to the picture; a click turns it off: the source, or the prompt alone, goes on":
+    "从此摄像头到画面的秒数；点击关闭，改由源视频或仅由提示词继续",
+  "camera {seconds} s": "摄像头 {seconds} 秒",
+  "camera lost: its last image is held": "摄像头中断：保持最后一幅图像",
+  "camera: allow it": "摄像头：请允许",
+  "camera begins": "摄像头正在启动",
+  "another page's camera": "其他页面的摄像头",
+  "The camera is not allowed. Allow it beside the address, and in the system's settings; then turn it on again.":
+    "未允许使用摄像头。请在地址栏旁和系统设置中允许，然后重新打开。",
+  "No camera was found. Plug one in, then turn it on again.": "找不到摄像头。请接上后重新打开。",
+  "The camera is used by another program. Close that, then turn it on again.":
+    "摄像头正被其他程序使用。请关闭该程序后重新打开。",
+  "Browsers give a camera to pages at https or localhost alone. Open ComfyUI at such an address.":
+    "浏览器只允许 https 或 localhost 的页面使用摄像头。请从这样的地址打开 ComfyUI。",
   "Link": "链接",
   "copy a link to watch and steer it elsewhere": "复制链接，在别处观看和操控",
   "Copied": "已复制",
