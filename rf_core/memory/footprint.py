@@ -27,6 +27,7 @@ from ..decoders.decoder import _CHANNELS_LAST_DEVICES, DecoderState, TAEHVDecode
 from ..decoders.taehv import TAEHV, TAEHVConfig
 from ..decoders.vae import VAEConfig, WanVAE
 from ..model import PromptContext, WanModel
+from ..past import framed
 from ..ranges import LARGEST_SIDE, check_numbers
 from ..rope import rope_table
 from ..stream import Stream, latent_size
@@ -295,9 +296,9 @@ def _fill(stream: Stream) -> None:
         for frames in (config.kept_first, config.kept_last)
     )
     state.first_latents, state.last_latents, state.recache_due = first, last, True
-    if stream._keeps_control:
+    if channels := stream._kept_channels:
         state.first_control, state.last_control = (
-            None if each is None else stream._framed(None, each) for each in (first, last)
+            None if each is None else framed(None, each, channels) for each in (first, last)
         )
 
 
