@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from contextlib import suppress
 from fractions import Fraction
@@ -331,6 +332,23 @@ def test_a_log_makes_the_same_again_of_the_frames_beside_it(tmp_path: Path) -> N
     assert frames < sum(len(use.frames) for use in used)  # what is held is kept once
 
 
+def test_a_session_that_gives_way_is_replayed_as_one_that_did_not(tmp_path: Path) -> None:
+    log = tmp_path / "take.jsonl"
+    script = {
+        1: lambda scene: scene.show(60, 9),
+        2: lambda scene: (scene.show(90), scene.session.suspend()),
+        3: lambda scene: scene.show(120),
+    }
+    scene = Scene(script, log=log)
+    scene.run(4)
+    assert scene.session.suspended
+    scene.session.resume(stream_of("wan"))
+    scene.run(4)
+    assert scene.camera.state == "off"
+    again = replayed(log)
+    assert len(again) == 4 and torch.equal(again[-1], scene.session.recent_latents[-1])
+
+
 @pytest.mark.parametrize(
     "change, why",
     [
@@ -419,3 +437,17 @@ class Still:
         return [
             CameraFrame(mark=CameraMark(camera="a", number=1, captured=0), data=b"", image=image)
         ] * count
+
+
+def test_damaged_images_are_refused_in_a_sentence_or_shown(clock: Any) -> None:
+    rng, sound, camera = random.Random(7), jpeg(90), camera_of()
+    for number in range(1, 501):
+        clock.now += 1
+        data = bytearray(sound)
+        for _ in range(rng.randrange(1, 6)):
+            data[rng.randrange(2, len(data) - 2)] = rng.randrange(256)
+        try:
+            camera.put("a", number, number, bytes(data))
+        except ValueError as refused:
+            assert "\n" not in str(refused)
+            camera.put("a", number, number, sound)

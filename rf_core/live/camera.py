@@ -234,6 +234,11 @@ class CameraGuide:
         """Let the next chunk follow nothing: the stream went elsewhere."""
         self._state = None
 
+    def leave_device(self) -> None:
+        """Keep what the next chunk follows in the host's memory."""
+        if self._state is not None:
+            self._state = self._state.to("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CameraUse:
