@@ -258,6 +258,15 @@ def camera_record(log: Path | str) -> Path:
     return path.with_name(f"{path.stem.rstrip('_')}_camera.mjpeg")
 
 
+def require_record(path: Path) -> None:
+    """ValueError where there is no such record."""
+    if not path.is_file():
+        raise ValueError(
+            f"the log's camera frames are to be in {path}, and it is not there; put it beside the "
+            "log"
+        )
+
+
 class CameraWriter:
     """Keeps the frames that chunks use, one after another, each once: a file that players play.
 
@@ -359,11 +368,7 @@ class RecordedCamera:
 
     def _read(self, use: CameraUse) -> list[bytes]:
         if self._file is None:
-            if not self._path.is_file():
-                raise ValueError(
-                    f"the log's camera frames are to be in {self._path}, and it is not there; put "
-                    "it beside the log"
-                )
+            require_record(self._path)
             self._file = self._path.open("rb")
         data = self._file.read(sum(use.sizes))
         if len(data) < sum(use.sizes) or _digest(data) != use.digest:
