@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from contextlib import suppress
 from fractions import Fraction
@@ -14,7 +15,18 @@ import pytest
 import torch
 from test_live import decoder_of, encode, stream_of
 
-from rf_core.live import Outbox, Picture, Rewind, Session, Strength, read_log, replay_log
+from rf_core.__main__ import main
+from rf_core.generate import load
+from rf_core.live import (
+    Outbox,
+    Picture,
+    Rewind,
+    Session,
+    Strength,
+    VideoRecorder,
+    read_log,
+    replay_log,
+)
 from rf_core.live import camera as module
 from rf_core.live.buffers import CameraMark
 from rf_core.live.camera import (
@@ -28,9 +40,11 @@ from rf_core.live.camera import (
     TooFastError,
     camera_record,
 )
+from rf_core.options import Options, plan
+from rf_core.prompts import PromptTimeline, Switch
 from rf_core.source import BatchSource
 from rf_core.stream import GUIDE_STRENGTH
-from rf_core.video import read_jpeg
+from rf_core.video import read_images, read_jpeg
 
 SIZE = 32
 WIDTH, HEIGHT = 48, 32  # of the tiny stream
@@ -331,6 +345,23 @@ def test_a_log_makes_the_same_again_of_the_frames_beside_it(tmp_path: Path) -> N
     assert frames < sum(len(use.frames) for use in used)  # what is held is kept once
 
 
+def test_a_session_that_gives_way_is_replayed_as_one_that_did_not(tmp_path: Path) -> None:
+    log = tmp_path / "take.jsonl"
+    script = {
+        1: lambda scene: scene.show(60, 9),
+        2: lambda scene: (scene.show(90), scene.session.suspend()),
+        3: lambda scene: scene.show(120),
+    }
+    scene = Scene(script, log=log)
+    scene.run(4)
+    assert scene.session.suspended
+    scene.session.resume(stream_of("wan"))
+    scene.run(4)
+    assert scene.camera.state == "off"
+    again = replayed(log)
+    assert len(again) == 4 and torch.equal(again[-1], scene.session.recent_latents[-1])
+
+
 @pytest.mark.parametrize(
     "change, why",
     [
@@ -348,6 +379,14 @@ def test_a_record_that_is_gone_or_another_is_said_in_a_sentence(
     with pytest.raises(ValueError, match=why) as refused:
         replayed(log)
     assert "\n" not in str(refused.value)
+
+
+def test_that_its_record_is_gone_is_said_when_a_log_is_read(tmp_path: Path) -> None:
+    log = tmp_path / "take.jsonl"
+    Scene({1: lambda scene: scene.show(60)}, log=log).run(1)
+    camera_record(log).unlink()
+    with pytest.raises(ValueError, match="is not there; put it beside the log"):
+        read_log(log)
 
 
 def test_a_log_that_names_frames_it_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -419,3 +458,43 @@ class Still:
         return [
             CameraFrame(mark=CameraMark(camera="a", number=1, captured=0), data=b"", image=image)
         ] * count
+
+
+def test_damaged_images_are_refused_in_a_sentence_or_shown(clock: Any) -> None:
+    rng, sound, camera = random.Random(7), jpeg(90), camera_of()
+    for number in range(1, 501):
+        clock.now += 1
+        data = bytearray(sound)
+        for _ in range(rng.randrange(1, 6)):
+            data[rng.randrange(2, len(data) - 2)] = rng.randrange(256)
+        try:
+            camera.put("a", number, number, bytes(data))
+        except ValueError as refused:
+            assert "\n" not in str(refused)
+            camera.put("a", number, number, sound)
+
+
+@pytest.mark.slow
+def test_the_command_line_replays_a_session_that_saw_a_camera(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "a blue square moves left"
+    timeline = PromptTimeline().append(0, "s", Switch(), prompt)
+    output = tmp_path / "take.mp4"
+    resolved = plan(Options(timeline=timeline, output=output, seconds=3))
+    stream, embeds = load(resolved)
+    recorder = VideoRecorder(output, resolved.format)
+    log = tmp_path / "take.jsonl"
+    session = Session(
+        stream, embeds.__getitem__, prompt=prompt, recorder=recorder, log=log, strength=0.3
+    )
+    assert session.camera is not None
+    for number in range(1, 13):
+        session.camera.put("a", number, 60 * number, jpeg(10 * number, 64, 64))
+    session.run(until=3)
+    again = tmp_path / "again.mp4"
+    assert main(["generate", "--replay", str(log), "--output", str(again)]) == 0
+    assert torch.equal(*(read_images(each, width=64, height=64) for each in (output, again)))
+    camera_record(log).unlink()
+    assert main(["generate", "--replay", str(log), "--output", str(tmp_path / "third.mp4")]) != 0
+    assert "is not there; put it beside the log" in capsys.readouterr().err

@@ -237,12 +237,12 @@ def test_a_second_ctrl_c_ends_the_pass_and_what_is_made_is_whole_and_replays(
 ) -> None:
     make = Stream.generate
 
-    def impatient(stream: Stream, *given: Any) -> Any:
+    def impatient(stream: Stream, *given: Any, **named: Any) -> Any:
         if stream.state.num_chunks == 2:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             pytest.fail("the second one did not end the pass")
-        return make(stream, *given)
+        return make(stream, *given, **named)
 
     output = tmp_path / "take.mp4"
     piped("a blue square\n")

@@ -234,6 +234,11 @@ class CameraGuide:
         """Let the next chunk follow nothing: the stream went elsewhere."""
         self._state = None
 
+    def leave_device(self) -> None:
+        """Keep what the next chunk follows in the host's memory."""
+        if self._state is not None:
+            self._state = self._state.to("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CameraUse:
@@ -251,6 +256,15 @@ def camera_record(log: Path | str) -> Path:
     """Where the camera frames that a session used lie: `take_camera.mjpeg` beside `take.jsonl`."""
     path = Path(log)
     return path.with_name(f"{path.stem.rstrip('_')}_camera.mjpeg")
+
+
+def require_record(path: Path) -> None:
+    """ValueError where there is no such record."""
+    if not path.is_file():
+        raise ValueError(
+            f"the log's camera frames are to be in {path}, and it is not there; put it beside the "
+            "log"
+        )
 
 
 class CameraWriter:
@@ -354,11 +368,7 @@ class RecordedCamera:
 
     def _read(self, use: CameraUse) -> list[bytes]:
         if self._file is None:
-            if not self._path.is_file():
-                raise ValueError(
-                    f"the log's camera frames are to be in {self._path}, and it is not there; put "
-                    "it beside the log"
-                )
+            require_record(self._path)
             self._file = self._path.open("rb")
         data = self._file.read(sum(use.sizes))
         if len(data) < sum(use.sizes) or _digest(data) != use.digest:

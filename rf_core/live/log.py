@@ -24,8 +24,13 @@ from ..control import ControlSource
 from ..ranges import MANY
 from ..source import Source
 from ..stream import GUIDE_STRENGTH, Stream
+<<<<<<< HEAD
 from .camera import MAX_FRAME_BYTES, CameraUse, camera_record
 from .commands import Command, ControlStrength, Decay, Lora, Prompt, Rewind, Strength, read_command
+=======
+from .camera import MAX_FRAME_BYTES, CameraUse, camera_record, require_record
+from .commands import Command, Decay, Lora, Prompt, Rewind, Strength, read_command
+>>>>>>> camera
 from .history import Limits
 from .transition import MAIN, Action
 
@@ -217,7 +222,7 @@ def read_log(path: Path | str) -> Log:
     """The log in a file; a last line that was cut off is left out.
 
     Raises:
-        ValueError: no such file, or a line that no session wrote.
+        ValueError: no such file, a line that no session wrote, or no record of its camera.
     """
     path = Path(path)
     lines = _lines(path)
@@ -232,7 +237,10 @@ def read_log(path: Path | str) -> Log:
         entry = _checked(path, number, facts, _entry)
         chunk = _checked(path, number, entry, partial(_follows, chunk, names))
         entries.append(entry)
-    return Log(header=header, entries=tuple(entries), camera=camera_record(path))
+    record = camera_record(path)
+    if any(isinstance(entry, ChunkEntry) and entry.camera is not None for entry in entries):
+        require_record(record)
+    return Log(header=header, entries=tuple(entries), camera=record)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -168,6 +168,8 @@ class Maker:
     def detach(self) -> None:
         """Let go of the stream between two chunks; `attach` goes on with another."""
         self._detached = self.stream.snapshot()
+        if self._camera is not None:
+            self._camera.leave_device()
         del self.stream
 
     def attach(self, stream: Stream, loras: Mapping[str, float]) -> None:

@@ -184,7 +184,8 @@ export class Camera extends EventTarget {
     if (lost) return t("camera lost: its last image is held");
     if (this.foreign) return this.state === "on" ? t("camera begins") : t("another page's camera");
     if (this.state === "off") return t("Camera");
-    return this.delay === null ? t("camera begins") : t("camera {seconds} s", { seconds: this.delay.toFixed(1) });
+    if (this.delay === null) return this.seen?.name === this.name ? t("camera on") : t("camera begins");
+    return t("camera {seconds} s", { seconds: this.delay.toFixed(1) });
   }
 
   help() {

@@ -61,6 +61,7 @@ export const ZH = {
   "camera {seconds} s": "摄像头 {seconds} 秒",
   "camera lost: its last image is held": "摄像头中断：保持最后一幅图像",
   "camera: allow it": "摄像头：请允许",
+  "camera on": "摄像头已打开",
   "camera begins": "摄像头正在启动",
   "another page's camera": "其他页面的摄像头",
   "The camera is not allowed. Allow it beside the address, and in the system's settings; then turn it on again.":
