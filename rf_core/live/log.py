@@ -24,13 +24,8 @@ from ..control import ControlSource
 from ..ranges import MANY
 from ..source import Source
 from ..stream import GUIDE_STRENGTH, Stream
-<<<<<<< HEAD
-from .camera import MAX_FRAME_BYTES, CameraUse, camera_record
-from .commands import Command, ControlStrength, Decay, Lora, Prompt, Rewind, Strength, read_command
-=======
 from .camera import MAX_FRAME_BYTES, CameraUse, camera_record, require_record
-from .commands import Command, Decay, Lora, Prompt, Rewind, Strength, read_command
->>>>>>> camera
+from .commands import Command, ControlStrength, Decay, Lora, Prompt, Rewind, Strength, read_command
 from .history import Limits
 from .transition import MAIN, Action
 
