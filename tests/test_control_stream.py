@@ -381,6 +381,8 @@ def test_a_control_that_does_not_fit_is_refused_before_anything_is_done():
     for shape in ((1, CHANNELS, 4, 4, 6), (1, 16, 3, 4, 6), (2, CHANNELS, 3, 4, 6), (1, 3)):
         with pytest.raises(ValueError, match="the control of shape"):
             stream.step(control=Control(context=torch.zeros(shape)))
+    with pytest.raises(ValueError, match="not finite"):
+        stream.step(control=Control(context=context() * float("nan")))
     for strength in (-1, 11, float("nan")):
         with pytest.raises(ValueError, match="strength"):
             control(0, strength=strength)
