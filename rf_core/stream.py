@@ -69,8 +69,10 @@ from .vace import Control
 
 _log = logging.getLogger(__name__)
 DEFAULT_SWITCH = Switch()
-GUIDE_STRENGTH = 0.6
-"""Where none is named: noise at 0.88, and three of the four published passes."""
+GUIDE_STRENGTH = 0.4
+"""Where none is named: noise at 0.77, and two of the four published passes. Of those measured
+(docs/video_in.md) the highest that keeps the source's motion, where the prompt's look is whole;
+StreamDiffusionV2 has noise at 0.68 to 0.76 (arXiv 2511.07399, figure 8)."""
 NO_GUIDES = (
     "a rolling sampler takes no guide, for it begins chunks before their guides are there; use a "
     "student that makes one chunk at a time"
@@ -192,7 +194,8 @@ class Stream:
         arXiv 2108.01073; of a stream StreamDiffusionV2, arXiv 2511.07399). `strength` in [0, 1]
         says how far up the schedule they enter, by the formula of `entered_at`: 1 is text alone,
         to the bit; 0 is the guide itself, with no pass. The context holds what was made of it.
-        ValueError for a guide of another shape, a strength outside [0, 1], and a rolling sampler.
+        ValueError for a guide of another shape or with nan, a strength outside [0, 1], and a
+        rolling sampler.
 
         `control` structures the chunk by a VACE beside the network, with a strength of its own;
         guide and control go together. Without one, and at its strength 0, the chunk is the
@@ -252,6 +255,11 @@ class Stream:
         if self.sampler.rolling:
             raise ValueError(NO_GUIDES)
         self._require_chunk("the guide's latents", guide)
+        if not guide.isfinite().all():
+            raise ValueError(
+                "the guide's latents hold numbers that are not finite: the source's images do, or "
+                "its encoder's dtype is too narrow; encode in float32 or bfloat16"
+            )
         if strength == 1:
             return denoise
         guide = guide.to(self.device, torch.float32, copy=True)
