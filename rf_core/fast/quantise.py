@@ -18,7 +18,7 @@ KINDS = ("fp8",)
 
 
 def quantise_linears(model: WanModel | Vace, kind: str = "fp8") -> None:
-    """Replace the linear layers of a network's blocks, or a VACE's, in place, one after another.
+    """Replace the linear layers of the network's blocks, in place, one after another.
 
     What is outside of them stays: embeddings of prompts and timesteps take no time worth saving,
     and the head alone would make the flow wrong by 3 %. LoRAs are merged, and dtype and device
