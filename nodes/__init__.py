@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .control import ControlVideo, LoadControl
 from .live import LiveStream
 from .live_http import register
 from .loaders import LoadDemo, LoadModel, SinkConfig
@@ -16,6 +17,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadModel,
     LoadDemo,
     LoadLoRA,
+    LoadControl,
+    ControlVideo,
     SinkConfig,
     PromptSwitch,
     PromptSchedule,

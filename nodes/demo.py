@@ -25,6 +25,8 @@ DEMO = Path(__file__).parents[1] / "rf_core" / "demo"
 STUDENT, TEXT_ENCODER, VAE = (
     DEMO / f"{name}.safetensors" for name in ("student", "text_encoder", "vae")
 )
+CONTROL = DEMO / "control.safetensors"
+"""The control network for the student."""
 
 
 def load_model() -> Any:

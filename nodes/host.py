@@ -32,6 +32,7 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.ops
 import comfy.patcher_extension
 import comfy.sd
 import comfy.sd1_clip
@@ -52,18 +53,28 @@ from PIL import Image, ImageOps
 from server import PromptServer
 from torch import Tensor
 
-from ..rf_core.config import FPS, TEMPORAL_FACTOR, CacheConfig, Grid, ModelConfig, SamplerConfig
+from ..rf_core.config import (
+    FPS,
+    TEMPORAL_FACTOR,
+    CacheConfig,
+    ControlConfig,
+    Grid,
+    ModelConfig,
+    SamplerConfig,
+)
 from ..rf_core.devices import preferred_dtype
 from ..rf_core.families import AUTO, Family
 from ..rf_core.kv_cache import KeyValues
 from ..rf_core.measure.counts import stream_bytes
-from ..rf_core.model import PromptContext, TimeContext, WanModel, fingerprint_of
+from ..rf_core.model import ControlTokens, PromptContext, TimeContext, WanModel, fingerprint_of
 from ..rf_core.text import byte_ids, clean_prompt
+from ..rf_core.vace import ControlledModel, Vace
 from ..rf_core.weights.checkpoint import Checkpoint, read_checkpoint
 from ..rf_core.weights.checks import require_finite
 from ..rf_core.weights.lora import fit_file, read_lora
 from ..rf_core.weights.lora_merge import Adapter, change
 from ..rf_core.weights.recognise import Told
+from ..rf_core.weights.vace import fit_vace, read_vace
 from . import names
 
 StockWanVAE = comfy.ldm.wan.vae.WanVAE
@@ -75,6 +86,8 @@ count_cache_layers = comfy.ldm.wan.vae.count_cache_layers
 
 SETTINGS = "reward_forcing"
 """Key of a patcher's `model_options` under which the checkpoint's settings travel."""
+CONTROL = "reward_forcing_control"
+"""Key of a patcher's additional models under which the control network lies beside it."""
 LORAS = "reward_forcing_loras"
 """Key under which a clone keeps the LoRAs without effect before it, and its parent's patches."""
 
@@ -109,6 +122,12 @@ class Pass:
     time: TimeContext
     prompt: PromptContext
     cache: KeyValues | None
+    vace: Vace | None = None
+    """The control network beside the student's."""
+    control: ControlTokens | None = None
+    """What it follows in this chunk."""
+    cleans: bool = False
+    """Whether the pass is for what it leaves in the cache."""
 
 
 class ComfyWanModel(WanModel):
@@ -172,7 +191,13 @@ class StreamingModel(
 
         x = x.to(self.get_dtype_inference())
         seen = (rf_pass.time, rf_pass.prompt, rf_pass.cache, attend)
-        return self.diffusion_model(x, *seen).float()
+        if rf_pass.vace is None:
+            return self.diffusion_model(x, *seen).float()
+        network = ControlledModel(self.diffusion_model, rf_pass.vace)
+        if not rf_pass.cleans:
+            return network(x, *seen, rf_pass.control).float()
+        network.write_cache(x, *seen, rf_pass.control)
+        return torch.zeros_like(x, dtype=torch.float32)
 
     def _is_dynamic(self) -> bool:
         return self.current_patcher is not None and self.current_patcher.is_dynamic()
@@ -188,9 +213,14 @@ class StreamingModel(
         latent_size: tuple[int, int],
         cache: CacheConfig,
         sampler: SamplerConfig,
+        further_layers: int = 0,
     ) -> float:
-        """Bytes a stream takes beside the weights and the decoder."""
+        """Bytes a stream takes beside the weights and the decoder.
+
+        `further_layers` are those of a control network in its cache.
+        """
         sizes = self.diffusion_model.config
+        sizes = replace(sizes, num_layers=sizes.num_layers + further_layers)
         itemsize = comfy.model_management.dtype_size(self.get_dtype_inference())
         grid = Grid.of_latents(*latent_size, sizes.patch_size)
         return float(batch * stream_bytes(sizes, cache, sampler, grid, itemsize))
@@ -379,6 +409,74 @@ def with_strengths(model: Any, wanted: Mapping[str, float]) -> Any:
     clone.parent, base = None, student_of(model)
     base.steered = (*base.steered[-1:], clone)
     return clone
+
+
+def with_control(model: Any, path: Path, weight_dtype: str = "default") -> Any:
+    """A clone of a MODEL with a VACE's file beside it, in place of any other there.
+
+    ComfyUI moves it as a model of its own, and its weights are nobody else's. CheckpointError for
+    a VACE of other sizes.
+    """
+    base = student_of(model)
+    sizes = base.diffusion_model.config
+    control = load_control(path, sizes, base.get_dtype_inference(), weight_dtype)
+    controlled = model.clone()
+    controlled.set_additional_models(CONTROL, [control])
+    return controlled
+
+
+def load_control(
+    path: Path,
+    sizes: ModelConfig,
+    computes: torch.dtype,
+    weight_dtype: str = "default",
+    disable_dynamic: bool = False,
+) -> comfy.model_patcher.ModelPatcher:
+    """A VACE for a student of these sizes, which is computed in `computes`."""
+    file, manage = read_vace(path), comfy.model_management
+    config, options = fit_vace(file, sizes), _dtype_options(weight_dtype)
+    dtype, device = options.get("dtype") or computes, manage.get_torch_device()
+    fast = options.get("fp8_optimizations", False)
+    operations = comfy.ops.pick_operations(dtype, computes, device, fp8_optimizations=fast)
+    network = Vace(sizes, config, operations=operations, dtype=dtype).eval()
+    manage.archive_model_dtypes(network)
+    kind = (
+        comfy.model_patcher.ModelPatcher
+        if disable_dynamic
+        else comfy.model_patcher.CoreModelPatcher
+    )
+    offload = manage.unet_offload_device()
+    patcher = kind(network, load_device=device, offload_device=offload)
+    require_finite(Path(path.name), file.tensors)
+    modulation = file.tensors["vace_blocks.0.modulation"]
+    patcher.model_options[CONTROL] = fingerprint_of(modulation)
+    tensors = {name: tensor.to(dtype) for name, tensor in file.tensors.items()}
+    network.load_state_dict(tensors, strict=True, assign=patcher.is_dynamic())
+    network.requires_grad_(False).to(offload)
+    patcher.cached_patcher_init = (load_control, (path, sizes, computes, weight_dtype))
+    return patcher
+
+
+def without_control(model: Any) -> Any:
+    """The MODEL alone, without a control network."""
+    if control_of(model) is None:
+        return model
+    alone = model.clone()
+    alone.remove_additional_models(CONTROL)
+    return alone
+
+
+def control_layers(model: Any) -> int:
+    """How many layers a control network has in a stream's cache."""
+    control = control_of(model)
+    past = ControlConfig().past
+    return 0 if control is None or not past else len(control.vace_blocks)
+
+
+def control_of(model: Any) -> Vace | None:
+    """The control network beside a MODEL; None without one."""
+    beside = model.get_additional_models_with_key(CONTROL)
+    return beside[0].model if beside else None
 
 
 def _patch_modulations(model: Any, device: Any, *_: Any) -> None:
@@ -583,8 +681,16 @@ class ComfyNetwork:
 
     def __init__(self, model: Any) -> None:
         self._base = student_of(model)
-        network = self._base.diffusion_model
-        self.config = network.config
+        network, self._vace = self._base.diffusion_model, control_of(model)
+        if self._vace is not None:
+            network = ControlledModel(network, self._vace)
+            self.control_channels = network.control_channels
+            self.embed_control = network.embed_control
+            self._control_facts = network.control_facts()
+            if self._control_facts is not None:
+                (beside,) = model.get_additional_models_with_key(CONTROL)
+                self._control_facts["fingerprint"] = beside.model_options[CONTROL]
+        self.config, self.control = network.config, network.control
         self.patch_embedding = network.patch_embedding
         self._fingerprint = settings_of(model).fingerprint
         # ComfyUI's attention, and what overrides it, sees whole prompts: it knows no counts.
@@ -598,15 +704,28 @@ class ComfyNetwork:
             )
 
     def __call__(
-        self, x: Tensor, time: TimeContext, prompt: PromptContext, cache: Any, attention: Any
+        self,
+        x: Tensor,
+        time: TimeContext,
+        prompt: PromptContext,
+        cache: Any,
+        attention: Any,
+        control: ControlTokens | None = None,
+        *,
+        cleans: bool = False,
     ) -> Tensor:
         """See `WanModel.forward`; ComfyUI chooses the attention."""
+        beside = {"vace": self._vace, "control": control, "cleans": cleans}
         return self._base.apply_model(
             x,
             time.timestep_BF,
             transformer_options=self._options["transformer_options"],
-            rf_pass=Pass(time=time, prompt=prompt, cache=cache),
+            rf_pass=Pass(time=time, prompt=prompt, cache=cache, **beside),
         )
+
+    def control_facts(self) -> dict[str, Any] | None:
+        """See `ControlledModel.control_facts`; its fingerprint is the file's, too."""
+        return self._control_facts
 
     def fingerprint(self) -> str:
         """The file's: what ComfyUI holds of it may be patched, or in 8 bits."""
@@ -614,7 +733,7 @@ class ComfyNetwork:
 
     def write_cache(self, *seen: Any) -> None:
         """See `WanModel.write_cache`; a whole pass, as wrappers around the model expect one."""
-        self(*seen)
+        self(*seen, cleans=True)
 
 
 @contextlib.contextmanager
@@ -865,9 +984,9 @@ def animated(frames: list[Image.Image], max_size: int | None, rate: int = FPS) -
     return first
 
 
-def model_path(name: str) -> Path:
-    """Where a file of models/diffusion_models lies."""
-    return _listed("diffusion_models", name, "model_name")
+def model_path(name: str, asked: str = "model_name") -> Path:
+    """Where a file of models/diffusion_models lies; errors call the input `asked`."""
+    return _listed("diffusion_models", name, asked)
 
 
 def _listed(kind: str, name: str, asked: str) -> Path:
@@ -888,6 +1007,7 @@ def folders() -> list[str]:
         each for kind in kinds for each in folder_paths.get_folder_paths(kind)
     ]
     known.append(state_folder())
+    known += [folder_paths.get_input_directory()]
     known += [folder_paths.get_output_directory(), folder_paths.get_temp_directory()]
     return sorted((f"{Path(each)}{os.sep}" for each in known), key=len, reverse=True)
 
@@ -951,9 +1071,10 @@ def identity(model: Any) -> Any:
     What a node makes anew each time it runs, such as a function, is another one then.
     """
     parts = ("patches_uuid", "object_patches", "wrappers", "callbacks", "injections", "attachments")
-    parts += ("hook_patches", "forced_hooks", "current_hooks", "additional_models")
+    parts += ("hook_patches", "forced_hooks", "current_hooks")
     named = {name: getattr(model, name, None) for name in parts}
-    return IdentityKey(model.model), _plain({**named, "options": model.model_options})
+    beside = [(key, *map(identity, each)) for key, each in sorted(model.additional_models.items())]
+    return IdentityKey(model.model), _plain({**named, "options": model.model_options}), *beside
 
 
 def _plain(value: Any) -> Any:

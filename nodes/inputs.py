@@ -14,8 +14,9 @@ import torch
 from comfy_api.latest import io
 
 from ..rf_core.config import CacheConfig
+from .control_input import ControlInput
 from .names import printable
-from .types import RFSink, RFState, RFTimeline, State, Timeline
+from .types import RFControl, RFSink, RFState, RFTimeline, State, Timeline
 
 _MANY = 8  # options that a sentence lists
 
@@ -40,9 +41,12 @@ _SOCKETS: dict[str, Callable[[Any], bool]] = {
         isinstance(value, dict) and torch.is_tensor(value.get("samples"))
     ),
     io.Image.io_type: lambda value: torch.is_tensor(value) and value.ndim == 4,
+    io.Video.io_type: lambda value: hasattr(value, "get_components"),
     RFTimeline.io_type: lambda value: isinstance(value, Timeline),
     RFSink.io_type: lambda value: isinstance(value, CacheConfig),
     RFState.io_type: lambda value: isinstance(value, State),
+    io.Mask.io_type: lambda value: torch.is_tensor(value) and value.ndim in (2, 3),
+    RFControl.io_type: lambda value: isinstance(value, ControlInput),
 }
 """What can be told of what arrives at a socket, so that others' objects that act alike pass."""
 

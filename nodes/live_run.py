@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..rf_core.control import ControlSource
 from ..rf_core.live import (
     Autosave,
     Branch,
@@ -32,12 +33,24 @@ from ..rf_core.live import (
     replay_log,
 )
 from ..rf_core.prompts import ResolvedEntry
+from ..rf_core.state import Snapshot
+from ..rf_core.stream import GUIDE_STRENGTH
 from ..rf_core.video import RUN, VideoFormat, header_of
 from . import host, live_http
 from .decoders import decoder_of
 from .join import with_video
 from .prompt import encode
-from .run import Request, RunResult, clock_of, decodes_on_side_stream, keep_last, open_stream
+from .run import (
+    Request,
+    RunResult,
+    clock_of,
+    decodes_on_side_stream,
+    keep_last,
+    open_stream,
+    opened,
+    opened_control,
+)
+from .source import Place, PlacedSource
 
 _GRACE = 4  # chunks within which a page takes up the player
 
@@ -97,6 +110,8 @@ class LiveRun:
     """From where on a replay is not what the log says."""
     session: Session = field(init=False)
     _models: _SessionModels = field(init=False)
+    _source: PlacedSource | None = field(init=False, default=None)
+    _control: ControlSource | None = field(init=False, default=None)
     _room: live_http.Room = field(init=False)
     _open: ExitStack = field(init=False)
     _first: int = field(init=False)
@@ -121,6 +136,9 @@ class LiveRun:
         finally:
             self._sum_up(session.outbox.status.chunk - self._first, session.recent_latents)
             self._models.restore()
+            if self._source is not None:
+                self._source.close()
+            self._close_control()
             if session.suspended:
                 self._detach()
                 _queue_again(self)
@@ -142,6 +160,10 @@ class LiveRun:
         try:
             self.result.state = self.result.state or host.free_state_path(self.request.path.stem)
             snapshot = with_video(autosave.snapshot, file, self.result.run, autosave.images)
+            if self.request.source is not None and self._source is not None:
+                place = self._source.place_after(autosave.images)
+                snapshot = self.request.source.noted(snapshot, place)
+            snapshot = self._noted(snapshot, autosave.images)
             snapshot.save(self.result.state)
         except OSError as error:
             host.log(f"the state after {autosave.images} images is not kept: {error}")
@@ -163,6 +185,8 @@ class LiveRun:
         self.result.stream = stream
         self._first = stream.state.num_chunks
         self._models = _SessionModels(request, self.clip, load)
+        self._source = opened(request)
+        self._control = opened_control(request)
         self.session = session = Session(
             stream,
             self._models.encode,
@@ -175,6 +199,10 @@ class LiveRun:
             clip=request.start_latents,
             rate=self.rate,
             side_stream=decodes_on_side_stream(request),
+            source=self._source,
+            strength=GUIDE_STRENGTH if request.source is None else request.source.strength,
+            control=self._control,
+            control_strength=1.0 if request.control is None else request.control.strength,
             on_autosave=partial(self._autosave, recording.paths) if self.autosaves else None,
         )
         if differs:
@@ -206,6 +234,10 @@ class LiveRun:
         request = replace(self.request, snapshot=None)  # it goes on from where it was left
         self.result.stream, _ = open_stream(request, self.first)
         self._models.attach(request, self.clip, load)
+        if self._source is not None:
+            self._source.attach(request.decoder)
+        if self._control is not None:
+            self._control.attach(request.decoder)
         self.session.resume(self.result.stream, host.strengths(request.model))
         live_http.announce(self._room, request.node_id)
 
@@ -216,6 +248,8 @@ class LiveRun:
         self.result.stream = stream
         begin = stream.state.num_chunks
         models = _SessionModels(request, self.clip, load)
+        self._source = opened(request)
+        self._control = opened_control(request)
         loras = host.strengths(request.model)
         for name, strength in log.header.loras:
             if name not in loras:
@@ -238,6 +272,8 @@ class LiveRun:
                 models.encode,
                 set_lora=models.set_lora,
                 clip=request.start_latents,
+                source=self._source,
+                control=self._control,
                 side_stream=decodes_on_side_stream(request),
                 recorder=recording,
                 on_chunk=on_chunk,
@@ -247,6 +283,24 @@ class LiveRun:
             self._sum_up(self.result.chunks, recent)
         finally:
             models.restore()
+            if self._source is not None:
+                self._source.close()
+            self._close_control()
+
+    def _close_control(self) -> None:
+        if self._control is not None:
+            self._control.close()
+
+    def _noted(self, snapshot: Snapshot, images: int) -> Snapshot:
+        """The snapshot with the place in the control after so many images."""
+        control = self.request.control
+        return snapshot if control is None else control.noted(snapshot, self._control_place(images))
+
+    def _control_place(self, images: int) -> Place:
+        if self.request.control is None or self._control is None:
+            return Place()
+        begin = self.request.control.place.images
+        return Place(images=begin + images, since=self._control.since)
 
     def _osc(self, session: Session) -> AbstractContextManager[Any]:
         if not self.osc_port:
@@ -286,6 +340,9 @@ class LiveRun:
     def _sum_up(self, chunks: int, latents: list[Tensor]) -> None:
         self.result.chunks, self.result.latents = chunks, deque()
         self.result.num_frames = clock_of(self.request).frames_before(chunks)
+        if self._source is not None:
+            self.result.place = self._source.place_after(self.result.num_images)
+        self.result.control_place = self._control_place(self.result.num_images)
         if self.request.keep_latents:
             self.result.latents.extend(latents)
 

@@ -19,15 +19,18 @@ from ..rf_core.config import (
     ModelConfig,
     SamplerConfig,
 )
+from ..rf_core.control import ENCODINGS
 from ..rf_core.state import cache_config_of
-from ..rf_core.stream import latent_size, start_latents
+from ..rf_core.stream import NO_CONTROL, NO_GUIDES, latent_size, start_latents
 from . import host, reuse
+from .control_input import ControlInput
 from .decoders import decoder_of
 from .inputs import checked, set_on_node
 from .join import previous_video, with_video
 from .names import ROOM, place
 from .run import Request, RunResult, clock_of, images_of, latents_of
-from .types import SINK_VALUES, RFSink, RFState, State, Timeline
+from .source import Clip
+from .types import SINK_VALUES, RFControl, RFSink, RFState, State, Timeline
 
 STATES = ["compact", "exact", "none"]
 UNIT = SPATIAL_FACTOR * ModelConfig.patch_size[1]
@@ -125,6 +128,16 @@ def shared_inputs() -> dict[str, Any]:
     return {each.id: each for each in inputs}
 
 
+def control_input() -> Any:
+    """The input for what controls a stream; it came last and stands last."""
+    return RFControl.Input(
+        "control",
+        optional=True,
+        tooltip="From Control Video: what the video follows beside its prompt. Needs Load RF "
+        "Control before the model input, and a VAE.",
+    )
+
+
 HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id]
 """What such a node gets beside its inputs: for the file's metadata, and its number."""
 
@@ -172,11 +185,14 @@ def request_of(
     keep_images: int,
     keep_latents: int,
     filename_prefix: str,
+    source: Clip | None,
+    control: ControlInput | None,
     join: bool = False,
     reuse_memory: int = 0,
 ) -> Request:
     """What the inputs of a node ask for; of a start image, its latents are made by `with_start`."""
     _one_start(start_image, start_latent, state)
+    snapshot = state.snapshot if state else None
     base, settings = host.student_of(model), host.settings_of(model)
     format, cache = base.latent_format, _cache(sink, state, settings)
     latent_size(height, width, base.diffusion_model.config.patch_size)
@@ -184,6 +200,16 @@ def request_of(
     path = None
     if decoder is not None:
         path = host.output_file(filename_prefix, width, height, ".mp4")
+    sampler = sampler_of(steps, host.schedule_of(model))
+    if source is not None:
+        _check_source(source, decoder, sampler)
+        source.footage.reader(height, width, settings.family.fps, source.at_end, source.fit).close()
+    if control is not None:
+        _check_control(control, model, decoder, sampler, cache)
+        control.check(height, width, settings.family.fps)
+        control = control.placed(snapshot)
+    elif snapshot is None or "control" not in snapshot.facts:
+        model = host.without_control(model)
     return Request(
         model=model,
         prompts=prompts,
@@ -192,14 +218,16 @@ def request_of(
         width=width,
         height=height,
         seed=seed,
-        sampler=sampler_of(steps, host.schedule_of(model)),
+        sampler=sampler,
         cache=cache,
         fps=settings.family.fps,
         decoder=decoder,
         path=path,
         metadata=_metadata(node.hidden),
         start_latents=_latents(start_latent, format, cache),
-        snapshot=state.snapshot if state else None,
+        snapshot=snapshot,
+        source=source and source.placed(snapshot),
+        control=control,
         previous=previous_video(state.snapshot) if join and state and decoder else None,
         reuse_bytes=reuse_memory << 20,
         node_id=host.unique_id(node),
@@ -236,13 +264,16 @@ def produce(request: Request, keep_state: str, result: RunResult, make: Make) ->
 def _with_memory(request: Request, keep_state: str, result: RunResult, make: Make) -> Any:
     base = host.student_of(request.model)
     size = latent_size(request.height, request.width, base.diffusion_model.config.patch_size)
-    memory = base.stream_memory(1, size, request.cache, request.sampler)
+    further = host.control_layers(request.model)
+    memory = base.stream_memory(1, size, request.cache, request.sampler, further)
     others = []
     if request.decoder is not None:
         others = [request.decoder.vae.patcher]
         chunk = request.cache.chunk_frames
         if request.decoder.device == request.model.load_device:
             memory += request.decoder.decode_bytes(request.height, request.width, chunk)
+            streams = (request.source is not None) + ENCODINGS * (request.control is not None)
+            memory += streams * request.decoder.encode_bytes(request.height, request.width)
     about = (
         f"a stream of {request.width}x{request.height} takes about {memory / 2**30:.1f} GiB beside "
         "the weights"
@@ -296,6 +327,10 @@ def outputs(
         source = {"model": host.settings_of(request.model).name, "seed": request.seed}
         if result.path is not None:
             snapshot = with_video(snapshot, result.path, result.run, result.num_images)
+        if request.source is not None:
+            snapshot = request.source.noted(snapshot, result.place)
+        if request.control is not None:
+            snapshot = request.control.noted(snapshot, result.control_place)
         state = State(snapshot=snapshot, source=source)
 
     def block(why: str) -> Any:
@@ -382,6 +417,40 @@ def _one_start(image: Any, latent: Any, state: Any) -> None:
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} are connected; a video begins in one way only")
+
+
+def _check_source(source: Clip, decoder: Any, sampler: SamplerConfig) -> None:
+    if decoder is None:
+        raise ValueError("a source needs a VAE: connect one to the vae input, or disconnect source")
+    if sampler.rolling:
+        raise ValueError(f"a source is connected, and {NO_GUIDES}, or disconnect source")
+
+
+def _check_control(
+    control: ControlInput, model: Any, decoder: Any, sampler: SamplerConfig, cache: CacheConfig
+) -> None:
+    if host.control_of(model) is None:
+        raise ValueError(
+            "control is connected, and the model has no network that follows it: put Load RF "
+            "Control between the model's loader and this node"
+        )
+    if decoder is None:
+        raise ValueError("a control needs a VAE: connect one to the vae input")
+    if sampler.rolling:
+        raise ValueError(f"control is connected, and {NO_CONTROL}")
+    if (number := control.num_references) > cache.sink_frames:
+        raise ValueError(
+            f"reference has {number} pictures, and they lie in the sink, which has "
+            f"{cache.sink_frames} frames; connect fewer, or raise sink_frames of EMA-Sink Config"
+        )
+
+
+def control_notes(request: Request, model: Any) -> list[str]:
+    """What is to be known of a control, or of its network that has none, a line each."""
+    if request.control is not None:
+        return request.control.notes(request.snapshot, request.fps)
+    unused = host.control_of(model) is not None
+    return ["ignored: the network of Load RF Control, as control is not connected"] * unused
 
 
 def _cache(sink: CacheConfig | None, state: State | None, settings: host.Settings) -> CacheConfig:

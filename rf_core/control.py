@@ -8,8 +8,9 @@ streams of their own, so that any cut gives the bits of the whole and memory is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,15 @@ from torch import Tensor
 
 from .config import FPS, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from .decoders.decoder import DecoderState
+from .ranges import STRONGEST_CONTROL
+from .source import ChunkEncoder, ImageReader
+from .vace import Control
 
 if TYPE_CHECKING:
-    from .source import ChunkEncoder, ImageReader
+    from .stream import Stream
 
+ENCODINGS = 2
+"""Streams of images that are encoded of a control video: what is kept of it, and what is not."""
 GREY = 0.5
 """What stands for no picture, in [0, 1]: 0 in the encoder's range."""
 MASK_CHANNELS = SPATIAL_FACTOR**2
@@ -76,7 +82,12 @@ def reference_context(images: Tensor, encoder: ChunkEncoder) -> Tensor:
 
 
 def fitted_reference(image: Tensor, height: int, width: int) -> Tensor:
-    """A picture [3, H, W] in [0, 1], scaled to lie within [3, height, width], white beside it."""
+    """A picture [3, H, W] in [0, 1], scaled to lie within [3, height, width], white beside it.
+
+    What a fourth channel says is transparent becomes white as well.
+    """
+    image, alpha = image[:3], image[3:]
+    image = image * alpha + _PAPER * (1 - alpha) if len(alpha) else image
     scale = min(Fraction(height, image.shape[1]), Fraction(width, image.shape[2]))
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     if size != list(image.shape[1:]):
@@ -108,6 +119,10 @@ class ControlSource:
     prompt and the references alone. A chunk is controlled whose middle lies from `start` on and
     before `end`, in seconds of the video. Readers give images at the stream's size and rate and
     say what follows their end; where the one that stops first has ended, so has the control.
+    `references` are pictures [R, 3, H, W] that the video refers to from its beginning, or a cut, on
+    (`Stream.refer_to`). A stream that goes on in its midst begins at a `place`: an image of the
+    control, and the one that the decoder's stream began with. `facts` gives what a log says of it
+    all, as `Source.facts`.
     ValueError for a mask without a video and for an `end` that is not after the `start`.
     """
 
@@ -119,20 +134,61 @@ class ControlSource:
         *,
         height: int,
         width: int,
+        references: Tensor | None = None,
         start: float = 0.0,
         end: float | None = None,
         fps: int = FPS,
+        place: tuple[int, int] = (0, 0),
+        facts: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         check_times(start, end)
         if mask is not None and images is None:
             raise ValueError("a mask says which part of a control video is kept; give one with it")
-        self._encoder, self._size = encoder, (height, width)
-        self._step = encoder.temporal_factor
+        self._encoder, self._size, self._facts = encoder, (height, width), facts
+        self._references, self._place = references, place
+        self._referred: Tensor | None = None
+        self._step = encoder.source_images_of(1, first=False)
         self._readers = [each for each in (images, mask) if each is not None]
         self._from, self._until = start * fps, math.inf if end is None else end * fps
         self._encodings = _Encodings(encoder)
         self._image = self._since = self._read = 0
         self._continues = self._ended = False
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `Source.facts`."""
+        return self._facts()
+
+    def next(
+        self, stream: Stream, images: int, since: int = 0, *, strength: float = 1.0
+    ) -> Control | None:
+        """The control of a stream's next chunk; None for none.
+
+        The chunk begins with image number `images` after the place; `since` is as in `Source.seek`.
+        """
+        self.refer(stream, strength=strength)
+        begin, begun = self._place
+        image, since = begin + images, begin + since if since else begun
+        if image != self._image:
+            self.seek(image, since)
+        # A chunk that is made again is not always decoded: no past says nothing then.
+        first = stream.decodes_afresh and image == since
+        context = self.context(stream.next_frames, first=first)
+        return None if context is None else Control(context=context, strength=strength)
+
+    def refer(self, stream: Stream, *, strength: float = 1.0) -> None:
+        """Let a stream without a past refer to the pictures; before its first chunk, and anew after
+        a cut. Of one that has begun nothing is changed."""
+        if self._references is None or stream.state.cache.num_frames:
+            return
+        if self._referred is None:
+            self._referred = reference_context(self._references, self._encoder)
+        stream.refer_to(Control(context=self._referred, strength=strength))
+
+    @property
+    def since(self) -> int:
+        """The control's image that the decoder's stream of the last chunk began with."""
+        return self._since
 
     @torch.no_grad()
     def context(self, frames: int, *, first: bool) -> Tensor | None:
@@ -146,8 +202,12 @@ class ControlSource:
         if first:
             self._since, self._continues = begin, False
         active = self._from <= begin + count / 2 < self._until
-        context = None
-        if active and not self._ended and (self._continues or self._begin(begin, first)):
+        continues, self._continues, context = (
+            self._continues,
+            False,
+            None,
+        )  # one that fails does not
+        if active and not self._ended and (continues or self._begin(begin, first)):
             context = self._next(count)
         if self._ended and not begin:
             raise ValueError(
@@ -164,9 +224,14 @@ class ControlSource:
         self._continues = self._ended = False
 
     def close(self) -> None:
-        """Let go of what is read."""
+        """Let go of what is read; `next` reads it again."""
+        self._continues, self._read = False, -1
         for reader in self._readers:
             reader.close()
+
+    def attach(self, encoder: ChunkEncoder) -> None:
+        """Go on, to the bit, with another encoder of the same kind."""
+        self._encoder, self._continues = encoder, False
 
     def _begin(self, image: int, first: bool) -> bool:
         """Encode as many images before one as an encoder remembers; whether it has not ended."""
@@ -192,11 +257,12 @@ class ControlSource:
         """The context of the next so many images; None at the end."""
         taken = [reader.take(count) for reader in self._readers]
         self._read += count
-        if any(each is None for each in taken):
+        found = [each for each in taken if each is not None]
+        if len(found) < len(taken):
             self._ended = True
             return None
-        images = torch.full((count, 3, *self._size), GREY) if not taken else taken[0]
-        mask = taken[1].mean(dim=1, keepdim=True) if len(taken) > 1 else None
+        images, *masks = found or [torch.full((count, 3, *self._size), GREY)]
+        mask = masks[0].mean(dim=1, keepdim=True) if masks else None
         return self._encodings.context(images, mask)
 
 
@@ -213,7 +279,7 @@ class _Encodings:
         images = images.clamp(0, 1)
         mask = torch.ones_like(images[:, :1]) if mask is None else mask.clamp(0, 1)
         _require_numbers("the mask", mask)
-        step = self._encoder.temporal_factor
+        step = self._encoder.source_images_of(1, first=False)
         packed = packed_mask(mask, step if self._inactive.state else 1, step)
         inactive, reactive = parts_of(images, mask)
         latents = self._inactive.encode(inactive), self._reactive.encode(reactive)
@@ -233,7 +299,8 @@ class _Encoding:
     def encode(self, images: Tensor) -> Tensor:
         """Latents [1, C, F, h, w] of the next images [T, 3, H, W]."""
         before = images[:1] if self._last is None else self._last
-        still, step = bool((images == before).all()), self._encoder.temporal_factor
+        still = bool((images == before).all())
+        step = self._encoder.source_images_of(1, first=False)
         if still and self._still >= self._encoder.source_memory_images + step:
             return self._frame.expand(-1, -1, len(images) // step, -1, -1)
         if self.state is None:  # TAEHV's first frame is of as many images as the others
@@ -245,6 +312,14 @@ class _Encoding:
         return latents
 
 
+def check_control_strength(strength: float) -> None:
+    """ValueError for a strength that is no number from 0 to `STRONGEST_CONTROL`."""
+    if not 0 <= strength <= STRONGEST_CONTROL:
+        raise ValueError(
+            f"the control's strength is {strength}; give a number from 0 to {STRONGEST_CONTROL:g}"
+        )
+
+
 def check_times(start: float, end: float | None) -> None:
     """ValueError for times, in seconds, that nothing lies between."""
     if end is not None and not end > start:
@@ -254,5 +329,5 @@ def check_times(start: float, end: float | None) -> None:
 
 
 def _require_numbers(what: str, images: Tensor) -> None:
-    if not images.isfinite().all():
+    if images.isnan().any():
         raise ValueError(f"{what} holds values that are no numbers (NaN); give another")

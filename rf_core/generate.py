@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from . import source_input
 from .attention import attention_backend
 from .config import ModelConfig
+from .control import ControlSource
 from .decoders.decoder import Decoder, load_decoder
 from .decoders.handoff import Handoff
 from .fast.dispatch import Choice, choose_attention
@@ -25,10 +29,13 @@ from .memory.offload import stream_layers
 from .model import Network, WanModel
 from .options import Options, Plan, most_start_images
 from .pace import Pace, Progress
+from .source import ChunkEncoder, EncodedSource, Guides, Reader, Source
 from .stream import Chunk, Stream
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
+from .vace import ControlledModel, Vace
 from .video import RUN, VideoWriter, read_images, remux, to_uint8
 from .weights.checkpoint import load_student
+from .weights.vace import load_vace
 from .writing import WriteError
 
 _log = logging.getLogger(__name__)
@@ -66,6 +73,12 @@ def split_of(resolved: Plan, process: Process) -> Split:
     """How processes share a run out; ValueError where they cannot."""
     if resolved.options.start is not None:
         raise ValueError("several processes make a stream from noise alone; leave out --start")
+    if resolved.options.source is not None:
+        raise ValueError("several processes make a stream of its prompt alone; leave out --source")
+    if resolved.options.files.control is not None:
+        raise ValueError(
+            "several processes make a stream of its prompts alone; leave out --control-model"
+        )
     return Split.of(process, resolved.model, resolved.grid, resolved.cache)
 
 
@@ -110,14 +123,41 @@ def open_networks(resolved: Plan) -> tuple[Network, Decoder]:
         quantise_linears(model)
     if options.offload == "stream":
         stream_layers(model, "blocks", device)
+    network: WanModel | ControlledModel = model
+    if files.control is not None:
+        network = ControlledModel(model, _control_network(files.control, model, options))
     assert options.group_frames != "auto", "plan() resolves it"
     decoder = load_decoder(files.vae, device, dtype, options.group_frames)
     if options.compile:
         for block in model.blocks:
             block.compile()
     if not options.records_passes or (options.graphs == "auto" and options.offload == "stream"):
-        return model, decoder
-    return GraphedModel(model, must=options.graphs is True), decoder
+        return network, decoder
+    return GraphedModel(network, must=options.graphs is True), decoder
+
+
+def _control_network(path: Path, model: WanModel, options: Options) -> Vace:
+    """A VACE beside the student, where and as that is kept."""
+    streams, device = options.offload == "stream", options.device
+    place = "cpu" if streams else device
+    vace = load_vace(path, model.config, device=place, dtype=options.torch_dtype)
+    if options.weights == "fp8":
+        quantise_linears(vace)
+    if streams:
+        stream_layers(vace, "vace_blocks", device)
+    if options.compile:
+        for block in vace.vace_blocks:
+            block.compile()
+    return vace
+
+
+def open_control(resolved: Plan, encoder: ChunkEncoder | None) -> ControlSource | None:
+    """What controls a run's chunks, to be closed by the caller; None for nothing."""
+    control, size = resolved.options.control, {"height": resolved.height, "width": resolved.width}
+    if not control.given:
+        return None
+    assert encoder is not None, "a run has a decoder"
+    return control.open(encoder, **size, fps=resolved.family.fps)
 
 
 def open_stream(
@@ -145,14 +185,34 @@ def open_stream(
     return stream
 
 
+def open_reader(resolved: Plan) -> Reader | None:
+    """The images of a run's source; None without one. ValueError where there are none."""
+    if resolved.options.source is None:
+        return None
+    size = {"height": resolved.height, "width": resolved.width, "fps": resolved.family.fps}
+    return source_input.open_reader(resolved.options.source, **size)
+
+
+def open_source(
+    resolved: Plan, decoder: Decoder | None, reader: Reader | None = None
+) -> EncodedSource | None:
+    """A run's source around what `open_reader` has opened, or opens; None without one."""
+    options, reader = resolved.options.source, reader or open_reader(resolved)
+    if options is None or reader is None:
+        return None
+    assert decoder is not None, "a process that follows has no source"
+    return EncodedSource(reader, decoder, options.facts)
+
+
 def generate(
     resolved: Plan,
     stream: Stream,
     embeds: dict[str, Tensor],
     report: Callable[[Progress], None] = lambda progress: None,
     stopped: Callable[[], bool] = lambda: False,
+    reader: Reader | None = None,
 ) -> int | None:
-    """Make the video; None once it is finished.
+    """Make the video; None once it is finished. `reader` is what `open_reader` has opened.
 
     Where `stopped` ended it early, within one pass of the network, how many chunks lead to the
     snapshot it can go on from; 0 without one. However it ends, the file is closed and plays.
@@ -165,12 +225,12 @@ def generate(
             raise Stopped
 
     writer, finished = _open_writer(resolved, begun), False
-    saver = _Saver(resolved, begun, writer)
+    saver, source = _Saver(resolved, begun, writer), open_source(resolved, stream.decoder, reader)
     try:
-        with writer, _handoff(resolved, stream, writer) as handoff:
+        with writer, source or nullcontext(), _handoff(resolved, stream, writer) as handoff:
             written = writer.num_images
             try:
-                for chunk in _chunks(resolved, stream, embeds, pace, on_pass):
+                for chunk in _chunks(resolved, stream, embeds, pace, on_pass, source):
                     images = _hand_on(chunk, stream, writer, handoff)
                     done, written = chunk.index + 1, written + images
                     given = stream.state.num_chunks > done  # of a start clip, all is there at once
@@ -253,8 +313,26 @@ def _chunks(
     embeds: dict[str, Tensor],
     pace: Pace,
     on_pass: Callable[[str, int], None],
+    source: Source | None = None,
 ) -> Iterator[Chunk]:
-    state = stream.state
+    control = open_control(resolved, stream.decoder)
+    with closing(control) if control else nullcontext():
+        yield from _steered_chunks(resolved, stream, embeds, pace, on_pass, source, control)
+
+
+def _steered_chunks(
+    resolved: Plan,
+    stream: Stream,
+    embeds: dict[str, Tensor],
+    pace: Pace,
+    on_pass: Callable[[str, int], None],
+    source: Source | None,
+    control: ControlSource | None,
+) -> Iterator[Chunk]:
+    state, clock = stream.state, resolved.clock
+    guided, strength = _guided(resolved, source), resolved.options.control.strength
+    if control is not None:
+        control.refer(stream, strength=strength)
     if resolved.options.start is not None and not state.num_chunks:
         yield from stream.start_from_images(start_images(resolved))
     switches = {prompt.chunk: prompt for prompt in resolved.prompts if prompt.chunk}
@@ -263,9 +341,27 @@ def _chunks(
         if index in switches and not state.chunk_open:
             stream.switch(embeds[switches[index].text], switches[index].switch)
         pace.network_begins()
-        latents = stream.generate(on_pass)
+        place = clock.images_before(index), clock.begun_with(index)
+        given = guided(stream, *place)
+        if control is not None:
+            given["control"] = control.next(stream, *place, strength=strength)
+        latents = stream.generate(on_pass, **given)
         pace.network_ends()
         yield Chunk(index=index, latents=latents, images=None)
+
+
+def _guided(resolved: Plan, source: Source | None) -> Callable[[Stream, int, int], dict[str, Any]]:
+    """What `Stream.generate` takes of a source for the chunk that begins with an image."""
+    options = resolved.options.source
+    if source is None or options is None:
+        return lambda stream, images, since: {}
+    guides, strength = Guides(source, options.motion_strength), options.strength
+
+    def guided(stream: Stream, images: int, since: int) -> dict[str, Any]:
+        guide = guides.next(stream, images, since)
+        return {"guide": guide, "strength": guides.strength(strength)}
+
+    return guided
 
 
 def _open_writer(resolved: Plan, chunks: int) -> VideoWriter:

@@ -16,7 +16,9 @@ import torch
 
 from .attention import check_device
 from .companions import OPTIONS, TEXT_ENCODER, VAE, belongs_with, check_vae
-from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, recorded
+from .config import CacheConfig, Grid, ModelConfig, SamplerConfig, VaceConfig, recorded
+from .control import ENCODINGS
+from .control_inputs import ControlInputs
 from .devices import preferred_dtype
 from .families import AUTO, Family
 from .memory.footprint import Sizes
@@ -24,14 +26,18 @@ from .memory.placement import decoder_config, free_bytes, text_sizes
 from .memory.plan import Fit, OffloadMode, fit
 from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
 from .ranges import LARGEST_SIDE, MANY, check_numbers, check_writable
+from .source_input import SourceOptions
 from .state import Snapshot
-from .stream import latent_size
+from .stream import NO_GUIDES, latent_size
 from .video import RUN, VideoFormat, check_images, count_images, read_metadata
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
 from .weights.recognise import Told
+from .weights.vace import fit_vace, read_vace
 
 DEMO = Path(__file__).parent / "demo"
+DEMO_CONTROL = DEMO / "control.safetensors"
+"""The bundled control network, for the bundled student."""
 SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA = 20, 400
 """Chunks between snapshots; on a card one of 480x832 is 4.5 GB, which the network waits for."""
 
@@ -56,12 +62,14 @@ class Files:
     """Folder or hub id of its tokenizer, where the encoder comes without one."""
     loras: tuple[Lora, ...] = ()
     """Adapters merged into the student."""
+    control: Path | None = None
+    """A VACE for the student, which follows `Options.control`."""
 
     def named(self) -> dict[str, Any]:
         """Names alone, for the record kept in videos and snapshots."""
         loras = [f"{lora.path.name}:{lora.strength:g}" for lora in self.loras]
         names = {"model": self.model.name, "submodel": self.submodel, "vae": self.vae.name}
-        return {**names, "loras": loras}
+        return {**names, "loras": loras, "control_model": self.control and self.control.name}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,10 @@ class Options:
     """Fields of SamplerConfig in place of the checkpoint's."""
     start: Path | None = None
     """A picture or clip to begin with; of a clip the last images, as many as the window holds."""
+    source: SourceOptions | None = None
+    """What the chunks are guided by; see `Stream.generate`."""
+    control: ControlInputs = field(default_factory=ControlInputs)
+    """What controls it beside its prompts."""
     device: str = "cpu"
     dtype: torch.dtype | Literal["auto"] = torch.float32
     """What networks compute in; `auto`: what suits them and the device, or what was begun with."""
@@ -166,8 +178,12 @@ class Plan:
     """What was chosen to suit the memory; None where all was given."""
     clip_chunks: int = 0
     """Chunks that `start` gives."""
+    source_images: int | None = None
+    """Images that the source has, where it stops and the file tells."""
     told: Told
     """Whose student the model is, and how that is known."""
+    vace: VaceConfig | None = None
+    """The control network's; None without one."""
 
     @property
     def family(self) -> Family:
@@ -219,6 +235,8 @@ class Plan:
             "weights": options.weights,
             "crf": options.crf,
             "start": options.start and options.start.name,
+            "source": options.source and options.source.record(),
+            "control": options.control.record(),
             "prompts": [[p.chunk, str(p.switch), p.text] for p in self.prompts],
         }
 
@@ -231,6 +249,11 @@ class Plan:
 def model_path(name: str) -> Path:
     """The student that a command line names: `demo` is the bundled one, all else a path."""
     return Files().model if name == "demo" else Path(name)
+
+
+def control_path(name: str) -> Path:
+    """The control network that a command line names: `demo` is the bundled one."""
+    return DEMO_CONTROL if name == "demo" else Path(name)
 
 
 def files_of_model(
@@ -271,18 +294,34 @@ def plan(options: Options) -> Plan:
         files.model, submodel=files.submodel, num_heads=files.num_heads, family=files.family
     )
     check_vae(files.model, checkpoint.companions, files.vae)
+    vace = None
+    if files.control is not None:
+        vace = fit_vace(read_vace(files.control), checkpoint.config)
     cache = replace(checkpoint.cache or checkpoint.preset.cache, **options.cache)
     sampler = replace(checkpoint.sampler or checkpoint.preset.sampler, **options.sampler)
     native, fps = checkpoint.size, checkpoint.preset.fps
     height = native[0] if options.height is None else options.height
     width = native[1] if options.width is None else options.width
     latent_size(height, width, checkpoint.config.patch_size)
+    if options.control.given and sampler.rolling:
+        raise ValueError(
+            "a rolling sampler takes no control, for it begins chunks before their control is "
+            "there; use a student that makes one chunk at a time"
+        )
+    if (number := len(options.control.references)) > cache.sink_frames:
+        raise ValueError(
+            f"{number} pictures are given as --reference, and they lie in the sink, which has "
+            f"{cache.sink_frames} frames; give fewer, or a larger --sink"
+        )
     VideoFormat(width=width, height=height, crf=options.crf)
     clip_chunks = 0 if options.start is None else _clip_chunks(options.start, cache)
     clock = ChunkClock.of(cache, clip_chunks=clip_chunks, fps=fps)
+    source_images = _source_images(options, sampler, fps)
     total = None if options.chunks is None else clock.num_chunks(options.chunks, "c")
     if options.seconds is not None:
         total = options.timeline.num_chunks(options.seconds, "s", clock)
+    elif total is None and source_images is not None:
+        total = _guided_chunks(options, source_images, clock)
     if options.compile and cache.storage == "int8":
         raise ValueError("an int8 cache is not compiled; leave out --compile or --cache int8")
     snapshot = _snapshot_of(options)
@@ -302,7 +341,9 @@ def plan(options: Options) -> Plan:
         choice=checkpoint.choice,
         run=uuid4().hex if snapshot is None else snapshot.facts.get(RUN),
         clip_chunks=clip_chunks,
+        source_images=source_images,
         told=checkpoint.told,
+        vace=vace,
     )
     _check_resume(resolved, made)
     return _placed(resolved)
@@ -319,6 +360,34 @@ def _clip_chunks(start: Path, cache: CacheConfig) -> int:
     # As `stream.start_clip` takes them: whole chunks, or one of a single picture.
     images = count_images(start, most_start_images(cache))
     return max(1, ChunkClock.of(cache).chunk_at_image(images))
+
+
+def _source_images(options: Options, sampler: SamplerConfig, fps: int) -> int | None:
+    source = options.source
+    if source is None:
+        return None
+    if sampler.rolling:
+        raise ValueError(NO_GUIDES)
+    if options.resume and not source.is_file:
+        raise ValueError(
+            f"the source {source.name} cannot be read again, so what it guided is not gone on "
+            "with; leave out --resume"
+        )
+    source.check()
+    return source.length(fps)
+
+
+def _guided_chunks(options: Options, images: int, clock: ChunkClock) -> int:
+    """How many chunks a source of so many images fills."""
+    cuts = [each.chunk for each in options.timeline.resolve(clock) if each.switch.mode == "cut"]
+    chunks = clock.with_cuts(*cuts).chunk_at_image(images)
+    if chunks <= clock.clip_chunks:
+        first = clock.images_before(clock.clip_chunks + 1)
+        raise ValueError(
+            f"the source has {images} images at {clock.fps} a second, and {first} are needed for "
+            "its first chunk; give a longer one, or --source-end hold or loop"
+        )
+    return chunks
 
 
 def _sizes_of(resolved: Plan) -> Sizes:
@@ -338,6 +407,8 @@ def _sizes_of(resolved: Plan) -> Sizes:
         text=text_sizes(options.files.text_encoder),
         keeps_text=options.keeps_text,
         graphs=options.records_passes,
+        encodes=int(options.source is not None) + ENCODINGS * options.control.given,
+        vace=resolved.vace,
     )
 
 
@@ -374,6 +445,7 @@ def _check_values(options: Options) -> None:
     )
     check_numbers(options.files, num_heads=(1, MANY))
     check_device(options.device, options.dtype, options.attention)
+    options.control.check_model(options.files.control)
     if options.compile and options.graphs is True:
         raise ValueError("compiled blocks are not recorded; leave out --compile or --graphs on")
     if "stream" in (options.offload, options.text_offload) and "cuda" not in options.device:
@@ -405,6 +477,9 @@ def _check_files(options: Options) -> None:
     for what, path in (wanted | {"text encoder": encoder} if local else wanted).items():
         if not path.exists():
             raise ValueError(f"there is no {what} at {path}; check the path")
+    options.control.check_files()
+    if (control := options.files.control) is not None and not control.exists():
+        raise ValueError(f"there is no control model at {control}; check the path")
     for lora in options.files.loras:
         if not lora.path.exists():
             raise ValueError(f"there is no LoRA at {lora.path}; check the path")
@@ -452,6 +527,8 @@ def _check_resume(resolved: Plan, made: dict[str, Any] | None) -> None:
     if not options.resume or not (snapshot or options.output.exists()):
         return
     done, fixed = 0, 1
+    if made is not None:  # before there was control, there was none
+        made = {"control": None, "control_model": None} | made
     if snapshot is not None:
         done = snapshot.facts["num_chunks"]
         fixed = done + snapshot.facts["chunk_open"]  # chunks whose prompts cannot change

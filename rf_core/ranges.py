@@ -16,6 +16,8 @@ LARGEST_WINDOW = 1024
 LARGEST_WIDTH, MAX_LAYERS, LONGEST_TEXT, MAX_STEPS = 2**17, 1000, 4096, 1000
 """Channels, blocks, a prompt's tokens and a schedule's steps: far above any network's; what is
 above that in a file is damage, and would be allocated."""
+STRONGEST_CONTROL = 10.0
+"""A control's strength lies between 0 and this; 1 is as its network was trained."""
 LONGEST_TIMELINE = 300_000
 """Characters of a timeline's text: some 370 prompts of 800, which no model reads to the end."""
 MAX_LINES = 3000

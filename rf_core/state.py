@@ -112,6 +112,11 @@ class StreamState:
     """Chunks that are denoised together and not done, [B, C, F, h, w]; of a rolling sampler."""
     decoder: DecoderState | None = None
 
+    @property
+    def has_control(self) -> bool:
+        """Whether a chunk that is kept has a control."""
+        return self.first_control is not None or self.last_control is not None
+
     def cut(self) -> None:
         """Forget the video so far; the seed, the prompt and the count of chunks go on."""
         self.cache.reset()

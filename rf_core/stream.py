@@ -48,6 +48,7 @@ from .model import (
     TimeContext,
     pad_prompt,
 )
+from .past import append, framed, joined, kept_of, parted, split_at, with_control
 from .prompts import Switch
 from .recache import CleanPass, OnPart, begins_at, chunks_from_end, recache, rerun
 from .rolling import CleanContext, JointContext, check_rolling, roll
@@ -64,12 +65,14 @@ from .state import (
     snapshot_errors,
     unpack,
 )
-from .vace import Control, no_control
+from .vace import Control
 
 _log = logging.getLogger(__name__)
 DEFAULT_SWITCH = Switch()
-GUIDE_STRENGTH = 0.6
-"""Where none is named: noise at 0.88, and three of the four published passes."""
+GUIDE_STRENGTH = 0.4
+"""Where none is named: noise at 0.77, and two of the four published passes. Of those measured
+(docs/video_in.md) the highest that keeps the source's motion, where the prompt's look is whole;
+StreamDiffusionV2 has noise at 0.68 to 0.76 (arXiv 2511.07399, figure 8)."""
 NO_GUIDES = (
     "a rolling sampler takes no guide, for it begins chunks before their guides are there; use a "
     "student that makes one chunk at a time"
@@ -191,7 +194,8 @@ class Stream:
         arXiv 2108.01073; of a stream StreamDiffusionV2, arXiv 2511.07399). `strength` in [0, 1]
         says how far up the schedule they enter, by the formula of `entered_at`: 1 is text alone,
         to the bit; 0 is the guide itself, with no pass. The context holds what was made of it.
-        ValueError for a guide of another shape, a strength outside [0, 1], and a rolling sampler.
+        ValueError for a guide of another shape or with nan, a strength outside [0, 1], and a
+        rolling sampler.
 
         `control` structures the chunk by a VACE beside the network, with a strength of its own;
         guide and control go together. Without one, and at its strength 0, the chunk is the
@@ -251,6 +255,11 @@ class Stream:
         if self.sampler.rolling:
             raise ValueError(NO_GUIDES)
         self._require_chunk("the guide's latents", guide)
+        if not guide.isfinite().all():
+            raise ValueError(
+                "the guide's latents hold numbers that are not finite: the source's images do, or "
+                "its encoder's dtype is too narrow; encode in float32 or bfloat16"
+            )
         if strength == 1:
             return denoise
         guide = guide.to(self.device, torch.float32, copy=True)
@@ -390,7 +399,7 @@ class Stream:
     def _see(self, images: Tensor) -> None:
         """Keep of images [B, T, 3, H, W] what a rebuilt context's head is encoded of."""
         if self.cache_config.rebuild == "reencoded":
-            seen = _append(self.state.last_images, images, dim=1)
+            seen = append(self.state.last_images, images, dim=1)
             self.state.last_images = seen[:, -self.cache_config.rebuilt_images :].clone()
 
     @torch.no_grad()
@@ -667,16 +676,16 @@ class Stream:
     def _record(self, x0: Tensor, control: Control | None) -> None:
         """Keep a chunk's latents, and its control, for passes over the past."""
         state, config = self.state, self.cache_config
-        first, last = state.first_control, state.last_control
-        if self._keeps_control and not (control is None and first is None and last is None):
-            held = state.first_latents, state.last_latents
-            first, last = (
-                self._framed(None, latents) if kept is None and latents is not None else kept
-                for kept, latents in zip((first, last), held, strict=True)
-            )
-            new = self._framed(control, x0)
-            state.first_control, state.last_control = kept_of(first, last, new, config)
         held = state.first_latents, state.last_latents
+        if (channels := self._kept_channels) and (control or state.has_control):
+            first, last = (
+                framed(None, latents, channels) if kept is None and latents is not None else kept
+                for kept, latents in zip(
+                    (state.first_control, state.last_control), held, strict=True
+                )
+            )
+            new = framed(control, x0, channels)
+            state.first_control, state.last_control = kept_of(first, last, new, config)
         state.first_latents, state.last_latents = kept_of(*held, x0, config)
 
     @property
@@ -684,8 +693,8 @@ class Stream:
         """The latents that are kept of the beginning and of the end, their control behind them."""
         state = self.state
         return (
-            _with_control(state.first_latents, state.first_control),
-            _with_control(state.last_latents, state.last_control),
+            with_control(state.first_latents, state.first_control),
+            with_control(state.last_latents, state.last_control),
         )
 
     @torch.no_grad()
@@ -701,7 +710,7 @@ class Stream:
         if begin > cache.context_frames and state.half_recached is None:
             self._finish_clean_pass(on_pass)  # of a chunk that lies across
         frames = cache.num_frames + cache.evicted_frames - begin
-        if (past := _joined(*self._kept, frames)) is not None:
+        if (past := joined(*self._kept, frames)) is not None:
             on_pass("clean", 0)
             state.half_recached = prompt_embeds
             cache.undo_eviction()  # a stop in what follows leaves all of it to be done again
@@ -715,10 +724,11 @@ class Stream:
         state, sink = self.state, self.cache_config.sink_frames
         held = sum(each.shape[2] for each in self._kept if each is not None)
         state.reference_frames = max(0, state.reference_frames - (held - past.shape[2]))
-        first = past[:, :, :sink] if sink else None
-        last = past[:, :, sink:] if past.shape[2] > sink else None
-        state.first_latents, state.first_control = self._parted(first)
-        state.last_latents, state.last_control = self._parted(last)
+        latents, control = parted(past, self.model.config.in_dim)
+        state.first_latents, state.last_latents = split_at(latents, sink)
+        state.first_control = state.last_control = None
+        if control is not None:
+            state.first_control, state.last_control = split_at(control, sink)
 
     @torch.no_grad()
     def _rebuild(self, counts: Sequence[int]) -> None:
@@ -735,7 +745,7 @@ class Stream:
             first, again = None, num_frames - config.sink_frames
         # Of a window that has not moved the chunks themselves, which the sink may have cut in two.
         state.cache.gone_frames = gone
-        if (latents := _joined(first, last, again)) is not None:
+        if (latents := joined(first, last, again)) is not None:
             rerun(state.cache, chunks_from_end(latents, config.chunk_frames), clean_pass)
 
     @torch.no_grad()
@@ -744,7 +754,7 @@ class Stream:
         head, recent = self._head(), self.cache_config.rebuilt_frames - 1
         if head is None:  # nothing was made
             return
-        last = _joined(None, self._kept[1], recent)
+        last = joined(None, self._kept[1], recent)
         context = head if last is None else torch.cat([head, last], dim=2)
         self.state.cache.truncate(0)
         parts = context.split(self.cache_config.chunk_frames, dim=2)
@@ -758,8 +768,8 @@ class Stream:
             return first
         assert self.decoder is not None and self.state.last_images is not None
         head = self.decoder.encode(self.state.last_images[:, :1])
-        recent = _joined(None, self.state.last_control, self.cache_config.rebuilt_frames)
-        return _with_control(head, None if recent is None else recent[:, :, :1])
+        recent = joined(None, self.state.last_control, self.cache_config.rebuilt_frames)
+        return with_control(head, None if recent is None else recent[:, :, :1])
 
     @property
     def _can_encode(self) -> bool:
@@ -809,12 +819,11 @@ class Stream:
         at = self.sampler.clean_timestep
 
         def clean_pass(past: Tensor) -> None:
-            latents, framed = self._parted(past)
+            latents, control = parted(past, self.model.config.in_dim)
             tokens = None
-            if framed is not None and self._controlled is not None:
-                context, strength_F = framed[:, :-1], framed[0, -1, :, 0, 0]
+            if control is not None and self._controlled is not None:
+                context, strength_F = control[:, :-1], control[0, -1, :, 0, 0]
                 tokens = self._controlled.embed_control(context, strength_F, self.dtype)
-            assert latents is not None
             self._clean_pass(latents, prompt_embeds, at, tokens)
 
         return clean_pass
@@ -847,10 +856,11 @@ class Stream:
         return None if self.model.control is None else cast(ControlledNetwork, self.model)
 
     @property
-    def _keeps_control(self) -> bool:
-        """Whether clean passes see a chunk's control."""
-        config = self.model.control
-        return config is not None and (config.past or config.clean)
+    def _kept_channels(self) -> int:
+        """Of a control's context that is kept for clean passes, 0 where they see none."""
+        if (network := self._controlled) is None or network.control is None:
+            return 0
+        return network.control_channels if network.control.past or network.control.clean else 0
 
     def _control_facts(self) -> dict[str, Any] | None:
         """What a cache depends on of the control's network; None for nothing."""
@@ -883,21 +893,6 @@ class Stream:
         if found not in (wanted, [1, *wanted[1:]]):
             what = "references" if references else "the control"
             raise ValueError(f"{what} of shape {found} do not fit; {wanted} is needed")
-
-    def _framed(self, control: Control | None, latents: Tensor) -> Tensor:
-        """The control of such latents, with its strength behind it (`Control.framed`)."""
-        assert self._controlled is not None
-        if control is None:
-            context = no_control(latents, self._controlled.control_channels)
-            control = Control(context=context, strength=0.0)
-        return control.framed().to(self.device).expand(self.batch, -1, -1, -1, -1)
-
-    def _parted(self, past: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Latents, and the control behind them."""
-        channels = self.model.config.in_dim
-        if past is None or past.shape[1] == channels:
-            return past, None
-        return past[:, :channels], past[:, channels:]
 
     def _timesteps(self) -> list[float]:
         """Those of the next chunk that is generated."""
@@ -1100,39 +1095,6 @@ def start_clip(images: Tensor, decoder: Decoder, cache: CacheConfig) -> Tensor:
 def start_latents(images: Tensor, decoder: Decoder, cache: CacheConfig) -> Tensor:
     """Clean latents [B, C, F, h, w] of what `start_clip` takes of images: F is whole chunks."""
     return decoder.encode(start_clip(images, decoder, cache))
-
-
-def _append(old: Tensor | None, new: Tensor, dim: int = 2) -> Tensor:
-    return new.clone() if old is None else torch.cat([old, new], dim=dim)
-
-
-def _joined(first: Tensor | None, last: Tensor | None, frames: int) -> Tensor | None:
-    """The last so many latent frames of one after the other; None for no frame."""
-    held = [each for each in (first, last) if each is not None]
-    return torch.cat(held, dim=2)[:, :, -frames:] if held and frames > 0 else None
-
-
-def kept_of(
-    first: Tensor | None, last: Tensor | None, new: Tensor, config: CacheConfig
-) -> tuple[Tensor | None, Tensor | None]:
-    """What is kept of a stream's beginning and of its end once a chunk was made.
-
-    Of its latents, or whatever else is by frames [B, C, F, h, w].
-    """
-    held = 0 if first is None else first.shape[2]
-    to_first = min(config.kept_first - held, new.shape[2])
-    if to_first:
-        first = _append(first, new[:, :, :to_first])
-    if to_first < new.shape[2]:
-        last = _append(last, new[:, :, to_first:])[:, :, -config.kept_last :]
-    return first, last
-
-
-def _with_control(latents: Tensor | None, control: Tensor | None) -> Tensor | None:
-    """Latents with their control behind them, where both are there."""
-    if latents is None or control is None:
-        return latents
-    return torch.cat([latents, control], dim=1)
 
 
 def split_chunks(latents: Tensor, cache: CacheConfig) -> list[Tensor]:

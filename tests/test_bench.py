@@ -31,6 +31,7 @@ from rf_core.measure.bench import (
     network_streamed_fps,
     switch_costs,
 )
+from rf_core.measure.control import FORMS
 from rf_core.measure.families import passes_of
 from rf_core.measure.machine import format_machine, machine
 from rf_core.measure.workload import WorkloadOptions, load_workload, prompt_tokens, randomise
@@ -82,6 +83,20 @@ def test_families_are_measured_in_turn_beside_their_counted_work(capsys):
     assert passes["krea"] == "3 5 5 + 1 3 6"
     assert passes["rolling_forcing"] == "3 5 1 + 1 15 21"
     assert rows["reward_forcing"][7] == "1.00"
+
+
+def test_a_control_is_measured_in_turn_with_the_student_alone(tmp_path, capsys):
+    small = ["--width", "16", "--height", "16", "--graphs", "off", "--device", "cpu"]
+    arguments = ["bench", "--control", "--chunks", "1", "--rounds", "1", *small]
+    assert main([*arguments, "--json", str(tmp_path / "c.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-len(FORMS) :]] == list(FORMS)
+    found = json.loads((tmp_path / "c.json").read_text())
+    cache = {row["control"]: row["cache_bytes"] for row in found["control"]}
+    assert cache["none"] == cache["chunk"] and cache["past"] > cache["none"]
+    assert main(["bench", "--control", "--families", *small]) == 1
+    assert main(["bench", "--control", "--family", "rolling_forcing", *small]) == 1
+    assert "takes no control" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", FAMILIES)

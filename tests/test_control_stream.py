@@ -16,6 +16,7 @@ from torch import Tensor
 from rf_core.config import ControlConfig
 from rf_core.families import FAMILIES
 from rf_core.fast.graphs import GraphedModel, TraceCapture
+from rf_core.fast.parallel import SequenceParallelModel, Split
 from rf_core.fast.quantise import quantise_linears
 from rf_core.memory.offload import stream_layers
 from rf_core.model import ControlTokens
@@ -291,7 +292,8 @@ class Traced(TraceCapture):
     patience = 0
 
 
-@of_every_form
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3]], ids=["past and clean", "neither"])
 def test_recorded_passes_make_the_same_video(form):
     graphed = GraphedModel(controlled(form), Traced())
     for strength in (1.0, 0.3):  # the second by passes that the first has recorded
@@ -357,6 +359,12 @@ def test_a_control_that_does_not_fit_is_refused_before_anything_is_done():
     assert torch.equal(
         plain(stream_of(**options), 4), plain(stream_of(tiny.model(DEEP), **options), 4)
     )
+
+
+def test_several_processes_do_without_a_control():
+    split = Split(rank=0, world_size=2, axis=-2, run=3)
+    with pytest.raises(ValueError, match="runs in one process"):
+        SequenceParallelModel(controlled(), split)
 
 
 def test_a_snapshot_of_another_control_is_refused_by_name():

@@ -39,9 +39,12 @@ MODEL = ModelConfig(
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """A folder with a tiny student, VAE and text encoder of random weights."""
+    return write_weights(tmp_path_factory.mktemp("weights"))
+
+
+def write_weights(folder: Path) -> Path:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    folder = tmp_path_factory.mktemp("weights")
     student = tiny.model(MODEL)
     write_checkpoint(
         folder / "student.safetensors",
@@ -311,10 +314,10 @@ def stop_here(monkeypatch, weights, output, number, chunks, *more) -> int:
     """The same in this process, where what is tested is what comes after: quicker to start."""
     make = Stream.generate
 
-    def stopping(stream, *given):
+    def stopping(stream, *given, **named):
         if stream.state.num_chunks == chunks:
             signal.raise_signal(number)
-        return make(stream, *given)
+        return make(stream, *given, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(Stream, "generate", stopping)

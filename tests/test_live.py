@@ -95,7 +95,8 @@ class Loras:
     """Weights that a strength is added to, and taken from, without a rest."""
 
     def __init__(self, stream: Stream) -> None:
-        self.weight = stream.model.blocks[0].ffn[0].weight
+        network = getattr(stream.model, "network", stream.model)  # of one that is controlled
+        self.weight = network.blocks[0].ffn[0].weight
         self.before = self.weight.clone()
 
     def __call__(self, name: str, strength: float) -> None:

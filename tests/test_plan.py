@@ -14,7 +14,16 @@ import torch
 
 from rf_core import options as options_module
 from rf_core.__main__ import main
-from rf_core.config import WAN_1_3B, WAN_14B, CacheConfig, Grid, ModelConfig, SamplerConfig
+from rf_core.config import (
+    WAN_1_3B,
+    WAN_14B,
+    CacheConfig,
+    ControlConfig,
+    Grid,
+    ModelConfig,
+    SamplerConfig,
+    VaceConfig,
+)
 from rf_core.decoders.codec import put_channels_last
 from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
 from rf_core.decoders.handoff import Handoff
@@ -40,6 +49,7 @@ from rf_core.model import WanModel
 from rf_core.options import Files, Options
 from rf_core.prompts import parse_timeline
 from rf_core.stream import Stream
+from rf_core.vace import Control, ControlledModel, Vace
 from rf_core.weights.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -86,7 +96,31 @@ SIZES = {
         dtype=torch.bfloat16,
         device="cpu",
     ),
+    "control": lambda: Sizes(
+        model=MIDDLE,
+        height=96,
+        width=160,
+        vace=VaceConfig(layers=(0, 1, 3)),
+        dtype=torch.float32,
+        device="cpu",
+    ),
+    "control of a chunk alone": lambda: Sizes(
+        model=MIDDLE,
+        height=96,
+        width=160,
+        vace=VaceConfig(layers=(0,)),
+        control=ControlConfig(past=False, clean=False),
+        dtype=torch.float32,
+        device="cpu",
+    ),
 }
+
+
+def control_of(sizes: Sizes, stream: Stream) -> Control | None:
+    if sizes.vace is None:
+        return None
+    shape = sizes.batch, sizes.vace.in_channels, stream.next_frames, *stream.latent_size
+    return Control(context=torch.zeros(shape, device=stream.device))
 
 
 def taken(sizes: Sizes, group_frames: int, device: str = "cpu", chunks: int | None = None) -> None:
@@ -94,7 +128,10 @@ def taken(sizes: Sizes, group_frames: int, device: str = "cpu", chunks: int | No
     still there."""
     chunks = chunks or sizes.cache.window_frames // sizes.cache.chunk_frames + 2
     place = {"device": device, "dtype": sizes.dtype}
-    model = WanModel(sizes.model, **place).requires_grad_(False)
+    model = WanModel(sizes.model, **place)
+    if sizes.vace is not None:
+        model = ControlledModel(model, Vace(sizes.model, sizes.vace, **place), sizes.control)
+    model.requires_grad_(False)
     decoder = None
     if isinstance(sizes.decoder, VAEConfig):
         decoder = WanDecoder(WanVAE(sizes.decoder, **place).requires_grad_(False), group_frames)
@@ -123,7 +160,7 @@ def taken(sizes: Sizes, group_frames: int, device: str = "cpu", chunks: int | No
     for chunk in range(chunks):
         if chunk == full:  # all of the window is run again, and nothing has left it
             stream.switch(stream.state.prompt_embeds, "recache")
-        latents = stream.generate()
+        latents = stream.generate(control=control_of(sizes, stream))
         images = decode(latents)
     stream.switch(stream.state.prompt_embeds)
     del images
@@ -272,6 +309,20 @@ def test_two_layers_and_three_tell_of_any_depth():
     assert parts.student.total == straight["weights"]
     assert (parts.cache, parts.prompt) == (straight["cache"], straight["prompt"])
     assert parts.network == max(straight["chunks"], straight["switch"])
+
+
+def test_the_published_vace_s_parts_are_the_known_ones():
+    sizes = Sizes(model=WAN_1_3B, height=480, width=832, vace=VaceConfig())
+    plain, parts = footprint(replace(sizes, vace=None)), footprint(sizes)
+    network = Vace(WAN_1_3B, VaceConfig(), device="meta", dtype=torch.bfloat16)
+    assert parts.control.total == sum(each.nbytes for each in network.parameters())
+    assert parts.control.layers == 15 and parts.student == plain.student
+    assert parts.cache / plain.cache == pytest.approx(45 / 30)
+    alone = footprint(replace(sizes, control=ControlConfig(past=False)))
+    assert alone.cache == plain.cache
+    assert alone.prompt > plain.prompt
+    streamed = peak(parts, Placement(group_frames=3, offload="stream"))
+    assert streamed < peak(parts, Placement(group_frames=3)) - parts.control.total / 2
 
 
 def test_a_byte_a_weight_halves_the_linear_layers_alone():

@@ -17,7 +17,8 @@ from ..devices import make_current, preferred_dtype
 from ..families import AUTO
 from ..measure.baseline import BaselineOptions, compare, format_comparison
 from ..measure.bench import BenchOptions, bench, format_bench
-from ..measure.families import FamiliesOptions, compare_families, format_families
+from ..measure.control import compare_control, format_control
+from ..measure.families import RoundsOptions, compare_families, format_families
 from ..measure.profile import ProfileOptions, format_profile, profile
 from ..measure.verify import Backend, Comparison, verify_folder
 from ..measure.workload import DECODERS, RANDOM_SIZES, SIZES
@@ -26,6 +27,7 @@ from ..memory.placement import decoder_config, free_bytes, parse_bytes, text_siz
 from ..memory.plan import fit, format_plan
 from ..options import Files
 from ..ranges import MANY, check_numbers, check_writable
+from ..stream import NO_CONTROL
 from ..weights.checkpoint import read_checkpoint
 from ..writing import write_text
 from .shared import (
@@ -106,12 +108,17 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_bench(args: argparse.Namespace) -> int:
     """Measure time and memory a chunk, alone or against the published code."""
     _check_json(args)
-    if args.baseline is not None and args.families:
-        raise ValueError("both are races of their own; give one of --baseline and --families")
+    races = {"--baseline": args.baseline is not None, "--families": args.families}
+    if sum((races | {"--control": args.control}).values()) > 1:
+        raise ValueError(
+            "each is a race of its own; give one of --baseline and --families, or --control"
+        )
     if args.baseline is not None:
         return _run_baseline(args)
     if args.families:
         return _run_families(args)
+    if args.control:
+        return _run_control(args)
     fields = {**_chunks(args), **_workload_fields(args)}
     result = bench(BenchOptions(compile=args.compile, graphs=_graphs(args), **fields))
     print(format_bench(result))
@@ -139,9 +146,21 @@ def _run_families(args: argparse.Namespace) -> int:
             "cache"
         )
     fields = _workload_fields(args) | {"decoder": "none", "graphs": _graphs(args)}
-    race = FamiliesOptions(rounds=args.rounds, **_chunks(args), **fields)
+    race = RoundsOptions(rounds=args.rounds, **_chunks(args), **fields)
     result = compare_families(race)
     print(format_families(result))
+    _write_json(args.json, result)
+    return 0
+
+
+def _run_control(args: argparse.Namespace) -> int:
+    if args.compile or args.decoder not in (None, "none"):
+        raise ValueError("--control compares the network alone; leave out --compile and --decoder")
+    fields = _workload_fields(args) | {"decoder": "none", "graphs": _graphs(args)}
+    if fields["sampler"].rolling:
+        raise ValueError(f"--control streams a chunk at a time; {NO_CONTROL}")
+    result = compare_control(RoundsOptions(rounds=args.rounds, **_chunks(args), **fields))
+    print(format_control(result))
     _write_json(args.json, result)
     return 0
 
@@ -222,7 +241,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of `bench`."""
     parser.set_defaults(command=run_bench)
     add = parser.add_argument
-    in_turn = "12 a round with --baseline or --families"
+    in_turn = "12 a round with --baseline, --families or --control"
     add("--chunks", type=int, help=f"chunks to stream (default: 500; {in_turn})")
     add(
         "--graphs", choices=GRAPHS, default="auto", help="recorded passes (default: where possible)"
@@ -230,7 +249,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--baseline", type=Path, metavar="FOLDER", help="a checkout of the published code to race")
     add("--families", action="store_true", help="stream as each family does, in turn")
-    add("--rounds", type=int, default=3, help="rollouts with --baseline or --families")
+    add("--control", action="store_true", help="stream without and with a control, in turn")
+    add("--rounds", type=int, default=3, help="rollouts of what is run in turn")
     _add_workload(parser)
 
 

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..options import Files, Options, files_of_model, model_path
+from ..control_inputs import ControlInputs
+from ..options import Files, Options, control_path, files_of_model, model_path
 from ..prompt_files import text_lines
 from ..prompts import PromptTimeline, Switch, TimelineError, parse_timeline
+from ..source_input import SourceOptions
 from .shared import GRAPHS, cache_fields, dtype_of, sampler_fields
 
 
@@ -24,8 +26,12 @@ def batch_options(args: argparse.Namespace) -> Options:
     """Of the videos of a prompt file, into a folder."""
     if args.parallel is not None:
         raise ValueError("with --prompts each process makes its own videos; leave out --parallel")
+    if args.source is not None and not SourceOptions(place=args.source).is_file:
+        raise ValueError("videos of a prompt file are guided by a file; name one with --source")
     if args.prompt is not None or args.timeline is not None:
         raise ValueError("--prompts says what the videos show; leave out --prompt and --timeline")
+    if args.control_model is not None:
+        raise ValueError("a control is of one video; leave out --prompts, or --control-model")
     if args.output is None:
         raise ValueError("videos of a prompt file need a folder; give --output FOLDER")
     return run_options(args, PromptTimeline(), args.output)
@@ -45,6 +51,8 @@ def run_options(args: argparse.Namespace, timeline: PromptTimeline, output: Path
         cache=cache_fields(args),
         sampler=sampler_fields(args),
         start=args.start,
+        source=_source(args),
+        control=_control(args),
         device=args.device,
         dtype=dtype_of(args),
         attention=args.attention,
@@ -75,6 +83,46 @@ def _memory_fields(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _source(args: argparse.Namespace) -> SourceOptions | None:
+    if args.source is None:
+        why = "for --source"
+        leave_out(args, why, strength=None, motion_strength=None, source_end=None, source_fit=None)
+        return None
+    given = {
+        "strength": args.strength,
+        "motion_strength": args.motion_strength,
+        "at_end": args.source_end,
+        "fit": args.source_fit,
+    }
+    return SourceOptions(
+        place=args.source, **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+def _control(args: argparse.Namespace) -> ControlInputs:
+    control = ControlInputs(
+        video=args.control,
+        mask=args.control_mask,
+        references=tuple(args.reference),
+        **{
+            field: value
+            for field, name in _CONTROL.items()
+            if (value := getattr(args, name)) is not None
+        },
+    )
+    if not control.given:
+        leave_out(args, "for --control or --reference", **dict.fromkeys(_CONTROL.values()))
+    return control
+
+
+_CONTROL = {
+    "strength": "control_strength",
+    "start": "control_start",
+    "end": "control_end",
+    "at_end": "control_finish",
+}
+
+
 def _timeline(args: argparse.Namespace) -> PromptTimeline:
     if (args.prompt is None) == (args.timeline is None):
         raise ValueError("give either --prompt TEXT or --timeline FILE, or else --prompts FILE")
@@ -93,10 +141,12 @@ def _timeline(args: argparse.Namespace) -> PromptTimeline:
 
 def _files(args: argparse.Namespace) -> Files:
     model = model_path(args.model)
+    control = args.control_model and control_path(args.control_model)
     if model == Files().model:
         names = ("vae", "text_encoder", "tokenizer", "submodel", "num_heads", "family")
         given = {name: getattr(args, name) for name in names}
-        return Files(loras=tuple(args.lora), **{k: v for k, v in given.items() if v is not None})
+        known = {k: v for k, v in given.items() if v is not None}
+        return Files(loras=tuple(args.lora), control=control, **known)
     vae, text_encoder = files_of_model(model, args.vae, args.text_encoder, args.submodel)
     return Files(
         model=model,
@@ -107,6 +157,7 @@ def _files(args: argparse.Namespace) -> Files:
         text_encoder=text_encoder,
         tokenizer=args.tokenizer,
         loras=tuple(args.lora),
+        control=control,
     )
 
 

@@ -219,6 +219,11 @@ class SequenceParallelModel(WanModel):
     """
 
     def __init__(self, whole: WanModel, split: Split) -> None:
+        if not isinstance(whole, WanModel):
+            raise ValueError(
+                "a control network runs in one process: leave out the control, or start without "
+                "torchrun"
+            )
         adopt(self, whole)
         for block in self.blocks:
             block.self_attn = SequenceParallelAttention(block.self_attn, split)  # type: ignore[arg-type]

@@ -12,11 +12,12 @@ from ..fp8 import Fp8Linear
 from ..memory.offload import StreamedLayers
 from ..model import WanModel
 from ..operations import is_plain_linear
+from ..vace import Vace
 
 KINDS = ("fp8",)
 
 
-def quantise_linears(model: WanModel, kind: str = "fp8") -> None:
+def quantise_linears(model: WanModel | Vace, kind: str = "fp8") -> None:
     """Replace the linear layers of the network's blocks, in place, one after another.
 
     What is outside of them stays: embeddings of prompts and timesteps take no time worth saving,

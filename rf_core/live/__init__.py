@@ -19,6 +19,7 @@ from .buffers import (
 )
 from .commands import (
     Command,
+    ControlStrength,
     Cut,
     Decay,
     Drop,
@@ -49,6 +50,7 @@ __all__ = [
     "Branch",
     "Branched",
     "Command",
+    "ControlStrength",
     "Cut",
     "Decay",
     "Drop",

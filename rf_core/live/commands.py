@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from ..prompts import Switch
-from ..ranges import MANY
+from ..ranges import MANY, STRONGEST_CONTROL
 
 LONGEST_TEXT = 10_000
 """Characters of a prompt: more than any text encoder reads."""
@@ -84,6 +84,17 @@ class Strength(Command):
 
     def __post_init__(self) -> None:
         _check_number("strength", self.strength, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlStrength(Command):
+    """Another strength for the control, from the next chunk on; see `vace.Control`."""
+
+    do: ClassVar[str] = "control_strength"
+    strength: float
+
+    def __post_init__(self) -> None:
+        _check_number("strength", self.strength, 0, STRONGEST_CONTROL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +192,8 @@ class Stop(Command):
 KINDS: dict[str, type[Command]] = {
     kind.do: kind
     for kind in (
-        *(Prompt, Lora, Decay, Strength, Pause, Resume, Cut, Rewind, Schedule, Move, Drop, Stop),
+        *(Prompt, Lora, Decay, Strength, ControlStrength, Pause, Resume, Cut, Rewind),
+        *(Schedule, Move, Drop, Stop),
     )
 }
 

@@ -48,6 +48,8 @@ class StreamSettings:
     """Every LoRA's strength."""
     strength: float = GUIDE_STRENGTH
     """The source's, where there is one."""
+    control_strength: float = 1.0
+    """The control's, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

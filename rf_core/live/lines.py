@@ -19,6 +19,7 @@ from ..prompts import Switch
 from .buffers import Applied, Branched, Ended, Event, Happened, Received, Refused
 from .commands import (
     Command,
+    ControlStrength,
     Cut,
     Decay,
     Drop,
@@ -30,6 +31,7 @@ from .commands import (
     Rewind,
     Schedule,
     Stop,
+    Strength,
     switch_of,
 )
 
@@ -240,6 +242,16 @@ _VERBS = {
         "X",
         "what the sink keeps of itself, 0 to 1",
         lambda words, now: Decay(decay=_number("decay", words[0])),
+    ),
+    "strength": _of(
+        "X",
+        "how far the prompt goes from the source: 0 to 1",
+        lambda words, now: Strength(strength=_number("strength", words[0])),
+    ),
+    "control_strength": _of(
+        "X",
+        "how closely the control is followed: 0 to 10, 1 as trained",
+        lambda words, now: ControlStrength(strength=_number("strength", words[0])),
     ),
     "pause": _of("", "make no further chunk; commands are obeyed", lambda words, now: Pause()),
     "resume": _of("", "go on", lambda words, now: Resume()),

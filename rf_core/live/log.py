@@ -20,10 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from ..config import CacheConfig, SamplerConfig, recorded
+from ..control import ControlSource
 from ..ranges import MANY
 from ..source import Source
 from ..stream import Stream
-from .commands import Command, Decay, Lora, Prompt, Rewind, Strength, read_command
+from .commands import Command, ControlStrength, Decay, Lora, Prompt, Rewind, Strength, read_command
 from .history import Limits
 from .transition import MAIN, Action
 
@@ -43,6 +44,8 @@ class LogHeader:
     limits: Limits = field(default_factory=Limits)
     source: dict[str, Any] | None = None
     """What guides it, as its maker describes it, and the strength; see `Session`."""
+    control: dict[str, Any] | None = None
+    """The same of what controls it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +145,16 @@ def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
-def source_of(source: Source, strength: float) -> dict[str, Any]:
+def source_of(source: Source, strength: float, motion_strength: float = 0.0) -> dict[str, Any]:
     """What a header says of a source, and of the strength that it begins with."""
-    facts: dict[str, Any] = json.loads(json.dumps({**source.facts, "strength": strength}))
+    given = {"strength": strength, "motion_strength": motion_strength}
+    facts: dict[str, Any] = json.loads(json.dumps({**source.facts, **given}))
+    return facts
+
+
+def control_of(control: ControlSource, strength: float) -> dict[str, Any]:
+    """What a header says of a control, and of the strength that it begins with."""
+    facts: dict[str, Any] = json.loads(json.dumps({**control.facts, "strength": strength}))
     return facts
 
 
@@ -168,6 +178,7 @@ class LogWriter:
                 "limits": asdict(header.limits),
             }
             | ({} if header.source is None else {"source": header.source})
+            | ({} if header.control is None else {"control": header.control})
         )
 
     def write(self, entry: LogEntry) -> None:
@@ -271,12 +282,18 @@ def _header(facts: Any) -> LogHeader:
     if source is not None:
         _require(isinstance(source, dict), "its source is no object")
         Strength(strength=source["strength"])
+        Strength(strength=abs(source["motion_strength"]))
+    control = facts.get("control")
+    if control is not None:
+        _require(isinstance(control, dict), "its control is no object")
+        ControlStrength(strength=control["strength"])
     return LogHeader(
         stream=stream,
         prompt=prompt,
         loras=tuple(loras.items()),
         limits=Limits(**limits),
         source=source,
+        control=control,
     )
 
 
@@ -295,9 +312,9 @@ def _entry(facts: Any) -> LogEntry:
         return RewindEntry(number=number, chunk=asked.chunk, branch=str(asked.branch))
     _require(keys == {"number", "chunk", "done"}, "its fields are others")
     command: Command = read_command(facts["done"])
-    done = isinstance(command, (Prompt, Lora, Decay, Strength))
+    done = isinstance(command, (Prompt, Lora, Decay, Strength, ControlStrength))
     _require(done, f"{command.do} is not done to a stream")
-    assert isinstance(command, (Prompt, Lora, Decay, Strength))
+    assert isinstance(command, (Prompt, Lora, Decay, Strength, ControlStrength))
     return ActionEntry(number=_count(facts["number"]), chunk=_count(facts["chunk"]), action=command)
 
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from torch import Tensor
 
 from ..config import TEMPORAL_FACTOR
+from ..control import ControlSource, check_control_strength
 from ..decoders.decoder import back_chunks
 from ..decoders.handoff import Handoff
 from ..pace import Pace, Progress
@@ -22,7 +23,8 @@ from ..scheduler import check_strength
 from ..source import Guides, Source
 from ..state import Snapshot
 from ..stream import GUIDE_STRENGTH, NO_GUIDES, OnPass, Stream, split_chunks
-from .commands import Cut, Decay, Lora, Prompt, Rewind, Strength
+from ..vace import Control
+from .commands import ControlStrength, Cut, Decay, Lora, Prompt, Rewind, Strength
 from .history import History, Limits, PastChunk, RestorePoint, RewindPlan, StreamSettings
 from .record import Autosave, ChunkInfo, Presenter
 from .transition import Action, Branch
@@ -67,6 +69,9 @@ class Maker:
         side_stream: see `Handoff`.
         source: guides the chunks that are generated; the caller closes it.
         strength: what the source's guides begin with, see `Stream.generate`.
+        motion_strength: what is added where all moves, see `source.strength_at`.
+        control: controls all chunks but a clip's; the caller closes it.
+        control_strength: what the control begins with, see `vace.Control`.
         presenter: takes the images, in a thread of its own.
     """
 
@@ -84,6 +89,9 @@ class Maker:
         side_stream: bool | None = None,
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
+        motion_strength: float = 0.0,
+        control: ControlSource | None = None,
+        control_strength: float = 1.0,
     ) -> None:
         if stream.batch != 1:
             raise ValueError(f"the stream's batch is {stream.batch}; a live one makes 1 video")
@@ -94,14 +102,19 @@ class Maker:
         check_strength(strength)
         if source is not None and stream.sampler.rolling:
             raise ValueError(NO_GUIDES)
+        check_control_strength(control_strength)
         self.stream, self.history = stream, History(limits or Limits())
-        self._guides = None if source is None else Guides(source)
+        self._guides = None if source is None else Guides(source, motion_strength)
+        self._control = control
         self._clip = [] if clip is None else split_chunks(clip, stream.cache_config)
         self._pace = Pace(None, stream.state.num_chunks, stream.device)
         self._recent: deque[Progress] = deque(maxlen=_RECENT)
         self._side_stream = side_stream
         self.settings = StreamSettings(
-            text=prompt, loras=tuple((loras or {}).items()), strength=strength
+            text=prompt,
+            loras=tuple((loras or {}).items()),
+            strength=strength,
+            control_strength=control_strength,
         )
         self._encode, self._set_lora, self._presenter = encode, set_lora, presenter
         self._encoded: OrderedDict[str, Tensor] = OrderedDict()
@@ -203,6 +216,7 @@ class Maker:
         given = self.chunk < len(self._clip)
         if given:
             clip = self._clip[self.chunk]
+            self._refer()
             latents = stream.replay(clip, on_pass, decode=False, is_start=True).latents
         else:
             latents = self._generate(on_pass)
@@ -231,11 +245,28 @@ class Maker:
         """The source's; None without one."""
         return None if self._guides is None else self.settings.strength
 
+    @property
+    def control_strength(self) -> float | None:
+        """The control's; None without one."""
+        return None if self._control is None else self.settings.control_strength
+
     def _generate(self, on_pass: OnPass | None) -> Tensor:
+        stream, control = self.stream, self._next_control()
         if self._guides is None:
-            return self.stream.generate(on_pass)
-        guide = self._guides.next(self.stream, self.images, self._since)
-        return self.stream.generate(on_pass, guide=guide, strength=self.settings.strength)
+            return stream.generate(on_pass, control=control)
+        guide = self._guides.next(stream, self.images, self._since)
+        strength = self._guides.strength(self.settings.strength)
+        return stream.generate(on_pass, guide=guide, strength=strength, control=control)
+
+    def _refer(self) -> None:
+        if self._control is not None:
+            self._control.refer(self.stream, strength=self.settings.control_strength)
+
+    def _next_control(self) -> Control | None:
+        if self._control is None:
+            return None
+        strength = self.settings.control_strength
+        return self._control.next(self.stream, self.images, self._since, strength=strength)
 
     def _autosave(self) -> None:
         """Hand on a snapshot of where the stream stands now."""
@@ -286,8 +317,13 @@ class Maker:
                 if at == number:
                     self._do(action)
             is_start = number < len(self._clip)
+            self._refer()
             self.stream.replay(
-                past_chunk.latents, on_pass, decode=number >= decoded, is_start=is_start
+                past_chunk.latents,
+                on_pass,
+                decode=number >= decoded,
+                is_start=is_start,
+                control=None if is_start else self._next_control(),
             )
             self.images += past_chunk.images
         self.history.truncate(chunk)
@@ -324,6 +360,10 @@ class Maker:
             if self._guides is None:
                 raise ValueError("there is no source for a strength; begin the stream with one")
             self.settings = replace(self.settings, strength=action.strength)
+        elif isinstance(action, ControlStrength):
+            if self._control is None:
+                raise ValueError("there is no control for a strength; begin the stream with one")
+            self.settings = replace(self.settings, control_strength=action.strength)
         else:
             assert isinstance(action, Decay)
             self.stream.set_decay(action.decay)

@@ -7,9 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
+from ..control import ControlSource
 from ..source import Source
-from ..stream import GUIDE_STRENGTH, OnPass, Stream
-from .log import ActionEntry, ChunkEntry, Log, RewindEntry, digest_of, facts_of, source_of
+from ..stream import OnPass, Stream
+from .log import (
+    ActionEntry,
+    ChunkEntry,
+    Log,
+    RewindEntry,
+    control_of,
+    digest_of,
+    facts_of,
+    source_of,
+)
 from .maker import Encode, Maker, SetLora
 from .record import Presenter, Recorder
 from .transition import Branch, SessionState, branch_of
@@ -27,6 +37,7 @@ def replay_log(
     set_lora: SetLora | None = None,
     clip: Tensor | None = None,
     source: Source | None = None,
+    control: ControlSource | None = None,
     side_stream: bool | None = None,
     recorder: Recorder | None = None,
     on_chunk: Callable[[Branch, int, Tensor], None] = lambda branch, chunk, latents: None,
@@ -35,8 +46,8 @@ def replay_log(
 ) -> list[Tensor]:
     """Do to a stream what a session did, branches included.
 
-    The stream is as the session's was when it began, its LoRAs' strengths, its clip and its
-    source, too.
+    The stream is as the session's was when it began, its LoRAs' strengths, its clip, its source
+    and its control, too.
     `on_chunk` gets each chunk's branch, number and latents [1, C, F, h, w], float32 on the CPU;
     `recorder` the images, as in the session. With `exact`, every chunk is compared with the digest
     in the log; without, a log whose commands were edited makes another video.
@@ -45,11 +56,16 @@ def replay_log(
         list: clean latents [1, C, F, h, w] of the last line's chunks, as far as they are kept.
 
     Raises:
-        ValueError: the stream is another one's, or the source.
+        ValueError: the stream is another one's, or the source, or the control.
         ReplayMismatch: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
-    strength = _check_source(log, source)
+    logged = log.header
+    facts = {} if source is None else source_of(source, **strengths_of(log))
+    _check_facts("source", logged.source, facts)
+    control_strength = (logged.control or {}).get("strength", 1.0)
+    facts = {} if control is None else control_of(control, control_strength)
+    _check_facts("control", logged.control, facts)
     header, presenter = log.header, Presenter(recorder=recorder)
     maker = Maker(
         stream,
@@ -62,7 +78,9 @@ def replay_log(
         clip=clip,
         side_stream=side_stream,
         source=source,
-        strength=strength,
+        **strengths_of(log),
+        control=control,
+        control_strength=control_strength,
     )
     branch = SessionState.beginning(maker.chunk).branch
     try:
@@ -104,18 +122,21 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
             )
 
 
-def _check_source(log: Log, source: Source | None) -> float:
-    """The strength that the session began with; ValueError where its source is another."""
-    wanted = dict(log.header.source or {})
-    strength: float = wanted.pop("strength", GUIDE_STRENGTH)
-    facts = {} if source is None else source_of(source, strength)
+def strengths_of(log: Log) -> dict[str, float]:
+    """The strengths that a session's source began with, by `Maker`'s names; none without one."""
+    source = log.header.source or {}
+    return {name: source[name] for name in ("strength", "motion_strength") if name in source}
+
+
+def _check_facts(what: str, logged: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> None:
+    """ValueError where the session's source, or its control, is not this one."""
+    wanted = logged or {}
     for name in {**wanted, **facts}:
-        if name != "strength" and facts.get(name) != wanted.get(name):
+        if facts.get(name) != wanted.get(name):
             raise ValueError(
-                f"the log's source has {name} {wanted.get(name)}, this one has {facts.get(name)}; "
+                f"the log's {what} has {name} {wanted.get(name)}, this one has {facts.get(name)}; "
                 "replay it with the file and the settings that it was made with"
             )
-    return strength
 
 
 def _mismatch(entry: ChunkEntry) -> ReplayMismatch:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..control import ControlSource
 from ..source import Source
 from ..stream import GUIDE_STRENGTH, OnPass, Stream
 from .buffers import (
@@ -44,6 +45,7 @@ from .log import (
     LogHeader,
     LogWriter,
     RewindEntry,
+    control_of,
     digest_of,
     facts_of,
     source_of,
@@ -93,6 +95,8 @@ class Status:
     decay: float
     strength: float | None
     """The source's; None without one."""
+    control_strength: float | None
+    """The control's; None without one."""
     branches: tuple[Branch, ...]
     """The last of them, in the order they were begun."""
     past: tuple[PastAction, ...]
@@ -146,6 +150,9 @@ class Session:
         outbox: where events and pictures go, where another size than usual is wanted.
         source: guides the chunks that are generated; the caller closes it after `run`.
         strength: what the source's guides begin with, see `Stream.generate`.
+        motion_strength: what is added where all moves, see `source.strength_at`.
+        control: controls all chunks but a clip's; the caller closes it after `run`.
+        control_strength: what the control begins with, see `vace.Control`.
         on_autosave: takes a compact snapshot every few chunks, and at the end.
 
     Raises:
@@ -172,6 +179,9 @@ class Session:
         on_autosave: OnAutosave | None = None,
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
+        motion_strength: float = 0.0,
+        control: ControlSource | None = None,
+        control_strength: float = 1.0,
     ) -> None:
         self.outbox = outbox or Outbox()
         self.inbox = Inbox(max_commands, received=self.outbox.publish)
@@ -188,6 +198,9 @@ class Session:
             side_stream=side_stream,
             source=source,
             strength=strength,
+            motion_strength=motion_strength,
+            control=control,
+            control_strength=control_strength,
         )
         self._rate_limiter = RateLimiter(rate)
         self._state = SessionState.beginning(self._maker.chunk)
@@ -201,7 +214,12 @@ class Session:
             prompt=prompt,
             loras=settings.loras,
             limits=self._maker.history.limits,
-            source=None if source is None or log is None else source_of(source, strength),
+            source=None
+            if source is None or log is None
+            else source_of(source, strength, motion_strength),
+            control=None
+            if control is None or log is None
+            else control_of(control, control_strength),
         )
         self._log_path = log
         self._log: LogWriter | None = None
@@ -401,6 +419,7 @@ class Session:
             loras=dict(maker.settings.loras),
             decay=maker.decay,
             strength=maker.strength,
+            control_strength=maker.control_strength,
             branches=tuple(self._branches[-_LISTED:]),
             past=tuple(self._past),
             coming=state.coming,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from .commands import (
     Command,
+    ControlStrength,
     Cut,
     Decay,
     Drop,
@@ -24,7 +25,7 @@ from .commands import (
     Strength,
 )
 
-Action = Prompt | Lora | Decay | Strength | Cut | Rewind
+Action = Prompt | Lora | Decay | Strength | ControlStrength | Cut | Rewind
 """What is then done to the stream."""
 
 MAX_COMING = 256
@@ -125,7 +126,7 @@ def transition(state: SessionState, number: int, command: Command, oldest: int |
     `oldest` is the first chunk that can be gone back to; None where there is none.
     """
     here = Step(state=state, chunk=state.chunk)
-    if isinstance(command, (Prompt, Lora, Decay, Strength, Cut)):
+    if isinstance(command, (Prompt, Lora, Decay, Strength, ControlStrength, Cut)):
         return replace(here, action=command)
     if isinstance(command, (Pause, Resume)):
         return replace(here, state=replace(state, paused=isinstance(command, Pause)))

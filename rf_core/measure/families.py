@@ -18,7 +18,8 @@ from ..config import TEMPORAL_FACTOR, WAN_1_3B, WAN_SIZE, Grid
 from ..families import DEFAULT, FAMILIES, Family
 from ..fast.graphs import GraphedModel
 from ..fast.stopwatch import Stopwatch
-from ..stream import latent_size
+from ..stream import Stream, latent_size
+from ..vace import Control
 from .counts import chunk_passes, chunk_work, total
 from .machine import format_machine, machine
 from .table import format_table
@@ -28,11 +29,12 @@ _WARM = 10  # chunks after which a CPU, too, has recorded the passes that it wil
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamiliesOptions(WorkloadOptions):
-    """What is compared: each family's own cache and sampler take the place of those given."""
+class RoundsOptions(WorkloadOptions):
+    """What is compared in turns; of families each one's own cache and sampler take the place of
+    those given."""
 
     chunks: int = 12
-    """Chunks of a family in each round."""
+    """Chunks of each in a round."""
     rounds: int = 3
 
     def __post_init__(self) -> None:
@@ -43,7 +45,7 @@ class FamiliesOptions(WorkloadOptions):
 
 
 @torch.no_grad()
-def compare_families(options: FamiliesOptions) -> dict[str, Any]:
+def compare_families(options: RoundsOptions) -> dict[str, Any]:
     """Passes, counted work and measured seconds a chunk of every family, as JSON can hold them."""
     workload = load_workload(replace(options, graphs=False))
     laps: dict[str, list[tuple[float, float]]] = {name: [] for name in FAMILIES}
@@ -116,21 +118,25 @@ def _cells(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _laps(
-    workload: Workload, family: Family, options: FamiliesOptions
-) -> list[tuple[float, float]]:
-    """Seconds of each chunk by the wall, and of CPU time, once the window is full."""
+def _laps(workload: Workload, family: Family, options: RoundsOptions) -> list[tuple[float, float]]:
     network = GraphedModel(workload.model) if options.graphs else workload.model
     cache = family.cache
     if cache.rebuild == "reencoded":  # nothing is decoded, so nothing encoded
         cache = replace(cache, rebuild="first")
     own = replace(options, cache=cache, sampler=family.sampler)
-    stream = replace(workload, passes=network, options=own).stream()
+    return steady_laps(replace(workload, passes=network, options=own).stream(), options)
+
+
+def steady_laps(
+    stream: Stream, options: RoundsOptions, control: Control | None = None
+) -> list[tuple[float, float]]:
+    """Seconds of each chunk by the wall, and of CPU time, once the window is full."""
+    cache = stream.cache_config
     for _ in range(cache.window_frames // cache.chunk_frames + _WARM):
-        stream.generate()
+        stream.generate(control=control)
     watch, laps = Stopwatch(options.device), []
     for _ in range(options.chunks):
-        stream.generate()
+        stream.generate(control=control)
         laps.append(watch.laps())
     return laps
 

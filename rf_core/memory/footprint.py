@@ -2,7 +2,8 @@
 
 A chunk is generated and decoded by weightless copies of the networks while the tensors that live
 are counted (`live_bytes`). Nothing is estimated by formula: what the code does is what is counted.
-Every layer adds the same, so a network of two and one of three tell of any depth.
+Every layer adds the same, so a network of two and one of three tell of any depth; so do a control
+network's blocks.
 
 The stream that is counted has a full window, from which nothing has left: its first chunk runs all
 of the past again, as a recache then does, and its second leaves the first one's clean pass behind.
@@ -20,20 +21,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from ..config import CacheConfig, ModelConfig, SamplerConfig
+from ..config import CacheConfig, ControlConfig, ModelConfig, SamplerConfig, VaceConfig
 from ..decoders.codec import put_channels_last
 from ..decoders.decoder import _CHANNELS_LAST_DEVICES, DecoderState, TAEHVDecoder, WanDecoder
 from ..decoders.taehv import TAEHV, TAEHVConfig
 from ..decoders.vae import VAEConfig, WanVAE
 from ..model import PromptContext, WanModel
+from ..past import framed
 from ..ranges import LARGEST_SIDE, check_numbers
 from ..rope import rope_table
 from ..stream import Stream, latent_size
+from ..vace import Control, ControlledModel, Vace
 from .live_bytes import fake_tensors, peak_bytes
 
 DecoderConfig = VAEConfig | TAEHVConfig
 _TIMESTEP = 0.0  # of a pass that is counted: any will do
 _FEW_LAYERS = 3  # the fewest that show what another one adds: a first, a middle and a last
+_FEW_BLOCKS = 2  # of a control network: a first, and another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +80,12 @@ class Sizes:
     """Whether the text encoder stays while the stream runs, for prompts to come."""
     graphs: bool = False
     """Whether passes are recorded (`fast.graphs`)."""
-    encodes: bool = False
-    """Whether the decoder encodes a stream of images too, a chunk at a time (`encode_chunk`)."""
+    encodes: int = 0
+    """Streams of images that the decoder encodes too, a chunk at a time (`encode_chunk`)."""
+    vace: VaceConfig | None = None
+    """The control network beside the student, by which every chunk is made; None for none."""
+    control: ControlConfig = field(default_factory=ControlConfig)
+    """How it takes part."""
 
     def __post_init__(self) -> None:
         sides = dict.fromkeys(("height", "width"), (1, LARGEST_SIDE))
@@ -107,7 +115,7 @@ class DecoderFootprint:
     weights: int = 0
     """Its encoder half included."""
     state: int = 0
-    """What it remembers of the stream, and of the stream of images that it encodes."""
+    """What it remembers of the stream, and of the streams of images that it encodes."""
     images: int = 0
     """The last chunk's images, those that a rebuilt context's head is encoded of, and those of a
     chunk that is encoded, float32."""
@@ -135,6 +143,8 @@ class Footprint:
     recorded: int = 0
     """What recorded passes hold: their own places for what they read and, on a card, for what they
     make on the way."""
+    control: Layered = field(default_factory=Layered)
+    """The control network's weights; nothing, without one."""
     overlapped: bool = False
     """Whether a chunk is decoded while the network makes the next one (`Handoff`)."""
     keeps_text: bool = False
@@ -152,10 +162,16 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
     if cache.rebuild == "reencoded":  # which is the decoder's part
         cache = replace(cache, rebuild="first")
     network = replace(sizes, cache=cache, decoder=None, text=None, keeps_text=False, graphs=False)
-    few, more = (_count_network(network, _FEW_LAYERS + extra) for extra in (0, 1))
-    layers = sizes.model.num_layers
+    layers, blocks = sizes.model.num_layers, 0 if sizes.vace is None else len(sizes.vace.layers)
+    few = _count_network(network, _FEW_LAYERS, min(blocks, _FEW_BLOCKS))
+    more = _count_network(network, _FEW_LAYERS + 1, min(blocks, _FEW_BLOCKS))
     each = {name: more[name] - few[name] for name in few}
     counted = {name: few[name] + (layers - _FEW_LAYERS) * each[name] for name in few}
+    block = 0
+    if blocks > _FEW_BLOCKS:
+        wide = _count_network(network, _FEW_LAYERS, _FEW_BLOCKS + 1)
+        block = wide["control"] - few["control"]
+        counted |= {n: counted[n] + (blocks - _FEW_BLOCKS) * (wide[n] - few[n]) for n in few}
     decoder = DecoderFootprint()
     if sizes.decoder is not None:
         frames = sizes.cache.chunk_frames
@@ -173,6 +189,7 @@ def footprint(sizes: Sizes, group_frames: int | None = None) -> Footprint:
         prompt=counted["prompt"],
         network=max(counted["chunks"], counted["switch"], decoder.encode),
         decoder=decoder,
+        control=Layered(total=counted["control"], layer=block, layers=blocks),
         recorded=counted["read"] + on_card * counted["pass"] if _records(sizes) else 0,
         overlapped=on_card,
         keeps_text=sizes.keeps_text,
@@ -185,19 +202,25 @@ def _records(sizes: Sizes) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
+def _count_network(sizes: Sizes, layers: int, blocks: int = 0) -> dict[str, int]:
     with _no_tables(), fake_tensors(sizes.device) as place:
-        stream = _fake_stream(sizes, layers, place)
-        assert isinstance(stream.model, WanModel)
+        stream = _fake_stream(sizes, layers, blocks, place)
+        network = stream.model
+        student = network.base if isinstance(network, ControlledModel) else network
+        assert isinstance(student, WanModel)
         state, (embeds, context) = stream.state, stream._context
 
         def two_chunks() -> None:
             _fill(stream)
-            stream.generate()
-            stream.generate()
+            for _ in range(2):
+                stream.generate(control=_fake_control(stream))
 
         def one_pass() -> None:
-            stream.model(x.to(stream.dtype), *stream._pass_inputs(x, _TIMESTEP, embeds))
+            inputs = x.to(stream.dtype), *stream._pass_inputs(x, _TIMESTEP, embeds)
+            if tokens is None:
+                network(*inputs)
+            else:
+                network(*inputs, tokens)  # type: ignore[call-arg]
 
         state.cache.num_frames = sizes.cache.window_frames  # so that frames leave
         state.cache.backup_sink()
@@ -207,7 +230,7 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
             else 0
         )
         chunks = peak_bytes(two_chunks, place)
-        x = next(stream._noise(1))
+        x, tokens = next(stream._noise(1)), stream._embedded(_fake_control(stream))
         table = () if state.cache.turning is None else state.cache.turning.table
         own_tables = 2 * sum(part.nbytes for part in table if part is not None)  # copied from one
         context_bytes = sum(t.nbytes for layer in context for t in layer)
@@ -216,9 +239,15 @@ def _count_network(sizes: Sizes, layers: int) -> dict[str, int]:
         return {
             "chunks": chunks,
             "pass": peak_bytes(one_pass, place),
-            "read": context_bytes + whole.nbytes + x.nbytes,
+            "read": context_bytes
+            + whole.nbytes
+            + x.nbytes
+            + sum(part.nbytes for part in tokens or () if part is not None),
             "switch": peak_bytes(lambda: stream._prompt_context(embeds), place),
-            "weights": _weight_bytes(stream.model, sizes.linear_bytes),
+            "weights": _weight_bytes(student, sizes.linear_bytes),
+            "control": _weight_bytes(network.vace, sizes.linear_bytes)
+            if isinstance(network, ControlledModel)
+            else 0,
             # A card's sink is held by the host.
             "cache": state.cache.nbytes
             + own_tables
@@ -237,9 +266,15 @@ def _no_tables() -> Iterator[None]:
         rope_table.cache_clear()
 
 
-def _fake_stream(sizes: Sizes, layers: int, place: str) -> Stream:
+def _fake_stream(sizes: Sizes, layers: int, blocks: int, place: str) -> Stream:
     config = replace(sizes.model, num_layers=layers)
-    model = _LongestPrompt(config, device=place, dtype=sizes.dtype).requires_grad_(False)
+    student = _LongestPrompt(config, device=place, dtype=sizes.dtype)
+    model: WanModel | ControlledModel = student
+    if sizes.vace is not None:
+        few = replace(sizes.vace, layers=tuple(range(blocks)))
+        vace = Vace(config, few, device=place, dtype=sizes.dtype)
+        model = ControlledModel(student, vace, sizes.control)
+    model.requires_grad_(False)
     shape = (sizes.batch, config.text_len, config.text_dim)
     return Stream(
         model,
@@ -261,6 +296,19 @@ def _fill(stream: Stream) -> None:
         for frames in (config.kept_first, config.kept_last)
     )
     state.first_latents, state.last_latents, state.recache_due = first, last, True
+    if channels := stream._kept_channels:
+        state.first_control, state.last_control = (
+            None if each is None else framed(None, each, channels) for each in (first, last)
+        )
+
+
+def _fake_control(stream: Stream) -> Control | None:
+    """A control for the next chunk, where there can be one."""
+    if stream._controlled is None or stream.sampler.rolling:
+        return None
+    frames, channels = stream.cache_config.chunk_frames, stream._controlled.control_channels
+    shape = stream.batch, channels, frames, *stream.latent_size
+    return Control(context=torch.empty(shape, device=stream.device))
 
 
 class _LongestPrompt(WanModel):
@@ -280,7 +328,7 @@ def _count_decoder(
     dtype: torch.dtype,
     device: str,
     kept_images: int,
-    encodes: bool,
+    encodes: int,
 ) -> DecoderFootprint:
     """A chunk of latents [B, C, F, h, w] of a running stream."""
     with fake_tensors(device) as place:
@@ -305,8 +353,8 @@ def _count_decoder(
         source, past, source_most = _count_encoder(decoder, images) if encodes else (0, 0, 0)
         return DecoderFootprint(
             weights=sum(parameter.nbytes for parameter in codec.parameters()),
-            state=state.nbytes + past,
-            images=images.nbytes + kept_images * head.numel() * head.itemsize + source,
+            state=state.nbytes + encodes * past,
+            images=images.nbytes + kept_images * head.numel() * head.itemsize + encodes * source,
             decode=most - state.nbytes,
             encode=max(head_most, source_most),
         )

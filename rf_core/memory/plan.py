@@ -36,7 +36,8 @@ class Placement:
     keep_rotated: bool = True
     """Whether the cache keeps rotated keys; without them it is smaller, and passes are slower."""
     offload: OffloadMode = "none"
-    """`stream` where the student's layers come from host memory in every pass."""
+    """`stream` where the student's layers, and its control network's, come from host memory in
+    every pass."""
     text_offload: OffloadMode = "none"
     """The same for the text encoder's."""
     unrecorded: bool = False
@@ -77,10 +78,11 @@ def phases(parts: Footprint, placement: Placement) -> dict[str, dict[str, int]]:
     Where they overlap, decoding has the network's share on the way too: each works on a stream of
     its own, and an allocator does not lend one stream's memory to another.
     """
-    student, text = (
+    student, control, text = (
         weights.streamed(NUM_SLOTS) if mode == "stream" else weights.total
         for weights, mode in (
             (parts.student, placement.offload),
+            (parts.control, placement.offload),
             (parts.text, placement.text_offload),
         )
     )
@@ -92,6 +94,8 @@ def phases(parts: Footprint, placement: Placement) -> dict[str, dict[str, int]]:
         "decoder state": parts.decoder.state,
         "images": parts.decoder.images,
     }
+    if control:
+        held["control network"] = control
     if parts.keeps_text:
         held["text encoder"] = text
     if parts.recorded and not placement.unrecorded:

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .files import VIDEO
+
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 
 PANDA = "a panda walks through a bamboo forest, sunlight between the leaves, steady camera"
 PANDA_SITS = "the panda sits down and eats bamboo, sunlight between the leaves, steady camera"
+OWN_VIDEO = "choose your own video"
 OWN_LORA = "choose your own LoRA"
 """No file: ComfyUI says that it is not in the list, and the artist chooses."""
 
@@ -40,6 +43,11 @@ VAE = {
     "name": "wan_2.1_vae.safetensors",
     "url": f"{COMFY_ORG}/vae/wan_2.1_vae.safetensors",
     "directory": "vae",
+}
+VACE = {
+    "name": "wan2.1_vace_1.3B_fp16.safetensors",
+    "url": f"{COMFY_ORG}/diffusion_models/wan2.1_vace_1.3B_fp16.safetensors",
+    "directory": "diffusion_models",
 }
 TAEHV = {  # ComfyUI reads files of this name from a folder of their own
     "name": "lighttaew2_1.safetensors",
@@ -158,11 +166,20 @@ def fed(name: str, prompt: str, source: str = "demo") -> tuple[tuple[str, str], 
 
 DEMO_PROMPT = "a blue square moves up quickly"
 DEMO_NEXT = "a cyan circle moves right slowly"
+RESTYLED = "a red circle moves up quickly"
+COLOURED = "a red shape moves"
+STATUE = "a bronze statue comes to life and walks through a museum, warm light, steady camera"
+SHOWN = {
+    COLOURED: "a red square moves up quickly",
+    "a blue shape moves": "a blue circle moves up quickly",
+}
+"""What is seen where a prompt names a colour alone and outlines say the rest."""
 SINKS = ("Published", "Long", "Static sink", "No sink")
 
 MODEL, MODELS, STREAM = "Model · 模型", "Models · 模型", "Stream · 视频流"
 PROMPT, PROMPTS, SCRIPT = "Prompt · 提示词", "Prompts · 提示词", "Prompt schedule · 提示词调度"
 LIVE = "Live · 实时"
+CLIP = "Clip · 片段"
 FIRST, SECOND = "First part · 第一段", "Second part · 第二段"
 
 GRAPHS: dict[str, Graph] = {
@@ -516,10 +533,173 @@ GRAPHS: dict[str, Graph] = {
         links=(("clip.CLIP", "script.clip"), *fed("stream", "script.timeline", "official")),
         groups={MODELS: (0, 0), SCRIPT: (1, 1), STREAM: (2, 2)},
     ),
+    "video_to_video_demo": Graph(
+        title="15 Video to video, no downloads",
+        note="## One video made into another\n\nThe second sampler follows the first one's video "
+        "image by image: motion stays, colour and shape come of its own prompt. **strength** says "
+        "how much is made anew: 0 is the source itself, 1 the prompt alone; try 0.2 and 0.7. Put "
+        "**Load Video** in place of the first sampler. A video is read as it is needed, however "
+        "long it is.\n\nA prompt that speaks of the motion that is there helps.",
+        chinese="把一段视频变成另一段：第二个采样器逐图跟随第一个的视频：运动保留，"
+        "颜色和形状来自它自己的提示词。**strength** 决定有多少被重新生成："
+        "0 为源本身，1 为仅按提示词；可试 0.2 和 0.7。可把第一个采样器换成 "
+        "**Load Video**（加载视频）。"
+        "视频无论多长都按需读取。提示词若描述已有的运动，效果更好。",
+        nodes=demo(150)
+        | {
+            "after": text(RESTYLED, 0),
+            "before": text(DEMO_PROMPT, 250),
+            "clip": sampler(title="A clip", length=6.0, row=250),
+            "stream": sampler(column=3, title="Follows the clip", length=6.0, seed=2, row=150),
+        },
+        links=(
+            ("demo.CLIP", "before.clip"),
+            ("demo.CLIP", "after.clip"),
+            *fed("clip", "before.CONDITIONING"),
+            *fed("stream", "after.CONDITIONING"),
+            ("clip.VIDEO", "stream.source"),
+        ),
+        groups={MODEL: (0, 0), PROMPTS: (1, 1), CLIP: (2, 2), STREAM: (3, 3)},
+    ),
+    "video_to_video": Graph(
+        title="16 Video to video",
+        note="## Restyle a video with the published weights\n\nChoose your own in **Load Video**. "
+        "The stream follows it image by image, at its speed, and ends with it: motion and layout "
+        "stay, the look comes of the prompt. Lower **strength** to keep more of it. Write what is "
+        "to be seen, its motion too. A clip of another shape is cut to the picture, or shown whole "
+        "with **source_fit** letterbox.",
+        chinese="使用官方权重改变视频的风格：在 **Load Video**（加载视频）中选择你自己的视频。"
+        "视频流逐图跟随它，速度不变，并随之结束：运动和布局保留，外观来自提示词。"
+        "降低 **strength** 可保留更多原貌。请描述要看到的内容，包括其运动。"
+        "形状不同的片段会被裁切；**source_fit** 设为 letterbox 则完整显示。",
+        nodes=official()
+        | {
+            "file": Node(
+                type="LoadVideo",
+                at=(1, 250),
+                title="Choose your own video",
+                widgets={"file": OWN_VIDEO},
+                size=(340, 0),
+            ),
+            "prompt": text(PANDA, 0),
+            "stream": sampler(width=832, height=480, length=60.0),
+        },
+        links=(
+            ("clip.CLIP", "prompt.clip"),
+            *fed("stream", "prompt.CONDITIONING", "official"),
+            ("file.VIDEO", "stream.source"),
+        ),
+        groups={MODELS: (0, 0), "Prompt and video · 提示词与视频": (1, 1), STREAM: (2, 2)},
+    ),
+    "control_demo": Graph(
+        title="17 Control, no downloads",
+        note="## Outlines drive, the prompt colours\n\n**Detect Edges (Canny)** draws the outlines "
+        "of the first sampler's video. **Load RF Control** puts a small VACE beside the model, "
+        "which follows them: shape and motion are theirs, the colour comes of the prompt. Lower "
+        "**strength** on **Control Video** to follow them less; a **mask** there keeps what it is "
+        "black on. Prompts are of the form **a red shape moves**.",
+        chinese="轮廓决定形状和运动，提示词决定颜色："
+        "**Detect Edges (Canny)** 画出第一个采样器视频的轮廓，"
+        "**加载 RF 控制** 在模型旁加上一个小型 VACE 来跟随它们。"
+        "降低 **控制视频** 的强度可减少跟随；那里的 **遮罩** 保留其黑色部分。"
+        "提示词的格式为 **a red shape moves**。",
+        nodes={
+            "source": Node(type="RFLoadDemo", at=(0, 400)),
+            "before": text(DEMO_PROMPT, 400),
+            "clip": sampler(title="A clip", length=6.0, keep_images=-1, row=300),
+            "demo": Node(type="RFLoadDemo", at=(3, 0)),
+            "edges": Node(
+                type="Canny",
+                at=(3, 500),
+                widgets={"low_threshold": 0.1, "high_threshold": 0.2},
+            ),
+            "network": Node(
+                type="RFLoadControl",
+                at=(4, 0),
+                widgets={"control_name": "demo (bundled)"},
+                size=(380, 0),
+            ),
+            "after": text(COLOURED, 250, column=4),
+            "control": Node(type="RFControlVideo", at=(4, 500), size=(380, 0)),
+            "stream": sampler(column=5, title="Follows the outlines", length=6.0, seed=2),
+        },
+        links=(
+            ("source.CLIP", "before.clip"),
+            ("source.MODEL", "clip.model"),
+            ("before.CONDITIONING", "clip.prompt"),
+            ("source.VAE", "clip.vae"),
+            ("demo.CLIP", "after.clip"),
+            ("demo.MODEL", "network.model"),
+            ("clip.IMAGE", "edges.image"),
+            ("edges.IMAGE", "control.control"),
+            ("network.MODEL", "stream.model"),
+            ("after.CONDITIONING", "stream.prompt"),
+            ("demo.VAE", "stream.vae"),
+            ("control.control", "stream.control"),
+        ),
+        groups={CLIP: (0, 2), "Control · 控制": (3, 4), STREAM: (5, 5)},
+    ),
+    "control": Graph(
+        title="18 Control",
+        note="## Follow the outlines of a video with the published weights\n\nChoose your own in "
+        "**Load Video**. Of **Wan 2.1 VACE 1.3B** (a download of 4.3 GB) its control is read, and "
+        "stays beside the student. **Detect Edges (Canny)** draws outlines; depth, pose or "
+        "sketches do as well, an image for each of the video's, 16 a second. The images of the "
+        "whole clip are in RAM: **Trim Video** shortens a long one. Pictures of what is to appear "
+        "go to **reference**.",
+        chinese="使用官方权重跟随视频的轮廓："
+        "在 **Load Video**（加载视频）中选择你自己的视频。"
+        "只读取 **Wan 2.1 VACE 1.3B**（下载 4.3 GB）中的控制部分，"
+        "并放在学生模型旁。**Detect Edges (Canny)** 画出轮廓；深度、姿态或草图也可以，"
+        "每帧对应视频的一帧，每秒 16 帧。整段视频的图像都在内存中，"
+        "可用 **Trim Video** 缩短。要出现的人物或物体的图片接到 **参考**。",
+        nodes=official()
+        | {
+            "file": Node(
+                type="LoadVideo",
+                at=(0, 600),
+                title="Choose your own video",
+                widgets={"file": OWN_VIDEO},
+                size=(340, 0),
+            ),
+            "network": Node(
+                type="RFLoadControl",
+                at=(1, 0),
+                widgets={"control_name": VACE["name"]},
+                size=(380, 0),
+                models=(VACE,),
+            ),
+            "prompt": text(STATUE, 250),
+            "parts": Node(type="GetVideoComponents", at=(1, 600)),
+            "edges": Node(
+                type="Canny",
+                at=(2, 600),
+                widgets={"low_threshold": 0.1, "high_threshold": 0.2},
+            ),
+            "control": Node(type="RFControlVideo", at=(3, 600), size=(300, 0)),
+            "stream": sampler(column=4, width=832, height=480, length=6.0),
+        },
+        links=(
+            ("clip.CLIP", "prompt.clip"),
+            ("model.MODEL", "network.model"),
+            ("file.VIDEO", "parts.video"),
+            ("parts.images", "edges.image"),
+            ("edges.IMAGE", "control.control"),
+            ("network.MODEL", "stream.model"),
+            ("prompt.CONDITIONING", "stream.prompt"),
+            ("vae.VAE", "stream.vae"),
+            ("control.control", "stream.control"),
+        ),
+        groups={
+            "Models and video · 模型与视频": (0, 0),
+            "Prompt and outlines · 提示词与轮廓": (1, 3),
+            STREAM: (4, 4),
+        },
+    ),
 }
 
 
-STANDS_FOR = {PANDA: DEMO_PROMPT, PANDA_SITS: DEMO_NEXT}
+STANDS_FOR = {PANDA: DEMO_PROMPT, PANDA_SITS: DEMO_NEXT, STATUE: "a blue shape moves"}
 """Prompts that the demo knows in place of those it does not."""
 SAMPLERS = {"RFStreamingSampler": "length", "RFLiveStream": "max_seconds"}
 """Nodes that make videos, and how long."""
@@ -540,6 +720,10 @@ def runnable(prompt: dict[str, Any], lora: str) -> dict[str, Any]:
         if node in swapped:
             continue
         inputs = dict(each["inputs"])
+        if each["class_type"] == "LoadVideo":
+            inputs["file"] = VIDEO
+        if each["class_type"] == "RFLoadControl":
+            inputs["control_name"] = "demo (bundled)"
         for name, value in inputs.items():
             if isinstance(value, list) and value[0] in swapped:
                 inputs[name] = ["demo", swapped[value[0]]]

@@ -21,6 +21,7 @@ PRIMITIVES = {
     "STRING": "PrimitiveString",
     "BOOLEAN": "PrimitiveBoolean",
 }
+NETWORK = {"control_name": "demo (bundled)", "weight_dtype": "default"}
 STATE = "linked"
 """A saved state that the tests load."""
 
@@ -46,6 +47,7 @@ def prompts() -> dict[str, tuple[Prompt, str]]:
     nodes: dict[str, tuple[str, dict[str, Any]]] = {
         "RFLoadModel": ("model", {"model_name": name, "weight_dtype": "default"}),
         "RFLoadLoRA": ("model", {"model": ["demo", 0], "lora_name": LORA, "strength_model": 0.5}),
+        "RFLoadControl": ("model", {"model": ["demo", 0], **NETWORK}),
         "RFSinkConfig": ("sink", sink),
         "RFPromptSwitch": ("prompt", switch | {"conditioning": ["text", 0]}),
         "RFPromptSchedule": ("prompt", {"clip": ["demo", 1], "text": text, "length": 2.0}),
@@ -55,6 +57,13 @@ def prompts() -> dict[str, tuple[Prompt, str]]:
         kind: (with_node(demo_prompt(**{socket: ["it", 0]}), "it", kind, **inputs), "it")
         for kind, (socket, inputs) in nodes.items()
     }
+    controlled = demo_prompt(model=["network", 0], control=["it", 0])
+    controlled = with_node(controlled, "network", "RFLoadControl", model=["demo", 0], **NETWORK)
+    grey = {"width": 64, "height": 64, "batch_size": 21, "color": 0}
+    controlled = with_node(controlled, "grey", "EmptyImage", **grey)
+    times = {"strength": 0.5, "start": 0.5, "end": 1.0, "at_end": "hold"}
+    controlled = with_node(controlled, "it", "RFControlVideo", control=["grey", 0], **times)
+    found["RFControlVideo"] = controlled, "it"
     every = {"keep_images": 8, "keep_latents": -1, "keep_state": "exact", "join": False}
     every |= {"filename_prefix": "video/linked", "reuse_memory": 64}
     found["RFStreamingSampler"] = demo_prompt(**every), "stream"
@@ -79,6 +88,8 @@ def saved(server: Server) -> str:
 WIDGETS = [
     *(("RFLoadModel", name) for name in ("model_name", "weight_dtype", "submodel", "family")),
     *(("RFLoadLoRA", name) for name in ("lora_name", "strength_model")),
+    *(("RFLoadControl", name) for name in ("control_name", "weight_dtype")),
+    *(("RFControlVideo", name) for name in ("strength", "start", "end", "at_end")),
     *(("RFSinkConfig", name) for name in ("preset", "window_frames", "sink_frames")),
     *(("RFSinkConfig", name) for name in ("decay", "accumulator")),
     *(("RFPromptSwitch", name) for name in ("at", "unit", "mode", "blend_chunks", "interpolation")),
@@ -87,10 +98,12 @@ WIDGETS = [
     *(("RFStreamingSampler", name) for name in ("steps", "keep_images", "keep_latents")),
     *(("RFStreamingSampler", name) for name in ("keep_state", "filename_prefix", "join")),
     ("RFStreamingSampler", "reuse_memory"),
+    *(("RFStreamingSampler", name) for name in ("strength", "source_end", "source_fit")),
     *(("RFLiveStream", name) for name in ("text", "width", "height", "seed", "steps")),
     *(("RFLiveStream", name) for name in ("max_seconds", "pace", "keep_images", "keep_latents")),
     *(("RFLiveStream", name) for name in ("keep_state", "filename_prefix", "rewind_memory")),
     *(("RFLiveStream", name) for name in ("give_way", "osc_port", "replay")),
+    *(("RFLiveStream", name) for name in ("strength", "source_end", "source_fit")),
     ("RFSaveState", "name"),
     ("RFLoadState", "name"),
     ("RFModelInfo", "model_name"),
@@ -161,6 +174,19 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("RFStreamingSampler", "sink", "Long", "RF_SINK"),
     ("RFStreamingSampler", "start_latent", {}, "LATENT"),
     ("RFStreamingSampler", "start_image", [], "IMAGE"),
+    ("RFStreamingSampler", "source", "clip.mp4", "IMAGE or VIDEO"),
+    ("RFStreamingSampler", "strength", 1.5, "from 0.0 to 1.0"),
+    ("RFStreamingSampler", "strength", math.nan, "from 0.0 to 1.0"),
+    ("RFStreamingSampler", "source_end", "repeat", "one of 'stop', 'hold', 'loop'"),
+    ("RFStreamingSampler", "source_fit", "stretch", "one of 'crop', 'letterbox'"),
+    ("RFStreamingSampler", "control", "x", "RF_CONTROL"),
+    ("RFLoadControl", "weight_dtype", "int4", "one of"),
+    ("RFControlVideo", "strength", 11, "from 0.0 to 10.0"),
+    ("RFControlVideo", "start", math.nan, "from 0.0"),
+    ("RFControlVideo", "end", 0.25, "and start 0.5"),
+    ("RFControlVideo", "at_end", "repeat", "one of 'stop', 'hold', 'loop'"),
+    ("RFControlVideo", "control", "x", "IMAGE or VIDEO"),
+    ("RFControlVideo", "mask", "x", "MASK"),
     ("RFSinkConfig", "preset", "x", "one of 'Published'"),
     ("RFSinkConfig", "preset", ["Long"], "one of 'Published'"),
     ("RFSinkConfig", "window_frames", 10**9, "from 3 to 63"),
@@ -229,6 +255,7 @@ NAMED = [
     ("RFStreamingSampler", "filename_prefix"),
     ("RFLoadModel", "model_name"),
     ("RFLoadLoRA", "lora_name"),
+    ("RFLoadControl", "control_name"),
     ("RFModelInfo", "model_name"),
 ]
 

@@ -22,6 +22,8 @@ NODES = {
     "RFLoadModel",
     "RFLoadDemo",
     "RFLoadLoRA",
+    "RFLoadControl",
+    "RFControlVideo",
     "RFSinkConfig",
     "RFPromptSwitch",
     "RFPromptSchedule",

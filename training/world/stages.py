@@ -36,8 +36,9 @@ from .clips import (
     write_clips,
 )
 from .controls import write_controls_of
-from .evaluate import EulerConfig, EvaluateConfig, Report, evaluate
+from .evaluate import EulerConfig, EvaluateConfig, Report, Streams, evaluate
 from .follow import FollowConfig, Student, line, measure
+from .restyle import RestyleConfig, restyle_report
 from .train_text import TextTrainConfig, train_text
 from .train_vae import FILE_NAME as VAE_FILE_NAME
 from .train_vae import PROVENANCE_KEY, latent_colours
@@ -84,6 +85,10 @@ class Files:
     @property
     def report(self) -> Path:
         return self.folder / "evaluation.json"
+
+    @property
+    def restyle(self) -> Path:
+        return self.folder / "restyle.json"
 
 
 def make_text(files: Files, config: TextTrainConfig) -> float:
@@ -176,6 +181,28 @@ def release(files: Files, demo: Path) -> dict[str, int]:
             companions=checkpoint.companions,
         )
     return {path.name: path.stat().st_size for path in sorted(demo.glob("*.safetensors"))}
+
+
+def make_restyle_report(files: Files, config: RestyleConfig, path: Path) -> Report:
+    """Measure the student on sources, and write the report."""
+    clock = time.monotonic()
+    report = restyle_report(open_streams(files), config)
+    report["made_by"] = provenance("restyle", config, clock, (files.vae, files.text, files.student))
+    write_text(path, json.dumps(report, indent=1))
+    return report
+
+
+def open_streams(files: Files) -> Streams:
+    """The student with what it streams with."""
+    settings = read_checkpoint(files.student)
+    return Streams(
+        open_network(files.student),
+        open_encoder(files),
+        open_vae(files),
+        EvaluateConfig(),
+        settings.cache,
+        settings.sampler,
+    )
 
 
 def open_vae(files: Files) -> WanVAE:
