@@ -396,6 +396,21 @@ def strip(control: Tensor, video: Tensor, images: int = 8) -> Image.Image:
     return Image.fromarray((torch.cat(rows).clamp(0, 1) * 255).byte().numpy())
 
 
+def differences(found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """Of each way in which a control may take part, how much its error is above that of seeing the
+    past and hinting in the clean pass: clip by clip, mean and 95 % interval in pixels."""
+    lines, first = [], ControlConfig(past=True, clean=True)
+    plain = [row for row in rows() if row.parts == Row.parts and row.edges == Row.edges]
+    of = {(row.control, row.prompt, row.strength): row.name for row in plain}
+    for (way, prompt, strength), name in of.items():
+        base = of[first, prompt, strength]
+        if way != first and {name, base} <= set(found):
+            pairs = zip(found[name], found[base], strict=True)
+            each = [{"error": a["error"] - b["error"]} for a, b in pairs]
+            lines.append(f"{name}: error {{:+.3f}} ± {{:.3f}}".format(*mean_of(each, "error")))
+    return lines
+
+
 def format_rows(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """All rows as a Markdown table."""
     head = ["| streams | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
@@ -405,4 +420,4 @@ def format_rows(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         for name, each in found.items()
         if each and "psnr" in each[0] and name.endswith("kept")
     ]
-    return "\n".join([*head, *lines, "", *kept, "", LEGEND])
+    return "\n".join([*head, *lines, "", *kept, "", *differences(found), "", LEGEND])
