@@ -195,6 +195,7 @@ class LiveRun:
             side_stream=decodes_on_side_stream(request),
             source=self._source,
             strength=self.strength,
+            fps=request.fps,
             on_autosave=partial(self._autosave, recording.paths) if self.autosaves else None,
         )
         if differs:
