@@ -464,7 +464,7 @@ def test_reading_keeps_no_more_images_than_asked_for(
         most = max(most, len(alive))
         return image
 
-    monkeypatch.setattr(video, "_pixels", track)
+    monkeypatch.setattr(video, "pixels_of", track)
     read_images(tmp_path / "a.mp4", width=SIZE, height=SIZE, num_images=3, last=last)
     assert most <= 4
 
