@@ -204,6 +204,7 @@ class LiveRun:
             strength=self.strength,
             control=self._control,
             control_strength=1.0 if request.control is None else request.control.strength,
+            fps=request.fps,
             on_autosave=partial(self._autosave, recording.paths) if self.autosaves else None,
         )
         if differs:

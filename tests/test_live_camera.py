@@ -432,6 +432,13 @@ def test_a_stream_without_a_decoder_has_no_camera() -> None:
     assert Session(stream_of(None), encode, prompt="p0").camera is None
 
 
+def test_a_stream_that_is_shown_faster_looks_as_often() -> None:
+    scene = Scene({}, fps=24)
+    for number in range(1, 41):
+        scene.camera.put("a", number, 1000 * number / 24, jpeg(1))
+    assert numbers(scene.take(12)) == list(range(29, 41))
+
+
 def test_once_a_session_has_ended_its_camera_takes_nothing() -> None:
     scene = Scene({})
     scene.run(1)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..config import FPS
 from ..control import ControlSource
 from ..source import Source
 from ..stream import GUIDE_STRENGTH, OnPass, Stream
@@ -155,6 +156,7 @@ class Session:
         control: controls all chunks but a clip's; the caller closes it after `run`.
         control_strength: what the control begins with, see `vace.Control`.
         on_autosave: takes a compact snapshot every few chunks, and at the end.
+        fps: images a second that it is shown with, at which a camera is looked through.
 
     Raises:
         ValueError: the stream makes a batch or takes no guides, or LoRAs come without a way to set
@@ -183,10 +185,11 @@ class Session:
         motion_strength: float = 0.0,
         control: ControlSource | None = None,
         control_strength: float = 1.0,
+        fps: int = FPS,
     ) -> None:
         self.outbox = outbox or Outbox()
         self.inbox = Inbox(max_commands, received=self.outbox.publish)
-        self.camera = _camera_of(stream)
+        self.camera = _camera_of(stream, fps)
         """What it looks through where one is turned on; None where the stream takes no guides."""
         self._presenter = Presenter(self.outbox, recorder, on_autosave)
         self._maker = Maker(
@@ -465,9 +468,9 @@ class Session:
         self.outbox.close()
 
 
-def _camera_of(stream: Stream) -> Camera | None:
+def _camera_of(stream: Stream, fps: int) -> Camera | None:
     if stream.decoder is None or stream.sampler.rolling:
         return None
     frames = max(stream.cache_config.first_frames, stream.cache_config.chunk_frames)
     images = stream.decoder.images_of(frames, first=False)
-    return Camera(height=stream.height, width=stream.width, max_frames=2 * images)
+    return Camera(height=stream.height, width=stream.width, max_frames=2 * images, fps=fps)
