@@ -1,9 +1,10 @@
 """What a stream knows, as plain data, and its form on disk.
 
 An exact snapshot holds every tensor and goes on bit for bit. A compact one holds the clean latents
-of the stream's first and last chunks, from which the window is made again by clean passes: a few
-hundred kilobytes in place of gigabytes, at the price of the sink's running average and of the
-decoder's longer memory. Files are safetensors; nothing is ever unpickled.
+of the stream's first and last chunks, and their control, from which the window is made again by
+clean passes: a few hundred kilobytes in place of gigabytes (tens of megabytes with a control), at
+the price of the sink's running average and of the decoder's longer memory. Files are safetensors;
+nothing is ever unpickled.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ class Stream:
         `control` structures the chunk by a VACE beside the network, with a strength of its own;
         guide and control go together. Without one, and at its strength 0, the chunk is the
         network's own to the bit, if its past is. ValueError where the network takes none, for a
-        context of another shape, and for a rolling sampler.
+        context of another shape or with nan, and for a rolling sampler.
         """
         on_pass = on_pass or _no_op
         with self._exclusive():
@@ -449,11 +449,8 @@ class Stream:
         something was made, the sink has fewer frames, or chunks roll.
         """
         with self._exclusive():
-            tokens, frames = (
-                self._embedded(references, references=True),
-                references.context.shape[2],
-            )
-            state, channels = self.state, self.model.config.in_dim
+            tokens = self._embedded(references, references=True)
+            state, frames = self.state, references.context.shape[2]
             if not self._begins or state.reference_frames:
                 raise ValueError(
                     "something was made already; references come before the first chunk, or right "
@@ -464,7 +461,8 @@ class Stream:
                     f"{frames} reference images are given, and they stay in the sink, which has "
                     f"{sink} frames; give fewer, or raise sink_frames"
                 )
-            latents = references.context[:, :channels].to(self.device, torch.float32)
+            latents, _ = parted(references.context, self.model.config.in_dim)
+            latents = latents.to(self.device, torch.float32)
             latents = latents.expand(self.batch, -1, -1, -1, -1).clone()
             state.cache.advance(frames)
             state.cache.finish()
@@ -764,14 +762,13 @@ class Stream:
         """The latent frame that a rebuilt context begins with, [B, C, 1, h, w], and its control."""
         first, last = self._kept
         in_sight = last is None or last.shape[2] < self.cache_config.kept_last
-        if self.cache_config.rebuild == "first" or in_sight or not self._can_encode:
+        if self.cache_config.rebuild == "first" or in_sight or not self._can_encode():
             return first
         assert self.decoder is not None and self.state.last_images is not None
         head = self.decoder.encode(self.state.last_images[:, :1])
         recent = joined(None, self.state.last_control, self.cache_config.rebuilt_frames)
         return with_control(head, None if recent is None else recent[:, :, :1])
 
-    @property
     def _can_encode(self) -> bool:
         """Whether a context's head can be encoded of an image; where it cannot, that is said."""
         can = self.decoder is not None and self.state.last_images is not None
@@ -893,6 +890,11 @@ class Stream:
         if found not in (wanted, [1, *wanted[1:]]):
             what = "references" if references else "the control"
             raise ValueError(f"{what} of shape {found} do not fit; {wanted} is needed")
+        if not control.context.isfinite().all():
+            raise ValueError(
+                "the control's latents hold numbers that are not finite: its images do, or its "
+                "encoder's dtype is too narrow; encode in float32 or bfloat16"
+            )
 
     def _timesteps(self) -> list[float]:
         """Those of the next chunk that is generated."""

@@ -14,6 +14,7 @@ from test_vace import CHANNELS, context, vace
 from torch import Tensor
 
 from rf_core.config import ControlConfig
+from rf_core.decoders.vae import VAEState
 from rf_core.families import FAMILIES
 from rf_core.fast.graphs import GraphedModel, TraceCapture
 from rf_core.fast.parallel import SequenceParallelModel, Split
@@ -250,6 +251,40 @@ def test_a_rebuilt_context_is_made_anew_with_its_control():
     assert torch.equal(before[1][:, :-1, -3:], context(3, 3))
 
 
+class Pictures:
+    """A decoder whose images are its latents' means, and whose latents are of its images."""
+
+    spatial_factor, kind = 8, "pictures"
+
+    def __init__(self):
+        self.decoded: list[int] = []
+
+    def decode(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
+        self.decoded.append(latents.shape[2])
+        done = 0 if state is None else state.num_frames
+        means = latents.mean(1).repeat_interleave(4, dim=1)[:, :, None, :, :]
+        images = means.repeat_interleave(8, -1).repeat_interleave(8, -2).expand(-1, -1, 3, -1, -1)
+        return images, VAEState({}, done + latents.shape[2])
+
+    def encode(self, images: Tensor) -> Tensor:
+        small = images[:, :, 0, ::8, ::8]
+        return small[:, None].expand(-1, 4, -1, -1, -1).clone()
+
+
+@of_every_form
+def test_a_head_that_is_encoded_again_has_the_control_of_its_place(form, tmp_path):
+    cache = tiny.window(6, 0, rebuild="reencoded")
+    stream = stream_of(form=form, cache=cache, decoder=Pictures())
+    kept = stream_of(form=form, cache=replace(cache, rebuild="first"))
+    assert not torch.equal(steered(stream, 5), steered(kept, 5))
+    stream.snapshot().save(tmp_path / "s.safetensors")
+    saved = Snapshot.load(tmp_path / "s.safetensors")
+    again = Stream.from_snapshot(stream.model, saved, decoder=Pictures())
+    assert torch.equal(steered(again, 3), steered(stream, 3))
+    if form.past or form.clean:
+        assert torch.equal(stream._head()[:, 4:-1], context(3, 7)[:, :, :1])
+
+
 @of_every_form
 def test_a_cache_of_8_bits_is_close(form):
     exact = steered(stream_of(form=form), 5)
@@ -346,6 +381,8 @@ def test_a_control_that_does_not_fit_is_refused_before_anything_is_done():
     for shape in ((1, CHANNELS, 4, 4, 6), (1, 16, 3, 4, 6), (2, CHANNELS, 3, 4, 6), (1, 3)):
         with pytest.raises(ValueError, match="the control of shape"):
             stream.step(control=Control(context=torch.zeros(shape)))
+    with pytest.raises(ValueError, match="not finite"):
+        stream.step(control=Control(context=context() * float("nan")))
     for strength in (-1, 11, float("nan")):
         with pytest.raises(ValueError, match="strength"):
             control(0, strength=strength)
@@ -444,6 +481,19 @@ def test_a_stream_with_references_is_saved(tmp_path, chunks, compact):
     assert torch.equal(made, wanted) if not compact else made.shape == wanted.shape
     if compact and chunks < 4:
         near(made, wanted)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_references_are_never_decoded(chunks):
+    decoder, again = Pictures(), Pictures()
+    stream = stream_of(decoder=decoder)
+    stream.refer_to(references())
+    steered(stream, chunks)
+    assert decoder.decoded == [3] * chunks
+    restored = Stream.from_snapshot(stream.model, stream.snapshot(compact=True), decoder=again)
+    # As much of the video as a compact snapshot holds, from a whole chunk on.
+    assert sum(again.decoded) == {1: 3, 2: 5, 5: 6}[chunks]
+    assert restored.state.decoder.num_frames == sum(again.decoded)
 
 
 def test_a_first_chunk_of_another_length_follows_references():

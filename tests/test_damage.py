@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from rf_core import video
-from rf_core.config import CacheConfig, ModelConfig, SamplerConfig
+from rf_core.config import CacheConfig, ModelConfig, SamplerConfig, VaceConfig
 from rf_core.decoders.decoder import load_decoder
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
@@ -29,10 +29,12 @@ from rf_core.decoders.vae_files import vae_metadata
 from rf_core.model import WanModel
 from rf_core.state import Snapshot
 from rf_core.text import UMT5Encoder, byte_ids, load_text_encoder, save_text_encoder
+from rf_core.vace import Control, ControlledModel, Vace
 from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
 from rf_core.weights.checkpoint import describe, load_student, write_checkpoint
 from rf_core.weights.files import CheckpointError, read_weights
 from rf_core.weights.lora import Lora, apply_loras
+from rf_core.weights.vace import context_channels, describe_vace, load_vace, read_vace, save_vace
 
 MODEL = ModelConfig(
     dim=16, ffn_dim=8, freq_dim=8, text_dim=12, text_len=7, in_dim=4, out_dim=4, num_heads=2,
@@ -425,6 +427,33 @@ def test_damaged_loras_end_in_a_sentence(tmp_path):
     alphas = json.dumps({"lora_alpha": 4, "r": 2, "alpha_pattern": {"self_attn.q": 8}})
     files = files_of(tmp_path, adapter, {"lora_adapter_metadata": alphas, "ss_network_alpha": "4"})
     damage.fuzz("loras", files, lambda path: apply_loras(base, [Lora(path=path)]), tmp_path)
+
+
+def test_damaged_vaces_end_in_a_sentence(tmp_path):
+    config = VaceConfig(layers=(0, 1), in_channels=context_channels(MODEL))
+    network = tiny.randomise(Vace(MODEL, config), 0)
+    files = files_of(tmp_path, network.state_dict())
+    save_vace(tmp_path / "own.safetensors", network, provenance={"step": 600})
+    files["own.safetensors"] = (tmp_path / "own.safetensors").read_bytes()
+
+    def read(path: Path) -> object:
+        found = describe_vace(read_vace(path))
+        return load_vace(path, MODEL, device="cpu", dtype=torch.float32), found
+
+    damage.fuzz("vaces", files, read, tmp_path)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_damaged_snapshots_of_a_control_end_in_a_sentence(tmp_path, compact):
+    config = VaceConfig(layers=(0,), in_channels=context_channels(tiny.CONFIG))
+    network = ControlledModel(tiny.model(), tiny.randomise(Vace(tiny.CONFIG, config), 5))
+    stream = tiny.stream(model=network)
+    stream.refer_to(Control(context=torch.randn(1, config.in_channels, 1, 4, 6)))
+    stream.step(control=Control(context=torch.randn(1, config.in_channels, 3, 4, 6)))
+    stream.snapshot(compact=compact).save(tmp_path / "a.safetensors")
+    files = {"a.safetensors": (tmp_path / "a.safetensors").read_bytes()}
+    name = f"snapshots of a control, compact {compact}"
+    damage.fuzz(name, files, lambda path: stream.fork().restore(Snapshot.load(path)), tmp_path)
 
 
 @pytest.mark.parametrize("compact", [True, False])
