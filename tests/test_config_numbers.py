@@ -17,6 +17,7 @@ import pytest
 
 from training.run.config import from_dict, to_json
 from training.stages.consistency import CONSISTENCY_PRESETS, ConsistencyConfig
+from training.stages.control import CONTROL_PRESETS, ControlRunConfig
 from training.stages.latents import LATENTS_PRESETS, LatentsConfig
 from training.stages.recipes import PRESETS, DistilConfig
 from training.stages.regression import INIT_PRESETS, InitConfig
@@ -29,6 +30,7 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "ode_init": (InitConfig, INIT_PRESETS),
     "ode_pairs": (PairsConfig, PAIRS_PRESETS),
     "consistency": (ConsistencyConfig, CONSISTENCY_PRESETS),
+    "control": (ControlRunConfig, CONTROL_PRESETS),
     "latents": (LatentsConfig, LATENTS_PRESETS),
 }
 HUGE = 1e30
@@ -49,6 +51,8 @@ ALLOWED = {
     ("model.eps", 0): "a norm as it is written",
     ("*excerpts.*", 0): "none of it",
     ("*prompt_dropout", 0): "no prompt is dropped",
+    ("layers.0", 0): "the first hint is the first block's",
+    ("colours_alone", 0): "no caption names a colour alone",
     ("run.redmd.guidance", 0): "none: the prompt's own score",
     ("run.redmd.weights.beta", 0): "no reward",
     ("starts.share", 0): "no rollout begins from an image",

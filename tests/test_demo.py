@@ -17,7 +17,7 @@ from rf_core.weights.checkpoint import read_checkpoint
 from training.world.scenes import parse_caption
 from training.world.tracker import score
 
-FILES = ("student", "teacher", "vae", "text_encoder")
+FILES = ("student", "teacher", "vae", "text_encoder", "control")
 
 
 def images_of(path: Path) -> torch.Tensor:
@@ -60,7 +60,7 @@ def parse_timeline_prompts() -> list[str]:
 
 
 def test_the_demo_is_small_and_says_how_it_was_made():
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 15e6
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 16e6
     for name in FILES:
         with safe_open(DEMO / f"{name}.safetensors", "pt") as file:
             metadata = file.metadata()

@@ -31,6 +31,7 @@ COMMANDS = {
     "teacher": (["teacher"], (*SMALL, "opening_batch=2")),
     "ode_init": (["ode_init", "--pairs", "pairs"], SMALL),
     "consistency": (["consistency"], SMALL),
+    "control": (["control"], SMALL),
     "re_dmd": (
         ["re_dmd"],
         ("run.redmd.batch=2", "run.micro_batch=1", "run.critic_ratio=1"),

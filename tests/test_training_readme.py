@@ -17,12 +17,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import training.world.__main__ as world
+import training.world.follow as follow
 from rf_core.__main__ import main as rf_core
 from rf_core.options import DEMO
-from rf_core.video import count_images
+from rf_core.video import VideoFormat, VideoWriter, count_images
 from training.__main__ import main as training
 from training.world.evaluate import EvaluateConfig
 
@@ -42,6 +44,7 @@ SETTINGS = {
     "ode_pairs": ["clips=4", "shard=2", "batch=2", "steps=2"],
     "ode_init": [*SMALL, "validation_chunks=1"],
     "consistency": [*SMALL, "validation_chunks=1"],
+    "control": [*SMALL, "validation_steps=2"],
     "re_dmd": [
         "run.updates=2",
         "run.critic_ratio=1",
@@ -58,6 +61,8 @@ SETTINGS = {
 WAN_SETTINGS = {
     "ode_pairs": ["latents=[16, 9, 8, 8]", "placement.dtype=float32"],
     "ode_init": ["placement.dtype=float32"],
+    "latents": ["size=[64, 64]", "frames=3", "dtype=float32"],
+    "control": ["placement.dtype=float32", "layers=[0, 2, 4]"],
     "re_dmd": ["placement.dtype=float32", "reward.kind=none"],
     "estimate": [],
 }
@@ -67,6 +72,7 @@ OPTIONS = {
     "evaluate": ["--seeds", "1", "--seconds", "1", "--window-images", "8", "--device", "cpu"],
     "clips": ["--count", "16"],
     "release": ["--demo", "demo"],
+    "follow": ["--count", "1"],
 }
 COPIED = {
     ("training.world", "vae"): "vae.safetensors",
@@ -171,6 +177,12 @@ def prepare(folder: Path) -> None:
     for number, prompt in enumerate(prompts):
         Image.new("RGB", (80, 64), (200, 40 * number, 0)).save(folder / f"pictures/{number}.png")
         (folder / f"pictures/{number}.txt").write_text(prompt)
+    for name in ("videos", "depth"):
+        (folder / name).mkdir()
+        form = VideoFormat(width=64, height=64, fps=16)
+        with VideoWriter(folder / name / "0.mp4", form, {}) as writer:
+            writer.write(torch.zeros(18, 64, 64, 3, dtype=torch.uint8))
+    (folder / "videos/0.txt").write_text(prompts[0])
 
 
 def as_above(arguments: list[str], earlier: list[list[str]]) -> list[str]:
@@ -213,6 +225,7 @@ def ran(tmp_path_factory) -> tuple[Path, list[list[str]]]:
     small = EvaluateConfig(**counts, **lengths, switch_after=1, switch_chunks=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "EvaluateConfig", lambda: small)
+        patch.setattr(follow, "rows", lambda: [follow.Row(name="controlled")])
         for block in blocks():
             folder = root / block.section
             if not folder.exists():
@@ -226,6 +239,7 @@ def test_every_command_runs(ran):
     _, commands = ran
     said = {(module, command) for module, command, *_ in commands}
     recipes = ("verify", "teacher", "ode_pairs", "ode_init", "re_dmd", "export", "evaluate")
+    recipes += ("latents", "contexts", "control")
     assert {("training", name) for name in recipes} < said
     assert {("training.world", name) for name in ("clips", "evaluate", "release")} < said
     assert ("rf_core", "generate") in said and ("training", "estimate") in said

@@ -27,7 +27,15 @@ from .objective.verify import KINDS
 from .rewards.videoalign import convert
 from .run.config import to_json
 from .run.distributed import Stopped, check_shares, exit_code, process_group, world_size
-from .run.folder import STUDENT, TEACHER, checkpoints, read_config, recipe_of, saved_weights
+from .run.folder import (
+    CONTROL,
+    STUDENT,
+    TEACHER,
+    checkpoints,
+    read_config,
+    recipe_of,
+    saved_weights,
+)
 from .run.machine import check_machine, num_processes
 from .run.options import (
     add_config_arguments,
@@ -38,9 +46,20 @@ from .run.options import (
     print_rank_0,
     show_progress,
 )
-from .stages import consistency, dry_run, evaluation, latents, regression, teacher, trajectories
+from .stages import (
+    consistency,
+    contexts,
+    control,
+    dry_run,
+    evaluation,
+    latents,
+    regression,
+    teacher,
+    trajectories,
+)
+from .stages.control import ControlRunConfig
 from .stages.costs import RECIPES, Given, costs, format_costs, matmul_speed
-from .stages.export import export, export_supervised
+from .stages.export import export, export_control, export_supervised
 from .stages.latents import LatentsConfig
 from .stages.re_dmd import check_files, distil, origin_of, provenance, read_sizes
 from .stages.recipes import PRESETS, DistilConfig, student_path, with_sink
@@ -58,6 +77,7 @@ from .stages.trainer import report_numbers
 STRIP_PROMPT = "a red circle moves left"
 SIZES = {"1.3b": WAN_1_3B, "14b": WAN_14B}
 NETWORKS = ("student", "teacher", "critic")
+SAVED = {TeacherConfig.recipe: TEACHER, ControlRunConfig.recipe: CONTROL}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -174,7 +194,7 @@ def _export_distilled(args: argparse.Namespace, update: int, checkpoint: Path) -
 def _export_supervised(
     args: argparse.Namespace, recipe: str, update: int, checkpoint: Path
 ) -> None:
-    saved = args.run / (TEACHER if recipe == TeacherConfig.recipe else STUDENT)
+    saved = args.run / SAVED.get(recipe, STUDENT)
     if args.adapter:
         raise ValueError(f"{args.run} is a run of {recipe}, which trains no adapter")
     if not saved.exists():
@@ -182,7 +202,8 @@ def _export_supervised(
             f"{saved} is not there, which says what {checkpoint.name} is; --resume the run, which "
             "writes it with its next checkpoint"
         )
-    export_supervised(
+    exported = export_control if recipe == ControlRunConfig.recipe else export_supervised
+    exported(
         saved,
         checkpoint,
         args.out,
@@ -282,6 +303,12 @@ def _parser() -> argparse.ArgumentParser:
     cheaper = commands.add_parser("consistency", help="the same without stored trajectories")
     consistency.add_consistency_arguments(cheaper)
     cheaper.set_defaults(command=_or_dry(consistency.run_consistency, dry_run.dry_consistency))
+    contextual = commands.add_parser("contexts", help="encode control videos, once")
+    contexts.add_contexts_arguments(contextual)
+    contextual.set_defaults(command=contexts.run_contexts)
+    controlling = commands.add_parser("control", help="train a VACE beside a frozen network")
+    control.add_control_arguments(controlling)
+    controlling.set_defaults(command=_or_dry(control.run_control, dry_run.dry_control))
     export = commands.add_parser("export", help="write a run's checkpoint as a student")
     export.set_defaults(command=run_export)
     export.add_argument("run", type=Path, help="folder of a run: re_dmd, ode_init or teacher")

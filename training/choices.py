@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -156,6 +156,16 @@ def open_clips(folder: Path, data: DataConfig, device: torch.device) -> ClipSour
         cache = encoded(prompts, data, folder / "embeddings", device, dtype)
         return VideoClips(clips, prompts, CachedEmbeds(prompts, cache))
     return _whole_clips(folder)
+
+
+def open_controlled(
+    folder: Path, data: DataConfig, device: torch.device, colours_alone: float
+) -> ClipSource:
+    """As `open_clips`; a share of the miniature world's captions then name colours alone."""
+    clips = open_clips(folder, data, device)
+    if isinstance(clips, CaptionedClips):
+        return replace(clips, colours_alone=colours_alone)
+    return clips
 
 
 def _whole_clips(folder: Path) -> Pairs:

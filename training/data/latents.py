@@ -144,6 +144,11 @@ def check_shard_is_of(path: Path, video: Video) -> None:
         )
 
 
+def video_of_shard(path: Path) -> str:
+    """The video that a shard is of, its path within its folder."""
+    return _note(path)["file"]
+
+
 def _note(path: Path) -> dict[str, str]:
     metadata = read_weights(path).metadata
     if _NOTE not in metadata:

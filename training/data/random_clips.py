@@ -54,6 +54,18 @@ class RandomClips:
         return [""] * len(rows), torch.randn(len(rows), *self.text)
 
 
+@dataclass(frozen=True)
+class RandomContexts:
+    """Control contexts of noise."""
+
+    shape: tuple[int, int, int, int]
+    """Of a context: channels, frames, rows, columns."""
+
+    def of(self, rows: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """See `ControlContexts`."""
+        return torch.randn(len(rows), *self.shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RandomPairs(Pairs):
     """Trajectories of noise, as `ode_pairs` would make them with a config."""

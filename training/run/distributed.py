@@ -148,12 +148,16 @@ def shard(
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     for block in network.blocks:
+        for projection in ("before_proj", "after_proj"):  # of a VACE, called outside its block
+            if hasattr(block, projection):
+                fully_shard(getattr(block, projection), **options)
         fully_shard(block, reshard_after_forward=reshard_blocks, **options)
         for method in ("prompt_kv", "modulations", "write_cache"):
             register_fsdp_forward_method(block, method)
     fully_shard(network, **options)
     for method in ("prompt_context", "counted_prompt", "time_context", "write_cache"):
-        register_fsdp_forward_method(network, method)
+        if hasattr(network, method):
+            register_fsdp_forward_method(network, method)
     return network
 
 

@@ -18,7 +18,7 @@ from .distributed import barrier, broadcast_from_rank_0, rank
 
 T = TypeVar("T")
 CONFIG, STUDENT, LORA = "config.json", "student.safetensors", "lora.safetensors"
-TEACHER = "teacher.safetensors"
+TEACHER, CONTROL = "teacher.safetensors", "control.safetensors"
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
@@ -134,7 +134,7 @@ def delete_old_checkpoints(out: Path, keep: int) -> None:
 
 def saved_weights(out: Path) -> list[str]:
     """Names of the weight files in a run's folder."""
-    return [name for name in (TEACHER, STUDENT, LORA) if (out / name).exists()]
+    return [name for name in (TEACHER, STUDENT, LORA, CONTROL) if (out / name).exists()]
 
 
 @contextmanager

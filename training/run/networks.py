@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from .distributed import rank, shard
 from .lora import LoRAConfig, adapter_weights, add_adapters, renamed_base
 from .sequence import split_sequence
 
+N = TypeVar("N", bound=nn.Module)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -152,17 +153,17 @@ def _placed(
         placement.shard_over,
     )
     if tensors is None:
-        return _drawn(network.to_empty(device="cpu" if offload else device))
-    return _filled(network, tensors, device, offload)
+        return drawn(network.to_empty(device="cpu" if offload else device))
+    return filled(network, tensors, device, offload)
 
 
-def prepare(network: WanModel, placement: PlacementConfig, *, trained: bool) -> WanModel:
+def prepare(network: N, placement: PlacementConfig, *, trained: bool) -> N:
     """Have blocks recompiled and recomputed as asked; changes no name of a weight."""
     if placement.compile is not None:
         # Blocks share their code, and so the count of how often it may be compiled anew: with and
         # without gradient, with each length of the cache, and without one.
         torch._dynamo.config.recompile_limit = 64
-    for block in network.blocks:
+    for block in network.blocks:  # type: ignore[union-attr]
         if placement.checkpointing and trained:
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
@@ -193,16 +194,16 @@ def _empty(config: ModelConfig, dtype: torch.dtype) -> WanModel:
 
 
 @torch.no_grad()
-def _drawn(network: WanModel) -> WanModel:
+def drawn(network: N) -> N:
+    """A placed network, filled with small noise."""
     for parameter in network.parameters():
         own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         own.normal_(std=0.02)
     return network
 
 
-def _filled(
-    network: WanModel, tensors: Mapping[str, Tensor], device: torch.device, offload: bool
-) -> WanModel:
+def filled(network: N, tensors: Mapping[str, Tensor], device: torch.device, offload: bool) -> N:
+    """A placed network, filled with whole tensors; those of the first process count."""
     network.to_empty(device="cpu" if offload else device)
     if not dist.is_initialized():
         network.load_state_dict(tensors, strict=True)

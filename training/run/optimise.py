@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,7 @@ SMALLEST_RATE = 1e-12
 """Of a learning rate: what is below it trains nothing that float32 weights can hold."""
 RATES = ("rate", "matrix_rate", "clip_norm")
 """Fields of `OptimiserConfig` that may be others when a run is resumed."""
+_BLOCKS = re.compile(r"(vace\.vace_)?blocks\.")
 _TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True)
 
 
@@ -60,7 +62,7 @@ class OptimiserConfig:
     def is_muons(self, name: str, parameter: Tensor) -> bool:
         """Whether Muon steps a parameter of that name: blocks' matrices, where it is asked for."""
         muon = self.matrix_rate is not None
-        return muon and name.startswith("blocks.") and parameter.ndim == 2
+        return muon and bool(_BLOCKS.match(name)) and parameter.ndim == 2
 
     def num_moments(self, name: str, parameter: Tensor) -> int:
         """How many tensors of a parameter's own size its optimiser keeps."""
@@ -126,10 +128,11 @@ class TrainedNetwork:
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` has returned."""
         _, live = self._state_dict()
+        frozen = {name: p for name, p in self.network.named_parameters() if not p.requires_grad}
         set_state_dict(
             self.network,
             self.optimisers,
-            model_state_dict=state["model"],
+            model_state_dict={**frozen, **state["model"]},
             optim_state_dict=live | {"state": state["moments"]},
             options=_TRAINED_ONLY,
         )

@@ -33,6 +33,7 @@ from ..run.networks import PlacementConfig
 from ..run.sequence import check_sequence, own_grid
 from . import disk, memory, operations
 from .consistency import CONSISTENCY_PRESETS, ConsistencyConfig, paths_of
+from .control import CONTROL_PRESETS, ControlRunConfig, base_path, check_layers
 from .estimate import Sizes, estimate
 from .latents import LATENTS_PRESETS, LatentsConfig
 from .re_dmd import read_sizes
@@ -49,6 +50,7 @@ RECIPES: Mapping[str, tuple[type, Mapping[str, Callable[[], Any]]]] = MappingPro
         "ode_pairs": (PairsConfig, PAIRS_PRESETS),
         "ode_init": (InitConfig, INIT_PRESETS),
         "consistency": (ConsistencyConfig, CONSISTENCY_PRESETS),
+        "control": (ControlRunConfig, CONTROL_PRESETS),
         "latents": (LatentsConfig, LATENTS_PRESETS),
     }
 )
@@ -110,6 +112,7 @@ def costs(config: Any, given: Given, processes: int) -> Costs:
         "ode_pairs": _pairs,
         "ode_init": _regression,
         "consistency": _consistency,
+        "control": _control,
         "latents": _latents,
     }
     return counted[config.recipe](config, given, processes)  # type: ignore[operator]
@@ -121,6 +124,7 @@ _NETWORKS = {
     "ode_pairs": ("teacher",),
     "ode_init": ("student",),
     "consistency": ("student", "teacher"),
+    "control": ("teacher",),
     "latents": (),
 }
 
@@ -234,6 +238,25 @@ def _consistency(config: ConsistencyConfig, given: Given, processes: int) -> Cos
         unit="update",
         units=config.updates,
         disk=disk.supervised_disk(config, student),
+    )
+
+
+def _control(config: ControlRunConfig, given: Given, processes: int) -> Costs:
+    _check_processes(config.placement, processes)
+    check_batches(config.batches, config.micro_batch, processes)
+    size = given.sizes.get("teacher") or read_checkpoint(base_path(config)).config
+    check_layers(config, size)
+    _, frames, *rest = _clip_shape(config.source, given)
+    frames = min(frames, config.frames or frames)
+    grid = Grid.of_latents(*rest, size.patch_size)
+    one = operations.control_flops(config, size, grid, frames)
+    samples = config.updates * config.batch
+    return Costs(
+        memory=memory.control_memory(config, size, grid, frames, processes),
+        operations={name: samples * count for name, count in one.items()},
+        unit="update",
+        units=config.updates,
+        disk=disk.supervised_disk(config, replace(size, num_layers=len(config.layers))),
     )
 
 

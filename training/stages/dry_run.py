@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from rf_core.config import WAN_1_3B, WAN_14B, Grid, ModelConfig
+from rf_core.config import WAN_1_3B, WAN_14B, Grid, ModelConfig, VaceConfig
+from rf_core.control import MASK_CHANNELS
 from rf_core.decoders.decoder import load_decoder
 from rf_core.memory.plan import GB
 from rf_core.options import DEMO
@@ -24,9 +25,10 @@ from rf_core.weights.checkpoint import read_checkpoint
 from ..choices import DATA_SET, open_reward, shape_of_clips
 from ..data.embeddings import MemoryEmbeds
 from ..data.pairs import Pairs, PairsConfig, shards_of
-from ..data.random_clips import COUNT, RandomClips, RandomPairs
+from ..data.random_clips import COUNT, RandomClips, RandomContexts, RandomPairs
 from ..objective.redmd import Networks
 from ..rewards.reward import LatentRewards, image_anchor
+from ..run.controlled import random_control
 from ..run.distributed import all_gather, check_shares, process_group, world_size
 from ..run.machine import check_batches, check_machine, num_processes
 from ..run.memory import peak_bytes, reset_peak
@@ -35,8 +37,9 @@ from ..run.optimise import TrainedNetwork
 from ..run.options import begins_with_preset, config_from_args, print_rank_0
 from ..run.sequence import check_sequence, own_grid
 from .consistency import CONSISTENCY_PRESETS, ConsistencyConfig, ConsistencyTrainer
+from .control import CONTROL_PRESETS, ControlRunConfig, ControlTrainer, check_layers
 from .estimate import Sizes, estimate
-from .memory import consistency_memory, regression_memory, teacher_memory
+from .memory import consistency_memory, control_memory, regression_memory, teacher_memory
 from .recipes import DistilConfig, student_path
 from .regression import INIT_PRESETS, InitTrainer, init_config
 from .supervised import SupervisedConfig
@@ -176,6 +179,30 @@ def dry_consistency(args: argparse.Namespace) -> int:
         trainer = ConsistencyTrainer(config, student, teacher, source, uncond, device)
         grid = _own_grid(config, sizes[1], shape)
         counted = consistency_memory(config, sizes[1], sizes[0], grid, world_size())
+        return Trial(trainer=trainer, trained=[trainer.trained], counted=counted)
+
+    return _try(args, config, found, make)
+
+
+def dry_control(args: argparse.Namespace) -> int:
+    """Try an update of `control`."""
+    found = stand_ins(args, CONTROL_PRESETS)
+    config = config_from_args(args, ControlRunConfig, CONTROL_PRESETS)
+    config = _without_validation(config)
+
+    def make(device: torch.device) -> Trial:
+        size = found.size("base", config.base or _TEACHER)
+        check_layers(config, size)
+        channels, frames, rows, columns = found.clips(config.source)
+        shape = (channels, min(frames, config.frames or frames), rows, columns)
+        vace = VaceConfig(layers=config.layers, in_channels=2 * channels + MASK_CHANNELS)
+        text = (size.text_len, size.text_dim)
+        network = random_control(size, vace, config.placement, device)
+        source, contexts = RandomClips(shape, text), RandomContexts((vace.in_channels, *shape[1:]))
+        uncond = torch.randn(1, *text)
+        trainer = ControlTrainer(config, network, source, contexts, uncond, device)
+        grid = _own_grid(config, size, shape)
+        counted = control_memory(config, size, grid, shape[1], world_size())
         return Trial(trainer=trainer, trained=[trainer.trained], counted=counted)
 
     return _try(args, config, found, make)

@@ -14,20 +14,24 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rf_core.companions import companions_of
-from rf_core.config import SPATIAL_FACTOR, CacheConfig, SamplerConfig
+from rf_core.config import SPATIAL_FACTOR, CacheConfig, ModelConfig, SamplerConfig, VaceConfig
 from rf_core.model import WanModel
 from rf_core.options import DEMO
+from rf_core.vace import Vace
 from rf_core.weights.checkpoint import Companion, read_checkpoint, write_checkpoint
 from rf_core.weights.files import WeightFile
+from rf_core.weights.vace import fit_vace, read_vace, save_vace
 from rf_core.writing import whole_file
 
 from ..data.embeddings import encoder_path
 from ..run.checkpointing import read_part
+from ..run.controlled import TrainedControl
 from ..run.distributed import rank
 from ..run.lora import BASE, LoRAConfig, exported, merged
 from .recipes import DistilConfig
 
 PROVENANCE_KEY = "rf_provenance"
+_VACE = "vace."
 Weights = Literal["average", "student"]
 
 
@@ -60,6 +64,26 @@ def write_student(
             provenance=note,
             companions=companions,
         )
+
+
+def write_control(path: Path, network: TrainedControl, note: Mapping[str, Any]) -> None:
+    """The same of a VACE alone, without its base."""
+    tensors = _full_state_dict(network)
+    if rank() == 0:
+        _save_control(path, network.config, network.vace.config, tensors, note)
+
+
+def _save_control(
+    path: Path,
+    base: ModelConfig,
+    config: VaceConfig,
+    tensors: Mapping[str, Tensor],
+    note: Mapping[str, Any],
+) -> None:
+    own = {n.removeprefix(_VACE): each for n, each in tensors.items() if n.startswith(_VACE)}
+    vace = Vace(base, config, device="meta")
+    vace.load_state_dict(own, strict=True, assign=True)
+    save_vace(path, vace, provenance=note)
 
 
 def write_adapter(
@@ -149,6 +173,24 @@ def export_supervised(
         family=found.family,
         provenance={**found.provenance, "updates": update},
     )
+
+
+def export_control(
+    saved: Path,
+    checkpoint: Path,
+    out: Path,
+    *,
+    weights: Weights = "average",
+    dtype: torch.dtype = torch.bfloat16,
+    update: int,
+) -> None:
+    """The same of `control`, whose runs train a VACE."""
+    part = "average" if weights == "average" else "student.model"
+    tensors = {name: each.to(dtype) for name, each in read_part(checkpoint, part).items()}
+    found = read_vace(saved)
+    base = ModelConfig(**found.base)
+    note = {**found.provenance, "updates": update}
+    _save_control(out, base, fit_vace(found, base), tensors, note)
 
 
 def file_hash(path: Path) -> str:

@@ -49,7 +49,7 @@ from ..run.folder import check_recipe, create_run_folder, read_config
 from ..run.options import add_config_arguments, config_from_args, print_rank_0, show_progress
 
 _log = logging.getLogger(__name__)
-_CHUNK = 3  # latent frames encoded at once
+CHUNK = 3  # latent frames encoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def encode_videos(
     yield len(videos) - len(missing)
     create_run_folder(config, out)
     dtype = getattr(torch, config.dtype)
-    decoder = load_decoder(config.vae or DEMO / "vae.safetensors", device, dtype, _CHUNK)
+    decoder = load_decoder(config.vae or DEMO / "vae.safetensors", device, dtype, CHUNK)
     for name, size in zip(("size", *["buckets"] * len(config.buckets)), config.sizes, strict=True):
         if any(side % decoder.spatial_factor for side in size):
             raise ValueError(

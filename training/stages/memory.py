@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from rf_core.config import Grid, ModelConfig
@@ -15,7 +17,8 @@ from ..data.pairs import PairsConfig
 from ..run.distributed import fitting_micro_batch
 from ..run.networks import DTYPES, PlacementConfig
 from .consistency import ConsistencyConfig
-from .estimate import gathered_bytes, num_shards, saved_bytes, training_bytes
+from .control import ControlRunConfig
+from .estimate import MASTER, gathered_bytes, num_shards, saved_bytes, training_bytes
 from .latents import LatentsConfig
 from .operations import contexts, excerpt_contexts
 from .regression import InitConfig
@@ -43,6 +46,23 @@ def teacher_memory(
         for kind in kinds
     )
     return _trained_memory(config, size, processes) | {KEPT: kept}
+
+
+def control_memory(
+    config: ControlRunConfig, size: ModelConfig, grid: Grid, frames: int, processes: int
+) -> dict[str, int]:
+    """The frozen base, the VACE that is trained, and what both keep of a pass.
+
+    A VACE is taken for as many of the base's blocks, and what a block keeps for a trained one's.
+    """
+    share = replace(size, num_layers=len(config.layers))
+    both = replace(size, num_layers=size.num_layers + len(config.layers))
+    base = MASTER * num_parameters(size) // num_shards(config.placement, processes)
+    kept = _samples(config, processes, config.batch) * _kept(
+        both, config.placement, grid, frames, [None]
+    )
+    found = _trained_memory(config, share, processes)
+    return {"base": base if config.placement.offload != "all" else 0, **found, KEPT: kept}
 
 
 def pairs_memory(

@@ -7,6 +7,7 @@ pass that trains counts three times a forward one, four times where its blocks a
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,7 @@ from ..data.pairs import PairsConfig
 from ..objective.excerpts import KINDS, ExcerptConfig
 from ..run.networks import PlacementConfig
 from .consistency import ConsistencyConfig
+from .control import ControlRunConfig
 from .latents import LatentsConfig
 from .regression import InitConfig
 from .teacher import Kind, TeacherConfig
@@ -107,6 +109,21 @@ def consistency_flops(
         "teacher's step": _passes(teacher, grid, chunk, past + guided),
         "student's target": _passes(student, grid, chunk, chunks),
         "student's passes": passes,
+    }
+
+
+def control_flops(
+    config: ControlRunConfig, size: ModelConfig, grid: Grid, frames: int
+) -> dict[str, int]:
+    """A clip through the frozen base, whose weights take no gradient, and through the VACE.
+
+    A VACE is taken for as many of the base's blocks; the projections of its hints are left out.
+    """
+    again = trained(config.placement)
+    vace = replace(size, num_layers=len(config.layers))
+    return {
+        "base": (again - 1) * pass_flops(size, grid, frames),
+        "VACE": again * pass_flops(vace, grid, frames),
     }
 
 

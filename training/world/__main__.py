@@ -1,9 +1,9 @@
 """The miniature world's command line: its data, and what its models show.
 
-`python -m training.world vae | text | clips | evaluate | restyle | release`. Each stage reads what
-the ones before left in the output folder, takes a budget in minutes or steps, writes its result as
-it goes on, and records how it was made. Between clips and evaluation, the recipes of
-`python -m training` make teacher and student.
+`python -m training.world vae | text | clips | controls | evaluate | restyle | follow | release`.
+Each stage reads what the ones before left in the output folder, takes a budget in minutes or steps,
+writes its result as it goes on, and records how it was made. Between clips and evaluation, the
+recipes of `python -m training` make teacher, student and control.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from rf_core.arguments import argument
 from rf_core.console import forgiving_console
 from rf_core.ranges import MANY, check_folder_writable, check_numbers
 
+from ..control_videos import VariantsConfig
 from . import stages
 from .budget import Budget
 from .clips import ClipsConfig
 from .evaluate import EulerConfig, EvaluateConfig, format_report
+from .follow import FollowConfig, format_rows
 from .restyle import RestyleConfig, format_restyle
 from .stages import Files
 from .train_text import TextTrainConfig
@@ -57,7 +59,7 @@ def _check(args: argparse.Namespace) -> None:
     check_numbers(args, **counts, threads=(1, 4096), minutes=(0, MANY), seed=(0, 2**63 - 1))
     check_numbers(args, guidance=(-1000.0, 1000.0))
     check_folder_writable(args.out)
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", "control"):
         path = getattr(args, name)
         if path is not None and not path.exists():
             raise ValueError(f"{name} is {path}, which is not there")
@@ -82,6 +84,11 @@ def run_clips(args: argparse.Namespace, files: Files) -> None:
     stages.make_clips(files, replace(defaults, num_clips=args.count or defaults.num_clips))
 
 
+def run_controls(args: argparse.Namespace, files: Files) -> None:
+    """Encode the clips' outlines and masked regions, for `python -m training control`."""
+    stages.make_controls(files, VariantsConfig())
+
+
 def run_evaluate(args: argparse.Namespace, files: Files) -> None:
     """Measure what is there, or the demo where nothing has been trained, and print it."""
     measured = files if files.vae.exists() else replace(files, folder=args.demo)
@@ -89,6 +96,15 @@ def run_evaluate(args: argparse.Namespace, files: Files) -> None:
     report = stages.make_report(measured, EvaluateConfig(), _euler(args), files.report)
     print(format_report(report))
     print(f"\nwritten to {files.report}")
+
+
+def run_follow(args: argparse.Namespace, files: Files) -> None:
+    """Measure how the demo's student follows its control, and print it."""
+    config, demo = FollowConfig(), replace(files, folder=args.demo)
+    config = replace(config, clips=args.count or config.clips)
+    control = args.control or args.demo / "control.safetensors"
+    found = stages.make_following(demo, control, config, args.out)
+    print(format_rows(found))
 
 
 def run_restyle(args: argparse.Namespace, files: Files) -> None:
@@ -113,7 +129,9 @@ STAGES: dict[str, Stage] = {
     "vae": run_vae,
     "text": run_text,
     "clips": run_clips,
+    "controls": run_controls,
     "evaluate": run_evaluate,
+    "follow": run_follow,
     "restyle": run_restyle,
     "release": run_release,
 }
@@ -156,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         "--teacher", type=Path, help="what is measured or released (default: OUT's)"
     )
     parser.add_argument("--student", type=Path, help="the same of the student")
+    parser.add_argument("--control", type=Path, help="what is followed (default: the demo's)")
     parser.add_argument("--guidance", type=float, help="the teacher's guidance")
     parser.add_argument("--euler-steps", type=int, help="the teacher's sampling steps")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")

@@ -25,7 +25,7 @@ from rf_core.text import TextEncoder
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file
 
-from .scenes import Scene, caption, render, sample_scene
+from .scenes import Scene, caption, colour_caption, render, sample_scene
 from .train_vae import from_wan, to_wan
 
 
@@ -162,6 +162,8 @@ class CaptionedClips:
 
     clips: Clips
     encoder: TextEncoder
+    colours_alone: float = 0.0
+    """Share of captions that name colours and no more, for clips that are shown in outline."""
 
     def __len__(self) -> int:
         return len(self.clips.scenes)
@@ -196,7 +198,12 @@ class CaptionedClips:
     def captions(self, rows: Sequence[int], seeds: Sequence[int]) -> tuple[list[str], Tensor]:
         """Captions, and the same encoded [N, S, D]; seeds choose the words."""
         texts = [
-            caption(self.clips.scenes[row], np.random.default_rng(seed))
+            self._caption(self.clips.scenes[row], np.random.default_rng(seed))
             for row, seed in zip(rows, seeds, strict=True)
         ]
         return texts, self.encoder.encode(texts).cpu()
+
+    def _caption(self, scene: Scene, rng: np.random.Generator) -> str:
+        if self.colours_alone and rng.random() < self.colours_alone:
+            return colour_caption(scene)
+        return caption(scene, rng)

@@ -100,6 +100,11 @@ def caption(scene: Sequence[Attributes], rng: np.random.Generator | None = None)
     return " and ".join(map(caption_of, scene, verbs))
 
 
+def colour_caption(scene: Sequence[Attributes]) -> str:
+    """A prompt that leaves all but colours to a control: `a red shape moves`."""
+    return " and ".join(f"a {thing.colour} shape moves" for thing in scene)
+
+
 def parse_caption(text: str) -> list[Attributes]:
     """The attributes of each shape of a caption; ValueError lists the known words."""
     attributes = []
@@ -222,17 +227,23 @@ def coverage(shape: str, dx: Tensor, dy: Tensor) -> Tensor:
 
     A pixel within half a pixel of the outline is covered in part, by its signed distance.
     """
+    return (0.5 - distance_outside(shape, dx, dy)).clamp(0, 1)
+
+
+def distance_outside(shape: str, dx: Tensor, dy: Tensor) -> Tensor:
+    """How far (dx, dy) from the centre of mass lies outside the shape's edge, in pixels.
+
+    Negative inside. ValueError for a shape that the world does not have.
+    """
     radius = SHAPE_SIZE / 2
     if shape == "circle":
-        outside = (dx.square() + dy.square()).sqrt() - radius
-    elif shape == "square":
-        outside = torch.maximum(dx.abs(), dy.abs()) - radius
-    elif shape == "triangle":
+        return (dx.square() + dy.square()).sqrt() - radius
+    if shape == "square":
+        return torch.maximum(dx.abs(), dy.abs()) - radius
+    if shape == "triangle":
         # Apex up: the centre of mass lies a third of the height above the base.
         slant = SHAPE_SIZE / np.hypot(SHAPE_SIZE, _TRIANGLE_HALF_BASE)
         across = _TRIANGLE_HALF_BASE / np.hypot(SHAPE_SIZE, _TRIANGLE_HALF_BASE)
         side = slant * dx.abs() - across * (dy + SHAPE_SIZE * 2 / 3)
-        outside = torch.maximum(side, dy - SHAPE_SIZE / 3)
-    else:
-        raise ValueError(f"shape {shape!r} is unknown; the world has {', '.join(SHAPES)}")
-    return (0.5 - outside).clamp(0, 1)
+        return torch.maximum(side, dy - SHAPE_SIZE / 3)
+    raise ValueError(f"shape {shape!r} is unknown; the world has {', '.join(SHAPES)}")

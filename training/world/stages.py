@@ -24,8 +24,10 @@ from rf_core.model import WanModel
 from rf_core.text import UMT5Encoder, load_text_encoder, save_text_encoder
 from rf_core.weights.checkpoint import load_student, read_checkpoint, write_checkpoint
 from rf_core.weights.files import read_weights
+from rf_core.weights.vace import load_vace
 from rf_core.writing import whole_file, write_text
 
+from ..control_videos import VariantsConfig
 from .clips import (
     ClipsConfig,
     num_images,
@@ -33,7 +35,9 @@ from .clips import (
     to_channels_last,
     write_clips,
 )
+from .controls import write_controls_of
 from .evaluate import EulerConfig, EvaluateConfig, Report, Streams, evaluate
+from .follow import FollowConfig, Student, line, measure
 from .restyle import RestyleConfig, restyle_report
 from .train_text import TextTrainConfig, train_text
 from .train_vae import FILE_NAME as VAE_FILE_NAME
@@ -65,6 +69,10 @@ class Files:
     @property
     def clips(self) -> Path:
         return self.folder / "clips"
+
+    @property
+    def controls(self) -> Path:
+        return self.folder / "controls"
 
     @property
     def teacher(self) -> Path:
@@ -100,6 +108,12 @@ def make_clips(files: Files, config: ClipsConfig) -> None:
         _log.info("%d clips", count)
 
 
+def make_controls(files: Files, config: VariantsConfig) -> None:
+    """Encode control contexts of the training clips."""
+    for count in write_controls_of(open_vae(files), config, files.clips, files.controls):
+        _log.info("controls of %d clips", count)
+
+
 def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig, path: Path) -> Report:
     """Evaluate the teacher and the student, as far as they are there, and write the report."""
     teacher = open_network(files.teacher) if files.teacher.exists() else None
@@ -124,10 +138,27 @@ def make_report(files: Files, config: EvaluateConfig, euler: EulerConfig, path: 
     return report
 
 
+def make_following(
+    files: Files, control: Path, config: FollowConfig, out: Path
+) -> dict[str, list[dict[str, float]]]:
+    """Measure how the student follows a control, row by row; what `out` holds is kept."""
+    base, settings = open_network(files.student), read_checkpoint(files.student)
+    vace = load_vace(control, base.config, device="cpu", dtype=torch.float32)
+    student = Student(base, vace, settings, open_encoder(files), open_vae(files))
+    path, found = out / "following.json", {}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    for name, clips in measure(student, config, found, out):
+        found[name] = clips
+        write_text(path, json.dumps(found))
+        _log.info("%s", line(name, clips))
+    return found
+
+
 def release(files: Files, demo: Path) -> dict[str, int]:
     """Copy the results to the demo's folder; returns the size of each in bytes.
 
-    The two networks go in half precision, which keeps the whole below 15 MB; the VAE is given the
+    The two networks go in half precision, which keeps the whole below 16 MB; the VAE is given the
     colours of its latents, for previews.
     """
     demo.mkdir(parents=True, exist_ok=True)
