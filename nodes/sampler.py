@@ -219,7 +219,8 @@ class StreamingSampler(io.ComfyNode):
         lines = [summary(request, result), *_alone(request, join), *other_decoder(request)]
         lines += idle_inputs(*how) if request.source is None else _of_source(request, result)
         lines += control_notes(request, model)
-        lines += [*doubtful(model, vae), *prompt_notes(request)]
+        made = result.chunks if result.source_ended else None
+        lines += [*doubtful(model, vae), *prompt_notes(request, made)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
         return io.NodeOutput(*outputs(cls, request, result, snapshot), ui=ui_output(result, text))
 
