@@ -49,7 +49,8 @@ function widgetOf(node) {
   return widget;
 }
 
-function tell(node, { text, rows }) {
+function tell(node, output) {
+  const { text, rows } = output ?? {}; // null of a node that was not run again
   if (!text) return;
   const widget = node.widgets?.find((each) => each.name === "told") ?? widgetOf(node);
   widget.element.firstChild.replaceChildren(rows ? tableOf(rows) : textOf(text));
