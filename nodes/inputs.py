@@ -40,6 +40,7 @@ _SOCKETS: dict[str, Callable[[Any], bool]] = {
         isinstance(value, dict) and torch.is_tensor(value.get("samples"))
     ),
     io.Image.io_type: lambda value: torch.is_tensor(value) and value.ndim == 4,
+    io.Video.io_type: lambda value: hasattr(value, "get_components"),
     RFTimeline.io_type: lambda value: isinstance(value, Timeline),
     RFSink.io_type: lambda value: isinstance(value, CacheConfig),
     RFState.io_type: lambda value: isinstance(value, State),

@@ -168,6 +168,7 @@ class LiveStream(io.ComfyNode):
                     "video/reward_forcing_live_00001_.jsonl: what it says is done once more, to "
                     "the same images, with its own size and seed.",
                 ),
+                *(shared[name] for name in SOURCE_INPUTS),
             ],
             outputs=video_outputs(),
             hidden=HIDDEN,

@@ -111,6 +111,7 @@ class Room:
             "prompt": now.prompt,
             "loras": now.loras,
             "decay": now.decay,
+            "strength": now.strength,
             "past": [{"chunk": each.chunk} | _brief(each.action.as_dict()) for each in now.past],
             "coming": [
                 {"number": each.number, "chunk": each.chunk}

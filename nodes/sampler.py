@@ -136,6 +136,7 @@ class StreamingSampler(io.ComfyNode):
                     "Cancel does not make the beginning again. A minute at 832x480 takes 96. 0 "
                     "keeps nothing, and makes all of it anew.",
                 ),
+                *(shared[name] for name in SOURCE_INPUTS),
             ],
             outputs=video_outputs(),
             hidden=HIDDEN,

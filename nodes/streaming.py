@@ -121,6 +121,7 @@ def shared_inputs() -> dict[str, Any]:
             "difference you hardly see. exact: goes on bit for bit; takes the whole cache "
             "(2.6 GB at 832x480).",
         ),
+        *source_inputs(),
     ]
     return {each.id: each for each in inputs}
 

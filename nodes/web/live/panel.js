@@ -10,6 +10,7 @@ const SLOTS = "rf.live.slots";
 const SHOWN = 3; // commands
 const LORA = { min: -1, max: 2, step: 0.05 };
 const DECAY = { min: 0, max: 1, step: 0.001 };
+const STRENGTH = { min: 0, max: 1, step: 0.05 };
 
 const open = ({ state }) => state === "sent" || state === "received";
 
@@ -162,6 +163,10 @@ export class Panel {
     for (const [name, strength] of Object.entries(status?.loras ?? {})) {
       const label = name.replace(/\.safetensors$/, "");
       this.follow(`lora ${name}`, label, strength, LORA, { do: "lora", name }, "strength");
+    }
+    if (status?.strength != null) {
+      const like = { do: "strength" };
+      this.follow("strength", t("source strength"), status.strength, STRENGTH, like, "strength");
     }
     if (status) this.follow("decay", t("sink decay"), status.decay, DECAY, { do: "decay" }, "decay");
     const shown = commands.slice(-SHOWN);

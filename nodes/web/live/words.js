@@ -22,6 +22,7 @@ const quoted = (text = "") => `“${text}”`;
 const SAID = {
   prompt: ({ text, mode }) => `${quoted(text)} · ${mode}`,
   lora: ({ name, strength }) => `${name} ${strength.toFixed(2)}`,
+  strength: ({ strength }) => t("source strength {strength}", { strength: strength.toFixed(2) }),
   decay: ({ decay }) => t("sink decay {decay}", { decay }),
   cut: ({ text }) => (text ? t("cut to {text}", { text: quoted(text) }) : t("cut")),
   rewind: (command) =>

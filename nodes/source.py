@@ -1,0 +1,312 @@
+"""What guides a stream: a clip as ComfyUI hands it on, and where in it a video stands.
+
+A VIDEO is read as it is needed, as it would be played; an IMAGE batch has an image for each image of
+the stream. A state remembers which clip it was guided by and how far that had come, so that the
+same clip goes on there; another one begins at its beginning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io as files
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import count
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from comfy_api.latest import InputImpl, io
+from torch import Tensor
+
+from ..rf_core.config import TEMPORAL_FACTOR
+from ..rf_core.ranges import MANY
+from ..rf_core.source import AtEnd, ChunkEncoder, EncodedSource, ImageReader, batch_reader
+from ..rf_core.state import Snapshot
+from ..rf_core.stream import GUIDE_STRENGTH
+from ..rf_core.video import FITS, Fit, check_images, images_at_rate
+
+SOURCE_INPUTS = ("source", "strength", "source_end", "source_fit")
+"""Names of a node's inputs for a source, in their order; they came last and stand last, so that
+workflows that were saved before keep their values."""
+PLACE = "source"
+"""Name under which a snapshot's facts say how far its source had come."""
+_AT_END, _FIT = (str(get_args(each)[0]) for each in (AtEnd, Fit))
+NAME = "the source"
+"""What messages call it."""
+_READ_AT_ONCE = 1 << 20  # bytes
+_SAME = 1e-3  # of an image: times are rounded
+
+
+def source_inputs(ended: str) -> list[Any]:
+    """The inputs for a source; `ended` says what follows its end where it stops."""
+    return [
+        io.MultiType.Input(
+            "source",
+            types=[io.Image, io.Video],
+            optional=True,
+            tooltip="A clip that the video follows, image by image. A VIDEO is read as it is "
+            "needed and keeps its speed; of an IMAGE batch each image is one of the video's, 16 a "
+            "second. Needs a VAE.",
+        ),
+        io.Float.Input(
+            "strength",
+            default=GUIDE_STRENGTH,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip="How much of the source is made anew: 0 is the source itself, 1 the prompt "
+            "alone. At 0.6 motion and layout stay, colours and shapes follow the prompt.",
+        ),
+        io.Combo.Input(
+            "source_end",
+            options=list(get_args(AtEnd)),
+            default=_AT_END,
+            optional=True,
+            advanced=True,
+            tooltip=f"Where the source ends: stop: {ended}. hold: its last image stays. loop: it "
+            "begins again.",
+        ),
+        io.Combo.Input(
+            "source_fit",
+            options=list(get_args(Fit)),
+            default=_FIT,
+            optional=True,
+            advanced=True,
+            tooltip="A source of another shape. crop: it covers the picture, what is beyond is cut "
+            "off. letterbox: all of it is seen, with black beside it.",
+        ),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a stream stands in its source."""
+
+    images: int = 0
+    """The next image."""
+    since: int = 0
+    """The one that the decoder's stream began with."""
+
+
+@dataclass(frozen=True)
+class Footage:
+    """An IMAGE [T, H, W, C] or a VIDEO, and what it shows."""
+
+    given: Any
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all of it."""
+        found = hashlib.blake2b(digest_size=16)
+        for part in _content(self.given):
+            found.update(part)
+        return found.hexdigest()
+
+    def reader(self, height: int, width: int, fps: int, at_end: AtEnd, fit: Fit) -> ImageReader:
+        """Its images in turn; ValueError, in a sentence, where it has none, or of another form."""
+        size = {"height": height, "width": width}
+        if torch.is_tensor(self.given):
+            return batch_reader(self.given, **size, at_end=at_end, fit=fit)
+        if isinstance(self.given, InputImpl.VideoFromComponents):
+            parts = self.given.get_components()
+            batch_reader(parts.images, **size, at_end=at_end, fit=fit)  # which checks them
+            show = partial(FITS[fit], **size)
+            shown = partial(_batch_at_rate, parts.images, float(parts.frame_rate), fps, show)
+            return ImageReader(NAME, shown, at_end)
+        file = self.given.get_stream_source()
+        check_images(file)
+        read = partial(images_at_rate, file, **size, fps=fps, fit=fit)
+        return ImageReader(NAME, partial(_trimmed, read, *_window(self.given, fps)), at_end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """What is connected as a source, and how it is taken."""
+
+    footage: Footage
+    strength: float
+    at_end: AtEnd
+    fit: Fit
+    place: Place = Place()
+    """Where a run begins in it."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Of equal keys the guides are equal, and act alike."""
+        return self.footage.digest, self.strength, self.at_end, self.fit, self.place
+
+    def placed(self, snapshot: Snapshot | None) -> Clip:
+        """The same at the place where a snapshot left it; at its beginning where it did not.
+
+        ValueError where the snapshot says nonsense of it.
+        """
+        known = None if snapshot is None else _place_in(snapshot)
+        if known is None or known[0] != self.footage.digest:
+            return self
+        return replace(self, place=known[1])
+
+    def open(self, height: int, width: int, fps: int) -> PlacedSource:
+        """Its images as guides, once an encoder is attached."""
+
+        def opened(encoder: ChunkEncoder) -> EncodedSource:
+            reader = self.footage.reader(height, width, fps, self.at_end, self.fit)
+            return EncodedSource(reader, encoder, facts)
+
+        def facts() -> dict[str, Any]:
+            how = {"at_end": self.at_end, "fit": self.fit, "fps": fps}
+            return {"digest": self.footage.digest, **how, "begins": self.place.images}
+
+        return PlacedSource(opened, self.place)
+
+    def noted(self, snapshot: Snapshot, place: Place) -> Snapshot:
+        """The snapshot, which now says how far this source had come."""
+        note = {"digest": self.footage.digest, "images": place.images, "since": place.since}
+        return replace(snapshot, facts=snapshot.facts | {PLACE: note})
+
+
+class PlacedSource:
+    """A `Source` whose first image is one in its midst, and whose encoder may change.
+
+    Numbers of images that it is given are counted from there.
+    """
+
+    def __init__(self, opened: Callable[[ChunkEncoder], EncodedSource], place: Place) -> None:
+        self._opened, self._begin = opened, place
+        self._source: EncodedSource | None = None
+        self._at = place.images
+        self._begun: list[int] = []  # images that a decoder's stream began with
+
+    def attach(self, encoder: ChunkEncoder) -> None:
+        """Go on, to the bit, with an encoder; before the first latents, and after `close`."""
+        self._source = self._opened(encoder)
+        if self._at:
+            self._source.seek(self._at, self._since(self._at))
+
+    @property
+    def motion(self) -> float:
+        """See `Source`."""
+        return self._attached.motion
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `Source`."""
+        return self._attached.facts
+
+    def latents(self, frames: int, *, first: bool) -> Tensor | None:
+        """See `Source`."""
+        latents = self._attached.latents(frames, first=first)
+        if latents is not None:
+            if first:
+                self._begun.append(self._at)
+            self._at += TEMPORAL_FACTOR * frames - (TEMPORAL_FACTOR - 1 if first else 0)
+        return latents
+
+    def seek(self, images: int, since: int = 0) -> None:
+        """See `Source`."""
+        self._at = self._begin.images + images
+        begun = self._begin.images + since if since else self._since(self._at)
+        self._attached.seek(self._at, begun)
+        self._begun = [*(each for each in self._begun if each < self._at), begun]
+
+    def place_after(self, images: int) -> Place:
+        """Where the stream stands after so many images."""
+        at = self._begin.images + images
+        return Place(images=at, since=self._since(at))
+
+    def close(self) -> None:
+        """See `Source`."""
+        if self._source is not None:
+            self._source.close()
+        self._source = None
+
+    @property
+    def _attached(self) -> EncodedSource:
+        assert self._source is not None, "an encoder is attached"
+        return self._source
+
+    def _since(self, image: int) -> int:
+        return max((each for each in self._begun if each < image), default=self._begin.since)
+
+
+def _place_in(snapshot: Snapshot) -> tuple[str, Place] | None:
+    """The digest of a snapshot's source, and how far that had come; ValueError for nonsense."""
+    note = snapshot.facts.get(PLACE)
+    if note is None:
+        return None
+    kinds = {"digest": str, "images": int, "since": int}
+    known = isinstance(note, dict) and all(type(note.get(k)) is kind for k, kind in kinds.items())
+    if not known or not 0 <= note["since"] <= note["images"] <= MANY:
+        raise ValueError("what the state says of its source is damaged; load another state")
+    return note["digest"], Place(images=note["images"], since=note["since"])
+
+
+def _content(given: Any) -> Iterator[Any]:
+    """All that a clip shows, in parts to be hashed."""
+    if isinstance(given, InputImpl.VideoFromComponents):
+        parts = given.get_components()
+        yield str(parts.frame_rate).encode()
+        given = parts.images
+    if torch.is_tensor(given):
+        yield f"{given.dtype} {list(given.shape)}".encode()
+        for image in given:
+            yield image.detach().cpu().contiguous().view(torch.uint8).numpy()
+        return
+    yield str(given.get_active_trim_window()).encode()
+    file = given.get_stream_source()
+    if isinstance(file, files.BytesIO):
+        yield file.getbuffer()
+        return
+    with Path(file).open("rb") as content:
+        while part := content.read(_READ_AT_ONCE):
+            yield part
+
+
+def _window(video: Any, fps: int) -> tuple[int, int | None]:
+    """The first of its file's images that a VIDEO shows, and how many it shows; None for all."""
+    start, duration = video.get_active_trim_window()
+    first, end = (_image_at(seconds, fps) for seconds in (start, start + duration))
+    return first, end - first if duration else None
+
+
+def _image_at(seconds: float, fps: float) -> int:
+    """The first image at that time or after, where images are so many a second."""
+    return math.ceil(seconds * fps - _SAME)
+
+
+def _trimmed(
+    read: Callable[..., Generator[Tensor, None, int]], first: int, most: int | None, start: int
+) -> Generator[Tensor, None, int]:
+    """The images of a file from its `first` on, `most` at most; of these from `start` on."""
+    if most is not None and start >= most:
+        return most
+    with closing(read(start=first + start)) as images:
+        for number in count(start):
+            if number == most:
+                return most
+            try:
+                image = next(images)
+            except StopIteration as end:
+                return _length(end.value - first)
+            yield image
+    raise AssertionError("it counts without end")
+
+
+def _length(images: int) -> int:
+    if images < 1:
+        raise ValueError("the source is cut to begin after its last image; let it begin earlier")
+    return images
+
+
+def _batch_at_rate(
+    images: Tensor, rate: float, fps: int, show: Callable[..., Tensor], start: int
+) -> Generator[Tensor, None, int]:
+    """Images [T, H, W, 3] that are `rate` a second, as they are seen `fps` times a second."""
+    total = 1 + _image_at((len(images) - 1) / rate, fps)
+    for number in range(start, total):
+        yield show(images[min(len(images) - 1, int(number * rate / fps + _SAME))].float())
+    return total
