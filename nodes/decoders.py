@@ -15,9 +15,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ..rf_core.config import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from ..rf_core.decoders.codec import VAEState, memory_frames
+from ..rf_core.decoders.codec import VAEState, memory_frames, source_memory_images
 from ..rf_core.decoders.decoder import check_source
-from ..rf_core.decoders.vae import wan_memory_frames
+from ..rf_core.decoders.vae import wan_memory_frames, wan_source_memory_images
 from . import host
 
 
@@ -131,6 +131,12 @@ class StockWanDecoder(_Stock):
         """See `Decoder.memory_frames`."""
         return wan_memory_frames(self.codec.num_res_blocks, self.codec.temperal_upsample)
 
+    @property
+    def source_memory_images(self) -> int:
+        """See `Decoder.source_memory_images`."""
+        downsample = self.codec.temperal_upsample[::-1]
+        return wan_source_memory_images(self.codec.num_res_blocks, downsample)
+
     @_on_its_card
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
         """See `Decoder.decode`."""
@@ -209,6 +215,17 @@ class StockTAEHVDecoder(_Stock):
             elif isinstance(layer, host.TGrow):
                 steps.append((0, layer.stride))
         return memory_frames(steps)
+
+    @property
+    def source_memory_images(self) -> int:
+        """See `Decoder.source_memory_images`."""
+        steps = []
+        for layer in self.codec.encoder:
+            if isinstance(layer, host.MemBlock):
+                steps.append((1, 1))
+            elif isinstance(layer, host.TPool):
+                steps.append((0, layer.stride))
+        return source_memory_images(steps)
 
     @_on_its_card
     def decode(self, latents: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:

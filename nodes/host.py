@@ -70,6 +70,7 @@ StockWanVAE = comfy.ldm.wan.vae.WanVAE
 StockTAEHV = comfy.taesd.taehv.TAEHV
 MemBlock = comfy.taesd.taehv.MemBlock
 TGrow = comfy.taesd.taehv.TGrow
+TPool = comfy.taesd.taehv.TPool
 count_cache_layers = comfy.ldm.wan.vae.count_cache_layers
 
 SETTINGS = "reward_forcing"

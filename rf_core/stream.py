@@ -60,6 +60,11 @@ _log = logging.getLogger(__name__)
 DEFAULT_SWITCH = Switch()
 GUIDE_STRENGTH = 0.6
 """Where none is named: noise at 0.88, and three of the four published passes."""
+NO_GUIDES = (
+    "a rolling sampler takes no guide, for it begins chunks before their guides are there; use a "
+    "student that makes one chunk at a time"
+)
+"""Why there are none."""
 _DRAWN_TOGETHER = 16  # normal numbers that torch's CPU generator draws at once
 
 OnPass = Callable[[Literal["denoise", "clean"], int], None]
@@ -178,6 +183,12 @@ class Stream:
         is_first = self.state.cache.num_frames == 0
         return self.cache_config.first_frames if is_first else self.cache_config.chunk_frames
 
+    @property
+    def decodes_afresh(self) -> bool:
+        """Whether the next chunk begins a decoder's stream: the video's first, or after a cut."""
+        begins = self.state.cache.num_frames == 0
+        return begins if self.decoder is None else self.state.decoder is None
+
     def _make(
         self, latents_of: Callable[[Tensor], Tensor], on_pass: OnPass, *, is_start: bool = False
     ) -> Tensor:
@@ -199,10 +210,7 @@ class Stream:
         if guide is None:
             return self._roll if self.sampler.rolling else self._denoise
         if self.sampler.rolling:
-            raise ValueError(
-                "a rolling sampler takes no guide, for it begins chunks before their guides are "
-                "there; use a student that makes one chunk at a time"
-            )
+            raise ValueError(NO_GUIDES)
         self._require_chunk("the guide's latents", guide)
         if strength == 1:
             return self._denoise

@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,7 +22,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,9 @@ _NO_PICTURES = ("tty", "concat")  # FFmpeg "plays" any text, and a list of other
 _PAPER = 255  # what shows through a transparent picture: white
 # Containers add these to what they report; they are no metadata of ours to copy.
 _CONTAINER_KEYS = ("major_brand", "minor_version", "compatible_brands", "encoder")
+Fit = Literal["crop", "letterbox"]
+"""How a picture of another shape is fitted, never stretched: scaled to cover and cropped to its
+centre, or scaled to lie within, with black beside it."""
 RUN = "rf_run"
 """Name under which a video's metadata, and its snapshot's facts, say which run made it."""
 
@@ -291,35 +294,46 @@ _SAME_TIME = 1e-3  # seconds; containers round times
 
 
 def images_at_rate(
-    path: str | Path, *, width: int, height: int, fps: int
-) -> Generator[Tensor, None, None]:
+    path: str | Path | io.BytesIO,
+    *,
+    width: int,
+    height: int,
+    fps: int,
+    fit: Fit = "crop",
+    start: int = 0,
+) -> Generator[Tensor, None, int]:
     """A video's images as it shows them `fps` times a second, however many it has itself.
 
-    Each is float32 [3, height, width] in [0, 1], scaled to cover and cropped as by `read_images`.
-    ValueError: no such file, or not a video.
+    Each is float32 [3, height, width] in [0, 1]; see `Fit`. The first is number `start`; returns
+    how many there are from number 0 on. ValueError: no such file, or not a video.
     """
     shown: Tensor | None = None
-    start, count = 0.0, 0
-    with closing(_decode_timed(Path(path))) as images:
+    begin, count = 0.0, 0
+    with closing(_decode_timed(_file_of(path))) as images:
         for number, (said, image) in enumerate(images):
             time = number / fps if said is None else said
-            start = time if shown is None else start
-            while shown is not None and count / fps < time - start - _SAME_TIME:
-                yield shown
+            begin = time if shown is None else begin
+            fitted: Tensor | None = None
+            while shown is not None and count / fps < time - begin - _SAME_TIME:
+                if count >= start:
+                    fitted = FITS[fit](shown, width, height) if fitted is None else fitted
+                    yield fitted
                 count += 1
-            shown = _cover(image, width, height)
+            shown = image
     if shown is None:
         raise ValueError(f"{path} holds no images; give a picture or a clip")
-    yield shown
+    if count >= start:
+        yield FITS[fit](shown, width, height)
+    return count + 1
 
 
-def check_images(path: str | Path) -> None:
+def check_images(path: str | Path | io.BytesIO) -> None:
     """See that a picture or clip begins with an image, and say where white replaces transparency.
 
     Raises:
         ValueError: no such file, or no images in it.
     """
-    with closing(_frames(Path(path))) as frames:
+    with closing(_frames(_file_of(path))) as frames:
         first = next(frames, None)
     if first is None:
         raise ValueError(f"{path} holds no images; give a picture or a clip")
@@ -349,6 +363,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """
     with _open(Path(path)) as container:
         return {k: v for k, v in container.metadata.items() if k not in _CONTAINER_KEYS}
+
+
+def _file_of(file: str | Path | io.BytesIO) -> Path | io.BytesIO:
+    return Path(file) if isinstance(file, str) else file
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -452,7 +470,9 @@ def _address(source: Path | io.BytesIO) -> str | io.BytesIO:
 def _open(source: Path | io.BytesIO) -> Any:
     import av
 
-    if isinstance(source, Path) and not source.is_file():
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    elif not source.is_file():
         raise ValueError(f"{source} is not a file; check the path")
     try:
         container = av.open(_address(source), options=_ONE_FILE)
@@ -545,16 +565,16 @@ def _decode(path: Path) -> Iterator[Tensor]:
     return (image for _, image in _decode_timed(path))
 
 
-def _decode_timed(path: Path) -> Generator[tuple[float | None, Tensor], None, None]:
+def _decode_timed(path: Path | io.BytesIO) -> Generator[tuple[float | None, Tensor], None, None]:
     """The images of a file with their times in seconds, where it says them."""
     turn: tuple[int, bool] | None = None
     for number, frame in enumerate(_frames(path)):
         if number == 0:
-            turn = exif_turn(path)
+            turn = exif_turn(path) if isinstance(path, Path) else None
         yield frame.time, upright(_pixels(frame), *(turn or (round(frame.rotation / 90), False)))
 
 
-def _frames(path: Path) -> Generator[Any, None, None]:
+def _frames(path: Path | io.BytesIO) -> Generator[Any, None, None]:
     import av
 
     with _open(path) as container:
@@ -574,7 +594,7 @@ def _frames(path: Path) -> Generator[Any, None, None]:
             ) from error
 
 
-def _require_size(path: Path, picture: Any) -> None:
+def _require_size(path: Path | io.BytesIO, picture: Any) -> None:
     """Of a frame, or of a decoder before its first, which may not know its size."""
     if (picture.width or 0) * (picture.height or 0) > LARGEST_PICTURE:
         raise ValueError(
@@ -610,9 +630,14 @@ def _rgb(frame: Any, format: str) -> Tensor:
     return torch.from_numpy(frame.to_ndarray(format=format, dst_colorspace=_BT601))
 
 
+def _planes(image: Tensor) -> Tensor:
+    planes = rearrange(image, "h w c -> 1 c h w").float()
+    return planes if image.is_floating_point() else planes / 255
+
+
 def _cover(image: Tensor, width: int, height: int) -> Tensor:
-    """uint8 [H, W, 3] -> float32 [3, height, width]: scaled until both sides fit, then cropped."""
-    pixels = rearrange(image, "h w c -> 1 c h w").float() / 255
+    """[H, W, 3] -> float32 [3, height, width]: scaled until both sides fit, then cropped."""
+    pixels = _planes(image)
     scale = max(Fraction(height, image.shape[0]), Fraction(width, image.shape[1]))
     size = (round(image.shape[0] * scale), round(image.shape[1] * scale))
     if size[0] * size[1] > LARGEST_PICTURE:
@@ -624,3 +649,20 @@ def _cover(image: Tensor, width: int, height: int) -> Tensor:
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return pixels[0, :, top : top + height, left : left + width]
+
+
+def _letterbox(image: Tensor, width: int, height: int) -> Tensor:
+    """[H, W, 3] -> float32 [3, height, width]: scaled to lie within it, black beside it."""
+    pixels = _planes(image)
+    scale = min(Fraction(height, image.shape[0]), Fraction(width, image.shape[1]))
+    size = [max(1, round(side * scale)) for side in image.shape[:2]]
+    if size != list(image.shape[:2]):
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    room = pixels.new_zeros(pixels.shape[1], height, width)
+    room[:, top : top + size[0], left : left + size[1]] = pixels[0]
+    return room
+
+
+FITS: dict[Fit, Callable[[Tensor, int, int], Tensor]] = {"crop": _cover, "letterbox": _letterbox}
+"""An image [H, W, 3], uint8 or float32 in [0, 1], a width and a height -> float32 [3, H, W]."""

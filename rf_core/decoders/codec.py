@@ -277,6 +277,11 @@ class Codec(nn.Module, ABC):
     def memory_frames(self) -> int:
         """See `Decoder.memory_frames`."""
 
+    @property
+    @abstractmethod
+    def source_memory_images(self) -> int:
+        """See `Decoder.source_memory_images`."""
+
     @abstractmethod
     def _decode(self, latents: Tensor, feat_cache: FeatureCache) -> Tensor: ...
 
@@ -293,6 +298,18 @@ def memory_frames(steps: Sequence[tuple[int, int]]) -> int:
     for past, made in reversed(steps):
         frames = past - (-frames // made)
     return frames
+
+
+def source_memory_images(steps: Sequence[tuple[int, int]]) -> int:
+    """Images that all an encoder's layers together look back on.
+
+    Each of `steps`, in their order, looks back on so many frames, then merges so many to one.
+    """
+    images, frame = 0, 1
+    for past, merged in steps:
+        images += past * frame
+        frame *= merged
+    return images
 
 
 class Operations(Protocol):

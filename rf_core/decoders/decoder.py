@@ -43,6 +43,13 @@ class Decoder(Protocol):
         """
 
     @property
+    def source_memory_images(self) -> int:
+        """Images after which nothing of what was before them is left in an encoder's state.
+
+        `memory_frames` of the stream that is encoded. Counted from the layers.
+        """
+
+    @property
     def spatial_factor(self) -> int:
         """Pixels along each side of a latent."""
 
@@ -111,6 +118,11 @@ class _Adapter:
     def memory_frames(self) -> int:
         """See `Decoder.memory_frames`."""
         return self.codec.memory_frames
+
+    @property
+    def source_memory_images(self) -> int:
+        """See `Decoder.source_memory_images`."""
+        return self.codec.source_memory_images
 
     @property
     def spatial_factor(self) -> int:

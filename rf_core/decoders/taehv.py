@@ -34,6 +34,7 @@ from .codec import (
     memory_frames,
     scales,
     some_keys,
+    source_memory_images,
 )
 from .vae import WAN21_MEAN, WAN21_STD
 from .vae_files import frozen, naming, normalisation_of
@@ -198,6 +199,12 @@ class TAEHV(Codec):
         """See `Decoder.memory_frames`; 8 for `taew2_1`."""
         blocks = [(1, 1)] * _MEMORY_BLOCKS
         return memory_frames([step for made in _GROW_FRAMES for step in (*blocks, (0, made))])
+
+    @property
+    def source_memory_images(self) -> int:
+        """See `Decoder.source_memory_images`; 30 for `taew2_1`."""
+        blocks = [(1, 1)] * _MEMORY_BLOCKS
+        return source_memory_images([s for merged in _POOL_FRAMES for s in ((0, merged), *blocks)])
 
     def _decode(self, latents: Tensor, feat_cache: FeatureCache) -> Tensor:
         check_shape(latents, self.config.latent_channels, "latents")

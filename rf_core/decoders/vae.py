@@ -32,6 +32,7 @@ from .codec import (
     float32_on_cpu,
     memory_frames,
     scales,
+    source_memory_images,
 )
 
 __all__ = ["VAEConfig", "VAEDecoder", "VAEEncoder", "VAEState", "WanVAE"]
@@ -422,6 +423,21 @@ def wan_memory_frames(num_res_blocks: int, temporal_upsample: Sequence[bool]) ->
     return memory_frames([*steps, conv])
 
 
+def wan_source_memory_images(num_res_blocks: int, temporal_downsample: Sequence[bool]) -> int:
+    """Images that a Wan encoder looks back on; 109 for the published one.
+
+    `num_res_blocks` is `VAEConfig`'s; `temporal_downsample` says which step between two levels, in
+    encoder order, makes one frame of two.
+    """
+    conv, block = (_PAST_FRAMES, 1), (2 * _PAST_FRAMES, 1)
+    steps = [conv]
+    for halves in (*temporal_downsample, None):
+        steps += [block] * num_res_blocks
+        if halves:
+            steps.append((1, 2))
+    return source_memory_images([*steps, block, block, conv])
+
+
 class WanVAE(Codec):
     """The Wan 2.1 VAE: pixels around [-1, 1], decoded ones not clamped.
 
@@ -449,6 +465,12 @@ class WanVAE(Codec):
         """See `Decoder.memory_frames`."""
         upsample = self.config.temporal_downsample[::-1]
         return wan_memory_frames(self.config.num_res_blocks, upsample)
+
+    @property
+    def source_memory_images(self) -> int:
+        """See `Decoder.source_memory_images`."""
+        config = self.config
+        return wan_source_memory_images(config.num_res_blocks, config.temporal_downsample)
 
     def _decode(self, latents: Tensor, feat_cache: FeatureCache) -> Tensor:
         check_shape(latents, self.config.z_dim, "latents")

@@ -30,6 +30,7 @@ from .commands import (
     Rewind,
     Schedule,
     Stop,
+    Strength,
     read_command,
 )
 from .fragments import FragmentSequence, codec_of
@@ -75,6 +76,7 @@ __all__ = [
     "Session",
     "Status",
     "Stop",
+    "Strength",
     "VideoRecorder",
     "codec_of",
     "digest_of",

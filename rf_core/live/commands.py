@@ -76,6 +76,17 @@ class Decay(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Strength(Command):
+    """Another strength for the source, from the next chunk on; see `Stream.generate`."""
+
+    do: ClassVar[str] = "strength"
+    strength: float
+
+    def __post_init__(self) -> None:
+        _check_number("strength", self.strength, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pause(Command):
     """Make no further chunk until `Resume`; commands are still obeyed."""
 
@@ -169,7 +180,9 @@ class Stop(Command):
 
 KINDS: dict[str, type[Command]] = {
     kind.do: kind
-    for kind in (Prompt, Lora, Decay, Pause, Resume, Cut, Rewind, Schedule, Move, Drop, Stop)
+    for kind in (
+        *(Prompt, Lora, Decay, Strength, Pause, Resume, Cut, Rewind, Schedule, Move, Drop, Stop),
+    )
 }
 
 

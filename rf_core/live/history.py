@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ranges import MANY, check_counts
 from ..state import Snapshot
+from ..stream import GUIDE_STRENGTH
 from .transition import Action
 
 _COPIED = 2**28  # bytes of a snapshot that `Limits.every` is for
@@ -45,6 +46,8 @@ class StreamSettings:
     """The prompt, or what a blend moves to."""
     loras: tuple[tuple[str, float], ...] = ()
     """Every LoRA's strength."""
+    strength: float = GUIDE_STRENGTH
+    """The source's, where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,8 @@ class RestorePoint:
     images: int
     """Images of the session before it."""
     settings: StreamSettings
+    since: int = 0
+    """Image of the session that the decoder's stream began with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..config import CacheConfig, SamplerConfig, recorded
 from ..ranges import MANY
+from ..source import Source
 from ..stream import Stream
-from .commands import Command, Decay, Lora, Prompt, Rewind, read_command
+from .commands import Command, Decay, Lora, Prompt, Rewind, Strength, read_command
 from .history import Limits
 from .transition import MAIN, Action
 
@@ -40,6 +41,8 @@ class LogHeader:
     prompt: str
     loras: tuple[tuple[str, float], ...] = ()
     limits: Limits = field(default_factory=Limits)
+    source: dict[str, Any] | None = None
+    """What guides it, as its maker describes it, and the strength; see `Session`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,12 @@ def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
+def source_of(source: Source, strength: float) -> dict[str, Any]:
+    """What a header says of a source, and of the strength that it begins with."""
+    facts: dict[str, Any] = json.loads(json.dumps({**source.facts, "strength": strength}))
+    return facts
+
+
 def digest_of(latents: Tensor) -> str:
     """A hash of latents on the CPU, 16 hexadecimal digits."""
     data = latents.contiguous().numpy().tobytes()
@@ -158,6 +167,7 @@ class LogWriter:
                 "loras": dict(header.loras),
                 "limits": asdict(header.limits),
             }
+            | ({} if header.source is None else {"source": header.source})
         )
 
     def write(self, entry: LogEntry) -> None:
@@ -257,8 +267,16 @@ def _header(facts: Any) -> LogHeader:
     for name, strength in loras.items():
         Lora(name=name, strength=strength)
     _require(limits.keys() == {each.name for each in fields(Limits)}, "its limits are others")
+    source = facts.get("source")
+    if source is not None:
+        _require(isinstance(source, dict), "its source is no object")
+        Strength(strength=source["strength"])
     return LogHeader(
-        stream=stream, prompt=prompt, loras=tuple(loras.items()), limits=Limits(**limits)
+        stream=stream,
+        prompt=prompt,
+        loras=tuple(loras.items()),
+        limits=Limits(**limits),
+        source=source,
     )
 
 
@@ -277,8 +295,9 @@ def _entry(facts: Any) -> LogEntry:
         return RewindEntry(number=number, chunk=asked.chunk, branch=str(asked.branch))
     _require(keys == {"number", "chunk", "done"}, "its fields are others")
     command: Command = read_command(facts["done"])
-    _require(isinstance(command, (Prompt, Lora, Decay)), f"{command.do} is not done to a stream")
-    assert isinstance(command, (Prompt, Lora, Decay))
+    done = isinstance(command, (Prompt, Lora, Decay, Strength))
+    _require(done, f"{command.do} is not done to a stream")
+    assert isinstance(command, (Prompt, Lora, Decay, Strength))
     return ActionEntry(number=_count(facts["number"]), chunk=_count(facts["chunk"]), action=command)
 
 

@@ -18,9 +18,11 @@ from ..decoders.decoder import back_chunks
 from ..decoders.handoff import Handoff
 from ..pace import Pace, Progress
 from ..prompts import Switch
+from ..scheduler import check_strength
+from ..source import Guides, Source
 from ..state import Snapshot
-from ..stream import OnPass, Stream, split_chunks
-from .commands import Cut, Decay, Lora, Prompt, Rewind
+from ..stream import GUIDE_STRENGTH, NO_GUIDES, OnPass, Stream, split_chunks
+from .commands import Cut, Decay, Lora, Prompt, Rewind, Strength
 from .history import History, Limits, PastChunk, RestorePoint, RewindPlan, StreamSettings
 from .record import Autosave, ChunkInfo, Presenter
 from .transition import Action, Branch
@@ -63,6 +65,8 @@ class Maker:
         limits: how much of the past is kept.
         clip: see `Session`.
         side_stream: see `Handoff`.
+        source: guides the chunks that are generated; the caller closes it.
+        strength: what the source's guides begin with, see `Stream.generate`.
         presenter: takes the images, in a thread of its own.
     """
 
@@ -78,6 +82,8 @@ class Maker:
         limits: Limits | None = None,
         clip: Tensor | None = None,
         side_stream: bool | None = None,
+        source: Source | None = None,
+        strength: float = GUIDE_STRENGTH,
     ) -> None:
         if stream.batch != 1:
             raise ValueError(f"the stream's batch is {stream.batch}; a live one makes 1 video")
@@ -85,16 +91,23 @@ class Maker:
             raise ValueError(f"LoRAs {', '.join(loras)} are given and no way to set them")
         if clip is not None and stream.state.num_chunks:
             raise ValueError("a clip is given, and the stream has begun; give one of both")
+        check_strength(strength)
+        if source is not None and stream.sampler.rolling:
+            raise ValueError(NO_GUIDES)
         self.stream, self.history = stream, History(limits or Limits())
+        self._guides = None if source is None else Guides(source)
         self._clip = [] if clip is None else split_chunks(clip, stream.cache_config)
         self._pace = Pace(None, stream.state.num_chunks, stream.device)
         self._recent: deque[Progress] = deque(maxlen=_RECENT)
         self._side_stream = side_stream
-        self.settings = StreamSettings(text=prompt, loras=tuple((loras or {}).items()))
+        self.settings = StreamSettings(
+            text=prompt, loras=tuple((loras or {}).items()), strength=strength
+        )
         self._encode, self._set_lora, self._presenter = encode, set_lora, presenter
         self._encoded: OrderedDict[str, Tensor] = OrderedDict()
         self.images = self.last_images = 0
         """Made on this line, and with the last chunk."""
+        self._since = 0  # the image that the decoder's stream began with
         self._handoff: Handoff | None = None
         self._detached: Snapshot
         self._branch: Branch
@@ -161,6 +174,7 @@ class Maker:
                 snapshot=self.stream.snapshot(compact=empty and not self.stream.state.decoder),
                 images=self.images,
                 settings=self.settings,
+                since=self._since,
             )
         )
 
@@ -191,7 +205,7 @@ class Maker:
             clip = self._clip[self.chunk]
             latents = stream.replay(clip, on_pass, decode=False, is_start=True).latents
         else:
-            latents = stream.generate(on_pass)
+            latents = self._generate(on_pass)
         self._pace.network_ends()
         images = 0
         if stream.decoder is None or self._handoff is None:
@@ -211,6 +225,17 @@ class Maker:
         if self.chunk % _AUTOSAVE_EVERY == 0:
             self._autosave()
         return past_chunk.latents
+
+    @property
+    def strength(self) -> float | None:
+        """The source's; None without one."""
+        return None if self._guides is None else self.settings.strength
+
+    def _generate(self, on_pass: OnPass | None) -> Tensor:
+        if self._guides is None:
+            return self.stream.generate(on_pass)
+        guide = self._guides.next(self.stream, self.images, self._since)
+        return self.stream.generate(on_pass, guide=guide, strength=self.settings.strength)
 
     def _autosave(self) -> None:
         """Hand on a snapshot of where the stream stands now."""
@@ -271,7 +296,7 @@ class Maker:
         for name, strength in point.settings.loras:
             if (name, strength) not in self.settings.loras:
                 self._give_strength(name, strength)
-        self.settings = point.settings
+        self.settings, self._since = point.settings, point.since
         self.stream.restore(point.snapshot)
 
     def _decoded_from(self, plan: RewindPlan, chunk: int) -> int:
@@ -291,8 +316,14 @@ class Maker:
         if isinstance(action, Prompt):
             self.stream.switch(self._embeds(action.text), action.mode)
             self.settings = replace(self.settings, text=action.text)
+            if action.mode.mode == "cut":
+                self._since = self.images
         elif isinstance(action, Lora):
             self._do_lora(action)
+        elif isinstance(action, Strength):
+            if self._guides is None:
+                raise ValueError("there is no source for a strength; begin the stream with one")
+            self.settings = replace(self.settings, strength=action.strength)
         else:
             assert isinstance(action, Decay)
             self.stream.set_decay(action.decay)

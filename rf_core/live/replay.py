@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..stream import OnPass, Stream
-from .log import ActionEntry, ChunkEntry, Log, RewindEntry, digest_of, facts_of
+from ..source import Source
+from ..stream import GUIDE_STRENGTH, OnPass, Stream
+from .log import ActionEntry, ChunkEntry, Log, RewindEntry, digest_of, facts_of, source_of
 from .maker import Encode, Maker, SetLora
 from .record import Presenter, Recorder
 from .transition import Branch, SessionState, branch_of
@@ -25,6 +26,7 @@ def replay_log(
     *,
     set_lora: SetLora | None = None,
     clip: Tensor | None = None,
+    source: Source | None = None,
     side_stream: bool | None = None,
     recorder: Recorder | None = None,
     on_chunk: Callable[[Branch, int, Tensor], None] = lambda branch, chunk, latents: None,
@@ -33,7 +35,8 @@ def replay_log(
 ) -> list[Tensor]:
     """Do to a stream what a session did, branches included.
 
-    The stream is as the session's was when it began, its LoRAs' strengths and its clip, too.
+    The stream is as the session's was when it began, its LoRAs' strengths, its clip and its
+    source, too.
     `on_chunk` gets each chunk's branch, number and latents [1, C, F, h, w], float32 on the CPU;
     `recorder` the images, as in the session. With `exact`, every chunk is compared with the digest
     in the log; without, a log whose commands were edited makes another video.
@@ -42,10 +45,11 @@ def replay_log(
         list: clean latents [1, C, F, h, w] of the last line's chunks, as far as they are kept.
 
     Raises:
-        ValueError: the stream is another one's.
+        ValueError: the stream is another one's, or the source.
         ReplayMismatch: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
+    strength = _check_source(log, source)
     header, presenter = log.header, Presenter(recorder=recorder)
     maker = Maker(
         stream,
@@ -57,6 +61,8 @@ def replay_log(
         limits=header.limits,
         clip=clip,
         side_stream=side_stream,
+        source=source,
+        strength=strength,
     )
     branch = SessionState.beginning(maker.chunk).branch
     try:
@@ -96,6 +102,20 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
                 f"the log's stream has {name} {wanted}, this one has {facts.get(name)}; replay it "
                 "with what it was made with"
             )
+
+
+def _check_source(log: Log, source: Source | None) -> float:
+    """The strength that the session began with; ValueError where its source is another."""
+    wanted = dict(log.header.source or {})
+    strength: float = wanted.pop("strength", GUIDE_STRENGTH)
+    facts = {} if source is None else source_of(source, strength)
+    for name in {**wanted, **facts}:
+        if name != "strength" and facts.get(name) != wanted.get(name):
+            raise ValueError(
+                f"the log's source has {name} {wanted.get(name)}, this one has {facts.get(name)}; "
+                "replay it with the file and the settings that it was made with"
+            )
+    return strength
 
 
 def _mismatch(entry: ChunkEntry) -> ReplayMismatch:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..stream import OnPass, Stream
+from ..source import Source
+from ..stream import GUIDE_STRENGTH, OnPass, Stream
 from .buffers import (
     MAX_COMMANDS,
     Applied,
@@ -45,6 +46,7 @@ from .log import (
     RewindEntry,
     digest_of,
     facts_of,
+    source_of,
 )
 from .maker import Encode, Maker, SetLora, Speed
 from .record import OnAutosave, Presenter, Recorder
@@ -89,6 +91,8 @@ class Status:
     prompt: str
     loras: dict[str, float]
     decay: float
+    strength: float | None
+    """The source's; None without one."""
     branches: tuple[Branch, ...]
     """The last of them, in the order they were begun."""
     past: tuple[PastAction, ...]
@@ -140,10 +144,13 @@ class Session:
         side_stream: whether the decoder has a stream of its own, see `Handoff`.
         max_commands: how many commands may wait for a chunk boundary.
         outbox: where events and pictures go, where another size than usual is wanted.
+        source: guides the chunks that are generated; the caller closes it after `run`.
+        strength: what the source's guides begin with, see `Stream.generate`.
         on_autosave: takes a compact snapshot every few chunks, and at the end.
 
     Raises:
-        ValueError: the stream makes a batch, or LoRAs come without a way to set them.
+        ValueError: the stream makes a batch or takes no guides, or LoRAs come without a way to set
+            them, or the strength is outside [0, 1].
     """
 
     def __init__(
@@ -163,6 +170,8 @@ class Session:
         max_commands: int = MAX_COMMANDS,
         outbox: Outbox | None = None,
         on_autosave: OnAutosave | None = None,
+        source: Source | None = None,
+        strength: float = GUIDE_STRENGTH,
     ) -> None:
         self.outbox = outbox or Outbox()
         self.inbox = Inbox(max_commands, received=self.outbox.publish)
@@ -177,6 +186,8 @@ class Session:
             limits=limits,
             clip=clip,
             side_stream=side_stream,
+            source=source,
+            strength=strength,
         )
         self._rate_limiter = RateLimiter(rate)
         self._state = SessionState.beginning(self._maker.chunk)
@@ -190,6 +201,7 @@ class Session:
             prompt=prompt,
             loras=settings.loras,
             limits=self._maker.history.limits,
+            source=None if source is None or log is None else source_of(source, strength),
         )
         self._log_path = log
         self._log: LogWriter | None = None
@@ -388,6 +400,7 @@ class Session:
             prompt=maker.settings.text,
             loras=dict(maker.settings.loras),
             decay=maker.decay,
+            strength=maker.strength,
             branches=tuple(self._branches[-_LISTED:]),
             past=tuple(self._past),
             coming=state.coming,

@@ -21,9 +21,10 @@ from .commands import (
     Rewind,
     Schedule,
     Stop,
+    Strength,
 )
 
-Action = Prompt | Lora | Decay | Cut | Rewind
+Action = Prompt | Lora | Decay | Strength | Cut | Rewind
 """What is then done to the stream."""
 
 MAX_COMING = 256
@@ -124,7 +125,7 @@ def transition(state: SessionState, number: int, command: Command, oldest: int |
     `oldest` is the first chunk that can be gone back to; None where there is none.
     """
     here = Step(state=state, chunk=state.chunk)
-    if isinstance(command, (Prompt, Lora, Decay, Cut)):
+    if isinstance(command, (Prompt, Lora, Decay, Strength, Cut)):
         return replace(here, action=command)
     if isinstance(command, (Pause, Resume)):
         return replace(here, state=replace(state, paused=isinstance(command, Pause)))
