@@ -48,6 +48,8 @@ class _Stock:
     """What lives at once while 3 latent frames of a stream are decoded, in numbers a picture pixel;
     counted (`rf_core.memory.live_bytes`). ComfyUI's own estimate is of whole clips, without a past.
     """
+    encoded_numbers_per_pixel: int
+    """As many while a stream of images is encoded."""
 
     def __init__(self, vae: Any, latent_format: Any) -> None:
         self.vae, self.latent_format = vae, latent_format
@@ -67,6 +69,14 @@ class _Stock:
         """The most that lives at once while a chunk of such a picture is decoded, with its past."""
         numbers = self.numbers_per_pixel * height * width * latent_frames / 3
         return numbers * self.vae.vae_dtype.itemsize
+
+    def encode_bytes(self, height: int, width: int) -> float:
+        """The most that lives at once while such a picture's images are encoded, with their past.
+
+        They are encoded a latent frame at a time, however long a chunk is.
+        """
+        numbers = self.encoded_numbers_per_pixel * height * width
+        return float(numbers * self.vae.vae_dtype.itemsize)
 
     def source_images_of(self, latent_frames: int, first: bool) -> int:
         """See `Decoder.source_images_of`."""
@@ -124,7 +134,7 @@ class StockWanDecoder(_Stock):
     """The Wan 2.1 VAE: a stream's first latent frame alone, then the others together."""
 
     kind = "comfy-wan"
-    numbers_per_pixel = 3510
+    numbers_per_pixel, encoded_numbers_per_pixel = 3510, 4780
 
     @property
     def memory_frames(self) -> int:
@@ -203,7 +213,7 @@ class StockTAEHVDecoder(_Stock):
     """
 
     kind = "comfy-taehv"
-    numbers_per_pixel = 1900
+    numbers_per_pixel, encoded_numbers_per_pixel = 1900, 460
 
     @property
     def memory_frames(self) -> int:

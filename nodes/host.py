@@ -888,6 +888,7 @@ def folders() -> list[str]:
         each for kind in kinds for each in folder_paths.get_folder_paths(kind)
     ]
     known.append(state_folder())
+    known += [folder_paths.get_input_directory()]
     known += [folder_paths.get_output_directory(), folder_paths.get_temp_directory()]
     return sorted((f"{Path(each)}{os.sep}" for each in known), key=len, reverse=True)
 

@@ -11,6 +11,9 @@ from comfy_api.latest import io
 from ..rf_core.config import CacheConfig
 from ..rf_core.live import MAX_COMING, Limits, Log, Prompt, read_log
 from ..rf_core.prompts import PromptTimeline, ResolvedEntry, Switch
+from ..rf_core.source import AtEnd
+from ..rf_core.stream import GUIDE_STRENGTH
+from ..rf_core.video import Fit
 from . import host
 from .border import checked_execute
 from .ignored import doubtful, ignored
@@ -18,6 +21,7 @@ from .live_run import LiveRun, resumed, times_given_way
 from .loaders import CATEGORY
 from .prompt import encode
 from .run import Request, RunResult, check_state, clock_of
+from .source import Clip, clip_of, idle_inputs, place_notes, source_inputs
 from .streaming import (
     HIDDEN,
     other_decoder,
@@ -168,7 +172,7 @@ class LiveStream(io.ComfyNode):
                     "video/reward_forcing_live_00001_.jsonl: what it says is done once more, to "
                     "the same images, with its own size and seed.",
                 ),
-                *(shared[name] for name in SOURCE_INPUTS),
+                *source_inputs("the prompt alone goes on"),
             ],
             outputs=video_outputs(),
             hidden=HIDDEN,
@@ -216,7 +220,12 @@ class LiveStream(io.ComfyNode):
         give_way: bool = False,
         osc_port: int = 0,
         replay: str = "",
+        source: Any = None,
+        strength: float = GUIDE_STRENGTH,
+        source_end: AtEnd = "stop",
+        source_fit: Fit = "crop",
     ) -> io.NodeOutput:
+        how = (strength, source_end, source_fit)
         log = _log_named(replay) if replay.strip() else None
 
         def begun() -> LiveRun:
@@ -242,6 +251,7 @@ class LiveStream(io.ComfyNode):
                 keep_images=keep_images,
                 keep_latents=keep_latents,
                 filename_prefix=filename_prefix,
+                source=clip_of(source, *how),
             )
             if log is not None:
                 request = _as_logged(request, log)
@@ -268,7 +278,12 @@ class LiveStream(io.ComfyNode):
             make = live.run if log is None else partial(live.replay, log)
             request, result = live.request, live.result
             snapshot = produce(request, keep_state, result, make)
-        lines = [live.summary(log is not None), *other_decoder(request), *doubtful(model, vae)]
+        lines = [live.summary(log is not None), *other_decoder(request)]
+        if request.source is None:
+            lines += idle_inputs(*how)
+        else:
+            lines += place_notes(request.source, request.snapshot, request.fps)
+        lines += doubtful(model, vae)
         if timeline is not None and log is None and text.strip() not in ("", _FIRST):
             lines.append("ignored: text, as a timeline is connected")
         text = "\n".join([*lines, *ignored(model, request.prompts)])
@@ -315,9 +330,25 @@ def _as_logged(request: Request, log: Log) -> Request:
     facts, (cache, sampler) = log.header.stream, log.configs
     return replace(
         request,
+        source=_source_as_logged(request, log.header.source),
         width=facts["width"],
         height=facts["height"],
         seed=facts["seed"],
         cache=cache,
         sampler=sampler,
     )
+
+
+def _source_as_logged(request: Request, facts: dict[str, Any] | None) -> Clip | None:
+    """The source with the strength, the end and the fit that a log has."""
+    source = request.source
+    if facts is None and source is None:
+        return None
+    if facts is None:
+        raise ValueError("the log's session had no source; disconnect source to replay it")
+    if source is None:
+        raise ValueError("the log's session had a source; connect the same one to replay it")
+    if facts.get("digest") != source.footage.digest:
+        raise ValueError("the log's session had another source; connect that one to replay it")
+    how = {"at_end": facts.get("at_end"), "fit": facts.get("fit"), "strength": facts["strength"]}
+    return replace(source, **how)

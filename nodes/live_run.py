@@ -32,12 +32,22 @@ from ..rf_core.live import (
     replay_log,
 )
 from ..rf_core.prompts import ResolvedEntry
+from ..rf_core.stream import GUIDE_STRENGTH
 from ..rf_core.video import RUN, VideoFormat, header_of
 from . import host, live_http
 from .decoders import decoder_of
 from .join import with_video
 from .prompt import encode
-from .run import Request, RunResult, clock_of, decodes_on_side_stream, keep_last, open_stream
+from .run import (
+    Request,
+    RunResult,
+    clock_of,
+    decodes_on_side_stream,
+    keep_last,
+    open_stream,
+    opened,
+)
+from .source import PlacedSource
 
 _GRACE = 4  # chunks within which a page takes up the player
 
@@ -97,6 +107,7 @@ class LiveRun:
     """From where on a replay is not what the log says."""
     session: Session = field(init=False)
     _models: _SessionModels = field(init=False)
+    _source: PlacedSource | None = field(init=False, default=None)
     _room: live_http.Room = field(init=False)
     _open: ExitStack = field(init=False)
     _first: int = field(init=False)
@@ -121,6 +132,8 @@ class LiveRun:
         finally:
             self._sum_up(session.outbox.status.chunk - self._first, session.recent_latents)
             self._models.restore()
+            if self._source is not None:
+                self._source.close()
             if session.suspended:
                 self._detach()
                 _queue_again(self)
@@ -142,6 +155,9 @@ class LiveRun:
         try:
             self.result.state = self.result.state or host.free_state_path(self.request.path.stem)
             snapshot = with_video(autosave.snapshot, file, self.result.run, autosave.images)
+            if self.request.source is not None and self._source is not None:
+                place = self._source.place_after(autosave.images)
+                snapshot = self.request.source.noted(snapshot, place)
             snapshot.save(self.result.state)
         except OSError as error:
             host.log(f"the state after {autosave.images} images is not kept: {error}")
@@ -163,6 +179,7 @@ class LiveRun:
         self.result.stream = stream
         self._first = stream.state.num_chunks
         self._models = _SessionModels(request, self.clip, load)
+        self._source = opened(request)
         self.session = session = Session(
             stream,
             self._models.encode,
@@ -175,6 +192,8 @@ class LiveRun:
             clip=request.start_latents,
             rate=self.rate,
             side_stream=decodes_on_side_stream(request),
+            source=self._source,
+            strength=GUIDE_STRENGTH if request.source is None else request.source.strength,
             on_autosave=partial(self._autosave, recording.paths) if self.autosaves else None,
         )
         if differs:
@@ -206,6 +225,8 @@ class LiveRun:
         request = replace(self.request, snapshot=None)  # it goes on from where it was left
         self.result.stream, _ = open_stream(request, self.first)
         self._models.attach(request, self.clip, load)
+        if self._source is not None:
+            self._source.attach(request.decoder)
         self.session.resume(self.result.stream, host.strengths(request.model))
         live_http.announce(self._room, request.node_id)
 
@@ -216,6 +237,7 @@ class LiveRun:
         self.result.stream = stream
         begin = stream.state.num_chunks
         models = _SessionModels(request, self.clip, load)
+        self._source = opened(request)
         loras = host.strengths(request.model)
         for name, strength in log.header.loras:
             if name not in loras:
@@ -238,6 +260,7 @@ class LiveRun:
                 models.encode,
                 set_lora=models.set_lora,
                 clip=request.start_latents,
+                source=self._source,
                 side_stream=decodes_on_side_stream(request),
                 recorder=recording,
                 on_chunk=on_chunk,
@@ -247,6 +270,8 @@ class LiveRun:
             self._sum_up(self.result.chunks, recent)
         finally:
             models.restore()
+            if self._source is not None:
+                self._source.close()
 
     def _osc(self, session: Session) -> AbstractContextManager[Any]:
         if not self.osc_port:
@@ -286,6 +311,8 @@ class LiveRun:
     def _sum_up(self, chunks: int, latents: list[Tensor]) -> None:
         self.result.chunks, self.result.latents = chunks, deque()
         self.result.num_frames = clock_of(self.request).frames_before(chunks)
+        if self._source is not None:
+            self.result.place = self._source.place_after(self.result.num_images)
         if self.request.keep_latents:
             self.result.latents.extend(latents)
 

@@ -108,6 +108,7 @@ def key_of(request: Any) -> tuple[Any, ...]:
         request.cache,
         None if request.snapshot is None else _state_digest(request.snapshot),
         None if request.start_latents is None else _digest(request.start_latents),
+        request.source and request.source.key,
         request.previous and (request.previous.run, request.previous.num_images),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -22,6 +22,8 @@ from ..rf_core.decoders.decoder import DecoderState, back_chunks
 from ..rf_core.decoders.handoff import Handoff
 from ..rf_core.pace import Pace
 from ..rf_core.prompts import ChunkClock, ResolvedEntry, clip_notes
+from ..rf_core.scheduler import entered_at
+from ..rf_core.source import Guides
 from ..rf_core.state import Snapshot, cache_config_of
 from ..rf_core.stream import Stream, split_chunks
 from ..rf_core.video import RUN, VideoFormat, VideoWriter, remux, to_uint8
@@ -29,6 +31,7 @@ from . import host, reuse
 from .decoders import StockTAEHVDecoder, StockWanDecoder
 from .join import PreviousVideo, is_of_run
 from .report import Report
+from .source import Clip, Place, PlacedSource
 from .types import UNITS, Timeline
 
 
@@ -61,6 +64,8 @@ class Request:
     """Last images for the IMAGE socket; -1 for all."""
     keep_latents: int
     """Last latent frames for the LATENT socket; -1 for all."""
+    source: Clip | None = None
+    """What guides the chunks that are generated."""
     previous: PreviousVideo | None = None
     """The video that the file begins with."""
     reuse_bytes: int = 0
@@ -103,6 +108,10 @@ class RunResult:
     """What the decoder remembers after those chunks; None where that is not all."""
     stream: Stream | None = None
     """At its end."""
+    place: Place = field(default_factory=Place)
+    """In the source, after those chunks."""
+    source_ended: bool = False
+    """Whether the video ends with its source, before the length that was asked for."""
     path: Path | None = None
     """The file."""
     state: Path | None = None
@@ -216,6 +225,11 @@ class RunPlan:
     tail: reuse.DecoderTail | None = None
     """What is known of the decoder and the images after the reused ones."""
 
+    def place_of(self, chunk: int) -> tuple[int, int]:
+        """The image that a chunk begins with, and the one that its decoder's stream does."""
+        begun = max((cut for cut in self.clock.cuts if cut <= chunk), default=0)
+        return self.clock.images_before(chunk), self.clock.images_before(begun)
+
     def after(self, cached: reuse.CachedRun, count: int) -> RunPlan:
         """The same where the first chunks are an earlier run's."""
         return replace(self, given=cached.latents[:count], reused=count)
@@ -232,7 +246,10 @@ class RunPlan:
         if tail is not None and tail.serves(request.keep_images):
             known = self.reused
             return replace(self, written=known, wanted=known, decoded=known, tail=tail)
-        images, keep = self.clock.images_before(self.total), request.keep_images
+        # A source that stops may end the video as early as here.
+        stops = request.source is not None and request.source.at_end == "stop"
+        images = self.clock.images_before(self.reused if stops else self.total)
+        keep = request.keep_images
         first = 0 if keep < 0 else images - keep
         ends = (self.clock.images_before(number + 1) for number in range(self.total))
         wanted = next((number for number, end in enumerate(ends) if end > first), self.total)
@@ -282,7 +299,22 @@ def run(request: Request, result: RunResult) -> None:
             _make(request, run_plan, run_key, handoff, result)
     finally:
         _tidy(request, result)
+    _end_source(request, run_plan, result)
     result.report.end()
+
+
+def _end_source(request: Request, run_plan: RunPlan, result: RunResult) -> None:
+    """Note where the run leaves its source; ValueError where that was over before it began."""
+    if request.source is None:
+        return
+    place, (images, since) = request.source.place, run_plan.place_of(result.chunks)
+    result.place = place.after(images, since)
+    if not result.chunks:
+        seconds = place.images / request.fps
+        raise ValueError(
+            f"the source ends before {seconds:.2f} s, where the state goes on; connect a longer "
+            "one, or let source_end hold or loop it"
+        )
 
 
 def _continued(
@@ -317,10 +349,14 @@ def _make(
     assert result.stream is not None
     passes = _passes(request, run_plan, result.stream)
     previews = request.decoder is None
-    progress = host.Progress(request.model, sum(passes), previews=previews, rate=request.fps)
+    progress = host.Progress(
+        request.model, max(1, sum(passes)), previews=previews, rate=request.fps
+    )
     try:
-        for latents in _chunks(request, run_plan, passes, progress, result):
-            _hand_on(latents, run_plan, request, handoff, result)
+        with closing(source) if (source := opened(request)) else nullcontext():
+            guides = None if source is None else Guides(source)
+            for latents in _chunks(request, run_plan, passes, progress, guides, result):
+                _hand_on(latents, run_plan, request, handoff, result)
         _flush(handoff)
         reuse.store(run_key, request, result)
     except (Exception, host.Interrupted):
@@ -330,17 +366,38 @@ def _make(
         raise
 
 
+def opened(request: Request) -> PlacedSource | None:
+    """The source of a run, with the decoder's twin; None without one."""
+    if request.source is None:
+        return None
+    assert request.decoder is not None, "a source has an encoder"
+    source = request.source.open(request.height, request.width, request.fps)
+    source.attach(request.decoder)
+    return source
+
+
 def _passes(request: Request, run_plan: RunPlan, stream: Stream) -> list[int]:
     """Denoising passes of each chunk that is generated."""
     firsts = set(run_plan.clock.cuts)
     if stream.state.first_due:
         firsts.add(request.clip_chunks)
     generated = range(len(run_plan.given), run_plan.total)
-    return [request.sampler.passes_of(chunk in firsts) for chunk in generated]
+    return [_num_passes(request, chunk in firsts) for chunk in generated]
+
+
+def _num_passes(request: Request, is_first: bool) -> int:
+    if request.source is None:
+        return request.sampler.passes_of(is_first)
+    return len(entered_at(request.source.strength, request.sampler, is_first=is_first)[0])
 
 
 def _chunks(
-    request: Request, run_plan: RunPlan, passes: Sequence[int], progress: Any, result: RunResult
+    request: Request,
+    run_plan: RunPlan,
+    passes: Sequence[int],
+    progress: Any,
+    guides: Guides | None,
+    result: RunResult,
 ) -> Iterator[Tensor]:
     """The latents of each chunk, given or generated, prompts changed on the way."""
     stream = result.stream
@@ -362,8 +419,17 @@ def _chunks(
             passes=[1 + count for count in passes],
             rate=request.fps,
         )
+        guided: dict[str, Any] = {}
+        if guides is not None:
+            host.check_interrupt()
+            guide = guides.next(stream, *run_plan.place_of(number))
+            if guide is None:
+                result.source_ended = True
+                return
+            assert request.source is not None
+            guided = {"guide": guide, "strength": request.source.strength}
         pace.network_begins()
-        latents = stream.generate(progress.on_pass, progress.on_prediction)
+        latents = stream.generate(progress.on_pass, progress.on_prediction, **guided)
         pace.network_ends()
         yield latents
         images, until = run_plan.clock.images_of(number), run_plan.clock.images_before(number + 1)

@@ -7,12 +7,16 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..rf_core.config import CacheConfig
+from ..rf_core.source import AtEnd
+from ..rf_core.stream import GUIDE_STRENGTH
+from ..rf_core.video import Fit
 from .border import checked_execute
 from .ignored import doubtful, ignored
 from .join import VIDEO
 from .loaders import CATEGORY
 from .prompt import timeline_of
 from .run import Request, RunResult, plan, prompt_notes, run
+from .source import clip_of, idle_inputs, place_notes, source_inputs
 from .streaming import (
     HIDDEN,
     other_decoder,
@@ -136,7 +140,7 @@ class StreamingSampler(io.ComfyNode):
                     "Cancel does not make the beginning again. A minute at 832x480 takes 96. 0 "
                     "keeps nothing, and makes all of it anew.",
                 ),
-                *(shared[name] for name in SOURCE_INPUTS),
+                *source_inputs("the video ends with it"),
             ],
             outputs=video_outputs(),
             hidden=HIDDEN,
@@ -175,7 +179,12 @@ class StreamingSampler(io.ComfyNode):
         filename_prefix: str = "video/reward_forcing",
         join: bool = False,
         reuse_memory: int = 1024,
+        source: Any = None,
+        strength: float = GUIDE_STRENGTH,
+        source_end: AtEnd = "stop",
+        source_fit: Fit = "crop",
     ) -> io.NodeOutput:
+        how = (strength, source_end, source_fit)
         request = request_of(
             cls,
             model,
@@ -194,6 +203,7 @@ class StreamingSampler(io.ComfyNode):
             keep_images=keep_images,
             keep_latents=keep_latents,
             filename_prefix=filename_prefix,
+            source=clip_of(source, *how),
             join=join,
             reuse_memory=reuse_memory,
         )
@@ -201,9 +211,26 @@ class StreamingSampler(io.ComfyNode):
         request, result = with_start(request, start_image), RunResult()
         snapshot = produce(request, keep_state, result, lambda load: run(request, result))
         lines = [summary(request, result), *_alone(request, join), *other_decoder(request)]
+        lines += idle_inputs(*how) if request.source is None else _of_source(request, result)
         lines += [*doubtful(model, vae), *prompt_notes(request)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
         return io.NodeOutput(*outputs(cls, request, result, snapshot), ui=ui_output(result, text))
+
+
+def _of_source(request: Request, result: RunResult) -> list[str]:
+    """Where a run begins in its source, and where that ends before the length is reached."""
+    clip = request.source
+    assert clip is not None, "there is one"
+    lines = place_notes(clip, request.snapshot, request.fps)
+    if result.source_ended:
+        seconds = result.place.images / request.fps
+        lines.append(
+            f"the source ends at {seconds:.2f} s, and the video with it; source_end hold or loop "
+            "goes on"
+        )
+    if clip.strength == 1:
+        lines.append("ignored: what the source shows, as strength 1 is the prompt alone")
+    return lines
 
 
 def _alone(request: Request, join: bool) -> list[str]:

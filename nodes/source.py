@@ -1,7 +1,7 @@
 """What guides a stream: a clip as ComfyUI hands it on, and where in it a video stands.
 
-A VIDEO is read as it is needed, as it would be played; an IMAGE batch has an image for each image of
-the stream. A state remembers which clip it was guided by and how far that had come, so that the
+A VIDEO is read as it is needed, at the speed that it has; an IMAGE batch has an image for each of
+the stream's. A state remembers which clip it was guided by and how far that had come, so that the
 same clip goes on there; another one begins at its beginning.
 """
 
@@ -92,6 +92,11 @@ class Place:
     since: int = 0
     """The one that the decoder's stream began with."""
 
+    def after(self, images: int, since: int) -> Place:
+        """So many images on; `since` is the last cut on the way, counted from here, or 0."""
+        begun = self.images + since if since else self.since
+        return Place(images=self.images + images, since=begun)
+
 
 @dataclass(frozen=True)
 class Footage:
@@ -119,7 +124,10 @@ class Footage:
             shown = partial(_batch_at_rate, parts.images, float(parts.frame_rate), fps, show)
             return ImageReader(NAME, shown, at_end)
         file = self.given.get_stream_source()
-        check_images(file)
+        try:
+            check_images(file)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(file), NAME)) from error
         read = partial(images_at_rate, file, **size, fps=fps, fit=fit)
         return ImageReader(NAME, partial(_trimmed, read, *_window(self.given, fps)), at_end)
 
@@ -167,6 +175,31 @@ class Clip:
         """The snapshot, which now says how far this source had come."""
         note = {"digest": self.footage.digest, "images": place.images, "since": place.since}
         return replace(snapshot, facts=snapshot.facts | {PLACE: note})
+
+
+def clip_of(source: Any, strength: float, source_end: AtEnd, source_fit: Fit) -> Clip | None:
+    """What a node's inputs for a source say; None without one."""
+    if source is None:
+        return None
+    footage = Footage(source)
+    return Clip(footage=footage, strength=strength, at_end=source_end, fit=source_fit)
+
+
+def idle_inputs(strength: float, source_end: AtEnd, source_fit: Fit) -> list[str]:
+    """What was set of a source where none is connected, a line for each."""
+    given = {"strength": strength, "source_end": source_end, "source_fit": source_fit}
+    usual = {"strength": GUIDE_STRENGTH, "source_end": _AT_END, "source_fit": _FIT}
+    changed = [name for name, value in given.items() if value != usual[name]]
+    return [f"ignored: {name}, as no source is connected" for name in changed]
+
+
+def place_notes(clip: Clip, snapshot: Snapshot | None, fps: int) -> list[str]:
+    """Where in the source a run begins that goes on from a state."""
+    if clip.place.images:
+        return [f"the source goes on at {clip.place.images / fps:.2f} s, where the state left it"]
+    if snapshot is not None and PLACE in snapshot.facts:
+        return ["note: another source than the state's, from its beginning on"]
+    return []
 
 
 class PlacedSource:

@@ -20,13 +20,14 @@ from ..rf_core.config import (
     SamplerConfig,
 )
 from ..rf_core.state import cache_config_of
-from ..rf_core.stream import latent_size, start_latents
+from ..rf_core.stream import NO_GUIDES, latent_size, start_latents
 from . import host, reuse
 from .decoders import decoder_of
 from .inputs import checked, set_on_node
 from .join import previous_video, with_video
 from .names import ROOM, place
 from .run import Request, RunResult, clock_of, images_of, latents_of
+from .source import Clip
 from .types import SINK_VALUES, RFSink, RFState, State, Timeline
 
 STATES = ["compact", "exact", "none"]
@@ -121,7 +122,6 @@ def shared_inputs() -> dict[str, Any]:
             "difference you hardly see. exact: goes on bit for bit; takes the whole cache "
             "(2.6 GB at 832x480).",
         ),
-        *source_inputs(),
     ]
     return {each.id: each for each in inputs}
 
@@ -173,11 +173,13 @@ def request_of(
     keep_images: int,
     keep_latents: int,
     filename_prefix: str,
+    source: Clip | None,
     join: bool = False,
     reuse_memory: int = 0,
 ) -> Request:
     """What the inputs of a node ask for; of a start image, its latents are made by `with_start`."""
     _one_start(start_image, start_latent, state)
+    snapshot = state.snapshot if state else None
     base, settings = host.student_of(model), host.settings_of(model)
     format, cache = base.latent_format, _cache(sink, state, settings)
     latent_size(height, width, base.diffusion_model.config.patch_size)
@@ -185,6 +187,10 @@ def request_of(
     path = None
     if decoder is not None:
         path = host.output_file(filename_prefix, width, height, ".mp4")
+    sampler = sampler_of(steps, host.schedule_of(model))
+    if source is not None:
+        _check_source(source, decoder, sampler)
+        source.footage.reader(height, width, settings.family.fps, source.at_end, source.fit).close()
     return Request(
         model=model,
         prompts=prompts,
@@ -193,14 +199,15 @@ def request_of(
         width=width,
         height=height,
         seed=seed,
-        sampler=sampler_of(steps, host.schedule_of(model)),
+        sampler=sampler,
         cache=cache,
         fps=settings.family.fps,
         decoder=decoder,
         path=path,
         metadata=_metadata(node.hidden),
         start_latents=_latents(start_latent, format, cache),
-        snapshot=state.snapshot if state else None,
+        snapshot=snapshot,
+        source=source and source.placed(snapshot),
         previous=previous_video(state.snapshot) if join and state and decoder else None,
         reuse_bytes=reuse_memory << 20,
         node_id=host.unique_id(node),
@@ -244,6 +251,8 @@ def _with_memory(request: Request, keep_state: str, result: RunResult, make: Mak
         chunk = request.cache.chunk_frames
         if request.decoder.device == request.model.load_device:
             memory += request.decoder.decode_bytes(request.height, request.width, chunk)
+            if request.source is not None:
+                memory += request.decoder.encode_bytes(request.height, request.width)
     about = (
         f"a stream of {request.width}x{request.height} takes about {memory / 2**30:.1f} GiB beside "
         "the weights"
@@ -297,6 +306,8 @@ def outputs(
         source = {"model": host.settings_of(request.model).name, "seed": request.seed}
         if result.path is not None:
             snapshot = with_video(snapshot, result.path, result.run, result.num_images)
+        if request.source is not None:
+            snapshot = request.source.noted(snapshot, result.place)
         state = State(snapshot=snapshot, source=source)
 
     def block(why: str) -> Any:
@@ -383,6 +394,13 @@ def _one_start(image: Any, latent: Any, state: Any) -> None:
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} are connected; a video begins in one way only")
+
+
+def _check_source(source: Clip, decoder: Any, sampler: SamplerConfig) -> None:
+    if decoder is None:
+        raise ValueError("a source needs a VAE: connect one to the vae input, or disconnect source")
+    if sampler.rolling:
+        raise ValueError(f"a source is connected, and {NO_GUIDES}, or disconnect source")
 
 
 def _cache(sink: CacheConfig | None, state: State | None, settings: host.Settings) -> CacheConfig:

@@ -320,6 +320,57 @@ def test_a_start_image_begins_it_and_its_replay(live: Callable[..., Playing]) ->
         live(replay=f"video/{path.stem}.jsonl").end()
 
 
+@pytest.fixture
+def footage(live: Callable[..., Playing]) -> Tensor:
+    """An IMAGE of five chunks of another video."""
+    return parts(live(max_seconds=3.5, text="a green triangle moves down").end())[2]
+
+
+def test_a_source_guides_it_at_a_strength_that_is_set_live_and_is_replayed_with_it(
+    live: Callable[..., Playing], footage: Tensor
+) -> None:
+    run = live(source=footage, source_end="hold", max_seconds=0.0)
+    assert run.room.outbox.status.strength == 0.6
+    run.at(2)
+    run.ask({"do": "strength", "strength": 0.25})
+    assert run.room.outbox.status.strength == 0.25
+    run.at(5)
+    run.ask(rewind(1, branch="night"), {"do": "cut"})
+    assert run.room.outbox.status.strength == 0.6
+    run.at(6)
+    latent, path, *_ = parts(run.end(STOP))
+    name = f"video/{path.stem.removesuffix('-night')}.jsonl"
+    again = live(source=footage.clone(), replay=name, strength=0.9)
+    other, *_, said = parts(again.end())
+    assert torch.equal(other["samples"], latent["samples"])
+    assert said.endswith("; replayed, the same latents to the bit")
+    for given, why in (({}, "had a source; connect"), ({"source": footage / 2}, "another source")):
+        with pytest.raises(ValueError, match=why):
+            live(replay=name, **given).end()
+    plain = parts(live(max_seconds=1.0).end())[1]
+    with pytest.raises(ValueError, match="had no source; disconnect"):
+        live(source=footage, replay=f"video/{plain.stem}.jsonl").end()
+    untouched = live()
+    untouched.ask({"do": "strength", "strength": 0.5})
+    assert untouched.room.outbox.status.strength is None
+    said = parts(untouched.end(STOP))[4]
+    assert "ignored" not in said
+
+
+def test_from_a_state_it_goes_on_in_its_source_as_if_it_had_not_stopped(
+    live: Callable[..., Playing], footage: Tensor
+) -> None:
+    given = {"source": footage, "source_end": "loop", "keep_state": "exact"}
+    whole, *_ = parts(live(max_seconds=5.0, **given).end())
+    first, _, _, state, _ = parts(live(max_seconds=2.0, **given).end())
+    rest, *_, said = parts(live(max_seconds=3.0, state=state, **given).end())
+    both = torch.cat([first["samples"], rest["samples"][:, :, -12:]], dim=2)
+    assert torch.equal(both, whole["samples"][:, :, : both.shape[2]])
+    assert "the source goes on at 2.06 s, where the state left it" in said
+    *_, said = parts(live(max_seconds=1.0, state=state, **given | {"source": footage / 2}).end())
+    assert "another source than the state's" in said
+
+
 def test_the_image_socket_has_the_last_images_of_the_line_that_is_followed(
     live: Callable[..., Playing],
 ) -> None:
@@ -405,6 +456,28 @@ def test_away_it_holds_no_model_and_goes_on_with_one_that_is_loaded_anew(
     whole.at(room.outbox.status.chunk)
     expected = parts(whole.end(STOP))[0]["samples"]
     assert torch.equal(latent["samples"], expected[:, :, : latent["samples"].shape[2]])
+
+
+def test_it_gives_way_and_goes_on_in_its_source(
+    live: Callable[..., Playing], queue: SimpleNamespace, footage: Tensor
+) -> None:
+    given = {"source": footage, "source_end": "loop", "max_seconds": 0.0}
+    run = live(give_way=True, **given)
+    room = run.room
+    run.at(2)
+    queue.others = True
+    run.end()
+    chunk = room.outbox.status.chunk
+    queue.others, queue.now = False, "second"
+    again = live(give_way=True, **given)
+    while room.outbox.status.chunk < chunk + 3:
+        time.sleep(0.01)
+    room.inbox.put(again._http.read_command(STOP))
+    latent = parts(again.end())[0]["samples"]
+    whole = live(**given)
+    whole.at(room.outbox.status.chunk)
+    expected = parts(whole.end(STOP))[0]["samples"]
+    assert torch.equal(latent, expected[:, :, : latent.shape[2]])
 
 
 def test_where_it_cannot_go_on_it_ends_and_what_is_made_is_whole(

@@ -1580,29 +1580,35 @@ def test_a_vae_of_another_kind_is_refused_by_name(pack: Any, demo: Any) -> None:
     assert "Linear" not in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["StockWanDecoder", "StockTAEHVDecoder"])
-@pytest.mark.parametrize("size", [(480, 832), (256, 256)])
-def test_what_decoding_is_said_to_take_is_what_its_tensors_take(
-    pack: Any, monkeypatch: pytest.MonkeyPatch, name: str, size: tuple[int, int]
-) -> None:
+def fake_decoder(monkeypatch: pytest.MonkeyPatch, name: str, place: str) -> Any:
+    """A decoder of the published sizes, whose tensors are counted and not there."""
     import comfy.latent_formats
     import comfy.model_management
     from comfy.ldm.wan.vae import WanVAE
     from comfy.taesd.taehv import TAEHV
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 1e12)
+    wan = {"dim": 96, "z_dim": 16, "temperal_downsample": [False, True, True]}
+    codec = WanVAE(**wan) if "Wan" in name else TAEHV(latent_channels=16)
+    codec = codec.to(place, torch.bfloat16).requires_grad_(False)
+    vae = SimpleNamespace(
+        first_stage_model=codec,
+        device=torch.device(place),
+        vae_dtype=torch.bfloat16,
+        process_input=lambda images: images,
+        process_output=lambda images: images,
+    )
     decoders = importlib.import_module(f"{PACK}.nodes.decoders")
+    return getattr(decoders, name)(vae, comfy.latent_formats.Wan21())
+
+
+@pytest.mark.parametrize("name", ["StockWanDecoder", "StockTAEHVDecoder"])
+@pytest.mark.parametrize("size", [(480, 832), (256, 256)])
+def test_what_decoding_is_said_to_take_is_what_its_tensors_take(
+    pack: Any, monkeypatch: pytest.MonkeyPatch, name: str, size: tuple[int, int]
+) -> None:
     with fake_tensors("cuda") as place:
-        wan = {"dim": 96, "z_dim": 16, "temperal_downsample": [False, True, True]}
-        codec = WanVAE(**wan) if "Wan" in name else TAEHV(latent_channels=16)
-        codec = codec.to(place, torch.bfloat16).requires_grad_(False)
-        vae = SimpleNamespace(
-            first_stage_model=codec,
-            device=torch.device(place),
-            vae_dtype=torch.bfloat16,
-            process_output=lambda images: images,
-        )
-        decoder = getattr(decoders, name)(vae, comfy.latent_formats.Wan21())
+        decoder = fake_decoder(monkeypatch, name, place)
         latents = torch.empty(1, 16, 3, *(side // 8 for side in size), device=place)
 
         def three_chunks() -> None:
