@@ -24,13 +24,14 @@ collect_ignore_glob = [] if all(map(importlib.util.find_spec, _NEEDED)) else ["t
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for all tests."""
-    from .files import write_models, write_nodes
+    from .files import write_models, write_nodes, write_video
     from .server import Server, comfy_root
 
     if comfy_root() is None:
         pytest.skip("there is no ComfyUI; set COMFYUI_PATH")
     base = tmp_path_factory.mktemp("comfy")
     write_models(base / "models")
+    write_video(base / "input")
     write_nodes(base / "custom_nodes")
     running = Server(base)  # as installed: what it shows must need no flag
     yield running

@@ -6,16 +6,20 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rf_core.config import ModelConfig
 from rf_core.model import WanModel
+from rf_core.video import VideoFormat, VideoWriter, to_uint8
 from rf_core.weights.checkpoint import write_checkpoint
+from training.world.scenes import parse_caption, place, render
 
 DEMO = Path(__file__).parents[2] / "rf_core" / "demo"
 LORA = "style.safetensors"
+VIDEO = "clip.mp4"
 RANK = 2
 TARGETS = ("self_attn.q", "self_attn.v", "cross_attn.k", "ffn.0")
 
@@ -31,6 +35,16 @@ def write_models(models: Path) -> None:
     write_changed(student, networks / "broken.safetensors", "head.head.bias", math.nan)
     write_plain_wan(networks / "wan.safetensors")
     write_lora(student, models / "loras" / LORA)
+
+
+def write_video(folder: Path) -> None:
+    """A clip that Load Video lists: six seconds of what the demo's prompts speak of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (seen,) = parse_caption("a green circle moves up quickly")
+    (images,) = render([(place(seen, np.random.default_rng(0)),)], 96)
+    height, width = images.shape[2:]
+    with VideoWriter(folder / VIDEO, VideoFormat(width=width, height=height, fps=16), {}) as writer:
+        writer.write(to_uint8(images))
 
 
 def write_lora(student: Path, path: Path, seed: int = 0) -> None:

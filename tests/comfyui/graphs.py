@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .files import VIDEO
+
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 
 PANDA = "a panda walks through a bamboo forest, sunlight between the leaves, steady camera"
 PANDA_SITS = "the panda sits down and eats bamboo, sunlight between the leaves, steady camera"
+OWN_VIDEO = "choose your own video"
 OWN_LORA = "choose your own LoRA"
 """No file: ComfyUI says that it is not in the list, and the artist chooses."""
 
@@ -158,11 +161,13 @@ def fed(name: str, prompt: str, source: str = "demo") -> tuple[tuple[str, str], 
 
 DEMO_PROMPT = "a blue square moves up quickly"
 DEMO_NEXT = "a cyan circle moves right slowly"
+RESTYLED = "a red circle moves up quickly"
 SINKS = ("Published", "Long", "Static sink", "No sink")
 
 MODEL, MODELS, STREAM = "Model · 模型", "Models · 模型", "Stream · 视频流"
 PROMPT, PROMPTS, SCRIPT = "Prompt · 提示词", "Prompts · 提示词", "Prompt schedule · 提示词调度"
 LIVE = "Live · 实时"
+CLIP = "Clip · 片段"
 FIRST, SECOND = "First part · 第一段", "Second part · 第二段"
 
 GRAPHS: dict[str, Graph] = {
@@ -516,6 +521,64 @@ GRAPHS: dict[str, Graph] = {
         links=(("clip.CLIP", "script.clip"), *fed("stream", "script.timeline", "official")),
         groups={MODELS: (0, 0), SCRIPT: (1, 1), STREAM: (2, 2)},
     ),
+    "video_to_video_demo": Graph(
+        title="15 Video to video, no downloads",
+        note="## One video made into another\n\nThe second sampler follows the first one's video "
+        "image by image: motion stays, colour and shape come of its own prompt. **strength** says "
+        "how much is made anew: 0 is the source itself, 1 the prompt alone; try 0.4 and 0.8. Put "
+        "**Load Video** in place of the first sampler. A video is read as it is needed, however "
+        "long it is.\n\nA prompt that speaks of the motion that is there helps.",
+        chinese="把一段视频变成另一段：第二个采样器逐图跟随第一个的视频：运动保留，"
+        "颜色和形状来自它自己的提示词。**strength** 决定有多少被重新生成："
+        "0 为源本身，1 为仅按提示词；可试 0.4 和 0.8。可把第一个采样器换成 "
+        "**Load Video**（加载视频）。"
+        "视频无论多长都按需读取。提示词若描述已有的运动，效果更好。",
+        nodes=demo(150)
+        | {
+            "after": text(RESTYLED, 0),
+            "before": text(DEMO_PROMPT, 250),
+            "clip": sampler(title="A clip", length=6.0, row=250),
+            "stream": sampler(column=3, title="Follows the clip", length=6.0, seed=2, row=150),
+        },
+        links=(
+            ("demo.CLIP", "before.clip"),
+            ("demo.CLIP", "after.clip"),
+            *fed("clip", "before.CONDITIONING"),
+            *fed("stream", "after.CONDITIONING"),
+            ("clip.VIDEO", "stream.source"),
+        ),
+        groups={MODEL: (0, 0), PROMPTS: (1, 1), CLIP: (2, 2), STREAM: (3, 3)},
+    ),
+    "video_to_video": Graph(
+        title="16 Video to video",
+        note="## Restyle a video with the published weights\n\nChoose your own in **Load Video**. "
+        "The stream follows it image by image, at its speed, and ends with it: motion and layout "
+        "stay, the look comes of the prompt. Lower **strength** to keep more of it. Write what is "
+        "to be seen, its motion too. A clip of another shape is cut to the picture, or shown whole "
+        "with **source_fit** letterbox.",
+        chinese="使用官方权重改变视频的风格：在 **Load Video**（加载视频）中选择你自己的视频。"
+        "视频流逐图跟随它，速度不变，并随之结束：运动和布局保留，外观来自提示词。"
+        "降低 **strength** 可保留更多原貌。请描述要看到的内容，包括其运动。"
+        "形状不同的片段会被裁切；**source_fit** 设为 letterbox 则完整显示。",
+        nodes=official()
+        | {
+            "file": Node(
+                type="LoadVideo",
+                at=(1, 250),
+                title="Choose your own video",
+                widgets={"file": OWN_VIDEO},
+                size=(340, 0),
+            ),
+            "prompt": text(PANDA, 0),
+            "stream": sampler(width=832, height=480, length=60.0),
+        },
+        links=(
+            ("clip.CLIP", "prompt.clip"),
+            *fed("stream", "prompt.CONDITIONING", "official"),
+            ("file.VIDEO", "stream.source"),
+        ),
+        groups={MODELS: (0, 0), "Prompt and video · 提示词与视频": (1, 1), STREAM: (2, 2)},
+    ),
 }
 
 
@@ -540,6 +603,8 @@ def runnable(prompt: dict[str, Any], lora: str) -> dict[str, Any]:
         if node in swapped:
             continue
         inputs = dict(each["inputs"])
+        if each["class_type"] == "LoadVideo":
+            inputs["file"] = VIDEO
         for name, value in inputs.items():
             if isinstance(value, list) and value[0] in swapped:
                 inputs[name] = ["demo", swapped[value[0]]]

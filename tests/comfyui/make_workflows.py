@@ -22,7 +22,7 @@ from comfy_cli.workflow_to_api import convert_ui_to_api
 from PIL import Image, ImageDraw
 
 from .browser import OPEN, drawn, open_page, use_renderer
-from .files import LORA, write_models
+from .files import LORA, write_models, write_video
 from .graphs import GRAPHS, SAMPLERS, Graph, runnable
 from .layout import BORDER, GROUP_TITLE, TITLE, Drawn, Placed, arrange, box_around
 from .locales import english
@@ -231,6 +231,7 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     with tempfile.TemporaryDirectory() as base:
         write_models(Path(base) / "models")
+        write_video(Path(base) / "input")
         server = Server(Path(base))
         try:
             draw_all(server, project)
