@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .digests import file_digest
 from .fast.parallel import Process
 from .generate import generate, open_networks, open_stream, open_text_encoder
 from .numbered import numbered
@@ -31,7 +32,6 @@ from .pace import Progress
 from .prompts import PromptTimeline, Switch
 from .writing import write_text
 
-_SAMPLE = 1 << 20  # bytes read at either end of a file to know it again
 _SLUG = 40  # characters of the prompt in a name
 _SEED_BYTES = 6  # whole numbers below 2**53 survive every JSON reader
 
@@ -159,25 +159,6 @@ def seed_of(base: int, line: int, take: int) -> int:
     """The seed of one video: no two lines or takes share their noise, whatever the base."""
     digest = hashlib.blake2b(f"{base}/{line}/{take}".encode(), digest_size=_SEED_BYTES)
     return int.from_bytes(digest.digest(), "little")
-
-
-def file_digest(path: Path) -> str:
-    """A short name for what is in a file or folder: sizes, and both ends of every file.
-
-    Of what is not there, such as a hub id, the name itself.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    for each in files:
-        if not each.is_file():
-            return str(path)
-        size = each.stat().st_size
-        digest.update(f"{each.name if path.is_dir() else ''}/{size}".encode())
-        with each.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
-            file.seek(max(0, size - _SAMPLE))
-            digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 class _Manifest:

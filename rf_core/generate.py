@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from . import source_input
 from .attention import attention_backend
 from .config import ModelConfig
 from .decoders.decoder import Decoder, load_decoder
@@ -25,6 +28,7 @@ from .memory.offload import stream_layers
 from .model import Network, WanModel
 from .options import Options, Plan, most_start_images
 from .pace import Pace, Progress
+from .source import EncodedSource, Guides, Reader, Source
 from .stream import Chunk, Stream
 from .text import UMT5Encoder, encode_prompts, load_text_encoder
 from .video import RUN, VideoWriter, read_images, remux, to_uint8
@@ -66,6 +70,8 @@ def split_of(resolved: Plan, process: Process) -> Split:
     """How processes share a run out; ValueError where they cannot."""
     if resolved.options.start is not None:
         raise ValueError("several processes make a stream from noise alone; leave out --start")
+    if resolved.options.source is not None:
+        raise ValueError("several processes make a stream of its prompt alone; leave out --source")
     return Split.of(process, resolved.model, resolved.grid, resolved.cache)
 
 
@@ -145,14 +151,34 @@ def open_stream(
     return stream
 
 
+def open_reader(resolved: Plan) -> Reader | None:
+    """The images of a run's source; None without one. ValueError where there are none."""
+    if resolved.options.source is None:
+        return None
+    size = {"height": resolved.height, "width": resolved.width, "fps": resolved.family.fps}
+    return source_input.open_reader(resolved.options.source, **size)
+
+
+def open_source(
+    resolved: Plan, decoder: Decoder | None, reader: Reader | None = None
+) -> EncodedSource | None:
+    """A run's source around what `open_reader` has opened, or opens; None without one."""
+    options, reader = resolved.options.source, reader or open_reader(resolved)
+    if options is None or reader is None:
+        return None
+    assert decoder is not None, "a process that follows has no source"
+    return EncodedSource(reader, decoder, options.facts)
+
+
 def generate(
     resolved: Plan,
     stream: Stream,
     embeds: dict[str, Tensor],
     report: Callable[[Progress], None] = lambda progress: None,
     stopped: Callable[[], bool] = lambda: False,
+    reader: Reader | None = None,
 ) -> int | None:
-    """Make the video; None once it is finished.
+    """Make the video; None once it is finished. `reader` is what `open_reader` has opened.
 
     Where `stopped` ended it early, within one pass of the network, how many chunks lead to the
     snapshot it can go on from; 0 without one. However it ends, the file is closed and plays.
@@ -165,12 +191,12 @@ def generate(
             raise Stopped
 
     writer, finished = _open_writer(resolved, begun), False
-    saver = _Saver(resolved, begun, writer)
+    saver, source = _Saver(resolved, begun, writer), open_source(resolved, stream.decoder, reader)
     try:
-        with writer, _handoff(resolved, stream, writer) as handoff:
+        with writer, source or nullcontext(), _handoff(resolved, stream, writer) as handoff:
             written = writer.num_images
             try:
-                for chunk in _chunks(resolved, stream, embeds, pace, on_pass):
+                for chunk in _chunks(resolved, stream, embeds, pace, on_pass, source):
                     images = _hand_on(chunk, stream, writer, handoff)
                     done, written = chunk.index + 1, written + images
                     given = stream.state.num_chunks > done  # of a start clip, all is there at once
@@ -253,8 +279,10 @@ def _chunks(
     embeds: dict[str, Tensor],
     pace: Pace,
     on_pass: Callable[[str, int], None],
+    source: Source | None = None,
 ) -> Iterator[Chunk]:
-    state = stream.state
+    state, clock = stream.state, resolved.clock
+    guided = _guided(resolved, source)
     if resolved.options.start is not None and not state.num_chunks:
         yield from stream.start_from_images(start_images(resolved))
     switches = {prompt.chunk: prompt for prompt in resolved.prompts if prompt.chunk}
@@ -263,9 +291,24 @@ def _chunks(
         if index in switches and not state.chunk_open:
             stream.switch(embeds[switches[index].text], switches[index].switch)
         pace.network_begins()
-        latents = stream.generate(on_pass)
+        guide = guided(stream, clock.images_before(index), clock.begun_with(index))
+        latents = stream.generate(on_pass, **guide)
         pace.network_ends()
         yield Chunk(index=index, latents=latents, images=None)
+
+
+def _guided(resolved: Plan, source: Source | None) -> Callable[[Stream, int, int], dict[str, Any]]:
+    """What `Stream.generate` takes of a source for the chunk that begins with an image."""
+    options = resolved.options.source
+    if source is None or options is None:
+        return lambda stream, images, since: {}
+    guides, strength = Guides(source, options.motion_strength), options.strength
+
+    def guided(stream: Stream, images: int, since: int) -> dict[str, Any]:
+        guide = guides.next(stream, images, since)
+        return {"guide": guide, "strength": guides.strength(strength)}
+
+    return guided
 
 
 def _open_writer(resolved: Plan, chunks: int) -> VideoWriter:

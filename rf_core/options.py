@@ -24,8 +24,9 @@ from .memory.placement import decoder_config, free_bytes, text_sizes
 from .memory.plan import Fit, OffloadMode, fit
 from .prompts import ChunkClock, PromptTimeline, ResolvedEntry
 from .ranges import LARGEST_SIDE, MANY, check_numbers, check_writable
+from .source_input import SourceOptions
 from .state import Snapshot
-from .stream import latent_size
+from .stream import NO_GUIDES, latent_size
 from .video import RUN, VideoFormat, check_images, count_images, read_metadata
 from .weights.checkpoint import read_checkpoint
 from .weights.lora import Lora
@@ -88,6 +89,8 @@ class Options:
     """Fields of SamplerConfig in place of the checkpoint's."""
     start: Path | None = None
     """A picture or clip to begin with; of a clip the last images, as many as the window holds."""
+    source: SourceOptions | None = None
+    """What the chunks are guided by; see `Stream.generate`."""
     device: str = "cpu"
     dtype: torch.dtype | Literal["auto"] = torch.float32
     """What networks compute in; `auto`: what suits them and the device, or what was begun with."""
@@ -166,6 +169,8 @@ class Plan:
     """What was chosen to suit the memory; None where all was given."""
     clip_chunks: int = 0
     """Chunks that `start` gives."""
+    source_images: int | None = None
+    """Images that the source has, where it stops and the file tells."""
     told: Told
     """Whose student the model is, and how that is known."""
 
@@ -219,6 +224,7 @@ class Plan:
             "weights": options.weights,
             "crf": options.crf,
             "start": options.start and options.start.name,
+            "source": options.source and options.source.record(),
             "prompts": [[p.chunk, str(p.switch), p.text] for p in self.prompts],
         }
 
@@ -280,9 +286,12 @@ def plan(options: Options) -> Plan:
     VideoFormat(width=width, height=height, crf=options.crf)
     clip_chunks = 0 if options.start is None else _clip_chunks(options.start, cache)
     clock = ChunkClock.of(cache, clip_chunks=clip_chunks, fps=fps)
+    source_images = _source_images(options, sampler, fps)
     total = None if options.chunks is None else clock.num_chunks(options.chunks, "c")
     if options.seconds is not None:
         total = options.timeline.num_chunks(options.seconds, "s", clock)
+    elif total is None and source_images is not None:
+        total = _guided_chunks(options, source_images, clock)
     if options.compile and cache.storage == "int8":
         raise ValueError("an int8 cache is not compiled; leave out --compile or --cache int8")
     snapshot = _snapshot_of(options)
@@ -302,6 +311,7 @@ def plan(options: Options) -> Plan:
         choice=checkpoint.choice,
         run=uuid4().hex if snapshot is None else snapshot.facts.get(RUN),
         clip_chunks=clip_chunks,
+        source_images=source_images,
         told=checkpoint.told,
     )
     _check_resume(resolved, made)
@@ -321,6 +331,34 @@ def _clip_chunks(start: Path, cache: CacheConfig) -> int:
     return max(1, ChunkClock.of(cache).chunk_at_image(images))
 
 
+def _source_images(options: Options, sampler: SamplerConfig, fps: int) -> int | None:
+    source = options.source
+    if source is None:
+        return None
+    if sampler.rolling:
+        raise ValueError(NO_GUIDES)
+    if options.resume and not source.is_file:
+        raise ValueError(
+            f"the source {source.name} cannot be read again, so what it guided is not gone on "
+            "with; leave out --resume"
+        )
+    source.check()
+    return source.length(fps)
+
+
+def _guided_chunks(options: Options, images: int, clock: ChunkClock) -> int:
+    """How many chunks a source of so many images fills."""
+    cuts = [each.chunk for each in options.timeline.resolve(clock) if each.switch.mode == "cut"]
+    chunks = clock.with_cuts(*cuts).chunk_at_image(images)
+    if chunks <= clock.clip_chunks:
+        first = clock.images_before(clock.clip_chunks + 1)
+        raise ValueError(
+            f"the source has {images} images at {clock.fps} a second, and {first} are needed for "
+            "its first chunk; give a longer one, or --source-end hold or loop"
+        )
+    return chunks
+
+
 def _sizes_of(resolved: Plan) -> Sizes:
     """What the memory of a run depends on."""
     options = resolved.options
@@ -338,6 +376,7 @@ def _sizes_of(resolved: Plan) -> Sizes:
         text=text_sizes(options.files.text_encoder),
         keeps_text=options.keeps_text,
         graphs=options.records_passes,
+        encodes=options.source is not None,
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .config import FPS, TEMPORAL_FACTOR
 from .decoders.decoder import DecoderState
+from .digests import file_digest
 from .video import FITS, Fit, check_images, images_at_rate
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _log = logging.getLogger(__name__)
 AtEnd = Literal["stop", "hold", "loop"]
 """What a source does at its end: give nothing more, go on with its last image, or begin again. A
 single picture is held."""
-_READ_AT_ONCE = 2**20  # bytes
 _SAID: dict[AtEnd, str] = {
     "stop": "what fills no chunk is left out, and no guide follows",
     "hold": "its last image is held",
@@ -90,32 +90,58 @@ ImagesFrom = Callable[[int], Generator[Tensor, None, int]]
 """Images [3, H, W] in [0, 1] from a number on; returns how many there are, from number 0 on."""
 
 
+class Reader(Protocol):
+    """Images in turn."""
+
+    name: str
+    """What messages call them."""
+    can_seek: bool
+    """Whether they can be read again, and from any of them on."""
+    held: int
+    """How many images in a row, the last ones, were the held one again."""
+    length: int | None
+    """Images that there are; None until the end is met."""
+
+    def take(self, count: int) -> Tensor | None:
+        """The next so many images [T, 3, H, W]; None where fewer are left, and from then on."""
+
+    def seek(self, image: int) -> None:
+        """Go on with this image."""
+
+    def close(self) -> None:
+        """Let go of what is read."""
+
+
 class ImageReader:
-    """Images in turn, from any of them on, and what follows their end.
+    """Images from any of them on, and what follows their end; see `Reader`.
 
     `name` and `counted` are what messages call them. ValueError for an `at_end` that there is not.
     """
 
     def __init__(
-        self, name: str, images_from: ImagesFrom, at_end: AtEnd = "stop", counted: str = "images"
+        self,
+        name: str,
+        images_from: ImagesFrom,
+        at_end: AtEnd = "stop",
+        counted: str = "images",
+        *,
+        can_seek: bool = True,
     ) -> None:
-        if at_end not in get_args(AtEnd):
-            raise ValueError(f"at_end is {at_end!r}; use one of {', '.join(get_args(AtEnd))}")
+        check_at_end(at_end)
+        self.can_seek = can_seek
         self.name, self.at_end, self._images_from = name, at_end, images_from
         self._counted = counted
         self.held = 0
-        """How many images in a row, the last ones, were the held one again."""
         self.length: int | None = None
-        """Images that there are; None until the end is met."""
         self._images = self._read(0)
 
     def take(self, count: int) -> Tensor | None:
-        """The next so many images [T, 3, H, W]; None where fewer are left, and from then on."""
+        """See `Reader`."""
         images = list(islice(self._images, count))
         return torch.stack(images) if len(images) == count else None
 
     def seek(self, image: int) -> None:
-        """Go on with this image, counted as they are given: what is held or looped counts on."""
+        """See `Reader`; counted as they are given: what is held or looped counts on."""
         self._images.close()
         self.held, self._images = 0, self._read(image)
 
@@ -198,6 +224,12 @@ def batch_reader(
     return ImageReader("the source", images_from, at_end)
 
 
+def check_at_end(at_end: str) -> None:
+    """ValueError unless it is one of `AtEnd`."""
+    if at_end not in get_args(AtEnd):
+        raise ValueError(f"at_end is {at_end!r}; use one of {', '.join(get_args(AtEnd))}")
+
+
 def check_fit(fit: str) -> None:
     """ValueError unless it is one of `Fit`."""
     if fit not in get_args(Fit):
@@ -217,7 +249,7 @@ class EncodedSource:
     """
 
     def __init__(
-        self, reader: ImageReader, encoder: ChunkEncoder, facts: Callable[[], Mapping[str, Any]]
+        self, reader: Reader, encoder: ChunkEncoder, facts: Callable[[], Mapping[str, Any]]
     ) -> None:
         self.reader, self._encoder = reader, encoder
         self._step = encoder.source_images_of(1, first=False)
@@ -253,7 +285,12 @@ class EncodedSource:
 
     @torch.no_grad()
     def seek(self, images: int, since: int = 0) -> None:
-        """See `Source`: as many images are encoded again as the encoder remembers."""
+        """See `Source`: as many images are encoded again as the encoder remembers.
+
+        A pipe and a camera go on with what comes next.
+        """
+        if not self.reader.can_seek:
+            return
         self._begin_afresh()
         self._begun = images > 0
         remembered = -(-self._encoder.source_memory_images // self._step)
@@ -360,10 +397,13 @@ class BatchSource(EncodedSource):
 
 
 class Guides:
-    """A source kept in step with one video, whose chunks it guides."""
+    """A source kept in step with one video, whose chunks it guides.
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    `motion_strength` is `strength_at`'s.
+    """
+
+    def __init__(self, source: Source, motion_strength: float = 0.0) -> None:
+        self.source, self._motion_strength = source, motion_strength
         self._at = 0  # the video's image that the source is at
 
     def next(self, stream: Stream, images: int, since: int = 0) -> Tensor | None:
@@ -378,15 +418,15 @@ class Guides:
         self._at = images + TEMPORAL_FACTOR * frames - (TEMPORAL_FACTOR - 1 if first else 0)
         return latents
 
+    def strength(self, strength: float) -> float:
+        """What the last guide is to begin with, where a still source has that strength."""
+        return strength_at(strength, self._motion_strength, self.source.motion)
+
 
 def _digest_of_file(file: str | Path | io.BytesIO) -> str:
     if isinstance(file, io.BytesIO):
         return hashlib.blake2b(file.getbuffer(), digest_size=8).hexdigest()
-    found = hashlib.blake2b(digest_size=8)
-    with Path(file).open("rb") as content:
-        while part := content.read(_READ_AT_ONCE):
-            found.update(part)
-    return found.hexdigest()
+    return file_digest(Path(file))
 
 
 def _digest_of(images: Tensor) -> str:
@@ -394,11 +434,25 @@ def _digest_of(images: Tensor) -> str:
     return hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
 
 
+MOTION_SCALE = 0.1
+"""`motion_of` from which all moves: a tenth of the way from black to white, from image to image."""
+
+
 def motion_of(images: Tensor) -> float:
     """The largest difference between an image and the one before, of images [T, 3, H, W].
 
     The root of the mean squared difference of their values in [0, 1], as StreamDiffusionV2 measures
-    it (arXiv 2511.07399, section 4.2); 0 of one image.
+    it of latents (arXiv 2511.07399, section 4.1); 0 of one image.
     """
     steps = images.diff(dim=0).square().mean(dim=(1, 2, 3)).sqrt()
     return float(steps.max()) if len(steps) else 0.0
+
+
+def strength_at(strength: float, motion_strength: float, motion: float) -> float:
+    """The strength of a chunk whose source moves so much: `strength` of a still one.
+
+    `motion_strength` is added where all moves, and in proportion where less does: below 0, what
+    moves fast gets less noise (arXiv 2511.07399, section 4.1; without its smoothing in time, so
+    that a chunk's strength depends on its own images alone).
+    """
+    return min(1.0, max(0.0, strength + motion_strength * min(1.0, motion / MOTION_SCALE)))

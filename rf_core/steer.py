@@ -21,8 +21,16 @@ import torch
 from torch import Tensor
 
 from .config import FPS
+from .digests import file_digest
 from .fast.graphs import GraphedModel
-from .generate import open_networks, open_stream, open_text_encoder, start_images
+from .generate import (
+    open_networks,
+    open_reader,
+    open_source,
+    open_stream,
+    open_text_encoder,
+    start_images,
+)
 from .live.buffers import Picture, ReaderLagged
 from .live.commands import Command, Schedule, Stop
 from .live.commands import Resume as GoOn
@@ -41,13 +49,15 @@ from .live.log import Log
 from .live.maker import Encode, SetLora
 from .live.osc import OscServer
 from .live.record import VideoRecorder
-from .live.replay import ReplayMismatch, replay_log
+from .live.replay import ReplayMismatch, replay_log, strengths_of
 from .live.session import Session, Status
 from .live.transition import MAX_COMING
 from .memory.placement import free_bytes
 from .model import Network, WanModel
 from .options import Files, Options, Plan
 from .prompts import Switch
+from .source import Source
+from .source_input import SourceOptions
 from .stream import Stream, start_latents
 from .text import encode_prompts
 from .weights.checkpoint import read_checkpoint
@@ -77,10 +87,12 @@ class LiveSetup:
     loras: Mapping[str, float]
     """See `Session`."""
     set_lora: SetLora | None
+    source: Source | None = None
+    """See `Session`; whoever runs it closes it."""
 
     def named(self) -> dict[str, Any]:
         """What both take by name."""
-        return {"set_lora": self.set_lora, "clip": self.clip}
+        return {"set_lora": self.set_lora, "clip": self.clip, "source": self.source}
 
 
 def log_path(output: Path) -> Path:
@@ -130,6 +142,7 @@ def open_replay(resolved: Plan, log: Log) -> LiveSetup:
 
 def _open(resolved: Plan, first: str, encode: Encode) -> LiveSetup:
     embeds = {first: encode(first)}
+    reader = open_reader(resolved)
     model, decoder = open_networks(resolved)
     embeds[resolved.prompts[0].text] = embeds[first]  # of a log, with white space of its own
     stream = open_stream(resolved, model, decoder, embeds)
@@ -140,6 +153,7 @@ def _open(resolved: Plan, first: str, encode: Encode) -> LiveSetup:
         clip=None if resolved.options.start is None else _clip(resolved, stream),
         loras={name: lora.strength for name, lora in loras.items()},
         set_lora=_set_lora(resolved.options, model, loras) if loras else None,
+        source=open_source(resolved, decoder, reader),
     )
 
 
@@ -196,6 +210,7 @@ def run_live(
         log=log_path(output),
         limits=_limits(),
         rate=rate,
+        **_strengths(resolved),
         **setup.named(),
     )
     for later in resolved.prompts[1:]:
@@ -208,9 +223,18 @@ def run_live(
                 print_line(f"OSC on {server.host}:{server.port}")
             session.run(hand.on_pass, hand.on_idle, resolved.total)
     finally:
+        if setup.source is not None:
+            setup.source.close()
         _print_files(recorder, print_line, resolved.family.fps)
         if log_path(output).exists() and recorder.paths:
             print_line(f"{log_path(output)}: its log, of which --replay makes it again")
+
+
+def _strengths(resolved: Plan) -> dict[str, Any]:
+    source = resolved.options.source
+    if source is None:
+        return {}
+    return {"strength": source.strength, "motion_strength": source.motion_strength}
 
 
 def _listening(
@@ -350,7 +374,8 @@ def status_lines(status: Status, mode: Switch, fps: int = FPS) -> list[str]:
         f"chunk {status.chunk} is next, {status.images / fps:.2f} s, branch {status.branch.name}"
         + (", paused" if status.paused else ""),
         f"prompt: {shorten(status.prompt)}",
-        f"mode of the prompts that follow: {mode}; decay {status.decay:g}",
+        f"mode of the prompts that follow: {mode}; decay {status.decay:g}"
+        + ("" if status.strength is None else f"; strength {status.strength:g}"),
         *([f"LoRAs: {', '.join(loras)}"] if loras else []),
         *(
             f"to come: [{each.number}] at chunk {each.chunk} [{each.prompt.mode}] "
@@ -432,6 +457,8 @@ def replay(
     except ReplayMismatch as error:
         raise ValueError(f"{error}; --edited makes the video that it asks for now") from error
     finally:
+        if setup.source is not None:
+            setup.source.close()
         _print_files(recorder, print_line, resolved.family.fps)
     return True
 
@@ -452,7 +479,33 @@ def options_of(log: Log, options: Options) -> Options:
         sampler=vars(sampler),
         dtype=dtype if isinstance(dtype, torch.dtype) else options.dtype,
         files=_with_strengths(options.files, log.header.loras),
+        source=_source_of(log, options.source),
     )
+
+
+def _source_of(log: Log, given: SourceOptions | None) -> SourceOptions | None:
+    """The session's source, from the file that is given; ValueError where it is another."""
+    held = log.header.source
+    if held is None:
+        if given is not None:
+            raise ValueError("the log's session had no source; leave out --source")
+        return None
+    name = printable(str(held.get("file"))[:200])
+    if held.get("digest") is None:
+        raise ValueError(
+            f"the log's session was guided by {name}, of which nothing is kept, so it is not made "
+            "again; --edited without a source cannot stand for it either"
+        )
+    if given is None or given.path is None:
+        raise ValueError(f"the log's session was guided by {name}; give that file with --source")
+    given.check()
+    if file_digest(given.path) != held["digest"]:
+        raise ValueError(
+            f"{given.path} is another file than {name}, which guided the log's session; give that "
+            "one with --source"
+        )
+    settings: dict[str, Any] = {field: held[field] for field in ("at_end", "fit")}
+    return SourceOptions(place=given.place, **settings | strengths_of(log))
 
 
 def _with_strengths(files: Files, loras: tuple[tuple[str, float], ...]) -> Files:

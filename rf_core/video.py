@@ -22,7 +22,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,8 @@ _CONTAINER_KEYS = ("major_brand", "minor_version", "compatible_brands", "encoder
 Fit = Literal["crop", "letterbox"]
 """How a picture of another shape is fitted, never stretched: scaled to cover and cropped to its
 centre, or scaled to lie within, with black beside it."""
+Clip = Path | IO[bytes]
+"""A file, one in memory, or a pipe that is read as it comes."""
 RUN = "rf_run"
 """Name under which a video's metadata, and its snapshot's facts, say which run made it."""
 
@@ -294,57 +296,79 @@ _SAME_TIME = 1e-3  # seconds; containers round times
 
 
 def images_at_rate(
-    path: str | Path | io.BytesIO,
-    *,
-    width: int,
-    height: int,
-    fps: int,
-    fit: Fit = "crop",
-    start: int = 0,
+    file: str | Clip, *, width: int, height: int, fps: int, fit: Fit = "crop", start: int = 0
 ) -> Generator[Tensor, None, int]:
     """A video's images as it shows them `fps` times a second, however many it has itself.
 
-    Each is float32 [3, height, width] in [0, 1]; see `Fit`. The first is number `start`; returns
-    how many there are from number 0 on. ValueError: no such file, or not a video.
+    Each is float32 [3, height, width] in [0, 1]; see `Fit`. The first is number `start`, before
+    which no more is decoded than has to be; returns how many there are from number 0 on. A pipe is
+    read from where it is. ValueError: no such file, or not a video.
     """
-    shown: Tensor | None = None
-    begin, count = 0.0, 0
-    with closing(_decode_timed(_file_of(path))) as images:
-        for number, (said, image) in enumerate(images):
-            time = number / fps if said is None else said
-            begin = time if shown is None else begin
-            fitted: Tensor | None = None
-            while shown is not None and count / fps < time - begin - _SAME_TIME:
-                if count >= start:
-                    fitted = FITS[fit](shown, width, height) if fitted is None else fitted
-                    yield fitted
+    file, shown = _file_of(file), None
+    begin, last, count, turn = 0.0, 0.0, start, (0, False)
+
+    def fitted(frame: Any) -> Tensor:
+        return FITS[fit](upright(pixels_of(frame), *turn), width, height)
+
+    with closing(_frames(file, start / fps)) as frames:
+        for number, frame in enumerate(frames):
+            time = number / fps if frame.time is None else frame.time
+            if shown is None:
+                begin, turn = time, _turn_of(file, frame)
+            last, image = time - begin, None
+            while shown is not None and count / fps < last - _SAME_TIME:
+                image = fitted(shown) if image is None else image
+                yield image
                 count += 1
-            shown = image
+            shown = frame
     if shown is None:
-        raise ValueError(f"{path} holds no images; give a picture or a clip")
-    if count >= start:
-        yield FITS[fit](shown, width, height)
+        raise ValueError(f"{name_of(file)} holds no images; give a picture or a clip")
+    length = _shown_within(last, fps)
+    if start < length:
+        yield fitted(shown)
+    return length
+
+
+def length_at_rate(path: str | Path, fps: int) -> int:
+    """How many images `images_at_rate` gives, as a file tells it: nothing is decoded.
+
+    ValueError: no such file, or not a video.
+    """
+    with _open(Path(path)) as container:
+        stream = container.streams.video[0]
+        times = [packet.pts for packet in _whole_packets(container) if not packet.is_discard]
+    known = [time for time in times if time is not None]
+    if len(known) < len(times) or not known:
+        return len(times)
+    return _shown_within(float((max(known) - min(known)) * stream.time_base), fps)
+
+
+def _shown_within(seconds: float, fps: int) -> int:
+    """Images at a rate, of a video whose last image comes so long after its first."""
+    count = max(0, int(seconds * fps) - 2)
+    while count / fps < seconds - _SAME_TIME:
+        count += 1
     return count + 1
 
 
-def check_images(path: str | Path | io.BytesIO) -> None:
+def check_images(file: str | Path | io.BytesIO) -> None:
     """See that a picture or clip begins with an image, and say where white replaces transparency.
 
     Raises:
         ValueError: no such file, or no images in it.
     """
-    with closing(_frames(_file_of(path))) as frames:
+    with closing(_frames(_file_of(file))) as frames:
         first = next(frames, None)
     if first is None:
-        raise ValueError(f"{path} holds no images; give a picture or a clip")
+        raise ValueError(f"{name_of(file)} holds no images; give a picture or a clip")
     if (_alpha(first) != 255).any():
-        _log.warning("%s is transparent in parts, which become white", path)
+        _log.warning("%s is transparent in parts, which become white", name_of(file))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """Height and width of a picture, or of a clip's first image, upright. ValueError as above."""
-    with closing(_decode_timed(Path(path))) as images:
-        for _, image in images:
+    with closing(_decode(Path(path))) as images:
+        for image in images:
             return image.shape[0], image.shape[1]
     raise ValueError(f"{path} holds no images; give a picture or a clip")
 
@@ -365,7 +389,14 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {k: v for k, v in container.metadata.items() if k not in _CONTAINER_KEYS}
 
 
-def _file_of(file: str | Path | io.BytesIO) -> Path | io.BytesIO:
+def name_of(file: str | Clip) -> str:
+    """What a message calls a file."""
+    if isinstance(file, (str, Path)):
+        return str(file)
+    return "the clip" if isinstance(file, io.BytesIO) else "the pipe"
+
+
+def _file_of(file: str | Clip) -> Clip:
     return Path(file) if isinstance(file, str) else file
 
 
@@ -462,30 +493,31 @@ def _header_length(data: bytes) -> int:
     return offset
 
 
-def _address(source: Path | io.BytesIO) -> str | io.BytesIO:
+def _address(source: Clip) -> str | IO[bytes]:
     """What FFmpeg opens: of a relative name, such as `take:1.mp4`, it would read a protocol."""
     return str(source.absolute()) if isinstance(source, Path) else source
 
 
-def _open(source: Path | io.BytesIO) -> Any:
+def _open(source: Clip) -> Any:
     import av
 
     if isinstance(source, io.BytesIO):
         source.seek(0)
-    elif not source.is_file():
+    elif isinstance(source, Path) and not source.is_file():
         raise ValueError(f"{source} is not a file; check the path")
     try:
         container = av.open(_address(source), options=_ONE_FILE)
     except av.FFmpegError as error:
         raise ValueError(
-            f"{source} is not a picture or video FFmpeg can read: {error.strerror}"
+            f"{name_of(source)} is not a picture or video FFmpeg can read: {error.strerror}"
         ) from error
     streams = container.streams.video
     # A codec that FFmpeg lacks leaves no context.
     unknown = not streams or streams[0].codec_context is None
     if unknown or container.format.name in _NO_PICTURES:
         container.close()
-        raise ValueError(f"{source} holds no picture or video; give an image file or a clip")
+        what = "holds no picture or video; give an image file or a clip"
+        raise ValueError(f"{name_of(source)} {what}")
     return container
 
 
@@ -560,51 +592,99 @@ def _whole_packets(container: Any) -> Iterator[Any]:
         return
 
 
-def _decode(path: Path) -> Iterator[Tensor]:
+def _decode(path: Path) -> Generator[Tensor, None, None]:
     """The images of a file, uint8 [H, W, 3], upright."""
-    return (image for _, image in _decode_timed(path))
-
-
-def _decode_timed(path: Path | io.BytesIO) -> Generator[tuple[float | None, Tensor], None, None]:
-    """The images of a file with their times in seconds, where it says them."""
-    turn: tuple[int, bool] | None = None
+    turn = 0, False
     for number, frame in enumerate(_frames(path)):
         if number == 0:
-            turn = exif_turn(path) if isinstance(path, Path) else None
-        yield frame.time, upright(_pixels(frame), *(turn or (round(frame.rotation / 90), False)))
+            turn = _turn_of(path, frame)
+        yield upright(pixels_of(frame), *turn)
 
 
-def _frames(path: Path | io.BytesIO) -> Generator[Any, None, None]:
-    import av
+def _turn_of(file: Clip, first: Any) -> tuple[int, bool]:
+    """How the images of a file are turned and mirrored by `upright`."""
+    told = exif_turn(file) if isinstance(file, Path) else None
+    return told or (round(first.rotation / 90), False)
 
-    with _open(path) as container:
+
+def _frames(file: Clip, skip: float = 0.0) -> Generator[Any, None, None]:
+    """The frames of a file; after the first, some may be left out that are shown before `skip`
+    seconds from it, but the last of them."""
+    with _open(file) as container:
         decoder = container.streams.video[0].codec_context
-        _require_size(path, decoder)
+        _require_size(file, decoder)
         if decoder.name == "mjpeg":
             decoder.options = {"err_detect": "explode"}  # or what is cut off becomes grey
-        try:
-            for packet in chain(_whole_packets(container), [None]):
-                for frame in decoder.decode(packet):
-                    _require_size(path, frame)
-                    yield frame
-        except av.FFmpegError as error:
-            raise ValueError(
-                f"{path} cannot be decoded: it is damaged, or of a kind that FFmpeg does not read, "
-                "such as an animated WebP; save it as PNG or MP4"
-            ) from error
+        frames: Iterator[Any] = _decoded(file, container)
+        first = next(frames, None)
+        if first is None:
+            return
+        yield first
+        if skip and _seek(container, first.time, skip):
+            frames = _decoded(file, container)
+            near = next(frames, None)
+            if near is None or near.time is None or near.time > first.time + skip + _SAME_TIME:
+                frames = islice(_frames(file), 1, None)
+            else:
+                yield near
+        yield from frames
 
 
-def _require_size(path: Path | io.BytesIO, picture: Any) -> None:
+def _seek(container: Any, begin: float | None, skip: float) -> bool:
+    """Whether a container is now at a picture to decode from, before `skip` seconds from a time."""
+    import av
+
+    stream = container.streams.video[0]
+    if begin is None or stream.time_base is None:
+        return False
+    try:
+        container.seek(int((begin + skip) / stream.time_base), stream=stream)
+    except av.FFmpegError:
+        return False
+    return True
+
+
+def _decoded(file: Clip, container: Any) -> Generator[Any, None, None]:
+    import av
+
+    decoder = container.streams.video[0].codec_context
+    try:
+        for packet in chain(_whole_packets(container), [None]):
+            for frame in decoder.decode(packet):
+                _require_size(file, frame)
+                yield frame
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{name_of(file)} cannot be decoded: it is damaged, or of a kind that FFmpeg does not "
+            "read, such as an animated WebP; save it as PNG or MP4"
+        ) from error
+
+
+def frames_of_device(format: str, name: str) -> Generator[Any, None, None]:
+    """The frames of a device that FFmpeg reads, as they come; see `pixels_of`.
+
+    ValueError where it cannot be opened, or fails.
+    """
+    import av
+
+    try:
+        with av.open(name, format=format) as container:
+            yield from container.decode(video=0)
+    except (av.FFmpegError, ValueError, IndexError) as error:
+        raise ValueError(f"{format}:{name} cannot be read ({error}); check its name") from error
+
+
+def _require_size(file: Clip, picture: Any) -> None:
     """Of a frame, or of a decoder before its first, which may not know its size."""
     if (picture.width or 0) * (picture.height or 0) > LARGEST_PICTURE:
         raise ValueError(
-            f"{path} is {picture.width}x{picture.height}; a picture to start from has at most "
-            f"{LARGEST_PICTURE:,} pixels: make it smaller"
+            f"{name_of(file)} is {picture.width}x{picture.height}; a picture that is read has at "
+            f"most {LARGEST_PICTURE:,} pixels: make it smaller"
         )
 
 
-def _pixels(frame: Any) -> Tensor:
-    """A frame as uint8 [H, W, 3], on white where it is transparent."""
+def pixels_of(frame: Any) -> Tensor:
+    """A decoded frame as uint8 [H, W, 3], on white where it is transparent."""
     image = _rgb(frame, "rgb24")
     alpha = _alpha(frame)
     if (alpha == 255).all():

@@ -476,7 +476,7 @@ def write_png(path: Path, width: int, height: int) -> Path:
     ("width", "height", "said"),
     [
         (100_000, 100_000, "cannot be decoded"),  # FFmpeg's own bound
-        (12_000, 12_000, "is 12000x12000; a picture to start from has at most 67,108,864 pixels"),
+        (12_000, 12_000, "is 12000x12000; a picture that is read has at most 67,108,864 pixels"),
         (16_000, 1, "too narrow to cover 832x480"),
     ],
 )

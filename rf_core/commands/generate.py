@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +16,20 @@ from torch import Tensor
 from ..arguments import argument
 from ..batch import make, missing, plan_batch
 from ..fast.parallel import Process, process_group
-from ..generate import attention_of, follow, generate, load, load_sequence_parallel, split_of
+from ..generate import (
+    attention_of,
+    follow,
+    generate,
+    load,
+    load_sequence_parallel,
+    open_reader,
+    split_of,
+)
 from ..options import SNAPSHOT_EVERY, SNAPSHOT_EVERY_CUDA, Plan, plan
 from ..prompt_files import read_prompt_file
-from ..stream import Stream
+from ..source import AtEnd
+from ..stream import GUIDE_STRENGTH, Stream
+from ..video import Fit
 from .live import LIVE, add_live, run_live_session, run_replay
 from .printing import ProgressLine, dtype_note, family_lines, print_plan
 from .run_options import batch_options, leave_out, single_options
@@ -59,13 +70,14 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def _run_stream(args: argparse.Namespace, resolved: Plan, load: Load, process: Process) -> int:
     print_plan(args, resolved)
+    reader = open_reader(resolved)
     stream, embeds = load(resolved)
     if (choice := attention_of(resolved, stream.model.config)).is_measured:
         print(choice)
     if resolved.snapshot is not None:
         print(f"resuming after chunk {stream.state.num_chunks}")
     with stop_on_signal(process) as stopped:
-        kept = generate(resolved, stream, embeds, ProgressLine(), stopped)
+        kept = generate(resolved, stream, embeds, ProgressLine(), stopped, reader)
     made = stream.state.num_chunks
     if made:
         print(f"{resolved.options.output}: {resolved.clock.seconds(made):.2f} s of video")
@@ -122,6 +134,26 @@ def _run_batch(args: argparse.Namespace, process: Process) -> int:
     return 0
 
 
+SOURCE = """With --source, a video is made anew by the prompt: image n of the source guides image n
+of the video. Without a length it is as long as the source. A source is a video file, one image
+(which is held), - for a video that comes through a pipe, or a camera: v4l2:/dev/video0 (Linux),
+avfoundation:0 (macOS), dshow:video=NAME (Windows), of which the newest images are taken."""
+
+
+def add_source(group: argparse._ArgumentGroup) -> None:
+    """Arguments of a source."""
+    add = group.add_argument
+    add("--source", metavar="PLACE", help="a video file, - for a pipe, or a camera")
+    strength = f"0, the source as it is, to 1, the prompt alone (default: {GUIDE_STRENGTH:g})"
+    add("--strength", type=float, metavar="X", help=strength)
+    motion = "added to it where all moves, as -0.2: less noise for what moves fast (default: 0)"
+    add("--motion-strength", type=float, metavar="X", help=motion)
+    end = "at its end: the prompt alone, its last image, or from its beginning (default: stop)"
+    add("--source-end", choices=get_args(AtEnd), help=end)
+    fit = "of another shape: cut its edges, or put black beside it (default: crop)"
+    add("--source-fit", choices=get_args(Fit), help=fit)
+
+
 def add_generate(parser: argparse.ArgumentParser) -> None:
     """Arguments of `generate`."""
     parser.set_defaults(command=run_generate)
@@ -137,6 +169,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="PIXELS", help="default: the model's own")
     add("--height", type=int, metavar="PIXELS", help="default: the model's own")
     add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same video")
+    add_source(parser.add_argument_group("a source that guides it", SOURCE))
     add_live(parser.add_argument_group("live", LIVE))
     weights = parser.add_argument_group("weights")
     add = weights.add_argument

@@ -14,6 +14,7 @@ from ..live.log import read_log
 from ..live.osc import parse_address
 from ..options import plan
 from ..prompts import PromptTimeline, Switch
+from ..source_input import PIPE
 from ..steer import check_live, check_replay, open_live, open_replay, options_of, replay, run_live
 from .printing import CountLine, print_line, print_plan
 from .run_options import free_name, leave_out, run_options, single_options
@@ -32,6 +33,11 @@ _HELD = (
     "steps",
     "shift",
 )
+_TYPED = "type a prompt and press Enter, or /help; Ctrl-C or /stop ends it and keeps what is made"
+_PIPED = (
+    "the video comes through the pipe, so no line is read; Ctrl-C ends it and keeps what is made"
+)
+_SOURCE = ("strength", "motion_strength", "source_end", "source_fit")
 
 
 def run_live_session(args: argparse.Namespace, process: Process) -> int:
@@ -45,15 +51,13 @@ def run_live_session(args: argparse.Namespace, process: Process) -> int:
     check_live(resolved)
     print_plan(args, resolved)
     setup = open_live(resolved)
-    print_line(
-        "type a prompt and press Enter, or /help; Ctrl-C or /stop ends it and keeps what is made"
-    )
+    print_line(_PIPED if args.source == PIPE else _TYPED)
     with stop_on_signal(process) as stopped:
         run_live(
             resolved,
             setup,
             print_line=print_line,
-            typed=_typed(),
+            typed=None if args.source == PIPE else _typed(),
             stopped=stopped,
             rate=None if args.pace == "max" else resolved.family.fps,
             osc=args.osc,
@@ -63,6 +67,7 @@ def run_live_session(args: argparse.Namespace, process: Process) -> int:
 
 def run_replay(args: argparse.Namespace, process: Process) -> int:
     """`--replay`: the videos of a session again."""
+    leave_out(args, "not for --replay: the log holds it", **dict.fromkeys(_SOURCE))
     held = dict.fromkeys((*_HELD, "chunks", "seconds", "prompt", "timeline", "prompts"))
     leave_out(args, "not for --replay: the log holds it", seed=0, seeds=1, **held)
     leave_out(args, "for --live", osc=None, pace=None)
@@ -107,7 +112,7 @@ chunk on; /help lists what else can be asked for. A length counts the chunks of 
 followed; that the input ends does not end it. The text encoder stays in memory for prompts to come:
 11 GB for Wan's own, on a card or, where they do not fit, in the host's, at about half a second a
 prompt. Branches lie beside the output as NAME-BRANCH.mp4, the log as NAME.jsonl. --replay makes all
-videos again, to the bit; give it the same weights, --family, --lora, --start and
+videos again, to the bit; give it the same weights, --family, --lora, --start, --source and
 --crf."""
 
 

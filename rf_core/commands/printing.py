@@ -30,6 +30,8 @@ def print_plan(args: argparse.Namespace, resolved: Plan) -> None:
         length = f"{resolved.total} chunks, {resolved.clock.seconds(resolved.total):.2f} s"
     size = f"{resolved.width}x{resolved.height} at {resolved.family.fps} images/s"
     print(f"{size}, seed {args.seed}, {length}")
+    for line in source_lines(resolved):
+        print(line)
     if resolved.choice is not None:
         print(f"model: {resolved.choice}")
     for line in family_lines(resolved.told):
@@ -38,6 +40,21 @@ def print_plan(args: argparse.Namespace, resolved: Plan) -> None:
         print(resolved.fit)
     if note := dtype_note(args, resolved.options):
         print(note)
+
+
+def source_lines(resolved: Plan) -> list[str]:
+    """What guides the video, and where its end is met before the video's."""
+    source, images = resolved.options.source, resolved.source_images
+    if source is None:
+        return []
+    line = f"source: {source.name}, strength {source.strength:g}"
+    if images is None or resolved.total is None:
+        return [line]
+    line += f", {images / resolved.family.fps:.2f} s"
+    guided = resolved.clock.chunk_at_image(images)
+    if guided >= resolved.total:
+        return [line]
+    return [line, f"it ends in chunk {guided}: from there on the prompt alone makes the video"]
 
 
 def family_lines(told: Told) -> list[str]:

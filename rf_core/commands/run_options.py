@@ -10,6 +10,7 @@ from typing import Any
 from ..options import Files, Options, files_of_model, model_path
 from ..prompt_files import text_lines
 from ..prompts import PromptTimeline, Switch, TimelineError, parse_timeline
+from ..source_input import SourceOptions
 from .shared import GRAPHS, cache_fields, dtype_of, sampler_fields
 
 
@@ -24,6 +25,8 @@ def batch_options(args: argparse.Namespace) -> Options:
     """Of the videos of a prompt file, into a folder."""
     if args.parallel is not None:
         raise ValueError("with --prompts each process makes its own videos; leave out --parallel")
+    if args.source is not None and not SourceOptions(place=args.source).is_file:
+        raise ValueError("videos of a prompt file are guided by a file; name one with --source")
     if args.prompt is not None or args.timeline is not None:
         raise ValueError("--prompts says what the videos show; leave out --prompt and --timeline")
     if args.output is None:
@@ -45,6 +48,7 @@ def run_options(args: argparse.Namespace, timeline: PromptTimeline, output: Path
         cache=cache_fields(args),
         sampler=sampler_fields(args),
         start=args.start,
+        source=_source(args),
         device=args.device,
         dtype=dtype_of(args),
         attention=args.attention,
@@ -73,6 +77,22 @@ def _memory_fields(args: argparse.Namespace) -> dict[str, Any]:
         "offload": offload,
         "text_offload": "stream" if offload == "stream" else "none",
     }
+
+
+def _source(args: argparse.Namespace) -> SourceOptions | None:
+    if args.source is None:
+        why = "for --source"
+        leave_out(args, why, strength=None, motion_strength=None, source_end=None, source_fit=None)
+        return None
+    given = {
+        "strength": args.strength,
+        "motion_strength": args.motion_strength,
+        "at_end": args.source_end,
+        "fit": args.source_fit,
+    }
+    return SourceOptions(
+        place=args.source, **{name: value for name, value in given.items() if value is not None}
+    )
 
 
 def _timeline(args: argparse.Namespace) -> PromptTimeline:

@@ -30,6 +30,7 @@ from .commands import (
     Rewind,
     Schedule,
     Stop,
+    Strength,
     switch_of,
 )
 
@@ -240,6 +241,11 @@ _VERBS = {
         "X",
         "what the sink keeps of itself, 0 to 1",
         lambda words, now: Decay(decay=_number("decay", words[0])),
+    ),
+    "strength": _of(
+        "X",
+        "how far the prompt goes from the source: 0 to 1",
+        lambda words, now: Strength(strength=_number("strength", words[0])),
     ),
     "pause": _of("", "make no further chunk; commands are obeyed", lambda words, now: Pause()),
     "resume": _of("", "go on", lambda words, now: Resume()),

@@ -142,9 +142,10 @@ def facts_of(stream: Stream, clip: Tensor | None = None) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
-def source_of(source: Source, strength: float) -> dict[str, Any]:
+def source_of(source: Source, strength: float, motion_strength: float = 0.0) -> dict[str, Any]:
     """What a header says of a source, and of the strength that it begins with."""
-    facts: dict[str, Any] = json.loads(json.dumps({**source.facts, "strength": strength}))
+    given = {"strength": strength, "motion_strength": motion_strength}
+    facts: dict[str, Any] = json.loads(json.dumps({**source.facts, **given}))
     return facts
 
 
@@ -271,6 +272,7 @@ def _header(facts: Any) -> LogHeader:
     if source is not None:
         _require(isinstance(source, dict), "its source is no object")
         Strength(strength=source["strength"])
+        Strength(strength=abs(source["motion_strength"]))
     return LogHeader(
         stream=stream,
         prompt=prompt,

@@ -67,6 +67,7 @@ class Maker:
         side_stream: see `Handoff`.
         source: guides the chunks that are generated; the caller closes it.
         strength: what the source's guides begin with, see `Stream.generate`.
+        motion_strength: what is added where all moves, see `source.strength_at`.
         presenter: takes the images, in a thread of its own.
     """
 
@@ -84,6 +85,7 @@ class Maker:
         side_stream: bool | None = None,
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
+        motion_strength: float = 0.0,
     ) -> None:
         if stream.batch != 1:
             raise ValueError(f"the stream's batch is {stream.batch}; a live one makes 1 video")
@@ -95,7 +97,7 @@ class Maker:
         if source is not None and stream.sampler.rolling:
             raise ValueError(NO_GUIDES)
         self.stream, self.history = stream, History(limits or Limits())
-        self._guides = None if source is None else Guides(source)
+        self._guides = None if source is None else Guides(source, motion_strength)
         self._clip = [] if clip is None else split_chunks(clip, stream.cache_config)
         self._pace = Pace(None, stream.state.num_chunks, stream.device)
         self._recent: deque[Progress] = deque(maxlen=_RECENT)
@@ -235,7 +237,8 @@ class Maker:
         if self._guides is None:
             return self.stream.generate(on_pass)
         guide = self._guides.next(self.stream, self.images, self._since)
-        return self.stream.generate(on_pass, guide=guide, strength=self.settings.strength)
+        strength = self._guides.strength(self.settings.strength)
+        return self.stream.generate(on_pass, guide=guide, strength=strength)
 
     def _autosave(self) -> None:
         """Hand on a snapshot of where the stream stands now."""

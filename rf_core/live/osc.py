@@ -1,7 +1,8 @@
 """OSC, as artists' desks speak it: each message is one of `lines`' verbs with its words apart.
 
-    /prompt "snow" "blend 3"    /mode "cut"    /lora/ink 0.6    /decay 0.9    /pause    /resume
-    /cut "rain"    /rewind 12 "night"    /schedule 20 "fog"    /move 3 24    /drop 3    /stop
+    /prompt "snow" "blend 3"    /mode "cut"    /lora/ink 0.6    /decay 0.9    /strength 0.4
+    /pause    /resume    /cut "rain"    /rewind 12 "night"    /schedule 20 "fog"    /move 3 24
+    /drop 3    /stop
 
 A button sends 1 when it is pressed, 0 when it is let go: of what takes no words, a 0 does nothing.
 Times in bundles are not waited for. python-osc reads the messages (`pip install python-osc`).

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..source import Source
-from ..stream import GUIDE_STRENGTH, OnPass, Stream
+from ..stream import OnPass, Stream
 from .log import ActionEntry, ChunkEntry, Log, RewindEntry, digest_of, facts_of, source_of
 from .maker import Encode, Maker, SetLora
 from .record import Presenter, Recorder
@@ -49,7 +49,7 @@ def replay_log(
         ReplayMismatch: a chunk is not what it was.
     """
     _require_same(log, facts_of(stream, clip))
-    strength = _check_source(log, source)
+    _check_source(log, source)
     header, presenter = log.header, Presenter(recorder=recorder)
     maker = Maker(
         stream,
@@ -62,7 +62,7 @@ def replay_log(
         clip=clip,
         side_stream=side_stream,
         source=source,
-        strength=strength,
+        **strengths_of(log),
     )
     branch = SessionState.beginning(maker.chunk).branch
     try:
@@ -104,18 +104,22 @@ def _require_same(log: Log, facts: Mapping[str, Any]) -> None:
             )
 
 
-def _check_source(log: Log, source: Source | None) -> float:
-    """The strength that the session began with; ValueError where its source is another."""
-    wanted = dict(log.header.source or {})
-    strength: float = wanted.pop("strength", GUIDE_STRENGTH)
-    facts = {} if source is None else source_of(source, strength)
+def strengths_of(log: Log) -> dict[str, float]:
+    """The strengths that a session's source began with, by `Maker`'s names; none without one."""
+    source = log.header.source or {}
+    return {name: source[name] for name in ("strength", "motion_strength") if name in source}
+
+
+def _check_source(log: Log, source: Source | None) -> None:
+    """ValueError where the session's source is not this one."""
+    wanted = log.header.source or {}
+    facts = {} if source is None else source_of(source, **strengths_of(log))
     for name in {**wanted, **facts}:
-        if name != "strength" and facts.get(name) != wanted.get(name):
+        if facts.get(name) != wanted.get(name):
             raise ValueError(
                 f"the log's source has {name} {wanted.get(name)}, this one has {facts.get(name)}; "
                 "replay it with the file and the settings that it was made with"
             )
-    return strength
 
 
 def _mismatch(entry: ChunkEntry) -> ReplayMismatch:

@@ -146,6 +146,7 @@ class Session:
         outbox: where events and pictures go, where another size than usual is wanted.
         source: guides the chunks that are generated; the caller closes it after `run`.
         strength: what the source's guides begin with, see `Stream.generate`.
+        motion_strength: what is added where all moves, see `source.strength_at`.
         on_autosave: takes a compact snapshot every few chunks, and at the end.
 
     Raises:
@@ -172,6 +173,7 @@ class Session:
         on_autosave: OnAutosave | None = None,
         source: Source | None = None,
         strength: float = GUIDE_STRENGTH,
+        motion_strength: float = 0.0,
     ) -> None:
         self.outbox = outbox or Outbox()
         self.inbox = Inbox(max_commands, received=self.outbox.publish)
@@ -188,6 +190,7 @@ class Session:
             side_stream=side_stream,
             source=source,
             strength=strength,
+            motion_strength=motion_strength,
         )
         self._rate_limiter = RateLimiter(rate)
         self._state = SessionState.beginning(self._maker.chunk)
@@ -201,7 +204,9 @@ class Session:
             prompt=prompt,
             loras=settings.loras,
             limits=self._maker.history.limits,
-            source=None if source is None or log is None else source_of(source, strength),
+            source=None
+            if source is None or log is None
+            else source_of(source, strength, motion_strength),
         )
         self._log_path = log
         self._log: LogWriter | None = None

@@ -113,6 +113,11 @@ class ChunkClock:
     def _begun_before(self, chunk: int) -> int:
         return bisect_left(self.cuts, chunk) + (self.fresh and chunk > 0)
 
+    def begun_with(self, chunk: int) -> int:
+        """The image that the decoder's stream of `chunk` begins with: 0, or the last cut's."""
+        cuts = [cut for cut in self.cuts if cut <= chunk]
+        return self.images_before(cuts[-1]) if cuts else 0
+
     def images_of(self, chunk: int) -> int:
         """Images that `chunk` decodes to."""
         return self.images_before(chunk + 1) - self.images_before(chunk)

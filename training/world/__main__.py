@@ -1,8 +1,8 @@
 """The miniature world's command line: its data, and what its models show.
 
-`python -m training.world vae | text | clips | evaluate | release`. Each stage reads what the ones
-before left in the output folder, takes a budget in minutes or steps, writes its result as it goes
-on, and records how it was made. Between clips and evaluation, the recipes of `python -m training`
+`python -m training.world vae | text | clips | evaluate | restyle | release`. Each stage reads what
+the ones before left in the output folder, takes a budget in minutes or steps, writes its result as
+it goes on, and records how it was made. Between clips and evaluation, the recipes of `python -m training`
 make teacher and student.
 """
 
@@ -26,6 +26,7 @@ from . import stages
 from .budget import Budget
 from .clips import ClipsConfig
 from .evaluate import EulerConfig, EvaluateConfig, format_report
+from .restyle import RestyleConfig, format_restyle
 from .stages import Files
 from .train_text import TextTrainConfig
 from .train_vae import VAETrainConfig, train_vae
@@ -90,6 +91,16 @@ def run_evaluate(args: argparse.Namespace, files: Files) -> None:
     print(f"\nwritten to {files.report}")
 
 
+def run_restyle(args: argparse.Namespace, files: Files) -> None:
+    """Measure how the student, or the demo's, makes clips anew at each strength, and print it."""
+    measured = files if files.vae.exists() else replace(files, folder=args.demo)
+    print(f"measuring the networks in {measured.folder}")
+    config = RestyleConfig()
+    config = replace(config, pairs=args.count or config.pairs)
+    print(format_restyle(stages.make_restyle_report(measured, config, files.restyle)))
+    print(f"\nwritten to {files.restyle}")
+
+
 def run_release(args: argparse.Namespace, files: Files) -> None:
     """Copy the results to the demo's folder."""
     sizes = stages.release(files, args.demo)
@@ -103,6 +114,7 @@ STAGES: dict[str, Stage] = {
     "text": run_text,
     "clips": run_clips,
     "evaluate": run_evaluate,
+    "restyle": run_restyle,
     "release": run_release,
 }
 
@@ -136,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/world"), help="where results go")
     parser.add_argument("--minutes", type=float, help="wall-clock limit of the stage")
     parser.add_argument("--steps", type=int, help="optimiser steps at most")
-    parser.add_argument("--count", type=int, help="clips at most")
+    parser.add_argument("--count", type=int, help="clips, or sources of restyle, at most")
     parser.add_argument("--part", type=_part, default=(0, 1), help="i/n: every n-th clip shard")
     parser.add_argument("--seed", type=int, help="seed of the training stages (default 0)")
     parser.add_argument("--start", type=Path, help="VAE to continue from (default: from scratch)")

@@ -33,7 +33,8 @@ from .clips import (
     to_channels_last,
     write_clips,
 )
-from .evaluate import EulerConfig, EvaluateConfig, Report, evaluate
+from .evaluate import EulerConfig, EvaluateConfig, Report, Streams, evaluate
+from .restyle import RestyleConfig, restyle_report
 from .train_text import TextTrainConfig, train_text
 from .train_vae import FILE_NAME as VAE_FILE_NAME
 from .train_vae import PROVENANCE_KEY, latent_colours
@@ -76,6 +77,10 @@ class Files:
     @property
     def report(self) -> Path:
         return self.folder / "evaluation.json"
+
+    @property
+    def restyle(self) -> Path:
+        return self.folder / "restyle.json"
 
 
 def make_text(files: Files, config: TextTrainConfig) -> float:
@@ -145,6 +150,23 @@ def release(files: Files, demo: Path) -> dict[str, int]:
             companions=checkpoint.companions,
         )
     return {path.name: path.stat().st_size for path in sorted(demo.glob("*.safetensors"))}
+
+
+def make_restyle_report(files: Files, config: RestyleConfig, path: Path) -> Report:
+    """Measure the student on sources, and write the report."""
+    settings, clock = read_checkpoint(files.student), time.monotonic()
+    streams = Streams(
+        open_network(files.student),
+        open_encoder(files),
+        open_vae(files),
+        EvaluateConfig(),
+        settings.cache,
+        settings.sampler,
+    )
+    report = restyle_report(streams, config)
+    report["made_by"] = provenance("restyle", config, clock, (files.vae, files.text, files.student))
+    write_text(path, json.dumps(report, indent=1))
+    return report
 
 
 def open_vae(files: Files) -> WanVAE:
