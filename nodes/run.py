@@ -227,8 +227,7 @@ class RunPlan:
 
     def place_of(self, chunk: int) -> tuple[int, int]:
         """The image that a chunk begins with, and the one that its decoder's stream does."""
-        begun = max((cut for cut in self.clock.cuts if cut <= chunk), default=0)
-        return self.clock.images_before(chunk), self.clock.images_before(begun)
+        return self.clock.images_before(chunk), self.clock.begun_with(chunk)
 
     def after(self, cached: reuse.CachedRun, count: int) -> RunPlan:
         """The same where the first chunks are an earlier run's."""

@@ -60,7 +60,7 @@ def source_inputs(ended: str) -> list[Any]:
             step=0.05,
             optional=True,
             tooltip="How much of the source is made anew: 0 is the source itself, 1 the prompt "
-            "alone. At 0.6 motion and layout stay, colours and shapes follow the prompt.",
+            f"alone. At {GUIDE_STRENGTH} the motion stays, colours and shapes follow the prompt.",
         ),
         io.Combo.Input(
             "source_end",

@@ -525,12 +525,12 @@ GRAPHS: dict[str, Graph] = {
         title="15 Video to video, no downloads",
         note="## One video made into another\n\nThe second sampler follows the first one's video "
         "image by image: motion stays, colour and shape come of its own prompt. **strength** says "
-        "how much is made anew: 0 is the source itself, 1 the prompt alone; try 0.4 and 0.8. Put "
+        "how much is made anew: 0 is the source itself, 1 the prompt alone; try 0.2 and 0.7. Put "
         "**Load Video** in place of the first sampler. A video is read as it is needed, however "
         "long it is.\n\nA prompt that speaks of the motion that is there helps.",
         chinese="把一段视频变成另一段：第二个采样器逐图跟随第一个的视频：运动保留，"
         "颜色和形状来自它自己的提示词。**strength** 决定有多少被重新生成："
-        "0 为源本身，1 为仅按提示词；可试 0.4 和 0.8。可把第一个采样器换成 "
+        "0 为源本身，1 为仅按提示词；可试 0.2 和 0.7。可把第一个采样器换成 "
         "**Load Video**（加载视频）。"
         "视频无论多长都按需读取。提示词若描述已有的运动，效果更好。",
         nodes=demo(150)

@@ -298,6 +298,7 @@ def malformed(rng: random.Random) -> Iterator[bytes]:
         {"do": "prompt", "text": "snow", "mode": "blend 3"},
         {"do": "lora", "name": "style", "strength": 0.5},
         {"do": "decay", "decay": 0.5},
+        {"do": "strength", "strength": 0.5},
         {"do": "rewind", "chunk": 0, "branch": "b"},
         {"do": "schedule", "chunk": 9, "text": "rain"},
         {"do": "move", "change": 1, "chunk": 9},

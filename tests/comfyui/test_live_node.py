@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rf_core.state import Snapshot
+from rf_core.stream import GUIDE_STRENGTH
 
 from .conftest import PACK
 from .files import DEMO, write_changed, write_lora
@@ -330,13 +331,13 @@ def test_a_source_guides_it_at_a_strength_that_is_set_live_and_is_replayed_with_
     live: Callable[..., Playing], footage: Tensor
 ) -> None:
     run = live(source=footage, source_end="hold", max_seconds=0.0)
-    assert run.room.outbox.status.strength == 0.6
+    assert run.room.outbox.status.strength == GUIDE_STRENGTH
     run.at(2)
     run.ask({"do": "strength", "strength": 0.25})
     assert run.room.outbox.status.strength == 0.25
     run.at(5)
     run.ask(rewind(1, branch="night"), {"do": "cut"})
-    assert run.room.outbox.status.strength == 0.6
+    assert run.room.outbox.status.strength == GUIDE_STRENGTH
     run.at(6)
     latent, path, *_ = parts(run.end(STOP))
     name = f"video/{path.stem.removesuffix('-night')}.jsonl"

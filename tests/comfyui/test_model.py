@@ -906,9 +906,10 @@ def same(first: Any, second: Any, request: Any, other: Any) -> bool:
 
 
 def stop_at(host: Any, monkeypatch: pytest.MonkeyPatch, place: int | str) -> None:
-    """Press Cancel once: before a pass of that number, or in one's layers, or while decoding."""
+    """Press Cancel once: before a pass of that number, in one's layers, de- or encoding."""
     import comfy.model_management as manage
 
+    decoders = importlib.import_module(f"{PACK}.nodes.decoders")
     kind, number = (place, 2) if isinstance(place, str) else ("pass", place)
     kind, _, at = kind.partition(" ")
     number, asked, counts = int(at or number), [], iter(range(1000))
@@ -916,6 +917,7 @@ def stop_at(host: Any, monkeypatch: pytest.MonkeyPatch, place: int | str) -> Non
         "pass": (host.Progress, "on_pass"),
         "layer": (host.ComfyNetwork, "__call__"),
         "decode": (host, "count_cache_layers"),
+        "encode": (decoders.StockWanDecoder, "_encode_frame"),
     }[kind]
     plain = getattr(owner, name)
 

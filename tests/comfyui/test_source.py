@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -15,9 +16,14 @@ import torch
 from torch import Tensor
 
 from rf_core.memory.live_bytes import fake_tensors, peak_bytes
+from rf_core.stream import GUIDE_STRENGTH
 from rf_core.video import VideoFormat, VideoWriter, to_uint8
 
 from .conftest import PACK
+from .files import VIDEO
+from .graphs import GRAPHS
+from .prompts import Prompt, demo_prompt, with_node
+from .server import Server
 from .test_model import (
     again,
     fake_decoder,
@@ -32,6 +38,7 @@ from .video import images_of
 
 RED = "a red circle moves right"
 GREEN = "a green square moves down"
+NEW_WIDGETS = ("strength", "source_end", "source_fit")
 CHUNKS = 6
 
 
@@ -60,7 +67,7 @@ def written(path: Path, images: Tensor, fps: int = 16) -> Path:
 def clip(given: Any, **how: Any) -> Any:
     """What is connected, at its default settings."""
     module = importlib.import_module(f"{PACK}.nodes.source")
-    values = {"strength": 0.6, "source_end": "stop", "source_fit": "crop"}
+    values = {"strength": GUIDE_STRENGTH, "source_end": "stop", "source_fit": "crop"}
     return module.clip_of(given, *(values | how).values())
 
 
@@ -156,6 +163,21 @@ def test_a_video_that_is_cut_is_followed_from_its_cut_to_its_end(
 CUT = f"0s: {RED}\nc2 [cut]: a yellow triangle moves left"
 
 
+def test_a_student_of_24_images_a_second_reads_its_source_at_24(
+    pack: Any, video: Callable[..., Any], tmp_path: Path, footage: Tensor
+) -> None:
+    from comfy_api.latest import InputImpl
+
+    file = InputImpl.VideoFromFile(str(written(tmp_path / "clip.mp4", footage[:32])))
+    made = sampled(pack, request := video(clip(file), fps=24))
+    assert (made.num_images, made.source_ended) == (45, True)  # of 48
+    shown = torch.from_numpy(images_of(request.path)).float() / 255
+    away = [float((shown - footage[at].float()).abs().mean()) for at in (
+        [n * 2 // 3 for n in range(45)], [min(n, 31) for n in range(45)]
+    )]  # fmt: skip
+    assert away[0] < away[1]
+
+
 @pytest.mark.parametrize("vae", ["wan", "taehv"])
 @pytest.mark.parametrize("text", [RED, CUT])
 @pytest.mark.parametrize("kind", ["images", "file"])
@@ -201,14 +223,14 @@ def test_what_is_kept_is_of_the_same_clip_taken_in_the_same_way(
         None,
         clip(middle),
         clip(footage[:-1]),
-        clip(footage, strength=0.65),
+        clip(footage, strength=0.45),
         clip(footage, source_end="loop"),
         clip(footage, source_fit="letterbox"),
     ):
         assert again(video(other, "other")).reused == 0
 
 
-@pytest.mark.parametrize("place", [1, 4, "layer 5", "decode 2"])
+@pytest.mark.parametrize("place", [1, 4, "layer 5", "encode 0", "encode 7"])
 def test_a_run_that_was_stopped_goes_on_in_its_source(
     pack: Any, host: Any, video: Callable[..., Any], footage: Tensor, place: int | str
 ) -> None:
@@ -278,3 +300,84 @@ def test_what_encoding_is_said_to_take_is_what_its_tensors_take(
 
         counted = peak_bytes(three_chunks, place)
     assert decoder.encode_bytes(*size) == pytest.approx(counted, rel=0.1)
+
+
+def followed(**sampler: Any) -> Prompt:
+    """The demo's video of a clip that Load Video reads."""
+    prompt = demo_prompt(**{"source": ["clip", 0], "length": 3.0, "unit": "seconds"} | sampler)
+    return with_node(prompt, "clip", "LoadVideo", file=VIDEO)
+
+
+def told(server: Server, prompt: Prompt) -> list[str]:
+    """What the sampler says."""
+    (text,) = server.run(prompt).output("stream")["text"]
+    return str(text).splitlines()
+
+
+def refused(server: Server, prompt: Prompt) -> str:
+    """Why a run fails, in a sentence."""
+    error = server.run(prompt).error
+    assert error is not None and error["exception_type"] == "ValueError", error
+    message = str(error["exception_message"]).strip()
+    assert "\n" not in message and str(server.base) not in message, message
+    return message
+
+
+def test_the_node_says_what_becomes_of_a_source_and_what_was_set_without_one(
+    server: Server,
+) -> None:
+    assert len(told(server, followed(seed=60))) == 1
+    ended = "the source ends at 5.81 s, and the video with it; source_end hold or loop goes on"
+    assert ended in told(server, followed(seed=60, length=60.0))
+    assert not any("ends" in each for each in told(server, followed(seed=61, source_end="hold")))
+    alone = "ignored: what the source shows, as strength 1 is the prompt alone"
+    assert alone in told(server, followed(seed=62, strength=1.0))
+    lines = told(server, demo_prompt(seed=63, strength=0.5, source_end="loop", source_fit="crop"))
+    assert lines[1:] == [
+        "ignored: strength, as no source is connected",
+        "ignored: source_end, as no source is connected",
+    ]
+    assert len(told(server, demo_prompt(seed=64, strength=GUIDE_STRENGTH))) == 1
+
+
+def test_a_source_that_cannot_be_followed_is_refused_in_a_sentence(server: Server) -> None:
+    assert "connect one to the vae input" in refused(server, followed(seed=65, vae=None))
+    short = with_node(followed(seed=65), "short", "ImageFromBatch", image=["parts", 0],
+                      batch_index=0, length=5)  # fmt: skip
+    short = with_node(short, "parts", "GetVideoComponents", video=["clip", 0])
+    short["stream"]["inputs"]["source"] = ["short", 0]
+    assert "the source has 5 images" in refused(server, short)
+    (server.base / "input" / "broken.mp4").write_bytes(b"no video")
+    broken = with_node(followed(seed=65), "clip", "LoadVideo", file="broken.mp4")
+    assert "the source" in refused(server, broken)
+    state = with_node(followed(seed=66, length=60.0), "save", "RFSaveState",
+                      state=["stream", 3], name="over")  # fmt: skip
+    server.run(state)
+    on = with_node(followed(seed=66, state=["load", 0]), "load", "RFLoadState",
+                   name="over.safetensors")  # fmt: skip
+    assert "the source ends before 5.81 s, where the state goes on" in refused(server, on)
+
+
+def asked_of(prompt: Prompt) -> dict[str, dict[str, Any]]:
+    """What a prompt asks of each node, but for sources."""
+    return {
+        number: {name: value for name, value in each["inputs"].items() if name not in NEW_WIDGETS}
+        for number, each in prompt.items()
+    }
+
+
+def test_a_workflow_that_was_saved_before_there_were_sources_keeps_its_values(
+    server: Server,
+) -> None:
+    from comfy_cli.workflow_to_api import convert_ui_to_api
+
+    info = server.get("/object_info")
+    for name, kind in (("text_to_video_demo", "RFStreamingSampler"), ("live_demo", "RFLiveStream")):
+        saved = json.loads(GRAPHS[name].path.read_text())
+        now = asked_of(convert_ui_to_api(saved, info))
+        (node,) = [each for each in saved["nodes"] if each["type"] == kind]
+        node["widgets_values"] = node["widgets_values"][:-3]
+        node["inputs"] = [
+            each for each in node["inputs"] if each["name"] not in ("source", *NEW_WIDGETS)
+        ]
+        assert asked_of(convert_ui_to_api(saved, info)) == now
