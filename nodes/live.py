@@ -283,6 +283,7 @@ class LiveStream(io.ComfyNode):
             lines += idle_inputs(*how)
         else:
             lines += place_notes(request.source, request.snapshot, request.fps)
+            lines += live.source_notes()
         lines += doubtful(model, vae)
         if timeline is not None and log is None and text.strip() not in ("", _FIRST):
             lines.append("ignored: text, as a timeline is connected")

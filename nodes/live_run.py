@@ -308,6 +308,13 @@ class LiveRun:
         host.log(text)
         return text
 
+    def source_notes(self) -> list[str]:
+        """Where the source ended before the stream did."""
+        if self._source is None or self._source.ended_at is None:
+            return []
+        seconds = self._source.ended_at / self.request.fps
+        return [f"the source ends at {seconds:.2f} s; source_end hold or loop goes on in it"]
+
     def _sum_up(self, chunks: int, latents: list[Tensor]) -> None:
         self.result.chunks, self.result.latents = chunks, deque()
         self.result.num_frames = clock_of(self.request).frames_before(chunks)

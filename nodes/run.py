@@ -148,10 +148,14 @@ def check_state(request: Request) -> None:
             )
 
 
-def prompt_notes(request: Request) -> list[str]:
-    """The prompts that are not seen, or begin later than was asked for, a line for each."""
+def prompt_notes(request: Request, made: int | None = None) -> list[str]:
+    """The prompts that are not seen, or begin later than was asked for, a line for each.
+
+    `made` is how many chunks there are, where the source has ended the video.
+    """
     prompts, total = plan(request)
-    late = [entry for entry in _resolved(request, total) if entry.chunk >= total]
+    end = total if made is None else made
+    late = [entry for entry in _resolved(request, total) if entry.chunk >= end]
     return clip_notes(prompts) + [
         f"ignored: {shorten(each.text, 40, placeholder='...')!r}, at {each.requested_seconds:g} "
         "s: the video ends before; make it longer to see it"

@@ -212,7 +212,8 @@ class StreamingSampler(io.ComfyNode):
         snapshot = produce(request, keep_state, result, lambda load: run(request, result))
         lines = [summary(request, result), *_alone(request, join), *other_decoder(request)]
         lines += idle_inputs(*how) if request.source is None else _of_source(request, result)
-        lines += [*doubtful(model, vae), *prompt_notes(request)]
+        made = result.chunks if result.source_ended else None
+        lines += [*doubtful(model, vae), *prompt_notes(request, made)]
         text = "\n".join([*lines, *ignored(model, request.prompts)])
         return io.NodeOutput(*outputs(cls, request, result, snapshot), ui=ui_output(result, text))
 

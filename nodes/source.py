@@ -213,6 +213,8 @@ class PlacedSource:
         self._source: EncodedSource | None = None
         self._at = place.images
         self._begun: list[int] = []  # images that a decoder's stream began with
+        self.ended_at: int | None = None
+        """The image from which on there was no guide."""
 
     def attach(self, encoder: ChunkEncoder) -> None:
         """Go on, to the bit, with an encoder; before the first latents, and after `close`."""
@@ -233,10 +235,11 @@ class PlacedSource:
     def latents(self, frames: int, *, first: bool) -> Tensor | None:
         """See `Source`."""
         latents = self._attached.latents(frames, first=first)
-        if latents is not None:
-            if first:
-                self._begun.append(self._at)
-            self._at += TEMPORAL_FACTOR * frames - (TEMPORAL_FACTOR - 1 if first else 0)
+        if latents is None and self.ended_at is None:
+            self.ended_at = self._at
+        if first:
+            self._begun.append(self._at)
+        self._at += TEMPORAL_FACTOR * frames - (TEMPORAL_FACTOR - 1 if first else 0)
         return latents
 
     def seek(self, images: int, since: int = 0) -> None:

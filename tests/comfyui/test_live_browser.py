@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from rf_core.stream import GUIDE_STRENGTH
+
 from .browser import FIT, chromium, open_browsers, open_frontend, use_renderer, wait_for_graph
-from .files import LORA
+from .files import LORA, VIDEO
 from .prompts import demo_prompt
 from .server import PATIENCE, Server
 
@@ -29,15 +31,16 @@ SPAN, PAST = 32, 0.66
 """Chunks on the strip, and how much of it lies before now."""
 
 BUILD = """
-([values, lora]) => {
+([values, lora, video]) => {
   const {app} = window.comfyAPI.app;
   app.graph.clear();
-  const types = ["RFLoadDemo", "RFLiveStream", ...(lora ? ["RFLoadLoRA"] : [])];
-  const [demo, live, styled] = types.map((type) => {
+  const add = (type) => {
     const node = LiteGraph.createNode(type);
     app.graph.add(node);
     return node;
-  });
+  };
+  const [demo, live] = ["RFLoadDemo", "RFLiveStream"].map(add);
+  const styled = lora && add("RFLoadLoRA"), clip = video && add("LoadVideo");
   const slot = (all, name) => all.findIndex((each) => each.name === name);
   const connect = (a, from, b, to) => a.connect(slot(a.outputs, from), b, slot(b.inputs, to));
   const set = (node, name, value) =>
@@ -49,13 +52,18 @@ BUILD = """
     set(styled, "lora_name", lora);
     set(styled, "strength_model", 0);
   }
-  connect(styled ?? demo, "MODEL", live, "model");
+  if (video) {
+    clip.pos = [0, 330];
+    connect(clip, "VIDEO", live, "source");
+    set(clip, "file", video);
+  }
+  connect(styled || demo, "MODEL", live, "model");
   connect(demo, "CLIP", live, "clip");
   connect(demo, "VAE", live, "vae");
   for (const [name, value] of Object.entries(values)) set(live, name, value);
 }
 """
-"""Live Stream of the demo with these values, behind a LoRA where one is named."""
+"""Live Stream of the demo with these values, behind a LoRA and a video where they are named."""
 QUEUE = "() => window.comfyAPI.app.app.queuePrompt(0)"
 HEIGHT = """
 () => window.comfyAPI.app.app.graph.nodes.find((n) => n.type === "RFLiveStream").size[1]
@@ -212,6 +220,7 @@ def live(
     vue_nodes: bool,
     browser: Any = None,
     lora: str | None = None,
+    video: str | None = None,
     more: dict[str, Any] | None = None,
 ) -> Iterator[Live]:
     """A stream that runs on a page, ended and without errors at the end; `more` is set on it."""
@@ -219,7 +228,7 @@ def live(
         page, errors = open_frontend(first, server.address)
         use_renderer(page, vue_nodes)
         values = {"text": TEXT, "width": 64, "height": 64, "seed": next(SEEDS)}
-        page.evaluate(BUILD, [values | (more or {}), lora])
+        page.evaluate(BUILD, [values | (more or {}), lora, video])
         page.evaluate(FIT)
         page.wait_for_timeout(1000)
         page.evaluate(COUNT)
@@ -340,6 +349,29 @@ def test_a_slider_sets_the_strength_of_its_lora(server: Server, tmp_path: Path) 
         took = {"chunk": chunk, "do": "lora", "name": name, "strength": strength}
         assert session.status["past"][-1] == took
         session.look("lora", tmp_path)
+
+
+@RENDERERS
+def test_a_slider_sets_the_strength_of_the_source(
+    server: Server, vue_nodes: bool, tmp_path: Path
+) -> None:
+    looped = {"source_end": "loop", "text": "a red circle moves up quickly"}
+    with live(server, vue_nodes, video=VIDEO, more=looped) as session:
+        slider = session.view.get_by_label("source strength")
+        assert session.status["strength"] == float(slider.input_value()) == GUIDE_STRENGTH
+        box = slider.bounding_box()
+        session.page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + box["height"] / 2)
+        strength = float(slider.input_value())
+        assert strength > 0.5
+        chunk = session.told(f"source strength {strength:.2f}")
+        took = {"chunk": chunk, "do": "strength", "strength": strength}
+        assert session.status["past"][-1] == took
+        (tick,) = session.view.locator(".rf-tick").all()
+        assert f"source strength {strength:.2f}" in tick.get_attribute("title")
+        session.look(f"source-{vue_nodes}", tmp_path)
+    with live(server, vue_nodes) as session:
+        assert session.status["strength"] is None
+        assert session.view.get_by_label("source strength").count() == 0
 
 
 def test_a_browser_without_media_source_shows_moving_pictures(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import re
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +284,28 @@ def test_a_start_clip_covers_what_the_source_shows_beside_it(
     other[21:] = other[21:].flip(0)
     again = sampled(pack, video(clip(other), start_latents=begun))
     assert (latents(again) - latents(made)).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_portrait_at_the_ends_of_every_widget_streams_to_pictures_of_the_videos_size(
+    pack: Any, video: Callable[..., Any], strength: float, channels: int
+) -> None:
+    portrait = torch.rand(12, 70, 30, channels)
+    for end, fit in product(("stop", "hold", "loop"), ("crop", "letterbox")):
+        source = clip(portrait, strength=strength, source_end=end, source_fit=fit)
+        made = sampled(pack, request := video(source, length=2))
+        assert made.chunks == (1 if end == "stop" else 2) and latents(made).isfinite().all()
+        shown = images_of(request.path)
+        assert shown.shape == (9 if end == "stop" else 21, 64, 64, 3)
+        if strength == 0 and fit == "letterbox":
+            assert shown[:, :, :8].mean() < 60 < shown[:, :, 28:36].mean()
+
+
+def test_what_is_no_picture_is_refused_by_its_shape(pack: Any) -> None:
+    for shape in ((5, 64, 64, 1), (0, 64, 64, 3), (5, 0, 64, 3)):
+        with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
+            clip(torch.zeros(shape)).footage.reader(64, 64, 16, "stop", "crop")
 
 
 @pytest.mark.parametrize("name", ["StockWanDecoder", "StockTAEHVDecoder"])
