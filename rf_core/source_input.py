@@ -157,9 +157,10 @@ class CameraReader:
         *,
         fps: int,
         patience: float = _PATIENCE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self._frames, self._fitted = name, frames, fitted
-        self._fps, self._patience = fps, patience
+        self._fps, self._patience, self._clock = fps, patience, clock
         self._newest: deque[Any] = deque(maxlen=_KEPT)
         self._shown = self._taken = 0  # images that time has had so far, and up to which were given
         self._come, self._ended, self._gone = threading.Condition(), False, False
@@ -200,11 +201,11 @@ class CameraReader:
     def _read(self) -> None:
         try:
             with closing(self._frames()) as frames:  # type: ignore[type-var]
-                begin = time.monotonic()
+                begin = self._clock()
                 for image in frames:
                     if self._ended:
                         break
-                    self._add(image, 1 + int((time.monotonic() - begin) * self._fps))
+                    self._add(image, 1 + int((self._clock() - begin) * self._fps))
         except ValueError as error:
             self._why = str(error)
         with self._come:

@@ -311,10 +311,10 @@ def stop_here(monkeypatch, weights, output, number, chunks, *more) -> int:
     """The same in this process, where what is tested is what comes after: quicker to start."""
     make = Stream.generate
 
-    def stopping(stream, *given):
+    def stopping(stream, *given, **named):
         if stream.state.num_chunks == chunks:
             signal.raise_signal(number)
-        return make(stream, *given)
+        return make(stream, *given, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(Stream, "generate", stopping)

@@ -255,3 +255,12 @@ def test_a_rolling_sampler_takes_no_guide() -> None:
     stream = stream_of(cache=family.cache, sampler=family.sampler)
     with pytest.raises(ValueError, match="a rolling sampler takes no guide"):
         stream.step(guide=source(0))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_guide_that_is_not_finite_is_refused_and_the_stream_stands(wrong: float) -> None:
+    stream, guide = stream_of(), source(0)
+    guide[0, 0, 1, 2, 3] = wrong
+    with pytest.raises(ValueError, match="the guide's latents hold numbers that are not finite"):
+        stream.step(guide=guide)
+    assert torch.equal(stream.step().latents, stream_of().step().latents)

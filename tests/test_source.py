@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import queue
+import struct
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +21,17 @@ from rf_core.decoders.codec import VAEState
 from rf_core.decoders.decoder import TAEHVDecoder, WanDecoder
 from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.decoders.vae import VAEConfig, WanVAE
-from rf_core.source import AtEnd, BatchSource, ClipSource
-from rf_core.video import VideoFormat, VideoWriter, read_images, to_uint8
+from rf_core.source import AtEnd, BatchSource, ClipSource, batch_reader
+from rf_core.source_input import CameraReader, SourceOptions, open_reader
+from rf_core.video import (
+    FITS,
+    VideoFormat,
+    VideoWriter,
+    images_at_rate,
+    length_at_rate,
+    read_images,
+    to_uint8,
+)
 
 SIDE = 64
 BOTH = pytest.mark.parametrize("kind", ["wan", "taehv"])
@@ -186,3 +204,227 @@ def test_a_source_that_seeks_goes_on_to_the_bit_as_one_that_never_left(kind, at_
             if wanted is not None:
                 assert torch.equal(latents, wanted), start
                 assert motion == moved, start
+
+
+@BOTH
+@torch.no_grad()
+def test_what_is_encoded_decodes_to_its_own_place_in_time(kind: str) -> None:
+    decoder, images = tiny_decoder(kind), pictures(21)
+    whole, asked = BatchSource(images, decoder, height=16, width=16), []
+    encode = decoder.encode_chunk
+
+    def noted(part: Tensor, state: VAEState | None) -> tuple[Tensor, VAEState]:
+        asked.append(part[0])
+        return encode(part, state)
+
+    decoder.encode_chunk = noted
+    for frames in (3, 3):
+        whole.latents(frames, first=not asked)
+    read, skipped = torch.cat(asked).movedim(1, -1), decoder.source_images_of(1, first=True) - 1
+    assert torch.equal(read[:skipped], images[:1].expand(skipped, -1, -1, -1))
+    assert torch.equal(read[skipped:], images)  # as many as the latents decode to
+
+
+@BOTH
+def test_a_picture_that_is_held_is_encoded_no_more_once_nothing_else_is_remembered(kind) -> None:
+    decoder, encode, asked = tiny_decoder(kind), None, []
+    encode = decoder.encode_chunk
+    decoder.encode_chunk = lambda part, state: asked.append(0) or encode(part, state)
+    still = BatchSource(pictures(1), decoder, height=16, width=16)
+    found = [still.latents(3, first=n == 0) for n in range(20)]
+    needed = 1 + -(-decoder.source_memory_images // 12) + 2
+    assert len(asked) <= needed
+    assert all(torch.equal(each, found[-1]) for each in found[needed:])
+
+
+def written(path: Path, images: Tensor, **options: Any) -> Path:
+    """Images [T, H, W, 3] uint8 as a video; `options` are of its stream, and `times` in ms."""
+    times = options.pop("times", None)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(options.pop("codec", "libx264"), rate=options.pop("rate", 16))
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt = options.pop("pix_fmt", "yuv444p")
+        stream.options = {"crf": "0", "preset": "fast", **options}
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, image in enumerate(images.numpy()):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts = round(number * 62.5) if times is None else times[number]
+            frame.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def greys(count: int, height: int = 16, width: int = 16) -> Tensor:
+    """Images of which number n is of grey 5 n."""
+    levels = (5 * torch.arange(count)).to(torch.uint8)
+    return levels[:, None, None, None].expand(-1, height, width, 3).contiguous()
+
+
+def shown(path: Path, start: int = 0, fps: int = 16, **options: Any) -> list[int]:
+    """The numbers of the greys that a file shows."""
+    given = {"height": 16, "width": 16, **options}
+    return [
+        round(float(image.mean()) * 255 / 5)
+        for image in images_at_rate(path, fps=fps, start=start, **given)
+    ]
+
+
+def test_a_clip_of_another_rate_is_sought_to_the_very_image(tmp_path: Path) -> None:
+    b_frames = {"g": "20", "bf": "3"}
+    files = [
+        written(tmp_path / "a.mp4", greys(50), **b_frames),
+        written(tmp_path / "b.mkv", greys(50), **b_frames),
+        written(tmp_path / "c.ts", greys(50), **b_frames),
+        written(tmp_path / "d.mp4", greys(50), times=[round(n * 41.7) for n in range(50)]),
+        written(tmp_path / "e.mp4", greys(50), times=[40 * n + 1500 * (n > 20) for n in range(50)]),
+        written(tmp_path / "f.avi", greys(50), codec="mjpeg", pix_fmt="yuvj444p"),
+    ]
+    for file in files:
+        for fps in (16, 24):
+            whole = shown(file, fps=fps)
+            assert whole[0] == 0 and whole[-1] == 49, file
+            assert length_at_rate(file, fps) == len(whole), file
+            for start in (1, 7, 21, len(whole) - 1, len(whole), len(whole) + 30):
+                assert shown(file, start, fps) == whole[start:], (file, fps, start)
+
+
+def test_a_clip_whose_rate_changes_is_shown_by_its_times(tmp_path: Path) -> None:
+    times = [0, 60, 120, 620, 640, 700]  # one image stands for half a second
+    file = written(tmp_path / "a.mkv", greys(6), times=times)
+    assert shown(file) == [0, 1, *[2] * 8, 3, 4, 5]
+    assert length_at_rate(file, 16) == 13
+
+
+def test_ten_bits_odd_sides_and_alpha_are_read(tmp_path: Path) -> None:
+    deep = written(tmp_path / "deep.mkv", greys(4), codec="ffv1", pix_fmt="yuv444p10le")
+    assert shown(deep) == [0, 1, 2, 3]
+    odd = written(tmp_path / "odd.mkv", greys(4, 15, 21), codec="ffv1", pix_fmt="bgr0")
+    assert shown(odd) == [0, 1, 2, 3]
+    assert shown(odd, fit="letterbox") != [0, 1, 2, 3]
+    clear = tmp_path / "clear.mkv"
+    with av.open(str(clear), "w") as container:
+        stream = container.add_stream("ffv1", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "bgra"
+        image = np.zeros((16, 16, 4), dtype=np.uint8)
+        frame = av.VideoFrame.from_ndarray(image, format="bgra")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert [float(each.min()) for each in images_at_rate(clear, height=16, width=16, fps=16)] == [1]
+
+
+def test_a_portrait_that_is_held_sideways_is_upright(tmp_path: Path) -> None:
+    image = torch.zeros(3, 16, 32, 3, dtype=torch.uint8)
+    image[:, :, 16:] = 255  # white on its right, which is up once it is turned
+    flat = written(tmp_path / "flat.mp4", image)
+    turned = tmp_path / "turned.mp4"
+    data = bytearray(flat.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # version 0: the matrix lies 40 bytes behind
+    data[at : at + 36] = struct.pack(">9i", 0, -65536, 0, 65536, 0, 0, 0, 16 * 65536, 2**30)
+    turned.write_bytes(data)
+    upright = torch.stack(list(images_at_rate(turned, height=32, width=16, fps=16)))
+    top, bottom = upright[:, :, :14].mean(), upright[:, :, 18:].mean()
+    assert {round(float(top)), round(float(bottom))} == {0, 1}
+    again = torch.stack(list(images_at_rate(turned, height=32, width=16, fps=16, start=1)))
+    assert torch.equal(again, upright[1:])
+
+
+def test_a_letterboxed_image_is_whole_with_black_beside_it() -> None:
+    wide = torch.ones(16, 32, 3)
+    boxed = FITS["letterbox"](wide, 32, 32)
+    assert boxed.shape == (3, 32, 32)
+    assert boxed[:, 8:24].min() > 0.99 and boxed[:, :8].max() == boxed[:, 24:].max() == 0
+    assert FITS["crop"](wide, 32, 32).min() > 0.99
+
+
+def test_images_in_memory_of_another_shape_are_refused() -> None:
+    for shape in ((4, 16, 16), (0, 16, 16, 3), (4, 16, 16, 2)):
+        with pytest.raises(ValueError, match=r"they must be \[images, height, width, 3\]"):
+            BatchSource(torch.zeros(shape), Means(), height=16, width=16)
+    clear = torch.zeros(1, 16, 16, 4)
+    seen = batch_reader(clear, height=16, width=16).take(1)
+    assert seen.min() == 1
+    with pytest.raises(ValueError, match="fit is 'stretch'; use one of crop, letterbox"):
+        BatchSource(pictures(3), Means(), height=16, width=16, fit="stretch")
+
+
+def test_a_file_in_memory_is_read_as_one_on_disk(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.mp4", greys(30), g="8")
+    memory = io.BytesIO(file.read_bytes())
+    assert shown(memory) == shown(file) and shown(memory, 20) == shown(file, 20)
+
+
+class Camera:
+    """Stands for a camera: shows what it is given, at the times of its own clock."""
+
+    def __init__(self) -> None:
+        self.waiting: queue.Queue[tuple[int, int] | None] = queue.Queue()
+        self.now = 0.0
+        self.number = -1
+
+    def __call__(self) -> Iterator[int]:
+        while (given := self.waiting.get()) is not None:
+            self.number, at = given
+            self.now = at / 16 + 1e-4
+            yield self.number
+            self.waiting.task_done()
+
+    def show(self, numbers: range, every: int = 1) -> None:
+        """Show these, each so many sixteenths of a second after the one before."""
+        for number in numbers:
+            self.waiting.put((number, number * every))
+        self.waiting.join()
+
+
+def camera_reader(camera: Camera) -> CameraReader:
+    def image(number: int) -> Tensor:
+        return torch.full((3, 2, 2), float(number))
+
+    given = {"fps": 16, "patience": 0.3, "clock": lambda: camera.now}
+    return CameraReader("v4l2:/dev/video0", camera, image, **given)
+
+
+def seen(reader: CameraReader, count: int) -> list[int]:
+    return [int(image[0, 0, 0]) for image in reader.take(count)]
+
+
+def test_of_a_camera_the_newest_images_are_taken_and_none_twice() -> None:
+    camera = Camera()
+    threading.Thread(target=camera.show, args=(range(30),)).start()
+    reader = camera_reader(camera)
+    camera.waiting.join()
+    assert seen(reader, 9) == list(range(21, 30))
+    threading.Thread(target=camera.show, args=(range(30, 42),)).start()
+    assert seen(reader, 12) == list(range(30, 42))  # it was waited for
+
+
+def test_a_camera_that_gives_nothing_holds_its_last_image_and_says_so_and_when_it_is_back(
+    caplog,
+) -> None:
+    camera = Camera()
+    threading.Thread(target=camera.show, args=(range(4),)).start()
+    reader = camera_reader(camera)
+    camera.waiting.join()
+    assert seen(reader, 4) == [0, 1, 2, 3]
+    assert seen(reader, 3) == seen(reader, 3) == [3, 3, 3]
+    assert [each for each in caplog.messages if "its last one is held" in each] == caplog.messages
+    assert len(caplog.messages) == 1
+    camera.show(range(4, 8))
+    assert seen(reader, 4) == [4, 5, 6, 7]
+    assert caplog.messages[1:] == ["the camera v4l2:/dev/video0 is back"]
+    camera.waiting.put(None)
+    assert seen(reader, 2) == [7, 7]
+
+
+def test_a_slow_camera_shows_an_image_as_long_as_it_stands() -> None:
+    camera = Camera()
+    threading.Thread(target=camera.show, args=(range(6), 2)).start()
+    reader = camera_reader(camera)
+    camera.waiting.join()
+    assert seen(reader, 6) == [2, 3, 3, 4, 4, 5]
+
+
+def test_a_camera_that_is_not_there_is_refused_in_a_sentence() -> None:
+    options = SourceOptions(place="v4l2:/dev/video-none")
+    with pytest.raises(ValueError, match="the camera v4l2:/dev/video-none cannot be read"):
+        open_reader(options, height=16, width=16, fps=16)

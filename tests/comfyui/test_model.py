@@ -1511,6 +1511,25 @@ def test_stock_decoders_encode_a_stream_of_images_to_the_latents_of_a_whole_enco
             decoder.encode_chunk(images[:, :4], decoded)
 
 
+@pytest.mark.parametrize(("name", "images"), [("comfy-wan", 109), ("comfy-taehv", 30)])
+def test_a_source_that_a_stock_decoder_encodes_seeks_to_the_bit(
+    pack: Any, demo: Any, name: str, images: int
+) -> None:
+    decoders, source = (
+        importlib.import_module(f"{PACK}.{part}") for part in ("nodes.decoders", "rf_core.source")
+    )
+    vae = random_wan() if name == "comfy-wan" else random_taehv()
+    decoder = decoders.decoder_of(vae, demo.load_model().model.latent_format)
+    assert decoder.source_memory_images == images
+    clip = torch.rand(9 + 12 * 12, 16, 16, 3)
+    whole, sought = (source.BatchSource(clip, decoder, height=16, width=16) for _ in range(2))
+    expected = [whole.latents(3, first=chunk == 0) for chunk in range(13)]
+    sought.seek(9 + 12 * 11)
+    assert torch.equal(sought.latents(3, first=False), expected[12])
+    sought.seek(9)
+    assert torch.equal(sought.latents(3, first=False), expected[1])
+
+
 @pytest.mark.parametrize(("name", "memory"), [("comfy-wan", 38), ("comfy-taehv", 8)])
 def test_nothing_is_left_of_what_was_before_a_stock_decoder_s_memory(
     pack: Any, demo: Any, name: str, memory: int

@@ -2,8 +2,8 @@
 
 `python -m training.world vae | text | clips | evaluate | restyle | release`. Each stage reads what
 the ones before left in the output folder, takes a budget in minutes or steps, writes its result as
-it goes on, and records how it was made. Between clips and evaluation, the recipes of `python -m training`
-make teacher and student.
+it goes on, and records how it was made. Between clips and evaluation, the recipes of
+`python -m training` make teacher and student.
 """
 
 from __future__ import annotations

@@ -154,8 +154,17 @@ def release(files: Files, demo: Path) -> dict[str, int]:
 
 def make_restyle_report(files: Files, config: RestyleConfig, path: Path) -> Report:
     """Measure the student on sources, and write the report."""
-    settings, clock = read_checkpoint(files.student), time.monotonic()
-    streams = Streams(
+    clock = time.monotonic()
+    report = restyle_report(open_streams(files), config)
+    report["made_by"] = provenance("restyle", config, clock, (files.vae, files.text, files.student))
+    write_text(path, json.dumps(report, indent=1))
+    return report
+
+
+def open_streams(files: Files) -> Streams:
+    """The student with what it streams with."""
+    settings = read_checkpoint(files.student)
+    return Streams(
         open_network(files.student),
         open_encoder(files),
         open_vae(files),
@@ -163,10 +172,6 @@ def make_restyle_report(files: Files, config: RestyleConfig, path: Path) -> Repo
         settings.cache,
         settings.sampler,
     )
-    report = restyle_report(streams, config)
-    report["made_by"] = provenance("restyle", config, clock, (files.vae, files.text, files.student))
-    write_text(path, json.dumps(report, indent=1))
-    return report
 
 
 def open_vae(files: Files) -> WanVAE:
