@@ -170,7 +170,7 @@ RESTYLED = "a red circle moves up quickly"
 COLOURED = "a red shape moves"
 STATUE = "a bronze statue comes to life and walks through a museum, warm light, steady camera"
 SHOWN = {
-    COLOURED: "a red square moves up quickly",
+    COLOURED: "a red circle moves right slowly",
     "a blue shape moves": "a blue circle moves up quickly",
 }
 """What is seen where a prompt names a colour alone and outlines say the rest."""
@@ -605,7 +605,7 @@ GRAPHS: dict[str, Graph] = {
         "提示词的格式为 **a red shape moves**。",
         nodes={
             "source": Node(type="RFLoadDemo", at=(0, 400)),
-            "before": text(DEMO_PROMPT, 400),
+            "before": text(DEMO_NEXT, 400),
             "clip": sampler(title="A clip", length=6.0, keep_images=-1, row=300),
             "demo": Node(type="RFLoadDemo", at=(4, 0)),
             "edges": Node(

@@ -325,5 +325,5 @@ def test_the_bundled_network_is_among_the_files(pack: Any, demo: Any) -> None:
     (made,) = loader.execute(demo.load_model(), "demo (bundled)", "default").result
     host = importlib.import_module(f"{PACK}.nodes.host")
     assert host.control_of(made) is not None
-    with pytest.raises(ValueError, match=r"control_name 'gone\.safetensors'"):
+    with pytest.raises(ValueError, match=r"control_name is 'gone\.safetensors'"):
         loader.execute(demo.load_model(), "gone.safetensors", "default")

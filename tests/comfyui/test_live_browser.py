@@ -31,7 +31,7 @@ SPAN, PAST = 32, 0.66
 """Chunks on the strip, and how much of it lies before now."""
 
 BUILD = """
-([values, lora, video]) => {
+([values, lora, video, control]) => {
   const {app} = window.comfyAPI.app;
   app.graph.clear();
   const add = (type) => {
@@ -57,13 +57,24 @@ BUILD = """
     connect(clip, "VIDEO", live, "source");
     set(clip, "file", video);
   }
-  connect(styled || demo, "MODEL", live, "model");
+  if (control) {
+    const [network, given, file] = ["RFLoadControl", "RFControlVideo", "LoadVideo"].map(add);
+    [network, given, file].forEach((node, i) => (node.pos = [-330 * (i + 1), 330]));
+    connect(demo, "MODEL", network, "model");
+    set(network, "control_name", "demo (bundled)");
+    connect(file, "VIDEO", given, "control");
+    set(file, "file", control);
+    set(given, "at_end", "loop");
+    connect(network, "MODEL", live, "model");
+    connect(given, "control", live, "control");
+  } else connect(styled || demo, "MODEL", live, "model");
   connect(demo, "CLIP", live, "clip");
   connect(demo, "VAE", live, "vae");
   for (const [name, value] of Object.entries(values)) set(live, name, value);
 }
 """
-"""Live Stream of the demo with these values, behind a LoRA and a video where they are named."""
+"""Live Stream of the demo with these values, behind a LoRA, a video to follow as its source and one
+as its control where they are named."""
 QUEUE = "() => window.comfyAPI.app.app.queuePrompt(0)"
 HEIGHT = """
 () => window.comfyAPI.app.app.graph.nodes.find((n) => n.type === "RFLiveStream").size[1]
@@ -222,13 +233,14 @@ def live(
     lora: str | None = None,
     video: str | None = None,
     more: dict[str, Any] | None = None,
+    control: str | None = None,
 ) -> Iterator[Live]:
     """A stream that runs on a page, ended and without errors at the end; `more` is set on it."""
     with nullcontext([browser]) if browser else open_browsers(1) as (first,):
         page, errors = open_frontend(first, server.address)
         use_renderer(page, vue_nodes)
         values = {"text": TEXT, "width": 64, "height": 64, "seed": next(SEEDS)}
-        page.evaluate(BUILD, [values | (more or {}), lora, video])
+        page.evaluate(BUILD, [values | (more or {}), lora, video, control])
         page.evaluate(FIT)
         page.wait_for_timeout(1000)
         page.evaluate(COUNT)
@@ -372,6 +384,20 @@ def test_a_slider_sets_the_strength_of_the_source(
     with live(server, vue_nodes) as session:
         assert session.status["strength"] is None
         assert session.view.get_by_label("source strength").count() == 0
+
+
+def test_a_slider_sets_the_strength_of_the_control(server: Server, tmp_path: Path) -> None:
+    with live(server, True, more={"text": "a red shape moves"}, control=VIDEO) as session:
+        slider = session.view.get_by_label("control strength")
+        assert session.status["control_strength"] == float(slider.input_value()) == 1
+        box = slider.bounding_box()
+        session.page.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + box["height"] / 2)
+        strength = float(slider.input_value())
+        assert strength < 0.6
+        chunk = session.told(f"control strength {strength:.2f}")
+        took = {"chunk": chunk, "do": "control_strength", "strength": strength}
+        assert session.status["past"][-1] == took
+        session.look("control", tmp_path)
 
 
 def test_a_browser_without_media_source_shows_moving_pictures(
