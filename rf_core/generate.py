@@ -340,9 +340,11 @@ def _steered_chunks(
         index = state.num_chunks
         if index in switches and not state.chunk_open:
             stream.switch(embeds[switches[index].text], switches[index].switch)
-        pace.network_begins()
         place = clock.images_before(index), clock.begun_with(index)
+        pace.network_begins()
         given = guided(stream, *place)
+        if given and given["guide"] is None:
+            return  # the source has ended, and stops the video
         if control is not None:
             given["control"] = control.next(stream, *place, strength=strength)
         latents = stream.generate(on_pass, **given)

@@ -180,6 +180,8 @@ class Plan:
     """Chunks that `start` gives."""
     source_images: int | None = None
     """Images that the source has, where it stops and the file tells."""
+    cut_short: bool = False
+    """Whether the source's end is that of a video that was to be longer."""
     told: Told
     """Whose student the model is, and how that is known."""
     vace: VaceConfig | None = None
@@ -320,8 +322,9 @@ def plan(options: Options) -> Plan:
     total = None if options.chunks is None else clock.num_chunks(options.chunks, "c")
     if options.seconds is not None:
         total = options.timeline.num_chunks(options.seconds, "s", clock)
-    elif total is None and source_images is not None:
-        total = _guided_chunks(options, source_images, clock)
+    wanted = total
+    if source_images is not None and not options.keeps_text:  # a live one goes on by its prompt
+        total = min(_guided_chunks(options, source_images, clock), wanted or MANY)
     if options.compile and cache.storage == "int8":
         raise ValueError("an int8 cache is not compiled; leave out --compile or --cache int8")
     snapshot = _snapshot_of(options)
@@ -342,6 +345,7 @@ def plan(options: Options) -> Plan:
         run=uuid4().hex if snapshot is None else snapshot.facts.get(RUN),
         clip_chunks=clip_chunks,
         source_images=source_images,
+        cut_short=wanted is not None and total != wanted,
         told=checkpoint.told,
         vace=vace,
     )
@@ -379,7 +383,9 @@ def _source_images(options: Options, sampler: SamplerConfig, fps: int) -> int | 
 
 def _guided_chunks(options: Options, images: int, clock: ChunkClock) -> int:
     """How many chunks a source of so many images fills."""
-    cuts = [each.chunk for each in options.timeline.resolve(clock) if each.switch.mode == "cut"]
+    parts = any(entry.unit == "part" for entry in options.timeline.entries)
+    prompts = options.timeline.resolve(clock, clock.chunk_at_image(images) if parts else None)
+    cuts = [each.chunk for each in prompts if each.switch.mode == "cut"]
     chunks = clock.with_cuts(*cuts).chunk_at_image(images)
     if chunks <= clock.clip_chunks:
         first = clock.images_before(clock.clip_chunks + 1)

@@ -102,15 +102,31 @@ def test_a_resumed_run_keeps_its_source_and_strength(
     assert "was begun with source" in capsys.readouterr().err
 
 
-def test_a_source_shorter_than_asked_is_told_at_the_start_and_at_its_end(
-    weights, tmp_path, capsys, caplog
+def test_a_source_shorter_than_asked_ends_the_video_and_that_is_told_at_the_start(
+    weights, tmp_path, capsys
 ) -> None:
     source = clip(tmp_path / "clip.mp4", images=25)
     given = (*PROMPT, "--chunks", "3", "--source", str(source))
+    assert len(made(weights, tmp_path / "a.mp4", *given)) == 9 + 12
+    assert "the video ends with it; with --source-end hold or loop" in capsys.readouterr().out
+    assert len(made(weights, tmp_path / "b.mp4", *given, "--source-end", "hold")) == 9 + 12 * 2
+    assert "ends with it" not in capsys.readouterr().out
+
+
+def test_equal_parts_share_the_length_of_a_source(weights, tmp_path) -> None:
+    source = clip(tmp_path / "clip.mp4")
+    timeline = tmp_path / "t.txt"
+    timeline.write_text("a cat | a dog", encoding="utf-8")
+    given = ("--timeline", str(timeline), "--source", str(source))
     made(weights, tmp_path / "a.mp4", *given)
-    told = capsys.readouterr().out
-    assert "it ends in chunk 2: from there on the prompt alone makes the video" in told
-    assert "ends after 25 images at 16 a second" in caplog.text
+    prompts = comment_of(tmp_path / "a.mp4")["prompts"]
+    assert [each[0] for each in prompts] == [0, 2]
+
+
+def test_a_pipe_that_ends_ends_the_video(weights, tmp_path, monkeypatch) -> None:
+    piped(monkeypatch, clip(tmp_path / "clip.mp4", images=25).read_bytes())
+    given = (*PROMPT, "--chunks", "3", "--source", "-")
+    assert len(made(weights, tmp_path / "a.mp4", *given)) == 9 + 12
 
 
 def test_a_picture_is_held(weights, tmp_path) -> None:

@@ -149,7 +149,7 @@ def add_source(group: argparse._ArgumentGroup) -> None:
     add("--strength", type=float, metavar="X", help=strength)
     motion = "added to it where all moves, as -0.2: less noise for what moves fast (default: 0)"
     add("--motion-strength", type=float, metavar="X", help=motion)
-    end = "at its end: the prompt alone, its last image, or from its beginning (default: stop)"
+    end = "at its end: the video ends, its last image stays, or it begins again (default: stop)"
     add("--source-end", choices=get_args(AtEnd), help=end)
     fit = "of another shape: cut its edges, or put black beside it (default: crop)"
     add("--source-fit", choices=get_args(Fit), help=fit)

@@ -43,18 +43,17 @@ def print_plan(args: argparse.Namespace, resolved: Plan) -> None:
 
 
 def source_lines(resolved: Plan) -> list[str]:
-    """What guides the video, and where its end is met before the video's."""
+    """What guides the video, and where it ends a video that was to be longer."""
     source, images = resolved.options.source, resolved.source_images
     if source is None:
         return []
     line = f"source: {source.name}, strength {source.strength:g}"
-    if images is None or resolved.total is None:
+    if images is None:
         return [line]
     line += f", {images / resolved.family.fps:.2f} s"
-    guided = resolved.clock.chunk_at_image(images)
-    if guided >= resolved.total:
+    if not resolved.cut_short:
         return [line]
-    return [line, f"it ends in chunk {guided}: from there on the prompt alone makes the video"]
+    return [line, "the video ends with it; with --source-end hold or loop it goes on"]
 
 
 def family_lines(told: Told) -> list[str]:
