@@ -255,11 +255,7 @@ class Stream:
         if self.sampler.rolling:
             raise ValueError(NO_GUIDES)
         self._require_chunk("the guide's latents", guide)
-        if not guide.isfinite().all():
-            raise ValueError(
-                "the guide's latents hold numbers that are not finite: the source's images do, or "
-                "its encoder's dtype is too narrow; encode in float32 or bfloat16"
-            )
+        _require_finite("the guide", guide)
         if strength == 1:
             return denoise
         guide = guide.to(self.device, torch.float32, copy=True)
@@ -890,11 +886,7 @@ class Stream:
         if found not in (wanted, [1, *wanted[1:]]):
             what = "references" if references else "the control"
             raise ValueError(f"{what} of shape {found} do not fit; {wanted} is needed")
-        if not control.context.isfinite().all():
-            raise ValueError(
-                "the control's latents hold numbers that are not finite: its images do, or its "
-                "encoder's dtype is too narrow; encode in float32 or bfloat16"
-            )
+        _require_finite("the control", control.context)
 
     def _timesteps(self) -> list[float]:
         """Those of the next chunk that is generated."""
@@ -990,6 +982,14 @@ def _but_first(on_pass: OnPass) -> OnPart:
 
 def _see_nothing(number: int, x0: Tensor) -> None:
     """Stands for an `on_prediction` that was not given."""
+
+
+def _require_finite(what: str, latents: Tensor) -> None:
+    if (~latents.isfinite()).any():
+        raise ValueError(
+            f"{what}'s latents hold numbers that are not finite: its images do, or its encoder's "
+            "dtype is too narrow; encode in float32 or bfloat16"
+        )
 
 
 def _no_op(kind: str, number: int) -> None:
