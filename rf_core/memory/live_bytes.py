@@ -41,7 +41,8 @@ def fake_tensors(device: torch.device | str) -> Iterator[str]:
     there. All others are on `meta`, where code takes the paths of a card without fused kernels.
     """
     cpu = torch.device(device).type == "cpu"
-    with FakeTensorMode(allow_non_fake_inputs=True) if cpu else nullcontext():
+    answers = _Answers()  # type: ignore[no-untyped-call]
+    with FakeTensorMode(allow_non_fake_inputs=True) if cpu else nullcontext(), answers:
         yield "cpu" if cpu else "meta"
 
 
@@ -61,6 +62,15 @@ _ON_FAKE_TENSORS: dict[Any, Callable[..., Any]] = {
 """What runs on fake tensors in place of operations that ask for real numbers, which may be any."""
 
 
+class _Answers(TorchDispatchMode):
+    """Gives code that asks for a number, such as whether all are finite, one that may be any."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _stood_in(func, args)(*args, **(kwargs or {}))
+
+
 class _LiveBytes(TorchDispatchMode):
     """Counts storages from the operation that makes them until they are freed."""
 
@@ -73,9 +83,7 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _ON_FAKE_TENSORS and isinstance(args[0], FakeTensor):
-            func = _ON_FAKE_TENSORS[func]
-        out = func(*args, **(kwargs or {}))
+        out = _stood_in(func, args)(*args, **(kwargs or {}))
         given = {_key(tensor) for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(out):
             if tensor.device.type == self._kind and _key(tensor) not in given:
@@ -112,6 +120,12 @@ def _fused_attention(query: Tensor) -> Tensor:
     result = torch.empty_like(query)
     query.new_empty(query.shape[:-1], dtype=torch.float32)
     return result
+
+
+def _stood_in(func: Any, args: Any) -> Any:
+    if func in _ON_FAKE_TENSORS and (isinstance(args[0], FakeTensor) or args[0].is_meta):
+        return _ON_FAKE_TENSORS[func]
+    return func
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:
