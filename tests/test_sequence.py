@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,13 +272,13 @@ def command_rank(rank: int, world: int, ports: Sequence[int], commands: list[lis
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Below those that the system hands out, for they are taken up minutes later."""
+    ports: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 4 * count):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports[:count]
 
 
 @pytest.mark.slow
