@@ -358,12 +358,12 @@ def length_at_rate(path: str | Path, fps: int) -> int:
     ValueError: no such file, or not a video.
     """
     with _open(Path(path)) as container:
-        stream = container.streams.video[0]
+        unit = container.streams.video[0].time_base  # of a container that is open: it is its memory
         times = [packet.pts for packet in _whole_packets(container) if not packet.is_discard]
     known = [time for time in times if time is not None]
     if len(known) < len(times) or not known:
         return len(times)
-    return _shown_within(float((max(known) - min(known)) * stream.time_base), fps)
+    return _shown_within(float((max(known) - min(known)) * unit), fps)
 
 
 def _shown_within(seconds: float, fps: int) -> int:
