@@ -428,9 +428,3 @@ def test_a_camera_that_is_not_there_is_refused_in_a_sentence() -> None:
     options = SourceOptions(place="v4l2:/dev/video-none")
     with pytest.raises(ValueError, match="the camera v4l2:/dev/video-none cannot be read"):
         open_reader(options, height=16, width=16, fps=16)
-
-
-def test_a_clips_length_is_told_the_same_however_often_it_is_asked(tmp_path):
-    with VideoWriter(tmp_path / "a.mp4", VideoFormat(width=32, height=32)) as writer:
-        writer.write(torch.zeros(25, 32, 32, 3, dtype=torch.uint8))
-    assert {length_at_rate(tmp_path / "a.mp4", 16) for _ in range(300)} == {25}
