@@ -32,6 +32,7 @@ GREY = 0.5
 """What stands for no picture, in [0, 1]: 0 in the encoder's range."""
 MASK_CHANNELS = SPATIAL_FACTOR**2
 """Pixels of a mask that a latent stands for, each a channel of its own."""
+_SAME_SHAPE = 0.02  # as much as a side that is rounded to a multiple of 8 changes it
 _PAPER = 1.0  # around a reference picture of another shape: white, as in VACE
 
 
@@ -107,9 +108,6 @@ def shape_note(control: tuple[int, int], mask: tuple[int, int]) -> str | None:
         f"the mask is {sizes[0]} and the control video {sizes[1]}: each is cut to the picture by "
         "itself, so give them one shape where they are to lie over each other"
     )
-
-
-_SAME_SHAPE = 0.02  # as much as a side that is rounded to a multiple of 8 changes it
 
 
 class ControlSource:
@@ -202,11 +200,8 @@ class ControlSource:
         if first:
             self._since, self._continues = begin, False
         active = self._from <= begin + count / 2 < self._until
-        continues, self._continues, context = (
-            self._continues,
-            False,
-            None,
-        )  # one that fails does not
+        continues, context = self._continues, None
+        self._continues = False  # one that fails does not
         if active and not self._ended and (continues or self._begin(begin, first)):
             context = self._next(count)
         if self._ended and not begin:
