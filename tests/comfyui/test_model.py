@@ -1105,10 +1105,10 @@ def test_memory_that_runs_out_leaves_what_can_be_gone_on_from(
     expected = sampled(pack, whole)
     plain, passes = host.ComfyNetwork.__call__, iter(range(1000))
 
-    def failing(*given: Any) -> Tensor:
+    def failing(*given: Any, **named: Any) -> Tensor:
         if next(passes) == 17:
             raise torch.OutOfMemoryError("no more")
-        return plain(*given)
+        return plain(*given, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr(host.ComfyNetwork, "__call__", failing)
@@ -1352,11 +1352,11 @@ def test_out_of_memory_keeps_the_file_and_says_what_to_lower(
     model, vae, passes = demo.load_model(), demo.load_vae(), []
     plain = host.ComfyNetwork.__call__
 
-    def failing(*args: Any) -> Tensor:
+    def failing(*args: Any, **named: Any) -> Tensor:
         passes.append(1)
         if len(passes) > 2 * 5 + 1:  # in the third chunk
             raise torch.OutOfMemoryError("no more")
-        return plain(*args)
+        return plain(*args, **named)
 
     monkeypatch.setattr(host.ComfyNetwork, "__call__", failing)
     decoder = decoders.decoder_of(vae, model.model.latent_format)
