@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from .config import FPS, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from .decoders.decoder import DecoderState
 from .ranges import STRONGEST_CONTROL
-from .source import ChunkEncoder, ImageReader
+from .source import ChunkEncoder, ImageReader, encode_next, on_white
 from .vace import Control
+from .video import letterbox
 
 if TYPE_CHECKING:
     from .stream import Stream
@@ -87,16 +86,7 @@ def fitted_reference(image: Tensor, height: int, width: int) -> Tensor:
 
     What a fourth channel says is transparent becomes white as well.
     """
-    image, alpha = image[:3], image[3:]
-    image = image * alpha + _PAPER * (1 - alpha) if len(alpha) else image
-    scale = min(Fraction(height, image.shape[1]), Fraction(width, image.shape[2]))
-    size = [max(1, round(side * scale)) for side in image.shape[1:]]
-    if size != list(image.shape[1:]):
-        image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    paper = image.new_full((image.shape[0], height, width), _PAPER)
-    paper[:, top : top + size[0], left : left + size[1]] = image
-    return paper
+    return letterbox(on_white(rearrange(image, "c h w -> h w c")), width, height, _PAPER)
 
 
 def shape_note(control: tuple[int, int], mask: tuple[int, int]) -> str | None:
@@ -298,10 +288,7 @@ class _Encoding:
         step = self._encoder.source_images_of(1, first=False)
         if still and self._still >= self._encoder.source_memory_images + step:
             return self._frame.expand(-1, -1, len(images) // step, -1, -1)
-        if self.state is None:  # TAEHV's first frame is of as many images as the others
-            repeats = self._encoder.source_images_of(1, first=True) - 1
-            images = torch.cat([images[:1].expand(repeats, -1, -1, -1), images])
-        latents, self.state = self._encoder.encode_chunk(images[None], self.state)
+        latents, self.state = encode_next(self._encoder, images, self.state)
         self._still = self._still + len(images) if still else 0
         self._last, self._frame = images[-1:].clone(), latents[:, :, -1:].clone()
         return latents

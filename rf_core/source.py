@@ -218,7 +218,7 @@ def batch_reader(
 
     def images_from(start: int) -> Generator[Tensor, None, int]:
         for image in images[start:]:
-            yield FITS[fit](_on_white(image.cpu()), width, height)
+            yield FITS[fit](on_white(image.cpu()), width, height)
         return len(images)
 
     return ImageReader("the source", images_from, at_end)
@@ -236,9 +236,24 @@ def check_fit(fit: str) -> None:
         raise ValueError(f"fit is {fit!r}; use one of {', '.join(get_args(Fit))}")
 
 
-def _on_white(image: Tensor) -> Tensor:
+def on_white(image: Tensor) -> Tensor:
+    """An image [H, W, 3 or 4] in [0, 1] as float32 [H, W, 3], white where it is transparent."""
     colours, alpha = image[..., :3].float(), image[..., 3:].float()
     return colours * alpha + (1 - alpha) if alpha.shape[-1] else colours
+
+
+def encode_next(
+    encoder: ChunkEncoder, images: Tensor, state: DecoderState | None
+) -> tuple[Tensor, DecoderState]:
+    """Latents [1, C, F, h, w] of a stream's next images [T, 3, H, W], and the state after.
+
+    The first frame of a stream is of its first image: TAEHV, whose frames are all of as many
+    images, reads that as often.
+    """
+    if state is None:
+        repeats = encoder.source_images_of(1, first=True) - 1
+        images = torch.cat([images[:1].expand(repeats, -1, -1, -1), images])
+    return encoder.encode_chunk(images.unsqueeze(0), state)
 
 
 class EncodedSource:
@@ -253,7 +268,6 @@ class EncodedSource:
     ) -> None:
         self.reader, self._encoder = reader, encoder
         self._step = encoder.source_images_of(1, first=False)
-        self._repeats = encoder.source_images_of(1, first=True)
         self._begun, self._facts = False, facts
         self.motion = 0.0
         """See `Source`."""
@@ -335,9 +349,7 @@ class EncodedSource:
         last = self._steady
         if steady and last is not None and last.shape[2] * self._step == count:
             return last
-        if not self._encoded:
-            images = torch.cat([images[:1].expand(self._repeats - 1, -1, -1, -1), images])
-        latents, self._state = self._encoder.encode_chunk(images.unsqueeze(0), self._state)
+        latents, self._state = encode_next(self._encoder, images, self._state)
         self._encoded += count
         self._steady = latents if steady else None
         return latents

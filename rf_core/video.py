@@ -757,18 +757,19 @@ def _cover(image: Tensor, width: int, height: int) -> Tensor:
     return pixels[0, :, top : top + height, left : left + width]
 
 
-def _letterbox(image: Tensor, width: int, height: int) -> Tensor:
-    """[H, W, 3] -> float32 [3, height, width]: scaled to lie within it, black beside it."""
+def letterbox(image: Tensor, width: int, height: int, beside: float = 0.0) -> Tensor:
+    """[H, W, 3], uint8 or float32 in [0, 1] -> float32 [3, height, width]: scaled to lie within it,
+    black or another grey beside it."""
     pixels = _planes(image)
     scale = min(Fraction(height, image.shape[0]), Fraction(width, image.shape[1]))
     size = [max(1, round(side * scale)) for side in image.shape[:2]]
     if size != list(image.shape[:2]):
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    room = pixels.new_zeros(pixels.shape[1], height, width)
+    room = pixels.new_full((pixels.shape[1], height, width), beside)
     room[:, top : top + size[0], left : left + size[1]] = pixels[0]
     return room
 
 
-FITS: dict[Fit, Callable[[Tensor, int, int], Tensor]] = {"crop": _cover, "letterbox": _letterbox}
+FITS: dict[Fit, Callable[[Tensor, int, int], Tensor]] = {"crop": _cover, "letterbox": letterbox}
 """An image [H, W, 3], uint8 or float32 in [0, 1], a width and a height -> float32 [3, H, W]."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..config import FPS
 from ..decoders.decoder import DecoderState
-from ..source import ChunkEncoder
+from ..source import ChunkEncoder, encode_next
 from ..video import read_jpeg
 from .buffers import CameraMark
 
@@ -215,7 +215,7 @@ class CameraGuide:
         `first` as of a `Source`. Where a camera comes into a video that has begun, its first image
         is taken to have stood before.
         """
-        step, repeats = (encoder.source_images_of(1, first=begins) for begins in (False, True))
+        step = encoder.source_images_of(1, first=False)
         self.used = tuple(self._frames.take(step * frames - (step - 1 if first else 0)))
         if not self.used:
             self.forget()
@@ -224,11 +224,10 @@ class CameraGuide:
         images = rearrange(shown, "t h w c -> t c h w").contiguous().float() / 255
         if first:
             self.forget()
-        if self._state is None:
-            before = repeats - (1 if first else 0)
-            images = torch.cat([images[:1].expand(before, -1, -1, -1), images])
-        latents, self._state = encoder.encode_chunk(images.unsqueeze(0), self._state)
-        return latents[:, :, -frames:]
+        elif self._state is None:
+            _, self._state = encode_next(encoder, images[:1], None)
+        latents, self._state = encode_next(encoder, images, self._state)
+        return latents
 
     def forget(self) -> None:
         """Let the next chunk follow nothing: the stream went elsewhere."""
