@@ -17,7 +17,7 @@ from torch import Tensor
 from ..rf_core.control import ControlSource, fitted_reference, shape_note
 from ..rf_core.source import AtEnd, ChunkEncoder, ImageReader
 from ..rf_core.state import Snapshot
-from .source import Footage, Place, place_in
+from .source import Footage, Place, place_in, with_place
 
 PLACE = "control_place"
 """Name under which a snapshot's facts say how far its control had come."""
@@ -101,15 +101,12 @@ class ControlInput:
 
     def placed(self, snapshot: Snapshot | None) -> ControlInput:
         """The same at the place where a snapshot left it; at its beginning where it did not."""
-        known = None if snapshot is None else place_in(snapshot, PLACE)
-        if known is None or known[0] != self.digest:
-            return self
-        return replace(self, place=known[1])
+        place = place_in(snapshot, PLACE, lambda: self.digest)
+        return self if place is None else replace(self, place=place)
 
     def noted(self, snapshot: Snapshot, place: Place) -> Snapshot:
         """The snapshot, which now says how far this control had come."""
-        note = {"digest": self.digest, "images": place.images, "since": place.since}
-        return replace(snapshot, facts=snapshot.facts | {PLACE: note})
+        return with_place(snapshot, PLACE, self.digest, place)
 
     def notes(self, snapshot: Snapshot | None, fps: int) -> list[str]:
         """What is to be known of it, a line each."""

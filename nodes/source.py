@@ -153,10 +153,8 @@ class Clip:
 
         ValueError where the snapshot says nonsense of it.
         """
-        known = None if snapshot is None else place_in(snapshot)
-        if known is None or known[0] != self.footage.digest:
-            return self
-        return replace(self, place=known[1])
+        place = place_in(snapshot, PLACE, lambda: self.footage.digest)
+        return self if place is None else replace(self, place=place)
 
     def open(self, height: int, width: int, fps: int) -> PlacedSource:
         """Its images as guides, once an encoder is attached."""
@@ -173,8 +171,7 @@ class Clip:
 
     def noted(self, snapshot: Snapshot, place: Place) -> Snapshot:
         """The snapshot, which now says how far this source had come."""
-        note = {"digest": self.footage.digest, "images": place.images, "since": place.since}
-        return replace(snapshot, facts=snapshot.facts | {PLACE: note})
+        return with_place(snapshot, PLACE, self.footage.digest, place)
 
 
 def clip_of(source: Any, strength: float, source_end: AtEnd, source_fit: Fit) -> Clip | None:
@@ -269,19 +266,26 @@ class PlacedSource:
         return max((each for each in self._begun if each < image), default=self._begin.since)
 
 
-def place_in(snapshot: Snapshot, name: str = PLACE) -> tuple[str, Place] | None:
-    """The digest of a snapshot's source, and how far that had come; ValueError for nonsense.
+def with_place(snapshot: Snapshot, name: str, digest: str, place: Place) -> Snapshot:
+    """The snapshot, whose facts say by a name how far what has a digest had come."""
+    note = {"digest": digest, "images": place.images, "since": place.since}
+    return replace(snapshot, facts=snapshot.facts | {name: note})
 
-    `name` is what the snapshot's facts call it.
-    """
-    note = snapshot.facts.get(name)
+
+def place_in(snapshot: Snapshot | None, name: str, digest: Callable[[], str]) -> Place | None:
+    """How far what has a digest had come, as `with_place` noted; None where it was another, or
+    nothing. `digest` is asked for where there is a note alone, as it reads all of a file.
+    ValueError for nonsense."""
+    note = None if snapshot is None else snapshot.facts.get(name)
     if note is None:
         return None
     kinds = {"digest": str, "images": int, "since": int}
     known = isinstance(note, dict) and all(type(note.get(k)) is kind for k, kind in kinds.items())
     if not known or not 0 <= note["since"] <= note["images"] <= MANY:
         raise ValueError("what the state says of its source is damaged; load another state")
-    return note["digest"], Place(images=note["images"], since=note["since"])
+    if note["digest"] != digest():
+        return None
+    return Place(images=note["images"], since=note["since"])
 
 
 def _content(given: Any) -> Iterator[Any]:
