@@ -51,6 +51,7 @@ from .supervised import (
     run_stage,
     train,
 )
+from .teacher import miniature_teacher
 from .trajectories import sample_trajectories
 from .validation import decoded
 
@@ -123,14 +124,7 @@ def miniature_control() -> ControlRunConfig:
     return ControlRunConfig(
         frames=9,
         shift=12.0,
-        optimiser=OptimiserConfig(
-            rate=6e-3,
-            betas=(0.9, 0.95),
-            clip_norm=1.0,
-            matrix_rate=1.5e-2,
-            schedule="cosine",
-            warmup=50,
-        ),
+        optimiser=replace(miniature_teacher().optimiser, warmup=50),
         updates=600,
         batch=16,
         micro_batch=16,
