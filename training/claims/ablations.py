@@ -267,7 +267,7 @@ def prompts_of(config: ClaimsConfig) -> dict[str, list[str]]:
     free = [text for text in single if parse_caption(text)[0].speed_name is None]
     named = [text for text in single if parse_caption(text)[0].speed_name is not None]
     scenes = (scene_of(config.seed, index) for index in range(100 * config.double))
-    double = [caption(scene) for scene in scenes if len(scene) == 2]
+    double = [caption(scene) for scene in scenes if len(scene.things) == 2]
     pick = {"free": (free, config.free), "named": (named, config.named)}
     chosen = {
         name: [texts[i] for i in rng.permutation(len(texts))[:count]]

@@ -146,7 +146,7 @@ def evaluation_prompts(config: EvaluateConfig) -> list[str]:
     index = 0
     while len(doubles) < config.double:
         scene = scene_of(config.seed, index)
-        doubles += captions([scene]) if len(scene) == 2 else []
+        doubles += captions([scene]) if len(scene.things) == 2 else []
         index += 1
     return singles + doubles
 
