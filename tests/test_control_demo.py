@@ -87,13 +87,13 @@ def test_without_its_control_the_same_stream_goes_its_own_way():
 
 def test_the_tracker_s_measure_is_right_of_true_clips_and_of_others():
     thing = THINGS[0]
-    true = followed(detect(render([(thing,)], 33)[0]), thing, thing.colour)
+    true = followed(detect(render([Scene((thing,))], 33)[0]), thing, thing.colour)
     assert true["near"] == 1 and true["error"] < 0.3 and true["colour"] == 1
-    later = followed(detect(render([(thing,)], 33, start_image=9)[0]), thing, thing.colour, 9)
+    later = followed(detect(render([Scene((thing,))], 33, start_image=9)[0]), thing, thing.colour, 9)
     assert later["near"] == 1 and later["error"] < 0.3
-    wrong = followed(detect(render([(thing,)], 33)[0]), thing, other(COLOURS, thing.colour))
+    wrong = followed(detect(render([Scene((thing,))], 33)[0]), thing, other(COLOURS, thing.colour))
     assert wrong["near"] == 0 and wrong["colour"] == 0 and wrong["error"] != wrong["error"]
-    elsewhere = followed(detect(render([(thing,)], 33, start_image=20)[0]), thing, thing.colour)
+    elsewhere = followed(detect(render([Scene((thing,))], 33, start_image=20)[0]), thing, thing.colour)
     assert elsewhere["near"] < 0.5 and elsewhere["direction"] == 1
 
 

@@ -44,7 +44,7 @@ def test_a_video_has_the_prompts_look_and_the_sources_motion_where_it_does() -> 
     assert [itself[name] for name in MEASURES] == [0, 0, 1, 1, 1]
     x, y = pair.source.position
     apart = replace(pair.source, position=(x + 8, y + 8), speed=2 * pair.source.speed)
-    elsewhere = measures(render([(apart,)], 45)[0], pair.source, pair.agreeing)
+    elsewhere = measures(render([Scene((apart,))], 45)[0], pair.source, pair.agreeing)
     assert [elsewhere[name] for name in MEASURES] == [0, 0, 1, 0, 0]
     empty = measures(render([place_all([], None)], 9)[0] * 0, pair.source, pair.agreeing)
     assert not any(empty[name] for name in MEASURES)

@@ -19,9 +19,11 @@ from training.world.scenes import (
     BACKGROUND,
     IMAGES_PER_FRAME,
     PALETTE,
+    PLAIN,
     SHAPE_SIZE,
     SIZE,
     SPEED_RANGES,
+    WORLDS,
     Attributes,
     Scene,
     Thing,
@@ -44,9 +46,9 @@ ATTRIBUTES = ("colour", "shape", "direction", "speed")
 RED = Thing(colour="red", shape="circle", direction="right", speed=0.5, position=(20.0, 30.0))
 
 
-def scenes_of(count: int, seed: int, two_shapes_share: float = 0.3) -> list[Scene]:
+def scenes_of(count: int, seed: int, world: str = PLAIN, **changes: float) -> list[Scene]:
     rng = np.random.default_rng(seed)
-    return [sample_scene(rng, two_shapes_share) for _ in range(count)]
+    return [sample_scene(rng, replace(WORLDS[world], **changes)) for _ in range(count)]
 
 
 def blurred_and_noisy(videos: Tensor) -> Tensor:
@@ -73,8 +75,8 @@ def mistakes(videos: Tensor, scenes: list[Scene]) -> list[str]:
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_every_phrasing_of_a_scene_parses_back_to_it(share: float) -> None:
     rng = np.random.default_rng(3)
-    for scene in scenes_of(60, seed=3, two_shapes_share=share):
-        said = [(t.colour, t.shape, t.direction, t.speed_name) for t in scene]
+    for scene in scenes_of(60, seed=3, two_things_share=share):
+        said = [(t.colour, t.shape, t.direction, t.speed_name) for t in scene.things]
         heard = parse_caption(caption(scene, rng))
         assert [(w.colour, w.shape, w.direction, w.speed_name) for w in heard] == said
 
@@ -99,10 +101,10 @@ def test_a_caption_of_unknown_words_is_refused_with_the_known_ones(text: str) ->
 
 def test_scenes_keep_their_named_speeds_and_differ_in_colour() -> None:
     scenes = scenes_of(300, seed=0)
-    for thing in (thing for scene in scenes for thing in scene):
+    for thing in (thing for scene in scenes for thing in scene.things):
         low, high = SPEED_RANGES[thing.speed_name]
         assert low <= thing.speed <= high
-    pairs = [scene for scene in scenes if len(scene) == 2]
+    pairs = [scene.things for scene in scenes if len(scene.things) == 2]
     assert 0.2 < len(pairs) / len(scenes) < 0.4
     assert all(first.colour != second.colour for first, second in pairs)
 
@@ -121,21 +123,21 @@ def test_a_video_that_starts_later_is_the_tail_of_the_longer_one() -> None:
 def test_a_shape_that_leaves_comes_back_on_the_other_side() -> None:
     # A shape size a latent frame: the world's width takes SIZE / SHAPE_SIZE latent frames.
     round_trip = SIZE // SHAPE_SIZE * IMAGES_PER_FRAME
-    video = render([(replace(RED, speed=1.0),)], round_trip + 1)[0]
+    video = render([Scene((replace(RED, speed=1.0),))], round_trip + 1)[0]
     torch.testing.assert_close(video[round_trip], video[0])
     red = (video - torch.tensor(BACKGROUND)[:, None, None]).sum(dim=(1, 2, 3))
     torch.testing.assert_close(red, red[:1].expand_as(red), rtol=2e-3, atol=0)
 
 
 def test_pictures_hold_the_background_and_palette_colours() -> None:
-    image = render([(RED,)], 1)[0, 0]
+    image = render([Scene((RED,))], 1)[0, 0]
     torch.testing.assert_close(image[:, 30, 20], torch.tensor(PALETTE["red"]))
     torch.testing.assert_close(image[:, 0, 63], torch.tensor(BACKGROUND))
 
 
 def test_the_later_of_two_shapes_is_drawn_on_top() -> None:
     blue = replace(RED, colour="blue", direction="up")
-    image = render([(RED, blue)], 1)[0, 0]
+    image = render([Scene((RED, blue))], 1)[0, 0]
     torch.testing.assert_close(image[:, 30, 20], torch.tensor(PALETTE["blue"]))
 
 
@@ -150,10 +152,10 @@ def test_the_tracker_reads_every_attribute_of_true_videos(num_images: int, spoil
 
 
 def test_the_tracker_measures_speed_to_a_hundredth_of_a_size() -> None:
-    scenes = scenes_of(16, seed=12, two_shapes_share=0.0)
-    for video, (thing,) in zip(render(scenes, 30), scenes, strict=True):
-        measured = score(video, caption((thing,)))["measured_speed"]
-        assert measured == pytest.approx(thing.speed, abs=0.01)
+    scenes = scenes_of(16, seed=12, two_things_share=0.0)
+    for video, scene in zip(render(scenes, 30), scenes, strict=True):
+        measured = score(video, caption(scene))["measured_speed"]
+        assert measured == pytest.approx(scene.things[0].speed, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -167,19 +169,19 @@ def test_the_tracker_measures_speed_to_a_hundredth_of_a_size() -> None:
     ],
 )
 def test_a_false_caption_is_caught_by_the_attribute_that_lies(attribute: str, false: str) -> None:
-    video = render([(replace(RED, speed=1.0),)], 20)[0]
+    video = render([Scene((replace(RED, speed=1.0),))], 20)[0]
     assert score(video, "a red circle moves right quickly")[attribute] == 1.0
     assert score(video, false)[attribute] == 0.0
 
 
 def test_one_wrong_word_leaves_the_other_attributes_right() -> None:
-    video = render([(RED,)], 20)[0]
+    video = render([Scene((RED,))], 20)[0]
     scores = score(video, "a green circle moves right")
     assert [scores[name] for name in ATTRIBUTES] == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_a_still_shape_has_no_direction_and_an_empty_video_no_track() -> None:
-    video = render([(RED,)], 1)[0].repeat(12, 1, 1, 1)
+    video = render([Scene((RED,))], 1)[0].repeat(12, 1, 1, 1)
     assert [(seen.direction, seen.speed) for seen in track(video)] == [(NO_DIRECTION, 0.0)]
     assert track(torch.full_like(video, 0.08)) == []
     assert score(torch.full_like(video, 0.08), "a red circle moves up")["colour"] == 0.0
@@ -187,7 +189,7 @@ def test_a_still_shape_has_no_direction_and_an_empty_video_no_track() -> None:
 
 def test_a_shape_half_hidden_behind_another_keeps_its_track() -> None:
     blue = replace(RED, colour="blue", shape="square", direction="up", position=(44.0, 40.0))
-    seen = {each.colour: each for each in track(render([(RED, blue)], 40)[0])}
+    seen = {each.colour: each for each in track(render([Scene((RED, blue))], 40)[0])}
     assert seen["red"].shape == "circle"
     assert seen["red"].direction == "right"
     assert seen["red"].speed == pytest.approx(RED.speed, abs=0.03)
@@ -206,15 +208,15 @@ def test_the_delay_of_a_switch_is_counted_from_the_prompt(
     before = 20 + late
     position = (RED.position[0] + before * RED.velocity[0], RED.position[1])
     after = replace(RED, position=position, **change)
-    video = torch.cat([render([(RED,)], before)[0], render([(after,)], 40)[0]])
-    delay = switch_delay(video, 20, caption((after,)))
+    video = torch.cat([render([Scene((RED,))], before)[0], render([Scene((after,))], 40)[0]])
+    delay = switch_delay(video, 20, caption(Scene((after,))))
     assert delay is not None
     assert late - 2 <= delay <= late  # an opening with an old image or two may already pass
     assert switch_delay(video, 20, "a blue circle moves down") is None
 
 
 def test_drift_is_small_in_true_videos_and_grows_with_what_goes_wrong() -> None:
-    true = render([(RED,)], 24)[0]
+    true = render([Scene((RED,))], 24)[0]
     early, late = drift(torch.cat([true[:12], blurred_and_noisy(true[None, 12:] * 0.8)[0]]), 12)
     assert (early.start_image, late.start_image) == (0, 12)
     assert early.palette_error < 1e-3

@@ -88,7 +88,7 @@ class World:
     """How often things bounce off the picture's edges, where there is no wall."""
     wall_share: float = 0.0
     """How often there is a wall, which is named."""
-    wall_widths: tuple[float, float] = (20.0, 40.0)
+    wall_widths: tuple[float, float] = (20.0, 36.0)
     """Range of its width, in pixels."""
     wall_rests: tuple[float, float] = (0.0, 24.0)
     """Range of how long a thing rests behind it, in images."""
@@ -383,14 +383,16 @@ def place_all(
 ) -> Scene:
     """A scene that fits a caption; things on one axis get lanes of their own.
 
-    Without lanes, one of two things might hide behind the other for a whole video.
+    Without lanes, one of two things might hide behind the other for a whole video; nor does a thing
+    that moves along a wall stay behind it.
     """
     while True:
         things = tuple(place(each, rng, world) for each in attributes)
-        if not any(_share_a_lane(a, b) for a, b in combinations(things, 2)):
+        wall = _sample_wall(things[0].axis, rng, world) if walled else None
+        in_sight = wall is None or not any(_stays_behind(wall, thing) for thing in things)
+        if in_sight and not any(_share_a_lane(a, b) for a, b in combinations(things, 2)):
             break
-    backdrop = sample_backdrop(rng, world) if world.backdrops else Backdrop()
-    return Scene(things, backdrop, _sample_wall(things[0].axis, rng, world) if walled else None)
+    return Scene(things, sample_backdrop(rng, world) if world.backdrops else Backdrop(), wall)
 
 
 def scene_of_caption(text: str, rng: np.random.Generator, world: World = WORLDS[PLAIN]) -> Scene:
@@ -418,6 +420,13 @@ def _sample_wall(axis: int, rng: np.random.Generator, world: World) -> Wall:
     width = _draw(world.wall_widths, rng)
     start = float(rng.uniform(0, SIZE - width))
     return Wall(axis=axis, start=start, width=width, rest=round(_draw(world.wall_rests, rng)))
+
+
+def _stays_behind(wall: Wall, thing: Thing) -> bool:
+    if wall.axis == thing.axis:
+        return False
+    before = (thing.position[wall.axis] - wall.start - wall.width / 2 + SIZE / 2) % SIZE - SIZE / 2
+    return abs(before) < (wall.width + thing.size) / 2
 
 
 def _share_a_lane(a: Thing, b: Thing) -> bool:
