@@ -40,6 +40,7 @@ NO_DIRECTION = "none"
 SLOW_LIMIT = 0.55  # `slowly` (0.2 to 0.4) is kept below this
 QUICK_LIMIT = 0.65  # `quickly` (0.8 to 1.2) is kept above this
 STILL_LIMIT = 0.08  # slower than this, a shape counts as standing
+MIN_AREA = 30  # pixels that a shape has to show to be seen: a third of the smallest
 SWITCH_WINDOW = 10  # images that must agree before a new caption counts as followed
 SWITCH_OPENING = 4  # images at its start that must agree by themselves
 SWITCH_STAYS = 0.8  # share of the later windows that must go on agreeing
@@ -49,7 +50,6 @@ _GREY = 0.35  # saturation below which what is bright belongs to a wall
 _HUE_LIMIT = 0.8  # cosine to a palette hue below which a pixel belongs to none
 _REACH = 3  # pixels around a thing's inside in which its soft edge lies
 _NOISE = 0.2  # coverage taken for none, and missing coverage taken for full
-_MIN_AREA = 30  # pixels: a third of the smallest shape
 # Half: what is seen less is no thing; shapes stay in sight (0.84 of 45 images at least), but for
 # those that a wall may hide.
 _MIN_SHARE = 0.5
@@ -105,6 +105,12 @@ class Detections:
     def __getitem__(self, images: slice) -> Detections:
         """The detections of some of the images."""
         return Detections(**{each.name: getattr(self, each.name)[images] for each in fields(self)})
+
+    @classmethod
+    def join(cls, parts: Sequence[Detections]) -> Detections:
+        """The detections of a video from those of its parts."""
+        names = [each.name for each in fields(cls)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +228,7 @@ def detect(video: Tensor) -> Detections:
     area = covers.sum(dim=(2, 3))
     centre = torch.stack([_circular_mean(covers.sum(2)), _circular_mean(covers.sum(3))], dim=-1)
     fit = torch.zeros(*area.shape, len(SHAPES))
-    shown = area >= _MIN_AREA
+    shown = area >= MIN_AREA
     if shown.any():
         fit[shown] = _outline_fit(covers[shown], centre[shown], area[shown])
     wall = picture.wall.float().mean(dim=(1, 2))
@@ -263,7 +269,7 @@ def track(video: Tensor) -> list[Track]:
 
 def tracks_of(detections: Detections) -> list[Track]:
     """Join detections to tracks, one per colour that shows, largest first."""
-    share = (detections.area >= _MIN_AREA).float().mean(dim=0)
+    share = (detections.area >= MIN_AREA).float().mean(dim=0)
     walled = float(detections.wall.median()) > _WALL_SHARE
     least = _MIN_SHARE_PAST_A_WALL if walled else _MIN_SHARE
     present = [index for index, seen in enumerate(share.tolist()) if seen >= least]
@@ -273,7 +279,7 @@ def tracks_of(detections: Detections) -> list[Track]:
 
 def _track_colour(detections: Detections, index: int) -> Track:
     area = detections.area[:, index]
-    shown = area >= _MIN_AREA
+    shown = area >= MIN_AREA
     whole = shown & (area >= _WHOLE * area[shown].quantile(0.9))
     fits = detections.fit[whole, index].median(dim=0).values
     velocity, pace = _velocity(detections.centre[whole, index], whole.nonzero().flatten())
