@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,12 @@ from torch.nn import functional as F
 
 from rf_core.decoders.vae_files import load_vae
 from training.world.budget import Budget
+from training.world.memory import measure
 from training.world.scenes import (
     BACKGROUND,
+    COLOURS,
     IMAGES_PER_FRAME,
+    LIT,
     PALETTE,
     PLAIN,
     SHAPE_SIZE,
@@ -25,15 +30,20 @@ from training.world.scenes import (
     SPEED_RANGES,
     WORLDS,
     Attributes,
+    Backdrop,
     Scene,
     Thing,
+    Wall,
     all_captions,
     caption,
+    names_wall,
     parse_caption,
     render,
+    sample_backdrop,
     sample_scene,
+    scene_of_caption,
 )
-from training.world.tracker import NO_DIRECTION, drift, score, switch_delay, track
+from training.world.tracker import MIN_AREA, NO_DIRECTION, detect, drift, score, switch_delay, track
 from training.world.train_vae import (
     ClipKind,
     VAETrainConfig,
@@ -225,6 +235,165 @@ def test_drift_is_small_in_true_videos_and_grows_with_what_goes_wrong() -> None:
     assert late.palette_error > 0.1
     assert late.background_error > 0.01
     assert late.softness > 2 * early.softness
+
+
+# The rich world
+
+
+RICH = WORLDS["rich"]
+
+
+def test_captions_of_the_plain_world_are_captions_of_the_rich_one() -> None:
+    for text in all_captions():
+        scene = scene_of_caption(text, np.random.default_rng(0), RICH)
+        assert caption(scene) == text and parse_caption(text) == [scene.things[0].named]
+
+
+def test_every_phrasing_of_a_rich_scene_parses_back_to_what_it_names() -> None:
+    rng, scenes = np.random.default_rng(3), scenes_of(200, 3, "rich")
+    texts = [caption(scene, rng) for scene in scenes]
+    for text, scene in zip(texts, scenes, strict=True):
+        assert parse_caption(text) == [thing.named for thing in scene.things]
+        assert names_wall(text) == (scene.wall is not None)
+    words = " ".join(texts)
+    assert all(each in words for each in ("a shape ", "a red shape", "a circle", "bounces", "wall"))
+
+
+def test_a_backdrop_is_darker_than_every_thing_and_differs_between_scenes() -> None:
+    scenes = scenes_of(200, 1, "rich")
+    backdrops = torch.stack([scene.backdrop.draw() for scene in scenes])
+    assert backdrops.min() >= 0 and backdrops.max() < LIT
+    things = [max(PALETTE[t.colour]) * t.shade for scene in scenes for t in scene.things]
+    assert min(things) > LIT
+    assert len({scene.backdrop for scene in scenes}) > 100
+    assert any(scene.backdrop == Backdrop() for scene in scenes)  # the plain world's is among them
+
+
+def test_speeds_that_a_caption_leaves_open_are_slow_or_quick() -> None:
+    things = [thing for scene in scenes_of(200, 2, "rich") for thing in scene.things]
+    free = [thing.speed for thing in things if thing.speed_name is None]
+    slow, quick = SPEED_RANGES["slowly"], SPEED_RANGES["quickly"]
+    low, high = (sum(a <= speed <= b for speed in free) for a, b in (slow, quick))
+    assert low + high == len(free) and min(low, high) > len(free) / 3
+
+
+@pytest.mark.parametrize("spoil", [lambda videos: videos, blurred_and_noisy])
+def test_the_tracker_reads_every_attribute_of_rich_videos(spoil) -> None:  # type: ignore[no-untyped-def]
+    scenes = scenes_of(40, 5, "rich")
+    videos = spoil(render(scenes, 57))
+    assert not mistakes(videos, scenes)
+    for video, scene in zip(videos, scenes, strict=True):
+        seen = {each.colour: each for each in track(video)}
+        for thing in scene.things:
+            assert seen[thing.colour].shade == pytest.approx(thing.shade, abs=0.08)
+            assert seen[thing.colour].size == pytest.approx(thing.size, rel=0.1)
+
+
+def test_a_thing_that_bounces_stays_in_the_picture_and_turns_around() -> None:
+    thing = replace(RED, bounces=True, speed=1.0)
+    time = torch.arange(60)
+    x, y = thing.centres(time).T
+    assert x.min() >= 8 and x.max() <= SIZE - 8 and y.eq(30).all()
+    assert {float(step) for step in x.diff().sign()} == {1.0, -1.0}
+    video = render([Scene((thing,))], 60)[0]
+    assert score(video, "a red circle bounces right quickly")["direction"] == 1.0
+    assert score(video, "a red circle bounces right quickly")["speed"] == 1.0
+    assert score(video, "a red circle bounces up")["direction"] == 0.0
+    assert score(video, "a red circle moves right")["direction"] == 0.0
+
+
+def test_a_thing_rests_behind_a_wall_for_as_long_as_it_says() -> None:
+    wall = Wall(axis=0, start=30, width=20, rest=10)
+    time = torch.arange(300)
+    x = RED.centres(time, wall)[:, 0]
+    still = x.diff().abs() < 1e-9
+    runs = "".join("x" if each else " " for each in still).split()
+    assert {len(run) for run in runs} <= {9, 10}  # steps between the images that show it still
+    assert (x[1:][still] - 40).abs().max() < 1e-9  # its middle
+    moving = RED.centres(time)[:, 0]
+    assert torch.equal(x[:10], moving[:10])  # not there yet
+
+
+def test_a_wall_hides_what_passes_and_a_later_part_is_the_tail_of_the_whole() -> None:
+    scene = Scene((RED,), wall=Wall(axis=0, start=28, width=24, rest=12))
+    video = render([scene], 80)
+    assert torch.equal(video[:, 33:], render([scene], 47, start_image=33))
+    shown = detect(video[0]).area[:, COLOURS.index("red")] > MIN_AREA
+    assert shown[0] and not shown.all() and shown[-1]
+
+
+def test_a_thing_that_turns_another_colour_is_seen_to() -> None:
+    video = render([Scene((replace(RED, turns=(20, "blue")),))], 60)[0]
+    assert [each.colour for each in track(video[:20])] == ["red"]
+    assert [each.colour for each in track(video[20:])] == ["blue"]
+    assert switch_delay(video, 15, "a blue circle moves right") == pytest.approx(5, abs=2)
+
+
+# What a video keeps
+
+
+def walled(count: int, seed: int) -> list[Scene]:
+    return scenes_of(count, seed, "rich", two_things_share=0.0, wall_share=1.0)
+
+
+def test_what_comes_out_from_behind_a_wall_is_known_again() -> None:
+    scenes, found = walled(12, 6), []
+    for video, scene in zip(render(scenes, 240), scenes, strict=True):
+        seen = measure(video, 57).occlusions
+        thing, wall = scene.things[0], scene.wall
+        assert seen and wall is not None
+        hidden = (wall.width - thing.size) / (thing.speed * SHAPE_SIZE) + wall.rest / 4
+        assert all(hidden - 0.5 < each.latent_frames < hidden + 1.5 for each in seen)
+        found += seen
+    assert len(found) > 50
+    assert sum(each.is_same for each in found) >= 0.97 * len(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"colour": "green"}, "same_colour"),
+        ({"shape": "square"}, "same_shape"),
+        ({"shade": 0.7}, None),
+        ({"size": 20.0}, None),
+    ],
+)
+def test_what_changes_behind_a_wall_is_noticed(change: dict[str, Any], name: str | None) -> None:
+    wall = Wall(axis=0, start=30, width=26, rest=4)
+    before, after = Scene((RED,), wall=wall), Scene((replace(RED, **change),), wall=wall)
+    shown = detect(render([before], 60)[0]).area.amax(dim=1) > MIN_AREA
+    hidden = int((~shown).nonzero()[5])
+    video = torch.cat([render([before], hidden)[0], render([after], 50, start_image=hidden)[0]])
+    occlusion = measure(video, 30).occlusions[0]
+    assert not occlusion.is_same
+    if name is not None:
+        assert not getattr(occlusion, name)
+
+
+def test_windows_tell_the_backdrop_and_how_it_drifts() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        backdrop = sample_backdrop(rng, RICH)
+        video = render([Scene((RED,), backdrop)], 24)[0]
+        for look in measure(video, 12).windows:
+            expected = torch.tensor(backdrop.colour)
+            assert (torch.tensor(look.backdrop) - expected).abs().max() < 0.02
+            assert look.slope[backdrop.axis] == pytest.approx(backdrop.slope, abs=0.15)
+    warmer = (video[12:] + torch.tensor([0.05, 0.0, 0.0])[:, None, None]).clamp(0, 1)
+    early, late = measure(torch.cat([video[:12], warmer]), 12).windows
+    assert late.backdrop[0] - early.backdrop[0] == pytest.approx(0.05, abs=0.01)
+
+
+def test_a_video_without_anything_is_measured_too() -> None:
+    empty = measure(torch.zeros(24, 3, SIZE, SIZE), 12)
+    assert [look.tracks for look in empty.windows] == [(), ()] and empty.occlusions == ()
+    full = measure(torch.ones(24, 3, SIZE, SIZE), 12)
+    assert full.windows[0].wall == 1 and math.isnan(full.windows[0].hue)
+
+
+def test_windows_longer_than_the_video_are_refused() -> None:
+    with pytest.raises(ValueError, match="windows of 30 images do not fit a video of 24"):
+        measure(torch.zeros(24, 3, SIZE, SIZE), 30)
 
 
 # The VAE's training

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.world.scenes import COLOURS, SIZE, Thing, render
+from training.world.scenes import COLOURS, SIZE, Scene, Thing, render
 from training.world.tracker import detect
 
 from .browser import chromium, open_browsers

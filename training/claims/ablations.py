@@ -35,7 +35,7 @@ from ..stages.recipes import DistilConfig, miniature
 from ..world.clips import decode_latents, num_images, scene_of
 from ..world.evaluate import ATTRIBUTES, EulerConfig, EvaluateConfig, Streams, sample
 from ..world.metric import caption_measures
-from ..world.scenes import all_captions, caption, parse_caption, place_all, render
+from ..world.scenes import all_captions, caption, parse_caption, render, scene_of_caption
 from ..world.stages import Files, open_encoder, open_network, open_vae
 from ..world.tracker import drift
 
@@ -251,7 +251,7 @@ class Measurer:
         rng = np.random.default_rng(self.config.seed)
         every = [text for texts in self.prompts.values() for text in texts]
         images = num_images(3 * self.config.chunks)
-        return [render([place_all(parse_caption(text), rng)], images)[0] for text in every]
+        return [render([scene_of_caption(text, rng)], images)[0] for text in every]
 
     def _teacher(self) -> list[Tensor]:
         every = [text for texts in self.prompts.values() for text in texts]

@@ -25,7 +25,7 @@ from rf_core.stream import Stream
 from rf_core.text import TextEncoder
 
 from .clips import captions, decode_latents, encode_scenes, num_images, scene_of
-from .scenes import SIZE, SPEED_RANGES, all_captions, parse_caption, place_all, render
+from .scenes import SIZE, SPEED_RANGES, all_captions, parse_caption, render, scene_of_caption
 from .tracker import Drift, drift, score, switch_delay
 
 ATTRIBUTES = ("colour", "shape", "direction", "speed")
@@ -199,7 +199,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def true_accuracy(vae: WanVAE, prompts: Sequence[str], config: EvaluateConfig) -> Report:
     """The tracker on true videos of the prompts, and on those videos through the VAE."""
     rng = np.random.default_rng([config.seed, 1])
-    scenes = [place_all(parse_caption(prompt), rng) for prompt in prompts]
+    scenes = [scene_of_caption(prompt, rng) for prompt in prompts]
     images = num_images(config.frames)
     true = [render([scene], images)[0] for scene in scenes]
     latents = encode_scenes(vae, scenes, config.frames)

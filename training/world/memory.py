@@ -10,8 +10,8 @@ from __future__ import annotations
 import colorsys
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from .scenes import IMAGES_PER_FRAME, SIZE
@@ -162,7 +162,7 @@ def occlusions(seen: Detections) -> list[Occlusion]:
 def _gaps(shown: Tensor) -> list[tuple[int, int]]:
     """First and last-plus-one images of each stretch that shows nothing, between ones that do."""
     images = shown.nonzero().flatten().tolist()
-    return [(a + 1, b) for a, b in zip(images, images[1:], strict=False) if b > a + 1]
+    return [(a + 1, b) for a, b in pairwise(images) if b > a + 1]
 
 
 def _views(seen: Detections, image: int, step: int) -> Track | None:

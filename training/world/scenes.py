@@ -55,7 +55,9 @@ SPEED_RANGES: dict[Speed | None, tuple[float, float]] = {
 FREE_SPEED_SHARE = 0.4
 LANE = 20  # pixels between the lanes of two shapes that move along the same axis
 WALL_COLOUR = (0.62, 0.60, 0.56)
-LIT = 0.4  # brightness (the largest of red, green, blue) above every backdrop, below things and wall
+LIT = (
+    0.4  # brightness (the largest of red, green, blue) above every backdrop, below things and wall
+)
 
 _TRIANGLE_HALF_BASE = 9 / 16  # of the height
 _MARGIN = 4  # pixels around a shape that hold its soft edge
@@ -219,7 +221,9 @@ class Thing(Attributes):
 
     def centres(self, time: Tensor, wall: Wall | None = None) -> Tensor:
         """Where it is at times [T] in images: [T, 2] float64, (x, y) on the torus."""
-        start, velocity = (torch.tensor(p, dtype=torch.float64) for p in (self.position, self.velocity))
+        start, velocity = (
+            torch.tensor(p, dtype=torch.float64) for p in (self.position, self.velocity)
+        )
         moved = time.double()
         if wall is not None and wall.axis == self.axis:
             moved = _moving_time(moved, self, wall)
@@ -242,7 +246,9 @@ class Thing(Attributes):
 def _moving_time(time: Tensor, thing: Thing, wall: Wall) -> Tensor:
     """The part of the time in which a thing moves, that rests behind a wall in every round."""
     speed = abs(thing.velocity[wall.axis])
-    way = (wall.start + wall.width / 2 - thing.position[wall.axis]) * math.copysign(1, thing.velocity[wall.axis])
+    way = (wall.start + wall.width / 2 - thing.position[wall.axis]) * math.copysign(
+        1, thing.velocity[wall.axis]
+    )
     first, around = (way % SIZE) / speed, SIZE / speed
     since = time - first
     rounds = torch.div(since, around + wall.rest, rounding_mode="floor")

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from einops import reduce
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -242,7 +241,7 @@ def _circular_mean(weight: Tensor) -> Tensor:
 
 
 def _outline_fit(covers: Tensor, centre: Tensor, area: Tensor) -> Tensor:
-    """Correlation of [N, H, W] covers with each shape of that area [N] at centres [N, 2]: [N, S]."""
+    """Correlation of covers [N, H, W] with each shape, of area [N] at centre [N, 2]: [N, S]."""
     pixels = (centre.floor() - _CROP // 2)[..., None] + torch.arange(_CROP)  # [N, 2, crop]
     columns, rows = (pixels.long() % SIZE).unbind(dim=1)
     seen = covers[torch.arange(len(covers))[:, None, None], rows[:, :, None], columns[:, None]]
