@@ -94,7 +94,9 @@ def run_evaluate(args: argparse.Namespace, files: Files) -> None:
     """Measure what is there, or the demo where nothing has been trained, and print it."""
     measured = files if files.vae.exists() else replace(files, folder=args.demo)
     print(f"measuring the networks in {measured.folder}")
-    report = stages.make_report(measured, EvaluateConfig(), _euler(args), files.report)
+    report = stages.make_report(
+        measured, EvaluateConfig(world=args.world), _euler(args), files.report
+    )
     print(format_report(report))
     print(f"\nwritten to {files.report}")
 
