@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from rf_core.decoders.vae_files import load_vae
 from training.world.budget import Budget
 from training.world.memory import measure
+from training.world.metric import caption_measures
 from training.world.scenes import (
     BACKGROUND,
     COLOURS,
@@ -327,6 +328,21 @@ def test_a_thing_that_turns_another_colour_is_seen_to() -> None:
     assert [each.colour for each in track(video[:20])] == ["red"]
     assert [each.colour for each in track(video[20:])] == ["blue"]
     assert switch_delay(video, 15, "a blue circle moves right") == pytest.approx(5, abs=2)
+
+
+def test_speed_along_a_caption_that_leaves_things_open() -> None:
+    video = render([Scene((RED,))], 40)[0]
+    for text in ("a shape moves right", "a circle moves right", "a red shape moves right"):
+        found = caption_measures(video, text)
+        assert found["speed_along"] == pytest.approx(RED.speed, abs=0.02)
+        assert [found[name] for name in ("colour", "shape", "direction")] == [1.0] * 3
+    assert caption_measures(video, "a blue shape moves right")["speed_along"] == 0.0
+    assert caption_measures(video, "a square moves left")["shape"] == 0.0
+    both = caption_measures(video, "a red shape moves right and a shape moves left")
+    assert both["speed_along"] == pytest.approx(RED.speed / 2, abs=0.02)
+    bouncing = render([Scene((replace(RED, bounces=True),))], 60)[0]
+    found = caption_measures(bouncing, "a red circle bounces left")
+    assert found["speed_along"] == pytest.approx(RED.speed, abs=0.02)
 
 
 # What a video keeps

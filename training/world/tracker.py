@@ -344,7 +344,7 @@ def score(video: Tensor, caption: str) -> dict[str, float]:
 
 def score_tracks(tracks: Sequence[Track], targets: Sequence[Attributes]) -> dict[str, float]:
     """`score` for tracks and a parsed caption. A wrong colour does not make the rest wrong."""
-    pairs = _pair(tracks, targets)
+    pairs = pair(tracks, targets)
     complete = len(pairs) == len(targets)
     speeds = [_speed_of(seen, target) for seen, target in pairs]
     named = {target.colour for target in targets} - {None}
@@ -359,7 +359,7 @@ def score_tracks(tracks: Sequence[Track], targets: Sequence[Attributes]) -> dict
     return {name: float(value) for name, value in correct.items()} | {"measured_speed": measured}
 
 
-def _pair(tracks: Sequence[Track], targets: Sequence[Attributes]) -> list[tuple[Track, Attributes]]:
+def pair(tracks: Sequence[Track], targets: Sequence[Attributes]) -> list[tuple[Track, Attributes]]:
     """Match tracks to targets: by colour, then the remaining ones in order."""
     by_colour = {seen.colour: seen for seen in tracks}
     pairs = [(by_colour[target.colour], target) for target in targets if target.colour in by_colour]
