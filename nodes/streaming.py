@@ -438,10 +438,10 @@ def _check_control(
         raise ValueError("a control needs a VAE: connect one to the vae input")
     if sampler.rolling:
         raise ValueError(f"control is connected, and {NO_CONTROL}")
-    if (number := control.num_references) > cache.sink_frames:
+    if (number := control.num_references) > cache.opening_frames:
         raise ValueError(
             f"reference has {number} pictures, and they lie in the sink, which has "
-            f"{cache.sink_frames} frames; connect fewer, or raise sink_frames of EMA-Sink Config"
+            f"{cache.opening_frames} frames; connect fewer, or raise sink_frames of EMA-Sink Config"
         )
 
 
