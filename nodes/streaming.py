@@ -30,7 +30,7 @@ from .join import previous_video, with_video
 from .names import ROOM, place
 from .run import Request, RunResult, clock_of, images_of, latents_of
 from .source import Clip
-from .types import SINK_VALUES, RFControl, RFSink, RFState, State, Timeline
+from .types import PRESET_VALUES, SINK_VALUES, RFControl, RFSink, RFState, State, Timeline
 
 STATES = ["compact", "exact", "none"]
 UNIT = SPATIAL_FACTOR * ModelConfig.patch_size[1]
@@ -459,7 +459,11 @@ def _cache(sink: CacheConfig | None, state: State | None, settings: host.Setting
         return cache_config_of(state.snapshot)
     if sink is None:
         return settings.cache
-    return replace(settings.cache, **{name: getattr(sink, name) for name in SINK_VALUES})
+    usual, values = CacheConfig(), {name: getattr(sink, name) for name in SINK_VALUES}
+    for name in PRESET_VALUES:
+        if (value := getattr(sink, name)) != getattr(usual, name):
+            values[name] = value
+    return replace(settings.cache, **values)
 
 
 def _latents(start: Any, format: Any, cache: CacheConfig) -> Any:

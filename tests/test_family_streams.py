@@ -360,6 +360,16 @@ def test_of_a_static_sink_any_part_may_be_called_its_anchor(
     assert all(map(torch.equal, made[:3], made[3:]))
 
 
+def test_a_stream_with_an_anchor_that_rolls_goes_on_from_a_file(tmp_path: Path) -> None:
+    parts = {"anchor_frames": 1, "sink_frames": 2, "decay": 0.5}
+    stream, plain = stream_of("rolling_forcing", parts), stream_of("rolling_forcing")
+    made = [latents_of(each, chunks_to_fill(each.cache_config)) for each in (stream, plain)]
+    assert not torch.equal(*made)
+    twin = through_a_file(stream, tmp_path)
+    stopped_everywhere(twin)
+    assert torch.equal(latents_of(twin, 2), latents_of(stream, 2))
+
+
 @pytest.mark.parametrize("storage", ["exact", "int8"])
 def test_an_anchor_survives_stopped_chunks_and_forks(storage: str) -> None:
     options = {"anchor_frames": 1, "decay": 0.5, "storage": storage}
@@ -624,14 +634,22 @@ def test_keys_rotated_in_every_pass_give_the_same_bits(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_rotated", [True, False])
-@pytest.mark.parametrize("name", ONE_OF_EACH_CACHE)
-def test_recorded_passes_serve_one_stream_after_another(name: str, keep_rotated: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        *((name, {}) for name in ONE_OF_EACH_CACHE),
+        ("longlive", {"sink_frames": 2, "anchor_frames": 1, "decay": 0.5}),
+    ],
+)
+def test_recorded_passes_serve_one_stream_after_another(
+    name: str, cache: dict[str, Any], keep_rotated: bool
+) -> None:
     channels = model_of(4 if name in KEPT else 16).config.in_dim
     network = tiny.model(replace(tiny.CONFIG, in_dim=channels, out_dim=channels))
     graphed = GraphedModel(network, recorder := TraceRecorder())
 
     def run(model: Any, seed: int) -> Tensor:
-        stream = stream_of(name, model=model, seed=seed, keep_rotated=keep_rotated)
+        stream = stream_of(name, cache, model=model, seed=seed, keep_rotated=keep_rotated)
         made = [latents_of(stream, chunks_to_fill(stream.cache_config) + 2 * seed)]
         stream.switch(tiny.prompt(5), "recache")
         return torch.cat([*made, latents_of(stream, 2)], dim=2)
@@ -670,7 +688,10 @@ def test_a_strength_changes_between_two_chunks_and_the_last_one_keeps_its_weight
 
 # Several processes.
 
-SHARED: dict[str, dict[str, Any]] = {name: {} for name in KEPT} | {"krea": {"rebuild": "first"}}
+SHARED: dict[str, dict[str, Any]] = {name: {} for name in KEPT} | {
+    "krea": {"rebuild": "first"},
+    "reward_forcing": {"sink_frames": 2, "anchor_frames": 1},  # its own: in `test_parallel`
+}
 SIX_HEADS = replace(tiny.CONFIG, num_heads=6)
 
 
