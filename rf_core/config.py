@@ -176,7 +176,7 @@ class CacheConfig:
         if self.first_chunk_frames is not None:
             check_counts(self, first_chunk_frames=(1, self.chunk_frames))
         if self.window_frames < self.head_frames + self.chunk_frames:
-            counts = {"of an anchor": self.anchor_frames, "of memory": len(self.memory_rates)}
+            counts = {"of anchor_frames": self.anchor_frames, "of memory": len(self.memory_rates)}
             others = "".join(f", {count} {what}" for what, count in counts.items() if count)
             raise ValueError(
                 f"window_frames {self.window_frames} cannot hold {self.sink_frames} sink frames"

@@ -473,7 +473,7 @@ WRONG = [
     ([], "--prompt TEXT or --timeline FILE"),
     (["--prompt", "x", "--width", "50"], "nearest is 48x32"),
     (["--prompt", "x", "--sink", "7"], "cannot hold 7 sink frames"),
-    (["--prompt", "x", "--anchor", "4"], "3 sink frames, 4 of an anchor and a chunk of 3"),
+    (["--prompt", "x", "--anchor", "4"], "3 sink frames, 4 of anchor_frames and a chunk of 3"),
     (["--prompt", "x", "--decay", "2"], "between 0 and 1"),
     (["--prompt", "x", "--steps", "500,750"], "must fall"),
     (["--prompt", "x", "--width", "0"], "width is 0; give a number from 1 to 16384"),

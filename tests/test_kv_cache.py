@@ -245,7 +245,7 @@ def test_a_clone_is_independent_and_equal():
         ({"window_frames": 5}, "cannot hold 3 sink frames"),
         ({"sink_frames": -1}, "give a number from 0 to 1024"),
         ({"anchor_frames": -1}, "anchor_frames is -1; give a number from 0 to 1024"),
-        ({"anchor_frames": 4}, "cannot hold 3 sink frames, 4 of an anchor and a chunk of 3"),
+        ({"anchor_frames": 4}, "cannot hold 3 sink frames, 4 of anchor_frames and a chunk of 3"),
         ({"chunk_frames": 0}, "give a number from 1 to 1024"),
         ({"decay": 1.5}, "between 0 and 1"),
         ({"decay": float("nan")}, "between 0 and 1"),

@@ -193,7 +193,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("RFSinkConfig", "window_frames", 5, "cannot hold"),
     ("RFSinkConfig", "decay", 2, "from 0.0 to 1.0"),
     ("RFSinkConfig", "accumulator", "float64", "one of 'reference', 'float32'"),
-    ("RFSinkConfig", "anchor_frames", 4, "3 sink frames, 4 of an anchor and a chunk of 3"),
+    ("RFSinkConfig", "anchor_frames", 4, "3 sink frames, 4 of anchor_frames and a chunk of 3"),
     ("RFPromptSwitch", "at", -1, "from 0.0"),
     ("RFPromptSwitch", "unit", "hours", "one of"),
     ("RFPromptSwitch", "mode", "blend 3", "one of"),
