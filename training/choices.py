@@ -85,6 +85,11 @@ class RewardConfig:
         """The class; ValueError where there is none."""
         return REWARDS.get(self.kind) or _plugin(self.kind)
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether the score has a gradient by the video; its kind is not `none`."""
+        return self.score in _differentiable(self.reward)
+
 
 def _plugin(kind: str) -> type[Reward]:
     module, colon, name = kind.partition(":")
@@ -104,6 +109,16 @@ def _plugin(kind: str) -> type[Reward]:
             "it gives"
         )
     return found  # type: ignore[no-any-return]
+
+
+def differentiable_rewards() -> list[str]:
+    """Kind and score of the rewards by name that have a gradient, for a message."""
+    known = REWARDS.items()
+    return [f"{kind} ({score})" for kind, each in known for score in _differentiable(each)]
+
+
+def _differentiable(reward: type[Reward]) -> tuple[str, ...]:
+    return getattr(reward, "differentiable", ())
 
 
 def check_reward(config: RewardConfig) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ..measures.metrics import FlowEstimator, lucas_kanade, motion
+from ..measures.metrics import FlowEstimator, lucas_kanade, motion_scores
 
 
 class FlowMotionReward:
@@ -15,14 +17,19 @@ class FlowMotionReward:
 
     They grow with speed alone, camera shake and flashing included, and with the picture's size:
     normalise them by the batch (`baseline`, `unit` of `training.objective.weights.WeightConfig`).
+    Their gradient finds whatever looks like motion: keep an eye on `flicker`.
     """
 
     scores = ("motion", "mean_motion")
+    differentiable = scores
 
     def __init__(self, estimate: FlowEstimator = lucas_kanade) -> None:
         self.estimate = estimate
 
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Scores [B], float32 on the CPU, of videos [B, T, 3, H, W] in [0, 1]; see `Reward`."""
-        found = [motion(video, self.estimate) for video, _ in zip(videos, prompts, strict=True)]
-        return {name: torch.tensor([each[name] for each in found]) for name in self.scores}
+        estimate = self.estimate
+        if torch.is_grad_enabled() and videos.requires_grad:  # a few images' flow at a time
+            estimate = partial(checkpoint, estimate, use_reentrant=False)
+        found = [motion_scores(video, estimate) for video, _ in zip(videos, prompts, strict=True)]
+        return {name: torch.stack([each[name] for each in found]).float() for name in self.scores}
