@@ -249,7 +249,7 @@ SMALL = (
     *("run.latents=[16, 6, 8, 8]", "data.limit=3", "output.validate_every=0"),
     *("output.tensorboard=false", "output.checkpoint_every=1"),
 )
-FLOW = ("reward.kind=flow", "run.redmd.weigh=none", "run.redmd.gradient_beta=0.1")
+SOFT = ("reward.kind=soft_speed", "run.redmd.weigh=none", "run.redmd.gradient_beta=0.1")
 
 
 def test_a_reward_without_a_gradient_is_refused_by_name_before_anything_is_read(
@@ -262,15 +262,19 @@ def test_a_reward_without_a_gradient_is_refused_by_name_before_anything_is_read(
             r"gradient_beta is 0\.1, the worth of a reward that is not there; give reward\.kind",
         ),
         (
-            (*FLOW, 'more_rewards=[{"kind": "tracker"}]'),
+            (*SOFT, 'more_rewards=[{"kind": "tracker"}]'),
             r"the motion of reward\.kind tracker has no gradient.* share 0",
+        ),
+        (
+            (*SOFT, "reward.kind=flow"),
+            r"of reward\.kind flow has no.*soft_speed \(motion\), soft_flow \(motion\)",
         ),
         (("run.redmd.weigh=none",), r"weigh none and run\.redmd\.gradient_beta 0.*do nothing"),
         (("run.redmd.gradient_beta=-1",), r"gradient_beta is -1"),
     ):
         with pytest.raises(ValueError, match=said):
             apply_overrides(miniature(), settings)
-    judged = apply_overrides(miniature(), [*FLOW, 'more_rewards=[{"kind":"tracker","share":0}]'])
+    judged = apply_overrides(miniature(), [*SOFT, 'more_rewards=[{"kind":"tracker","share":0}]'])
     assert [each.is_differentiable for each in judged.rewards] == [True, False]
     (tmp_path / "mine.py").write_text(
         "class Reward:\n    scores = ('a', 'b')\n    differentiable = ('b',)\n"
@@ -289,14 +293,14 @@ def test_a_config_of_before_is_the_one_without_it():
 
 @pytest.mark.slow
 def test_the_miniature_is_distilled_with_it_tried_counted_and_resumed(tmp_path, capsys):
-    config = apply_overrides(miniature(), [*SMALL, *FLOW])
+    config = apply_overrides(miniature(), [*SMALL, *SOFT])
     whole = list(distil(config, tmp_path / "whole", CPU))
-    assert all(each.tilt["norm"] > 0 and each.scores["flow.motion"] > 0 for each in whole)
+    assert all(each.tilt["norm"] > 0 and each.scores["soft_speed.motion"] > 0 for each in whole)
     begun = distil(config, tmp_path / "cut", CPU)
     next(begun)
     begun.close()
     assert list(distil(config, tmp_path / "cut", CPU, resume=True)) == whole[1:]
-    words = [word for each in (*SMALL, *FLOW) for word in ("--set", each)]
+    words = [word for each in (*SMALL, *SOFT) for word in ("--set", each)]
     assert main(["re_dmd", "--out", str(tmp_path / "dry"), *words, "--dry-run"]) == 0
     assert main(["estimate", *words, "--device", "cpu"]) == 0
     assert "decoding for the reward's gradient" in capsys.readouterr().out
