@@ -120,6 +120,7 @@ def test_an_anchor_and_a_start_image_are_seen_by_the_reward_and_not_moved(networ
     assert all(g.isfinite().all() for g in gradients(networks.student))
 
 
+@pytest.mark.slow
 def test_without_it_a_run_is_the_same_to_the_bit_and_with_it_the_log_says_how_hard_it_pulls():
     weighed = replace(RUN.redmd, weigh="none")
     runs = [
@@ -142,6 +143,7 @@ TILTED = replace(
 )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
     whole, first, second = (trainer(TILTED, Energy()) for _ in range(3))
     expected = [whole.step() for _ in range(2)]
@@ -185,6 +187,7 @@ def decoder():
     return load_decoder(DEMO / "vae.safetensors", CPU, torch.float32, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [0, 1, 3])
 def test_the_decoder_is_differentiated_where_latents_are_free(decoder, fixed):
     """Against central differences in float64, recomputed and not, along a random direction."""
