@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +29,29 @@ FIT = """
   app.graph.setDirtyCanvas(true, true);
 }
 """
+
+FRAMES = """
+() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))
+"""
+"""Until the page has drawn what it holds."""
+
+STARTED = """
+() => {
+  const {workflow, spinner} = window.comfyAPI?.app?.app?.extensionManager ?? {};
+  const known = Object.keys(window.LiteGraph?.registered_node_types ?? {}).length;
+  return known > 100 && workflow?.activeWorkflow?.isLoaded && spinner === false;
+}
+"""
+"""Whether the frontend has opened its own graph and has no more to do before its user's turn."""
+
+BARE = """
+() => {
+  const canvas = document.querySelector("#graph-canvas");
+  const {x, y, width, height} = canvas.getBoundingClientRect();
+  return canvas.parentElement.contains(document.elementFromPoint(x + width / 2, y + height / 2));
+}
+"""
+"""Whether a click into the middle of the graph reaches it: no splash, mask or dialog lies there."""
 
 OPEN = """
 async (workflow) => {
@@ -83,7 +107,8 @@ def use_renderer(page: Any, vue_nodes: bool) -> None:
         ".set('Comfy.VueNodes.Enabled', on)",
         vue_nodes,
     )
-    page.wait_for_timeout(1000)
+    page.wait_for_function("(on) => window.LiteGraph.vueNodesMode === on", arg=vue_nodes)
+    page.evaluate(FRAMES)
 
 
 def chromium() -> str | None:
@@ -92,11 +117,12 @@ def chromium() -> str | None:
 
 
 def drawn(page: Any) -> Any:
-    """What `DRAWN` says, once it says the same for a second."""
+    """What `DRAWN` says, once it says the same for a second in which the page draws."""
     page.evaluate(FIT)
     seen, quiet = None, 0
     while quiet < 4:
         page.wait_for_timeout(250)
+        page.evaluate(FRAMES)
         now = page.evaluate(DRAWN)
         boxes = [[round(side) for side in each["box"]] for each in now["nodes"].values()]
         quiet = quiet + 1 if boxes == seen else 0
@@ -105,14 +131,17 @@ def drawn(page: Any) -> Any:
 
 
 def wait_for_graph(page: Any) -> None:
-    """Until the frontend has opened its own graph, which would replace ours."""
-    page.wait_for_function("window.comfyAPI?.app?.app?.graph !== undefined")
-    page.wait_for_function(
-        "Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100",
-    )
-    page.wait_for_function(
-        "window.comfyAPI.app.app.extensionManager?.workflow?.activeWorkflow?.isLoaded",
-    )
+    """Until the frontend has started, and nothing lies over its graph, which would replace ours.
+
+    What greets a new user, once for each server, comes before the start is over and is sent away.
+    """
+    page.wait_for_function(STARTED)
+    greeting, end = page.get_by_role("dialog"), time.monotonic() + PATIENCE
+    while greeting.count():
+        assert time.monotonic() < end, "what greets a new user does not go"
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(250)
+    page.wait_for_function(BARE)
 
 
 @contextmanager
@@ -144,8 +173,6 @@ def open_frontend(browser: Any, address: str) -> tuple[Any, list[str]]:
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
     wait_for_graph(page)
-    page.wait_for_timeout(1000)
-    page.keyboard.press("Escape")  # the template browser greets a new user
     return page, errors
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,9 @@ import aiohttp
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 180
 RUN_SECONDS = 300
+DROPPED = "Exception ignored in: <function WeakSet"
+"""What Python prints where an interrupt falls into the callback of a weak reference, as asyncio has
+for every task, and is lost."""
 PATIENCE = 180  # seconds to wait for what must come: a fault alone takes them, a busy machine some
 
 
@@ -118,6 +122,16 @@ class Server:
         """End it."""
         self.process.terminate()
         self.process.wait(timeout=PATIENCE)
+
+    def interrupt(self) -> None:
+        """End it as Ctrl-C does, pressed again where Python has lost it."""
+        sent, end = 0, time.monotonic() + PATIENCE
+        while self.process.poll() is None:
+            assert time.monotonic() < end, f"it does not end:\n{self.log}"
+            if self.log.count(DROPPED) == sent:
+                self.process.send_signal(signal.SIGINT)
+                sent += 1
+            time.sleep(0.1)
 
     def get(self, path: str) -> Any:
         """A JSON answer."""

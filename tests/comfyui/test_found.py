@@ -84,16 +84,9 @@ def chinese() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def settled(server: Server) -> Server:
-    """A server whose page greets nobody: the template browser would take what is typed."""
-    server.post("/settings/Comfy.TutorialCompleted", True)
-    return server
-
-
-@pytest.fixture(scope="module")
-def found(settled: Server) -> dict[str, list[str]]:
+def found(server: Server) -> dict[str, list[str]]:
     """What the search box lists for each term, typed by hand after a double click."""
-    with open_page(settled.address) as (page, errors):
+    with open_page(server.address) as (page, errors):
         page.evaluate("window.comfyAPI.app.app.graph.clear()")
         page.mouse.dblclick(960, 300)
         box = page.wait_for_selector("input[role=combobox]:focus")
@@ -108,9 +101,9 @@ def found(settled: Server) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def in_library(settled: Server) -> dict[str, list[str]]:
+def in_library(server: Server) -> dict[str, list[str]]:
     """What the node library of the sidebar lists for each term."""
-    with open_page(settled.address) as (page, errors):
+    with open_page(server.address) as (page, errors):
         page.keyboard.press("n")
         box = page.wait_for_selector("input[placeholder='Search...']:visible")
         listed = {}
@@ -124,13 +117,13 @@ def in_library(settled: Server) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def in_chinese(
-    settled: Server, tmp_path_factory: pytest.TempPathFactory
+    server: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, dict[str, Any]]]:
     """What nodes and their Info tabs say with the frontend in Chinese."""
     pictures = Path(os.environ.get("RF_SCREENSHOTS", tmp_path_factory.mktemp("zh")))
-    settled.post("/settings/Comfy.Locale", "zh")
+    server.post("/settings/Comfy.Locale", "zh")
     said = {}
-    with open_page(settled.address) as (page, errors):
+    with open_page(server.address) as (page, errors):
         for name, texts in chinese().items():
             said[name] = page.evaluate(SHOW, name)
             if not said.keys() - {name}:  # the tab stays open from then on
@@ -140,7 +133,7 @@ def in_chinese(
             page.screenshot(path=pictures / f"{name}.png")
         assert errors == []
     yield said
-    settled.post("/settings/Comfy.Locale", "en")
+    server.post("/settings/Comfy.Locale", "en")
 
 
 @needs_browser

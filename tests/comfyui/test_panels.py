@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .browser import FIT, chromium, drawn, open_page
+from .browser import FIT, chromium, drawn, open_page, use_renderer
 from .conftest import PACK
 from .server import Server
 
@@ -87,12 +87,7 @@ PROMPT = "async () => (await window.comfyAPI.app.app.graphToPrompt()).output"
 def page_of(server: Server, vue_nodes: bool) -> Iterator[Any]:
     """A page in one of the two renderers, without errors to its end."""
     with open_page(server.address) as (page, errors):
-        page.evaluate(
-            "(on) => window.comfyAPI.app.app.extensionManager.setting"
-            ".set('Comfy.VueNodes.Enabled', on)",
-            vue_nodes,
-        )
-        page.wait_for_timeout(1000)
+        use_renderer(page, vue_nodes)
         yield page
         assert errors == []
 
@@ -162,11 +157,9 @@ def test_choosing_a_preset_by_hand_changes_what_its_sink_shows(
             page.locator(".lg-node [role=combobox]").first.click()
             page.get_by_role("option", name="Long").click()
         else:
-            for _ in range(5):  # a slow page misses a click now and then
-                page.mouse.click(*page.evaluate(PLACE, "preset"))
-                page.wait_for_timeout(1000)
-                if page.evaluate(SINKS)[0]["preset"][0] == "Long":
-                    break
+            page.mouse.click(*page.evaluate(PLACE, "preset"))
+        page.wait_for_function(f"({SINKS})()[0].preset[0] === 'Long'")
+        if not vue_nodes:
             page.mouse.click(*page.evaluate(PLACE, "window_frames"))  # which is greyed
         page.wait_for_timeout(500)
         assert sinks(page) == [shown(presets["Long"], True)]
