@@ -23,7 +23,7 @@ from training.world.follow import (
     path_of,
     rows,
 )
-from training.world.scenes import COLOURS, SIZE, Thing, colour_caption, render
+from training.world.scenes import COLOURS, SIZE, Scene, Thing, colour_caption, render
 from training.world.stages import Files, open_vae
 from training.world.tracker import detect
 
@@ -87,13 +87,17 @@ def test_without_its_control_the_same_stream_goes_its_own_way():
 
 def test_the_tracker_s_measure_is_right_of_true_clips_and_of_others():
     thing = THINGS[0]
-    true = followed(detect(render([(thing,)], 33)[0]), thing, thing.colour)
+    true = followed(detect(render([Scene((thing,))], 33)[0]), thing, thing.colour)
     assert true["near"] == 1 and true["error"] < 0.3 and true["colour"] == 1
-    later = followed(detect(render([(thing,)], 33, start_image=9)[0]), thing, thing.colour, 9)
+    later = followed(
+        detect(render([Scene((thing,))], 33, start_image=9)[0]), thing, thing.colour, 9
+    )
     assert later["near"] == 1 and later["error"] < 0.3
-    wrong = followed(detect(render([(thing,)], 33)[0]), thing, other(COLOURS, thing.colour))
+    wrong = followed(detect(render([Scene((thing,))], 33)[0]), thing, other(COLOURS, thing.colour))
     assert wrong["near"] == 0 and wrong["colour"] == 0 and wrong["error"] != wrong["error"]
-    elsewhere = followed(detect(render([(thing,)], 33, start_image=20)[0]), thing, thing.colour)
+    elsewhere = followed(
+        detect(render([Scene((thing,))], 33, start_image=20)[0]), thing, thing.colour
+    )
     assert elsewhere["near"] < 0.5 and elsewhere["direction"] == 1
 
 
@@ -114,7 +118,7 @@ def test_a_masked_clip_keeps_one_half_and_shows_outlines_in_the_other():
     control = clip.control(9)
     left = control.mask[0, 0, 0] == 0
     assert left[: SIZE // 2].all() and not left[SIZE // 2 :].any()
-    assert torch.equal(control.images[..., left], render([(clip.kept,)], 9)[0][..., left])
+    assert torch.equal(control.images[..., left], render([Scene((clip.kept,))], 9)[0][..., left])
     assert control.images[..., ~left].amax(dim=1).eq(control.images[..., ~left].amin(dim=1)).all()
-    assert colour_caption([clip.kept, clip.made]).count("shape") == 2
+    assert colour_caption(Scene((clip.kept, clip.made))).count("shape") == 2
     assert clip.kept.colour != clip.made.colour

@@ -37,7 +37,7 @@ from training.stages.evaluation import (
     run,
 )
 from training.world.metric import caption_measures
-from training.world.scenes import all_captions, parse_caption, place_all, render
+from training.world.scenes import all_captions, parse_caption, place_all, render, scene_of_caption
 
 RED, BLUE = "a red circle moves left quickly", "a blue square moves down"
 SHORT = ("--chunks", "2", "--window-images", "8", "--device", "cpu")
@@ -425,8 +425,8 @@ def test_every_prompt_counts_once_however_many_of_its_videos_have_a_value():
 
 
 def test_captions_are_judged_by_the_tracker_and_speed_along_them_has_a_sign():
-    scene = place_all(parse_caption(RED), np.random.default_rng(0))
-    video, speed = render([scene], 21)[0], scene[0].speed
+    scene = scene_of_caption(RED, np.random.default_rng(0))
+    video, speed = render([scene], 21)[0], scene.things[0].speed
     right = caption_measures(video, RED)
     assert [right[name] for name in ("colour", "shape", "direction", "speed")] == [1.0] * 4
     assert right["measured_speed"] == pytest.approx(speed, abs=0.05)

@@ -25,7 +25,7 @@ from training.measures.metrics import (
     motion,
 )
 from training.rewards.flow_motion import FlowMotionReward
-from training.world.scenes import IMAGES_PER_FRAME, SHAPE_SIZE, parse_caption, place_all, render
+from training.world.scenes import IMAGES_PER_FRAME, SHAPE_SIZE, Scene, render, scene_of_caption
 
 
 def waves(num_images: int, height: int, width: int, speed: tuple[float, float]) -> Tensor:
@@ -44,9 +44,9 @@ def waves(num_images: int, height: int, width: int, speed: tuple[float, float]) 
 
 def shapes(caption: str, speed: float, num_images: int = 17) -> Tensor:
     """A video of the miniature world whose things move by `speed` pixels an image."""
-    scene = place_all(parse_caption(caption), np.random.default_rng(0))
+    scene = scene_of_caption(caption, np.random.default_rng(0))
     sizes = speed * IMAGES_PER_FRAME / SHAPE_SIZE
-    return render([tuple(replace(thing, speed=sizes) for thing in scene)], num_images)[0]
+    return render([Scene(tuple(replace(t, speed=sizes) for t in scene.things))], num_images)[0]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (33, 57), (90, 120)])

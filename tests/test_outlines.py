@@ -22,6 +22,7 @@ from training.world.outlines import draw_outlines, sobel
 from training.world.scenes import (
     BACKGROUND,
     SIZE,
+    Scene,
     Thing,
     colour_caption,
     coverage,
@@ -43,7 +44,7 @@ def pixels_of(video: torch.Tensor) -> torch.Tensor:
 
 
 def test_outlines_are_white_lines_on_black_where_shapes_have_their_edges():
-    (video,) = draw_outlines([(thing(),)], 1)
+    (video,) = draw_outlines([Scene((thing(),))], 1)
     assert video.shape == (1, SIZE, SIZE, 3) and video.dtype == torch.float32
     assert (video == video[..., :1]).all() and video.min() >= 0 and video.max() == 1
     line = video[0, ..., 0]
@@ -53,7 +54,9 @@ def test_outlines_are_white_lines_on_black_where_shapes_have_their_edges():
 
 
 def test_outlines_move_with_the_clip_and_wrap_around_with_it():
-    scenes = [(thing(position=(60.0, 2.0), shape=shape),) for shape in ("circle", "triangle")]
+    scenes = [
+        Scene((thing(position=(60.0, 2.0), shape=shape),)) for shape in ("circle", "triangle")
+    ]
     whole, later = draw_outlines(scenes, 13), draw_outlines(scenes, 5, start_image=8)
     assert torch.equal(whole[:, 8:], later)
     shown = (render(scenes, 13) - torch.tensor(BACKGROUND)[:, None, None]).abs().amax(dim=2) > 0.3
@@ -64,7 +67,7 @@ def test_outlines_move_with_the_clip_and_wrap_around_with_it():
 
 def test_a_thing_hides_the_lines_of_what_it_covers():
     behind, before = thing(), thing(colour="blue", shape="circle", position=(24.0, 30.0))
-    (video,) = draw_outlines([(behind, before)], 1)
+    (video,) = draw_outlines([Scene((behind, before))], 1)
     offset = torch.arange(SIZE) + 0.5
     inside = coverage("circle", offset - 24, (offset - 30)[:, None]) == 1
     deep = -torch.nn.functional.max_pool2d(-inside[None].float(), 5, 1, 2)[0] == 1
@@ -83,8 +86,8 @@ def test_an_edge_filter_over_the_clip_finds_about_the_same(number):
 
 
 def test_a_colour_caption_names_colours_alone():
-    assert colour_caption([thing()]) == "a red shape moves"
-    two = [thing(), thing(colour="cyan", shape="circle")]
+    assert colour_caption(Scene((thing(),))) == "a red shape moves"
+    two = Scene((thing(), thing(colour="cyan", shape="circle")))
     assert colour_caption(two) == "a red shape moves and a cyan shape moves"
 
 

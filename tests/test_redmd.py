@@ -24,7 +24,7 @@ from training.objective.rollout import RolloutDraws, Start, random_draws, roll_o
 from training.objective.weights import WeightConfig, sample_weights
 from training.run.draws import draw_score_noise
 from training.world.reward import TrackerReward
-from training.world.scenes import parse_caption, place_all, render
+from training.world.scenes import render, scene_of_caption
 
 CONFIG = ReDMDConfig(cache=tiny.window(9, 3), sampler=SamplerConfig(steps=(1000, 500)), batch=2)
 SHAPE = (2, tiny.CONFIG.in_dim, 15, 4, 6)  # five chunks: two evictions
@@ -245,7 +245,7 @@ def test_weights_are_published_unless_asked_otherwise():
 def test_the_tracker_rewards_measured_speed_and_what_the_caption_says():
     rng = np.random.default_rng(0)
     texts = ["a red circle moves left quickly", "a red circle moves left slowly"]
-    scenes = [place_all(parse_caption(text), rng) for text in texts]
+    scenes = [scene_of_caption(text, rng) for text in texts]
     videos = render(scenes, 57)
     found = TrackerReward()(videos, texts)
     assert found["motion"][0] > 2 * found["motion"][1] > 0

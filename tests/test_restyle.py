@@ -16,7 +16,7 @@ from training.world.restyle import (
     restyle_pairs,
     restyle_report,
 )
-from training.world.scenes import place_all, render
+from training.world.scenes import Scene, place_all, render
 from training.world.stages import Files, open_streams
 
 CONFIG = RestyleConfig()
@@ -37,14 +37,14 @@ def test_a_video_has_the_prompts_look_and_the_sources_motion_where_it_does() -> 
     pair = restyle_pairs(CONFIG)[1]
     look = {"colour": pair.agreeing.colour, "shape": pair.agreeing.shape}
     restyled = measures(
-        render([(replace(pair.source, **look),)], 45)[0], pair.source, pair.agreeing
+        render([Scene((replace(pair.source, **look),))], 45)[0], pair.source, pair.agreeing
     )
     assert [restyled[name] for name in MEASURES] == [1] * 5 and restyled["distance"] < 0.1
-    itself = measures(render([(pair.source,)], 45)[0], pair.source, pair.agreeing)
+    itself = measures(render([Scene((pair.source,))], 45)[0], pair.source, pair.agreeing)
     assert [itself[name] for name in MEASURES] == [0, 0, 1, 1, 1]
     x, y = pair.source.position
     apart = replace(pair.source, position=(x + 8, y + 8), speed=2 * pair.source.speed)
-    elsewhere = measures(render([(apart,)], 45)[0], pair.source, pair.agreeing)
+    elsewhere = measures(render([Scene((apart,))], 45)[0], pair.source, pair.agreeing)
     assert [elsewhere[name] for name in MEASURES] == [0, 0, 1, 0, 0]
     empty = measures(render([place_all([], None)], 9)[0] * 0, pair.source, pair.agreeing)
     assert not any(empty[name] for name in MEASURES)

@@ -27,7 +27,7 @@ from training.run.config import apply_overrides
 from training.run.journal import read_journal
 from training.stages.re_dmd import check_files
 from training.stages.recipes import miniature
-from training.world.scenes import parse_caption, place_all, render
+from training.world.scenes import render, scene_of_caption
 
 CPU = torch.device("cpu")
 CAPTIONS = ("a red circle moves left", "a blue square moves up", "a green triangle moves right")
@@ -39,7 +39,7 @@ CHUNK = CACHE.chunk_frames
 def pictures(tmp_path_factory) -> Path:
     """The first images of scenes of the miniature world, one larger, each with its caption."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    scenes = render([place_all(parse_caption(text), rng) for text in CAPTIONS], 1)
+    scenes = render([scene_of_caption(text, rng) for text in CAPTIONS], 1)
     for number, (image, text) in enumerate(zip(scenes[:, 0], CAPTIONS, strict=True)):
         pixels = (255 * image.permute(1, 2, 0)).round().byte().numpy()
         picture = Image.fromarray(pixels)

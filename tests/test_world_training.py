@@ -35,7 +35,7 @@ from training.world.evaluate import (
     sample,
     switch_prompts,
 )
-from training.world.scenes import parse_caption, place_all, render
+from training.world.scenes import WORLDS, World, parse_caption, render, scene_of_caption
 from training.world.train_text import (
     ATTRIBUTES,
     TextTrainConfig,
@@ -81,15 +81,19 @@ def test_every_token_of_a_clause_is_labelled_with_its_own_clause() -> None:
         "shape": ["circle", "square"],
         "direction": ["left", "up"],
         "speed_name": ["slowly", None],
+        "bounces": [False, False],
     }
     assert [labels["clause"][at] for at in (first, second)] == [0, 1]
     between, past_end = text.index(" and ") + 2, len(text)
-    assert {labels[name][at] for name in labels for at in (between, past_end)} == {-100}
+    of_clauses = labels.keys() - {"wall"}
+    assert {labels[name][at] for name in of_clauses for at in (between, past_end)} == {-100}
+    assert [labels["wall"][at] for at in (first, between, past_end)] == [0, 0, -100]
 
 
-def test_every_random_caption_parses_and_fits_the_text_length() -> None:
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_every_random_caption_parses_and_fits_the_text_length(world: World) -> None:
     rng = np.random.default_rng(0)
-    prompts = [random_caption(rng) for _ in range(300)]
+    prompts = [random_caption(rng, world) for _ in range(300)]
     assert {len(parse_caption(prompt)) for prompt in prompts} == {1, 2}
     assert max(len(byte_ids(prompt)) for prompt in prompts) <= TextTrainConfig().text_len
 
@@ -182,11 +186,13 @@ def test_captions_are_worded_by_their_seeds_and_clips_told_apart_by_their_things
     clips = CaptionedClips(Clips(latents=latents, scenes=scenes), encoder)
     assert len(clips) == 12 and clips.shape == (16, 9, 8, 8)
     one, two = clips.groups
-    assert sorted([*one, *two]) == list(range(12)) and {len(scenes[row]) for row in two} == {2}
+    assert sorted([*one, *two]) == list(range(12)) and {len(scenes[row].things) for row in two} == {
+        2
+    }
     texts, embeds = clips.captions([3, 3, 3, 3, 3, 3], [0, 0, 1, 2, 3, 4])
     assert texts[0] == texts[1] and len(set(texts)) > 1
     assert torch.equal(embeds, encoder.encode(texts))
-    assert {parse_caption(text)[0].colour for text in texts} == {scenes[3][0].colour}
+    assert {parse_caption(text)[0].colour for text in texts} == {scenes[3].things[0].colour}
     assert torch.equal(clips.latents([5, 2]), latents[[5, 2]].float())
 
 
@@ -195,7 +201,7 @@ def test_true_videos_are_scored_right_and_counted_by_kind() -> None:
     prompts = evaluation_prompts(config)
     assert [len(parse_caption(prompt)) for prompt in prompts] == [1] * 6 + [2] * 3
     rng = np.random.default_rng(0)
-    videos = [render([place_all(parse_caption(prompt), rng)], 29)[0] for prompt in prompts]
+    videos = [render([scene_of_caption(prompt, rng)], 29)[0] for prompt in prompts]
     report = accuracy_of(videos, prompts)
     for name in ("colour", "shape", "direction"):
         assert report["one"][name] == {"right": 6, "of": 6}

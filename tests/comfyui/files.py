@@ -15,7 +15,7 @@ from rf_core.config import ModelConfig
 from rf_core.model import WanModel
 from rf_core.video import VideoFormat, VideoWriter, to_uint8
 from rf_core.weights.checkpoint import write_checkpoint
-from training.world.scenes import parse_caption, place, render
+from training.world.scenes import Scene, parse_caption, place, render
 
 DEMO = Path(__file__).parents[2] / "rf_core" / "demo"
 LORA = "style.safetensors"
@@ -41,7 +41,7 @@ def write_video(folder: Path) -> None:
     """A clip that Load Video lists: six seconds of what the demo's prompts speak of."""
     folder.mkdir(parents=True, exist_ok=True)
     (seen,) = parse_caption("a green circle moves up quickly")
-    (images,) = render([(place(seen, np.random.default_rng(0)),)], 96)
+    (images,) = render([Scene((place(seen, np.random.default_rng(0)),))], 96)
     height, width = images.shape[2:]
     with VideoWriter(folder / VIDEO, VideoFormat(width=width, height=height, fps=16), {}) as writer:
         writer.write(to_uint8(images))

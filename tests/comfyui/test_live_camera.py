@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.world.scenes import COLOURS, SIZE, Thing, render
+from training.world.scenes import COLOURS, SIZE, Scene, Thing, render
 from training.world.tracker import detect
 
 from .browser import chromium, open_browsers
@@ -135,7 +135,7 @@ def test_frames_guide_what_is_made_and_a_replay_makes_it_again(server: Server) -
     async def drive() -> tuple[Path, dict[str, Any]]:
         prompt = live_prompt(max_seconds=6.0)
         async with begun(server, prompt) as session:
-            images = render([(SHOWN,)], FPS)[0]
+            images = render([Scene((SHOWN,))], FPS)[0]
             assert (await session.send("strength", strength=0.3))[0] == 202
 
             async def film() -> None:
@@ -199,7 +199,7 @@ def video_of_file(path: Path) -> torch.Tensor:
 
 def y4m(path: Path, seconds: int = 2, scale: int = 4) -> Path:
     """What the camera sees, for Chromium to play over and over."""
-    images = (render([(SHOWN,)], FPS * seconds)[0] * 255).byte().permute(0, 2, 3, 1).numpy()
+    images = (render([Scene((SHOWN,))], FPS * seconds)[0] * 255).byte().permute(0, 2, 3, 1).numpy()
     with path.open("wb") as file:
         file.write(
             f"YUV4MPEG2 W{SIZE * scale} H{SIZE * scale} F{FPS}:1 Ip A1:1 C420jpeg\n".encode()

@@ -35,7 +35,7 @@ from ..stages.recipes import DistilConfig, miniature
 from ..world.clips import decode_latents, num_images, scene_of
 from ..world.evaluate import ATTRIBUTES, EulerConfig, EvaluateConfig, Streams, sample
 from ..world.metric import caption_measures
-from ..world.scenes import all_captions, caption, parse_caption, place_all, render
+from ..world.scenes import all_captions, caption, parse_caption, render, scene_of_caption
 from ..world.stages import Files, open_encoder, open_network, open_vae
 from ..world.tracker import drift
 
@@ -251,7 +251,7 @@ class Measurer:
         rng = np.random.default_rng(self.config.seed)
         every = [text for texts in self.prompts.values() for text in texts]
         images = num_images(3 * self.config.chunks)
-        return [render([place_all(parse_caption(text), rng)], images)[0] for text in every]
+        return [render([scene_of_caption(text, rng)], images)[0] for text in every]
 
     def _teacher(self) -> list[Tensor]:
         every = [text for texts in self.prompts.values() for text in texts]
@@ -267,7 +267,7 @@ def prompts_of(config: ClaimsConfig) -> dict[str, list[str]]:
     free = [text for text in single if parse_caption(text)[0].speed_name is None]
     named = [text for text in single if parse_caption(text)[0].speed_name is not None]
     scenes = (scene_of(config.seed, index) for index in range(100 * config.double))
-    double = [caption(scene) for scene in scenes if len(scene) == 2]
+    double = [caption(scene) for scene in scenes if len(scene.things) == 2]
     pick = {"free": (free, config.free), "named": (named, config.named)}
     chosen = {
         name: [texts[i] for i in rng.permutation(len(texts))[:count]]

@@ -29,6 +29,7 @@ from .clips import ClipsConfig
 from .evaluate import EulerConfig, EvaluateConfig, format_report
 from .follow import FollowConfig, format_rows
 from .restyle import RestyleConfig, format_restyle
+from .scenes import PLAIN, WORLDS
 from .stages import Files
 from .train_text import TextTrainConfig
 from .train_vae import VAETrainConfig, train_vae
@@ -67,20 +68,20 @@ def _check(args: argparse.Namespace) -> None:
 
 def run_vae(args: argparse.Namespace, files: Files) -> None:
     """Train the VAE."""
-    config = VAETrainConfig(seed=args.seed or 0)
+    config = VAETrainConfig(seed=args.seed or 0, world=args.world)
     train_vae(replace(config, budget=_budget(args, config.budget)), files.folder, args.start)
 
 
 def run_text(args: argparse.Namespace, files: Files) -> None:
     """Train the text encoder."""
-    config = TextTrainConfig(seed=args.seed or 0)
+    config = TextTrainConfig(seed=args.seed or 0, world=args.world)
     accuracy = stages.make_text(files, replace(config, budget=_budget(args, config.budget)))
     print(f"facts a token tells, read correctly on new captions: {accuracy:.2%}")
 
 
 def run_clips(args: argparse.Namespace, files: Files) -> None:
     """Encode the training clips."""
-    defaults = ClipsConfig(minutes=args.minutes, part=args.part)
+    defaults = ClipsConfig(minutes=args.minutes, part=args.part, world=args.world)
     stages.make_clips(files, replace(defaults, num_clips=args.count or defaults.num_clips))
 
 
@@ -93,7 +94,9 @@ def run_evaluate(args: argparse.Namespace, files: Files) -> None:
     """Measure what is there, or the demo where nothing has been trained, and print it."""
     measured = files if files.vae.exists() else replace(files, folder=args.demo)
     print(f"measuring the networks in {measured.folder}")
-    report = stages.make_report(measured, EvaluateConfig(), _euler(args), files.report)
+    report = stages.make_report(
+        measured, EvaluateConfig(world=args.world), _euler(args), files.report
+    )
     print(format_report(report))
     print(f"\nwritten to {files.report}")
 
@@ -164,6 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.world", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, default=Path("runs/world"), help="where results go")
+    parser.add_argument(
+        "--world", choices=WORLDS, default=PLAIN, help="what scenes hold (default: plain)"
+    )
     parser.add_argument("--minutes", type=float, help="wall-clock limit of the stage")
     parser.add_argument("--steps", type=int, help="optimiser steps at most")
     parser.add_argument("--count", type=int, help="clips, or sources of restyle, at most")

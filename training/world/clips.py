@@ -25,7 +25,7 @@ from rf_core.text import TextEncoder
 from rf_core.weights.files import parse_json, read_weights
 from rf_core.writing import whole_file
 
-from .scenes import Scene, caption, colour_caption, render, sample_scene
+from .scenes import PLAIN, WORLDS, Scene, caption, colour_caption, render, sample_scene
 from .train_vae import from_wan, to_wan
 
 
@@ -44,6 +44,8 @@ class ClipsConfig:
     part: tuple[int, int] = (0, 1)
     """(i, n): make every n-th shard from the i-th on. Convolutions of this size scale with
     processes rather than threads."""
+    world: str = PLAIN
+    """Of `scenes.WORLDS`."""
     seed: int = 1
     """Clip i shows the scene drawn from (seed, i)."""
 
@@ -63,9 +65,9 @@ def num_images(frames: int) -> int:
     return TEMPORAL_FACTOR * (frames - 1) + 1
 
 
-def scene_of(seed: int, index: int) -> Scene:
+def scene_of(seed: int, index: int, world: str = PLAIN) -> Scene:
     """Scene `index` of a data set."""
-    return sample_scene(np.random.default_rng([seed, index]))
+    return sample_scene(np.random.default_rng([seed, index]), WORLDS[world])
 
 
 @torch.no_grad()
@@ -111,9 +113,9 @@ def write_clips(vae: WanVAE, config: ClipsConfig, folder: Path) -> Iterator[int]
 
 
 def _write_shard(vae: WanVAE, config: ClipsConfig, path: Path, indices: range) -> None:
-    scenes = [scene_of(config.seed, index) for index in indices]
+    scenes = [scene_of(config.seed, index, config.world) for index in indices]
     latents = encode_scenes(vae, scenes, config.frames)
-    note = {"seed": config.seed, "start": indices.start}
+    note = {"seed": config.seed, "start": indices.start, "world": config.world}
     metadata = {"clips": json.dumps(note)}
     write_atomically(path, {"latents": latents.half()}, metadata)
 
@@ -144,7 +146,8 @@ def read_clips(folder: Path) -> Clips:
         latents.append(file.tensors["latents"])
         note = parse_json(path, file.metadata["clips"])
         indices = range(note["start"], note["start"] + len(latents[-1]))
-        scenes += [scene_of(note["seed"], index) for index in indices]
+        world = note.get("world", PLAIN)
+        scenes += [scene_of(note["seed"], index, world) for index in indices]
     return Clips(latents=torch.cat(latents), scenes=scenes)
 
 
@@ -177,7 +180,7 @@ class CaptionedClips:
     @cached_property
     def groups(self) -> list[list[int]]:
         """Rows by the number of things they show."""
-        counts = [len(scene) for scene in self.clips.scenes]
+        counts = [len(scene.things) for scene in self.clips.scenes]
         return [[row for row, n in enumerate(counts) if n == kind] for kind in sorted(set(counts))]
 
     @property

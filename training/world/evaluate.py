@@ -25,7 +25,16 @@ from rf_core.stream import Stream
 from rf_core.text import TextEncoder
 
 from .clips import captions, decode_latents, encode_scenes, num_images, scene_of
-from .scenes import SIZE, SPEED_RANGES, all_captions, parse_caption, place_all, render
+from .scenes import (
+    PLAIN,
+    SIZE,
+    SPEED_RANGES,
+    WORLDS,
+    all_captions,
+    parse_caption,
+    render,
+    scene_of_caption,
+)
 from .tracker import Drift, drift, score, switch_delay
 
 ATTRIBUTES = ("colour", "shape", "direction", "speed")
@@ -62,6 +71,8 @@ class EvaluateConfig:
     """Chunks after it."""
     batch: int = 24
     """Streams made together."""
+    world: str = PLAIN
+    """Of `scenes.WORLDS`: of the true videos; captions are those that both worlds have."""
     seed: int = 3
     """Seeds captions and noise."""
 
@@ -146,7 +157,7 @@ def evaluation_prompts(config: EvaluateConfig) -> list[str]:
     index = 0
     while len(doubles) < config.double:
         scene = scene_of(config.seed, index)
-        doubles += captions([scene]) if len(scene) == 2 else []
+        doubles += captions([scene]) if len(scene.things) == 2 else []
         index += 1
     return singles + doubles
 
@@ -199,7 +210,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def true_accuracy(vae: WanVAE, prompts: Sequence[str], config: EvaluateConfig) -> Report:
     """The tracker on true videos of the prompts, and on those videos through the VAE."""
     rng = np.random.default_rng([config.seed, 1])
-    scenes = [place_all(parse_caption(prompt), rng) for prompt in prompts]
+    scenes = [scene_of_caption(prompt, rng, WORLDS[config.world]) for prompt in prompts]
     images = num_images(config.frames)
     true = [render([scene], images)[0] for scene in scenes]
     latents = encode_scenes(vae, scenes, config.frames)

@@ -142,7 +142,7 @@ def held_out(config: FollowConfig) -> list[Thing]:
     found, index = [], 0
     while len(found) < config.clips:
         scene = scene_of(config.seed, index)
-        found += scene if len(scene) == 1 else ()
+        found += scene.things if len(scene.things) == 1 else ()
         index += 1
     return found
 
@@ -200,11 +200,11 @@ def open_stream(student: Student, prompts: Sequence[str], row: Row, seed: int) -
 def prompt_of(thing: Thing, says: Prompt) -> str:
     """A prompt for a thing that is shown in outline."""
     if says == "colour":
-        return colour_caption([thing])
+        return colour_caption(Scene((thing,)))
     if says == "caption":
-        return caption([thing])
+        return caption(Scene((thing,)))
     shape, direction = other(SHAPES, thing.shape), other(tuple(DIRECTIONS), thing.direction)
-    return caption([replace(thing, shape=shape, direction=direction)])
+    return caption(Scene((replace(thing, shape=shape, direction=direction),)))
 
 
 def other(known: Sequence[str], name: str) -> str:
@@ -221,17 +221,16 @@ def contexts_of(
     videos = []
     for thing in things:
         if edges == "drawn":
-            found = draw_outlines([(thing,)], images)[0]
+            found = draw_outlines([Scene((thing,))], images)[0]
         else:
-            found = sobel(rearrange(render([(thing,)], images)[0], "t c h w -> t h w c"))
+            found = sobel(rearrange(render([Scene((thing,))], images)[0], "t c h w -> t h w c"))
         videos.append(ControlVideo(_channels_first(found), torch.ones(images, 1, SIZE, SIZE)))
     return torch.cat(encode_controls(vae, videos), dim=1)
 
 
 def path_of(thing: Thing, images: int, start_image: int = 0) -> Tensor:
     """Where a thing's middle is, [T, 2] in pixels."""
-    at = torch.arange(start_image, start_image + images)[:, None]
-    return (torch.tensor(thing.position) + at * torch.tensor(thing.velocity)) % SIZE
+    return thing.centres(torch.arange(start_image, start_image + images)).float()
 
 
 def followed(seen: Detections, thing: Thing, colour: str, start_image: int = 0) -> dict[str, float]:
@@ -272,7 +271,7 @@ def truth(
     vae: WanVAE, things: Sequence[Thing], config: FollowConfig
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """The same of the true clips through the VAE: what a perfect student would reach."""
-    scenes: list[Scene] = [(thing,) for thing in things]
+    scenes = [Scene((thing,)) for thing in things]
     seen = decode_latents(vae, encode_scenes(vae, scenes, 3 * config.chunks))
     found = [followed(detect(v), t, t.colour) for v, t in zip(seen, things, strict=True)]
     return seen, found
@@ -287,8 +286,8 @@ class MaskedClip:
 
     def control(self, images: int) -> ControlVideo:
         """Its control video."""
-        true = render([(self.kept,)], images)[0]
-        drawn = rearrange(draw_outlines([(self.made,)], images)[0], "t h w c -> t c h w")
+        true = render([Scene((self.kept,))], images)[0]
+        drawn = rearrange(draw_outlines([Scene((self.made,))], images)[0], "t h w c -> t c h w")
         mask = torch.zeros(images, 1, SIZE, SIZE)
         mask[..., SIZE // 2 :] = 1
         return ControlVideo(torch.where(mask > 0, drawn, true), mask)
@@ -317,7 +316,7 @@ def follow_masked(
     """
     clips, images = masked_clips(config), num_images(3 * config.chunks)
     context = torch.cat(encode_controls(student.vae, [c.control(images) for c in clips]), dim=1)
-    prompts = [colour_caption([clip.kept, clip.made]) for clip in clips]
+    prompts = [colour_caption(Scene((clip.kept, clip.made))) for clip in clips]
     stream = open_stream(student, prompts, row, config.seed)
     parts = [_step(stream, context, 1.0) for _ in range(config.chunks)]
     video = torch.cat(parts, dim=1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from .scenes import DIRECTIONS, SIZE, Attributes, parse_caption
-from .tracker import Track, detect, score_tracks, tracks_of
+from .tracker import Track, detect, pair, score_tracks, tracks_of
 
 
 class TrackerMetric:
@@ -37,7 +37,8 @@ def caption_measures(video: Tensor, caption: str) -> dict[str, float | None]:
     `colour`, `shape`, `direction`, `speed` are 1 or 0, as `training.world.tracker.score` has them;
     `speed` is None where the caption names none, `measured_speed` where nothing shows.
     `speed_along` is in shape sizes a latent frame along the caption's direction, over its things:
-    negative against it, 0 for one that does not show or moves sideways.
+    negative against it, 0 for one that does not show or moves sideways; of one that bounces it is
+    the speed along its axis.
     """
     targets = parse_caption(caption)
     tracks = tracks_of(detect(video))
@@ -45,17 +46,19 @@ def caption_measures(video: Tensor, caption: str) -> dict[str, float | None]:
     if not any(each.speed_name for each in targets):
         found["speed"] = None
     found["measured_speed"] = _finite(found["measured_speed"])
-    along = [_speed_along(tracks, each) for each in targets]
-    return found | {"speed_along": sum(along) / len(along)}
+    along = [
+        _speed_along(seen, each) if each.colour in (None, seen.colour) else 0.0
+        for seen, each in pair(tracks, targets)
+    ]
+    return found | {"speed_along": sum(along) / len(targets)}
 
 
-def _speed_along(tracks: Sequence[Track], targets: Attributes) -> float:
-    x, y = DIRECTIONS[targets.direction]
-    for seen in tracks:
-        if seen.colour == targets.colour:
-            seen_x, seen_y = DIRECTIONS.get(seen.direction, (0, 0))
-            return seen.speed * (x * seen_x + y * seen_y)
-    return 0.0
+def _speed_along(seen: Track, target: Attributes) -> float:
+    if target.bounces:
+        return seen.pace[target.axis]
+    x, y = DIRECTIONS[target.direction]
+    seen_x, seen_y = DIRECTIONS.get(seen.direction, (0, 0))
+    return seen.speed * (x * seen_x + y * seen_y)
 
 
 def _finite(value: float | None) -> float | None:

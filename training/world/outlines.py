@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from .scenes import SIZE, Scene, Thing, distance_outside
+from .scenes import SIZE, Scene, Thing, Wall, distance_outside
 
 LINE = 2.0  # pixels: width of a line at half its brightness, as an edge filter leaves it
 
@@ -25,26 +25,27 @@ def draw_outlines(
     """Outlines of images `start_image` to `start_image + num_images` of each scene.
 
     Returns float32 [B, T, SIZE, SIZE, 3] in [0, 1]. A line is `line` pixels wide, half of it on
-    either side of an edge; a thing hides the lines of those that are drawn before it.
+    either side of an edge; a thing hides the lines of those that are drawn before it, and a wall,
+    which has none, those of all.
     """
     time = torch.arange(start_image, start_image + num_images, dtype=torch.float64)
     drawn = torch.zeros(len(scenes), num_images, SIZE, SIZE)
     for video, scene in zip(drawn, scenes, strict=True):
-        for thing in scene:
-            outside = _distance(thing, time)
+        for thing in scene.things:
+            outside = _distance(thing, scene.wall, time)
             own = ((line + 1) / 2 - outside.abs()).clamp(0, 1)
             hidden = (0.5 - outside).clamp(0, 1)
             torch.maximum(video * (1 - hidden), own, out=video)
+        if scene.wall is not None:
+            video *= 1 - scene.wall.draw()
     return drawn[..., None].expand(-1, -1, -1, -1, 3).contiguous()
 
 
-def _distance(thing: Thing, time: Tensor) -> Tensor:
+def _distance(thing: Thing, wall: Wall | None, time: Tensor) -> Tensor:
     """Signed distance of every pixel from a thing's edge on the torus, [T, H, W]; inside < 0."""
-    start, velocity = (torch.tensor(pair).double() for pair in (thing.position, thing.velocity))
-    centre = start + velocity * time[:, None]  # [T, 2]
-    pixel = torch.arange(SIZE) + 0.5
+    centre, pixel = thing.centres(time, wall), torch.arange(SIZE) + 0.5
     dx, dy = (((pixel - at[:, None] + SIZE / 2) % SIZE - SIZE / 2).float() for at in centre.T)
-    return distance_outside(thing.shape, dx[:, None, :], dy[:, :, None])
+    return distance_outside(thing.shape, dx[:, None, :], dy[:, :, None], thing.size)
 
 
 def sobel(video: Tensor) -> Tensor:

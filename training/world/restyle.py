@@ -30,6 +30,7 @@ from .scenes import (
     SHAPES,
     SIZE,
     Attributes,
+    Scene,
     Speed,
     Thing,
     caption_of,
@@ -164,7 +165,7 @@ def sources(
     """Of each chunk the images [B, T, 3, SIZE, SIZE], behind the last one before them, and the
     clean latents [B, C, F, h, w]."""
     clock = ChunkClock.of(cache)
-    scenes = [(pair.source,) for pair in pairs]
+    scenes = [Scene((pair.source,)) for pair in pairs]
     latents = encode_scenes(streams.vae, scenes, clock.frames_before(chunks))
     images = render(scenes, clock.images_before(chunks))
     for chunk, part in enumerate(split_chunks(latents, cache)):

@@ -1,20 +1,21 @@
 """The exact tracker: what a video of the miniature world shows, read from its pixels.
 
-Each pixel is given to the palette colour whose direction away from the background it shares, so a
-blurred edge still counts as its shape. Per image and colour that yields an area, a centre of mass
-on the torus and a fit to each shape's outline; medians over images then give robust tracks.
-Captions are scored against tracks, attribute by attribute. Videos are [T, 3, SIZE, SIZE] in
-[0, 1]; speeds are shape sizes a latent frame.
+Things and walls are brighter than any backdrop, and a wall is grey, so each bright pixel is given
+to the palette colour of the nearest hue. What a thing covers of a pixel is then measured between
+the colour of its inside and the backdrop around it, so a blurred edge still counts as its shape.
+Per image and colour that yields an area, a centre of mass on the torus, a brightness and a fit to
+each shape's outline; medians over images then give robust tracks. Captions are scored against
+tracks, attribute by attribute. Videos are [T, 3, SIZE, SIZE] in [0, 1]; speeds are shape sizes a
+latent frame.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
-from einops import reduce
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from .scenes import (
     COLOURS,
     DIRECTIONS,
     IMAGES_PER_FRAME,
+    LIT,
     PALETTE,
     SHAPE_SIZE,
     SHAPES,
@@ -30,26 +32,32 @@ from .scenes import (
     Attributes,
     coverage,
     parse_caption,
+    unit_area,
 )
 
 NO_DIRECTION = "none"
 SLOW_LIMIT = 0.55  # `slowly` (0.2 to 0.4) is kept below this
 QUICK_LIMIT = 0.65  # `quickly` (0.8 to 1.2) is kept above this
 STILL_LIMIT = 0.08  # slower than this, a shape counts as standing
+MIN_AREA = 30  # pixels that a shape has to show to be seen: a third of the smallest
 SWITCH_WINDOW = 10  # images that must agree before a new caption counts as followed
 SWITCH_OPENING = 4  # images at its start that must agree by themselves
 SWITCH_STAYS = 0.8  # share of the later windows that must go on agreeing
 
-_DARK = 0.1  # distance from the background in RGB up to which a pixel is background
-_HUE_LIMIT = 0.9  # cosine to a palette colour below which a pixel belongs to none
 _INSIDE = 0.4  # coverage from which a pixel belongs to the shape
-_MIN_AREA = 48  # pixels: a third of the smallest shape
-# Half: a decoder's blur can give a shape a rim of another colour in some images (0.44 of 45 at
-# most, measured on the demo's VAE), while real shapes stay in sight (0.84 of 45 at least).
-_MIN_SHARE = 0.5  # share of images in which a colour shows before it counts as present
+_GREY = 0.35  # saturation below which what is bright belongs to a wall
+_HUE_LIMIT = 0.8  # cosine to a palette hue below which a pixel belongs to none
+_REACH = 3  # pixels around a thing's inside in which its soft edge lies
+_NOISE = 0.2  # coverage taken for none, and missing coverage taken for full
+# Half: what is seen less is no thing; shapes stay in sight (0.84 of 45 images at least), but for
+# those that a wall may hide.
+_MIN_SHARE = 0.5
+_MIN_SHARE_PAST_A_WALL = 0.1
+_WALL_SHARE = 0.1  # share of a picture that is grey before it counts as having a wall
 _WHOLE = 0.85  # share of a shape's usual area below which it is half hidden
 _DIAGONAL = 0.6  # sideways over main motion from which a direction is none of the four
-_CROP = SHAPE_SIZE + 10  # pixels: the square in which outlines are compared
+_GAP = 3  # images unseen after which a path is taken up anew
+_CROP = SHAPE_SIZE + 14  # pixels: the square in which outlines are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +78,12 @@ class Track:
     """Share of images that show the shape, in [0, 1]."""
     fit: float
     """Correlation with the outline of `shape`, 1 for a perfect picture."""
+    size: float
+    """Of `shape`, in pixels: a circle's diameter, a square's side, a triangle's height."""
+    shade: float
+    """Brightness, of its palette colour's."""
+    pace: tuple[float, float]
+    """Median speed along x and y from image to image, whatever its sign: of things that bounce."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +96,20 @@ class Detections:
     """[T, C, 2] centre of mass (x, y) on the torus, pixels."""
     fit: Tensor
     """[T, C, S] correlation with each outline; 0 where the colour is absent."""
+    shade: Tensor
+    """[T, C] brightness inside, of the palette colour's; 0 where the colour is absent."""
+    wall: Tensor
+    """[T] share of the picture that a wall covers."""
 
     def __getitem__(self, images: slice) -> Detections:
         """The detections of some of the images."""
-        return Detections(area=self.area[images], centre=self.centre[images], fit=self.fit[images])
+        return Detections(**{each.name: getattr(self, each.name)[images] for each in fields(self)})
+
+    @classmethod
+    def join(cls, parts: Sequence[Detections]) -> Detections:
+        """The detections of a video from those of its parts."""
+        names = [each.name for each in fields(cls)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,23 +128,92 @@ class Drift:
     """Pixels of half coverage over pixels of the shapes; about 0.1 in a true video."""
 
 
-def colour_coverage(video: Tensor) -> Tensor:
-    """How much of each pixel each colour covers: [T, 3, H, W] to [T, C, H, W], 0 or more.
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What belongs to what, in every image."""
 
-    A pixel counts for one colour, the nearest in hue.
-    """
-    background = torch.tensor(BACKGROUND)
-    palette = torch.tensor([PALETTE[name] for name in COLOURS]) - background
-    excess = video.float() - background[:, None, None]
-    image, row, column = (excess.square().sum(dim=1) > _DARK**2).nonzero(as_tuple=True)
-    excess = excess[image, :, row, column]  # [pixels, 3]: most of a picture is background
-    amount = excess @ palette.T
-    hue = amount / (excess.norm(dim=1, keepdim=True) * palette.norm(dim=1))
-    best, colour = hue.max(dim=1)
-    amount = (amount / palette.square().sum(dim=1)).gather(1, colour[:, None])[:, 0].clamp(0, 1)
+    covers: Tensor
+    """[T, C, H, W]: how much of each pixel each palette colour covers, in [0, 1]."""
+    shade: Tensor
+    """[T, C]: brightness of its inside, of the palette colour's; 0 where it has none."""
+    wall: Tensor
+    """[T, H, W]: whether a pixel is a wall's."""
+    backdrop: Tensor
+    """[T, 3, H, W]: the backdrop as a plane through what is neither, in [0, 1]."""
+    is_backdrop: Tensor
+    """[T, H, W]: whether a pixel shows it, and lies away from everything else."""
+
+
+def look_at(video: Tensor) -> Picture:
+    """Tell things, wall and backdrop of a video [T, 3, SIZE, SIZE] apart."""
+    video = video.float()
+    bright, least = video.amax(dim=1), video.amin(dim=1)
+    lit = bright > LIT
+    wall = lit & (bright - least < _GREY * bright)
+    named = _nearest_colour(video, lit & ~wall)
+    inside = _erode(named[:, None] == torch.arange(len(COLOURS))[:, None, None])
+    seen = inside.any(dim=(0, 2, 3)).nonzero()[:, 0]
+    inside = inside[:, seen]  # [T, K, H, W]
+    palette = torch.tensor([PALETTE[COLOURS[index]] for index in seen.tolist()]).reshape(-1, 3)
+    shown, counts = inside.any(dim=(2, 3)), inside.sum(dim=(2, 3)).clamp_min(1)
+    colours = torch.einsum("tchw,tkhw->tkc", video, inside.float()) / counts[..., None]
+    near = _spread(inside)
+    any_inside = inside.any(dim=1, keepdim=True)
+    is_backdrop = ~_spread(lit[:, None] | any_inside)[:, 0]
+    backdrop = _plane(video, is_backdrop)
+    above = video - backdrop
+    amounts = []
+    for index in range(len(seen)):
+        rise = colours[:, index, :, None, None] - backdrop
+        amounts.append((rise * above).sum(dim=1) / rise.square().sum(dim=1).clamp_min(1e-6))
+    amount = torch.stack(amounts, dim=1) if amounts else torch.zeros(inside.shape)
+    amount = ((amount - _NOISE) / (1 - 2 * _NOISE)).clamp(0, 1)
+    others = (any_inside & ~inside) | wall[:, None]
     covers = torch.zeros(len(video), len(COLOURS), *video.shape[2:])
-    covers[image, colour, row, column] = torch.where(best > _HUE_LIMIT, amount, 0.0)
-    return covers
+    covers[:, seen] = torch.where(near & ~others, amount, 0.0)
+    shade = torch.zeros(len(video), len(COLOURS))
+    relative = (colours * palette).sum(dim=-1) / palette.square().sum(dim=-1)
+    shade[:, seen] = torch.where(shown, relative, 0.0)
+    return Picture(
+        covers=covers, shade=shade, wall=wall, backdrop=backdrop, is_backdrop=is_backdrop
+    )
+
+
+def _nearest_colour(video: Tensor, where: Tensor) -> Tensor:
+    """The number of the palette colour of the nearest hue [T, H, W]; that of none elsewhere."""
+    palette = torch.tensor([PALETTE[name] for name in COLOURS])
+    hues = F.normalize(palette - palette.amin(dim=1, keepdim=True), dim=1)
+    image, row, column = where.nonzero(as_tuple=True)
+    pixels = video[image, :, row, column]
+    chroma = F.normalize(pixels - pixels.amin(dim=1, keepdim=True), dim=1)
+    best, colour = (chroma @ hues.T).max(dim=1)
+    named = torch.full(where.shape, len(COLOURS))
+    named[image, row, column] = torch.where(best > _HUE_LIMIT, colour, len(COLOURS))
+    return named
+
+
+def _erode(mask: Tensor) -> Tensor:
+    """What of masks [..., H, W] lies a pixel inside, on the torus: a rim has no inside."""
+    return ~_spread(~mask, 1)
+
+
+def _spread(mask: Tensor, by: int = _REACH) -> Tensor:
+    """What lies within a square of so many pixels around masks [..., H, W], on the torus."""
+    for axis in (-2, -1):
+        for _ in range(by):
+            mask = mask | mask.roll(1, axis) | mask.roll(-1, axis)
+    return mask
+
+
+def _plane(video: Tensor, where: Tensor) -> Tensor:
+    """The plane through some pixels of each image, by least squares: [T, 3, H, W]."""
+    at = (torch.arange(SIZE, device=video.device) + 0.5) / SIZE - 0.5
+    x, y = at.expand(SIZE, SIZE), at[:, None].expand(SIZE, SIZE)
+    basis = torch.stack([torch.ones_like(x), x, y])  # [3, H, W]
+    weighted = basis * where[:, None]
+    gram = torch.einsum("tihw,jhw->tij", weighted, basis) + 1e-3 * torch.eye(3, device=video.device)
+    right = torch.einsum("tihw,tchw->tic", weighted, video)
+    return torch.einsum("tic,ihw->tchw", torch.linalg.solve(gram, right), basis)
 
 
 def detect(video: Tensor) -> Detections:
@@ -129,15 +222,16 @@ def detect(video: Tensor) -> Detections:
         raise ValueError(
             f"video has shape {tuple(video.shape)}; the tracker reads [T, 3, {SIZE}, {SIZE}]"
         )
-    amounts = colour_coverage(video)
-    area = reduce(amounts > _INSIDE, "t c h w -> t c", "sum").float()
-    weight = amounts * (amounts > _INSIDE / 2)
-    centre = torch.stack([_circular_mean(weight.sum(2)), _circular_mean(weight.sum(3))], dim=-1)
+    picture = look_at(video)
+    covers = picture.covers
+    area = covers.sum(dim=(2, 3))
+    centre = torch.stack([_circular_mean(covers.sum(2)), _circular_mean(covers.sum(3))], dim=-1)
     fit = torch.zeros(*area.shape, len(SHAPES))
-    shown = area >= _MIN_AREA
+    shown = area >= MIN_AREA
     if shown.any():
-        fit[shown] = _outline_fit(amounts[shown], centre[shown])
-    return Detections(area=area, centre=centre, fit=fit)
+        fit[shown] = _outline_fit(covers[shown], centre[shown], area[shown])
+    wall = picture.wall.float().mean(dim=(1, 2))
+    return Detections(area=area, centre=centre, fit=fit, shade=picture.shade, wall=wall)
 
 
 def _circular_mean(weight: Tensor) -> Tensor:
@@ -146,13 +240,20 @@ def _circular_mean(weight: Tensor) -> Tensor:
     return (mean * SIZE / (2 * math.pi)) % SIZE
 
 
-def _outline_fit(amounts: Tensor, centre: Tensor) -> Tensor:
-    """Correlation of [N, H, W] covers with each shape drawn at [N, 2] centres: [N, S]."""
+def _outline_fit(covers: Tensor, centre: Tensor, area: Tensor) -> Tensor:
+    """Correlation of covers [N, H, W] with each shape, of area [N] at centre [N, 2]: [N, S]."""
     pixels = (centre.floor() - _CROP // 2)[..., None] + torch.arange(_CROP)  # [N, 2, crop]
     columns, rows = (pixels.long() % SIZE).unbind(dim=1)
-    seen = amounts[torch.arange(len(amounts))[:, None, None], rows[:, :, None], columns[:, None]]
+    seen = covers[torch.arange(len(covers))[:, None, None], rows[:, :, None], columns[:, None]]
     dx, dy = (pixels + 0.5 - centre[..., None]).unbind(dim=1)
-    drawn = torch.stack([coverage(shape, dx[:, None], dy[..., None]) for shape in SHAPES], dim=1)
+    sizes = [(area / unit_area(shape)).sqrt()[:, None, None] for shape in SHAPES]
+    drawn = torch.stack(
+        [
+            coverage(shape, dx[:, None], dy[..., None], size)
+            for shape, size in zip(SHAPES, sizes, strict=True)
+        ],
+        dim=1,
+    )
     seen, drawn = (
         image - image.mean(dim=(-2, -1), keepdim=True) for image in (seen[:, None], drawn)
     )
@@ -167,43 +268,54 @@ def track(video: Tensor) -> list[Track]:
 
 def tracks_of(detections: Detections) -> list[Track]:
     """Join detections to tracks, one per colour that shows, largest first."""
-    share = (detections.area >= _MIN_AREA).float().mean(dim=0)
-    present = [index for index, seen in enumerate(share.tolist()) if seen >= _MIN_SHARE]
+    share = (detections.area >= MIN_AREA).float().mean(dim=0)
+    walled = float(detections.wall.median()) > _WALL_SHARE
+    least = _MIN_SHARE_PAST_A_WALL if walled else _MIN_SHARE
+    present = [index for index, seen in enumerate(share.tolist()) if seen >= least]
     tracks = [_track_colour(detections, index) for index in present]
     return sorted(tracks, key=lambda each: each.area, reverse=True)
 
 
 def _track_colour(detections: Detections, index: int) -> Track:
     area = detections.area[:, index]
-    shown = area >= _MIN_AREA
+    shown = area >= MIN_AREA
     whole = shown & (area >= _WHOLE * area[shown].quantile(0.9))
     fits = detections.fit[whole, index].median(dim=0).values
-    velocity = _velocity(detections.centre[whole, index], whole.nonzero().flatten())
+    velocity, pace = _velocity(detections.centre[whole, index], whole.nonzero().flatten())
     direction, speed = _direction(*velocity.tolist())
+    shape, median_area = SHAPES[int(fits.argmax())], float(area[whole].median())
+    x, y = (pace * IMAGES_PER_FRAME / SHAPE_SIZE).tolist()
     return Track(
         colour=COLOURS[index],
-        shape=SHAPES[int(fits.argmax())],
+        shape=shape,
         direction=direction,
         speed=speed,
-        area=float(area[whole].median()),
+        area=median_area,
         presence=float(shown.float().mean()),
         fit=float(fits.max()),
+        size=math.sqrt(median_area / unit_area(shape)),
+        shade=float(detections.shade[whole, index].median()),
+        pace=(x, y),
     )
 
 
-def _velocity(centre: Tensor, image: Tensor) -> Tensor:
-    """Pixels an image along x and y: the median slope (Theil, Sen) of the unwrapped path."""
+def _velocity(centre: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels an image along x and y: the median slope (Theil, Sen) of a path, and the median of its
+    steps' sizes.
+
+    Slopes are those within runs without gaps: behind a wall a thing may rest.
+    """
     if len(image) < 2:
-        return torch.zeros(2)
-    gap = image.diff()[:, None]
-    step = _wrap(centre.diff(dim=0))
-    guess = step[gap[:, 0] == gap.min()].median(dim=0).values / gap.min()
-    # Across a gap the path may have wrapped: add what the guess says, unwrap only the rest.
-    path = (_wrap(centre.diff(dim=0) - guess * gap) + guess * gap).cumsum(dim=0)
-    path = F.pad(path, (0, 0, 1, 0))
+        return torch.zeros(2), torch.zeros(2)
+    gap, step = image.diff(), _wrap(centre.diff(dim=0))
+    close = gap <= max(_GAP, int(gap.min()))
+    step = torch.where(close[:, None], step, 0.0)
+    path, run = F.pad(step.cumsum(dim=0), (0, 0, 1, 0)), F.pad((~close).cumsum(dim=0), (1, 0))
     first, second = torch.triu_indices(len(image), len(image), offset=1)
+    first, second = (pick[run[first] == run[second]] for pick in (first, second))
     slopes = (path[second] - path[first]) / (image[second] - image[first])[:, None]
-    return slopes.median(dim=0).values
+    pace = (step[close] / gap[close, None]).abs().median(dim=0).values
+    return slopes.median(dim=0).values, pace
 
 
 def _wrap(offset: Tensor) -> Tensor:
@@ -232,21 +344,22 @@ def score(video: Tensor, caption: str) -> dict[str, float]:
 
 def score_tracks(tracks: Sequence[Track], targets: Sequence[Attributes]) -> dict[str, float]:
     """`score` for tracks and a parsed caption. A wrong colour does not make the rest wrong."""
-    pairs = _pair(tracks, targets)
+    pairs = pair(tracks, targets)
     complete = len(pairs) == len(targets)
-    speeds = [seen.speed for seen, _ in pairs]
-    named = sorted(target.colour for target in targets)
+    speeds = [_speed_of(seen, target) for seen, target in pairs]
+    named = {target.colour for target in targets} - {None}
+    shown = {seen.colour for seen in tracks}
     correct = {
-        "colour": sorted(seen.colour for seen in tracks) == named,
-        "shape": complete and all(seen.shape == target.shape for seen, target in pairs),
-        "direction": complete and all(seen.direction == target.direction for seen, target in pairs),
-        "speed": complete and all(_speed_fits(seen.speed, target) for seen, target in pairs),
+        "colour": named <= shown and len(tracks) == len(targets),
+        "shape": complete and all(target.shape in (None, seen.shape) for seen, target in pairs),
+        "direction": complete and all(_direction_fits(seen, target) for seen, target in pairs),
+        "speed": complete and all(_speed_fits(seen, target) for seen, target in pairs),
     }
     measured = sum(speeds) / len(speeds) if speeds else math.nan
     return {name: float(value) for name, value in correct.items()} | {"measured_speed": measured}
 
 
-def _pair(tracks: Sequence[Track], targets: Sequence[Attributes]) -> list[tuple[Track, Attributes]]:
+def pair(tracks: Sequence[Track], targets: Sequence[Attributes]) -> list[tuple[Track, Attributes]]:
     """Match tracks to targets: by colour, then the remaining ones in order."""
     by_colour = {seen.colour: seen for seen in tracks}
     pairs = [(by_colour[target.colour], target) for target in targets if target.colour in by_colour]
@@ -256,7 +369,18 @@ def _pair(tracks: Sequence[Track], targets: Sequence[Attributes]) -> list[tuple[
     return pairs + list(zip(spare, missing, strict=False))
 
 
-def _speed_fits(speed: float, target: Attributes) -> bool:
+def _direction_fits(seen: Track, target: Attributes) -> bool:
+    if target.bounces:
+        return seen.pace[target.axis] > max(STILL_LIMIT, seen.pace[1 - target.axis])
+    return seen.direction == target.direction
+
+
+def _speed_of(seen: Track, target: Attributes) -> float:
+    return seen.pace[target.axis] if target.bounces else seen.speed
+
+
+def _speed_fits(seen: Track, target: Attributes) -> bool:
+    speed = _speed_of(seen, target)
     if target.speed_name == "slowly":
         return STILL_LIMIT <= speed < SLOW_LIMIT
     return speed > (QUICK_LIMIT if target.speed_name == "quickly" else STILL_LIMIT)
@@ -295,10 +419,10 @@ def drift(video: Tensor, window_images: int) -> list[Drift]:
 
 
 def _drift(video: Tensor, start_image: int) -> Drift:
-    amounts = colour_coverage(video)
+    picture = look_at(video)
+    amounts = picture.covers
     total = amounts.sum(dim=1, keepdim=True)
     inside = -F.max_pool2d(-(amounts > _INSIDE).float(), 3, 1, 1) > 0
-    outside = F.max_pool2d((total > _INSIDE / 2).float(), 7, 1, 3) == 0
     palette = torch.tensor([PALETTE[name] for name in COLOURS])
     off_palette = (video[:, None].float() - palette[:, :, None, None]).norm(dim=2)
     off_background = (video.float() - torch.tensor(BACKGROUND)[:, None, None]).norm(dim=1)
@@ -306,7 +430,7 @@ def _drift(video: Tensor, start_image: int) -> Drift:
     return Drift(
         start_image=start_image,
         palette_error=_mean(off_palette[inside]),
-        background_error=_mean(off_background[outside[:, 0]]),
+        background_error=_mean(off_background[picture.is_backdrop]),
         area_error=_area_error(tracks_of(detect(video))),
         softness=float(half),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,15 +21,30 @@ from transformers import UMT5Config, UMT5EncoderModel
 from rf_core.text import BYTE_VOCAB_SIZE, TextEncoder, UMT5Encoder, byte_ids
 
 from .budget import Budget, run
-from .scenes import COLOURS, DIRECTIONS, SHAPES, Attributes, caption, parse_caption, sample_scene
+from .scenes import (
+    COLOURS,
+    DIRECTIONS,
+    PAST_A_WALL,
+    PLAIN,
+    SHAPES,
+    WORLDS,
+    Attributes,
+    World,
+    caption,
+    names_wall,
+    parse_caption,
+    sample_scene,
+)
 
 SPEEDS = (None, "slowly", "quickly")
-ATTRIBUTES: dict[str, tuple[str | None, ...]] = {
-    "colour": COLOURS,
-    "shape": SHAPES,
+ATTRIBUTES: dict[str, tuple[str | bool | None, ...]] = {
+    "colour": (*COLOURS, None),
+    "shape": (*SHAPES, None),
     "direction": tuple(DIRECTIONS),
     "speed_name": SPEEDS,
+    "bounces": (False, True),
 }
+WALL = "wall"
 NUM_CLAUSES = 2
 _IGNORED = -100  # the label cross_entropy leaves out
 
@@ -48,14 +63,16 @@ class TextTrainConfig:
     """Attention heads."""
     ffn_dim: int = 128
     """Hidden width of the gated feed-forward layers."""
-    text_len: int = 96
-    """Tokens of a prompt, end mark included; the longest caption has 88."""
+    text_len: int = 112
+    """Tokens of a prompt, end mark included; the longest caption has 110."""
     budget: Budget = field(default_factory=lambda: Budget(steps=1200, minutes=4.0, warmup_steps=50))
     """How long to train."""
     batch: int = 64
     """Captions a step."""
     learning_rate: float = 3e-3
     """Peak of the cosine schedule."""
+    world: str = PLAIN
+    """Of `scenes.WORLDS`: whose captions are read."""
     seed: int = 0
     """Seeds weights and captions."""
 
@@ -65,7 +82,8 @@ class TokenProbe(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        sizes = {name: len(values) for name, values in ATTRIBUTES.items()} | {"clause": NUM_CLAUSES}
+        sizes = {name: len(values) for name, values in ATTRIBUTES.items()}
+        sizes |= {"clause": NUM_CLAUSES, WALL: 2}
         self.heads = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
 
     def forward(self, tokens_NSD: Tensor) -> dict[str, Tensor]:
@@ -75,8 +93,11 @@ class TokenProbe(nn.Module):
 
 def token_labels(text: str, length: int) -> dict[str, list[int]]:
     """What each byte of a caption must tell; bytes of no clause are ignored."""
-    clauses = text.split(" and ")
+    body = text.removesuffix(".").removesuffix(PAST_A_WALL)
+    clauses = body.split(" and ")
     labels = {name: [_IGNORED] * length for name in (*ATTRIBUTES, "clause")}
+    said = len(text.encode())
+    labels[WALL] = [int(names_wall(text))] * said + [_IGNORED] * (length - said)
     start = 0
     for index, (clause, attributes) in enumerate(zip(clauses, parse_caption(text), strict=True)):
         stop = start + len(clause.encode())
@@ -91,9 +112,9 @@ def _classes(attributes: Attributes) -> dict[str, int]:
     return {name: values.index(getattr(attributes, name)) for name, values in ATTRIBUTES.items()}
 
 
-def random_caption(rng: np.random.Generator) -> str:
+def random_caption(rng: np.random.Generator, world: World) -> str:
     """A caption of one or two things, in any phrasing the parser takes."""
-    text = caption(sample_scene(rng, two_shapes_share=0.5), rng)
+    text = caption(sample_scene(rng, replace(world, two_things_share=0.5)), rng)
     if rng.random() < 0.1:
         text = text.capitalize()
     return text + "." if rng.random() < 0.1 else text
@@ -130,26 +151,30 @@ def new_encoder(config: TextTrainConfig) -> UMT5Encoder:
 def train_text(config: TextTrainConfig) -> tuple[UMT5Encoder, float]:
     """Train the encoder; returns it frozen, with the probe's token accuracy on new captions."""
     torch.manual_seed(config.seed)
-    rng = np.random.default_rng(config.seed)
+    rng, world = np.random.default_rng(config.seed), WORLDS[config.world]
     encoder, probe = new_encoder(config), TokenProbe(config.dim)
     weights = [*encoder.model.parameters(), *probe.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     for step, _ in run(config.budget, [optimiser]):
-        prompts = [random_caption(rng) for _ in range(config.batch)]
+        prompts = [random_caption(rng, world) for _ in range(config.batch)]
         loss, accuracy = probe_loss(probe(encoder.embed(*encoder.tokens(prompts))), prompts)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         if step % 50 == 0:
             _log.info("%d loss %.4f tokens right %.4f", step, loss.item(), accuracy)
     encoder.model.eval().requires_grad_(False)
-    return encoder, probe_accuracy(encoder, probe, config.seed + 1)
+    return encoder, probe_accuracy(encoder, probe, config.seed + 1, world)
 
 
 @torch.no_grad()
 def probe_accuracy(
-    encoder: TextEncoder, probe: TokenProbe, seed: int, num_captions: int = 512
+    encoder: TextEncoder,
+    probe: TokenProbe,
+    seed: int,
+    world: World = WORLDS[PLAIN],
+    num_captions: int = 512,
 ) -> float:
     """The share of tokens of new captions whose every fact the probe reads."""
     rng = np.random.default_rng(seed)
-    prompts = [random_caption(rng) for _ in range(num_captions)]
+    prompts = [random_caption(rng, world) for _ in range(num_captions)]
     return probe_loss(probe(encoder.encode(prompts)), prompts)[1]

@@ -35,7 +35,7 @@ from rf_core.writing import whole_file
 
 from ..muon import Muon
 from .budget import Budget, Periodic, run
-from .scenes import BACKGROUND, SIZE, Scene, caption, render, sample_scene
+from .scenes import BACKGROUND, LIT, PLAIN, SIZE, WORLDS, Scene, caption, render, sample_scene
 from .tracker import score
 
 NUM_CHANNELS = 3  # red, green, blue
@@ -106,6 +106,8 @@ class VAETrainConfig:
     """Clips the latent statistics and the quality report are measured on."""
     statistics_images: int = 45
     """Their length; 4k + 1."""
+    world: str = PLAIN
+    """Of `scenes.WORLDS`."""
     seed: int = 0
     """Seeds weights, scenes and noise."""
 
@@ -217,7 +219,7 @@ def sample_batches(config: VAETrainConfig) -> Iterator[Tensor]:
     while True:
         kind = config.clips[rng.choice(len(shares), p=shares / shares.sum())]
         count = max(2, config.pixels_per_step // (kind.size**2 * kind.images))
-        scenes = [sample_scene(rng) for _ in range(count)]
+        scenes = [sample_scene(rng, WORLDS[config.world]) for _ in range(count)]
         videos = render(scenes, kind.images)
         crops = [_crop(*pair, kind, rng) for pair in zip(videos, scenes, strict=True)]
         yield torch.stack(crops)
@@ -227,8 +229,8 @@ def _crop(video: Tensor, scene: Scene, kind: ClipKind, rng: np.random.Generator)
     """The part of a video around where its first thing is at mid-time."""
     if kind.size == SIZE:
         return video
-    thing = scene[0]
-    middle = np.add(thing.position, np.multiply(thing.velocity, kind.images // 2)) % SIZE
+    half_time = torch.tensor([kind.images // 2])
+    middle = scene.things[0].centres(half_time, scene.wall)[0].numpy()
     jitter = rng.uniform(-kind.size / 2, kind.size / 2, 2)
     corner = np.clip(middle - kind.size / 2 + jitter, 0, SIZE - kind.size)
     x, y = (int(value) for value in corner.round())
@@ -264,9 +266,8 @@ def mean_colour(video: Tensor) -> Tensor:
 
 
 def near_shapes(video: Tensor) -> Tensor:
-    """1 within two pixels of a shape and 0 elsewhere: [B, T, 3, H, W] to [B, 1, T, H, W]."""
-    background = torch.tensor(BACKGROUND)[:, None, None]
-    shown = reduce((video - background).abs(), "b t c h w -> b t h w", "max") > 0.1
+    """1 within two pixels of a thing or a wall, else 0: [B, T, 3, H, W] to [B, 1, T, H, W]."""
+    shown = reduce(video, "b t c h w -> b t h w", "max") > LIT
     return F.max_pool2d(shown.float(), 5, 1, 2)[:, None]
 
 
@@ -275,7 +276,7 @@ def _save(
 ) -> Path:
     """Write the averaged weights with their statistics and quality."""
     rng = np.random.default_rng([config.seed, 1])  # other scenes than those trained on
-    scenes = [sample_scene(rng) for _ in range(config.statistics_clips)]
+    scenes = [sample_scene(rng, WORLDS[config.world]) for _ in range(config.statistics_clips)]
     mean, std = latent_statistics(average, scenes, config.statistics_images)
     measured = replace(average.config, latent_mean=mean, latent_std=std)
     quality = reconstruction_quality(average, scenes, config.statistics_images)
