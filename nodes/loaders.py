@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..rf_core.config import CacheConfig
@@ -13,13 +16,32 @@ from .types import SINK_VALUES, RFSink
 
 CATEGORY = "Reward Forcing"
 WEIGHT_DTYPES = ["default", "bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fn fast"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A sink that is chosen by name."""
+
+    cache: CacheConfig
+    about: str
+    """What it is good for and what that was measured on, as the tooltip says it."""
+
+
 PRESETS = {
-    "Published": CacheConfig(),
-    "Long": CacheConfig(window_frames=15, decay=0.99, accumulator="float32"),
-    "Static sink": CacheConfig(decay=1.0),
-    "No sink": CacheConfig(sink_frames=0),
+    "Published": Preset(cache=CacheConfig(), about="the paper's."),
+    "Long": Preset(
+        cache=CacheConfig(window_frames=15, decay=0.99, accumulator="float32"),
+        about="a longer memory that forgets its start sooner.",
+    ),
+    "Static sink": Preset(
+        cache=CacheConfig(decay=1.0), about="the opening never fades; steady look, less motion."
+    ),
+    "No sink": Preset(
+        cache=CacheConfig(sink_frames=0),
+        about="only the last frames count; freest, drifts soonest.",
+    ),
 }
-"""Sinks by name; the first is Reward Forcing's own."""
+"""Sinks by name, the first Reward Forcing's own; the node's list and tooltip are made of them."""
 CUSTOM = "Custom"
 
 
@@ -121,13 +143,11 @@ class SinkConfig(io.ComfyNode):
                     "preset",
                     options=[*PRESETS, CUSTOM],
                     default=next(iter(PRESETS)),
-                    tooltip="Published: the paper's. Long: a longer memory that forgets its start "
-                    "sooner. Static sink: the opening never fades; steady look, less motion. No "
-                    "sink: only the last frames count; freest, drifts soonest.",
+                    tooltip=" ".join(f"{name}: {each.about}" for name, each in PRESETS.items()),
                     extra_dict={  # which `web/sink_config.js` shows
                         "presets": {
-                            name: {value: getattr(config, value) for value in SINK_VALUES}
-                            for name, config in PRESETS.items()
+                            name: {value: getattr(each.cache, value) for value in SINK_VALUES}
+                            for name, each in PRESETS.items()
                         }
                     },
                 ),
@@ -164,6 +184,15 @@ class SinkConfig(io.ComfyNode):
                     tooltip="reference rounds like the published code: in bf16 a decay this close "
                     "to 1 hardly moves the sink. float32 makes the decay real.",
                 ),
+                io.Int.Input(
+                    "anchor_frames",
+                    default=published.anchor_frames,
+                    min=0,
+                    max=60,
+                    optional=True,
+                    tooltip="First latent frames that never change, kept before the sink: they "
+                    "hold the opening's look while the sink follows the video.",
+                ),
             ],
             outputs=[RFSink.Output(display_name="sink")],
         )
@@ -176,8 +205,9 @@ class SinkConfig(io.ComfyNode):
         sink_frames: int | None = None,
         decay: float | None = None,
         accumulator: str | None = None,
+        anchor_frames: int | None = 0,
     ) -> bool | str:
-        values = (preset, window_frames, sink_frames, decay, accumulator)
+        values = (preset, window_frames, sink_frames, decay, accumulator, anchor_frames)
         given = set_on_node(**dict(zip(("preset", *SINK_VALUES), values, strict=True)))
         try:
             checked(cls, given)
@@ -190,19 +220,17 @@ class SinkConfig(io.ComfyNode):
     @classmethod
     @checked_execute
     def execute(
-        cls, preset: str, window_frames: int, sink_frames: int, decay: float, accumulator: str
+        cls,
+        preset: str,
+        window_frames: int,
+        sink_frames: int,
+        decay: float,
+        accumulator: str,
+        anchor_frames: int = 0,
     ) -> io.NodeOutput:
-        return io.NodeOutput(_sink(preset, window_frames, sink_frames, decay, accumulator))
+        values = window_frames, sink_frames, decay, accumulator, anchor_frames
+        return io.NodeOutput(_sink(preset, **dict(zip(SINK_VALUES, values, strict=True))))
 
 
-def _sink(
-    preset: str, window_frames: int, sink_frames: int, decay: float, accumulator: str
-) -> CacheConfig:
-    if preset != CUSTOM:
-        return PRESETS[preset]
-    return CacheConfig(
-        window_frames=window_frames,
-        sink_frames=sink_frames,
-        decay=decay,
-        accumulator=accumulator,  # type: ignore[arg-type]  # checked on construction
-    )
+def _sink(preset: str, **values: Any) -> CacheConfig:
+    return CacheConfig(**values) if preset == CUSTOM else PRESETS[preset].cache

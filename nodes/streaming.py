@@ -30,7 +30,7 @@ from .join import previous_video, with_video
 from .names import ROOM, place
 from .run import Request, RunResult, clock_of, images_of, latents_of
 from .source import Clip
-from .types import SINK_VALUES, RFControl, RFSink, RFState, State, Timeline
+from .types import PRESET_VALUES, SINK_VALUES, RFControl, RFSink, RFState, State, Timeline
 
 STATES = ["compact", "exact", "none"]
 UNIT = SPATIAL_FACTOR * ModelConfig.patch_size[1]
@@ -438,10 +438,10 @@ def _check_control(
         raise ValueError("a control needs a VAE: connect one to the vae input")
     if sampler.rolling:
         raise ValueError(f"control is connected, and {NO_CONTROL}")
-    if (number := control.num_references) > cache.sink_frames:
+    if (number := control.num_references) > cache.opening_frames:
         raise ValueError(
             f"reference has {number} pictures, and they lie in the sink, which has "
-            f"{cache.sink_frames} frames; connect fewer, or raise sink_frames of EMA-Sink Config"
+            f"{cache.opening_frames} frames; connect fewer, or raise sink_frames of EMA-Sink Config"
         )
 
 
@@ -459,7 +459,11 @@ def _cache(sink: CacheConfig | None, state: State | None, settings: host.Setting
         return cache_config_of(state.snapshot)
     if sink is None:
         return settings.cache
-    return replace(settings.cache, **{name: getattr(sink, name) for name in SINK_VALUES})
+    usual, values = CacheConfig(), {name: getattr(sink, name) for name in SINK_VALUES}
+    for name in PRESET_VALUES:
+        if (value := getattr(sink, name)) != getattr(usual, name):
+            values[name] = value
+    return replace(settings.cache, **values)
 
 
 def _latents(start: Any, format: Any, cache: CacheConfig) -> Any:

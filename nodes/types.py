@@ -42,8 +42,10 @@ class State:
     """What made it: shown on nodes, never needed to go on."""
 
 
-SINK_VALUES = ("window_frames", "sink_frames", "decay", "accumulator")
-"""What EMA-Sink Config sets of a stream's cache; the rest is the model's own."""
+SINK_VALUES = ("window_frames", "sink_frames", "decay", "accumulator", "anchor_frames")
+"""What EMA-Sink Config sets of a stream's cache, an input each; the rest is the model's own."""
+PRESET_VALUES = ("keep_key_norms", "memory_rates")
+"""What its presets may set besides; of one that asks for nothing, the model's own."""
 
 RFTimeline = io.Custom("RF_TIMELINE")
 RFSink = io.Custom("RF_SINK")

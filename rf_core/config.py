@@ -130,7 +130,7 @@ class CacheConfig:
     """The sliding window and its EMA-Sink. Defaults are the published inference settings."""
 
     window_frames: int = 9
-    """Latent frames attention sees: sink, previous and current."""
+    """Latent frames attention sees: anchor, sink, memories, previous and current."""
     sink_frames: int = 3
     """Latent frames at the window's start that stay, fed by an exponential moving average."""
     chunk_frames: int = 3
@@ -146,12 +146,15 @@ class CacheConfig:
 
     storage: Storage = "exact"
     """`int8` keeps all but the sink in 8 bits: an approximation, in half the memory."""
+    anchor_frames: int = 0
+    """The stream's first latent frames, kept before the sink as they are: a static sink beside the
+    averaged one, which begins with the frames after them (Steady-Forcing, arXiv 2606.14732)."""
     first_chunk_frames: int | None = None
     """Latent frames of a stream's first chunk, and of the first after a cut; None for as many as
     the others have."""
     positions: Positions = "window"
-    """`window` places the sink right before the frames it is kept beside; `absolute` leaves it at
-    its frames' own time, ever further behind (LongLive, arXiv 2509.22622)."""
+    """`window` places anchor and sink right before the frames they are kept beside; `absolute`
+    leaves them at their frames' own time, ever further behind (LongLive, arXiv 2509.22622)."""
     memory_rates: tuple[float, ...] = ()
     """Memories beside the sink, a frame each: what leaves the window, averaged over frames and
     tokens, is mixed into each at its rate (MemRoPE's are 0.01 and 0.1)."""
@@ -168,15 +171,16 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_rates", tuple(self.memory_rates))  # as JSON has a list
-        frames = {"window_frames": 1, "chunk_frames": 1, "sink_frames": 0}
+        frames = {"window_frames": 1, "chunk_frames": 1, "sink_frames": 0, "anchor_frames": 0}
         check_counts(self, **{name: (least, LARGEST_WINDOW) for name, least in frames.items()})
         if self.first_chunk_frames is not None:
             check_counts(self, first_chunk_frames=(1, self.chunk_frames))
         if self.window_frames < self.head_frames + self.chunk_frames:
-            memories = f", {len(self.memory_rates)} of memory" if self.memory_rates else ""
+            counts = {"of anchor_frames": self.anchor_frames, "of memory": len(self.memory_rates)}
+            others = "".join(f", {count} {what}" for what, count in counts.items() if count)
             raise ValueError(
                 f"window_frames {self.window_frames} cannot hold {self.sink_frames} sink frames"
-                f"{memories} and a chunk of {self.chunk_frames}; raise the window or lower the sink"
+                f"{others} and a chunk of {self.chunk_frames}; raise the window or lower the sink"
             )
         check_each(self, memory_rates=(0, 1))
         for name, kind in (("positions", Positions), ("recache", Recache), ("rebuild", Rebuild)):
@@ -196,7 +200,7 @@ class CacheConfig:
         if self.head_frames:
             raise ValueError(
                 f"rebuild is {self.rebuild!r}, which keeps nothing from chunk to chunk; set "
-                "sink_frames to 0 and give no memory_rates"
+                "sink_frames and anchor_frames to 0 and give no memory_rates"
             )
         if self.window_frames <= self.chunk_frames:
             raise ValueError(
@@ -215,9 +219,14 @@ class CacheConfig:
         return self.first_frames == self.chunk_frames
 
     @property
+    def opening_frames(self) -> int:
+        """Latent frames at the window's start that a stream's first take: anchor and sink."""
+        return self.anchor_frames + self.sink_frames
+
+    @property
     def head_frames(self) -> int:
-        """Latent frames at the window's start that are no recent past: sink and memories."""
-        return self.sink_frames + len(self.memory_rates)
+        """Latent frames at the window's start that are no recent past: the opening and memories."""
+        return self.opening_frames + len(self.memory_rates)
 
     @property
     def rebuilt_frames(self) -> int:
@@ -231,8 +240,8 @@ class CacheConfig:
 
     @property
     def kept_first(self) -> int:
-        """Clean latent frames of a stream's beginning that it keeps: the sink's, or the head's."""
-        return max(self.sink_frames, int(self.rebuild != "never"))
+        """Clean latent frames of a stream's beginning that it keeps: the opening, or the head's."""
+        return max(self.opening_frames, int(self.rebuild != "never"))
 
     @property
     def kept_last(self) -> int:
@@ -285,10 +294,10 @@ class SamplerConfig:
         return 1 if self.rolling and not is_first else len(self.steps_of(is_first))
 
 
-_SINCE_FAMILIES = frozenset(
+_ADDED = frozenset(
     {
         *("first_chunk_frames", "positions", "memory_rates", "recache", "rebuild", "blend_holds"),
-        *("first_steps", "clean_timestep", "rolling"),
+        *("first_steps", "clean_timestep", "rolling", "anchor_frames"),
     }
 )
 
@@ -296,14 +305,14 @@ _SINCE_FAMILIES = frozenset(
 def recorded(config: CacheConfig | SamplerConfig) -> dict[str, Any]:
     """A config as a run's record has it.
 
-    Fields that came with the families are left out where they ask for nothing: what was begun
-    before them can be gone on with.
+    Fields that were added since records were first made are left out where they ask for nothing:
+    what was begun before them can be gone on with.
     """
     usual = asdict(type(config)())
     return {
         name: value
         for name, value in asdict(config).items()
-        if name not in _SINCE_FAMILIES or value != usual[name]
+        if name not in _ADDED or value != usual[name]
     }
 
 

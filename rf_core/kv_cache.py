@@ -6,9 +6,11 @@ window once a chunk, when the window has moved. When it is full the oldest chunk
 sink takes it up by an exponential moving average (Reward Forcing, arXiv 2512.04678, sec. 3.2): the
 start of the video is remembered, yet kept fresh.
 
-Other students' caches are settings of this one. A sink may keep its frames' own time (`positions`):
-then only its turn changes, as angles matter by their differences alone. Between sink and past there
-may be memories, a frame each, of one mean over all that leaves (`memory_rates`). Sink and memories
+Other students' caches are settings of this one. Before the sink there may be an anchor, the first
+frames of the stream, which never change (`anchor_frames`); the sink then begins with the frames
+after them. These two, the opening, may keep their frames' own time (`positions`): then only their
+turn changes, as angles matter by their differences alone. Between sink and past there may be
+memories, a frame each, of one mean over all that leaves (`memory_rates`). Opening and memories
 together are the head.
 
 The order of use, once per chunk:
@@ -196,7 +198,7 @@ class SinkBackup:
 
 @dataclass
 class TurningTable:
-    """Angles of a window whose sink keeps its own time, set in place: recorded passes read them."""
+    """Angles of a window whose opening keeps its own time, in place: recorded passes read them."""
 
     table: Rope
     gone_frames: int = 0
@@ -204,16 +206,16 @@ class TurningTable:
 
     @classmethod
     def of(cls, cache: KVCache) -> TurningTable | None:
-        """A cache's own; None where its sink is placed by the window."""
-        absolute = cache.config.positions == "absolute" and cache.config.sink_frames
+        """A cache's own; None where its opening is placed by the window."""
+        absolute = cache.config.positions == "absolute" and cache.config.opening_frames
         return cls(cache.table.clone()) if absolute else None
 
     def set(self, cache: KVCache) -> None:
-        """Put the sink as far back as frames have left the cache."""
+        """Put anchor and sink as far back as frames have left the cache."""
         if self.gone_frames != cache.gone_frames:
-            place = cache.config.sink_frames, cache.grid, cache.k_NBWHD.shape[-1]
-            sink = rope_from(-cache.gone_frames, *place, cache.k_NBWHD.device)
-            self.table.copy_(sink)
+            place = cache.config.opening_frames, cache.grid, cache.k_NBWHD.shape[-1]
+            opening = rope_from(-cache.gone_frames, *place, cache.k_NBWHD.device)
+            self.table.copy_(opening)
             self.gone_frames = cache.gone_frames
 
 
@@ -244,9 +246,9 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 class KVCache:
     """Keys and values of every layer, allocated once for the life of a stream.
 
-    Frames lie in the order sink, previous, current. `num_frames` counts those that are valid,
-    `slot_frames` those of them that belong to the current chunk; both are Python ints, so no pass
-    ever waits for the device.
+    Frames lie in the order anchor, sink, memories, previous, current. `num_frames` counts those
+    that are valid, `slot_frames` those of them that belong to the current chunk; both are Python
+    ints, so no pass ever waits for the device.
     """
 
     config: CacheConfig
@@ -267,7 +269,7 @@ class KVCache:
     torn: bool = False
     """An eviction failed half way: window and sink hold neither what was nor what was to be."""
     turning: TurningTable | None = field(default=None, repr=False)
-    """The window's angles where the sink keeps its own time; made where they are not given."""
+    """The window's angles where its opening keeps its own time; made where they are not given."""
     sink_backup: SinkBackup | None = field(default=None, repr=False)
     """The sink before the eviction that `backup_sink` was called for."""
     _windows: dict[int, LayerWindow] = field(default_factory=dict, init=False, repr=False)
@@ -421,7 +423,7 @@ class KVCache:
     def fixed_frames(self) -> int:
         """Latent frames at the window's start that are run again by no recache."""
         c, evictions = self.config, self.num_evictions - (self.evicted_frames > 0)
-        return c.head_frames if evictions else c.sink_frames
+        return c.head_frames if evictions else c.opening_frames
 
     @property
     def has_moved(self) -> bool:
@@ -570,22 +572,22 @@ class KVCache:
         return bool(c.memory_rates) or (c.sink_frames > 0 and c.decay < 1)
 
     def _evict(self, frames: int) -> None:
-        sink, head = (
-            n * self.frame_tokens for n in (self.config.sink_frames, self.config.head_frames)
-        )
-        leaving = frames * self.frame_tokens
+        c, tokens = self.config, self.frame_tokens
+        sink = slice(c.anchor_frames * tokens, c.opening_frames * tokens)
+        memories = slice(sink.stop, c.head_frames * tokens)
+        leaving = frames * tokens
         stop = self.num_frames * self.frame_tokens
         if self.sink_backup is not None:
             self.sink_backup.wait()
         self.torn = True
         if self.exact_sink is not None and self.num_evictions == 0:
             for exact, tensor in zip(self.exact_sink, (self.k_NBWHD, self.v_NBWHD), strict=True):
-                exact.copy_(tensor[:, :, :head])
-        if sink and self.config.decay < 1:
+                exact.copy_(tensor[:, :, : memories.stop])
+        if c.sink_frames and c.decay < 1:
             self._update_sink(sink, leaving)
-        if self.config.memory_rates:
-            self._update_memories(sink, leaving)
-        self._close_gap(head, stop, leaving)
+        if c.memory_rates:
+            self._update_memories(memories, leaving)
+        self._close_gap(memories.stop, stop, leaving)
         self.torn = False
         self.num_frames -= frames
         self.gone_frames += frames
@@ -597,26 +599,26 @@ class KVCache:
         for tensor in (self.k_NBWHD, self.v_NBWHD):
             shift_tokens(tensor, head, stop, leaving)
 
-    def _update_memories(self, sink: int, leaving: int) -> None:
-        """The `leaving` tokens after the head into the memories that follow the sink."""
-        head, first = self.config.head_frames * self.frame_tokens, self.num_evictions == 0
+    def _update_memories(self, memories: slice, leaving: int) -> None:
+        """The `leaving` tokens after the head into the memories, which are its last."""
+        head, first = memories.stop, self.num_evictions == 0
         both = self.k_NBWHD, self.v_NBWHD
         for tensor, average in zip(
             both, both if self.exact_sink is None else self.exact_sink, strict=True
         ):
             for layer, exact in zip(tensor, average, strict=True):
                 gone = layer[:, head : head + leaving]
-                update_memories(exact[:, sink:head], gone, self.config, first)
-                layer[:, sink:head] = exact[:, sink:head]
+                update_memories(exact[:, memories], gone, self.config, first)
+                layer[:, memories] = exact[:, memories]
 
-    def _update_sink(self, sink: int, leaving: int) -> None:
-        """The `leaving` tokens after the head into the `sink` first."""
+    def _update_sink(self, sink: slice, leaving: int) -> None:
+        """The `leaving` tokens after the head into those of the sink."""
         both, c = (self.k_NBWHD, self.v_NBWHD), self.config
         head = c.head_frames * self.frame_tokens
-        sinks = both[0][:, :, :sink], both[1][:, :, :sink]
+        sinks = both[0][:, :, sink], both[1][:, :, sink]
         evicted = both[0][:, :, head:][:, :, :leaving], both[1][:, :, head:][:, :, :leaving]
-        exact = None if self.exact_sink is None else self.exact_sink[:, :, :, :sink]
-        if sink == leaving and not c.keep_key_norms:
+        exact = None if self.exact_sink is None else self.exact_sink[:, :, :, sink]
+        if c.sink_frames * self.frame_tokens == leaving and not c.keep_key_norms:
             kernels.update_sink(sinks, evicted, c.decay, exact)
             return
         averages = sinks if exact is None else exact

@@ -11,8 +11,8 @@ by 0.6 % at most, by 1 to 2 % in bfloat16; as many captions are kept as before.
 Keys are kept unrotated alone. Unpacking passes over them anyhow, and rotating them on the way costs
 little more, so rotated ones would take as much memory again for nothing.
 
-Letters as in `kv_cache`; S tokens of the head, which is the sink and what memories there are, R
-tokens of the window after it.
+Letters as in `kv_cache`; S tokens of the head, which is anchor, sink and memories, R tokens of the
+window after it.
 """
 
 from __future__ import annotations
@@ -193,16 +193,16 @@ class Int8KVCache(KVCache):
         for tensor in (self.k_NBWHD, self.v_NBWHD, *self.scale_2NBRH1):
             shift_tokens(tensor, 0, stop - head, leaving)
 
-    def _update_sink(self, sink: int, leaving: int) -> None:
+    def _update_sink(self, sink: slice, leaving: int) -> None:
         for layer in range(self.k_NBWHD.shape[0]):
             for kept, is_keys in zip(self._kept(layer), (True, False), strict=True):
-                gone, sink_BSHD = kept.unpacked(leaving), kept.sink_BSHD[:, :sink]
+                gone, sink_BSHD = kept.unpacked(leaving), kept.sink_BSHD[:, sink]
                 average = update_sink(sink_BSHD, gone, self.config, self.frame_tokens, keys=is_keys)
                 sink_BSHD.copy_(average)
 
-    def _update_memories(self, sink: int, leaving: int) -> None:
+    def _update_memories(self, memories: slice, leaving: int) -> None:
         first = self.num_evictions == 0
         for layer in range(self.k_NBWHD.shape[0]):
             for kept in self._kept(layer):
-                gone, memories = kept.unpacked(leaving), kept.sink_BSHD[:, sink:]
-                update_memories(memories, gone, self.config, first)
+                gone, held = kept.unpacked(leaving), kept.sink_BSHD[:, memories]
+                update_memories(held, gone, self.config, first)

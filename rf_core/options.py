@@ -310,10 +310,10 @@ def plan(options: Options) -> Plan:
             "a rolling sampler takes no control, for it begins chunks before their control is "
             "there; use a student that makes one chunk at a time"
         )
-    if (number := len(options.control.references)) > cache.sink_frames:
+    if (number := len(options.control.references)) > cache.opening_frames:
         raise ValueError(
             f"{number} pictures are given as --reference, and they lie in the sink, which has "
-            f"{cache.sink_frames} frames; give fewer, or a larger --sink"
+            f"{cache.opening_frames} frames; give fewer, or a larger --sink"
         )
     VideoFormat(width=width, height=height, crf=options.crf)
     clip_chunks = 0 if options.start is None else _clip_chunks(options.start, cache)

@@ -2,9 +2,9 @@
 
 With S steps, S chunks are in flight, the oldest at its last step and the newest at its first; each
 pass takes all of them one step further, so that a chunk is done with every pass but the first ones.
-They see each other, the sink as an anchor right before them, and the last clean chunks. The clean
-pass of a chunk sees the past without the anchor. So the sink lies beside what attention sees, which
-is `window_frames - sink_frames` in either pass.
+They see each other, the opening (anchor and sink) right before them, and the last clean chunks. The
+clean pass of a chunk sees the past without it. So it lies beside what attention sees, which is
+`window_frames - opening_frames` in either pass.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ Draw = Callable[[int, int], Tensor]
 
 def check_rolling(cache: CacheConfig, sampler: SamplerConfig) -> None:
     """ValueError where the chunks in flight are more than attention sees."""
-    flight = cache.sink_frames + len(sampler.steps) * cache.chunk_frames
-    seen = cache.window_frames - cache.sink_frames
+    opening = cache.opening_frames
+    flight = opening + len(sampler.steps) * cache.chunk_frames
+    seen = cache.window_frames - opening
     if flight > seen:
         raise ValueError(
             f"{len(sampler.steps)} chunks of {cache.chunk_frames} frames are denoised together "
-            f"beside a sink of {cache.sink_frames}, and a window_frames of {cache.window_frames} "
-            f"leaves {seen} for both; raise it to {flight + cache.sink_frames} or give fewer steps"
+            f"beside a sink of {opening}, and a window_frames of {cache.window_frames} "
+            f"leaves {seen} for both; raise it to {flight + opening} or give fewer steps"
         )
     if sampler.first_steps:
         raise ValueError(
@@ -88,7 +89,7 @@ def _by_frame(x: Tensor, timesteps: Sequence[float]) -> Tensor:
 
 @dataclass(frozen=True)
 class JointContext:
-    """What chunks in flight see of a cache: the sink, and the last frames before its slot."""
+    """What chunks in flight see of a cache: its opening, and the last frames before its slot."""
 
     cache: KVCache
     frames: int
@@ -98,7 +99,7 @@ class JointContext:
     def context_frames(self) -> int:
         """See `KeyValues`."""
         config = self.cache.config
-        room = config.window_frames - config.sink_frames - self.frames
+        room = config.window_frames - config.opening_frames - self.frames
         past = self.cache.context_frames
         return min(room, past) if past else 0
 
@@ -115,18 +116,18 @@ class _JointWindow:
 
     def extend(self, k_BLHD: Tensor, rotated_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         cache, frames = self._seen.cache, self._seen.context_frames
-        sink, tokens = (n * cache.frame_tokens for n in (cache.config.sink_frames, frames))
+        opening, tokens = (n * cache.frame_tokens for n in (cache.config.opening_frames, frames))
         if not tokens:
             return rotated_BLHD, v_BLHD
-        begin = self._kept[0].shape[1] - (tokens - sink)
-        k, v = (torch.cat([kept[:, :sink], kept[:, begin:]], dim=1) for kept in self._kept)
+        begin = self._kept[0].shape[1] - (tokens - opening)
+        k, v = (torch.cat([kept[:, :opening], kept[:, begin:]], dim=1) for kept in self._kept)
         rotated = apply_rope(k, cache.table.tokens(0, tokens))
         return torch.cat([rotated, rotated_BLHD], dim=1), torch.cat([v, v_BLHD], dim=1)
 
 
 @dataclass(frozen=True)
 class CleanContext:
-    """What a clean pass sees of a cache, and writes to: all but the sink, once that is apart."""
+    """What a clean pass sees of a cache, and writes to: all but the opening, once that is apart."""
 
     cache: KVCache
 
@@ -138,7 +139,7 @@ class CleanContext:
     def layer(self, index: int) -> LayerWindow:
         """See `KeyValues`."""
         config, cache = self.cache.config, self.cache
-        beyond = cache.num_frames - (config.window_frames - config.sink_frames)
+        beyond = cache.num_frames - (config.window_frames - config.opening_frames)
         return _CleanWindow(cache.layer(index), max(0, beyond) * cache.frame_tokens)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import SPATIAL_FACTOR, CacheConfig
+from .config import SPATIAL_FACTOR, CacheConfig, recorded
 from .decoders.decoder import DecoderState
 from .kv_cache import KVCache, strip_prefix
 from .model import ControlTokens
@@ -217,7 +217,7 @@ def pack(state: StreamState, facts: Mapping[str, Any], *, compact: bool = False)
         "decay_due": state.decay_due,
         "recache_due": state.recache_due,
         "chunk_open": state.chunk_open and not compact,
-        "cache": asdict(cache.config),
+        "cache": recorded(cache.config),
         "frames": cache.counts_before_eviction() if compact else cache.counts(),
         "blend": None if blend is None else _blend_facts(blend),
         "decoder_frames": None if decoder is None else decoder.num_frames,
@@ -328,7 +328,7 @@ def check(
     ]
     _check_control(tensors, frame, control_channels, held)
     references = facts.get("reference_frames", 0)
-    fits = type(references) is int and 0 <= references <= config.sink_frames
+    fits = type(references) is int and 0 <= references <= config.opening_frames
     _require(fits, f"it has {references} frames of references")
     most = (config.window_frames // config.chunk_frames) * config.chunk_frames
     in_flight = _frames("in_flight", tensors, frame, most)

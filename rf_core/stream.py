@@ -439,10 +439,11 @@ class Stream:
         context [B or 1, Z, R, h, w], whose first latents are the R encoded pictures, a frame each.
         A published VACE has them as frames in front of the video; here they are a hidden chunk in
         front of the first, run by a clean pass like any past and never decoded. They count as no
-        chunk, and draw no noise. They are the first R frames of the window, in the sink in the
-        place of as many of the video's: its length and what is recent stay as they are, and with a
-        `decay` under 1 they fade as a sink does. ValueError where the network takes no control,
-        something was made, the sink has fewer frames, or chunks roll.
+        chunk, and draw no noise. They are the first R frames of the window, in anchor and sink in
+        the place of as many of the video's: its length and what is recent stay as they are. With a
+        `decay` under 1 those in the sink fade as it does, and those in the anchor never. ValueError
+        where the network takes no control, something was made, these have fewer frames, or chunks
+        roll.
         """
         with self._exclusive():
             tokens = self._embedded(references, references=True)
@@ -452,10 +453,10 @@ class Stream:
                     "something was made already; references come before the first chunk, or right "
                     "after a cut"
                 )
-            if frames > (sink := self.cache_config.sink_frames):
+            if frames > (opening := self.cache_config.opening_frames):
                 raise ValueError(
                     f"{frames} reference images are given, and they stay in the sink, which has "
-                    f"{sink} frames; give fewer, or raise sink_frames"
+                    f"{opening} frames; give fewer, or raise sink_frames"
                 )
             latents, _ = parted(references.context, self.model.config.in_dim)
             latents = latents.to(self.device, torch.float32)
@@ -714,15 +715,15 @@ class Stream:
         state.half_recached = state.pending_clean_pass = None
 
     def _remember(self, past: Tensor) -> None:
-        """Latents, and their control, that the whole window was made of: the sink's first."""
-        state, sink = self.state, self.cache_config.sink_frames
+        """Latents, and their control, that the whole window was made of: the opening's first."""
+        state, opening = self.state, self.cache_config.opening_frames
         held = sum(each.shape[2] for each in self._kept if each is not None)
         state.reference_frames = max(0, state.reference_frames - (held - past.shape[2]))
         latents, control = parted(past, self.model.config.in_dim)
-        state.first_latents, state.last_latents = split_at(latents, sink)
+        state.first_latents, state.last_latents = split_at(latents, opening)
         state.first_control = state.last_control = None
         if control is not None:
-            state.first_control, state.last_control = split_at(control, sink)
+            state.first_control, state.last_control = split_at(control, opening)
 
     @torch.no_grad()
     def _rebuild(self, counts: Sequence[int]) -> None:
@@ -736,8 +737,8 @@ class Stream:
         (first, last), again = self._kept, num_frames
         if (evictions or gone) and first is not None:
             rerun(state.cache, first.split(config.chunk_frames, dim=2), clean_pass)
-            first, again = None, num_frames - config.sink_frames
-        # Of a window that has not moved the chunks themselves, which the sink may have cut in two.
+            first, again = None, num_frames - config.opening_frames
+        # Of a window that has not moved the chunks themselves, which its opening may cut in two.
         state.cache.gone_frames = gone
         if (latents := joined(first, last, again)) is not None:
             rerun(state.cache, chunks_from_end(latents, config.chunk_frames), clean_pass)

@@ -23,19 +23,19 @@ class Reference:
         overflow = len(self.frames[0]) + frames - self.cache.window_frames
         for layer in self.frames:
             for _ in range(1 if overflow > 0 else 0):
-                sink = self.cache.sink_frames
-                gone = layer[sink : sink + overflow]
-                del layer[sink : sink + overflow]
+                anchor, sink = self.cache.anchor_frames, self.cache.sink_frames
+                gone = layer[anchor + sink : anchor + sink + overflow]
+                del layer[anchor + sink : anchor + sink + overflow]
                 for j in range(sink):
                     share = [
                         gone[i]
                         for i in range(len(gone))
                         if i < (j + 1) * len(gone) / sink and i + 1 > j * len(gone) / sink
                     ]
-                    layer[j] = tuple(
+                    layer[anchor + j] = tuple(
                         self.cache.decay * old
                         + (1 - self.cache.decay) * torch.stack([f[n] for f in share]).mean(0)
-                        for n, old in enumerate(layer[j])
+                        for n, old in enumerate(layer[anchor + j])
                     )
         self.slot = frames
 

@@ -42,7 +42,7 @@ class SlowState:
     cache: CacheConfig
     prompt: Tensor
     num_chunks: int = 0
-    frames: tuple[Frame, ...] = ()  # the sink first
+    frames: tuple[Frame, ...] = ()  # the anchor first, then the sink
     clip: tuple[Tensor, ...] = ()  # clean latents of each chunk since the last cut
     blend: tuple[Switch, Tensor, Tensor, int] | None = None  # how, from, to, chunks made
     recache_due: bool = False
@@ -220,8 +220,8 @@ class SlowStream:
 
     def _recached(self, state: SlowState) -> SlowState:
         """The frames after the sink run again under the prompt, a chunk at a time."""
-        sink, size = state.cache.sink_frames, state.cache.chunk_frames
-        frames, old = state.frames[:sink], state.frames[sink:]
+        kept, size = state.cache.anchor_frames + state.cache.sink_frames, state.cache.chunk_frames
+        frames, old = state.frames[:kept], state.frames[kept:]
         while old:
             count = len(old) % size or size
             latents = torch.cat([frame.latents for frame in old[:count]], dim=2)
@@ -235,7 +235,7 @@ class SlowStream:
         _, made = self._pass(frames, latents, 0.0, prompt)
         cache = self.state.cache
         for part, layers in zip(latents.split(1, dim=2), made, strict=True):
-            if cache.storage == "int8" and len(frames) >= cache.sink_frames:
+            if cache.storage == "int8" and len(frames) >= cache.anchor_frames + cache.sink_frames:
                 layers = tuple((in_8_bits(k), in_8_bits(v)) for k, v in layers)
             frames = (*frames, Frame(part, layers, prompt))
         return frames
@@ -290,9 +290,10 @@ class _Window:
 def evict(frames: tuple[Frame, ...], leaving: int, cache: CacheConfig) -> tuple[Frame, ...]:
     """The frames after the oldest ones that follow the sink have left into it."""
     num_sink = cache.sink_frames
-    sink, gone, rest = frames[:num_sink], frames[num_sink:][:leaving], frames[num_sink + leaving :]
+    anchor, others = frames[: cache.anchor_frames], frames[cache.anchor_frames :]
+    sink, gone, rest = others[:num_sink], others[num_sink:][:leaving], others[num_sink + leaving :]
     if cache.decay == 1:
-        return sink + rest
+        return anchor + sink + rest
     mixed = []
     for place, frame in enumerate(sink):
         first, stop = place * leaving // num_sink, -(-(place + 1) * leaving // num_sink)
@@ -305,7 +306,7 @@ def evict(frames: tuple[Frame, ...], leaving: int, cache: CacheConfig) -> tuple[
             for old, *news in pairs
         )
         mixed.append(replace(frame, layers=layers))
-    return (*mixed, *rest)
+    return (*anchor, *mixed, *rest)
 
 
 def update_sink(sink: Tensor, gone: list[Tensor], cache: CacheConfig, *, keys: bool) -> Tensor:

@@ -430,6 +430,18 @@ def test_a_written_checkpoint_comes_back_with_its_settings(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_settings_that_ask_for_nothing_are_not_written_so_that_older_versions_read_the_file(
+    tmp_path,
+):
+    path = tmp_path / "student.safetensors"
+    for cache in (CACHE, replace(CACHE, anchor_frames=1)):
+        write_checkpoint(path, weights_of(NARROW), NARROW, cache, SAMPLER)
+        checkpoint = read_checkpoint(path)
+        written = json.loads(checkpoint.metadata["reward_forcing"])["cache"]
+        assert ("anchor_frames" in written) == bool(cache.anchor_frames)
+        assert checkpoint.cache == cache
+
+
 def test_comfyui_core_finds_causal_ar_and_no_other_constructor_argument(tmp_path):
     path = tmp_path / "student.safetensors"
     write_checkpoint(path, weights_of(), ONE_HEAD, CACHE, SAMPLER)

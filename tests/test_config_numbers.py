@@ -44,6 +44,7 @@ ALLOWED = {
     ("*ema", 0): "no averaging",
     ("*ema_from", 0): "averaging from the first update on",
     ("*cache.sink_frames", 0): "no sink",
+    ("*cache.anchor_frames", 0): "no anchor",
     ("run.redmd.sampler.steps.3", 0): "a last pass, over the noise that the table ends with",
     ("run.redmd.sampler.first_steps.1", 0): "the same of a first chunk",
     ("*sampler.clean_timestep", 0): "the clean pass as it is published",

@@ -79,8 +79,13 @@ def near(made: Tensor, wanted: Tensor) -> None:
 @of_every_form
 @pytest.mark.parametrize(
     ("cache", "batch"),
-    [(tiny.window(9, 3), 1), (tiny.window(6, 0), 2), (tiny.window(8, 2), 1)],
-    ids=["published window", "no sink, batch 2", "a sink of two frames"],
+    [
+        (tiny.window(9, 3), 1),
+        (tiny.window(6, 0), 2),
+        (tiny.window(8, 2), 1),
+        (tiny.window(9, 2, anchor_frames=1), 1),
+    ],
+    ids=["published window", "no sink, batch 2", "a sink of two frames", "an anchor"],
 )
 def test_a_controlled_stream_equals_a_rollout_that_rebuilds_its_window(form, cache, batch):
     stream = stream_of(form=form, cache=cache, batch=batch)
@@ -223,8 +228,9 @@ def test_a_stopped_chunk_leaves_the_stream_as_it_was():
         tiny.window(8, 3, memory_rates=(0.01, 0.1)),
         tiny.window(6, 0, rebuild="first"),
         tiny.window(9, 3, accumulator="float32"),
+        tiny.window(9, 2, anchor_frames=1),
     ],
-    ids=["first chunk", "absolute", "new sink", "memories", "rebuilt", "float32"],
+    ids=["first chunk", "absolute", "new sink", "memories", "rebuilt", "float32", "anchor"],
 )
 @of_every_form
 def test_every_family_s_window_takes_a_control(tmp_path, cache, form):
@@ -516,6 +522,20 @@ def test_a_recache_comes_after_references(tmp_path, recache, chunks):
     stream.snapshot().save(tmp_path / "s.safetensors")
     again = Stream.from_snapshot(stream.model, Snapshot.load(tmp_path / "s.safetensors"))
     assert torch.equal(steered(again, 3), steered(stream, 3))
+
+
+def test_references_fill_the_anchor_first_where_they_never_fade():
+    stream = stream_of(cache=tiny.window(9, 1, anchor_frames=2))
+    stream.refer_to(references(3))
+    steered(stream, 1)
+    tokens = stream.state.cache.frame_tokens
+    before = stream.state.cache.k_NBWHD[:, :, : 3 * tokens].clone()
+    steered(stream, 4)
+    after = stream.state.cache.k_NBWHD[:, :, : 3 * tokens]
+    assert torch.equal(after[:, :, : 2 * tokens], before[:, :, : 2 * tokens])
+    assert not torch.equal(after[:, :, 2 * tokens :], before[:, :, 2 * tokens :])
+    with pytest.raises(ValueError, match=r"4 reference images .* 3 frames"):
+        stream_of(cache=tiny.window(9, 1, anchor_frames=2)).refer_to(references(4))
 
 
 def test_references_that_cannot_be_are_refused():

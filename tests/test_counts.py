@@ -59,12 +59,16 @@ def test_the_published_cache_takes_2_59_gb_and_rotated_keys_half_as_much_again()
     assert kept / lean == pytest.approx(90 / 61)
 
 
-@pytest.mark.parametrize("memories", [(), (0.01, 0.1)], ids=["sink", "memories"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"memory_rates": (0.01, 0.1)}, {"anchor_frames": 1}],
+    ids=["sink", "memories", "anchor"],
+)
 @pytest.mark.parametrize("keep_rotated", [True, False])
 @pytest.mark.parametrize("accumulator", ["reference", "float32"])
-def test_a_cache_takes_what_is_counted(accumulator, keep_rotated, memories):
+def test_a_cache_takes_what_is_counted(accumulator, keep_rotated, more):
     sizes = tiny.CONFIG
-    config = tiny.window(8, 2, chunk=2, accumulator=accumulator, memory_rates=memories)
+    config = tiny.window(8, 2, chunk=2, accumulator=accumulator, **more)
     cache = KVCache.allocate(
         config,
         num_layers=sizes.num_layers,

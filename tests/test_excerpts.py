@@ -724,6 +724,8 @@ def test_folders_and_clips_that_do_not_fit_are_refused(tmp_path, pairs):
         student(pairs, replace(INIT, cache=tiny.window(12, 3)))
     with pytest.raises(ValueError, match=r"cache.sink_frames is 2; set it to 3"):
         student(pairs, replace(INIT, cache=tiny.window(9, 2)))
+    with pytest.raises(ValueError, match=r"cache.anchor_frames is 1; set it to 0"):
+        student(pairs, replace(INIT, cache=tiny.window(9, 3, anchor_frames=1)))
     with pytest.raises(ValueError, match="give shares that rise to 1"):
         replace(TEACH, phases=())
     with pytest.raises(ValueError, match="a phase has no kinds"):

@@ -238,8 +238,10 @@ def test_any_cache_that_is_kept_takes_the_ema_sink(name: str, storage: str, tmp_
 
 @pytest.mark.parametrize("name", REBUILT)
 def test_a_window_that_is_made_anew_has_no_sink(name: str) -> None:
-    with pytest.raises(ValueError, match="keeps nothing from chunk to chunk; set sink_frames to 0"):
+    with pytest.raises(ValueError, match="chunk to chunk; set sink_frames and anchor_frames to 0"):
         stream_of(name, {"sink_frames": 3})
+    with pytest.raises(ValueError, match="chunk to chunk; set sink_frames and anchor_frames to 0"):
+        stream_of(name, {"anchor_frames": 1})
 
 
 # Changes of prompt, stopped chunks and snapshots.
@@ -321,13 +323,14 @@ def test_a_recache_that_failed_half_way_is_finished_before_a_soft_change(
 
 @pytest.mark.parametrize("recache", ["chunks", "joint", "joint_new_sink"])
 @pytest.mark.parametrize("positions", ["window", "absolute"])
-@pytest.mark.parametrize("decay", [1.0, 0.5])
+@pytest.mark.parametrize(("anchor", "decay"), [(0, 1.0), (0, 0.5), (1, 0.5)])
 def test_every_recache_goes_with_every_place_of_a_sink_and_its_average(
-    recache: str, positions: str, decay: float, tmp_path: Path
+    recache: str, positions: str, anchor: int, decay: float, tmp_path: Path
 ) -> None:
     made = []
     for keeps in (False, True):
-        cache = tiny.window(9, 3, decay=decay, recache=recache, positions=positions)
+        sink = {"decay": decay, "recache": recache, "positions": positions}
+        cache = tiny.window(9, 3 - anchor, anchor_frames=anchor, **sink)
         stream = tiny.stream(cache=cache)
         for chunk in range(12):
             if chunk in (2, 5, 9):
@@ -337,6 +340,53 @@ def test_every_recache_goes_with_every_place_of_a_sink_and_its_average(
                 stream = through_a_file(stream, tmp_path)
             made.append(stream.generate())
     assert all(map(torch.equal, made[:12], made[12:]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("anchor", [1, 3])
+@pytest.mark.parametrize("name", ["longlive", "memrope", "rolling_forcing"])
+def test_of_a_static_sink_any_part_may_be_called_its_anchor(
+    name: str, anchor: int, mode: str, tmp_path: Path
+) -> None:
+    parts = {"anchor_frames": anchor, "sink_frames": 3 - anchor}
+    made = []
+    for cache in ({}, parts):
+        stream = stream_of(name, cache)
+        for chunks in (2, chunks_to_fill(stream.cache_config)):
+            stream.switch(tiny.prompt(chunks), mode)
+            made.append(latents_of(stream, chunks))
+            stream = through_a_file(stream, tmp_path)
+        made.append(latents_of(through_a_file(stream, tmp_path, compact=True), 2))
+    assert all(map(torch.equal, made[:3], made[3:]))
+
+
+def test_a_stream_with_an_anchor_that_rolls_goes_on_from_a_file(tmp_path: Path) -> None:
+    parts = {"anchor_frames": 1, "sink_frames": 2, "decay": 0.5}
+    stream, plain = stream_of("rolling_forcing", parts), stream_of("rolling_forcing")
+    made = [latents_of(each, chunks_to_fill(each.cache_config)) for each in (stream, plain)]
+    assert not torch.equal(*made)
+    twin = through_a_file(stream, tmp_path)
+    stopped_everywhere(twin)
+    assert torch.equal(latents_of(twin, 2), latents_of(stream, 2))
+
+
+@pytest.mark.parametrize("storage", ["exact", "int8"])
+def test_an_anchor_survives_stopped_chunks_and_forks(storage: str) -> None:
+    options = {"anchor_frames": 1, "decay": 0.5, "storage": storage}
+    stream = tiny.stream(cache=tiny.window(9, 2, **options))
+    latents_of(stream, 4)
+
+    def anchor_of(stream: Stream) -> Tensor:
+        keys, values = stream.state.cache.context(0)
+        tokens = stream.state.cache.frame_tokens
+        return torch.cat([keys, values])[:, :tokens].clone()
+
+    anchor, twin = anchor_of(stream), stream.fork()
+    stopped_everywhere(stream)
+    stream.switch(tiny.prompt(5), "recache")  # takes back what left for the stopped chunk
+    latents_of(stream, 4)
+    assert torch.equal(anchor_of(stream), anchor)
+    assert torch.equal(anchor_of(twin), anchor)
 
 
 @of_every_family
@@ -397,6 +447,7 @@ def damaged(name: str) -> Iterator[tuple[str, Snapshot]]:
     yield "an unknown recache", setting(recache="twice")
     yield "a first chunk of no frames", setting(first_chunk_frames=0)
     yield "memories of a word", setting(memory_rates="ab")
+    yield "a part of an anchor", setting(anchor_frames=0.5)
     latents = torch.zeros(1, 4 if name in KEPT else 16, config.chunk_frames, 4, 6)
     if "in_flight" in tensors:
         yield "a part of a chunk in flight", tensor("in_flight", lambda t: t[:, :, 1:])
@@ -583,14 +634,22 @@ def test_keys_rotated_in_every_pass_give_the_same_bits(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_rotated", [True, False])
-@pytest.mark.parametrize("name", ONE_OF_EACH_CACHE)
-def test_recorded_passes_serve_one_stream_after_another(name: str, keep_rotated: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        *((name, {}) for name in ONE_OF_EACH_CACHE),
+        ("longlive", {"sink_frames": 2, "anchor_frames": 1, "decay": 0.5}),
+    ],
+)
+def test_recorded_passes_serve_one_stream_after_another(
+    name: str, cache: dict[str, Any], keep_rotated: bool
+) -> None:
     channels = model_of(4 if name in KEPT else 16).config.in_dim
     network = tiny.model(replace(tiny.CONFIG, in_dim=channels, out_dim=channels))
     graphed = GraphedModel(network, recorder := TraceRecorder())
 
     def run(model: Any, seed: int) -> Tensor:
-        stream = stream_of(name, model=model, seed=seed, keep_rotated=keep_rotated)
+        stream = stream_of(name, cache, model=model, seed=seed, keep_rotated=keep_rotated)
         made = [latents_of(stream, chunks_to_fill(stream.cache_config) + 2 * seed)]
         stream.switch(tiny.prompt(5), "recache")
         return torch.cat([*made, latents_of(stream, 2)], dim=2)
@@ -629,7 +688,10 @@ def test_a_strength_changes_between_two_chunks_and_the_last_one_keeps_its_weight
 
 # Several processes.
 
-SHARED: dict[str, dict[str, Any]] = {name: {} for name in KEPT} | {"krea": {"rebuild": "first"}}
+SHARED: dict[str, dict[str, Any]] = {name: {} for name in KEPT} | {
+    "krea": {"rebuild": "first"},
+    "reward_forcing": {"sink_frames": 2, "anchor_frames": 1},  # its own: in `test_parallel`
+}
 SIX_HEADS = replace(tiny.CONFIG, num_heads=6)
 
 

@@ -158,6 +158,13 @@ def test_window_and_steps_on_the_command_line_go_before_the_checkpoints_own(weig
     assert record["cache"]["decay"] == 0.9
 
 
+def test_an_anchor_on_the_command_line_is_recorded_and_one_that_is_none_is_not(weights, tmp_path):
+    for more, found in (((), None), (("--sink", "2", "--anchor", "1"), 1)):
+        output = tmp_path / f"{found}.mp4"
+        assert main(arguments(weights, output, "--prompt", "x", "--chunks", "1", *more)) == 0
+        assert comment_of(output)["cache"].get("anchor_frames") == found
+
+
 def test_a_picture_and_a_clip_stand_at_the_head_of_the_video(weights, tmp_path):
     first, second = tmp_path / "first.mp4", tmp_path / "second.mp4"
     main(arguments(weights, first, "--prompt", "x", "--chunks", "2"))
@@ -466,6 +473,7 @@ WRONG = [
     ([], "--prompt TEXT or --timeline FILE"),
     (["--prompt", "x", "--width", "50"], "nearest is 48x32"),
     (["--prompt", "x", "--sink", "7"], "cannot hold 7 sink frames"),
+    (["--prompt", "x", "--anchor", "4"], "3 sink frames, 4 of anchor_frames and a chunk of 3"),
     (["--prompt", "x", "--decay", "2"], "between 0 and 1"),
     (["--prompt", "x", "--steps", "500,750"], "must fall"),
     (["--prompt", "x", "--width", "0"], "width is 0; give a number from 1 to 16384"),
@@ -539,8 +547,10 @@ def test_inspect_and_convert_show_what_a_file_holds(weights, tmp_path, capsys):
     source = str(weights / "student.safetensors")
     assert main(["inspect", source]) == 0
     assert "0.9" in capsys.readouterr().out
-    assert main(["convert", source, str(target), "--dtype", "bfloat16", "--decay", "0.5"]) == 0
-    assert "0.5" in capsys.readouterr().out
+    given = ("--decay", "0.5", "--sink", "2", "--anchor", "1")
+    assert main(["convert", source, str(target), "--dtype", "bfloat16", *given]) == 0
+    told = capsys.readouterr().out
+    assert "sink 2" in told and "decay 0.5" in told and "anchor_frames 1" in told
     assert target.stat().st_size < Path(source).stat().st_size
     assert main(["inspect", str(tmp_path / "none.safetensors")]) == 1
 

@@ -283,15 +283,18 @@ def test_the_sink_absorbs_bit_for_bit_as_the_cache_does(request, dtype, decay, f
 
 @pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_triton), False])
 @each_dtype
-def test_an_exact_sink_is_kept_in_float32_and_copied_rounded(request, dtype, fused):
+@pytest.mark.parametrize("others", [0, TOKENS], ids=["alone", "beside anchor and memories"])
+def test_an_exact_sink_is_kept_in_float32_and_copied_rounded(request, dtype, fused, others):
     step = request.getfixturevalue("triton_kernels").sink if fused else reference
     owned = windows(2, 2, 12, dtype)
     sinks, evicted = sinks_and_evicted(owned)
-    accumulator = torch.stack(exact(*sinks)) + 1e-4
+    head = F.pad(torch.stack(exact(*sinks)) + 1e-4, (0, 0, 0, 0, others, others), value=7.0)
+    accumulator = head[:, :, :, others : others + TOKENS]
     wanted = 0.999 * accumulator + (1 - 0.999) * torch.stack(exact(*evicted))
     step.update_sink(sinks, evicted, 0.999, accumulator)
     assert torch.equal(accumulator, wanted)
     assert all(map(torch.equal, sinks, wanted.to(dtype)))
+    assert (head[:, :, :, :others] == 7).all() and (head[:, :, :, others + TOKENS :] == 7).all()
 
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last_3d)
@@ -782,7 +785,7 @@ def argument_type(
     if name in constants:
         return "constexpr"
     if name.endswith("_ptr"):
-        singles = ("cos_ptr", "sin_ptr", "exact_ptr", "lse_ptr", "bias_ptr")
+        singles = ("cos_ptr", "sin_ptr", "k_exact_ptr", "v_exact_ptr", "lse_ptr", "bias_ptr")
         return "*fp32" if dtype == torch.float32 or name in singles else "*bf16"
     numbers = ("eps", "kept", "taken", "root", "inverse_largest", "least_unit", "scale")
     return "fp32" if name in numbers else "i32"

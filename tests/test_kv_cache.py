@@ -100,6 +100,25 @@ def test_rotated_keys_take_a_third_of_the_memory_and_can_be_done_without():
     assert lean.nbytes == 2 * kept.k_NBWHD.nbytes + kept.k_NBWHD[0].nbytes
 
 
+@pytest.mark.parametrize("accumulator", ["reference", "float32"])
+def test_an_anchor_stays_and_the_sink_begins_with_the_frames_after_it(accumulator):
+    config = tiny.window(9, 2, anchor_frames=2, accumulator=accumulator)
+    cache = cache_of(config, torch.bfloat16)
+    for number in (8, 16, 32, 64):
+        write(cache, number)
+    # The sink began as 8 and 16; 16, 16 and 32 have left into it.
+    assert frames_of(cache) == [8, 8, 10, 18, 32, 32, 64, 64, 64]
+    assert torch.equal(cache.v_NBWHD, -cache.k_NBWHD)
+
+
+def test_memories_take_the_places_behind_anchor_and_sink():
+    cache = cache_of(tiny.window(9, 1, anchor_frames=1, memory_rates=(0.5,)))
+    for number in (8, 16, 32, 64):
+        write(cache, number)
+    # Of the chunk of 8 one is anchor, one sink, one in the place of the memory; 16s leave.
+    assert frames_of(cache) == [8, 10, 16, 32, 32, 32, 64, 64, 64]
+
+
 def test_without_a_sink_the_oldest_chunk_is_forgotten():
     cache = cache_of(tiny.window(6, 0))
     for number in (1, 2, 3):
@@ -225,6 +244,8 @@ def test_a_clone_is_independent_and_equal():
     [
         ({"window_frames": 5}, "cannot hold 3 sink frames"),
         ({"sink_frames": -1}, "give a number from 0 to 1024"),
+        ({"anchor_frames": -1}, "anchor_frames is -1; give a number from 0 to 1024"),
+        ({"anchor_frames": 4}, "cannot hold 3 sink frames, 4 of anchor_frames and a chunk of 3"),
         ({"chunk_frames": 0}, "give a number from 1 to 1024"),
         ({"decay": 1.5}, "between 0 and 1"),
         ({"decay": float("nan")}, "between 0 and 1"),

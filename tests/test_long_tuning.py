@@ -47,6 +47,7 @@ CACHES = [
     pytest.param(tiny.window(9, 3, decay=1.0, positions="absolute", recache="joint"), id="joint"),
     pytest.param(tiny.window(12, 3, recache="joint"), id="joint, of a sink not yet averaged"),
     pytest.param(tiny.window(9, 2, memory_rates=(0.5,)), id="memory"),
+    pytest.param(tiny.window(9, 2, anchor_frames=1), id="anchor"),
 ]
 
 

@@ -325,6 +325,10 @@ CACHES = {
     "part of a chunk leaves": tiny.window(8, 3, decay=0.9),
     "its own time": tiny.window(6, 3, decay=0.9, positions="absolute"),
     "a frame at a time": tiny.window(4, 2, chunk=1, decay=0.9, positions="absolute"),
+    "beside an anchor": tiny.window(6, 2, decay=0.9, anchor_frames=1, accumulator="float32"),
+    "beside an anchor, their own time": tiny.window(
+        7, 1, decay=0.9, anchor_frames=2, positions="absolute"
+    ),
     "lengths kept": tiny.window(6, 3, decay=0.9, keep_key_norms=True),
     "exact": tiny.window(6, 3, decay=0.9, accumulator="float32"),
     "exact, lengths kept": tiny.window(6, 3, decay=0.9, accumulator="float32", keep_key_norms=True),

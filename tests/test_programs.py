@@ -117,6 +117,11 @@ KINDS = {
     "float32 sink": Kind(
         cache=tiny.window(10, 3, accumulator="float32", keep_key_norms=True), dtype=BF16
     ),
+    "anchor": Kind(cache=tiny.window(9, 2, anchor_frames=1)),
+    "anchor in chunks of one frame": Kind(
+        cache=tiny.window(6, 1, chunk=1, anchor_frames=2, accumulator="float32"), dtype=BF16
+    ),
+    "int8 with an anchor": Kind(cache=tiny.window(9, 2, storage="int8", anchor_frames=1)),
     "int8": Kind(cache=tiny.window(9, 3, storage="int8")),
     "int8 with a float32 sink": Kind(
         cache=tiny.window(8, 2, storage="int8", accumulator="float32"), dtype=BF16
@@ -128,11 +133,12 @@ KINDS = {
 
 def any_kind(draw: random.Random) -> Kind:
     """One that is drawn."""
-    chunk, sink = draw.randrange(1, 4), draw.randrange(6)
+    chunk, sink, anchor = draw.randrange(1, 4), draw.randrange(6), draw.choice([0, 0, 1, 3])
     return Kind(
         cache=CacheConfig(
-            window_frames=sink + chunk + draw.randrange(8),
+            window_frames=anchor + sink + chunk + draw.randrange(8),
             sink_frames=sink,
+            anchor_frames=anchor,
             chunk_frames=chunk,
             decay=draw.choice([0.0, 0.5, 0.75, 0.999, 1.0]),
             accumulator=draw.choice(["reference", "float32"]),

@@ -110,6 +110,19 @@ OTHERS = {
     "absolute and averaged": (tiny.window(9, 3, positions="absolute"), SAMPLER),
     "memories of an averaged sink": (tiny.window(9, 2, memory_rates=(0.5,)), SAMPLER),
 }
+SINKS = {
+    "none": {"sink_frames": 0},
+    "static": {"decay": 1.0},
+    "EMA 0.999": {"decay": 0.999, "accumulator": "float32"},
+    "EMA 0.99": {"decay": 0.99, "accumulator": "float32"},
+    "EMA 0.9": {"decay": 0.9, "accumulator": "float32"},
+    "EMA 0.5": {"decay": 0.5, "accumulator": "float32"},
+    "key norms": {"decay": 0.9, "accumulator": "float32", "keep_key_norms": True},
+    "memories": {"sink_frames": 1, "decay": 1.0, "memory_rates": (0.01, 0.1)},
+    "static beside EMA": {
+        "anchor_frames": 1, "sink_frames": 2, "decay": 0.9, "accumulator": "float32"
+    },
+}  # fmt: skip
 PRESETS = {
     name: (family.cache, family.sampler)
     for name, family in FAMILIES.items()
@@ -131,6 +144,30 @@ def test_a_rollout_is_the_stream_of_any_family_across_evictions(name):
     (result,) = roll_out(trainable(), tiny.prompt(), draws, sampler, cache)
     assert result.num_evictions == stream.state.cache.num_evictions > 0
     torch.testing.assert_close(result.latents, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SINKS)
+def test_every_sink_is_trained_over_evictions_as_it_streams(name, dtype):
+    cache, model = CacheConfig(**SINKS[name]), trainable().to(dtype)
+    stream = tiny.stream(model=tiny.model().to(dtype), cache=cache, sampler=SAMPLER, seed=5)
+    expected = torch.cat([stream.generate() for _ in range(CHUNKS)], dim=2)
+    result = rolled(model, draws_of([5], len(SAMPLER.steps) - 1), cache)
+    near = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+    torch.testing.assert_close(result.latents, expected, **near)
+    assert result.num_evictions == stream.state.cache.num_evictions == 3
+    found = gradients(model, loss_of(result.latents))
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_every_sink_is_trained_in_windows_that_are_one_rollout(name):
+    cache, model, draws = CacheConfig(**SINKS[name]), trainable(), draws_of([5], 1)
+    whole = rolled(model, draws, cache)
+    windows = list(roll_out(model, tiny.prompt(), draws, SAMPLER, cache, window_chunks=2))
+    assert torch.equal(torch.cat([each.latents for each in windows], dim=2), whole.latents)
+    assert [each.num_evictions for each in windows] == [0, 1, 3]
 
 
 @pytest.mark.parametrize("name", ["causal_forcing_2step", "longlive", "a longer past"])

@@ -49,6 +49,9 @@ def reference_of(stream: Stream, prompt, chunks: int, start=None) -> torch.Tenso
         pytest.param(tiny.window(7, 1), {}, id="sink of one frame"),
         pytest.param(tiny.window(18, 3), {}, id="window holds the whole clip"),
         pytest.param(tiny.window(5, 2, chunk=1), {}, id="chunks of one frame"),
+        pytest.param(tiny.window(9, 2, anchor_frames=1), {}, id="anchor of a part of a chunk"),
+        pytest.param(tiny.window(11, 1, anchor_frames=4), {}, id="anchor larger than a chunk"),
+        pytest.param(tiny.window(6, 2, chunk=1, anchor_frames=2), {}, id="anchor, chunks of 1"),
         pytest.param(tiny.window(10, 4, chunk=2), {}, id="window not a multiple of sink"),
         pytest.param(tiny.window(9, 3), {"height": 64, "width": 16}, id="tall picture"),
         pytest.param(
@@ -63,6 +66,27 @@ def test_a_stream_equals_a_rollout_that_rebuilds_its_window_for_every_pass(cache
     prompt = tiny.prompt().expand(stream.batch, -1, -1)
     expected = reference_of(stream, prompt, chunks=6)
     torch.testing.assert_close(latents_of(stream, 6), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [3, 1])
+def test_a_sink_beside_an_anchor_is_that_of_a_slow_stream_over_many_evictions(chunk):
+    cache = tiny.window(9, 2, chunk=chunk, anchor_frames=1, decay=0.9)
+    stream = tiny.stream(cache=cache)
+    expected = reference_of(stream, tiny.prompt(), chunks=24)
+    torch.testing.assert_close(latents_of(stream, 24), expected, atol=2e-5, rtol=1e-4)
+    assert stream.state.cache.num_evictions >= 15
+
+
+@pytest.mark.parametrize("positions", ["window", "absolute"])
+@pytest.mark.parametrize("storage", ["exact", "int8"])
+def test_an_anchor_alone_is_a_static_sink_to_the_bit(storage, positions):
+    options = {"storage": storage, "positions": positions}
+    anchored = tiny.stream(cache=tiny.window(9, 0, anchor_frames=3, **options))
+    static = tiny.stream(cache=tiny.window(9, 3, decay=1.0, **options))
+    for stream in (anchored, static):
+        latents_of(stream, 5)
+        stream.switch(tiny.prompt(5))
+    assert torch.equal(latents_of(anchored, 5), latents_of(static, 5))
 
 
 @pytest.mark.parametrize("tokens", range(1, tiny.CONFIG.text_len + 1))

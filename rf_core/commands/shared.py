@@ -31,6 +31,7 @@ def cache_fields(args: argparse.Namespace) -> dict[str, Any]:
     fields = {
         "window_frames": args.window,
         "sink_frames": args.sink,
+        "anchor_frames": args.anchor,
         "decay": args.decay,
         "accumulator": args.accumulator,
         "storage": args.cache,
@@ -96,6 +97,7 @@ def add_cache(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add("--window", type=int, metavar="FRAMES", help="latent frames attention sees")
     add("--sink", type=int, metavar="FRAMES", help="latent frames of the sink; 0 for none")
+    add("--anchor", type=int, metavar="FRAMES", help="first latent frames kept before the sink")
     add("--decay", type=float, metavar="ALPHA", help="what the sink keeps of itself; 1 is static")
     add("--cache", choices=("exact", "int8"), help="int8 halves its memory: an approximation")
     add("--accumulator", choices=("reference", "float32"), help="how the sink's average rounds")

@@ -26,12 +26,13 @@ def update_sink(
     layers, batch, tokens, heads, head_dim = k_sink.shape
     channels = heads * head_dim
     block = triton.next_power_of_2(channels)
-    strides = [*_shared_strides(sinks_NBSHD), *_shared_strides(evicted_NBSHD)]
-    exact = k_sink if exact_2NBSHD is None else exact_2NBSHD  # never read where not given
-    assert exact_2NBSHD is None or exact_2NBSHD.is_contiguous()
+    # One that is not given is never read.
+    exact_k, exact_v = sinks_NBSHD if exact_2NBSHD is None else exact_2NBSHD
+    pairs = sinks_NBSHD, evicted_NBSHD, (exact_k, exact_v)
+    strides = [stride for pair in pairs for stride in _shared_strides(pair)]
     with torch.cuda.device_of(k_sink):
         _update_sink[(tokens, batch, layers)](
-            *(*sinks_NBSHD, *evicted_NBSHD, exact, *strides, decay, 1 - decay),
+            *(*sinks_NBSHD, *evicted_NBSHD, exact_k, exact_v, *strides, decay, 1 - decay),
             C=channels,
             BLOCK=block,
             EXACT=exact_2NBSHD is not None,
@@ -75,13 +76,17 @@ def _update_sink(
     v_sink_ptr,
     k_evicted_ptr,
     v_evicted_ptr,
-    exact_ptr,
+    k_exact_ptr,
+    v_exact_ptr,
     sink_n,
     sink_b,
     sink_l,
     evicted_n,
     evicted_b,
     evicted_l,
+    exact_n,
+    exact_b,
+    exact_l,
     kept,
     taken,
     C: tl.constexpr,
@@ -92,11 +97,8 @@ def _update_sink(
     layer = tl.program_id(2).to(tl.int64)
     sink = layer * sink_n + batch * sink_b + token * sink_l
     evicted = layer * evicted_n + batch * evicted_b + token * evicted_l
-    tokens, batches, layers = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    exact = ((layer * batches + batch) * tokens + token) * C
-    values = exact + layers.to(tl.int64) * batches * tokens * C
+    exact = layer * exact_n + batch * exact_b + token * exact_l
     k_at, v_at = k_sink_ptr + sink, v_sink_ptr + sink
-    _update_sink_row(k_at, k_evicted_ptr + evicted, exact_ptr + exact, kept, taken, C, BLOCK, EXACT)
-    _update_sink_row(
-        v_at, v_evicted_ptr + evicted, exact_ptr + values, kept, taken, C, BLOCK, EXACT
-    )
+    k_from, v_from = k_evicted_ptr + evicted, v_evicted_ptr + evicted
+    _update_sink_row(k_at, k_from, k_exact_ptr + exact, kept, taken, C, BLOCK, EXACT)
+    _update_sink_row(v_at, v_from, v_exact_ptr + exact, kept, taken, C, BLOCK, EXACT)

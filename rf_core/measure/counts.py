@@ -70,8 +70,8 @@ def chunk_passes(cache: CacheConfig, sampler: SamplerConfig) -> list[Passes]:
     """All passes of a chunk of the steady state: those that denoise, then what fills the cache."""
     chunk, steps = cache.chunk_frames, len(sampler.steps)
     context = cache.window_frames - chunk
-    if sampler.rolling:  # the sink lies beside what attention sees
-        seen, flight = cache.window_frames - cache.sink_frames, steps * chunk
+    if sampler.rolling:  # the opening lies beside what attention sees
+        seen, flight = cache.window_frames - cache.opening_frames, steps * chunk
         return [Passes(1, flight, seen - flight), Passes(1, chunk, seen - chunk)]
     if cache.rebuild == "never":
         return [Passes(steps + 1, chunk, context)]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import operations
-from ..config import CacheConfig, ModelConfig, SamplerConfig
+from ..config import CacheConfig, ModelConfig, SamplerConfig, recorded
 from ..families import AUTO, DEFAULT, Family, check_family, family_of
 from ..fused_linear import fuse_projections
 from ..layers import SelfAttention
@@ -300,8 +300,8 @@ def write_checkpoint(
     settings = {
         "format": SETTINGS_FORMAT,
         "model": asdict(config),
-        "cache": asdict(cache) if cache else None,
-        "sampler": asdict(sampler) if sampler else None,
+        "cache": recorded(cache) if cache else None,
+        "sampler": recorded(sampler) if sampler else None,
         "size": size,
         **({} if family is None else {"family": family}),
         "provenance": dict(provenance or {}),
@@ -418,7 +418,10 @@ def _describe_cache(cache: CacheConfig | None) -> str:
         f"{cache.chunk_frames}, decay {cache.decay} ({cache.accumulator})"
     )
     usual = CacheConfig()
-    others = ("first_chunk_frames", "positions", "memory_rates", "recache", "rebuild")
+    others = (
+        *("anchor_frames", "keep_key_norms", "first_chunk_frames", "positions", "memory_rates"),
+        *("recache", "rebuild"),
+    )
     return text + "".join(
         f", {name} {value}"
         for name in others

@@ -42,7 +42,7 @@ def prompts() -> dict[str, tuple[Prompt, str]]:
     switch: dict[str, Any] = {"at": 0.0, "unit": "seconds", "mode": "recache"}
     switch |= {"blend_chunks": 3, "interpolation": "lerp"}
     sink = {"preset": "Custom", "window_frames": 9, "sink_frames": 3, "decay": 0.5}
-    sink |= {"accumulator": "float32"}
+    sink |= {"accumulator": "float32", "anchor_frames": 1}
     name, text = "demo.safetensors", "0s: a red circle moves left"
     nodes: dict[str, tuple[str, dict[str, Any]]] = {
         "RFLoadModel": ("model", {"model_name": name, "weight_dtype": "default"}),
@@ -91,7 +91,7 @@ WIDGETS = [
     *(("RFLoadControl", name) for name in ("control_name", "weight_dtype")),
     *(("RFControlVideo", name) for name in ("strength", "start", "end", "at_end")),
     *(("RFSinkConfig", name) for name in ("preset", "window_frames", "sink_frames")),
-    *(("RFSinkConfig", name) for name in ("decay", "accumulator")),
+    *(("RFSinkConfig", name) for name in ("decay", "accumulator", "anchor_frames")),
     *(("RFPromptSwitch", name) for name in ("at", "unit", "mode", "blend_chunks", "interpolation")),
     *(("RFPromptSchedule", name) for name in ("text", "length")),
     *(("RFStreamingSampler", name) for name in ("width", "height", "length", "unit", "seed")),
@@ -193,6 +193,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("RFSinkConfig", "window_frames", 5, "cannot hold"),
     ("RFSinkConfig", "decay", 2, "from 0.0 to 1.0"),
     ("RFSinkConfig", "accumulator", "float64", "one of 'reference', 'float32'"),
+    ("RFSinkConfig", "anchor_frames", 4, "3 sink frames, 4 of anchor_frames and a chunk of 3"),
     ("RFPromptSwitch", "at", -1, "from 0.0"),
     ("RFPromptSwitch", "unit", "hours", "one of"),
     ("RFPromptSwitch", "mode", "blend 3", "one of"),

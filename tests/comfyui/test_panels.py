@@ -20,7 +20,7 @@ from .server import Server
 pytestmark = pytest.mark.skipif(chromium() is None, reason="chromium is not installed")
 
 RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "vue"])
-VALUES = ("window_frames", "sink_frames", "decay", "accumulator")
+VALUES = ("window_frames", "sink_frames", "decay", "accumulator", "anchor_frames")
 
 ADD = """
 ([types, widgets]) => {
@@ -109,8 +109,8 @@ def presets(pack: Any) -> dict[str, dict[str, Any]]:
     """What each preset of EMA-Sink Config sets, as the node uses it."""
     loaders = importlib.import_module(f"{PACK}.nodes.loaders")
     return {
-        name: {value: getattr(config, value) for value in VALUES}
-        for name, config in loaders.PRESETS.items()
+        name: {value: getattr(each.cache, value) for value in VALUES}
+        for name, each in loaders.PRESETS.items()
     }
 
 
@@ -177,6 +177,7 @@ def test_a_workflow_saved_with_other_values_opens_with_those_that_act(
     server: Server, vue_nodes: bool, presets: dict[str, dict[str, Any]]
 ) -> None:
     custom = {"window_frames": 21, "sink_frames": 6, "decay": 0.5, "accumulator": "float32"}
+    custom |= {"anchor_frames": 2}
     with page_of(server, vue_nodes) as page:
         page.evaluate(ADD, [["RFSinkConfig"] * 2, [{"preset": "Custom"} | custom] * 2])
         saved = page.evaluate(SAVE)
@@ -186,6 +187,23 @@ def test_a_workflow_saved_with_other_values_opens_with_those_that_act(
         page.evaluate(LOAD, saved)
         page.wait_for_timeout(500)
         assert sinks(page) == [shown(presets["Long"], True), shown(custom, False)]
+
+
+@RENDERERS
+def test_a_workflow_of_before_there_were_anchors_opens_unchanged(
+    server: Server, vue_nodes: bool, presets: dict[str, dict[str, Any]]
+) -> None:
+    custom = {"window_frames": 21, "sink_frames": 6, "decay": 0.5, "accumulator": "float32"}
+    with page_of(server, vue_nodes) as page:
+        page.evaluate(ADD, [["RFSinkConfig"] * 2, [{"preset": "Custom"} | custom, {}]])
+        saved = page.evaluate(SAVE)
+        for node in saved["nodes"]:
+            assert node["widgets_values"].pop() == 0
+            del node["inputs"][-1]
+        page.evaluate(LOAD, saved)
+        page.wait_for_timeout(500)
+        anchorless = custom | {"anchor_frames": 0}
+        assert sinks(page) == [shown(anchorless, False), shown(presets["Published"], True)]
 
 
 @RENDERERS

@@ -131,20 +131,44 @@ def test_every_sink_is_a_sink_or_says_what_does_not_fit(pack: Any) -> None:
                 assert asked == {key: getattr(made, key) for key in asked}
         else:
             assert values["preset"] == "Custom" and "window_frames" in verdict
-            assert values["window_frames"] < values["sink_frames"] + 3
+            assert values["window_frames"] < values["anchor_frames"] + values["sink_frames"] + 3
     assert fitting > 4
 
 
 def test_sinks_at_their_extremes_stream(sampled: Any) -> None:
     sink = node("RFSinkConfig")
-    for window, kept, decay, accumulator in product(
-        (3, 63), (0, 60), (0.0, 1.0), ("reference", "float32")
+    for window, kept, decay, accumulator, anchor in product(
+        (3, 63), (0, 60), (0.0, 1.0), ("reference", "float32"), (0, 60)
     ):
-        values = ("Custom", window, kept, decay, accumulator)
+        values = ("Custom", window, kept, decay, accumulator, anchor)
         if sink.validate_inputs(*values) is True:
             (config,) = sink.execute(*values).result
             latent = sampled(sink=config, length=2.0).result[0]["samples"]
             assert latent.isfinite().all()
+
+
+def test_a_sink_without_an_anchor_is_what_it_was(pack: Any) -> None:
+    values = {"preset": "Custom", "window_frames": 9, "sink_frames": 3, "decay": 0.5}
+    values |= {"accumulator": "float32"}  # as workflows of before have it
+    sink = node("RFSinkConfig")
+    assert sink.validate_inputs(**values) is True
+    assert sink.execute(**values).result == sink.execute(**values, anchor_frames=0).result
+    values["window_frames"] = 5
+    assert "window_frames 5 cannot hold 3 sink frames and" in sink.validate_inputs(**values)
+
+
+def test_a_preset_sets_more_than_the_node_shows_and_else_leaves_the_model_its_own(
+    sampled: Any,
+) -> None:
+    made = importlib.import_module(f"{PACK}.rf_core.state").cache_config_of
+
+    def cache_of(sink: Any) -> Any:
+        return made(sampled(sink=sink, length=1.0, keep_state="exact").result[3].snapshot)
+
+    config = importlib.import_module(f"{PACK}.rf_core.config").CacheConfig
+    sink = config(keep_key_norms=True, memory_rates=(0.01, 0.1))
+    assert cache_of(sink) == sink
+    assert cache_of(config(decay=0.5, anchor_frames=2)) == config(decay=0.5, anchor_frames=2)
 
 
 def test_linked_widgets_are_unknown_while_a_prompt_is_checked(pack: Any) -> None:

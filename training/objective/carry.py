@@ -54,19 +54,19 @@ def restore_samples(state: RolloutState, samples: Sequence[CarriedSample]) -> No
 
 def _check(state: RolloutState, counts: list[int], latents: Sequence[Tensor]) -> None:
     config = state.cache.config
-    window, sink = config.window_frames, config.sink_frames
+    window, opening = config.window_frames, config.opening_frames
     _, channels, _, *size = state.last_latents.shape
     num_frames, slot, evictions, evicted, gone = counts if _is_counts(counts) else (-1,) * 5
-    if config.recache != "chunks" and not gone:  # the sink's may be run again, too
-        sink = 0
+    if config.recache != "chunks" and not gone:  # the opening's may be run again, too
+        opening = 0
     if not (0 <= slot <= num_frames <= window and evictions >= 0 and evicted == 0):
         raise ValueError(f"a window of {window} latent frames cannot hold {counts}")
     for each in latents:
         frames = each.shape[1] if each.ndim == 4 else 0
-        if each.shape != (channels, frames, *size) or not num_frames - sink <= frames <= window:
+        if each.shape != (channels, frames, *size) or not num_frames - opening <= frames <= window:
             raise ValueError(
                 f"the last latents of a rollout that goes on are {list(each.shape)}; "
-                f"{num_frames - sink} frames or more of {[channels, *size]} are needed"
+                f"{num_frames - opening} frames or more of {[channels, *size]} are needed"
             )
 
 

@@ -40,14 +40,14 @@ class ChunkKV:
     """
 
     def __init__(
-        self, past: LayersKV, grid: Grid, sink_frames: int = 0, gone_frames: int = 0
+        self, past: LayersKV, grid: Grid, opening_frames: int = 0, gone_frames: int = 0
     ) -> None:
         """`past` is the window before the chunk, `grid` that of its frames.
 
-        Its first `sink_frames` stand `gone_frames` before their places in it.
+        Its first `opening_frames` stand `gone_frames` before their places in it.
         """
         self.past, self.grid = past, grid
-        self.sink_frames, self.gone_frames = sink_frames, gone_frames
+        self.opening_frames, self.gone_frames = opening_frames, gone_frames
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, [B, L, H, D] each
         self._rope: Rope | None = None
 
@@ -63,7 +63,7 @@ class ChunkKV:
             self._rope = rope_table(self.context_frames, *place)
             if self.gone_frames:
                 self._rope = self._rope.clone()
-                self._rope.copy_(rope_from(-self.gone_frames, self.sink_frames, *place))
+                self._rope.copy_(rope_from(-self.gone_frames, self.opening_frames, *place))
         return self._rope
 
     def layer(self, index: int) -> LayerKV:
@@ -103,10 +103,10 @@ class LayerKV:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """An immutable window of keys and values: sink frames first, then those of past chunks."""
+    """An immutable window of keys and values: anchor, sink, then the frames of past chunks."""
 
     config: CacheConfig
-    """Window, sink and decay, as of `KVCache`."""
+    """Window, anchor, sink and decay, as of `KVCache`."""
     grid: Grid
     """Token grid of a frame."""
     layers: LayersKV
@@ -137,16 +137,17 @@ class Window:
 
     def chunk_kv(self) -> ChunkKV:
         """For a pass over the next chunk; call `evicted` first."""
-        sink = self.config.sink_frames if self.config.positions == "absolute" else 0
-        return ChunkKV(self.layers, self.grid, sink, self.gone_frames if sink else 0)
+        opening = self.config.opening_frames if self.config.positions == "absolute" else 0
+        return ChunkKV(self.layers, self.grid, opening, self.gone_frames if opening else 0)
 
     def appended(self, chunk_kv: ChunkKV) -> Window:
         """With the keys and values of a pass at its end."""
         return replace(self, layers=chunk_kv.extended())
 
     def _evict(self, frames: FramesKV, count: int, *, keys: bool) -> FramesKV:
-        c = self.config
-        sink, gone = frames[: c.sink_frames], frames[c.sink_frames : c.sink_frames + count]
+        c, opening = self.config, self.config.opening_frames
+        anchor, sink = frames[: c.anchor_frames], frames[c.anchor_frames : opening]
+        gone, rest = frames[opening : opening + count], frames[opening + count :]
         if sink and c.decay < 1:
             held = torch.cat(sink, dim=1)
             # Kept in the accumulator's dtype, and read in that of the keys.
@@ -154,7 +155,7 @@ class Window:
             tokens = self.grid.frame_tokens
             mixed = update_sink(held, torch.cat(gone, dim=1), c, tokens, keys=keys)
             sink = mixed.split(tokens, dim=1)
-        return (*sink, *frames[c.sink_frames + count :])
+        return (*anchor, *sink, *rest)
 
 
 def check_clip_cache(cache: CacheConfig) -> None:

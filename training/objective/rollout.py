@@ -135,8 +135,8 @@ class RolloutState:
 
 
 def _recached_frames(config: CacheConfig) -> int:
-    """How many a recache runs again at most: the sink's too, while a joint one may."""
-    return config.window_frames - (config.sink_frames if config.recache == "chunks" else 0)
+    """How many a recache runs again at most: the opening's too, while a joint one may."""
+    return config.window_frames - (config.opening_frames if config.recache == "chunks" else 0)
 
 
 def check_rollouts(cache: CacheConfig, sampler: SamplerConfig) -> None:

@@ -358,7 +358,8 @@ def check_pairs(config: InitConfig, pairs: Pairs) -> None:
 
 def check_excerpt_cache(cache: CacheConfig, chunk_frames: int) -> None:
     """ValueError for a cache that is not the one that excerpts show, of three chunks."""
-    expected = {"chunk": chunk_frames, "window": len(KINDS) * chunk_frames, "sink": chunk_frames}
+    window = len(KINDS) * chunk_frames
+    expected = {"chunk": chunk_frames, "window": window, "sink": chunk_frames, "anchor": 0}
     for name, value in expected.items():
         if (given := getattr(cache, f"{name}_frames")) != value:
             raise ValueError(

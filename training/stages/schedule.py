@@ -21,7 +21,7 @@ from ..run.config import apply_overrides
 from .recipes import DistilConfig, student_path
 
 WINDOW = (
-    *("window_frames", "sink_frames", "chunk_frames", "first_chunk_frames"),
+    *("window_frames", "anchor_frames", "sink_frames", "chunk_frames", "first_chunk_frames"),
     *("positions", "memory_rates", "recache", "rebuild", "blend_holds"),
 )
 """Of the cache, what weights depend on: how its sink is kept is the run's own."""
