@@ -56,6 +56,7 @@ ALLOWED = {
     ("colours_alone", 0): "no caption names a colour alone",
     ("run.redmd.guidance", 0): "none: the prompt's own score",
     ("run.redmd.weights.beta", 0): "no reward",
+    ("run.redmd.gradient_beta", 0): "no gradient of a reward",
     ("starts.share", 0): "no rollout begins from an image",
     ("reward.share", 0): "a score that is told and moves nothing",
     ("reward.share", -1): "less of it is better",

@@ -78,7 +78,11 @@ def test_the_page_s_reward_weights_a_run_beside_the_tracker(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("kind", "source", "said"),
     [
-        ("beauty", "", "choose one of 'none', 'tracker', 'flow', 'videoalign', or name a class"),
+        (
+            "beauty",
+            "",
+            "choose one of 'none', 'tracker', 'soft_speed', .* 'videoalign', or name a class",
+        ),
         ("mine:Missing", "", "mine:Missing', which is not there"),
         ("nowhere:Reward", "", "which is not there: No module named 'nowhere'"),
         ("mine:Silent", "class Silent: pass", "`scores` names what it gives"),
@@ -95,7 +99,7 @@ def test_what_is_no_reward_is_refused_by_name(tmp_path, monkeypatch, kind, sourc
 
 def test_every_reward_gives_what_its_class_names() -> None:
     videos = torch.rand(1, 5, 3, 64, 64)
-    for kind in ("tracker", "flow"):
+    for kind in ("tracker", "soft_speed", "flow", "soft_flow"):
         opened = open_reward(RewardConfig(kind=kind), CPU)
         assert opened.score == "motion"
         found = opened.reward(videos, ["a red circle moves left slowly"])

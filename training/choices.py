@@ -30,7 +30,7 @@ from .data.pairs import Pairs, shards_of
 from .data.prompts import DataConfig, DataSet
 from .data.starts import ClipStarts, PictureStarts, StartsConfig, StartSource
 from .evaluation.metric import PromptMetric
-from .rewards.flow_motion import FlowMotionReward
+from .rewards.flow_motion import FlowMotionReward, SoftFlowReward
 from .rewards.reward import Reward, WeightedScore
 from .rewards.videoalign import VideoAlignReward, load_videoalign
 from .rewards.videoalign_files import read_converted
@@ -38,6 +38,7 @@ from .world.captions import Captions
 from .world.clips import CaptionedClips, read_clips, shards_of_clips
 from .world.metric import TrackerMetric
 from .world.reward import TrackerReward
+from .world.soft_speed import SoftSpeedReward
 
 DATA_SET: DataSet = Captions()
 """Gives the prompts where there is no prompt file: the bundled demo's."""
@@ -47,7 +48,13 @@ METRIC: PromptMetric = TrackerMetric()
 """Measures whether videos match their prompts, for prompts that it can parse."""
 
 REWARDS: Mapping[str, type[Reward]] = MappingProxyType(
-    {"tracker": TrackerReward, "flow": FlowMotionReward, "videoalign": VideoAlignReward}
+    {
+        "tracker": TrackerReward,
+        "soft_speed": SoftSpeedReward,
+        "flow": FlowMotionReward,
+        "soft_flow": SoftFlowReward,
+        "videoalign": VideoAlignReward,
+    }
 )
 """The rewards by name; others are named by their class, `package.module:Class`."""
 
@@ -57,9 +64,10 @@ class RewardConfig:
     """A reward, or a part of one, that weights samples."""
 
     kind: str = "none"
-    """`none` is plain distribution matching; one of `REWARDS`, of which `tracker` knows the
-    miniature world alone; or a class of yours, `package.module:Class`, which is called with the
-    device and `path` (`training.rewards.reward.Reward` says what it has)."""
+    """`none` is plain distribution matching; one of `REWARDS`, of which `tracker` and `soft_speed`
+    know the miniature world alone, and `soft_speed` and `soft_flow` are differentiable; or a class
+    of yours, `package.module:Class`, which is called with the device and `path`
+    (`training.rewards.reward.Reward` says what it has)."""
     score: str = "motion"
     """Which of the reward's scores counts: its class names them."""
     share: float = 1.0
@@ -85,6 +93,11 @@ class RewardConfig:
         """The class; ValueError where there is none."""
         return REWARDS.get(self.kind) or _plugin(self.kind)
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether the score has a gradient by the video; its kind is not `none`."""
+        return self.score in _differentiable(self.reward)
+
 
 def _plugin(kind: str) -> type[Reward]:
     module, colon, name = kind.partition(":")
@@ -104,6 +117,16 @@ def _plugin(kind: str) -> type[Reward]:
             "it gives"
         )
     return found  # type: ignore[no-any-return]
+
+
+def differentiable_rewards() -> list[str]:
+    """Kind and score of the rewards by name that have a gradient, for a message."""
+    known = REWARDS.items()
+    return [f"{kind} ({score})" for kind, each in known for score in _differentiable(each)]
+
+
+def _differentiable(reward: type[Reward]) -> tuple[str, ...]:
+    return getattr(reward, "differentiable", ())
 
 
 def check_reward(config: RewardConfig) -> None:

@@ -70,11 +70,10 @@ class LucasKanadeConfig:
 DEFAULT_FLOW = LucasKanadeConfig()
 
 
-@torch.no_grad()
 def lucas_kanade(first: Tensor, second: Tensor, config: LucasKanadeConfig = DEFAULT_FLOW) -> Tensor:
     """Flow [N, 2, H, W] in pixels between images [N, 3, H, W] of any size; see `FlowEstimator`.
 
-    Pixels that would leave the picture do not count.
+    Pixels that would leave the picture do not count. Differentiable by the images.
     """
     levels = _pyramid(torch.cat([first, second]).float(), config.smallest)
     found = first.new_zeros(len(first), 2, *levels[-1].shape[2:], dtype=torch.float32)
@@ -100,14 +99,20 @@ def motion(video: Tensor, estimate: FlowEstimator = lucas_kanade) -> dict[str, f
     `motion` is the mean flow magnitude of the fastest `TOP_SHARE` of the pixels, as in VBench's
     dynamic degree; `mean_motion` that of all of them. ValueError for less than two images.
     """
+    with torch.no_grad():
+        return {name: float(each) for name, each in motion_scores(video, estimate).items()}
+
+
+def motion_scores(video: Tensor, estimate: FlowEstimator = lucas_kanade) -> dict[str, Tensor]:
+    """`motion` as scalars, float64 on the CPU, differentiable by the video where the flow is."""
     fastest, every = [], []
     for part in _flows(video, estimate):
         speed = part.norm(dim=1).flatten(1)
         fastest.append(_top_mean(speed))
         every.append(speed.mean(dim=1))
     return {
-        "motion": float(torch.cat(fastest).cpu().double().mean()),
-        "mean_motion": float(torch.cat(every).cpu().double().mean()),
+        "motion": torch.cat(fastest).cpu().double().mean(),
+        "mean_motion": torch.cat(every).cpu().double().mean(),
     }
 
 

@@ -35,6 +35,7 @@ from .rollout import (
     roll_out,
 )
 from .tensors import Tensors
+from .tilt import Tilt, tilted
 from .weights import WeightConfig
 
 WeightFn = Callable[[Tensor, int], Tensor]
@@ -61,16 +62,22 @@ class ReDMDConfig:
     """Those timesteps' range, of 1000."""
     window_chunks: int = 7
     """Chunks that teacher and critic see at once; a longer rollout is whole windows of them."""
-    weigh: Literal["generator", "critic"] = "generator"
+    weigh: Literal["generator", "critic", "none"] = "generator"
     """Which loss the reward weights. The generator's with exp(beta r), as published, leaves the
     fixed point where it is; the critic's with exp(-beta r) moves it to the teacher's distribution
-    tilted by exp(beta r)."""
+    tilted by exp(beta r). `none` leaves the reward to `gradient_beta`."""
+    gradient_beta: float = 0.0
+    """What a unit of the reward is worth in the generator's loss: matching less this times the
+    reward, both means over samples, with the gradient of the reward itself, through the decoder
+    (RTDMD, arXiv 2605.26108). It moves the fixed point, to the teacher's distribution tilted by the
+    reward; `objective.tilt` says by how much, and `tilt/share` in the log how hard it pulls. 0 is
+    none."""
     batch: int = 8
     """Samples an update, over all ranks and micro-batches."""
 
     def __post_init__(self) -> None:
         check_rollouts(self.cache, self.sampler)
-        check_numbers(self, shift=(0.01, 1000.0), guidance=(0, 1000.0))
+        check_numbers(self, shift=(0.01, 1000.0), guidance=(0, 1000.0), gradient_beta=(0, MANY))
         check_numbers(self, window_chunks=(1, MANY), batch=(1, MANY))
         low, high = self.bounds
         if not 0 < low < high <= 1000:
@@ -157,12 +164,14 @@ def generator_losses(
     config: ReDMDConfig,
     weight_fn: WeightFn | None = None,
     state: RolloutState | None = None,
+    tilt: Tilt | None = None,
 ) -> Iterator[Tensor]:
     """A scalar loss a window, each to be called backward on before the next is asked for.
 
     Rolls out, compares scores at one noised point a sample, and weights samples by `weight_fn`.
     `score_noises` has one entry a window; `weight_fn` None is plain distribution matching. With a
-    `state` the rollout goes on from there, and leaves it where it ends.
+    `state` the rollout goes on from there, and leaves it where it ends. Of `tilt`,
+    `config.gradient_beta` times its reward is taken off.
     """
     n = networks
     windows = _windows(n, prompts, draws, config, state, supervised=True)
@@ -181,6 +190,9 @@ def generator_losses(
         losses = generator_loss(rollout.latents, direction, mask)
         if weight_fn is not None:
             losses = weight_fn(x0, index).to(losses) * losses
+        if tilt is not None:
+            beta = config.gradient_beta
+            losses = tilted(losses, rollout.latents, x0, index, mask, beta, tilt)
         yield losses.sum() / (config.batch * len(score_noises))
 
 

@@ -13,6 +13,7 @@ from rf_core.decoders.decoder import Decoder
 
 from ..objective.redmd import Anchor
 from ..run.distributed import all_reduce_sum
+from .decoding import decode_with_gradient, fixed_frames
 
 
 class Reward(Protocol):
@@ -20,6 +21,8 @@ class Reward(Protocol):
 
     scores: ClassVar[tuple[str, ...]]
     """Names of what it gives."""
+    differentiable: ClassVar[tuple[str, ...]]
+    """Which of them are differentiable by the videos; a class that does not say has none."""
 
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Scores [B] by name, of videos [B, T, 3, H, W] in [0, 1] and their prompts."""
@@ -38,6 +41,13 @@ class WeightedScore:
     share: float
     """What it is multiplied by."""
 
+    def of(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The score [B], not multiplied; ValueError where the reward has none of that name."""
+        found = self.reward(videos, prompts)
+        if self.score not in found:
+            raise ValueError(f"{self.name} gives {', '.join(found)}, and no {self.score}")
+        return found[self.score]
+
 
 class Texts(Protocol):
     """Prompts by their numbers."""
@@ -48,7 +58,8 @@ class Texts(Protocol):
 class LatentRewards:
     """A weighted sum of rewards' scores as a function of clean latents; a `LatentReward`.
 
-    Samples are decoded one at a time, once for all rewards.
+    Samples are decoded one at a time, once for all rewards. With `recomputed_frames`, gradients are
+    those of as many latent frames at a time, decoded again (`decode_with_gradient`).
     """
 
     def __init__(
@@ -57,8 +68,10 @@ class LatentRewards:
         decoder: Decoder,
         prompts: Texts,
         device: torch.device,
+        recomputed_frames: int | None = None,
     ) -> None:
         self.parts, self.decoder, self.prompts, self.device = parts, decoder, prompts, device
+        self.recomputed_frames = recomputed_frames
         self._sums = dict.fromkeys((f"{p.name}.{p.score}" for p in parts), 0.0)
         self._count = 0
 
@@ -66,16 +79,35 @@ class LatentRewards:
     def __call__(self, x0: Tensor, numbers: list[int]) -> Tensor:
         """Scores [B] of latents [B, C, F, h, w]; ValueError where a reward has no such score."""
         videos = torch.cat([self.decoder.decode(each, None)[0] for each in x0.split(1)])
+        return self._total(videos, numbers)
+
+    def gradients(
+        self, x0: Tensor, numbers: list[int], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same scores, and their gradient by the latents, [B, C, F, h, w].
+
+        `mask` broadcasts to the latents, and is true where they carry gradient; None for all.
+        """
+        scores, slopes = [], torch.zeros_like(x0)
+        for b, number in enumerate(numbers):
+            first = fixed_frames(mask, b)
+            with torch.enable_grad():
+                latents = x0[b : b + 1].detach().requires_grad_(True)
+                videos = decode_with_gradient(self.decoder, latents, first, self.recomputed_frames)
+                score = self._total(videos, [number])
+                (slope,) = torch.autograd.grad(score.sum(), latents)
+            scores.append(score.detach())
+            slopes[b] = slope[0] if mask is None else slope[0] * mask[b]
+        return torch.cat(scores), slopes
+
+    def _total(self, videos: Tensor, numbers: list[int]) -> Tensor:
         texts = [self.prompts[number] for number in numbers]
-        total = torch.zeros(len(x0), device=self.device)
+        total = torch.zeros(len(videos), device=self.device)
         for part, name in zip(self.parts, self._sums, strict=True):
-            found = part.reward(videos, texts)
-            if part.score not in found:
-                raise ValueError(f"{part.name} gives {', '.join(found)}, and no {part.score}")
-            score = found[part.score].to(total)
-            self._sums[name] += float(score.sum())
-            total += part.share * score
-        self._count += len(x0)
+            score = part.of(videos if part.share else videos.detach(), texts).to(total)
+            self._sums[name] += float(score.detach().sum())
+            total = total + part.share * score
+        self._count += len(videos)
         return total
 
     def take_means(self) -> dict[str, float]:

@@ -20,10 +20,16 @@ from .distributed import all_gather, share_number
 
 
 class LatentReward(Protocol):
-    """What samples are weighted by."""
+    """What samples are weighted by, or moved by where it is differentiable."""
 
     def __call__(self, x0: Tensor, numbers: list[int], /) -> Tensor:
         """Scores [B] of clean latents and the numbers of their prompts."""
+        ...
+
+    def gradients(
+        self, x0: Tensor, numbers: list[int], mask: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]:
+        """The same scores, and their gradient by the latents where `mask` is true, 0 elsewhere."""
         ...
 
     def take_means(self) -> dict[str, float]:

@@ -40,7 +40,7 @@ from .consistency import CONSISTENCY_PRESETS, ConsistencyConfig, ConsistencyTrai
 from .control import CONTROL_PRESETS, ControlRunConfig, ControlTrainer, check_layers
 from .estimate import Sizes, estimate
 from .memory import consistency_memory, control_memory, regression_memory, teacher_memory
-from .recipes import DistilConfig, student_path
+from .recipes import DistilConfig, recomputed_frames, student_path
 from .regression import INIT_PRESETS, InitTrainer, init_config
 from .supervised import SupervisedConfig
 from .teacher import TEACHER_PRESETS, Phase, TeacherConfig, TeacherTrainer
@@ -263,7 +263,9 @@ def _redmd_networks(
     ]
     if len(parts) < len(config.rewards):
         found.notes.append("without a reward or its decoder, whose files are not there")
-    return networks, LatentRewards(parts, decoder, prompts, device) if parts and decoder else None
+    if not parts or decoder is None:
+        return networks, None
+    return networks, LatentRewards(parts, decoder, prompts, device, recomputed_frames(config))
 
 
 def _network(

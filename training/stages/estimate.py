@@ -4,8 +4,8 @@
 Memory is counted from the network itself: it runs once without weights or arithmetic while a hook
 notes what autograd would keep, so nothing here has to follow the code by hand. Attention is taken
 to keep its inputs and its output, as fused kernels do. The text encoder, which is gone before
-training begins, and a reward's own network are left out. Where updates are of several sizes, all
-are counted as of the largest.
+training begins, and a reward's own network are left out; the decoding that a reward's gradient goes
+through is counted. Where updates are of several sizes, all are counted as of the largest.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..run.lora import LoRAConfig
 from ..run.networks import DTYPES, PlacementConfig, prepare
 from ..run.optimise import OptimiserConfig
 from ..run.sequence import own_grid
+from .decoding_memory import decoding_memory
 from .operations import pass_flops, trained
 from .recipes import DistilConfig
 from .trainer import RunConfig
@@ -85,6 +86,7 @@ def _memory(config: DistilConfig, sizes: Sizes, processes: int) -> dict[str, int
         "kept for the backward pass": max(
             _rollout_activations(config, sizes), _critic_activations(config, sizes)
         ),
+        **decoding_memory(config),
     }
 
 

@@ -47,7 +47,7 @@ from ..run.sequence import check_cache, check_sequence
 from ..run.signals import StopRequest, stop_on_signal
 from .estimate import Sizes
 from .export import file_hash, student_companions, write_adapter, write_student
-from .recipes import DistilConfig, student_path
+from .recipes import DistilConfig, recomputed_frames, student_path
 from .supervised import video_size
 from .trainer import Report, Trainer, drawn_prompts, report_numbers
 from .validation import (
@@ -349,7 +349,7 @@ def _open_rewards(
         return None
     parts = [open_reward(each, device) for each in config.rewards]
     assert decoder is not None
-    return LatentRewards(parts, decoder, prompts, device)
+    return LatentRewards(parts, decoder, prompts, device, recomputed_frames(config))
 
 
 def _needs_pixels(config: DistilConfig) -> bool:

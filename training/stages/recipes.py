@@ -19,7 +19,7 @@ from rf_core.options import DEMO
 from rf_core.ranges import MANY, check_numbers
 from rf_core.stream import latent_size
 
-from ..choices import RewardConfig
+from ..choices import RewardConfig, differentiable_rewards
 from ..data.prompts import DataConfig, wan_data
 from ..data.starts import StartsConfig
 from ..objective.redmd import ReDMDConfig
@@ -91,6 +91,7 @@ class DistilConfig:
         *("run.updates", "run.micro_batch", "run.runaway", "output", "placement", "data.cache"),
         *(f"run.{who}.{what}" for who in ("generator", "critic") for what in RATES),
         *(f"run.redmd.weights.{name}" for name in WEIGHTING),
+        "run.redmd.gradient_beta",
     )
     """As `SupervisedConfig.may_change`."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -136,6 +137,7 @@ class DistilConfig:
                 "run.redmd.weigh is critic, which a reward weights; give reward.kind, or set "
                 "run.redmd.weigh=generator"
             )
+        self._check_gradient()
         if self.run.redmd.sampler.first_steps and 0 < self.starts.share < 1:
             raise ValueError(
                 f"starts.share is {self.starts.share}, and run.redmd.sampler.first_steps are those "
@@ -150,10 +152,40 @@ class DistilConfig:
                 "run.redmd.window_chunks more chunks"
             )
 
+    def _check_gradient(self) -> None:
+        beta, weigh = self.run.redmd.gradient_beta, self.run.redmd.weigh
+        if not beta:
+            if weigh == "none" and self.rewards:
+                raise ValueError(
+                    f"reward.kind is {self.rewards[0].kind}, run.redmd.weigh none and "
+                    "run.redmd.gradient_beta 0, so that it would do nothing: give one of them, or "
+                    "reward.kind=none"
+                )
+            return
+        moving = [each for each in self.rewards if each.share]
+        known = ", ".join(differentiable_rewards())
+        if not moving:
+            raise ValueError(
+                f"run.redmd.gradient_beta is {beta}, the worth of a reward that is not there; give "
+                f"reward.kind, of {known}, or set run.redmd.gradient_beta=0"
+            )
+        for each in moving:
+            if not each.is_differentiable:
+                raise ValueError(
+                    f"run.redmd.gradient_beta is {beta}, and the {each.score} of reward.kind "
+                    f"{each.kind} has no gradient; take one of {known} or a class that names it in "
+                    "`differentiable`, give this one share 0, or set run.redmd.gradient_beta=0"
+                )
+
 
 def student_path(config: DistilConfig) -> Path:
     """The student that a run begins with, which may not be there."""
     return config.files.student or DEMO / "student.safetensors"
+
+
+def recomputed_frames(config: DistilConfig) -> int | None:
+    """Latent frames that are decoded again at a time for a reward's gradient; None to keep all."""
+    return config.run.redmd.cache.chunk_frames if config.placement.checkpointing else None
 
 
 def miniature() -> DistilConfig:

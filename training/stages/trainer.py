@@ -48,6 +48,7 @@ from ..run.draws import (
 )
 from ..run.ema import AverageConfig, WeightAverage
 from ..run.optimise import OptimiserConfig, TrainedNetwork
+from ..run.reward_tilt import RewardTilt
 from ..run.reward_weights import LatentReward, RewardWeights
 from ..run.rollouts import PromptNumbers, RolloutPart, switch_prompts
 from ..run.signals import StopRequest
@@ -269,6 +270,8 @@ class Report:
     """Weights of the last update with a reward; None without one."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Means of what the reward is made of."""
+    tilt: Mapping[str, float] = field(default_factory=dict)
+    """How the reward's gradient compares with matching's (`RewardTilt.log`); empty without one."""
 
 
 def report_numbers(report: Report) -> dict[str, float]:
@@ -280,6 +283,7 @@ def report_numbers(report: Report) -> dict[str, float]:
         values["reward/effective_share"] = weighted.effective_share
         for name, value in zip(("p10", "p50", "p90"), weighted.quantiles, strict=True):
             values[f"reward/weight_{name}"] = value
+    values |= {f"tilt/{name}": value for name, value in report.tilt.items()}
     return values | {f"reward/{name}": value for name, value in report.scores.items()}
 
 
@@ -297,6 +301,7 @@ class _Step:
     loss: float
     norm: float
     rewards: SampleWeights | None = None
+    tilt: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -363,6 +368,7 @@ class Trainer:
             critic_norm=sum(each.norm for each in critic) / ratio,
             rewards=weighted.rewards,
             scores={} if self.reward is None else self.reward.take_means(),
+            tilt=generator.tilt,
         )
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -426,8 +432,8 @@ class Trainer:
         return {"average": self.average.tensors, **going_on, **counts, **trained}
 
     def _train_step(self, role: Role, number: int, stop: StopRequest | None) -> _Step:
-        losses = generator_losses if role == "generator" else critic_losses
         total, reward_weights = 0.0, self._reward_weights(role, number)
+        tilt = self._tilt(role)
         goes_on, carried = not self.config.part(role, number).is_last, {}
         for samples in self.micro_batches:
             if stop is not None and stop.agreed():
@@ -435,8 +441,12 @@ class Trainer:
                 raise Stopped(stop.number)
             batch = self._batch(role, number, samples)
             weight_fn = reward_weights and reward_weights.for_samples(samples, batch.numbers)
-            for loss in losses(
-                self.networks, *batch.drawn, self.config.redmd, weight_fn, batch.state
+            given = self.networks, *batch.drawn, self.config.redmd, weight_fn, batch.state
+            samples_tilt = tilt and tilt.for_samples(batch.numbers)
+            for loss in (
+                generator_losses(*given, samples_tilt)
+                if role == "generator"
+                else critic_losses(*given)
             ):
                 # FSDP averages over processes, where losses are shares of a sum; processes that
                 # share a sample's tokens have the same loss, and each its part of the gradient.
@@ -460,7 +470,9 @@ class Trainer:
                 f"{self._remedy(role)}"
             ) from None
         self._carried[role] = carried
-        return _Step(total, norm, reward_weights and reward_weights.log())
+        return _Step(
+            total, norm, reward_weights and reward_weights.log(), tilt.log() if tilt else {}
+        )
 
     def _remedy(self, role: Role) -> str:
         """Whose rate to lower: of the student first, whose samples are what both networks see."""
@@ -555,6 +567,11 @@ class Trainer:
                 scores = [self._scores(role, number, samples) for samples in self.micro_batches]
             reward_weights.set_scores(scores)
         return reward_weights
+
+    def _tilt(self, role: Role) -> RewardTilt | None:
+        if self.reward is None or role == "critic" or not self.config.redmd.gradient_beta:
+            return None
+        return RewardTilt(self.reward)
 
     def _scores(self, role: Role, number: int, samples: range) -> Tensor:
         """Scores [windows, B] of a micro-batch, computed ahead of its losses."""
