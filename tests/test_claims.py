@@ -100,7 +100,8 @@ def test_the_plan_says_what_is_there_and_what_is_to_come(tmp_path, capsys):
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if name in line]
     assert " T " in line and "120 s" in line and DMD.decides in line
-    assert "2.50 s an update" in said and "12 minutes for 6 of them" in said
+    others = len(chosen_arms(["rewards"], starts=["student"])) - 1
+    assert "2.50 s an update" in said and f"{2 * others} minutes for {others} of them" in said
     assert not where.runs.exists()
 
 

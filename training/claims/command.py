@@ -8,8 +8,9 @@ report, pictures. Checkpoints and logs lie in `--runs`.
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -29,7 +30,7 @@ from .plan import SIZES, Item, Setting, plan, training_operations
 from .plots import pictures
 from .report import report
 from .results import Results, read_results, write_results
-from .workers import Outcome, run_items, stopping
+from .workers import Outcome, run_items
 
 REPORT = "report.md"
 
@@ -71,9 +72,13 @@ def run_claims(args: argparse.Namespace) -> int:
     setting.out.mkdir(parents=True, exist_ok=True)
     setting.runs.mkdir(parents=True, exist_ok=True)
     setting.write_prompts()
-    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    deadline = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     with stop_on_signal() as stop:
-        failed = _run(items, results, setting, args.jobs, stopping(deadline, lambda: stop.number))
+
+        def is_over() -> bool:
+            return stop.number > 0 or time.monotonic() >= deadline
+
+        failed = _run(items, results, setting, args.jobs, is_over)
         _write_report(setting, results, len(items))
         if stop.number:
             raise Stopped(stop.number, f"{setting.out} is saved; the same command goes on")
@@ -98,14 +103,18 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 
 def _run(
-    items: Sequence[Item], results: Results, setting: Setting, jobs: int, stop: object
+    items: Sequence[Item],
+    results: Results,
+    setting: Setting,
+    jobs: int,
+    is_over: Callable[[], bool],
 ) -> list[Outcome]:
     """Run what is missing, and keep each result as it comes; what failed."""
     missing = [item for item in items if not is_there(item, results, setting)]
     done = {item.name for item in items if item not in missing}
     failed = []
     print(f"{len(missing)} of {len(items)} to run", flush=True)
-    for outcome in run_items(missing, done, setting, jobs, stop):  # type: ignore[arg-type]
+    for outcome in run_items(missing, done, setting, jobs, is_over):
         if outcome.result is not None:
             results[outcome.item.name] = outcome.result
             write_results(setting, results)

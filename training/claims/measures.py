@@ -169,7 +169,8 @@ class Measurer:
     def _groups(self, videos: Iterator[Tensor]) -> Found:
         return {
             group: [
-                _plain(_measure(next(videos), text, with_flow=group == "free")) for text in texts
+                _plain(_measure(next(videos).to(self.device), text, with_flow=group == "free"))
+                for text in texts
             ]
             for group, texts in self.prompts.items()
         }

@@ -105,7 +105,7 @@ def difference(results: Results, arm: Arm, row: Row) -> Estimate | None:
         return None
     base = {r["seed"]: r for r in results_of(results, base_of(arm))}
     both = [(r, base[r["seed"]]) for r in results_of(results, arm) if r["seed"] in base]
-    if not both:
+    if not both or not row(both[0][0]):
         return None
     return estimate(_values([row(r) for r, _ in both]) - _values([row(b) for _, b in both]))
 

@@ -133,11 +133,16 @@ def _after_switch(name: str) -> Row:
     return row
 
 
+def _delay(result: Result) -> list[float | None]:
+    return [each["delay"] for each in result.get("switched", [])]
+
+
 SINK_ROWS: Mapping[str, Row] = MappingProxyType(
     {
         **{name: _late(name) for name in SERIES},
         "same after an occlusion": _same,
         "nothing right": _nothing_right,
+        "images to a switch": _delay,
         "old colour after a switch": _after_switch("old_colour"),
         "first picture after a switch": _after_switch("copy"),
     }

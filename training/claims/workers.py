@@ -153,8 +153,3 @@ def _logged(runner: Runner, item: Item) -> tuple[dict[str, Any] | None, str | No
             traceback.print_exc()
             line = str(error).strip().partition("\n")[0]
             return None, f"{type(error).__name__}: {line} ({path})"
-
-
-def stopping(deadline: float | None, number: Callable[[], int]) -> Callable[[], bool]:
-    """Whether time is out, by the monotonic clock, or a signal has come."""
-    return lambda: bool(number()) or (deadline is not None and time.monotonic() >= deadline)
