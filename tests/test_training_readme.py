@@ -73,6 +73,7 @@ OPTIONS = {
     "clips": ["--count", "16"],
     "release": ["--demo", "demo"],
     "follow": ["--count", "1"],
+    "claims": ["--size", "tiny", "--arm", "EMA 0.999"],
 }
 COPIED = {
     ("training.world", "vae"): "vae.safetensors",
@@ -239,7 +240,7 @@ def test_every_command_runs(ran):
     _, commands = ran
     said = {(module, command) for module, command, *_ in commands}
     recipes = ("verify", "teacher", "ode_pairs", "ode_init", "re_dmd", "export", "evaluate")
-    recipes += ("latents", "contexts", "control")
+    recipes += ("latents", "contexts", "control", "claims")
     assert {("training", name) for name in recipes} < said
     assert {("training.world", name) for name in ("clips", "evaluate", "release")} < said
     assert ("rf_core", "generate") in said and ("training", "estimate") in said

@@ -17,11 +17,9 @@ from rf_core.config import WAN_1_3B, WAN_14B
 from rf_core.console import exit_process, forgiving_console
 from rf_core.measure.verify import Backend, Comparison, verify_folder
 from rf_core.ranges import MANY, check_folder_writable, check_numbers, check_writable
-from rf_core.writing import write_text
 
 from .choices import check_reward
-from .claims.ablations import ARMS, ClaimsConfig, Measurer, run_claims
-from .claims.report import motion_plot, report, strips
+from .claims.command import add_claims_arguments, run_claims
 from .data.pairs import PairsConfig
 from .objective.verify import KINDS
 from .rewards.videoalign import convert
@@ -74,7 +72,6 @@ from .stages.schedule import (
 from .stages.teacher import TeacherConfig
 from .stages.trainer import report_numbers
 
-STRIP_PROMPT = "a red circle moves left"
 SIZES = {"1.3b": WAN_1_3B, "14b": WAN_14B}
 NETWORKS = ("student", "teacher", "critic")
 SAVED = {TeacherConfig.recipe: TEACHER, ControlRunConfig.recipe: CONTROL}
@@ -220,22 +217,6 @@ def run_videoalign(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_claims_study(args: argparse.Namespace) -> int:
-    """Train and measure the arms that are missing, then print what they say."""
-    check_numbers(args, seeds=(1, MANY))
-    check_folder_writable(args.out)
-    arms = [ARMS[name] for name in args.arm] if args.arm else list(ARMS.values())
-    config = ClaimsConfig()
-    for name in run_claims(args.out, range(args.seeds), arms, config):
-        print(f"{name}: done", flush=True)
-    write_text(args.out / "claims.md", report(args.out))
-    write_text(args.out / "motion.svg", motion_plot(args.out))
-    strips(args.out, Measurer(config), STRIP_PROMPT).save(args.out / "strips.png")
-    print(report(args.out))
-    print(f"written to {args.out}: claims.md, motion.svg, strips.png")
-    return 0
-
-
 def _config(args: argparse.Namespace) -> tuple[DistilConfig, list[str]]:
     """The config, and what there is to say about its student's schedule."""
     config = config_from_args(args, DistilConfig, PRESETS)
@@ -327,11 +308,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     videoalign.add_argument("base", help="Qwen2-VL-2B-Instruct: a folder or a hub id")
     videoalign.add_argument("out", type=Path, help="folder to write")
-    claims = commands.add_parser("claims", help="the paper's ablations in miniature")
-    claims.set_defaults(command=run_claims_study)
-    claims.add_argument("--out", type=Path, required=True, help="where runs and results go")
-    claims.add_argument("--seeds", type=int, default=1, help="training seeds of every arm")
-    claims.add_argument("--arm", action="append", choices=ARMS, help="only these arms")
+    claims = commands.add_parser("claims", help="the study of rewards and sinks, in miniature")
+    add_claims_arguments(claims)
+    claims.set_defaults(command=run_claims)
     return parser
 
 

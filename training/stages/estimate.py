@@ -70,6 +70,11 @@ def estimate(config: DistilConfig, sizes: Sizes, processes: int) -> Estimate:
     return Estimate(memory=_memory(config, sizes, processes), flops=flops)
 
 
+def update_operations(config: DistilConfig, sizes: Sizes) -> int:
+    """Operations of one update, over all processes."""
+    return int(config.run.redmd.batch * sum(_flops(config, sizes).values()))
+
+
 def _memory(config: DistilConfig, sizes: Sizes, processes: int) -> dict[str, int]:
     placement, shards = config.placement, num_shards(config.placement, processes)
     frozen = num_parameters(sizes.teacher) * DTYPES[placement.dtype].itemsize // shards

@@ -76,6 +76,7 @@ def encode_scenes(vae: WanVAE, scenes: list[Scene], frames: int, batch: int = 2)
     parts = []
     for start in range(0, len(scenes), batch):
         video = to_wan(render(scenes[start : start + batch], num_images(frames)))
+        video = video.to(next(vae.parameters()).device)
         parts.append(vae.encode(video.contiguous(memory_format=torch.channels_last_3d)))
     return torch.cat(parts)
 

@@ -25,6 +25,7 @@ from rf_core.stream import Stream
 from rf_core.text import TextEncoder
 
 from .clips import captions, decode_latents, encode_scenes, num_images, scene_of
+from .metric import ATTRIBUTES
 from .scenes import (
     PLAIN,
     SIZE,
@@ -37,7 +38,6 @@ from .scenes import (
 )
 from .tracker import Drift, drift, score, switch_delay
 
-ATTRIBUTES = ("colour", "shape", "direction", "speed")
 SWITCH_MODES = ("soft", "recache", "blend 3", "cut")
 Report = dict[str, Any]
 """Plain JSON."""
@@ -107,6 +107,7 @@ def sample(
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         noise = torch.randn(len(some), model.config.in_dim, frames, side, side, generator=generator)
+        noise = noise.to(model.patch_embedding.weight.device)
         cond, uncond = (
             model.prompt_context(encoder.encode(texts)) for texts in (some, [""] * len(some))
         )

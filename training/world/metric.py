@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from .scenes import DIRECTIONS, SIZE, Attributes, parse_caption
 from .tracker import Track, detect, pair, score_tracks, tracks_of
+
+ATTRIBUTES = ("colour", "shape", "direction", "speed")
 
 
 class TrackerMetric:
@@ -51,6 +53,12 @@ def caption_measures(video: Tensor, caption: str) -> dict[str, float | None]:
         for seen, each in pair(tracks, targets)
     ]
     return found | {"speed_along": sum(along) / len(targets)}
+
+
+def share_right(measures: Mapping[str, float | None]) -> float:
+    """Share of a caption's attributes that are right, of those that it names."""
+    asked = [value for name in ATTRIBUTES if (value := measures[name]) is not None]
+    return sum(asked) / len(asked)
 
 
 def _speed_along(seen: Track, target: Attributes) -> float:

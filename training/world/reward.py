@@ -20,8 +20,9 @@ class TrackerReward:
     scores = ("motion", "caption")
 
     def __call__(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """See `Reward`."""
-        found = [score(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        """See `Reward`. Videos come over to the CPU in one copy; scores are there."""
+        pairs = zip(videos.cpu(), prompts, strict=True)
+        found = [score(video, prompt) for video, prompt in pairs]
         motion = torch.tensor([each["measured_speed"] for each in found]).nan_to_num()
         names = ("colour", "shape", "direction", "speed")
         caption = torch.tensor([[each[name] for name in names] for each in found]).mean(1)

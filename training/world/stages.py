@@ -205,20 +205,21 @@ def open_streams(files: Files) -> Streams:
     )
 
 
-def open_vae(files: Files) -> WanVAE:
+def open_vae(files: Files, device: torch.device | str = "cpu") -> WanVAE:
     """The VAE; ValueError where it has not been made."""
-    return to_channels_last(load_vae(_require_file(files.vae, "vae")))
+    vae = load_vae(_require_file(files.vae, "vae"), device)
+    return to_channels_last(vae) if torch.device(device).type == "cpu" else vae
 
 
-def open_encoder(files: Files) -> UMT5Encoder:
+def open_encoder(files: Files, device: torch.device | str = "cpu") -> UMT5Encoder:
     """The text encoder; ValueError where it has not been made."""
     path = _require_file(files.text, "text")
-    return load_text_encoder(path, device="cpu", dtype=torch.float32)
+    return load_text_encoder(path, device=device, dtype=torch.float32)
 
 
-def open_network(path: Path) -> WanModel:
+def open_network(path: Path, device: torch.device | str = "cpu") -> WanModel:
     """A teacher or student in float32."""
-    return load_student(_require_file(path, path.stem), device="cpu", dtype=torch.float32)[0]
+    return load_student(_require_file(path, path.stem), device=device, dtype=torch.float32)[0]
 
 
 def provenance(stage: str, config: Any, clock: float, parents: Iterable[Path]) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""Carrying out one item of the plan: a start made, or something trained and measured.
+
+What is stopped goes on the next time where it was, bit for bit; a result is there whole or not at
+all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from rf_core.config import CacheConfig, SamplerConfig
+from rf_core.model import WanModel
+from rf_core.weights.checkpoint import load_student
+
+from ..run.checkpointing import read_part
+from ..run.config import to_json
+from ..run.folder import STUDENT, checkpoints
+from ..stages.re_dmd import distil
+from ..stages.regression import init_student
+from ..stages.trajectories import write_pairs
+from ..world.stages import open_network
+from .arms import STARTS, Arm, Start
+from .measures import Found, Measurer, Played
+from .plan import SIZES, Item, Setting
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Carries out items, on networks that are opened once."""
+
+    setting: Setting
+
+    @cached_property
+    def measurer(self) -> Measurer:
+        """Of the setting's size."""
+        s = self.setting
+        measure = SIZES[s.size].measure
+        return Measurer(config=measure, files=s.files, device=self.device, world=s.world)
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks are."""
+        return torch.device(self.setting.device)
+
+    def run(self, item: Item) -> Found:
+        """The item's result; errors of its stages pass through, and so does `Stopped`."""
+        began = time.monotonic()
+        found = self._carry_out(item)
+        about = {"study": item.study, "kind": item.kind, "start": item.start}
+        if item.arm is not None:
+            about |= {"arm": item.arm.name, "seed": item.seed}
+        return about | found | {"seconds": round(time.monotonic() - began, 2)}
+
+    def _carry_out(self, item: Item) -> Found:
+        if item.arm is not None:
+            return self._arm(item.arm, item.seed, item.name)
+        if item.kind == "make":
+            assert item.start is not None
+            return self._make(STARTS[item.start])
+        lasts = item.study == "sinks"
+        if item.kind == "true":
+            return self.measurer.true_lasting() if lasts else self.measurer.true()
+        if item.kind == "teacher":
+            return self.measurer.teacher()
+        assert item.start is not None
+        network = open_network(self.setting.start_path(STARTS[item.start]), self.device)
+        played = Played(student=network)
+        return self.measurer.lasting(played) if lasts else self.measurer.played(played)
+
+    def _make(self, start: Start) -> Found:
+        pairs, init = self.setting.pairs_config(start), self.setting.init_config(start)
+        for count in write_pairs(pairs, init.pairs, self.device):
+            _log.info("%d trajectories", count)
+        out = self.setting.folder(f"start {start.name}")
+        for report in init_student(init, out, self.device, resume=bool(checkpoints(out))):
+            _log.info("update %d", report.update)
+        for _, folder in checkpoints(out):
+            shutil.rmtree(folder)
+        return {"config": _config(init)}
+
+    def _arm(self, arm: Arm, seed: int, name: str) -> Found:
+        config = self.setting.arm_config(arm, seed)
+        folder = self.setting.folder(name)
+        seconds = list(_timed(config, folder, self.device))
+        redmd = config.run.redmd
+        student, _ = load_student(folder / STUDENT, device=self.device, dtype=torch.float32)
+        played = Played(student=student, cache=redmd.cache, sampler=redmd.sampler)
+        found: Found = {"config": _config(config)}
+        if seconds:
+            found["seconds_an_update"] = round(median(seconds), 3)
+        if arm.study == "sinks":
+            found |= self.measurer.lasting(played)
+        else:
+            found |= self.measurer.played(played)
+            found["curve"] = self._curve(arm, folder, redmd.cache, redmd.sampler)
+        found["strip"] = self.measurer.strip(played)
+        if not self.setting.keep_runs:
+            shutil.rmtree(folder)
+        return found
+
+    def _curve(
+        self, arm: Arm, folder: Path, cache: CacheConfig, sampler: SamplerConfig
+    ) -> dict[str, list[Found]]:
+        """A few captions' measures at the start and at every checkpoint, of averaged weights."""
+        start = open_network(self.setting.start_path(STARTS[arm.start]), self.device)
+        points = {0: start} | {
+            update: _averaged(path, start, self.device) for update, path in checkpoints(folder)
+        }
+        return {
+            str(update): self.measurer.point(Played(student=each, cache=cache, sampler=sampler))
+            for update, each in points.items()
+        }
+
+
+def _timed(config: Any, folder: Path, device: torch.device) -> Iterator[float]:
+    """Train, yielding the seconds of every update."""
+    clock = time.perf_counter()
+    for report in distil(config, folder, device, resume=bool(checkpoints(folder))):
+        _log.info("update %d", report.update)
+        yield time.perf_counter() - clock
+        clock = time.perf_counter()
+
+
+def _averaged(checkpoint: Path, like: WanModel, device: torch.device) -> WanModel:
+    student = WanModel(like.config)
+    student.load_state_dict(read_part(checkpoint, "average"))
+    return student.to(device).eval().requires_grad_(False)
+
+
+def _config(config: Any) -> Any:
+    return json.loads(to_json(config))
