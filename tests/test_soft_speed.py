@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rf_core.options import DEMO
 from training.rewards.flow_motion import SoftFlowReward
 from training.world.clips import decode_latents, encode_scenes
-from training.world.scenes import Thing, caption, render, sample_scene
+from training.world.scenes import PLAIN, WORLDS, Scene, Thing, caption, render, sample_scene
 from training.world.soft_speed import SoftSpeedReward, soft_speed
 from training.world.stages import Files, open_vae
 from training.world.tracker import score
@@ -25,9 +25,9 @@ RED = Thing(colour="red", shape="circle", direction="right", speed=0.5, position
 CAPTION = "a red circle moves right"
 
 
-def scenes(count: int, two: float = 0.3) -> list:
+def scenes(count: int, world: str = PLAIN, **changes: float) -> list[Scene]:
     rng = np.random.default_rng(21)
-    return [sample_scene(rng, two) for _ in range(count)]
+    return [sample_scene(rng, replace(WORLDS[world], **changes)) for _ in range(count)]
 
 
 def errors(videos: Tensor, texts: list[str]) -> Tensor:
@@ -54,7 +54,7 @@ def test_it_agrees_through_the_decoder():
 
 def test_a_colour_that_no_caption_names_is_looked_for_and_a_named_one_is_all_that_counts():
     other = replace(RED, colour="blue", direction="up", speed=1.0, position=(50.0, 10.0))
-    video = render([(RED, other)], 29)[0]
+    video = render([Scene((RED, other))], 29)[0]
     for text, expected in (
         (CAPTION, 0.5),
         ("a blue circle moves up", 1.0),
@@ -65,8 +65,10 @@ def test_a_colour_that_no_caption_names_is_looked_for_and_a_named_one_is_all_tha
         assert float(soft_speed(video, text)) == pytest.approx(expected, abs=0.02)
 
 
-def test_no_backdrop_is_assumed():
-    video = render([(RED,)], 29)[0]
+def test_no_backdrop_shade_or_size_is_assumed():
+    chosen = scenes(12, "rich", wall_share=0.0, bounce_share=0.0)
+    assert errors(render(chosen, 29), [caption(scene) for scene in chosen]).max() < 0.05
+    video = render([Scene((RED,))], 29)[0]
     mask = (video - video.median(dim=0).values).abs().amax(dim=1, keepdim=True) > 0.02
     at = torch.arange(64) / 64
     bands = 0.1 + 0.25 * at * (1 + 0.3 * (at[:, None] * 40).sin())
@@ -79,9 +81,9 @@ def test_what_is_no_motion_pays_nothing():
     def speed(video: Tensor) -> float:
         return float(soft_speed(video, CAPTION))
 
-    true = render([(RED,)], 29)[0]
+    true = render([Scene((RED,))], 29)[0]
     still = true[:1].expand(29, -1, -1, -1)
-    elsewhere = render([(replace(RED, position=(52.0, 62.0)),)], 1)[0].expand(29, -1, -1, -1)
+    elsewhere = render([Scene((replace(RED, position=(52.0, 62.0)),))], 1)[0].expand(29, -1, -1, -1)
     dark, odd = torch.full_like(true, 0.08), (torch.arange(29) % 2 == 1)[:, None, None, None]
     noise = torch.rand(true.shape, generator=torch.Generator().manual_seed(0))
     for video in (
@@ -101,12 +103,12 @@ def slope(found: Tensor, step: Tensor) -> float:
     return float((found * step).sum())
 
 
-def along_speed(measure: Callable[[Tensor], Tensor], scene: list, images: int) -> float:
+def along_speed(measure: Callable[[Tensor], Tensor], scene: Scene, images: int) -> float:
     """The gradient along a change of the things' speed, where edges are as soft as decoded ones."""
 
     def shown(change: float) -> Tensor:
-        moved = tuple(replace(thing, speed=thing.speed + change) for thing in scene)
-        return F.avg_pool2d(render([moved], images)[0], 3, 1, 1)
+        moved = tuple(replace(thing, speed=thing.speed + change) for thing in scene.things)
+        return F.avg_pool2d(render([replace(scene, things=moved)], images)[0], 3, 1, 1)
 
     video = shown(0.0).requires_grad_(True)
     (found,) = torch.autograd.grad(measure(video), video)
@@ -117,7 +119,7 @@ def along_speed(measure: Callable[[Tensor], Tensor], scene: list, images: int) -
 def test_its_gradient_is_that_of_the_speed():
     found = [
         along_speed(partial(soft_speed, caption=caption(scene)), scene, 17)
-        for scene in scenes(8, two=0.0)
+        for scene in scenes(8, two_things_share=0.0)
     ]
     assert np.mean(found) == pytest.approx(1.0, abs=0.15)
     assert min(found) > 0.5
@@ -129,7 +131,7 @@ def test_the_gradient_of_soft_flow_grows_with_speed_and_is_what_differences_say(
     def measure(video: Tensor) -> Tensor:
         return SoftFlowReward()(video[None], [""])[score_name][0]
 
-    chosen = scenes(6, two=0.0)
+    chosen = scenes(6, two_things_share=0.0)
     assert min(along_speed(measure, scene, 9) for scene in chosen) > 0
     for seed, scene in enumerate(chosen[:3]):
         video = F.avg_pool2d(render([scene], 9)[0], 3, 1, 1).requires_grad_(True)
