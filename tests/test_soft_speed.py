@@ -37,6 +37,7 @@ def errors(videos: Tensor, texts: list[str]) -> Tensor:
     return (SoftSpeedReward()(videos, texts)["motion"] - torch.tensor(measured)).abs()
 
 
+@pytest.mark.slow
 def test_it_agrees_with_the_exact_tracker_on_true_videos_to_a_hundredth_of_a_size():
     chosen = scenes(24)
     texts = [caption(scene) for scene in chosen]
@@ -122,6 +123,7 @@ def test_its_gradient_is_that_of_the_speed():
     assert min(found) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score_name", SoftFlowReward.differentiable)
 def test_the_gradient_of_soft_flow_grows_with_speed_and_is_what_differences_say(score_name):
     def measure(video: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import test_sequence as sequence
 import tiny
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ from test_trainer import trainer, weights
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from rf_core.decoders.decoder import load_decoder
+from rf_core.decoders.decoder import TAEHVDecoder, load_decoder
+from rf_core.decoders.taehv import TAEHV, TAEHVConfig
 from rf_core.options import DEMO
 from training.__main__ import main
 from training.choices import RewardConfig
@@ -120,6 +122,7 @@ def test_an_anchor_and_a_start_image_are_seen_by_the_reward_and_not_moved(networ
     assert all(g.isfinite().all() for g in gradients(networks.student))
 
 
+@pytest.mark.slow
 def test_without_it_a_run_is_the_same_to_the_bit_and_with_it_the_log_says_how_hard_it_pulls():
     weighed = replace(RUN.redmd, weigh="none")
     runs = [
@@ -142,6 +145,7 @@ TILTED = replace(
 )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
     whole, first, second = (trainer(TILTED, Energy()) for _ in range(3))
     expected = [whole.step() for _ in range(2)]
@@ -185,6 +189,7 @@ def decoder():
     return load_decoder(DEMO / "vae.safetensors", CPU, torch.float32, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [0, 1, 3])
 def test_the_decoder_is_differentiated_where_latents_are_free(decoder, fixed):
     """Against central differences in float64, recomputed and not, along a random direction."""
@@ -222,6 +227,22 @@ class Redness:
     def __call__(self, videos, prompts):
         words = torch.tensor([float(len(each.split())) for each in prompts])
         return {"redness": videos[:, :, 0].mean((1, 2, 3)), "words": words}
+
+
+@pytest.mark.slow
+def test_a_taehv_is_differentiated_too():
+    generator = torch.Generator().manual_seed(2)
+    codec = TAEHV(TAEHVConfig(decoder_widths=(16, 8, 8, 8), encoder_width=8)).double()
+    decoder = TAEHVDecoder(codec.requires_grad_(False))
+    latents = torch.randn(1, 16, 5, 2, 2, generator=generator, dtype=torch.float64)
+    whole, parts = (latents.clone().requires_grad_(True) for _ in range(2))
+    images, _ = decoder.decode(whole, None)
+    (expected,) = torch.autograd.grad(images.square().sum(), whole)
+    made = decode_with_gradient(decoder, parts, 1, 2)
+    (found,) = torch.autograd.grad(made.square().sum(), parts)
+    torch.testing.assert_close(made, images)
+    assert not found[:, :, :1].any() and expected[:, :, 1:].any()
+    torch.testing.assert_close(found[:, :, 1:], expected[:, :, 1:])
 
 
 def test_rewards_of_latents_have_the_gradient_of_what_they_score(decoder):
@@ -304,3 +325,33 @@ def test_the_miniature_is_distilled_with_it_tried_counted_and_resumed(tmp_path, 
     assert main(["re_dmd", "--out", str(tmp_path / "dry"), *words, "--dry-run"]) == 0
     assert main(["estimate", *words, "--device", "cpu"]) == 0
     assert "decoding for the reward's gradient" in capsys.readouterr().out
+
+
+def sequence_rank(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    meet = f"file://{folder / 'meet'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    torch.save(stepped(world), folder / f"found{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def stepped(over: int | None = None) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights and norms after an update of processes that share each sample's tokens."""
+    redmd = replace(sequence.CONFIG.redmd, weigh="none", gradient_beta=1e-3)
+    run = sequence.trainer(over, config=replace(sequence.CONFIG, redmd=redmd))
+    run.reward = Energy()
+    report = run.step()
+    found = {n: sequence.whole(p) for n, p in run.networks.student.named_parameters()}
+    return found, [report.generator_loss, report.generator_norm, *report.tilt.values()]
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_sample_move_it_as_one_does(tmp_path):
+    weights_alone, numbers_alone = stepped()
+    spawn(sequence_rank, (2, tmp_path), nprocs=2)
+    for rank in range(2):
+        found, numbers = torch.load(tmp_path / f"found{rank}.pt", weights_only=True)
+        assert numbers == pytest.approx(numbers_alone, rel=1e-4)
+        for name, weight in weights_alone.items():
+            torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5)
