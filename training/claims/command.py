@@ -26,6 +26,7 @@ from ..run.folder import checkpoints
 from ..run.signals import stop_on_signal
 from ..world.scenes import PLAIN, WORLDS
 from .arms import NAMES, STARTS, STUDIES, chosen_arms
+from .exact import run_exact
 from .plan import SIZES, Item, Setting, plan, training_operations
 from .plots import pictures
 from .report import report
@@ -39,6 +40,7 @@ def add_claims_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `claims`."""
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of results, report and pictures")
+    add("--exact", action="store_true", help="the account that needs no network, and stop")
     add("--plan", action="store_true", help="print what would be run, what it costs, and stop")
     add("--minutes", type=float, help="stop after so long; the next time goes on (default: none)")
     add("--seeds", type=int, default=1, help="training seeds of every arm")
@@ -55,11 +57,13 @@ def add_claims_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_claims(args: argparse.Namespace) -> int:
-    """Run what is missing and report; or print the plan.
+    """Run what is missing and report; or print the plan, or make the exact account.
 
     0 when nothing is missing or time is out, 1 where something failed. `Stopped` by a signal.
     """
     check_numbers(args, seeds=(1, MANY), jobs=(1, 4096), minutes=(0, MANY))
+    if args.exact:
+        return _exact(args.out)
     check_device(args.device, torch.float32, "sdpa")
     setting = _setting(args)
     arms = chosen_arms(args.study or (), args.arm or (), args.start or ())
@@ -83,6 +87,13 @@ def run_claims(args: argparse.Namespace) -> int:
         if stop.number:
             raise Stopped(stop.number, f"{setting.out} is saved; the same command goes on")
     return 1 if failed else 0
+
+
+def _exact(out: Path) -> int:
+    check_folder_writable(out)
+    run_exact(out)
+    print((out / "exact.md").read_text(encoding="utf-8"))
+    return 0
 
 
 def _setting(args: argparse.Namespace) -> Setting:
