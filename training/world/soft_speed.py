@@ -6,8 +6,9 @@ mean of its pixels on the torus, its velocity the slope of the path through a fe
 reward could win without motion counts as little as nothing: images in which the colour is not one
 compact thing of about its usual area, and runs whose path is no straight line.
 
-What is left to win is motion that a caption does not ask for: another direction, or a speed that it
-does not name. Judge what was trained on it by `training.world.tracker` and by optical flow.
+What is left to win is motion that a caption does not ask for, as in another direction, and halos
+too faint for the tracker: latents that climb its gradient freely, by a fifth of their norm, gain
+two to four times what `training.world.tracker` then finds. Judge by that, and by optical flow.
 """
 
 from __future__ import annotations
