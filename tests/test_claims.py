@@ -23,6 +23,7 @@ from training.claims.plots import GAIN, LOSS, NULL, pictures
 from training.claims.report import report
 from training.claims.results import difference, estimate, read_results, write_results
 from training.claims.rows import REWARD_ROWS, SERIES, collapse, identity, windows_of
+from training.claims.runs import Runner
 from training.claims.workers import log_path, run_items
 from training.run.folder import checkpoints
 
@@ -279,6 +280,22 @@ def test_what_is_stopped_goes_on_to_the_same_result(rehearsed, tmp_path):
     assert {k: v for k, v in json.loads(json.dumps(whole.result)).items() if k not in taken} == {
         k: v for k, v in wanted.items() if k not in taken
     }
+
+
+@pytest.mark.slow
+def test_a_start_is_made_before_what_needs_it_and_once(tmp_path):
+    where, start = setting(tmp_path), "early init, guidance 3"
+    items = [
+        Item(name="waits", decides="", kind="start", study="sinks", start=start),
+        Item(name=f"make {start}", decides="", kind="make", start=start),
+    ]
+    outcomes = list(run_items(items, set(), where, 2, lambda: False))
+    assert [each.item.name for each in outcomes] == [f"make {start}", "waits"]
+    assert outcomes[1].result["lasting"][0]["looks"]
+    path = where.start_path(STARTS[start])
+    made = path.read_bytes()
+    again = Runner(replace(where, out=tmp_path / "elsewhere")).run(items[1])
+    assert path.read_bytes() == made and again["config"] == outcomes[0].result["config"]
 
 
 @pytest.mark.slow

@@ -22,6 +22,20 @@ _INTERVALS = (
     "is excluded, either way. With one seed, intervals are over prompts alone."
 )
 
+_REWARDS = (
+    "Speed in shape sizes a latent frame along the caption, where that leaves it open; flow in "
+    "pixels an image; shares of a caption's attributes that are right; mean SSIM with the first "
+    "image; flicker as VBench has it, 1 for none; pixels of half coverage over those of shapes; "
+    "distance of a shape's area from its outline's, relative."
+)
+_SINKS = (
+    "In the last quarter of a long video: distance from the first window of the backdrop's hue in "
+    "degrees, its brightness, the thing's shade and size (relative); speed; likeness to the first "
+    "image (SSIM); share of the caption's attributes that are right. Then shares of occlusions "
+    "after which the thing is the same and of windows with nothing right; and after a switch of "
+    "the prompt, images until it shows, and the old colour and the first picture at the end."
+)
+
 
 def report(results: Results, planned: int) -> str:
     """All tables of what is there, of so many results that were planned."""
@@ -39,14 +53,14 @@ def _there(results: Results, study: str, start: str | None = None) -> list[Arm]:
 
 
 def _rewards(results: Results) -> list[str]:
-    parts = ["## Rewards"]
+    parts = ["## Rewards", _REWARDS]
     for start in STARTS:
         if arms := _there(results, "rewards", start):
             beside = _references(results, "rewards", (TRUE, TEACHER, start))
             parts.append(f"### From {start}")
             parts.append(_levels(results, arms, beside, REWARD_ROWS))
             parts.append(_differences(results, arms, REWARD_ROWS))
-    return parts if len(parts) > 1 else []
+    return parts if len(parts) > 2 else []
 
 
 def _sinks(results: Results) -> list[str]:
@@ -56,6 +70,7 @@ def _sinks(results: Results) -> list[str]:
     beside = _references(results, "sinks", (TRUE, "student"))
     return [
         "## Sinks, over long videos",
+        _SINKS,
         _levels(results, arms, beside, SINK_ROWS),
         _differences(results, arms, SINK_ROWS),
         _identities(results, arms, beside),

@@ -34,10 +34,7 @@ REWARD_ROWS: Mapping[str, Row] = MappingProxyType(
         "area error": _of("free", "area_error"),
     }
 )
-"""Speed in shape sizes a latent frame along the caption, where it leaves speed open; flow in pixels
-an image; shares of a caption's attributes that are right; mean SSIM with the first image; flicker
-as VBench has it, 1 for none; pixels of half coverage over those of shapes, 0.1 in a true video;
-distance of a shape's area from its outline's, relative."""
+"""Their units are the report's to tell."""
 
 
 def _distance(name: str) -> Series:
@@ -147,7 +144,7 @@ SINK_ROWS: Mapping[str, Row] = MappingProxyType(
         "first picture after a switch": _after_switch("copy"),
     }
 )
-"""Late is the last quarter of a long video; after a switch, the second half of what follows it."""
+"""The same."""
 
 
 def identity(results: Sequence[Result]) -> list[tuple[int, int]]:

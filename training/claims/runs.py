@@ -82,9 +82,11 @@ class Runner:
 
     def _make(self, start: Start) -> Found:
         pairs, init = self.setting.pairs_config(start), self.setting.init_config(start)
+        out = self.setting.folder(f"start {start.name}")
+        if (out / STUDENT).exists() and not checkpoints(out):  # made, for results elsewhere
+            return {"config": _config(init)}
         for count in write_pairs(pairs, init.pairs, self.device):
             _log.info("%d trajectories", count)
-        out = self.setting.folder(f"start {start.name}")
         for report in init_student(init, out, self.device, resume=bool(checkpoints(out))):
             _log.info("update %d", report.update)
         for _, folder in checkpoints(out):
