@@ -34,7 +34,7 @@ AS_PUBLISHED = ("run.redmd.weights.effective_share=null", "run.redmd.weights.mea
 _CACHE = "run.redmd.cache"
 SPEED_BETA, FLOW_BETA = 0.25, 1.0
 """What a shape size a latent frame of speed, and a pixel an image of flow, are worth in the
-generator's loss: `tilt/share` is 0.28 for either in the first updates from the demo's student."""
+generator's loss: about the same share of the gradients (`tilt/share`) at first."""
 
 
 @dataclass(frozen=True, kw_only=True)
