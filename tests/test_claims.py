@@ -74,7 +74,7 @@ def test_the_plan_goes_by_what_decides():
     names = [item.name for item in items]
     assert len(set(names)) == len(names)
     runs = [item for item in items if item.arm is not None]
-    assert [item.kind for item in items][:3] == ["true", "teacher", "start"]
+    assert [item.kind for item in items][:4] == ["true", "decoded", "teacher", "start"]
     order = [(item.seed, not item.arm.first) for item in runs]
     assert order == sorted(order)
     firsts = {item.arm.start for item in runs if item.arm.name == DMD.name and item.seed == 0}
@@ -197,6 +197,7 @@ def lasting(occluded=()):
             "start_image": 48 * index,
             "hue": (350 + 10 * index) % 360,
             "brightness": 0.2,
+            "jumps": 0,
             "things": [{"colour": "red", "shape": "circle", "shade": 1.0, "size": 16 - index}],
         }
         for index in range(4)
@@ -252,7 +253,7 @@ def test_the_whole_command_is_rehearsed_in_a_few_files(rehearsed):
     names = {path.name for path in (folder / "out").iterdir()}
     plots = {"rewards.png", "sinks.png", "boundary.png", "strips.png"}
     assert names <= {"results.json", "report.md", *plots} and "sinks.png" in names
-    assert "7 of 7 to run" in said and "results of 7" in (folder / "out/report.md").read_text()
+    assert "9 of 9 to run" in said and "results of 7" in (folder / "out/report.md").read_text()
     results = read_results(setting(folder))
     found = results[result_name(DMD, 0)]
     assert sorted(found["curve"], key=int) == ["0", "1", "2"] and found["free"][0]["flow"] > 0
@@ -302,4 +303,4 @@ def test_a_start_is_made_before_what_needs_it_and_once(tmp_path):
 def test_no_time_is_a_report_of_what_is_there(tmp_path, capsys):
     command = ["claims", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), *TINY]
     assert main([*command, "--minutes", "0", "--arm", DMD.name]) == 0
-    assert "0 results of 4" in (tmp_path / "out/report.md").read_text()
+    assert "0 results of 5" in (tmp_path / "out/report.md").read_text()

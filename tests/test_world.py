@@ -400,6 +400,14 @@ def test_windows_tell_the_backdrop_and_how_it_drifts() -> None:
     assert late.backdrop[0] - early.backdrop[0] == pytest.approx(0.05, abs=0.01)
 
 
+def test_a_video_that_falls_back_to_its_opening_jumps() -> None:
+    video = render([Scene((RED,))], 60)[0]
+    smooth = measure(video, 60).windows[0].jumps
+    assert (smooth, measure(torch.cat([video[:30], video[:30]]), 60).windows[0].jumps) == (0, 1)
+    scene = walled(1, 3)[0]
+    assert measure(render([scene], 120)[0], 120).windows[0].jumps == 0
+
+
 def test_a_video_without_anything_is_measured_too() -> None:
     empty = measure(torch.zeros(24, 3, SIZE, SIZE), 12)
     assert [look.tracks for look in empty.windows] == [(), ()] and empty.occlusions == ()

@@ -170,6 +170,7 @@ _SINK_ARMS = (
     _sink_arm("EMA 0.999", "what does the published sink keep?", "decay=0.999", first=True),
     _sink_arm("no sink", "what is lost without any?", "sink_frames=0", first=True),
     _sink_arm("static", "what do first frames, kept as they are, copy?", "decay=1.0"),
+    _sink_arm("static, at its own time", "LongLive's form", "decay=1.0", 'positions="absolute"'),
     _sink_arm("EMA 0.99", "does it follow the stream?", "decay=0.99"),
     _sink_arm("EMA 0.9", "the same, faster", "decay=0.9"),
     _sink_arm("EMA 0.5", "the same, fastest", "decay=0.5"),

@@ -42,14 +42,14 @@ class LastingConfig:
 
 
 def lasting_prompts(world: str, count: int, seed: int) -> list[str]:
-    """Captions of a world, of one thing whose colour and shape are named; every other one has a
-    wall, where the world has walls."""
+    """Captions of a world, of one thing that does not bounce; every other one has a wall, where the
+    world has walls."""
     walled = WORLDS[world].wall_share > 0
     found: dict[bool, list[str]] = {True: [], False: []}
     for index in range(40 * count):
         text = caption(scene_of(seed, index, world))
         each, *more = parse_caption(text)
-        if not more and each.colour and each.shape and not each.bounces:
+        if not more and not each.bounces:
             found[names_wall(text)].append(text)
     if not walled:
         return found[False][:count]
@@ -87,6 +87,7 @@ def _look(look: Look) -> dict[str, Any]:
         "start_image": look.start_image,
         "hue": look.hue,
         "brightness": look.brightness,
+        "jumps": look.jumps,
         "things": things,
     }
 

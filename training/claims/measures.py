@@ -26,7 +26,7 @@ from rf_core.model import WanModel
 from rf_core.video import to_uint8
 
 from ..measures.metrics import first_frame_copy, flicker, motion
-from ..world.clips import decode_latents, num_images, scene_of
+from ..world.clips import decode_latents, encode_scenes, num_images, scene_of
 from ..world.evaluate import EulerConfig, EvaluateConfig, Streams, sample
 from ..world.metric import caption_measures, share_right
 from ..world.scenes import (
@@ -106,9 +106,9 @@ class Measurer:
         """A video of every prompt, measured by group."""
         return self._groups(iter(self._streams(played).videos(self._every, self.config.chunks)))
 
-    def true(self) -> Found:
-        """The same of true videos of those prompts."""
-        return self._groups(self._rendered(self._every, num_images(3 * self.config.chunks)))
+    def true(self, *, decoded: bool) -> Found:
+        """The same of true videos of those prompts, or of these through the VAE."""
+        return self._groups(self._true(self._every, self.config.chunks, decoded))
 
     def teacher(self) -> Found:
         """The same of the teacher's clips."""
@@ -132,10 +132,10 @@ class Measurer:
         ]
         return {"lasting": _plain(found), "switched": _plain(switched(streams, c))}
 
-    def true_lasting(self) -> Found:
-        """Long true videos: what the tracker itself has of drift."""
+    def true_lasting(self, *, decoded: bool) -> Found:
+        """Long true videos, or these through the VAE: what the measures have of drift."""
         c, texts = self.config.lasting, self._lasting_prompts
-        videos = self._rendered(texts, num_images(3 * c.chunks))
+        videos = self._true(texts, c.chunks, decoded)
         found = [lasting(v, t, c.window_images) for v, t in zip(videos, texts, strict=True)]
         return {"lasting": _plain(found)}
 
@@ -151,9 +151,14 @@ class Measurer:
     def _lasting_prompts(self) -> list[str]:
         return lasting_prompts(self.world, self.config.lasting.videos, self.config.seed)
 
-    def _rendered(self, texts: Sequence[str], images: int) -> Iterator[Tensor]:
-        rng, world = np.random.default_rng(self.config.seed), WORLDS[self.world]
-        return (render([scene_of_caption(text, rng, world)], images)[0] for text in texts)
+    def _true(self, texts: Sequence[str], chunks: int, decoded: bool) -> Iterator[Tensor]:
+        rng, world, frames = np.random.default_rng(self.config.seed), WORLDS[self.world], 3 * chunks
+        for text in texts:
+            scene = scene_of_caption(text, rng, world)
+            if decoded:
+                yield decode_latents(self.vae, encode_scenes(self.vae, [scene], frames))[0]
+            else:
+                yield render([scene], num_images(frames))[0]
 
     @property
     def _every(self) -> list[str]:

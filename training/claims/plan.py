@@ -29,7 +29,7 @@ from .arms import COMMON, STARTS, Arm, Start
 from .lasting import LastingConfig
 from .measures import MeasureConfig
 
-TRUE, TEACHER = "true videos", "the teacher's clips"
+TRUE, DECODED, TEACHER = "true videos", "true videos, decoded", "the teacher's clips"
 PROMPTS, PROMPT_SEED = 512, 5
 """Captions that students of another world than the plain one are trained on."""
 
@@ -183,7 +183,7 @@ def result_name(arm: Arm, seed: int) -> str:
 
 
 def reference_name(study: str, what: str) -> str:
-    """Of what arms of a study stand beside: `TRUE`, `TEACHER`, or a start."""
+    """Of what arms of a study stand beside: `TRUE`, `DECODED`, `TEACHER`, or a start."""
     return f"{study}: {what}"
 
 
@@ -214,6 +214,8 @@ def _references(arms: Iterable[Arm]) -> Iterator[Item]:
             continue
         name = reference_name(study, TRUE)
         yield Item(name=name, decides="the tracker's own error", kind="true", study=study)
+        name = reference_name(study, DECODED)
+        yield Item(name=name, decides="what the VAE loses", kind="decoded", study=study)
         if study == "rewards":
             name = reference_name(study, TEACHER)
             yield Item(name=name, decides="what is matched", kind="teacher", study=study)

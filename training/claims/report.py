@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .arms import ARMS, STARTS, Arm
-from .plan import TEACHER, TRUE
+from .plan import DECODED, TEACHER, TRUE
 from .results import (
     Result,
     Results,
@@ -56,7 +56,7 @@ def _rewards(results: Results) -> list[str]:
     parts = ["## Rewards", _REWARDS]
     for start in STARTS:
         if arms := _there(results, "rewards", start):
-            beside = _references(results, "rewards", (TRUE, TEACHER, start))
+            beside = _references(results, "rewards", (TRUE, DECODED, TEACHER, start))
             parts.append(f"### From {start}")
             parts.append(_levels(results, arms, beside, REWARD_ROWS))
             parts.append(_differences(results, arms, REWARD_ROWS))
@@ -67,7 +67,7 @@ def _sinks(results: Results) -> list[str]:
     arms = _there(results, "sinks")
     if not arms:
         return []
-    beside = _references(results, "sinks", (TRUE, "student"))
+    beside = _references(results, "sinks", (TRUE, DECODED, "student"))
     return [
         "## Sinks, over long videos",
         _SINKS,

@@ -113,6 +113,10 @@ def _nothing_right(result: Result) -> list[float | None]:
     return [fmean(right == 0 for right in video["right"]) for video in result["lasting"]]
 
 
+def _jumps(result: Result) -> list[float | None]:
+    return [float(sum(look["jumps"] for look in video["looks"])) for video in result["lasting"]]
+
+
 def _same(result: Result) -> list[float | None]:
     return [
         fmean(each["same"] for each in video["occlusions"]) if video["occlusions"] else None
@@ -139,6 +143,7 @@ SINK_ROWS: Mapping[str, Row] = MappingProxyType(
         **{name: _late(name) for name in SERIES},
         "same after an occlusion": _same,
         "nothing right": _nothing_right,
+        "jumps": _jumps,
         "images to a switch": _delay,
         "old colour after a switch": _after_switch("old_colour"),
         "first picture after a switch": _after_switch("copy"),

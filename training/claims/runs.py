@@ -71,8 +71,10 @@ class Runner:
             assert item.start is not None
             return self._make(STARTS[item.start])
         lasts = item.study == "sinks"
-        if item.kind == "true":
-            return self.measurer.true_lasting() if lasts else self.measurer.true()
+        if item.kind in ("true", "decoded"):
+            decoded = item.kind == "decoded"
+            measure = self.measurer.true_lasting if lasts else self.measurer.true
+            return measure(decoded=decoded)
         if item.kind == "teacher":
             return self.measurer.teacher()
         assert item.start is not None

@@ -15,10 +15,11 @@ from itertools import pairwise
 from torch import Tensor
 
 from .scenes import IMAGES_PER_FRAME, SIZE
-from .tracker import MIN_AREA, Detections, Track, detect, look_at, tracks_of
+from .tracker import MIN_AREA, Detections, Track, detect, look_at, torus_offset, tracks_of
 
 SHADE_LIMIT = 0.1  # difference of shade up to which a thing counts as the same
 SIZE_LIMIT = 0.12  # relative difference of size up to which it does
+JUMP = 10.0  # pixels from one image to the next, twice the way of the quickest thing
 VIEW = 16  # images before and after an occlusion that are compared, at most
 MIN_VIEW = 3  # and at least
 _PART = 64  # images looked at together, which bounds memory
@@ -40,6 +41,9 @@ class Look:
     """Share of the picture that a wall covers."""
     tracks: tuple[Track, ...]
     """Things, largest first, with their shade and size."""
+    jumps: int
+    """How often a thing was in quite another place from one image to the next: a video that falls
+    back to its opening does so (LoL, arXiv 2601.16914)."""
 
     @property
     def hue(self) -> float:
@@ -128,10 +132,17 @@ def _look(video: Tensor, seen: Detections, start: int) -> Look:
         slope=(across / scale, down / scale),
         wall=float(seen.wall.median()),
         tracks=tuple(tracks_of(seen)),
+        jumps=_jumps(seen),
     )
 
 
 _LINES = ((SIZE // 2, slice(None)), (slice(None), SIZE // 2))  # the middle row and column
+
+
+def _jumps(seen: Detections) -> int:
+    shown = seen.area >= MIN_AREA
+    step = torus_offset(seen.centre.diff(dim=0)).norm(dim=-1)
+    return int((shown[1:] & shown[:-1] & (step > JUMP)).sum())
 
 
 def occlusions(seen: Detections) -> list[Occlusion]:

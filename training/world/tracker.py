@@ -307,7 +307,7 @@ def _velocity(centre: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """
     if len(image) < 2:
         return torch.zeros(2), torch.zeros(2)
-    gap, step = image.diff(), _wrap(centre.diff(dim=0))
+    gap, step = image.diff(), torus_offset(centre.diff(dim=0))
     close = gap <= max(_GAP, int(gap.min()))
     step = torch.where(close[:, None], step, 0.0)
     path, run = F.pad(step.cumsum(dim=0), (0, 0, 1, 0)), F.pad((~close).cumsum(dim=0), (1, 0))
@@ -318,7 +318,8 @@ def _velocity(centre: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     return slopes.median(dim=0).values, pace
 
 
-def _wrap(offset: Tensor) -> Tensor:
+def torus_offset(offset: Tensor) -> Tensor:
+    """The shortest way round of differences between places, in pixels."""
     return (offset + SIZE / 2) % SIZE - SIZE / 2
 
 
