@@ -122,6 +122,7 @@ def test_results_of_another_setting_are_refused(tmp_path):
         read_results(replace(where, size="full"))
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_and_ends_no_other(tmp_path):
     where, made = setting(tmp_path), "early init, guidance 3"
     broken = replace(DMD, settings=("run.nonsense=1",))

@@ -305,7 +305,8 @@ def _blend(share: float, *, pale: bool) -> str:
 
 def _strips(results: Results) -> Image.Image | None:
     """One prompt's images, a row an arm, of the first seed that is there."""
-    found = {arm: results_of(results, arm) for arm in ARMS.values()}
+    shown = (arm for arm in ARMS.values() if arm.study != "boundary")
+    found = {arm: results_of(results, arm) for arm in shown}
     rows = {
         arm: Image.open(io.BytesIO(base64.b64decode(each[0]["strip"])))
         for arm, each in found.items()
