@@ -63,7 +63,7 @@ def test_sinks_share_a_window_and_so_a_cost(tmp_path):
         for arm in ARMS.values()
         if arm.study == "sinks"
     ]
-    assert len(caches) == 9 and {cache.window_frames for cache in caches} == {9}
+    assert len(caches) == 10 and {cache.window_frames for cache in caches} == {9}
     assert {cache.accumulator for cache in caches} == {"float32"}
     assert any(cache.anchor_frames and cache.sink_frames and cache.decay < 1 for cache in caches)
     assert any(cache.memory_rates for cache in caches)
@@ -254,7 +254,7 @@ def test_the_whole_command_is_rehearsed_in_a_few_files(rehearsed):
     names = {path.name for path in (folder / "out").iterdir()}
     plots = {"rewards.png", "sinks.png", "boundary.png", "strips.png"}
     assert names <= {"results.json", "report.md", *plots} and "sinks.png" in names
-    assert "9 of 9 to run" in said and "results of 7" in (folder / "out/report.md").read_text()
+    assert "9 of 9 to run" in said and "results of 9" in (folder / "out/report.md").read_text()
     results = read_results(setting(folder))
     found = results[result_name(DMD, 0)]
     assert sorted(found["curve"], key=int) == ["0", "1", "2"] and found["free"][0]["flow"] > 0
