@@ -20,13 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .scenes import COLOURS, IMAGES_PER_FRAME, PALETTE, SHAPE_SIZE, SIZE
+from .scenes import COLOURS, IMAGES_PER_FRAME, LIT, PALETTE, SHAPE_SIZE, SIZE
 
 RUN = 5  # images of a path through which a slope is taken
-_LIT, _LIT_WIDTH = (
-    0.43,
-    0.06,
-)  # brightness between backdrops and things, and over how much it counts
+_LIT, _LIT_WIDTH = LIT + 0.03, 0.06  # brightness of things, and over how much it counts
 _SATURATED, _SATURATED_WIDTH = 0.4, 0.04  # saturation between a wall's grey and a thing's colour
 _LEAK = 0.25  # most that a pixel of a bright backdrop is taken for a thing; what stays is no thing
 _HUE = 40.0  # how sharply the nearest of two hues is told, by their cosines
