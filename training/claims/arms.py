@@ -8,7 +8,7 @@ prompts, the same noise, the same number of updates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -32,6 +32,8 @@ NO_REWARD = ("reward.kind=none",)
 NORMALISED = ("run.redmd.weights.effective_share=0.4", "run.redmd.weights.mean_one=true")
 AS_PUBLISHED = ("run.redmd.weights.effective_share=null", "run.redmd.weights.mean_one=false")
 _CACHE = "run.redmd.cache"
+_LONG = ("run.updates=20", "run.latents=[16, 30, 8, 8]", "run.redmd.window_chunks=5")
+"""Of the sinks' arms: rollouts of two of the teacher's clips, in which seven chunks leave."""
 SPEED_BETA, FLOW_BETA = 0.25, 1.0
 """What a shape size a latent frame of speed, and a pixel an image of flow, are worth in the
 generator's loss: about the same share of the gradients (`tilt/share`) at first."""
@@ -50,6 +52,15 @@ class Start:
     """Settings of `ode_pairs`, on the miniature's; none where nothing is made."""
     init: tuple[str, ...] = ()
     """Those of `ode_init` on these pairs."""
+    settings: tuple[str, ...] = ()
+    """Of every arm from it, before its own."""
+    like: str | None = None
+    """The start whose file it is; None for one of its own."""
+
+    @property
+    def made_as(self) -> str:
+        """The start that its file is made as."""
+        return self.like or self.name
 
 
 def _published_init(guidance: int) -> Start:
@@ -72,6 +83,13 @@ _STARTS = (
     Start(name="teacher", decides="a start that was never made causal"),
     _published_init(3),
     _published_init(6),
+    replace(
+        _published_init(3),
+        name="early init, guidance 3, as an adapter",
+        decides="a student that may not become the teacher",
+        settings=('student_lora={"rank": 2, "alpha": 2}',),
+        like="early init, guidance 3",
+    ),
 )
 STARTS: Mapping[str, Start] = MappingProxyType({start.name: start for start in _STARTS})
 
@@ -159,7 +177,7 @@ def _sink_arm(name: str, decides: str, *cache: str, first: bool = False) -> Arm:
         name=name,
         study="sinks",
         start="student",
-        settings=(*NO_REWARD, *(f"{_CACHE}.{setting}" for setting in cache)),
+        settings=(*NO_REWARD, *_LONG, *(f"{_CACHE}.{setting}" for setting in cache)),
         against=None if name == "EMA 0.999" else "EMA 0.999",
         decides=decides,
         first=first,
@@ -215,12 +233,12 @@ def _boundary_arms(start: str) -> tuple[Arm, ...]:
     )
 
 
-REWARD_STARTS = ("student", "teacher", "early init, guidance 3")
+REWARD_STARTS = ("student", "early init, guidance 3", "early init, guidance 3, as an adapter")
 _ARMS = (
     *(arm for start in REWARD_STARTS for arm in _reward_arms(start)),
     *_SINK_ARMS,
     *(arm for start in STARTS for arm in _boundary_arms(start)),
-    _boundary_arm("early init, guidance 6", "guidance 3"),
+    *(_boundary_arm(start, "guidance 3") for start in STARTS if start not in REWARD_STARTS),
 )
 """Guidance 3 from the other starts is DMD of the rewards."""
 ARMS: Mapping[str, Arm] = MappingProxyType({arm.key: arm for arm in _ARMS})

@@ -108,7 +108,7 @@ class Setting:
     def start_path(self, start: Start) -> Path:
         """The file that arms begin from, which may have to be made."""
         if start.pairs:
-            return self.folder(f"start {start.name}") / "student.safetensors"
+            return self.folder(f"start {start.made_as}") / "student.safetensors"
         return getattr(self.files, start.network)
 
     def files_of(self, arm: Arm) -> tuple[Path, Path]:
@@ -117,10 +117,11 @@ class Setting:
 
     def arm_config(self, arm: Arm, seed: int) -> DistilConfig:
         """An arm's whole run."""
-        start, files = self.start_path(STARTS[arm.start]), self.files
-        settings = [*COMMON, *arm.settings, f"run.seed={seed}", *SIZES[self.size].settings]
+        start, files = STARTS[arm.start], self.files
+        settings = [*COMMON, *start.settings, *arm.settings, f"run.seed={seed}"]
+        settings += [*SIZES[self.size].settings, f"files.student={self.start_path(start)}"]
         settings += [f"files.{name}={getattr(files, name)}" for name in ("teacher", "vae")]
-        settings += [f"files.student={start}", *self._data()]
+        settings += self._data()
         return apply_overrides(miniature(), settings)
 
     def pairs_config(self, start: Start) -> PairsConfig:
@@ -131,7 +132,7 @@ class Setting:
     def init_config(self, start: Start) -> InitConfig:
         """How the start is made of them."""
         settings = [*start.init, *SIZES[self.size].init, f"start={self.files.teacher}"]
-        settings += [f"pairs={self.folder(f'pairs {start.name}')}", f"vae={self.files.vae}"]
+        settings += [f"pairs={self.folder(f'pairs {start.made_as}')}", f"vae={self.files.vae}"]
         return apply_overrides(miniature_init(), settings)
 
     def _data(self) -> list[str]:
@@ -250,7 +251,7 @@ def _with_starts(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _make_name(start: Start) -> str:
-    return f"make {start.name}"
+    return f"make {start.made_as}"
 
 
 def training_operations(item: Item, setting: Setting) -> int:

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from rf_core.config import CacheConfig, SamplerConfig
 from rf_core.model import WanModel
 from rf_core.weights.checkpoint import load_student
 
-from ..run.checkpointing import read_part
 from ..run.config import to_json
 from ..run.folder import STUDENT, checkpoints
+from ..stages.export import export
 from ..stages.re_dmd import distil
+from ..stages.recipes import DistilConfig, student_path
 from ..stages.regression import init_student
 from ..stages.trajectories import write_pairs
 from ..world.stages import open_network
@@ -84,7 +84,7 @@ class Runner:
 
     def _make(self, start: Start) -> Found:
         pairs, init = self.setting.pairs_config(start), self.setting.init_config(start)
-        out = self.setting.folder(f"start {start.name}")
+        out = self.setting.start_path(start).parent
         if (out / STUDENT).exists() and not checkpoints(out):  # made, for results elsewhere
             return {"config": _config(init)}
         for count in write_pairs(pairs, init.pairs, self.device):
@@ -100,7 +100,8 @@ class Runner:
         folder = self.setting.folder(name)
         seconds = list(_timed(config, folder, self.device))
         redmd = config.run.redmd
-        student, _ = load_student(folder / STUDENT, device=self.device, dtype=torch.float32)
+        *_, (_, last) = checkpoints(folder)
+        student = _averaged(config, last, self.device)
         played = Played(student=student, cache=redmd.cache, sampler=redmd.sampler)
         found: Found = {"config": _config(config)}
         if seconds:
@@ -109,22 +110,20 @@ class Runner:
             found |= self.measurer.lasting(played)
         else:
             found |= self.measurer.played(played)
-            found["curve"] = self._curve(arm, folder, redmd.cache, redmd.sampler)
+            found["curve"] = self._curve(config, folder)
         found["strip"] = self.measurer.strip(played)
         if not self.setting.keep_runs:
             shutil.rmtree(folder)
         return found
 
-    def _curve(
-        self, arm: Arm, folder: Path, cache: CacheConfig, sampler: SamplerConfig
-    ) -> dict[str, list[Found]]:
+    def _curve(self, config: DistilConfig, folder: Path) -> dict[str, list[Found]]:
         """A few captions' measures at the start and at every checkpoint, of averaged weights."""
-        start = open_network(self.setting.start_path(STARTS[arm.start]), self.device)
-        points = {0: start} | {
-            update: _averaged(path, start, self.device) for update, path in checkpoints(folder)
-        }
+        redmd, points = config.run.redmd, {0: open_network(student_path(config), self.device)}
+        points |= {u: _averaged(config, path, self.device) for u, path in checkpoints(folder)}
         return {
-            str(update): self.measurer.point(Played(student=each, cache=cache, sampler=sampler))
+            str(update): self.measurer.point(
+                Played(student=each, cache=redmd.cache, sampler=redmd.sampler)
+            )
             for update, each in points.items()
         }
 
@@ -138,10 +137,11 @@ def _timed(config: Any, folder: Path, device: torch.device) -> Iterator[float]:
         clock = time.perf_counter()
 
 
-def _averaged(checkpoint: Path, like: WanModel, device: torch.device) -> WanModel:
-    student = WanModel(like.config)
-    student.load_state_dict(read_part(checkpoint, "average"))
-    return student.to(device).eval().requires_grad_(False)
+def _averaged(config: DistilConfig, checkpoint: Path, device: torch.device) -> WanModel:
+    """A checkpoint's averaged weights, an adapter merged into what it was trained beside."""
+    path = checkpoint.parent / "average.safetensors"
+    export(config, student_path(config), checkpoint, path, dtype=torch.float32, note={})
+    return load_student(path, device=device, dtype=torch.float32)[0]
 
 
 def _config(config: Any) -> Any:
