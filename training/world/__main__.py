@@ -95,7 +95,7 @@ def run_evaluate(args: argparse.Namespace, files: Files) -> None:
     measured = files if files.vae.exists() else replace(files, folder=args.demo)
     print(f"measuring the networks in {measured.folder}")
     report = stages.make_report(
-        measured, EvaluateConfig(world=args.world), _euler(args), files.report
+        measured, replace(EvaluateConfig(), world=args.world), _euler(args), files.report
     )
     print(format_report(report))
     print(f"\nwritten to {files.report}")
