@@ -22,6 +22,7 @@ from training.world.outlines import draw_outlines, sobel
 from training.world.scenes import (
     BACKGROUND,
     SIZE,
+    Backdrop,
     Scene,
     Thing,
     colour_caption,
@@ -145,6 +146,20 @@ def test_contexts_of_clips_are_read_by_their_numbers(folder):
     assert len({each.sum().item() for each in of_five}) == 2  # outlines, and the other one
     again = [torch.Generator().manual_seed(seed) for seed in range(8)]
     assert torch.equal(contexts.of([5] * 8, again), of_five)
+
+
+def test_controls_are_of_their_clips_whatever_the_world(tmp_path, monkeypatch):
+    vae, config, seen = open_vae(Files(DEMO)), ClipsConfig(num_clips=2, frames=3, world="rich"), []
+    list(write_clips(vae, config, tmp_path / "clips"))
+
+    def noted(scene, *rest):
+        seen.append(scene)
+        return control_videos(scene, *rest)
+
+    monkeypatch.setattr("training.world.controls.control_videos", noted)
+    list(write_controls_of(vae, VariantsConfig(), tmp_path / "clips", tmp_path / "controls"))
+    assert seen == read_clips(tmp_path / "clips").scenes
+    assert any(scene.backdrop != Backdrop() for scene in seen)
 
 
 def test_contexts_that_are_there_are_not_made_again(folder):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,11 @@ def num_images(frames: int) -> int:
 def scene_of(seed: int, index: int, world: str = PLAIN) -> Scene:
     """Scene `index` of a data set."""
     return sample_scene(np.random.default_rng([seed, index]), WORLDS[world])
+
+
+def noted_scene(note: Mapping[str, Any], index: int) -> Scene:
+    """The scene of a clip, by its shard's note; notes without a world are of the plain one."""
+    return scene_of(note["seed"], index, note.get("world", PLAIN))
 
 
 @torch.no_grad()
@@ -147,8 +153,7 @@ def read_clips(folder: Path) -> Clips:
         latents.append(file.tensors["latents"])
         note = parse_json(path, file.metadata["clips"])
         indices = range(note["start"], note["start"] + len(latents[-1]))
-        world = note.get("world", PLAIN)
-        scenes += [scene_of(note["seed"], index, world) for index in indices]
+        scenes += [noted_scene(note, index) for index in indices]
     return Clips(latents=torch.cat(latents), scenes=scenes)
 
 

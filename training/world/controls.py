@@ -16,7 +16,7 @@ from rf_core.weights.files import parse_json, read_weights
 
 from ..control_files import controls_path, write_controls
 from ..control_videos import ControlVideo, VariantsConfig, variants
-from .clips import num_images, scene_of, shards_of_clips
+from .clips import noted_scene, num_images, shards_of_clips
 from .outlines import draw_outlines
 from .scenes import Scene, render
 from .train_vae import to_wan
@@ -76,7 +76,7 @@ def write_controls_of(
                 video
                 for index in range(note["start"], note["start"] + total)
                 for video in control_videos(
-                    scene_of(note["seed"], index),
+                    noted_scene(note, index),
                     frames,
                     config,
                     np.random.default_rng([config.seed, note["seed"], index]),

@@ -323,7 +323,7 @@ def follow_masked(
     found: dict[str, list[dict[str, float]]] = {"kept": [], "made": []}
     for seen, clip in zip(video, clips, strict=True):
         detections = detect(seen)
-        left = (seen - render([(clip.kept,)], images)[0])[..., : SIZE // 2]
+        left = (seen - render([Scene((clip.kept,))], images)[0])[..., : SIZE // 2]
         for name, thing in (("kept", clip.kept), ("made", clip.made)):
             one = followed(detections, thing, thing.colour)
             one["colour"] = float(thing.colour in {each.colour for each in tracks_of(detections)})
@@ -345,7 +345,9 @@ def measure(
     for row in rows():
         if row.name + row.parts[-1][0] not in known:
             video, parts = follow(student, row, things, config)
-            images = [draw_outlines([(thing,)], video.shape[1])[0] for thing in things[:STRIPS]]
+            images = [
+                draw_outlines([Scene((thing,))], video.shape[1])[0] for thing in things[:STRIPS]
+            ]
             _write_strips(out, row.name, [_channels_first(each) for each in images], video)
             yield from parts.items()
     for past in (True, False):
