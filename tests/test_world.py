@@ -206,6 +206,15 @@ def test_a_shape_half_hidden_behind_another_keeps_its_track() -> None:
     assert seen["red"].speed == pytest.approx(RED.speed, abs=0.03)
 
 
+def test_a_shape_that_is_doubled_for_a_while_keeps_its_track() -> None:
+    video = render([Scene((RED,))], 40)[0]
+    other = render([Scene((replace(RED, position=(50.0, 55.0)),))], 40)[0]
+    video[:12] = torch.maximum(video[:12], other[:12])
+    (seen,) = track(video)
+    assert (seen.shape, seen.direction) == ("circle", "right")
+    assert seen.size == pytest.approx(16, rel=0.02) and seen.fit > 0.95
+
+
 def test_the_tracker_refuses_pictures_of_another_size() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\).*64"):
         track(torch.zeros(2, 3, 32, 32))

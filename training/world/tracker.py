@@ -54,6 +54,9 @@ _NOISE = 0.2  # coverage taken for none, and missing coverage taken for full
 _MIN_SHARE = 0.5
 _MIN_SHARE_PAST_A_WALL = 0.1
 _WALL_SHARE = 0.1  # share of a picture that is grey before it counts as having a wall
+_EVEN = ("circle", "square")  # which the fourfold moment tells apart
+_SQUARE = -0.006  # below it a square: decoded ones have -0.007 at most, circles -0.004 at least
+_ALONE = 0.9  # share of a shape's usual fit below which there is more of its colour than one
 _WHOLE = 0.85  # share of a shape's usual area below which it is half hidden
 _DIAGONAL = 0.6  # sideways over main motion from which a direction is none of the four
 _GAP = 3  # images unseen after which a path is taken up anew
@@ -96,6 +99,8 @@ class Detections:
     """[T, C, 2] centre of mass (x, y) on the torus, pixels."""
     fit: Tensor
     """[T, C, S] correlation with each outline; 0 where the colour is absent."""
+    fourfold: Tensor
+    """[T, C] how square a shape is, whatever its size: 0 for a circle, -1/60 for a square."""
     shade: Tensor
     """[T, C] brightness inside, of the palette colour's; 0 where the colour is absent."""
     wall: Tensor
@@ -226,12 +231,18 @@ def detect(video: Tensor) -> Detections:
     covers = picture.covers
     area = covers.sum(dim=(2, 3))
     centre = torch.stack([_circular_mean(covers.sum(2)), _circular_mean(covers.sum(3))], dim=-1)
-    fit = torch.zeros(*area.shape, len(SHAPES))
+    fit, fourfold = torch.zeros(*area.shape, len(SHAPES)), torch.zeros(area.shape)
     shown = area >= MIN_AREA
     if shown.any():
-        fit[shown] = _outline_fit(covers[shown], centre[shown], area[shown])
-    wall = picture.wall.float().mean(dim=(1, 2))
-    return Detections(area=area, centre=centre, fit=fit, shade=picture.shade, wall=wall)
+        fit[shown], fourfold[shown] = _outlines(covers[shown], centre[shown], area[shown])
+    return Detections(
+        area=area,
+        centre=centre,
+        fit=fit,
+        fourfold=fourfold,
+        shade=picture.shade,
+        wall=picture.wall.float().mean(dim=(1, 2)),
+    )
 
 
 def _circular_mean(weight: Tensor) -> Tensor:
@@ -240,12 +251,19 @@ def _circular_mean(weight: Tensor) -> Tensor:
     return (mean * SIZE / (2 * math.pi)) % SIZE
 
 
-def _outline_fit(covers: Tensor, centre: Tensor, area: Tensor) -> Tensor:
-    """Correlation of covers [N, H, W] with each shape, of area [N] at centre [N, 2]: [N, S]."""
+def _outlines(covers: Tensor, centre: Tensor, area: Tensor) -> tuple[Tensor, Tensor]:
+    """Of covers [N, H, W], of areas [N] at centres [N, 2]: correlation with each shape [N, S], and
+    the fourfold moment Re(z^4) over the cube of the area [N].
+
+    The moment is of a harmonic function, and so no even blur changes it. A correlation hardly tells
+    a square with soft corners from a circle of its area.
+    """
     pixels = (centre.floor() - _CROP // 2)[..., None] + torch.arange(_CROP)  # [N, 2, crop]
     columns, rows = (pixels.long() % SIZE).unbind(dim=1)
     seen = covers[torch.arange(len(covers))[:, None, None], rows[:, :, None], columns[:, None]]
     dx, dy = (pixels + 0.5 - centre[..., None]).unbind(dim=1)
+    x2, y2 = dx[:, None].square(), dy[..., None].square()
+    fourfold = (seen * (x2 * x2 - 6 * x2 * y2 + y2 * y2)).sum(dim=(-2, -1)) / area**3
     sizes = [(area / unit_area(shape)).sqrt()[:, None, None] for shape in SHAPES]
     drawn = torch.stack(
         [
@@ -258,7 +276,7 @@ def _outline_fit(covers: Tensor, centre: Tensor, area: Tensor) -> Tensor:
         image - image.mean(dim=(-2, -1), keepdim=True) for image in (seen[:, None], drawn)
     )
     norm = seen.square().sum((-2, -1)) * drawn.square().sum((-2, -1))
-    return (seen * drawn).sum((-2, -1)) / norm.sqrt().clamp_min(1e-6)
+    return (seen * drawn).sum((-2, -1)) / norm.sqrt().clamp_min(1e-6), fourfold
 
 
 def track(video: Tensor) -> list[Track]:
@@ -277,13 +295,17 @@ def tracks_of(detections: Detections) -> list[Track]:
 
 
 def _track_colour(detections: Detections, index: int) -> Track:
-    area = detections.area[:, index]
+    area, fit = detections.area[:, index], detections.fit[:, index].amax(dim=1)
     shown = area >= MIN_AREA
-    whole = shown & (area >= _WHOLE * area[shown].quantile(0.9))
+    alone = shown & (fit >= _ALONE * fit[shown].quantile(0.9))
+    whole = alone & (area >= _WHOLE * area[alone].quantile(0.9))
     fits = detections.fit[whole, index].median(dim=0).values
     velocity, pace = _velocity(detections.centre[whole, index], whole.nonzero().flatten())
     direction, speed = _direction(*velocity.tolist())
-    shape, median_area = SHAPES[int(fits.argmax())], float(area[whole].median())
+    shape = SHAPES[int(fits.argmax())]
+    if shape in _EVEN:
+        shape = _EVEN[int(detections.fourfold[whole, index].median() < _SQUARE)]
+    median_area = float(area[whole].median())
     x, y = (pace * IMAGES_PER_FRAME / SHAPE_SIZE).tolist()
     return Track(
         colour=COLOURS[index],
@@ -292,7 +314,7 @@ def _track_colour(detections: Detections, index: int) -> Track:
         speed=speed,
         area=median_area,
         presence=float(shown.float().mean()),
-        fit=float(fits.max()),
+        fit=float(fits[SHAPES.index(shape)]),
         size=math.sqrt(median_area / unit_area(shape)),
         shade=float(detections.shade[whole, index].median()),
         pace=(x, y),
