@@ -6,7 +6,9 @@ first operation is a product, MKL takes every core.
 
 import gc
 import os
-from collections.abc import Generator
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
@@ -35,6 +37,18 @@ def imported_is_no_garbage() -> None:
     every run of a command collects garbage once its text encoder is let go of."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def write_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Writes a module `mine` for a test alone: one that another test imported is forgotten."""
+
+    def write(source: str) -> None:
+        (tmp_path / "mine.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    return write
 
 
 def pytest_unconfigure() -> None:

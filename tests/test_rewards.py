@@ -89,10 +89,8 @@ def test_the_page_s_reward_weights_a_run_beside_the_tracker(tmp_path, monkeypatc
         ("mine:Other", "class Other: scores = ('a', 'b')", "reward.score is 'motion'.* gives a, b"),
     ],
 )
-def test_what_is_no_reward_is_refused_by_name(tmp_path, monkeypatch, kind, source, said) -> None:
-    (tmp_path / "mine.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "mine", raising=False)
+def test_what_is_no_reward_is_refused_by_name(write_mine, kind, source, said) -> None:
+    write_mine(source)
     with pytest.raises(ValueError, match=said):
         RewardConfig(kind=kind)
 

@@ -273,9 +273,7 @@ SMALL = (
 SOFT = ("reward.kind=soft_speed", "run.redmd.weigh=none", "run.redmd.gradient_beta=0.1")
 
 
-def test_a_reward_without_a_gradient_is_refused_by_name_before_anything_is_read(
-    tmp_path, monkeypatch
-):
+def test_a_reward_without_a_gradient_is_refused_by_name_before_anything_is_read(write_mine):
     for settings, said in (
         (("run.redmd.gradient_beta=0.1",), r"the motion of reward\.kind tracker has no gradient"),
         (
@@ -297,10 +295,7 @@ def test_a_reward_without_a_gradient_is_refused_by_name_before_anything_is_read(
             apply_overrides(miniature(), settings)
     judged = apply_overrides(miniature(), [*SOFT, 'more_rewards=[{"kind":"tracker","share":0}]'])
     assert [each.is_differentiable for each in judged.rewards] == [True, False]
-    (tmp_path / "mine.py").write_text(
-        "class Reward:\n    scores = ('a', 'b')\n    differentiable = ('b',)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
+    write_mine("class Reward:\n    scores = ('a', 'b')\n    differentiable = ('b',)\n")
     of_mine = (RewardConfig(kind="mine:Reward", score=score) for score in "ab")
     assert [each.is_differentiable for each in of_mine] == [False, True]
 
