@@ -16,7 +16,7 @@ from ..measures.metrics import first_frame_copy
 from ..world.clips import scene_of
 from ..world.evaluate import EvaluateConfig, Streams, stream_images, switch_prompts
 from ..world.memory import Look, Occlusion, measure
-from ..world.metric import caption_measures, share_right
+from ..world.metric import share_right, track_measures
 from ..world.scenes import WORLDS, caption, names_wall, parse_caption
 from ..world.tracker import switch_delay
 
@@ -64,15 +64,14 @@ def lasting(video: Tensor, text: str, window_images: int) -> dict[str, Any]:
     it, `copy` how much of the first image is left in its place; `looks` and `occlusions` are what
     `training.world.memory.measure` finds.
     """
-    first, video = video[:1], video.cpu()
-    starts = range(0, len(video) - window_images + 1, window_images)
-    kept = [caption_measures(video[at : at + window_images], text) for at in starts]
+    video = video.cpu()
     memory = measure(video, window_images)
+    kept = [track_measures(look.tracks, text) for look in memory.windows]
     return {
         "prompt": text,
         "right": [share_right(each) for each in kept],
         "speed": [each["speed_along"] for each in kept],
-        "copy": _copies(first.cpu(), video, window_images),
+        "copy": _copies(video[:1], video, window_images),
         "looks": [_look(look) for look in memory.windows],
         "occlusions": [_occlusion(each) for each in memory.occlusions],
     }
@@ -121,14 +120,15 @@ def switched(streams: Streams, config: LastingConfig) -> list[dict[str, Any]]:
 def _switched(
     first: Tensor, later: Tensor, before: str, after: str, window_images: int
 ) -> dict[str, Any]:
-    memory = measure(torch.cat([first, later]), window_images)
+    whole = torch.cat([first, later])
+    memory = measure(whole, window_images)
     (old,) = parse_caption(before)
     looks = [look for look in memory.windows if look.start_image >= len(first)]
     found = lasting(later, after, window_images)
     return {
         "before": before,
         "after": after,
-        "delay": switch_delay(torch.cat([first, later]), len(first), after),
+        "delay": switch_delay(whole, len(first), after),
         "old_colour": [any(track.colour == old.colour for track in look.tracks) for look in looks],
         "right": found["right"],
         "copy": _copies(first[:1], later, window_images),

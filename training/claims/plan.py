@@ -157,7 +157,8 @@ class Item:
     """Of its result."""
     decides: str
     kind: str
-    """`true`, `teacher` or `start` of a study, to stand beside; `make` a start; or `arm`."""
+    """`true`, `decoded`, `teacher` or `start` of a study, to stand beside; `make` a start; or
+    `arm`."""
     study: str = ""
     start: str | None = None
     arm: Arm | None = None

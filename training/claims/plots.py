@@ -241,13 +241,12 @@ def _panel(canvas: Canvas, index: int, values: Sequence[np.ndarray], end: float)
 
 def _map(results: Results) -> Image.Image | None:
     """Motion that plain distribution matching kept or lost, by start and setting; and the way."""
-    arms = boundary_arms(results)
-    if not arms:
+    names = boundary_arms(results)
+    if not names:
         return None
-    names = {arm: "guidance 3" if arm.study == "rewards" else arm.name for arm in arms}
     columns = sorted(set(names.values()))
-    starts = [start for start in STARTS if any(arm.start == start for arm in arms)]
-    changes = {arm: level(results_of(results, arm), gained()) for arm in arms}
+    starts = [start for start in STARTS if any(arm.start == start for arm in names)]
+    changes = {arm: level(results_of(results, arm), gained()) for arm in names}
     reach = max(abs(c.mean) for c in changes.values()) or 1.0
     canvas = Canvas(max(700, 190 + 130 * len(columns)), 90 + 60 * len(starts) + 260)
     title = "Speed after distribution matching, less before (bold colours: the interval excludes 0)"

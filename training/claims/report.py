@@ -32,8 +32,9 @@ _SINKS = (
     "In the last quarter of a long video: distance from the first window of the backdrop's hue in "
     "degrees, its brightness, the thing's shade and size (relative); speed; likeness to the first "
     "image (SSIM); share of the caption's attributes that are right. Then shares of occlusions "
-    "after which the thing is the same and of windows with nothing right; and after a switch of "
-    "the prompt, images until it shows, and the old colour and the first picture at the end."
+    "after which the thing is the same and of windows with nothing right, and how often a thing "
+    "jumped to quite another place; and after a switch of the prompt, images until it shows, and "
+    "the old colour and the first picture at the end."
 )
 
 
@@ -86,11 +87,16 @@ def _levels(
     results: Results, arms: Sequence[Arm], beside: Mapping[str, Result], rows: Mapping[str, Row]
 ) -> str:
     lines = [_line("", "seeds", *rows), _line(*["---"] * (len(rows) + 2))]
-    of = {f"*{name}*": [result] for name, result in beside.items()}
-    of |= {arm.name: results_of(results, arm) for arm in arms}
-    for name, found in of.items():
+    for name, found in _by_name(results, arms, beside).items():
         lines.append(_line(name, len(found), *(_cell(found, row) for row in rows.values())))
     return "\n".join(lines)
+
+
+def _by_name(
+    results: Results, arms: Sequence[Arm], beside: Mapping[str, Result]
+) -> dict[str, list[Result]]:
+    found = {f"*{name}*": [result] for name, result in beside.items()}
+    return found | {arm.name: results_of(results, arm) for arm in arms}
 
 
 def _cell(found: Sequence[Result], row: Row) -> str:
@@ -116,9 +122,7 @@ def _identities(results: Results, arms: Sequence[Arm], beside: Mapping[str, Resu
         _line("", *spans, "collapsed"),
         _line(*["---"] * (len(spans) + 2)),
     ]
-    of = {f"*{name}*": [result] for name, result in beside.items()}
-    of |= {arm.name: results_of(results, arm) for arm in arms}
-    for name, found in of.items():
+    for name, found in _by_name(results, arms, beside).items():
         cells = [f"{same} of {of}" if of else "" for same, of in identity(found)]
         begun = sorted(frame for result in found for frame in collapse(result))
         videos = sum(len(result["lasting"]) for result in found)
@@ -127,10 +131,11 @@ def _identities(results: Results, arms: Sequence[Arm], beside: Mapping[str, Resu
     return "\n".join(lines)
 
 
-def boundary_arms(results: Results) -> list[Arm]:
-    """Plain distribution matching, from every start and at every guidance."""
+def boundary_arms(results: Results) -> dict[Arm, str]:
+    """Plain distribution matching, from every start and at every guidance, with what it is called
+    beside the others."""
     plain = [arm for arm in _there(results, "rewards") if arm.against is None]
-    return [*plain, *_there(results, "boundary")]
+    return dict.fromkeys(plain, "guidance 3") | {a: a.name for a in _there(results, "boundary")}
 
 
 def _boundary(results: Results) -> list[str]:
@@ -141,9 +146,8 @@ def _boundary(results: Results) -> list[str]:
         _line("start", "arm", "seeds", "speed by update", "last less first", "flow at the end"),
         _line(*["---"] * 6),
     ]
-    for arm in arms:
+    for arm, name in arms.items():
         found = results_of(results, arm)
-        name = "guidance 3" if arm.study == "rewards" else arm.name
         speeds = ", ".join(f"{update}: {speed:.3f}" for update, speed in curve(found))
         change, flow = level(found, gained()), level(found, REWARD_ROWS["flow"])
         lines.append(_line(arm.start, name, len(found), speeds, change.signed, flow))

@@ -15,14 +15,22 @@ from itertools import pairwise
 from torch import Tensor
 
 from .scenes import IMAGES_PER_FRAME, SIZE
-from .tracker import MIN_AREA, Detections, Track, detect, look_at, torus_offset, tracks_of
+from .tracker import (
+    MIN_AREA,
+    Detections,
+    Picture,
+    Track,
+    detections_of,
+    look_at,
+    torus_offset,
+    tracks_of,
+)
 
 SHADE_LIMIT = 0.1  # difference of shade up to which a thing counts as the same
 SIZE_LIMIT = 0.12  # relative difference of size up to which it does
 JUMP = 10.0  # pixels from one image to the next, twice the way of the quickest thing
 VIEW = 16  # images before and after an occlusion that are compared, at most
 MIN_VIEW = 3  # and at least
-_PART = 64  # images looked at together, which bounds memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,7 @@ class Memory:
 
     windows: tuple[Look, ...]
     occlusions: tuple[Occlusion, ...]
-    """Of a video of one thing, in order; none are told of several."""
+    """In order, of a video of one thing; of several, those in which none was in sight."""
 
 
 def measure(video: Tensor, window_images: int) -> Memory:
@@ -103,20 +111,17 @@ def measure(video: Tensor, window_images: int) -> Memory:
     """
     if not 1 <= window_images <= len(video):
         raise ValueError(f"windows of {window_images} images do not fit a video of {len(video)}")
-    seen = _detect(video)
-    starts = range(0, len(video) - window_images + 1, window_images)
-    windows = tuple(
-        _look(video[at : at + window_images], seen[at : at + window_images], at) for at in starts
-    )
-    return Memory(windows=windows, occlusions=tuple(occlusions(seen)))
+    windows, seen = [], []
+    for number, part in enumerate(video.split(window_images)):
+        picture = look_at(part)
+        seen.append(detections_of(picture))
+        if len(part) == window_images:
+            windows.append(_look(part, picture, seen[-1], number * window_images))
+    found = occlusions(Detections.join(seen))
+    return Memory(windows=tuple(windows), occlusions=tuple(found))
 
 
-def _detect(video: Tensor) -> Detections:
-    return Detections.join([detect(part) for part in video.split(_PART)])
-
-
-def _look(video: Tensor, seen: Detections, start: int) -> Look:
-    picture = look_at(video)
+def _look(video: Tensor, picture: Picture, seen: Detections, start: int) -> Look:
     shown = picture.is_backdrop
     colour = tuple(
         float(channel[shown].median()) if shown.any() else math.nan
@@ -153,8 +158,8 @@ def occlusions(seen: Detections) -> list[Occlusion]:
     shown = seen.area.amax(dim=1) >= MIN_AREA
     found = []
     for start, stop in _gaps(shown):
-        before = _views(seen, start - 1, -1)
-        after = _views(seen, stop, 1)
+        before = _views(seen, shown, start - 1, -1)
+        after = _views(seen, shown, stop, 1)
         if stop - start < IMAGES_PER_FRAME or before is None or after is None:
             continue
         found.append(
@@ -176,9 +181,7 @@ def _gaps(shown: Tensor) -> list[tuple[int, int]]:
     return [(a + 1, b) for a, b in pairwise(images) if b > a + 1]
 
 
-def _views(seen: Detections, image: int, step: int) -> Track | None:
-    """The thing in the images from one on, forwards or back, as far as it is in sight and whole."""
-    shown = seen.area.amax(dim=1) >= MIN_AREA
+def _views(seen: Detections, shown: Tensor, image: int, step: int) -> Track | None:
     stop = image
     while 0 <= stop < len(shown) and shown[stop] and abs(stop - image) < VIEW:
         stop += step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -42,8 +42,12 @@ def caption_measures(video: Tensor, caption: str) -> dict[str, float | None]:
     negative against it, 0 for one that does not show or moves sideways; of one that bounces it is
     the speed along its axis.
     """
+    return track_measures(tracks_of(detect(video)), caption)
+
+
+def track_measures(tracks: Sequence[Track], caption: str) -> dict[str, float | None]:
+    """The same of a video's tracks."""
     targets = parse_caption(caption)
-    tracks = tracks_of(detect(video))
     found: dict[str, float | None] = dict(score_tracks(tracks, targets))
     if not any(each.speed_name for each in targets):
         found["speed"] = None

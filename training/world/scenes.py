@@ -177,6 +177,11 @@ class Attributes:
     """Whether it turns around at the picture's edges, in place of wrapping around."""
 
     @property
+    def named(self) -> Attributes:
+        """What a caption says of it."""
+        return self
+
+    @property
     def axis(self) -> int:
         """The axis it moves along: 0 for x, 1 for y."""
         return 0 if DIRECTIONS[self.direction][0] else 1
@@ -203,7 +208,6 @@ class Thing(Attributes):
 
     @property
     def named(self) -> Attributes:
-        """What its caption says of it."""
         return Attributes(
             colour=None if "colour" in self.left_open else self.colour,
             shape=None if "shape" in self.left_open else self.shape,
@@ -269,7 +273,7 @@ class Scene:
 
 def caption_of(attributes: Attributes, verb: str | None = None) -> str:
     """The clause for one shape: `a red circle moves left slowly`."""
-    named = attributes.named if isinstance(attributes, Thing) else attributes
+    named = attributes.named
     words = ["a", named.colour, named.shape or OPEN_SHAPE, verb or _verbs(named)[0]]
     return " ".join(word for word in (*words, named.direction, named.speed_name) if word)
 

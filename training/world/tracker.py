@@ -227,7 +227,11 @@ def detect(video: Tensor) -> Detections:
         raise ValueError(
             f"video has shape {tuple(video.shape)}; the tracker reads [T, 3, {SIZE}, {SIZE}]"
         )
-    picture = look_at(video)
+    return detections_of(look_at(video))
+
+
+def detections_of(picture: Picture) -> Detections:
+    """The measurements of a video that was looked at."""
     covers = picture.covers
     area = covers.sum(dim=(2, 3))
     centre = torch.stack([_circular_mean(covers.sum(2)), _circular_mean(covers.sum(3))], dim=-1)
@@ -454,7 +458,7 @@ def _drift(video: Tensor, start_image: int) -> Drift:
         start_image=start_image,
         palette_error=_mean(off_palette[inside]),
         background_error=_mean(off_background[picture.is_backdrop]),
-        area_error=_area_error(tracks_of(detect(video))),
+        area_error=_area_error(tracks_of(detections_of(picture))),
         softness=float(half),
     )
 
