@@ -144,6 +144,20 @@ def wait_for_graph(page: Any) -> None:
     page.wait_for_function(BARE)
 
 
+def open_search(page: Any, x: float = 960, y: float = 300) -> Any:
+    """The field of the search that a double click on the empty graph opens.
+
+    ComfyUI takes presses 300 ms apart, as a busy page gives them, for two single clicks: again.
+    """
+    field, end = page.locator("input[role=combobox]:focus"), time.monotonic() + PATIENCE
+    while not field.count():
+        assert time.monotonic() < end, "no double click opens the search"
+        page.keyboard.press("Escape")
+        page.mouse.dblclick(x, y)
+        page.wait_for_timeout(1500)
+    return field
+
+
 @contextmanager
 def open_browsers(number: int, *flags: str) -> Iterator[list[Any]]:
     """Browsers that share nothing, with further flags."""

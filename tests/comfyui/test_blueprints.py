@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from .blueprints import BLUEPRINTS
-from .browser import chromium
+from .browser import chromium, open_search
 from .files import LORA
 from .graphs import GRAPHS, runnable
 from .server import ROOT, Server
@@ -32,11 +32,7 @@ def search(page: Any, name: str) -> None:
     """The search, once it knows a group: groups come some seconds after the page."""
     found = "(name) => document.body.innerText.includes(name)"
     for _ in range(10):
-        page.mouse.dblclick(900, 400)
-        page.wait_for_timeout(1500)
-        if page.evaluate("() => document.activeElement?.tagName !== 'INPUT'"):
-            page.keyboard.press("Escape")  # what greets a new user has taken it
-            continue
+        open_search(page, 900, 400)
         page.keyboard.type(name)
         page.wait_for_timeout(1500)
         if page.evaluate(found, name):

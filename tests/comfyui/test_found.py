@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .browser import chromium, open_page
+from .browser import chromium, open_page, open_search
 from .server import ROOT, Server
 
 DOCS = ROOT / "nodes" / "web" / "docs"
@@ -88,8 +88,7 @@ def found(server: Server) -> dict[str, list[str]]:
     """What the search box lists for each term, typed by hand after a double click."""
     with open_page(server.address) as (page, errors):
         page.evaluate("window.comfyAPI.app.app.graph.clear()")
-        page.mouse.dblclick(960, 300)
-        box = page.wait_for_selector("input[role=combobox]:focus")
+        box = open_search(page)
         listed = {}
         for term in TERMS:
             box.fill("")
