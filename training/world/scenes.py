@@ -97,22 +97,27 @@ class World:
 
 
 PLAIN = "plain"
+_RICH = World(
+    two_things_share=0.4,
+    bimodal_speeds=True,
+    backdrops=True,
+    plain_share=0.15,
+    shades=(0.7, 1.0),
+    sizes=(12.0, 20.0),
+    open_share=0.15,
+    bounce_share=0.15,
+    wall_share=0.3,
+)
 WORLDS: Mapping[str, World] = MappingProxyType(
     {
         PLAIN: World(),
-        "rich": World(
-            two_things_share=0.4,
-            bimodal_speeds=True,
-            backdrops=True,
-            plain_share=0.15,
-            shades=(0.7, 1.0),
-            sizes=(12.0, 20.0),
-            open_share=0.15,
-            bounce_share=0.15,
-            wall_share=0.3,
+        "rich": _RICH,
+        "single": replace(
+            _RICH, two_things_share=0.0, plain_share=0.0, bounce_share=0.0, wall_share=0.4
         ),
     }
 )
+"""`single` is what a long video of the rich one is judged by: one thing, with all that it keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
