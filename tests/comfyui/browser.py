@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .server import PATIENCE
+
+T = TypeVar("T")
 
 FLAGS = (
     "--no-sandbox",
@@ -116,18 +118,28 @@ def chromium() -> str | None:
     return shutil.which("chromium")
 
 
-def drawn(page: Any) -> Any:
-    """What `DRAWN` says, once it says the same for a second in which the page draws."""
-    page.evaluate(FIT)
-    seen, quiet = None, 0
+def settled(page: Any, read: Callable[[], T]) -> T:
+    """What `read` gives, once it gives the same for a second in which the page draws."""
+    seen, quiet = read(), 0
     while quiet < 4:
         page.wait_for_timeout(250)
         page.evaluate(FRAMES)
-        now = page.evaluate(DRAWN)
-        boxes = [[round(side) for side in each["box"]] for each in now["nodes"].values()]
-        quiet = quiet + 1 if boxes == seen else 0
-        seen = boxes
-    return now
+        now = read()
+        quiet = quiet + 1 if now == seen else 0
+        seen = now
+    return seen
+
+
+def drawn(page: Any) -> Any:
+    """What `DRAWN` says, once no node moves or grows by as much as a pixel."""
+
+    def boxes() -> list[list[int]]:
+        nodes = page.evaluate(DRAWN)["nodes"].values()
+        return [[round(side) for side in node["box"]] for node in nodes]
+
+    page.evaluate(FIT)
+    settled(page, boxes)
+    return page.evaluate(DRAWN)
 
 
 def wait_for_graph(page: Any) -> None:

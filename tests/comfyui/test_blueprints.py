@@ -50,7 +50,7 @@ def add(page: Any, name: str) -> None:
     page.keyboard.press("Enter")
     page.wait_for_timeout(1000)
     page.mouse.click(900, 400)  # where it is put
-    page.wait_for_timeout(1000)
+    page.wait_for_function(f"({GROUP})().length === 1")
 
 
 def test_comfyui_offers_every_group(server: Server) -> None:
@@ -113,7 +113,7 @@ def test_the_demo_opens_as_an_app_and_runs(server: Server) -> None:
         page.wait_for_timeout(2000)
         page.keyboard.press("Escape")  # a tour greets a new user
         for name in ("text", "length", "seed"):
-            assert page.get_by_text(name, exact=True).last.is_visible()
+            page.get_by_text(name, exact=True).last.wait_for()
         assert not page.get_by_text("keep_latents", exact=True).last.is_visible()
         page.get_by_role("button", name="Run", exact=True).first.click()
         page.wait_for_selector("video:visible")

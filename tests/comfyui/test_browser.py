@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .browser import FIT, OPEN, chromium, open_page, use_renderer, wait_for_graph
+from .browser import FIT, OPEN, chromium, open_page, settled, use_renderer, wait_for_graph
 from .graphs import GRAPHS
 from .server import ROOT, Server
 
@@ -93,8 +93,7 @@ def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow_nor_stay_tal
         use_renderer(page, vue_nodes)
         page.evaluate(OPEN, workflow("prompt_switch"))
         page.evaluate(FIT)
-        page.wait_for_timeout(1000)
-        empty, *_ = page.evaluate(NODE)
+        empty, *_ = settled(page, lambda: page.evaluate(NODE))
         for run in range(3):
             page.evaluate(SEED, 100 + 10 * vue_nodes + run)  # nothing is cached
             page.evaluate(QUEUE)
@@ -102,19 +101,19 @@ def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow_nor_stay_tal
             page.screenshot(path=tmp_path / f"making-{run}.png")
             page.wait_for_function(ENDED)
             page.wait_for_selector("video")
-            page.wait_for_timeout(8_000 if run == 1 else 3_000)
-            height, widgets = page.evaluate(NODE)
+            page.wait_for_timeout(8_000 if run == 1 else 1_000)
+            height, widgets = settled(page, lambda: page.evaluate(NODE))
             heights.append(height)
             assert "pictures" not in widgets and page.evaluate(SHOWN) == 0
             assert page.get_by_text("images, 12.").count() == 1  # and stays, told once
             assert page.evaluate("window.seen.at(-1)[0]") == "execution_success"
+        page.wait_for_function("document.querySelector('video').readyState > 0")
         ((address, width, seconds),) = page.evaluate(VIDEOS)
         picture = Path(os.environ.get("RF_SCREENSHOT", tmp_path / "end.png"))
         page.screenshot(path=picture)
         page.reload()
         wait_for_graph(page)
-        page.wait_for_timeout(3000)
-        reloaded, *_ = page.evaluate(NODE)
+        reloaded, *_ = settled(page, lambda: page.evaluate(NODE))
         assert errors == []
     assert heights[0] == heights[1] == heights[2] > reloaded == empty
     assert "type=output" in address and width == 64 and 12 <= seconds < 13
@@ -137,10 +136,10 @@ def test_cancel_leaves_the_video_as_far_as_it_came_on_its_node(
         page.wait_for_function(f"({SHOWN})() > 3")
         page.get_by_role("button", name="Cancel current run").first.click()
         page.wait_for_selector("video")
-        page.wait_for_timeout(3000)
-        page.screenshot(path=Path(os.environ.get("RF_SCREENSHOT", tmp_path / "stopped.png")))
         text = page.get_by_text("stopped: ").inner_text()
+        page.screenshot(path=Path(os.environ.get("RF_SCREENSHOT", tmp_path / "stopped.png")))
         assert f"run again with seed {300 + vue_nodes} to go on" in text
+        page.wait_for_function("document.querySelector('video').readyState > 0")
         ((address, width, seconds),) = page.evaluate(VIDEOS)
         assert errors == []
     assert "type=output" in address and width == 64 and f"{seconds:.2f} s" in text
@@ -156,8 +155,8 @@ def test_a_node_that_is_added_is_wide_enough_for_its_title(
         for i, name in enumerate(sorted(ours(server))):
             page.evaluate(ADD, [name, 300 * (i % 3), 700 * (i // 3)])
         page.evaluate(FIT)
-        page.wait_for_timeout(2000)
+        titles = settled(page, lambda: page.evaluate(TITLES))
         page.screenshot(path=tmp_path / "nodes.png")
-        for title, width, needed in page.evaluate(TITLES):
+        for title, width, needed in titles:
             assert width >= needed, title
         assert errors == []

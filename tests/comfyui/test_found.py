@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .browser import chromium, open_page, open_search
+from .browser import chromium, open_page, open_search, settled
 from .server import ROOT, Server
 
 DOCS = ROOT / "nodes" / "web" / "docs"
@@ -93,8 +93,7 @@ def found(server: Server) -> dict[str, list[str]]:
         for term in TERMS:
             box.fill("")
             page.keyboard.type(term)
-            page.wait_for_timeout(700)
-            listed[term] = page.evaluate(FOUND)
+            listed[term] = settled(page, lambda: page.evaluate(FOUND))
         assert errors == []
     return listed
 
@@ -108,8 +107,7 @@ def in_library(server: Server) -> dict[str, list[str]]:
         listed = {}
         for term in TERMS:
             box.fill(term)
-            page.wait_for_timeout(1200)
-            listed[term] = page.locator("[role=treeitem]").all_inner_texts()
+            listed[term] = settled(page, page.locator("[role=treeitem]").all_inner_texts)
         assert errors == []
     return listed
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .browser import FIT, chromium, drawn, open_page, use_renderer
+from .browser import chromium, drawn, open_page, settled, use_renderer
 from .conftest import PACK
 from .server import Server
 
@@ -94,8 +94,7 @@ def page_of(server: Server, vue_nodes: bool) -> Iterator[Any]:
 
 def look(page: Any, path: Path) -> None:
     """A picture of the page, for whoever asks for one."""
-    page.evaluate(FIT)
-    page.wait_for_timeout(800)
+    drawn(page)
     page.screenshot(path=Path(os.environ.get("RF_SCREENSHOTS", path.parent)) / path.name)
 
 
@@ -115,8 +114,9 @@ def shown(values: dict[str, Any], disabled: bool) -> dict[str, list[Any]]:
 
 
 def sinks(page: Any) -> list[dict[str, list[Any]]]:
-    """The widgets of all EMA-Sink Configs, but for their presets."""
-    return [{name: sink[name] for name in VALUES} for sink in page.evaluate(SINKS)]
+    """The widgets of all EMA-Sink Configs, but for their presets, once they change no more."""
+    found = settled(page, lambda: page.evaluate(SINKS))
+    return [{name: sink[name] for name in VALUES} for sink in found]
 
 
 @RENDERERS
@@ -126,7 +126,6 @@ def test_a_sink_shows_what_its_preset_sets_and_frees_it_for_custom(
     name = "vue" if vue_nodes else "canvas"
     with page_of(server, vue_nodes) as page:
         page.evaluate(ADD, [["RFSinkConfig"] * 5, [{"preset": p} for p in (*presets, "Custom")]])
-        page.wait_for_timeout(500)
         fixed = [shown(values, True) for values in presets.values()]
         free = shown(next(iter(presets.values())), False)  # as a new node begins
         assert sinks(page) == [*fixed, free]
@@ -161,7 +160,6 @@ def test_choosing_a_preset_by_hand_changes_what_its_sink_shows(
         page.wait_for_function(f"({SINKS})()[0].preset[0] === 'Long'")
         if not vue_nodes:
             page.mouse.click(*page.evaluate(PLACE, "window_frames"))  # which is greyed
-        page.wait_for_timeout(500)
         assert sinks(page) == [shown(presets["Long"], True)]
 
 
@@ -178,7 +176,6 @@ def test_a_workflow_saved_with_other_values_opens_with_those_that_act(
         assert first["widgets_values"] == ["Custom", *custom.values()]
         first["widgets_values"][0] = "Long"  # as one without the script leaves it
         page.evaluate(LOAD, saved)
-        page.wait_for_timeout(500)
         assert sinks(page) == [shown(presets["Long"], True), shown(custom, False)]
 
 
@@ -194,7 +191,6 @@ def test_a_workflow_of_before_there_were_anchors_opens_unchanged(
             assert node["widgets_values"].pop() == 0
             del node["inputs"][-1]
         page.evaluate(LOAD, saved)
-        page.wait_for_timeout(500)
         anchorless = custom | {"anchor_frames": 0}
         assert sinks(page) == [shown(anchorless, False), shown(presets["Published"], True)]
 
@@ -218,7 +214,6 @@ def test_a_sink_whose_preset_is_linked_is_left_alone(
         page.evaluate(link, True)
         assert sinks(page) == [shown(long, False)]
         page.evaluate(LOAD, page.evaluate(SAVE))
-        page.wait_for_timeout(500)
         assert sinks(page) == [shown(long, False)]
         page.evaluate(link, False)
         assert sinks(page) == [shown(long, True)]
@@ -270,7 +265,7 @@ def test_a_schedule_shows_its_table_in_columns_to_stay(
         page.evaluate(LINK, ["RFPromptSchedule", "table", "PreviewAny", "source"])
         for _ in range(2):  # the second time all is cached
             assert page.evaluate(RUN) == "execution_success"
-            page.wait_for_timeout(2000)
+            page.wait_for_selector("table tr")
             look(page, tmp_path / f"schedule-{name}.png")
             rows = page.evaluate(BOXES)
             assert [row[0][0] for row in rows] == ["chunk", "0", "7", "12", "18"]
@@ -290,7 +285,7 @@ def test_what_a_node_tells_at_its_end_stays_on_it_once(
         page.evaluate(ADD, [["RFModelInfo"], [{"model_name": "demo.safetensors"}]])
         for _ in range(2):
             assert page.evaluate(RUN) == "execution_success"
-            page.wait_for_timeout(3000)
+            page.get_by_text("layout").wait_for()
             look(page, tmp_path / f"text-{name}.png")
             assert page.get_by_text("layout").count() == 1
             saved = page.evaluate(SAVE)["nodes"][0]
@@ -327,14 +322,12 @@ def test_all_of_a_long_line_that_a_node_tells_is_seen_and_the_node_stays_as_high
         heights = set()
         for run in range(3):
             page.evaluate(TELL, [0 if run else width, LONG])
-            page.wait_for_timeout(1000)
+            ((content, seen),) = settled(page, lambda: page.locator("div").evaluate_all(ROOM))
             look(page, tmp_path / f"{name}.png")
-            ((content, seen),) = page.locator("div").evaluate_all(ROOM)
             assert 0 < content <= seen
             (box,) = (node["box"] for node in drawn(page)["nodes"].values())
             heights.add(round(box[3] - box[1]))
         assert len(heights) == 1
         page.evaluate(TELL, [0, f"{LONG}; {LONG}"])  # another run tells more
-        page.wait_for_timeout(1000)
-        ((content, seen),) = page.locator("div").evaluate_all(ROOM)
+        ((content, seen),) = settled(page, lambda: page.locator("div").evaluate_all(ROOM))
         assert 0 < content <= seen
