@@ -279,6 +279,14 @@ def test_a_backdrop_is_darker_than_every_thing_and_differs_between_scenes() -> N
     assert any(scene.backdrop == Backdrop() for scene in scenes)  # the plain world's is among them
 
 
+def test_the_single_world_is_the_rich_one_with_a_thing_that_never_bounces() -> None:
+    scenes = scenes_of(100, 4, "single")
+    assert all(len(scene.things) == 1 and not scene.things[0].bounces for scene in scenes)
+    assert 20 < sum(scene.wall is not None for scene in scenes) < 60
+    assert len({scene.backdrop for scene in scenes}) == 100
+    assert len({scene.things[0].shade for scene in scenes}) == 100
+
+
 def test_speeds_that_a_caption_leaves_open_are_slow_or_quick() -> None:
     things = [thing for scene in scenes_of(200, 2, "rich") for thing in scene.things]
     free = [thing.speed for thing in things if thing.speed_name is None]
