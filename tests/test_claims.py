@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,8 +22,22 @@ from training.claims.arms import ARMS, STARTS, STUDIES, chosen_arms
 from training.claims.plan import TRUE, Item, Setting, plan, reference_name, result_name
 from training.claims.plots import GAIN, LOSS, NULL, pictures
 from training.claims.report import report
-from training.claims.results import difference, estimate, read_results, write_results
-from training.claims.rows import REWARD_ROWS, SERIES, collapse, identity, windows_of
+from training.claims.results import (
+    code_digest,
+    difference,
+    estimate,
+    read_results,
+    write_results,
+)
+from training.claims.rows import (
+    REWARD_ROWS,
+    SERIES,
+    SINK_ROWS,
+    collapse,
+    curve,
+    identity,
+    windows_of,
+)
 from training.claims.runs import Runner
 from training.claims.workers import log_path, run_items
 from training.run.folder import checkpoints
@@ -120,6 +135,16 @@ def test_results_of_another_setting_are_refused(tmp_path):
     assert read_results(where) == {}
     with pytest.raises(ValueError, match="choose another --out"):
         read_results(replace(where, size="full"))
+    others = tmp_path / "elsewhere" / where.networks.name
+    shutil.copytree(where.networks, others)
+    path = others / "student.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    other = replace(where, networks=others)
+    with pytest.raises(ValueError, match="choose another --out"):
+        read_results(other)
+    assert other.start_path(STARTS["early init, guidance 3"]) != where.start_path(
+        STARTS["early init, guidance 3"]
+    )
 
 
 @pytest.mark.slow
@@ -174,7 +199,46 @@ def test_differences_are_of_the_same_seed_and_prompt():
     assert found.mean == pytest.approx(0.1) and found.low == pytest.approx(0.1)
     assert difference(results, DMD, REWARD_ROWS["speed"]) is None
     null = difference(results, PUBLISHED, REWARD_ROWS["flow"])
-    assert null.is_null and null.signed.endswith("< 0.000")
+    assert null.is_null and null.signed.endswith("]")  # one seed excludes nothing
+
+
+def test_a_null_excludes_an_effect_only_where_seeds_and_videos_differ():
+    rng = np.random.default_rng(1)
+    noise = rng.normal(0, 0.1, (3, 24))
+    found = estimate(noise - noise.mean())
+    assert found.is_null and float(found.signed.partition("< ")[2]) >= found.high
+    assert "<" not in estimate((noise - noise.mean())[:1]).signed
+    assert "<" not in estimate(np.zeros((3, 24))).signed
+    assert estimate(np.full((2, 4), np.nan)).signed == ""
+
+
+@pytest.mark.parametrize("seed_std", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("shape", [(2, 16), (3, 72)])
+def test_intervals_hold_the_truth_as_often_as_they_say(seed_std, shape):
+    rng = np.random.default_rng(0)
+    seeds, prompts = shape
+    held = 0
+    for _ in range(400):
+        values = rng.normal(0, seed_std, (seeds, 1)) + rng.normal(0, 0.05, (1, prompts))
+        held += estimate(values + rng.normal(0, 0.05, shape)).is_null
+    assert held >= 0.93 * 400
+
+
+def test_a_switch_that_is_never_followed_counts_with_all_that_was_waited():
+    result = {"switched": [{"delay": 10, "images": 240}, {"delay": None, "images": 240}]}
+    assert SINK_ROWS["images to a switch"](result) == [10, 240]
+    assert SINK_ROWS["switches followed"](result) == [1.0, 0.0]
+
+
+def test_a_curve_is_of_what_all_seeds_have():
+    point = [{"speed_along": 0.5}]
+    curves = [{"curve": dict.fromkeys(keys, point)} for keys in (("0", "4"), ("0", "3", "4"))]
+    assert curve(curves) == [(0, 0.5), (4, 0.5)]
+
+
+def test_results_of_two_states_of_the_code_are_told():
+    made = {name: {"code": name} for name in ("a", "b")}
+    assert "2 states of the code: a, b" in report(made, 2)
 
 
 def drawn(image) -> set[str]:
@@ -192,33 +256,42 @@ def test_a_gain_a_loss_and_a_null_are_told_apart_at_sight():
 
 
 def lasting(occluded=()):
-    """A long video whose backdrop goes red by way of 0 degrees, and which ends in nothing."""
+    """A long video whose backdrop goes red, and which ends in nothing."""
     looks = [
         {
             "start_image": 48 * index,
-            "hue": (350 + 10 * index) % 360,
-            "brightness": 0.2,
+            "backdrop": [0.2 + 0.02 * index, 0.2, 0.2],
             "jumps": 0,
-            "things": [{"colour": "red", "shape": "circle", "shade": 1.0, "size": 16 - index}],
+            "things": [{"colour": "red", "shape": "circle", "shade": 1.0, "size": 16 - index}]
+            if index < 4
+            else [],
         }
-        for index in range(4)
+        for index in range(5)
     ]
     occlusions = [{"latent_frames": frames, "same": same} for frames, same in occluded]
-    found = {"right": [1.0, 1.0, 0.5, 0.0], "speed": [0.5] * 4, "copy": [0.9, 0.5, 0.4, 0.3]}
+    found = {"right": [1.0, 1.0, 0.5, 0.5, 0.0], "speed": [0.5] * 5}
+    found |= {"copy": [0.9, 0.5, 0.4, 0.3, 0.3]}
     return {"lasting": [found | {"looks": looks, "occlusions": occlusions}]}
 
 
-def test_drift_goes_by_the_first_window_and_hues_go_round():
+def test_drift_goes_by_the_first_window():
     result = lasting([(2.5, True), (9, False), (9.5, True), (20, False)])
-    assert windows_of(result, SERIES["backdrop's hue"]).tolist() == [[0, 10, 20, 30]]
-    assert windows_of(result, SERIES["size"])[0, 3] == pytest.approx(3 / 16)
-    assert identity([result]) == [(1, 1), (0, 0), (1, 2), (0, 1)]
-    assert collapse(result) == [36]
+    away = 0.02 * np.arange(5)
+    assert windows_of(result, SERIES["backdrop's brightness"])[0] == pytest.approx(away)
+    tint = away * (2 / 3) ** 0.5
+    assert windows_of(result, SERIES["backdrop's tint"])[0] == pytest.approx(tint)
+    size = windows_of(result, SERIES["size"])[0]
+    assert size[3] == pytest.approx(3 / 16) and np.isnan(size[4])
+    assert windows_of(result, SERIES["thing lost"]).tolist() == [[0, 0, 0, 0, 1]]
+    assert identity([result]) == [(1, 1), (0, 0), (0, 0), (1, 3)]
+    assert SINK_ROWS["same, hidden for less than 6"](result) == [1.0]
+    assert SINK_ROWS["same, hidden for longer"](result) == [pytest.approx(1 / 3)]
+    assert collapse(result) == [48]
     results = {
         reference_name("sinks", TRUE): lasting(),
         result_name(SINK, 0): result | {"seed": 0, "switched": []},
     }
-    assert "1 of 1: 36" in report(results, 2) and "1 of 2" in report(results, 2)
+    assert "1 of 1: 48" in report(results, 2) and "1 of 3" in report(results, 2)
     assert pictures(results | {result_name(SINK, 0): result | {"seed": 0, "strip": strip()}})[
         "sinks.png"
     ]
@@ -258,6 +331,7 @@ def test_the_whole_command_is_rehearsed_in_a_few_files(rehearsed):
     results = read_results(setting(folder))
     found = results[result_name(DMD, 0)]
     assert sorted(found["curve"], key=int) == ["0", "1", "2"] and found["free"][0]["flow"] > 0
+    assert found["training"]["generator_loss"]["mean"] > 0 and found["code"] == code_digest()
     assert found["config"]["run"]["redmd"]["batch"] == 2
     assert results[reference_name("rewards", TRUE)]["free"][0]["right"] == 1.0
     assert len(results[result_name(SINK, 0)]["lasting"][0]["looks"]) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from rf_core.decoders.vae_files import load_vae
 from training.world.budget import Budget
-from training.world.memory import measure
+from training.world.memory import LONGEST, measure
 from training.world.metric import caption_measures
 from training.world.scenes import (
     BACKGROUND,
@@ -393,7 +392,8 @@ def test_what_comes_out_from_behind_a_wall_is_known_again() -> None:
 )
 def test_what_changes_behind_a_wall_is_noticed(change: dict[str, Any], name: str | None) -> None:
     wall = Wall(axis=0, start=30, width=26, rest=4)
-    before, after = Scene((RED,), wall=wall), Scene((replace(RED, **change),), wall=wall)
+    red = replace(RED, position=(62.0, 30.0))
+    before, after = Scene((red,), wall=wall), Scene((replace(red, **change),), wall=wall)
     shown = detect(render([before], 60)[0]).area.amax(dim=1) > MIN_AREA
     hidden = int((~shown).nonzero()[5])
     video = torch.cat([render([before], hidden)[0], render([after], 50, start_image=hidden)[0]])
@@ -401,6 +401,105 @@ def test_what_changes_behind_a_wall_is_noticed(change: dict[str, Any], name: str
     assert not occlusion.is_same
     if name is not None:
         assert not getattr(occlusion, name)
+
+
+def behind_a_wall() -> tuple[Tensor, int]:
+    """A red circle that goes behind a wall five times, and the image of its first hiding."""
+    video = render([Scene((RED,), wall=Wall(axis=0, start=30, width=26, rest=4))], 240)[0]
+    found = measure(video, 60).occlusions
+    assert len(found) == 5 and all(each.is_same for each in found)
+    return video, found[0].start_image
+
+
+def test_what_never_comes_out_from_behind_a_wall_is_lost() -> None:
+    video, hidden = behind_a_wall()
+    kept = video[hidden : hidden + 1].expand(100, -1, -1, -1)
+    (lost,) = measure(torch.cat([video[:hidden], kept]), 50).occlusions
+    assert not lost.is_same and lost.latent_frames == LONGEST
+    assert measure(torch.cat([video[:hidden], kept[:40]]), 40).occlusions == ()  # who knows
+
+
+def test_what_goes_out_of_sight_without_a_wall_is_no_occlusion() -> None:
+    video = render([Scene((RED,))], 120)[0]
+    empty = torch.tensor(BACKGROUND)[:, None, None].expand(20, 3, SIZE, SIZE)
+    assert measure(torch.cat([video[:40], empty, video[60:]]), 30).occlusions == ()
+    video, hidden = behind_a_wall()
+    assert hidden > 24
+    gone = torch.cat([video[:10], video[hidden : hidden + 1].expand(8, -1, -1, -1), video[18:]])
+    assert len(measure(gone, 60).occlusions) == 5  # it was nowhere near the wall
+
+
+def test_a_ghost_hides_no_occlusion_and_neither_does_another_thing() -> None:
+    video, hidden = behind_a_wall()
+    ghost, other = (
+        render([Scene((replace(RED, colour=colour, position=(5.0, 55.0), speed=0.0),))], 240)[0]
+        for colour in ("green", "blue")
+    )
+    flashed, doubled = video.clone(), video.clone()
+    flashed[hidden + 4 : hidden + 6, :, 46:, :14] = ghost[:2, :, 46:, :14]
+    doubled[:, :, 46:, :14] = other[:, :, 46:, :14]
+    for spoilt in (flashed, doubled):
+        found = measure(spoilt, 60).occlusions
+        assert [each.is_same for each in found] == [True] * 5
+
+
+@pytest.mark.parametrize("cut", ["before", "after"])
+def test_a_view_that_a_video_s_end_cuts_off_tells_nothing(cut: str) -> None:
+    video, hidden = behind_a_wall()
+    part = video[hidden - 4 :] if cut == "before" else video[: hidden + 24]
+    shown = detect(part).area.amax(dim=1) >= MIN_AREA
+    assert 3 <= int(shown.int().argmin() if cut == "before" else shown.flip(0).int().argmin()) < 16
+    assert len(measure(part, 10).occlusions) == (4 if cut == "before" else 0)
+
+
+def test_two_of_one_colour_are_no_shape_and_so_wrong() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        x, y = rng.uniform(0, SIZE, 2).tolist()
+        twice = tuple(replace(RED, position=(x, y + off)) for off in (0, 28))
+        video = render([Scene(twice)], 48)[0]
+        (seen,) = track(video)
+        assert (seen.shape, seen.direction, seen.speed) == ("none", "none", 0.0)
+        found = caption_measures(video, "a red circle moves right")
+        assert not any(found[name] for name in ("colour", "shape", "direction", "speed_along"))
+
+
+def test_two_things_whose_colours_are_open_are_told_by_what_is_said_of_them() -> None:
+    big = replace(RED, colour="blue", shape="square", direction="left", size=20.0)
+    scene = Scene((replace(RED, size=12.0), replace(big, position=(20.0, 55.0))))
+    video = render([scene], 48)[0]
+    for text in (
+        "a circle moves right and a square moves left",
+        "a shape moves right and a square moves left",
+    ):
+        assert all(score(video, text)[name] == 1.0 for name in ATTRIBUTES)
+        assert all(
+            score(video, " and ".join(text.split(" and ")[::-1]))[name] for name in ATTRIBUTES
+        )
+
+
+def test_a_thing_that_bounces_begins_as_its_caption_says() -> None:
+    for scene in scenes_of(60, 8, "rich", bounce_share=1.0, wall_share=0.0):
+        for thing in scene.things:
+            first, later = thing.centres(torch.tensor([0.0, 0.01]))
+            assert torch.allclose(first, torch.tensor(thing.position, dtype=torch.float64))
+            step = (later - first)[thing.axis]
+            assert step * thing.velocity[thing.axis] > 0
+
+
+def test_more_things_than_fit_are_refused() -> None:
+    text = " and ".join(
+        f"a {colour} circle moves left" for colour in ("red", "green", "blue", "cyan")
+    )
+    with pytest.raises(ValueError, match="4 things find no places"):
+        scene_of_caption(text, np.random.default_rng(0))
+
+
+def test_a_backdrop_that_grows_bright_is_still_told() -> None:
+    levels = torch.linspace(0.2, 0.9, 60)[:, None, None, None]
+    video = (levels * torch.tensor([0.7, 1.0, 0.75])[:, None, None]).expand(60, 3, SIZE, SIZE)
+    found = [look.brightness for look in measure(video, 12).windows]
+    assert found == pytest.approx([0.26, 0.38, 0.5, 0.62, 0.74], abs=0.1)
 
 
 def test_windows_tell_the_backdrop_and_how_it_drifts() -> None:
@@ -421,6 +520,8 @@ def test_a_video_that_falls_back_to_its_opening_jumps() -> None:
     video = render([Scene((RED,))], 60)[0]
     smooth = measure(video, 60).windows[0].jumps
     assert (smooth, measure(torch.cat([video[:24], video[:24]]), 48).windows[0].jumps) == (0, 1)
+    again = measure(torch.cat([video[:24], video[:24]]), 24).windows
+    assert [look.jumps for look in again] == [0, 1]  # between two windows
     scene = walled(1, 3)[0]
     assert measure(render([scene], 120)[0], 120).windows[0].jumps == 0
 
@@ -429,7 +530,7 @@ def test_a_video_without_anything_is_measured_too() -> None:
     empty = measure(torch.zeros(24, 3, SIZE, SIZE), 12)
     assert [look.tracks for look in empty.windows] == [(), ()] and empty.occlusions == ()
     full = measure(torch.ones(24, 3, SIZE, SIZE), 12)
-    assert full.windows[0].wall == 1 and math.isnan(full.windows[0].hue)
+    assert (full.windows[0].wall, full.windows[0].brightness) == (1, 1)
 
 
 def test_windows_longer_than_the_video_are_refused() -> None:

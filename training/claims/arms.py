@@ -2,7 +2,8 @@
 
 An arm is the miniature's recipe (`re_dmd --preset miniature`) with the settings below, in the words
 of `--set`. Arms of a study that share a start differ by their settings and nothing else: the same
-prompts, the same noise, the same number of updates.
+prompts, the same noise, the same number of updates. But for best of n, which has n videos of each
+of n times fewer prompts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ COMMON = (
     "run.ema=0.9",
     "run.ema_from=10",
     "output.checkpoint_every=10",
+    "output.checkpoint_minutes=1000",
     "output.keep=1000",
     "output.validate_every=0",
     "output.tensorboard=false",
@@ -87,7 +89,7 @@ _STARTS = (
         _published_init(3),
         name="early init, guidance 3, as an adapter",
         decides="a student that may not become the teacher",
-        settings=('student_lora={"rank": 2, "alpha": 2}',),
+        settings=('student_lora={"rank": 2, "alpha": 2}', "run.generator.rate=1e-3"),
         like="early init, guidance 3",
     ),
 )
@@ -225,7 +227,7 @@ def _boundary_arms(start: str) -> tuple[Arm, ...]:
     def guided(scale: int) -> str:
         return f"run.redmd.guidance={scale}"
 
-    fast = ("run.generator.rate=2e-4", "run.critic.rate=2e-4")
+    fast = ("run.generator.rate=2e-4", "run.critic.rate=4e-4")
     return (
         _boundary_arm(start, "guidance 6", guided(6)),
         _boundary_arm(start, "guidance 1", guided(1)),

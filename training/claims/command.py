@@ -120,14 +120,15 @@ def _run(
     jobs: int,
     is_over: Callable[[], bool],
 ) -> list[Outcome]:
-    """Run what is missing, and keep each result as it comes; what failed."""
+    """Run what is missing, and keep each result as it comes, beside those that another command has
+    added since; what failed."""
     missing = [item for item in items if not is_there(item, results, setting)]
     done = {item.name for item in items if item not in missing}
     failed = []
     print(f"{len(missing)} of {len(items)} to run", flush=True)
     for outcome in run_items(missing, done, setting, jobs, is_over):
         if outcome.result is not None:
-            results[outcome.item.name] = outcome.result
+            results |= read_results(setting) | {outcome.item.name: outcome.result}
             write_results(setting, results)
             said = f"done in {outcome.result['seconds']:.0f} s"
         elif outcome.error is not None:

@@ -152,7 +152,7 @@ def worth(beta: float, levels: Sequence[float] = LEVELS) -> float:
 class Particles:
     """A student that can be any distribution: sorted samples, each its own parameter."""
 
-    updates = 400
+    updates = 1200
     """After which it no longer changes."""
 
     def __init__(self) -> None:

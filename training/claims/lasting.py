@@ -5,7 +5,6 @@ Windows of equal length are looked at one after another, so that each measure st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,19 +41,19 @@ class LastingConfig:
 
 
 def lasting_prompts(world: str, count: int, seed: int) -> list[str]:
-    """Captions of a world, of one thing that does not bounce; every other one has a wall, where the
-    world has walls."""
-    walled = WORLDS[world].wall_share > 0
-    found: dict[bool, list[str]] = {True: [], False: []}
+    """Captions of a world, of one thing that does not bounce. Where the world has walls three of
+    four name one, and two of them a slow thing, which is hidden long."""
+    kinds: dict[str, list[str]] = {"open": [], "walled": [], "slow": []}
     for index in range(40 * count):
         text = caption(scene_of(seed, index, world))
         each, *more = parse_caption(text)
         if not more and not each.bounces:
-            found[names_wall(text)].append(text)
-    if not walled:
-        return found[False][:count]
-    pairs = zip(found[True], found[False], strict=False)
-    return [text for pair in pairs for text in pair][:count]
+            walled = "slow" if each.speed_name == "slowly" else "walled"
+            kinds[walled if names_wall(text) else "open"].append(text)
+    if not WORLDS[world].wall_share:
+        return kinds["open"][:count]
+    turns = zip(kinds["slow"], kinds["walled"], kinds["slow"][count:], kinds["open"], strict=False)
+    return [text for turn in turns for text in turn][:count]
 
 
 def lasting(video: Tensor, text: str, window_images: int) -> dict[str, Any]:
@@ -84,8 +83,7 @@ def _look(look: Look) -> dict[str, Any]:
     ]
     return {
         "start_image": look.start_image,
-        "hue": look.hue,
-        "brightness": look.brightness,
+        "backdrop": list(look.backdrop),
         "jumps": look.jumps,
         "things": things,
     }
@@ -103,8 +101,9 @@ def _occlusion(found: Occlusion) -> dict[str, Any]:
 def switched(streams: Streams, config: LastingConfig) -> list[dict[str, Any]]:
     """Videos whose colour, shape and direction change in their midst, and what is left of before.
 
-    `delay` is in images, None where the new prompt never shows; `old_colour` says of each window
-    after it whether the old colour is seen; `copy` and `right` are as of `lasting`.
+    `delay` is in images, None where the new prompt never shows in the `images` after; `old_colour`
+    says of each window after it whether the old colour is seen; `copy` and `right` are as of
+    `lasting`.
     """
     before, after = switch_prompts(
         EvaluateConfig(switches=config.switches, seed=streams.config.seed)
@@ -129,6 +128,7 @@ def _switched(
         "before": before,
         "after": after,
         "delay": switch_delay(whole, len(first), after),
+        "images": len(later),
         "old_colour": [any(track.colour == old.colour for track in look.tracks) for look in looks],
         "right": found["right"],
         "copy": _copies(first[:1], later, window_images),
@@ -140,8 +140,3 @@ def _copies(first: Tensor, video: Tensor, window_images: int) -> list[float]:
     """Likeness of each window to the first image [1, 3, H, W], by `first_frame_copy`."""
     windows = video.split(window_images)[: len(video) // window_images]
     return [first_frame_copy(torch.cat([first.expand_as(each), each])) for each in windows]
-
-
-def parts(texts: Sequence[str], size: int) -> list[Sequence[str]]:
-    """Texts in parts of a size at most."""
-    return [texts[start : start + size] for start in range(0, len(texts), size)]

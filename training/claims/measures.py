@@ -26,6 +26,7 @@ from rf_core.model import WanModel
 from rf_core.video import to_uint8
 
 from ..measures.metrics import first_frame_copy, flicker, motion
+from ..objective.redmd import ReDMDConfig
 from ..world.clips import decode_latents, encode_scenes, num_images, scene_of
 from ..world.evaluate import EulerConfig, EvaluateConfig, Streams, sample
 from ..world.metric import caption_measures, share_right
@@ -40,7 +41,7 @@ from ..world.scenes import (
 )
 from ..world.stages import Files, open_encoder, open_network, open_vae
 from ..world.tracker import drift
-from .lasting import LastingConfig, lasting, lasting_prompts, parts, switched
+from .lasting import LastingConfig, lasting, lasting_prompts, switched
 
 STRIP_PROMPT = "a red circle moves left"
 STRIP_IMAGES = 8
@@ -104,16 +105,17 @@ class Measurer:
 
     def played(self, played: Played) -> Found:
         """A video of every prompt, measured by group."""
-        return self._groups(iter(self._streams(played).videos(self._every, self.config.chunks)))
+        return self._groups(self._streams(played).each_video(self._every, self.config.chunks))
 
     def true(self, *, decoded: bool) -> Found:
         """The same of true videos of those prompts, or of these through the VAE."""
         return self._groups(self._true(self._every, self.config.chunks, decoded))
 
     def teacher(self) -> Found:
-        """The same of the teacher's clips."""
+        """The same of the teacher's clips, at the guidance that it is matched at."""
         teacher, frames = open_network(self.files.teacher, self.device), 3 * self.config.chunks
-        clips = sample(teacher, self.encoder, self._every, EulerConfig(), frames, self.config.seed)
+        euler = EulerConfig(guidance=1 + ReDMDConfig().guidance)
+        clips = sample(teacher, self.encoder, self._every, euler, frames, self.config.seed)
         return self._groups(decode_latents(self.vae, each)[0] for each in clips.split(1))
 
     def point(self, played: Played) -> list[Found]:
@@ -125,11 +127,9 @@ class Measurer:
     def lasting(self, played: Played) -> Found:
         """Long videos, and prompts that change in them."""
         c, streams = self.config.lasting, self._streams(played)
-        found = [
-            lasting(video, text, c.window_images)
-            for texts in parts(self._lasting_prompts, streams.config.batch)
-            for video, text in zip(streams.videos(texts, c.chunks), texts, strict=True)
-        ]
+        videos = streams.each_video(self._lasting_prompts, c.chunks)
+        every = zip(videos, self._lasting_prompts, strict=True)
+        found = [lasting(video, text, c.window_images) for video, text in every]
         return {"lasting": _plain(found), "switched": _plain(switched(streams, c))}
 
     def true_lasting(self, *, decoded: bool) -> Found:

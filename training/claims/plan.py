@@ -6,12 +6,15 @@ arms, then further seeds. A start that is to be made comes right before what nee
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
 from rf_core.config import Grid
+from rf_core.digests import file_digest
 from rf_core.options import DEMO
 from rf_core.weights.checkpoint import read_checkpoint
 from rf_core.writing import write_text
@@ -101,9 +104,16 @@ class Setting:
         """The networks."""
         return Files(self.networks)
 
+    @cached_property
+    def networks_digest(self) -> str:
+        """A short name for the four files."""
+        files = (self.files.vae, self.files.text, self.files.teacher, self.files.student)
+        every = "".join(map(file_digest, files)).encode()
+        return f"{self.networks.name} {hashlib.blake2b(every, digest_size=4).hexdigest()}"
+
     def folder(self, name: str) -> Path:
         """Where a run is while it is not finished."""
-        return self.runs / self.size / slug(name)
+        return self.runs / slug(f"{self.size} {self.world} {self.networks_digest}") / slug(name)
 
     def start_path(self, start: Start) -> Path:
         """The file that arms begin from, which may have to be made."""

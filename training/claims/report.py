@@ -17,9 +17,12 @@ from .results import (
 from .rows import BINS, REWARD_ROWS, SINK_ROWS, Row, collapse, curve, gained, identity
 
 _INTERVALS = (
-    "Means with 95 % bootstrap intervals over training seeds and prompts; differences are paired, "
-    "by seed, prompt and noise. Where an interval holds 0, an effect of more than what follows `<` "
-    "is excluded, either way. With one seed, intervals are over prompts alone."
+    "Means with 95 % intervals, by Student's t over training seeds and prompts; differences are "
+    "paired, by seed, prompt and noise. Where one holds 0, an effect of more than what follows `<` "
+    "is excluded, either way. With one seed intervals are over prompts alone, and exclude nothing "
+    "that another seed might show. So many intervals are here that one in twenty of those that "
+    "leave out 0 would do so by chance. In a column marked * the arm is trained on what is "
+    "measured."
 )
 
 _REWARDS = (
@@ -29,18 +32,21 @@ _REWARDS = (
     "distance of a shape's area from its outline's, relative."
 )
 _SINKS = (
-    "In the last quarter of a long video: distance from the first window of the backdrop's hue in "
-    "degrees, its brightness, the thing's shade and size (relative); speed; likeness to the first "
-    "image (SSIM); share of the caption's attributes that are right. Then shares of occlusions "
-    "after which the thing is the same and of windows with nothing right, and how often a thing "
-    "jumped to quite another place; and after a switch of the prompt, images until it shows, and "
-    "the old colour and the first picture at the end."
+    "In the last quarter of a long video: distance from the first window of the backdrop's "
+    "brightness and tint in [0, 1], of the thing's shade and size (relative, where it is seen); "
+    "speed; likeness to the first image (SSIM); share of the caption's attributes that are right; "
+    "share of windows in which the first one's thing is gone. Then shares of occlusions, of so "
+    "many latent frames, after which the thing is the same, and of windows with nothing right; how "
+    "often a thing jumped to quite another place; and of switches of the prompt, those followed, "
+    "images until it shows, and the old colour and the first picture at the end."
 )
 
 
 def report(results: Results, planned: int) -> str:
     """All tables of what is there, of so many results that were planned."""
     parts = [f"# Claims: {len(results)} results of {planned}", _INTERVALS]
+    if len(made := {str(result.get("code")) for result in results.values()}) > 1:
+        parts.append(f"Made by {len(made)} states of the code: {', '.join(sorted(made))}.")
     parts += _rewards(results) + _sinks(results) + _boundary(results)
     return "\n\n".join(parts) + "\n"
 
@@ -108,7 +114,9 @@ def _differences(results: Results, arms: Sequence[Arm], rows: Mapping[str, Row])
     for arm in arms:
         found = [difference(results, arm, row) for row in rows.values()]
         if any(found):
-            cells = (each.signed if each else "" for each in found)
+            cells = [each.signed if each else "" for each in found]
+            if arm.trained_on in rows:
+                cells[list(rows).index(arm.trained_on)] += " *"
             lines.append(_line(f"{arm.name} less {arm.against}", *cells))
     return "\n".join([_line("", *rows), _line(*["---"] * (len(rows) + 1)), *lines]) if lines else ""
 

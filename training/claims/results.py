@@ -1,16 +1,21 @@
 """Results of the claims: one file, and the statistics of what is in it.
 
-Intervals are 95 % bootstraps over training seeds and prompts together; differences are paired: the
-same seed, prompt and noise in both arms. With one seed they are over prompts alone, and say nothing
-of what another seed would give.
+Intervals are 95 % by Student's t of prompts and of training seeds together: each adds the variance
+of its own means, which counts what is left twice and so is rather too wide. Differences are paired:
+the same seed, prompt and noise in both arms. With one seed an interval is over prompts alone, and
+says nothing of what another seed would give.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +30,7 @@ Result = Mapping[str, Any]
 Results = dict[str, Result]
 Row = Callable[[Result], Sequence[float | None]]
 """A measure of every video of a result."""
-RESAMPLES = 2000
+_STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _FILE = "results.json"
 _ABOUT = "about"  # its key beside the results: the setting they are of
 
@@ -50,7 +55,18 @@ def write_results(setting: Setting, results: Results) -> None:
 
 
 def _about(setting: Setting) -> dict[str, str]:
-    return {"size": setting.size, "world": setting.world, "networks": setting.networks.name}
+    return {"size": setting.size, "world": setting.world, "networks": setting.networks_digest}
+
+
+@cache
+def code_digest() -> str:
+    """A short name for the code that makes results, kept with each."""
+    digest, root = hashlib.blake2b(digest_size=4), Path(__file__).parents[2]
+    for path in sorted(
+        each for name in ("rf_core", "training") for each in (root / name).rglob("*.py")
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def results_of(results: Results, arm: Arm) -> list[Result]:
@@ -66,32 +82,47 @@ class Estimate:
     mean: float
     low: float
     high: float
+    seeds: int = 1
 
     @property
     def is_null(self) -> bool:
-        """Whether zero is within."""
-        return self.low <= 0 <= self.high
+        """Whether zero is within, or there is no number."""
+        return not (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return ""
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     @property
     def signed(self) -> str:
-        """As a difference; of a null, the size from which an effect is excluded."""
+        """As a difference; of a null over several seeds, what size of effect it excludes, but where
+        no video differs: then there may be none of those that would."""
+        if math.isnan(self.mean):
+            return ""
         text = f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-        return f"{text} < {max(abs(self.low), abs(self.high)):.3f}" if self.is_null else text
+        if not self.is_null or self.seeds < 2 or self.low == self.high:
+            return text
+        return f"{text} < {math.ceil(1000 * max(-self.low, self.high)) / 1000:.3f}"
 
 
 def estimate(values_SN: np.ndarray) -> Estimate:
     """Mean over seeds and prompts, where they are numbers, with its interval."""
-    rng, (seeds, prompts) = np.random.default_rng(0), values_SN.shape
-    rows = rng.integers(seeds, size=(RESAMPLES, seeds, 1))
-    columns = rng.integers(prompts, size=(RESAMPLES, 1, prompts))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of resamples that hold no number
-        means = np.nanmean(values_SN[rows, columns], axis=(1, 2))
-        low, high = np.nanquantile(means, (0.025, 0.975))
-        return Estimate(float(np.nanmean(values_SN)), float(low), float(high))
+        warnings.simplefilter("ignore", RuntimeWarning)  # of prompts and seeds that have no number
+        mean = float(np.nanmean(values_SN))
+        half = math.hypot(*(_half(np.nanmean(values_SN, axis=axis)) for axis in (0, 1)))
+    return Estimate(mean, mean - half, mean + half, len(values_SN))
+
+
+def _half(means: np.ndarray) -> float:
+    """Half an interval of the mean of means; 0 of a single one."""
+    known = means[np.isfinite(means)]
+    if len(known) < 2:
+        return 0.0
+    freedom = len(known) - 1
+    quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.5 / freedom
+    return float(quantile * known.std(ddof=1) / math.sqrt(len(known)))
 
 
 def level(results: Sequence[Result], row: Row) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from types import MappingProxyType
@@ -14,8 +15,9 @@ from .results import Result, Row
 
 Series = Callable[[Mapping[str, Any]], list[float | None]]
 """A measure of every window of a long video."""
-BINS = ((0, 4), (4, 8), (8, 12), (12, 10**6))
-"""Latent frames that an occlusion takes, from and up to."""
+BINS = ((0, 3), (3, 6), (6, 9), (9, 10**6))
+"""Latent frames that an occlusion takes, from and up to; 6 are the past in a window with no sink,
+half of them where there is one."""
 
 
 def _of(group: str, name: str) -> Row:
@@ -37,17 +39,23 @@ REWARD_ROWS: Mapping[str, Row] = MappingProxyType(
 """Their units are the report's to tell."""
 
 
-def _distance(name: str) -> Series:
+def _brightness(colour: np.ndarray) -> np.ndarray:
+    return colour.max(axis=-1, keepdims=True)
+
+
+def _tint(colour: np.ndarray) -> np.ndarray:
+    return colour - colour.mean(axis=-1, keepdims=True)
+
+
+def _of_backdrop(part: Callable[[np.ndarray], np.ndarray]) -> Series:
+    """The distance from the first window's, of what is seen of its red, green and blue."""
+
     def series(video: Mapping[str, Any]) -> list[float | None]:
-        first, *_ = looks = [look[name] for look in video["looks"]]
-        return [None if None in (first, each) else abs(each - first) for each in looks]
+        seen = np.array([look["backdrop"] for look in video["looks"]], dtype=float)
+        away = np.linalg.norm(part(seen) - part(seen[:1]), axis=-1)
+        return [float(each) if np.isfinite(each) else None for each in away]
 
     return series
-
-
-def _hue(video: Mapping[str, Any]) -> list[float | None]:
-    found = _distance("hue")(video)
-    return [None if each is None else min(each % 360, 360 - each % 360) for each in found]
 
 
 def _of_things(name: str) -> Series:
@@ -66,30 +74,39 @@ def _of_things(name: str) -> Series:
     return series
 
 
+def _lost(video: Mapping[str, Any]) -> list[float | None]:
+    """1 where no colour of the first window's things is seen."""
+    looks = [{thing["colour"] for thing in look["things"]} for look in video["looks"]]
+    return [float(not look & looks[0]) for look in looks]
+
+
 def _plainly(name: str) -> Series:
     return lambda video: video[name]
 
 
 DRIFTS: Mapping[str, Series] = MappingProxyType(
     {
-        "backdrop's hue": _hue,
-        "backdrop's brightness": _distance("brightness"),
+        "backdrop's brightness": _of_backdrop(_brightness),
+        "backdrop's tint": _of_backdrop(_tint),
         "shade": _of_things("shade"),
         "size": _of_things("size"),
     }
 )
-"""The distance from the first window's: hue in degrees, brightness in [0, 1], shade and size
-relative."""
+"""The distance from the first window's: brightness in [0, 1], tint as that of red, green and blue
+less their mean, as a hue means little where all is nearly grey; shade and size relative, where the
+thing is still seen."""
 SERIES: Mapping[str, Series] = MappingProxyType(
     {
         **DRIFTS,
         "speed": _plainly("speed"),
         "first picture": _plainly("copy"),
         "caption right": _plainly("right"),
+        "thing lost": _lost,
     }
 )
 """And what is kept: speed in shape sizes a latent frame along the caption, likeness to the first
-image as a mean SSIM, the share of the caption's attributes that are right."""
+image as a mean SSIM, the share of the caption's attributes that are right; whether what the first
+window shows is gone."""
 
 
 def windows_of(result: Result, series: Series) -> np.ndarray:
@@ -117,11 +134,17 @@ def _jumps(result: Result) -> list[float | None]:
     return [float(sum(look["jumps"] for look in video["looks"])) for video in result["lasting"]]
 
 
-def _same(result: Result) -> list[float | None]:
-    return [
-        fmean(each["same"] for each in video["occlusions"]) if video["occlusions"] else None
-        for video in result["lasting"]
-    ]
+def _same(low: float, up: float) -> Row:
+    """The share of a video's occlusions of so many latent frames after which it is the same."""
+
+    def row(result: Result) -> list[float | None]:
+        every = [
+            [each["same"] for each in video["occlusions"] if low <= each["latent_frames"] < up]
+            for video in result["lasting"]
+        ]
+        return [fmean(each) if each else None for each in every]
+
+    return row
 
 
 def _after_switch(name: str) -> Row:
@@ -135,15 +158,23 @@ def _after_switch(name: str) -> Row:
 
 
 def _delay(result: Result) -> list[float | None]:
-    return [each["delay"] for each in result.get("switched", [])]
+    """What never follows counts with all that was waited."""
+    every = result.get("switched", [])
+    return [each["images"] if each["delay"] is None else each["delay"] for each in every]
+
+
+def _followed(result: Result) -> list[float | None]:
+    return [float(each["delay"] is not None) for each in result.get("switched", [])]
 
 
 SINK_ROWS: Mapping[str, Row] = MappingProxyType(
     {
         **{name: _late(name) for name in SERIES},
-        "same after an occlusion": _same,
+        "same, hidden for less than 6": _same(0, 6),
+        "same, hidden for longer": _same(6, math.inf),
         "nothing right": _nothing_right,
         "jumps": _jumps,
+        "switches followed": _followed,
         "images to a switch": _delay,
         "old colour after a switch": _after_switch("old_colour"),
         "first picture after a switch": _after_switch("copy"),
@@ -170,19 +201,19 @@ def collapse(result: Result) -> list[int]:
 
 
 def curve(results: Sequence[Result], name: str = "speed_along") -> list[tuple[int, float]]:
-    """A measure against updates, mean over captions and seeds that are there."""
-    updates = sorted({int(update) for result in results for update in result["curve"]})
+    """A measure against updates, mean over captions, at those that every seed has."""
+    shared = set.intersection(*(set(result["curve"]) for result in results))
     return [
         (
             update,
             fmean(
                 each[name]
                 for result in results
-                for each in result["curve"].get(str(update), [])
+                for each in result["curve"][str(update)]
                 if each[name] is not None
             ),
         )
-        for update in updates
+        for update in sorted(map(int, shared))
     ]
 
 

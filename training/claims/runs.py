@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from rf_core.weights.checkpoint import load_student
 
 from ..run.config import to_json
 from ..run.folder import STUDENT, checkpoints
+from ..run.journal import read_journal
 from ..stages.export import export
 from ..stages.re_dmd import distil
 from ..stages.recipes import DistilConfig, student_path
@@ -33,6 +34,7 @@ from ..world.stages import open_network
 from .arms import STARTS, Arm, Start
 from .measures import Found, Measurer, Played
 from .plan import SIZES, Item, Setting
+from .results import code_digest
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class Runner:
         """The item's result; errors of its stages pass through, and so does `Stopped`."""
         began = time.monotonic()
         found = self._carry_out(item)
-        about = {"study": item.study, "kind": item.kind, "start": item.start}
+        about = {"study": item.study, "kind": item.kind, "start": item.start, "code": code_digest()}
         if item.arm is not None:
             about |= {"arm": item.arm.name, "seed": item.seed}
         return about | found | {"seconds": round(time.monotonic() - began, 2)}
@@ -103,7 +105,7 @@ class Runner:
         *_, (_, last) = checkpoints(folder)
         student = _averaged(config, last, self.device)
         played = Played(student=student, cache=redmd.cache, sampler=redmd.sampler)
-        found: Found = {"config": _config(config)}
+        found: Found = {"config": _config(config), "training": _numbers(folder)}
         if seconds:
             found["seconds_an_update"] = round(median(seconds), 3)
         if arm.study == "sinks":
@@ -117,9 +119,15 @@ class Runner:
         return found
 
     def _curve(self, config: DistilConfig, folder: Path) -> dict[str, list[Found]]:
-        """A few captions' measures at the start and at every checkpoint, of averaged weights."""
+        """A few captions' measures at the start and as often as is saved, of averaged weights; what
+        was saved because the run was stopped does not count."""
         redmd, points = config.run.redmd, {0: open_network(student_path(config), self.device)}
-        points |= {u: _averaged(config, path, self.device) for u, path in checkpoints(folder)}
+        every, last = config.output.checkpoint_every, config.run.updates
+        points |= {
+            update: _averaged(config, path, self.device)
+            for update, path in checkpoints(folder)
+            if update % every == 0 or update == last
+        }
         return {
             str(update): self.measurer.point(
                 Played(student=each, cache=redmd.cache, sampler=redmd.sampler)
@@ -135,6 +143,19 @@ def _timed(config: Any, folder: Path, device: torch.device) -> Iterator[float]:
         _log.info("update %d", report.update)
         yield time.perf_counter() - clock
         clock = time.perf_counter()
+
+
+def _numbers(folder: Path) -> Found:
+    """Every number of a run's log but of time and memory: first, on average, and last."""
+    rows: dict[str, list[float]] = {}
+    for update in read_journal(folder / "log.jsonl"):
+        for name, value in update.items():
+            if isinstance(value, float) and name != "seconds" and not name.startswith("memory/"):
+                rows.setdefault(name, []).append(value)
+    return {
+        name: {"first": values[0], "mean": fmean(values), "last": values[-1]}
+        for name, values in rows.items()
+    }
 
 
 def _averaged(config: DistilConfig, checkpoint: Path, device: torch.device) -> WanModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -249,11 +249,13 @@ class Streams:
 
     def videos(self, prompts: Sequence[str], chunks: int) -> list[Tensor]:
         """A video [T, 3, H, W] of each prompt."""
-        videos: list[Tensor] = []
+        return list(self.each_video(prompts, chunks))
+
+    def each_video(self, prompts: Sequence[str], chunks: int) -> Iterator[Tensor]:
+        """The same one by one: no more than a batch is held."""
         for start in range(0, len(prompts), self.config.batch):
             stream = self.open(prompts[start : start + self.config.batch], seed=1000 + start)
-            videos += stream_images(stream, chunks).unbind()
-        return videos
+            yield from stream_images(stream, chunks).unbind()
 
 
 def stream_images(stream: Stream, chunks: int) -> Tensor:

@@ -4,10 +4,11 @@ Videos are made on the fly from a seed, so a data set is a function and no file.
 around at its edges: motion is stationary, and a stream of it can go on for ever. Every word of a
 caption is a fact that `training.world.tracker` can check.
 
-There are two worlds (`WORLDS`). In the `plain` one a caption says all that there is to say. In the
+There are three worlds (`WORLDS`). In the `plain` one a caption says all that there is to say. In the
 `rich` one a video has to keep what its caption does not name: the backdrop, a thing's shade and
 size, and its colour and shape where the caption leaves them open, also while it is behind a wall,
-from where it comes out after a rest. Captions of the plain world are captions of the rich one.
+from where it comes out after a rest; `single` is of one such thing. Captions of the plain world are
+captions of the rich one.
 Coordinates are pixels, x to the right and y down; time is counted in images.
 """
 
@@ -53,6 +54,7 @@ SPEED_RANGES: dict[Speed | None, tuple[float, float]] = {
     None: (0.2, 1.2),
 }  # shape sizes a latent frame; None is a speed the caption leaves open
 FREE_SPEED_SHARE = 0.4
+_TRIES = 1000  # places drawn until things fit: two do within some ten
 LANE = 20  # pixels between the lanes of two shapes that move along the same axis
 WALL_COLOUR = (0.62, 0.60, 0.56)
 LIT = (
@@ -349,7 +351,7 @@ def place(attributes: Attributes, rng: np.random.Generator, world: World = WORLD
     speeds = SPEED_RANGES[attributes.speed_name]
     if world.bimodal_speeds and attributes.speed_name is None:
         speeds = SPEED_RANGES["slowly" if rng.random() < 0.5 else "quickly"]
-    return Thing(
+    thing = Thing(
         colour=attributes.colour or COLOURS[rng.integers(len(COLOURS))],
         shape=attributes.shape or SHAPES[rng.integers(len(SHAPES))],
         direction=attributes.direction,
@@ -363,6 +365,14 @@ def place(attributes: Attributes, rng: np.random.Generator, world: World = WORLD
         shade=_draw(world.shades, rng),
         size=_draw(world.sizes, rng),
     )
+    return _between_edges(thing) if thing.bounces else thing
+
+
+def _between_edges(thing: Thing) -> Thing:
+    """It begins where it can be, or else it would begin on its way back."""
+    position = list(thing.position)
+    position[thing.axis] = thing.size / 2 + position[thing.axis] * (1 - thing.size / SIZE)
+    return replace(thing, position=(position[0], position[1]))
 
 
 def _draw(limits: tuple[float, float], rng: np.random.Generator) -> float:
@@ -399,15 +409,16 @@ def place_all(
     """A scene that fits a caption; things on one axis get lanes of their own.
 
     Without lanes, one of two things might hide behind the other for a whole video; nor does a thing
-    that moves along a wall stay behind it.
+    that moves along a wall stay behind it. ValueError where they do not fit, as four on one axis.
     """
-    while True:
+    for _ in range(_TRIES):
         things = tuple(place(each, rng, world) for each in attributes)
         wall = _sample_wall(things[0].axis, rng, world) if walled else None
         in_sight = wall is None or not any(_stays_behind(wall, thing) for thing in things)
         if in_sight and not any(_share_a_lane(a, b) for a, b in combinations(things, 2)):
-            break
-    return Scene(things, sample_backdrop(rng, world) if world.backdrops else Backdrop(), wall)
+            drop = sample_backdrop(rng, world) if world.backdrops else Backdrop()
+            return Scene(things, drop, wall)
+    raise ValueError(f"{len(things)} things find no places in one picture")
 
 
 def scene_of_caption(text: str, rng: np.random.Generator, world: World = WORLDS[PLAIN]) -> Scene:

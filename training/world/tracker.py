@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -35,16 +36,16 @@ from .scenes import (
     unit_area,
 )
 
-NO_DIRECTION = "none"
+NO_SHAPE = NO_DIRECTION = "none"
 SLOW_LIMIT = 0.55  # `slowly` (0.2 to 0.4) is kept below this
 QUICK_LIMIT = 0.65  # `quickly` (0.8 to 1.2) is kept above this
 STILL_LIMIT = 0.08  # slower than this, a shape counts as standing
+COVERED = 0.4  # coverage from which a pixel belongs to the shape
 MIN_AREA = 30  # pixels that a shape has to show to be seen: a third of the smallest
 SWITCH_WINDOW = 10  # images that must agree before a new caption counts as followed
 SWITCH_OPENING = 4  # images at its start that must agree by themselves
 SWITCH_STAYS = 0.8  # share of the later windows that must go on agreeing
 
-_INSIDE = 0.4  # coverage from which a pixel belongs to the shape
 _GREY = 0.35  # saturation below which what is bright belongs to a wall
 _HUE_LIMIT = 0.8  # cosine to a palette hue below which a pixel belongs to none
 _REACH = 3  # pixels around a thing's inside in which its soft edge lies
@@ -57,6 +58,9 @@ _WALL_SHARE = 0.1  # share of a picture that is grey before it counts as having 
 _EVEN = ("circle", "square")  # which the fourfold moment tells apart
 _SQUARE = -0.006  # below it a square: decoded ones have -0.007 at most, circles -0.004 at least
 _ALONE = 0.9  # share of a shape's usual fit below which there is more of its colour than one
+_ONE = (
+    0.6  # fit below which that is so all the time: of one thing, decoded or not, it is 0.8 or more
+)
 _WHOLE = 0.85  # share of a shape's usual area below which it is half hidden
 _DIAGONAL = 0.6  # sideways over main motion from which a direction is none of the four
 _GAP = 3  # images unseen after which a path is taken up anew
@@ -70,7 +74,7 @@ class Track:
     colour: str
     """A key of `PALETTE`."""
     shape: str
-    """The best fitting of `SHAPES`."""
+    """The best fitting of `SHAPES`, or `none` of what is not one thing: twice there, or a ring."""
     direction: str
     """A key of `DIRECTIONS`, or `none`."""
     speed: float
@@ -80,7 +84,7 @@ class Track:
     presence: float
     """Share of images that show the shape, in [0, 1]."""
     fit: float
-    """Correlation with the outline of `shape`, 1 for a perfect picture."""
+    """Correlation with the outline that fits best, 1 for a perfect picture."""
     size: float
     """Of `shape`, in pixels: a circle's diameter, a square's side, a triangle's height."""
     shade: float
@@ -105,6 +109,8 @@ class Detections:
     """[T, C] brightness inside, of the palette colour's; 0 where the colour is absent."""
     wall: Tensor
     """[T] share of the picture that a wall covers."""
+    at_wall: Tensor
+    """[T, C] whether a shape touches it."""
 
     def __getitem__(self, images: slice) -> Detections:
         """The detections of some of the images."""
@@ -246,6 +252,7 @@ def detections_of(picture: Picture) -> Detections:
         fourfold=fourfold,
         shade=picture.shade,
         wall=picture.wall.float().mean(dim=(1, 2)),
+        at_wall=((covers > 0) & _spread(picture.wall)[:, None]).flatten(2).any(dim=2),
     )
 
 
@@ -301,7 +308,8 @@ def tracks_of(detections: Detections) -> list[Track]:
 def _track_colour(detections: Detections, index: int) -> Track:
     area, fit = detections.area[:, index], detections.fit[:, index].amax(dim=1)
     shown = area >= MIN_AREA
-    alone = shown & (fit >= _ALONE * fit[shown].quantile(0.9))
+    usual = fit[shown].quantile(0.9)
+    alone = shown & (fit >= torch.minimum(usual, _ALONE * usual))  # it may be negative
     whole = alone & (area >= _WHOLE * area[alone].quantile(0.9))
     fits = detections.fit[whole, index].median(dim=0).values
     velocity, pace = _velocity(detections.centre[whole, index], whole.nonzero().flatten())
@@ -310,7 +318,10 @@ def _track_colour(detections: Detections, index: int) -> Track:
     if shape in _EVEN:
         shape = _EVEN[int(detections.fourfold[whole, index].median() < _SQUARE)]
     median_area = float(area[whole].median())
+    size = math.sqrt(median_area / unit_area(shape))
     x, y = (pace * IMAGES_PER_FRAME / SHAPE_SIZE).tolist()
+    if fits.max() < _ONE:
+        shape, direction, speed, x, y = NO_SHAPE, NO_DIRECTION, 0.0, 0.0, 0.0
     return Track(
         colour=COLOURS[index],
         shape=shape,
@@ -318,8 +329,8 @@ def _track_colour(detections: Detections, index: int) -> Track:
         speed=speed,
         area=median_area,
         presence=float(shown.float().mean()),
-        fit=float(fits[SHAPES.index(shape)]),
-        size=math.sqrt(median_area / unit_area(shape)),
+        fit=float(fits.max()),
+        size=size,
         shade=float(detections.shade[whole, index].median()),
         pace=(x, y),
     )
@@ -362,9 +373,9 @@ def _direction(x: float, y: float) -> tuple[str, float]:
 def score(video: Tensor, caption: str) -> dict[str, float]:
     """Whether a video [T, 3, SIZE, SIZE] matches its caption, attribute by attribute.
 
-    `colour` (just the named ones show), `shape`, `direction` and `speed` are 1.0 or 0.0 and ask it
-    of every thing; where the caption leaves the speed open, it need only move. `measured_speed` is
-    the mean in sizes a latent frame, nan where nothing shows.
+    `colour` (just the named ones show, each once), `shape`, `direction` and `speed` are 1.0 or 0.0
+    and ask it of every thing; where the caption leaves the speed open, it need only move.
+    `measured_speed` is the mean in sizes a latent frame, nan where nothing shows.
     """
     return score_tracks(tracks_of(detect(video)), parse_caption(caption))
 
@@ -375,10 +386,10 @@ def score_tracks(tracks: Sequence[Track], targets: Sequence[Attributes]) -> dict
     complete = len(pairs) == len(targets)
     speeds = [_speed_of(seen, target) for seen, target in pairs]
     named = {target.colour for target in targets} - {None}
-    shown = {seen.colour for seen in tracks}
+    shown = {seen.colour for seen in tracks if seen.shape != NO_SHAPE}
     correct = {
-        "colour": named <= shown and len(tracks) == len(targets),
-        "shape": complete and all(target.shape in (None, seen.shape) for seen, target in pairs),
+        "colour": named <= shown and len(shown) == len(tracks) == len(targets),
+        "shape": complete and all(_shape_fits(seen, target) for seen, target in pairs),
         "direction": complete and all(_direction_fits(seen, target) for seen, target in pairs),
         "speed": complete and all(_speed_fits(seen, target) for seen, target in pairs),
     }
@@ -387,13 +398,24 @@ def score_tracks(tracks: Sequence[Track], targets: Sequence[Attributes]) -> dict
 
 
 def pair(tracks: Sequence[Track], targets: Sequence[Attributes]) -> list[tuple[Track, Attributes]]:
-    """Match tracks to targets: by colour, then the remaining ones in order."""
+    """Match tracks to targets: by colour, then the others so that most of what is said is true."""
     by_colour = {seen.colour: seen for seen in tracks}
     pairs = [(by_colour[target.colour], target) for target in targets if target.colour in by_colour]
     named = {target.colour for target in targets}
     spare = [seen for seen in tracks if seen.colour not in named]
     missing = [target for target in targets if target.colour not in by_colour]
-    return pairs + list(zip(spare, missing, strict=False))
+    orders = permutations(spare, min(len(spare), len(missing)))
+    return pairs + max((list(zip(each, missing, strict=False)) for each in orders), key=_true_of)
+
+
+def _true_of(pairs: Sequence[tuple[Track, Attributes]]) -> int:
+    return sum(
+        fits(*each) for each in pairs for fits in (_shape_fits, _direction_fits, _speed_fits)
+    )
+
+
+def _shape_fits(seen: Track, target: Attributes) -> bool:
+    return seen.shape == target.shape or (target.shape is None and seen.shape != NO_SHAPE)
 
 
 def _direction_fits(seen: Track, target: Attributes) -> bool:
@@ -449,11 +471,11 @@ def _drift(video: Tensor, start_image: int) -> Drift:
     picture = look_at(video)
     amounts = picture.covers
     total = amounts.sum(dim=1, keepdim=True)
-    inside = -F.max_pool2d(-(amounts > _INSIDE).float(), 3, 1, 1) > 0
+    inside = -F.max_pool2d(-(amounts > COVERED).float(), 3, 1, 1) > 0
     palette = torch.tensor([PALETTE[name] for name in COLOURS])
     off_palette = (video[:, None].float() - palette[:, :, None, None]).norm(dim=2)
     off_background = (video.float() - torch.tensor(BACKGROUND)[:, None, None]).norm(dim=1)
-    half = ((total > 0.15) & (total < 0.85)).sum() / (total > _INSIDE).sum().clamp_min(1)
+    half = ((total > 0.15) & (total < 0.85)).sum() / (total > COVERED).sum().clamp_min(1)
     return Drift(
         start_image=start_image,
         palette_error=_mean(off_palette[inside]),
@@ -473,6 +495,8 @@ def _area_error(tracks: Sequence[Track]) -> float:
     offset = torch.arange(_CROP) + 0.5 - _CROP / 2
     errors = [
         abs(each.area / float(coverage(each.shape, offset, offset[:, None]).sum()) - 1)
+        if each.shape != NO_SHAPE
+        else 1.0
         for each in tracks
     ]
     return sum(errors) / len(errors)
