@@ -15,7 +15,16 @@ from ..world.scenes import IMAGES_PER_FRAME
 from .arms import ARMS, STARTS, Arm
 from .plan import TRUE
 from .report import boundary_arms
-from .results import Estimate, Result, Results, difference, level, reference, results_of
+from .results import (
+    Estimate,
+    Result,
+    Results,
+    difference,
+    level,
+    mean_of_known,
+    reference,
+    results_of,
+)
 from .rows import BINS, DRIFTS, REWARD_ROWS, SERIES, curve, gained, identity, windows_of
 
 Point = tuple[float, float]
@@ -202,7 +211,7 @@ def _against_time(results: Results) -> Image.Image | None:
     titles = {name: f"drift of {name}" for name in DRIFTS}
     for index, (name, series) in enumerate(SERIES.items()):
         curves = {
-            line: np.nanmean(np.concatenate([windows_of(r, series) for r in found]), axis=0)
+            line: mean_of_known(np.concatenate([windows_of(r, series) for r in found]), 0)
             for line, (found, _) in lines.items()
         }
         panel = _panel(canvas, index, list(curves.values()), _window_frames(lines))

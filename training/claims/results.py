@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -108,11 +107,16 @@ class Estimate:
 
 def estimate(values_SN: np.ndarray) -> Estimate:
     """Mean over seeds and prompts, where they are numbers, with its interval."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of prompts and seeds that have no number
-        mean = float(np.nanmean(values_SN))
-        half = math.hypot(*(_half(np.nanmean(values_SN, axis=axis)) for axis in (0, 1)))
+    mean = float(mean_of_known(values_SN))
+    half = math.hypot(*(_half(mean_of_known(values_SN, axis)) for axis in (0, 1)))
     return Estimate(mean, mean - half, mean + half, len(values_SN))
+
+
+def mean_of_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """The mean of what is a number, nan of none."""
+    known = np.isfinite(values)
+    total, count = np.where(known, values, 0.0).sum(axis=axis), known.sum(axis=axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _half(means: np.ndarray) -> float:

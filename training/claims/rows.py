@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..world.scenes import IMAGES_PER_FRAME
-from .results import Result, Row
+from .results import Result, Row, mean_of_known
 
 Series = Callable[[Mapping[str, Any]], list[float | None]]
 """A measure of every window of a long video."""
@@ -120,8 +120,8 @@ def _late(name: str) -> Row:
 
     def row(result: Result) -> list[float | None]:
         values = windows_of(result, SERIES[name])
-        late = values[:, -max(1, values.shape[1] // 4) :]
-        return [float(np.nanmean(v)) if not np.isnan(v).all() else None for v in late]
+        late = mean_of_known(values[:, -max(1, values.shape[1] // 4) :], 1)
+        return [float(each) if np.isfinite(each) else None for each in late]
 
     return row
 

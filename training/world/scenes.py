@@ -4,8 +4,8 @@ Videos are made on the fly from a seed, so a data set is a function and no file.
 around at its edges: motion is stationary, and a stream of it can go on for ever. Every word of a
 caption is a fact that `training.world.tracker` can check.
 
-There are three worlds (`WORLDS`). In the `plain` one a caption says all that there is to say. In the
-`rich` one a video has to keep what its caption does not name: the backdrop, a thing's shade and
+There are three worlds (`WORLDS`). In the `plain` one a caption says all that there is to say. In
+the `rich` one a video has to keep what its caption does not name: the backdrop, a thing's shade and
 size, and its colour and shape where the caption leaves them open, also while it is behind a wall,
 from where it comes out after a rest; `single` is of one such thing. Captions of the plain world are
 captions of the rich one.
