@@ -35,6 +35,11 @@ COLOURS = (
 GAIN, LOSS, NULL, GREY = "#1f77b4", "#d62728", "#8a8a8a", "#dddddd"
 _SCALE = 2  # drawn so much larger, and then made smaller, which smooths edges
 _FOREST = ("speed", "flow", "one thing right", "two things right", "softness")
+_TIMED = (
+    *("backdrop's brightness", "backdrop's tint", "size", "first picture"),
+    *("speed", "caption right", "thing lost"),
+)
+"""Of the series, those drawn against time."""
 _ROW, _NAMES, _PANEL, _GAP = 22, 190, 150, 16
 
 
@@ -115,7 +120,7 @@ class Panel:
         for y in np.linspace(*self.y, 3).tolist():
             self.canvas.line([self.at(self.x[0], y), self.at(self.x[1], y)], GREY)
             left = self.at(self.x[0], y)
-            self.canvas.text((left[0] - 5, left[1]), f"{y:.3g}", size=10, anchor="rm")
+            self.canvas.text((left[0] - 5, left[1]), f"{y:.2g}", size=10, anchor="rm")
         for x, word in ticks:
             below = self.at(x, self.y[0])
             self.canvas.text((below[0], below[1] + 9), word, size=10, anchor="mm")
@@ -209,9 +214,9 @@ def _against_time(results: Results) -> Image.Image | None:
         lines[TRUE] = ([true], "#bbbbbb")
     canvas = Canvas(1080, 560)
     titles = {name: f"drift of {name}" for name in DRIFTS}
-    for index, (name, series) in enumerate(SERIES.items()):
+    for index, name in enumerate(_TIMED):
         curves = {
-            line: mean_of_known(np.concatenate([windows_of(r, series) for r in found]), 0)
+            line: mean_of_known(np.concatenate([windows_of(r, SERIES[name]) for r in found]), 0)
             for line, (found, _) in lines.items()
         }
         panel = _panel(canvas, index, list(curves.values()), _window_frames(lines))
