@@ -325,9 +325,9 @@ def rehearsed(tmp_path_factory):
 def test_the_whole_command_is_rehearsed_in_a_few_files(rehearsed):
     folder, said = rehearsed
     names = {path.name for path in (folder / "out").iterdir()}
-    plots = {"rewards.png", "sinks.png", "boundary.png", "strips.png"}
+    plots = {"rewards.png", "sinks.png", "swaps.png", "boundary.png", "strips.png"}
     assert names <= {"results.json", "report.md", *plots} and "sinks.png" in names
-    assert "9 of 9 to run" in said and "results of 9" in (folder / "out/report.md").read_text()
+    assert "10 of 10 to run" in said and "results of 10" in (folder / "out/report.md").read_text()
     results = read_results(setting(folder))
     found = results[result_name(DMD, 0)]
     assert sorted(found["curve"], key=int) == ["0", "1", "2"] and found["free"][0]["flow"] > 0
@@ -372,6 +372,21 @@ def test_a_start_is_made_before_what_needs_it_and_once(tmp_path):
     made = path.read_bytes()
     again = Runner(replace(where, out=tmp_path / "elsewhere")).run(items[1])
     assert path.read_bytes() == made and again["config"] == outcomes[0].result["config"]
+
+
+@pytest.mark.slow
+def test_a_sink_is_also_tried_on_a_student_that_was_not_trained_with_it(tmp_path):
+    arms = chosen_arms(["swaps"])
+    assert [arm.name for arm in arms] == [arm.name for arm in chosen_arms(["sinks"])]
+    assert [item.name for item in plan(arms, 3)] == [result_name(arm, 0) for arm in arms]
+    where = setting(tmp_path)
+    results = {
+        item.name: Runner(where).run(item)
+        for item in plan([arm for arm in arms if arm.name in ("no sink", "EMA 0.999")], 1)
+    }
+    kept, none = (results[result_name(arm, 0)]["lasting"] for arm in arms[:2])
+    assert kept != none and not where.runs.exists()
+    assert "was not trained with" in report(results, 2) and "swaps.png" in pictures(results)
 
 
 @pytest.mark.slow

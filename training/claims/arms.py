@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
-Study = Literal["rewards", "sinks", "boundary"]
+Study = Literal["rewards", "sinks", "boundary", "swaps"]
 STUDIES: tuple[Study, ...] = get_args(Study)
 Motion = Literal["speed", "flow"]
 
@@ -112,6 +112,8 @@ class Arm:
     """The question that it answers."""
     first: bool = field(default=False, compare=False)
     """Whether the study is about it, and so is run before the others."""
+    trains: bool = True
+    """Whether its start is trained with its settings, or streams with them as it is."""
     trained_on: Motion | None = None
     """The measure of motion that it is trained on, and so is not judged by."""
 
@@ -209,6 +211,15 @@ _SINK_ARMS = (
     ),
 )
 """All of a window of 9 latent frames, and so of one cost."""
+_SWAPS = tuple(
+    replace(
+        arm,
+        study="swaps",
+        trains=False,
+        decides="what does a student that was not trained with it make of it?",
+    )
+    for arm in _SINK_ARMS
+)
 
 
 def _boundary_arm(start: str, name: str, *settings: str) -> Arm:
@@ -239,6 +250,7 @@ REWARD_STARTS = ("student", "early init, guidance 3", "early init, guidance 3, a
 _ARMS = (
     *(arm for start in REWARD_STARTS for arm in _reward_arms(start)),
     *_SINK_ARMS,
+    *_SWAPS,
     *(arm for start in STARTS for arm in _boundary_arms(start)),
     *(_boundary_arm(start, "guidance 3") for start in STARTS if start not in REWARD_STARTS),
 )

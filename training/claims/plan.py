@@ -202,7 +202,9 @@ def reference_name(study: str, what: str) -> str:
 def plan(arms: Sequence[Arm], seeds: int) -> list[Item]:
     """Everything that arms and seeds ask for, in order."""
     order = sorted(
-        ((seed, not arm.first, index) for index, arm in enumerate(arms) for seed in range(seeds))
+        (seed, not arm.first, index)
+        for index, arm in enumerate(arms)
+        for seed in range(seeds if arm.trains else 1)
     )
     runs = [_arm_item(arms[index], seed) for seed, _, index in order]
     return list(_with_starts([*_references(arms), *runs]))
@@ -222,7 +224,7 @@ def _arm_item(arm: Arm, seed: int) -> Item:
 
 def _references(arms: Iterable[Arm]) -> Iterator[Item]:
     for study, starts in _starts_of(arms).items():
-        if study == "boundary":  # whose runs are measured from their start on
+        if study in ("boundary", "swaps"):  # measured from their start on; beside the sinks'
             continue
         name = reference_name(study, TRUE)
         yield Item(name=name, decides="the tracker's own error", kind="true", study=study)
@@ -267,7 +269,7 @@ def _make_name(start: Start) -> str:
 
 def training_operations(item: Item, setting: Setting) -> int:
     """Operations that training takes, a multiply-add as two; judging comes on top."""
-    if item.arm is not None:
+    if item.arm is not None and item.arm.trains:
         student, teacher = (read_checkpoint(p).config for p in setting.files_of(item.arm))
         sizes = Sizes(student=student, teacher=teacher, critic=teacher)
         config = setting.arm_config(item.arm, item.seed)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..world.scenes import IMAGES_PER_FRAME
-from .arms import ARMS, STARTS, Arm
+from .arms import ARMS, STARTS, Arm, Study
 from .plan import TRUE
 from .report import boundary_arms
 from .results import (
@@ -140,7 +140,8 @@ def pictures(results: Results) -> dict[str, Image.Image]:
     """The plots of what is there, by the names of their files."""
     made = {
         "rewards": _forest(results),
-        "sinks": _against_time(results),
+        "sinks": _against_time(results, "sinks"),
+        "swaps": _against_time(results, "swaps"),
         "boundary": _map(results),
         "strips": _strips(results),
     }
@@ -201,9 +202,9 @@ def _forest_panel(panel: Panel, name: str, cells: Sequence[tuple[int, Arm, Estim
         canvas.dot((panel.at(cell.mean, 0)[0], y), colour, hollow=arm.trained_on == name)
 
 
-def _against_time(results: Results) -> Image.Image | None:
+def _against_time(results: Results, study: Study) -> Image.Image | None:
     """The sinks' measures against time, and identity against an occlusion's length."""
-    arms = [a for a in ARMS.values() if a.study == "sinks" and results_of(results, a)]
+    arms = [a for a in ARMS.values() if a.study == study and results_of(results, a)]
     if not arms:
         return None
     lines: dict[str, tuple[list[Result], str]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .arms import ARMS, STARTS, Arm
+from .arms import ARMS, STARTS, Arm, Study
 from .plan import DECODED, TEACHER, TRUE
 from .results import (
     Result,
@@ -47,7 +47,9 @@ def report(results: Results, planned: int) -> str:
     parts = [f"# Claims: {len(results)} results of {planned}", _INTERVALS]
     if len(made := {str(result.get("code")) for result in results.values()}) > 1:
         parts.append(f"Made by {len(made)} states of the code: {', '.join(sorted(made))}.")
-    parts += _rewards(results) + _sinks(results) + _boundary(results)
+    parts += _rewards(results) + _boundary(results)
+    parts += _sinks(results, "sinks", "Sinks that students were trained with, over long videos")
+    parts += _sinks(results, "swaps", "The same sinks on a student that was not trained with them")
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,13 +72,13 @@ def _rewards(results: Results) -> list[str]:
     return parts if len(parts) > 2 else []
 
 
-def _sinks(results: Results) -> list[str]:
-    arms = _there(results, "sinks")
+def _sinks(results: Results, study: Study, title: str) -> list[str]:
+    arms = _there(results, study)
     if not arms:
         return []
     beside = _references(results, "sinks", (TRUE, DECODED, "student"))
     return [
-        "## Sinks, over long videos",
+        f"## {title}",
         _SINKS,
         _levels(results, arms, beside, SINK_ROWS),
         _differences(results, arms, SINK_ROWS),

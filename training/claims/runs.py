@@ -100,21 +100,25 @@ class Runner:
     def _arm(self, arm: Arm, seed: int, name: str) -> Found:
         config = self.setting.arm_config(arm, seed)
         folder = self.setting.folder(name)
-        seconds = list(_timed(config, folder, self.device))
+        found: Found = {"config": _config(config)}
+        if arm.trains:
+            seconds = list(_timed(config, folder, self.device))
+            *_, (_, last) = checkpoints(folder)
+            student = _averaged(config, last, self.device)
+            found["training"] = _numbers(folder)
+            if seconds:
+                found["seconds_an_update"] = round(median(seconds), 3)
+        else:
+            student = open_network(student_path(config), self.device)
         redmd = config.run.redmd
-        *_, (_, last) = checkpoints(folder)
-        student = _averaged(config, last, self.device)
         played = Played(student=student, cache=redmd.cache, sampler=redmd.sampler)
-        found: Found = {"config": _config(config), "training": _numbers(folder)}
-        if seconds:
-            found["seconds_an_update"] = round(median(seconds), 3)
-        if arm.study == "sinks":
+        if arm.study in ("sinks", "swaps"):
             found |= self.measurer.lasting(played)
         else:
             found |= self.measurer.played(played)
             found["curve"] = self._curve(config, folder)
         found["strip"] = self.measurer.strip(played)
-        if not self.setting.keep_runs:
+        if arm.trains and not self.setting.keep_runs:
             shutil.rmtree(folder)
         return found
 
