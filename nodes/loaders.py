@@ -34,11 +34,18 @@ PRESETS = {
         about="a longer memory that forgets its start sooner.",
     ),
     "Static sink": Preset(
-        cache=CacheConfig(decay=1.0), about="the opening never fades; steady look, less motion."
+        cache=CacheConfig(decay=1.0),
+        about="the opening never fades; for a minute the same as Published.",
+    ),
+    "Static sink, own time": Preset(
+        cache=CacheConfig(decay=1.0, positions="absolute"),
+        about="the same, seen ever further back, as LongLive has it; half of Published's drift, "
+        "but prompts may take longer to show.",
     ),
     "No sink": Preset(
         cache=CacheConfig(sink_frames=0),
-        about="only the last frames count; freest, drifts soonest.",
+        about="only the last frames count; freest, but drifts over twice as far. "
+        "Drift was measured on the miniature demo's kind, not yet on Wan (docs/claims.md).",
     ),
 }
 """Sinks by name, the first Reward Forcing's own; the node's list and tooltip are made of them."""

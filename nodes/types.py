@@ -44,7 +44,7 @@ class State:
 
 SINK_VALUES = ("window_frames", "sink_frames", "decay", "accumulator", "anchor_frames")
 """What EMA-Sink Config sets of a stream's cache, an input each; the rest is the model's own."""
-PRESET_VALUES = ("keep_key_norms", "memory_rates")
+PRESET_VALUES = ("keep_key_norms", "memory_rates", "positions")
 """What its presets may set besides; of one that asks for nothing, the model's own."""
 
 RFTimeline = io.Custom("RF_TIMELINE")

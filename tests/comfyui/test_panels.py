@@ -125,7 +125,7 @@ def test_a_sink_shows_what_its_preset_sets_and_frees_it_for_custom(
 ) -> None:
     name = "vue" if vue_nodes else "canvas"
     with page_of(server, vue_nodes) as page:
-        page.evaluate(ADD, [["RFSinkConfig"] * 5, [{"preset": p} for p in (*presets, "Custom")]])
+        page.evaluate(ADD, [["RFSinkConfig"] * 6, [{"preset": p} for p in (*presets, "Custom")]])
         fixed = [shown(values, True) for values in presets.values()]
         free = shown(next(iter(presets.values())), False)  # as a new node begins
         assert sinks(page) == [*fixed, free]

@@ -169,6 +169,9 @@ def test_a_preset_sets_more_than_the_node_shows_and_else_leaves_the_model_its_ow
     sink = config(keep_key_norms=True, memory_rates=(0.01, 0.1))
     assert cache_of(sink) == sink
     assert cache_of(config(decay=0.5, anchor_frames=2)) == config(decay=0.5, anchor_frames=2)
+    shown = {"window_frames": 9, "sink_frames": 3, "decay": 1.0, "accumulator": "reference"}
+    (own_time,) = node("RFSinkConfig").execute(preset="Static sink, own time", **shown).result
+    assert cache_of(own_time) == config(decay=1.0, positions="absolute")
 
 
 def test_linked_widgets_are_unknown_while_a_prompt_is_checked(pack: Any) -> None:
