@@ -120,8 +120,9 @@ def chromium() -> str | None:
 
 def settled(page: Any, read: Callable[[], T]) -> T:
     """What `read` gives, once it gives the same for a second in which the page draws."""
-    seen, quiet = read(), 0
+    seen, quiet, end = read(), 0, time.monotonic() + PATIENCE
     while quiet < 4:
+        assert time.monotonic() < end, f"the page does not rest: {seen}"
         page.wait_for_timeout(250)
         page.evaluate(FRAMES)
         now = read()

@@ -101,7 +101,7 @@ def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow_nor_stay_tal
             page.screenshot(path=tmp_path / f"making-{run}.png")
             page.wait_for_function(ENDED)
             page.wait_for_selector("video")
-            page.wait_for_timeout(8_000 if run == 1 else 1_000)
+            page.wait_for_timeout(8_000 if run == 1 else 3_000)
             height, widgets = settled(page, lambda: page.evaluate(NODE))
             heights.append(height)
             assert "pictures" not in widgets and page.evaluate(SHOWN) == 0
@@ -113,6 +113,7 @@ def test_a_stream_is_shown_as_it_is_made_and_its_node_does_not_grow_nor_stay_tal
         page.screenshot(path=picture)
         page.reload()
         wait_for_graph(page)
+        page.wait_for_timeout(3000)
         reloaded, *_ = settled(page, lambda: page.evaluate(NODE))
         assert errors == []
     assert heights[0] == heights[1] == heights[2] > reloaded == empty

@@ -266,6 +266,7 @@ def test_a_schedule_shows_its_table_in_columns_to_stay(
         for _ in range(2):  # the second time all is cached
             assert page.evaluate(RUN) == "execution_success"
             page.wait_for_selector("table tr")
+            page.wait_for_timeout(2000)  # it stays
             look(page, tmp_path / f"schedule-{name}.png")
             rows = page.evaluate(BOXES)
             assert [row[0][0] for row in rows] == ["chunk", "0", "7", "12", "18"]
@@ -286,6 +287,7 @@ def test_what_a_node_tells_at_its_end_stays_on_it_once(
         for _ in range(2):
             assert page.evaluate(RUN) == "execution_success"
             page.get_by_text("layout").wait_for()
+            page.wait_for_timeout(3000)  # it stays
             look(page, tmp_path / f"text-{name}.png")
             assert page.get_by_text("layout").count() == 1
             saved = page.evaluate(SAVE)["nodes"][0]

@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 Study = Literal["rewards", "sinks", "boundary", "swaps"]
 STUDIES: tuple[Study, ...] = get_args(Study)
+LASTING: tuple[Study, ...] = ("sinks", "swaps")
+"""Those of long videos, all beside the references of the first."""
 Motion = Literal["speed", "flow"]
 
 COMMON = (

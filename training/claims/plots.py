@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..world.scenes import IMAGES_PER_FRAME
-from .arms import ARMS, STARTS, Arm, Study
+from .arms import ARMS, LASTING, STARTS, Arm, Study
 from .plan import TRUE
 from .report import boundary_arms
 from .results import (
@@ -140,8 +140,7 @@ def pictures(results: Results) -> dict[str, Image.Image]:
     """The plots of what is there, by the names of their files."""
     made = {
         "rewards": _forest(results),
-        "sinks": _against_time(results, "sinks"),
-        "swaps": _against_time(results, "swaps"),
+        **{study: _against_time(results, study) for study in LASTING},
         "boundary": _map(results),
         "strips": _strips(results),
     }
@@ -211,7 +210,7 @@ def _against_time(results: Results, study: Study) -> Image.Image | None:
         arm.name: (results_of(results, arm), COLOURS[index % len(COLOURS)])
         for index, arm in enumerate(arms)
     }
-    if true := reference(results, "sinks", TRUE):
+    if true := reference(results, LASTING[0], TRUE):
         lines[TRUE] = ([true], "#bbbbbb")
     canvas = Canvas(1080, 560)
     titles = {name: f"drift of {name}" for name in DRIFTS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .arms import ARMS, STARTS, Arm, Study
+from .arms import ARMS, LASTING, STARTS, Arm, Study
 from .plan import DECODED, TEACHER, TRUE
 from .results import (
     Result,
@@ -76,7 +76,7 @@ def _sinks(results: Results, study: Study, title: str) -> list[str]:
     arms = _there(results, study)
     if not arms:
         return []
-    beside = _references(results, "sinks", (TRUE, DECODED, "student"))
+    beside = _references(results, LASTING[0], (TRUE, DECODED, "student"))
     return [
         f"## {title}",
         _SINKS,

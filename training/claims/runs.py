@@ -31,7 +31,7 @@ from ..stages.recipes import DistilConfig, student_path
 from ..stages.regression import init_student
 from ..stages.trajectories import write_pairs
 from ..world.stages import open_network
-from .arms import STARTS, Arm, Start
+from .arms import LASTING, STARTS, Arm, Start
 from .measures import Found, Measurer, Played
 from .plan import SIZES, Item, Setting
 from .results import code_digest
@@ -72,7 +72,7 @@ class Runner:
         if item.kind == "make":
             assert item.start is not None
             return self._make(STARTS[item.start])
-        lasts = item.study == "sinks"
+        lasts = item.study in LASTING
         if item.kind in ("true", "decoded"):
             decoded = item.kind == "decoded"
             measure = self.measurer.true_lasting if lasts else self.measurer.true
@@ -112,7 +112,7 @@ class Runner:
             student = open_network(student_path(config), self.device)
         redmd = config.run.redmd
         played = Played(student=student, cache=redmd.cache, sampler=redmd.sampler)
-        if arm.study in ("sinks", "swaps"):
+        if arm.study in LASTING:
             found |= self.measurer.lasting(played)
         else:
             found |= self.measurer.played(played)

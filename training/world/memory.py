@@ -56,11 +56,6 @@ class Look:
     """How often a thing was in quite another place from one image to the next: a video that falls
     back to its opening does so (LoL, arXiv 2601.16914)."""
 
-    @property
-    def brightness(self) -> float:
-        """Of the backdrop, in [0, 1]."""
-        return max(self.backdrop)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Occlusion:
