@@ -37,9 +37,9 @@ PRESETS = {
         cache=CacheConfig(decay=1.0),
         about="the opening never fades; for a minute the same as Published.",
     ),
-    "Static sink, own time": Preset(
+    "Absolute sink": Preset(
         cache=CacheConfig(decay=1.0, positions="absolute"),
-        about="the same, seen ever further back, as LongLive has it; half of Published's drift, "
+        about="a static one, seen ever further back, as LongLive has it; half of Published's drift, "
         "but prompts may take longer to show.",
     ),
     "No sink": Preset(
