@@ -37,10 +37,10 @@ PRESETS = {
         cache=CacheConfig(decay=1.0),
         about="the opening never fades; for a minute the same as Published.",
     ),
-    "Absolute sink": Preset(
+    "Absolute": Preset(
         cache=CacheConfig(decay=1.0, positions="absolute"),
-        about="a static one, seen ever further back, as LongLive has it; half of Published's drift, "
-        "but prompts may take longer to show.",
+        about="a static one, seen ever further back, as LongLive has it; half of Published's "
+        "drift, but prompts may take longer to show.",
     ),
     "No sink": Preset(
         cache=CacheConfig(sink_frames=0),

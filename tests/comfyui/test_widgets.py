@@ -170,7 +170,7 @@ def test_a_preset_sets_more_than_the_node_shows_and_else_leaves_the_model_its_ow
     assert cache_of(sink) == sink
     assert cache_of(config(decay=0.5, anchor_frames=2)) == config(decay=0.5, anchor_frames=2)
     shown = {"window_frames": 9, "sink_frames": 3, "decay": 1.0, "accumulator": "reference"}
-    (own_time,) = node("RFSinkConfig").execute(preset="Absolute sink", **shown).result
+    (own_time,) = node("RFSinkConfig").execute(preset="Absolute", **shown).result
     assert cache_of(own_time) == config(decay=1.0, positions="absolute")
 
 
