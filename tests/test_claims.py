@@ -89,7 +89,7 @@ def test_the_plan_goes_by_what_decides():
     names = [item.name for item in items]
     assert len(set(names)) == len(names)
     runs = [item for item in items if item.arm is not None]
-    assert [item.kind for item in items][:4] == ["true", "decoded", "teacher", "start"]
+    assert [item.kind for item in items][:4] == ["true", "decoded", "teacher", "unguided"]
     order = [(item.seed, not item.arm.first) for item in runs]
     assert order == sorted(order)
     firsts = {item.arm.start for item in runs if item.arm.name == DMD.name and item.seed == 0}
@@ -200,6 +200,12 @@ def test_differences_are_of_the_same_seed_and_prompt():
     assert difference(results, DMD, REWARD_ROWS["speed"]) is None
     null = difference(results, PUBLISHED, REWARD_ROWS["flow"])
     assert null.is_null and null.signed.endswith("]")  # one seed excludes nothing
+
+
+def test_speeds_that_are_all_alike_have_no_spread():
+    spread = REWARD_ROWS["spread of speed"]
+    assert spread(rewards([0.3, 0.9])) == pytest.approx([0.3, 0.3])
+    assert spread(rewards([0.6, 0.6])) == pytest.approx([0.0, 0.0])
 
 
 def test_a_null_excludes_an_effect_only_where_seeds_and_videos_differ():
@@ -327,7 +333,7 @@ def test_the_whole_command_is_rehearsed_in_a_few_files(rehearsed):
     names = {path.name for path in (folder / "out").iterdir()}
     plots = {"rewards.png", "sinks.png", "swaps.png", "boundary.png", "strips.png"}
     assert names <= {"results.json", "report.md", *plots} and "sinks.png" in names
-    assert "10 of 10 to run" in said and "results of 10" in (folder / "out/report.md").read_text()
+    assert "11 of 11 to run" in said and "results of 11" in (folder / "out/report.md").read_text()
     results = read_results(setting(folder))
     found = results[result_name(DMD, 0)]
     assert sorted(found["curve"], key=int) == ["0", "1", "2"] and found["free"][0]["flow"] > 0

@@ -111,10 +111,10 @@ class Measurer:
         """The same of true videos of those prompts, or of these through the VAE."""
         return self._groups(self._true(self._every, self.config.chunks, decoded))
 
-    def teacher(self) -> Found:
-        """The same of the teacher's clips, at the guidance that it is matched at."""
+    def teacher(self, *, guided: bool) -> Found:
+        """The same of the teacher's clips, at the guidance that it is matched at or without any."""
         teacher, frames = open_network(self.files.teacher, self.device), 3 * self.config.chunks
-        euler = EulerConfig(guidance=1 + ReDMDConfig().guidance)
+        euler = EulerConfig(guidance=1 + ReDMDConfig().guidance if guided else 1)
         clips = sample(teacher, self.encoder, self._every, euler, frames, self.config.seed)
         return self._groups(decode_latents(self.vae, each)[0] for each in clips.split(1))
 

@@ -32,7 +32,8 @@ from .arms import COMMON, STARTS, Arm, Start
 from .lasting import LastingConfig
 from .measures import MeasureConfig
 
-TRUE, DECODED, TEACHER = "true videos", "true videos, decoded", "the teacher's clips"
+TRUE, DECODED = "true videos", "true videos, decoded"
+TEACHER, UNGUIDED = "the teacher's clips", "the teacher's clips, unguided"
 PROMPTS, PROMPT_SEED = 512, 5
 """Captions that students of another world than the plain one are trained on."""
 
@@ -167,8 +168,8 @@ class Item:
     """Of its result."""
     decides: str
     kind: str
-    """`true`, `decoded`, `teacher` or `start` of a study, to stand beside; `make` a start; or
-    `arm`."""
+    """`true`, `decoded`, `teacher`, `unguided` or `start` of a study, to stand beside; `make` a
+    start; or `arm`."""
     study: str = ""
     start: str | None = None
     arm: Arm | None = None
@@ -195,7 +196,8 @@ def result_name(arm: Arm, seed: int) -> str:
 
 
 def reference_name(study: str, what: str) -> str:
-    """Of what arms of a study stand beside: `TRUE`, `DECODED`, `TEACHER`, or a start."""
+    """Of what arms of a study stand beside: `TRUE`, `DECODED`, `TEACHER`,
+    `UNGUIDED`, or a start."""
     return f"{study}: {what}"
 
 
@@ -233,6 +235,8 @@ def _references(arms: Iterable[Arm]) -> Iterator[Item]:
         if study == "rewards":
             name = reference_name(study, TEACHER)
             yield Item(name=name, decides="what is matched", kind="teacher", study=study)
+            name = reference_name(study, UNGUIDED)
+            yield Item(name=name, decides="what guidance does", kind="unguided", study=study)
         for start in starts:
             yield Item(
                 name=reference_name(study, start),

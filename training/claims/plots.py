@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..world.metric import mean_of_known
 from ..world.scenes import IMAGES_PER_FRAME
 from .arms import ARMS, LASTING, STARTS, Arm, Study
 from .plan import TRUE
@@ -21,7 +22,6 @@ from .results import (
     Results,
     difference,
     level,
-    mean_of_known,
     reference,
     results_of,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .arms import ARMS, LASTING, STARTS, Arm, Study
-from .plan import DECODED, TEACHER, TRUE
+from .plan import DECODED, TEACHER, TRUE, UNGUIDED
 from .results import (
     Result,
     Results,
@@ -26,10 +26,11 @@ _INTERVALS = (
 )
 
 _REWARDS = (
-    "Speed in shape sizes a latent frame along the caption, where that leaves it open; flow in "
-    "pixels an image; shares of a caption's attributes that are right; mean SSIM with the first "
-    "image; flicker as VBench has it, 1 for none; pixels of half coverage over those of shapes; "
-    "distance of a shape's area from its outline's, relative."
+    "Speed in shape sizes a latent frame along the caption, where that leaves it open, and its "
+    "spread as the mean distance from the mean of all videos; flow in pixels an image; shares of a "
+    "caption's attributes that are right; mean SSIM with the first image; flicker as VBench has "
+    "it, 1 for none; pixels of half coverage over those of shapes; distance of a shape's area from "
+    "its outline's, relative."
 )
 _SINKS = (
     "In the last quarter of a long video: distance from the first window of the backdrop's "
@@ -65,7 +66,7 @@ def _rewards(results: Results) -> list[str]:
     parts = ["## Rewards", _REWARDS]
     for start in STARTS:
         if arms := _there(results, "rewards", start):
-            beside = _references(results, "rewards", (TRUE, DECODED, TEACHER, start))
+            beside = _references(results, "rewards", (TRUE, DECODED, TEACHER, UNGUIDED, start))
             parts.append(f"### From {start}")
             parts.append(_levels(results, arms, beside, REWARD_ROWS))
             parts.append(_differences(results, arms, REWARD_ROWS))

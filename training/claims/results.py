@@ -22,6 +22,7 @@ import numpy as np
 from rf_core.weights.files import read_json
 from rf_core.writing import write_text
 
+from ..world.metric import mean_of_known
 from .arms import ARMS, Arm
 from .plan import Setting, reference_name, result_name
 
@@ -110,13 +111,6 @@ def estimate(values_SN: np.ndarray) -> Estimate:
     mean = float(mean_of_known(values_SN))
     half = math.hypot(*(_half(mean_of_known(values_SN, axis)) for axis in (0, 1)))
     return Estimate(mean, mean - half, mean + half, len(values_SN))
-
-
-def mean_of_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """The mean of what is a number, nan of none."""
-    known = np.isfinite(values)
-    total, count = np.where(known, values, 0.0).sum(axis=axis), known.sum(axis=axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _half(means: np.ndarray) -> float:

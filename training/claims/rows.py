@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..world.metric import mean_of_known
 from ..world.scenes import IMAGES_PER_FRAME
-from .results import Result, Row, mean_of_known
+from .results import Result, Row
 
 Series = Callable[[Mapping[str, Any]], list[float | None]]
 """A measure of every window of a long video."""
@@ -24,9 +25,17 @@ def _of(group: str, name: str) -> Row:
     return lambda result: [each[name] for each in result[group]]
 
 
+def _spread(result: Result) -> list[float | None]:
+    """Each video's distance from the mean: all speeds the same would be 0."""
+    speeds = [each["speed_along"] for each in result["free"]]
+    mean = fmean(speeds)
+    return [abs(speed - mean) for speed in speeds]
+
+
 REWARD_ROWS: Mapping[str, Row] = MappingProxyType(
     {
         "speed": _of("free", "speed_along"),
+        "spread of speed": _spread,
         "flow": _of("free", "flow"),
         "one thing right": _of("named", "right"),
         "two things right": _of("two", "right"),

@@ -77,8 +77,8 @@ class Runner:
             decoded = item.kind == "decoded"
             measure = self.measurer.true_lasting if lasts else self.measurer.true
             return measure(decoded=decoded)
-        if item.kind == "teacher":
-            return self.measurer.teacher()
+        if item.kind in ("teacher", "unguided"):
+            return self.measurer.teacher(guided=item.kind == "teacher")
         assert item.start is not None
         network = open_network(self.setting.start_path(STARTS[item.start]), self.device)
         played = Played(student=network)

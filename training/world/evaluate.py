@@ -25,7 +25,7 @@ from rf_core.stream import Stream
 from rf_core.text import TextEncoder
 
 from .clips import captions, decode_latents, encode_scenes, num_images, scene_of
-from .metric import ATTRIBUTES
+from .metric import ATTRIBUTES, mean_of_known
 from .scenes import (
     PLAIN,
     SIZE,
@@ -286,11 +286,9 @@ def drift_report(streams: Streams) -> Report:
 def _mean_drift(windows: Sequence[Drift]) -> dict[str, float]:
     """Mean of each measure over the windows in which it is a number."""
     names = [field.name for field in fields(Drift)]
-    columns = {name: np.array([getattr(window, name) for window in windows]) for name in names}
-    return {
-        name: float(column[~np.isnan(column)].mean()) if not np.isnan(column).all() else math.nan
-        for name, column in columns.items()
-    }
+    rows = np.array([[getattr(each, name) for name in names] for each in windows])
+    means = mean_of_known(rows, 0)
+    return dict(zip(names, means.tolist(), strict=True))
 
 
 def switch_report(streams: Streams, mode: str) -> Report:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from .scenes import DIRECTIONS, SIZE, Attributes, parse_caption
@@ -63,6 +64,13 @@ def share_right(measures: Mapping[str, float | None]) -> float:
     """Share of a caption's attributes that are right, of those that it names."""
     asked = [value for name in ATTRIBUTES if (value := measures[name]) is not None]
     return sum(asked) / len(asked)
+
+
+def mean_of_known(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """The mean of what is a number, nan of none."""
+    known = np.isfinite(values)
+    total, count = np.where(known, values, 0.0).sum(axis=axis), known.sum(axis=axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _speed_along(seen: Track, target: Attributes) -> float:
