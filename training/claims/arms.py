@@ -243,8 +243,9 @@ def _boundary_arms(start: str) -> tuple[Arm, ...]:
     fast = ("run.generator.rate=2e-4", "run.critic.rate=4e-4")
     return (
         _boundary_arm(start, "guidance 6", guided(6)),
-        _boundary_arm(start, "guidance 1", guided(1)),
+        _boundary_arm(start, "guidance 0", guided(0)),
         _boundary_arm(start, "guidance 3, 4 times the rate", *fast),
+        _boundary_arm(start, "guidance 1", guided(1)),
     )
 
 
