@@ -36,6 +36,7 @@ from training.claims.rows import (
     collapse,
     curve,
     identity,
+    speeds,
     windows_of,
 )
 from training.claims.runs import Runner
@@ -239,7 +240,7 @@ def test_a_switch_that_is_never_followed_counts_with_all_that_was_waited():
 def test_a_curve_is_of_what_all_seeds_have():
     point = [{"speed_along": 0.5}]
     curves = [{"curve": dict.fromkeys(keys, point)} for keys in (("0", "4"), ("0", "3", "4"))]
-    assert curve(curves) == [(0, 0.5), (4, 0.5)]
+    assert curve(curves, speeds) == [(0, 0.5), (4, 0.5)]
 
 
 def test_results_of_two_states_of_the_code_are_told():

@@ -25,7 +25,19 @@ from .results import (
     reference,
     results_of,
 )
-from .rows import BINS, DRIFTS, REWARD_ROWS, SERIES, curve, gained, identity, windows_of
+from .rows import (
+    BINS,
+    DRIFTS,
+    REWARD_ROWS,
+    SERIES,
+    Measure,
+    curve,
+    gained,
+    identity,
+    speeds,
+    spread,
+    windows_of,
+)
 
 Point = tuple[float, float]
 COLOURS = (
@@ -34,7 +46,7 @@ COLOURS = (
 )
 GAIN, LOSS, NULL, GREY = "#1f77b4", "#d62728", "#8a8a8a", "#dddddd"
 _SCALE = 2  # drawn so much larger, and then made smaller, which smooths edges
-_FOREST = ("speed", "flow", "one thing right", "two things right", "softness")
+_FOREST = ("speed", "spread of speed", "flow", "one thing right", "two things right", "softness")
 _TIMED = (
     *("backdrop's brightness", "backdrop's tint", "size", "first picture"),
     *("speed", "caption right", "thing lost"),
@@ -254,31 +266,52 @@ def _panel(canvas: Canvas, index: int, values: Sequence[np.ndarray], end: float)
 
 
 def _map(results: Results) -> Image.Image | None:
-    """Motion that plain distribution matching kept or lost, by start and setting; and the way."""
+    """Motion that plain distribution matching kept or lost, by start and setting, and the way: its
+    mean, and below it its spread."""
     names = boundary_arms(results)
     if not names:
         return None
     columns = sorted(set(names.values()))
     starts = [start for start in STARTS if any(arm.start == start for arm in names)]
-    changes = {arm: level(results_of(results, arm), gained()) for arm in names}
+    block = 90 + 60 * len(starts) + 230
+    canvas = Canvas(max(700, 190 + 130 * len(columns)), 2 * block + 30)
+    for index, (what, measure) in enumerate((("Speed", speeds), ("Spread of speeds", spread))):
+        top = index * block
+        title = f"{what} after distribution matching, less before (pale: the interval holds 0)"
+        canvas.text((10, top + 18), title, size=14)
+        _cells(canvas, results, names, starts, columns, measure, top)
+        _ways(canvas, results, names, starts, columns, measure, top + 120 + 60 * len(starts))
+    for index, name in enumerate(columns):
+        x, y = 20 + index * (canvas.width - 40) / len(columns), 2 * block + 10
+        canvas.line([(x, y), (x + 18, y)], COLOURS[index], 3)
+        canvas.text((x + 22, y), name, size=10)
+    return canvas.finished()
+
+
+def _cells(
+    canvas: Canvas,
+    results: Results,
+    names: Mapping[Arm, str],
+    starts: Sequence[str],
+    columns: Sequence[str],
+    measure: Measure,
+    top: float,
+) -> None:
+    changes = {arm: level(results_of(results, arm), gained(measure)) for arm in names}
     reach = max(abs(c.mean) for c in changes.values()) or 1.0
-    canvas = Canvas(max(700, 190 + 130 * len(columns)), 90 + 60 * len(starts) + 260)
-    title = "Speed after distribution matching, less before (bold colours: the interval excludes 0)"
-    canvas.text((10, 18), title, size=14)
     for index, name in enumerate(columns):
         words = name.replace(", ", ",\n").split("\n")
         for line, word in enumerate(words):
-            canvas.text((235 + 130 * index, 48 + 14 * line), word, size=11, anchor="mm")
+            at = 235 + 130 * index, top + 48 + 14 * line
+            canvas.text(at, word, size=11, anchor="mm")
     for row, start in enumerate(starts):
-        canvas.text((10, 105 + 60 * row), start, size=12)
+        canvas.text((10, top + 105 + 60 * row), start, size=12)
     for arm, change in changes.items():
-        x, y = 172 + 130 * columns.index(names[arm]), 78 + 60 * starts.index(arm.start)
+        x, y = 172 + 130 * columns.index(names[arm]), top + 78 + 60 * starts.index(arm.start)
         canvas.box((x, y), (126, 56), _blend(change.mean / reach, pale=change.is_null))
         canvas.text((x + 63, y + 20), f"{change.mean:+.3f}", size=15, anchor="mm")
         span = f"[{change.low:+.2f}, {change.high:+.2f}]"
         canvas.text((x + 63, y + 40), span, size=10, anchor="mm")
-    _ways(canvas, results, names, starts, columns, 120 + 60 * len(starts))
-    return canvas.finished()
 
 
 def _ways(
@@ -287,12 +320,13 @@ def _ways(
     names: Mapping[Arm, str],
     starts: Sequence[str],
     columns: Sequence[str],
+    measure: Measure,
     top: float,
 ) -> None:
-    curves = {arm: curve(results_of(results, arm)) for arm in names}
-    every = [speed for points in curves.values() for _, speed in points]
+    curves = {arm: curve(results_of(results, arm), measure) for arm in names}
+    every = [value for points in curves.values() for _, value in points]
     last = max(update for points in curves.values() for update, _ in points)
-    span = (min(0.0, *every), max(every) * 1.05)
+    span = (min(0.0, *every), max(every) * 1.05 or 1.0)
     each = (canvas.width - 40) / len(starts)
     for index, start in enumerate(starts):
         corner = 44 + each * index, top + 10
@@ -302,10 +336,6 @@ def _ways(
             if arm.start == start:
                 colour = COLOURS[columns.index(names[arm])]
                 panel.curve([(float(x), y) for x, y in points], colour, dots=True)
-    for index, name in enumerate(columns):
-        x = 20 + index * (canvas.width - 40) / len(columns)
-        canvas.line([(x, top + 205), (x + 18, top + 205)], COLOURS[index], 3)
-        canvas.text((x + 22, top + 205), name, size=10)
 
 
 def _blend(share: float, *, pale: bool) -> str:

@@ -14,7 +14,19 @@ from .results import (
     reference,
     results_of,
 )
-from .rows import BINS, REWARD_ROWS, SINK_ROWS, Row, collapse, curve, gained, identity
+from .rows import (
+    BINS,
+    REWARD_ROWS,
+    SINK_ROWS,
+    Measure,
+    Row,
+    collapse,
+    curve,
+    gained,
+    identity,
+    speeds,
+    spread,
+)
 
 _INTERVALS = (
     "Means with 95 % intervals, by Student's t over training seeds and prompts; differences are "
@@ -40,6 +52,12 @@ _SINKS = (
     "many latent frames, after which the thing is the same, and of windows with nothing right; how "
     "often a thing jumped to quite another place; and of switches of the prompt, those followed, "
     "images until it shows, and the old colour and the first picture at the end."
+)
+
+
+_BOUNDARY = (
+    *("speed by update", "last less first", "its spread by update", "last less first"),
+    "flow at the end",
 )
 
 
@@ -154,15 +172,20 @@ def _boundary(results: Results) -> list[str]:
     if not arms:
         return []
     lines = [
-        _line("start", "arm", "seeds", "speed by update", "last less first", "flow at the end"),
-        _line(*["---"] * 6),
+        _line("start", "arm", "seeds", *_BOUNDARY),
+        _line(*["---"] * (3 + len(_BOUNDARY))),
     ]
     for arm, name in arms.items():
         found = results_of(results, arm)
-        speeds = ", ".join(f"{update}: {speed:.3f}" for update, speed in curve(found))
-        change, flow = level(found, gained()), level(found, REWARD_ROWS["flow"])
-        lines.append(_line(arm.start, name, len(found), speeds, change.signed, flow))
+        flow = level(found, REWARD_ROWS["flow"])
+        cells = [*_way(found, speeds), *_way(found, spread), flow]
+        lines.append(_line(arm.start, name, len(found), *cells))
     return ["## Where distribution matching keeps motion", "\n".join(lines)]
+
+
+def _way(found: Sequence[Result], measure: Measure) -> tuple[str, str]:
+    points = ", ".join(f"{update}: {value:.3f}" for update, value in curve(found, measure))
+    return points, level(found, gained(measure)).signed
 
 
 def _line(*cells: object) -> str:

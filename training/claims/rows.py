@@ -16,6 +16,8 @@ from .results import Result, Row
 
 Series = Callable[[Mapping[str, Any]], list[float | None]]
 """A measure of every window of a long video."""
+Measure = Callable[[Sequence[Mapping[str, Any]]], list[float]]
+"""A number a video of some short ones."""
 BINS = ((0, 3), (3, 6), (6, 9), (9, 10**6))
 """Latent frames that an occlusion takes, from and up to; 6 are the past in a window with no sink,
 half of them where there is one."""
@@ -25,17 +27,22 @@ def _of(group: str, name: str) -> Row:
     return lambda result: [each[name] for each in result[group]]
 
 
-def _spread(result: Result) -> list[float | None]:
-    """Each video's distance from the mean: all speeds the same would be 0."""
-    speeds = [each["speed_along"] for each in result["free"]]
-    mean = fmean(speeds)
-    return [abs(speed - mean) for speed in speeds]
+def speeds(videos: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Along the caption's direction."""
+    return [video["speed_along"] for video in videos]
+
+
+def spread(videos: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Each video's distance from the mean speed: all the same would be 0."""
+    every = speeds(videos)
+    mean = fmean(every)
+    return [abs(speed - mean) for speed in every]
 
 
 REWARD_ROWS: Mapping[str, Row] = MappingProxyType(
     {
-        "speed": _of("free", "speed_along"),
-        "spread of speed": _spread,
+        "speed": lambda result: speeds(result["free"]),
+        "spread of speed": lambda result: spread(result["free"]),
         "flow": _of("free", "flow"),
         "one thing right": _of("named", "right"),
         "two things right": _of("two", "right"),
@@ -209,31 +216,20 @@ def collapse(result: Result) -> list[int]:
     return found
 
 
-def curve(results: Sequence[Result], name: str = "speed_along") -> list[tuple[int, float]]:
+def curve(results: Sequence[Result], measure: Measure) -> list[tuple[int, float]]:
     """A measure against updates, mean over captions, at those that every seed has."""
     shared = set.intersection(*(set(result["curve"]) for result in results))
     return [
-        (
-            update,
-            fmean(
-                each[name]
-                for result in results
-                for each in result["curve"][str(update)]
-                if each[name] is not None
-            ),
-        )
+        (update, fmean(x for result in results for x in measure(result["curve"][str(update)])))
         for update in sorted(map(int, shared))
     ]
 
 
-def gained(name: str = "speed_along") -> Row:
+def gained(measure: Measure) -> Row:
     """What a curve's last point has more than its first, caption by caption."""
 
-    def row(result: Result) -> list[float | None]:
-        first, *_, last = (result["curve"][key] for key in sorted(result["curve"], key=int))
-        return [
-            None if None in (a[name], b[name]) else b[name] - a[name]
-            for a, b in zip(first, last, strict=True)
-        ]
+    def row(result: Result) -> list[float]:
+        first, *_, last = (measure(result["curve"][k]) for k in sorted(result["curve"], key=int))
+        return [after - before for before, after in zip(first, last, strict=True)]
 
     return row
