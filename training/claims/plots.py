@@ -127,8 +127,9 @@ class Panel:
         return self.corner[0] + right * self.size[0], self.corner[1] + (1 - up) * self.size[1]
 
     def frame(self, title: str, ticks: Sequence[tuple[float, str]], unit: str) -> None:
-        """A title, lines at three heights with their values, and words below."""
-        self.canvas.text((self.corner[0], self.corner[1] - 12), title, size=13)
+        """A title above, lines at three heights with their values, and words below."""
+        for above, part in enumerate(reversed(title.split("\n"))):
+            self.canvas.text((self.corner[0], self.corner[1] - 12 - 15 * above), part, size=13)
         for y in np.linspace(*self.y, 3).tolist():
             self.canvas.line([self.at(self.x[0], y), self.at(self.x[1], y)], GREY)
             left = self.at(self.x[0], y)
@@ -273,14 +274,14 @@ def _map(results: Results) -> Image.Image | None:
         return None
     columns = sorted(set(names.values()))
     starts = [start for start in STARTS if any(arm.start == start for arm in names)]
-    block = 90 + 60 * len(starts) + 230
+    block = 90 + 60 * len(starts) + 265
     canvas = Canvas(max(700, 190 + 130 * len(columns)), 2 * block + 30)
     for index, (what, measure) in enumerate((("Speed", speeds), ("Spread of speeds", spread))):
         top = index * block
         title = f"{what} after distribution matching, less before (pale: the interval holds 0)"
         canvas.text((10, top + 18), title, size=14)
         _cells(canvas, results, names, starts, columns, measure, top)
-        _ways(canvas, results, names, starts, columns, measure, top + 120 + 60 * len(starts))
+        _ways(canvas, results, names, starts, columns, measure, top + 155 + 60 * len(starts))
     for index, name in enumerate(columns):
         x, y = 20 + index * (canvas.width - 40) / len(columns), 2 * block + 10
         canvas.line([(x, y), (x + 18, y)], COLOURS[index], 3)
@@ -300,12 +301,12 @@ def _cells(
     changes = {arm: level(results_of(results, arm), gained(measure)) for arm in names}
     reach = max(abs(c.mean) for c in changes.values()) or 1.0
     for index, name in enumerate(columns):
-        words = name.replace(", ", ",\n").split("\n")
-        for line, word in enumerate(words):
+        for line, part in enumerate(_in_lines(name).split("\n")):
             at = 235 + 130 * index, top + 48 + 14 * line
-            canvas.text(at, word, size=11, anchor="mm")
+            canvas.text(at, part, size=11, anchor="mm")
     for row, start in enumerate(starts):
-        canvas.text((10, top + 105 + 60 * row), start, size=12)
+        for line, part in enumerate(_in_lines(start).split("\n")):
+            canvas.text((10, top + 90 + 60 * row + 15 * line), part, size=12)
     for arm, change in changes.items():
         x, y = 172 + 130 * columns.index(names[arm]), top + 78 + 60 * starts.index(arm.start)
         canvas.box((x, y), (126, 56), _blend(change.mean / reach, pale=change.is_null))
@@ -331,11 +332,15 @@ def _ways(
     for index, start in enumerate(starts):
         corner = 44 + each * index, top + 10
         panel = Panel(canvas, corner, (each - 40, 140), (0, last), span)
-        panel.frame(f"from {start}", [(0, "0"), (last, str(last))], "updates")
+        panel.frame(_in_lines(f"from {start}"), [(0, "0"), (last, str(last))], "updates")
         for arm, points in curves.items():
             if arm.start == start:
                 colour = COLOURS[columns.index(names[arm])]
                 panel.curve([(float(x), y) for x, y in points], colour, dots=True)
+
+
+def _in_lines(name: str) -> str:
+    return name.replace(", ", ",\n")
 
 
 def _blend(share: float, *, pale: bool) -> str:
