@@ -6,6 +6,7 @@ first operation is a product, MKL takes every core.
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -17,6 +18,11 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton, which reads this once
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# A shell has what it starts in the background ignore interrupts, and so would every child here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
