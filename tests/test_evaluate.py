@@ -424,6 +424,14 @@ def test_every_prompt_counts_once_however_many_of_its_videos_have_a_value():
     assert "empty" not in summary_of(rows)
 
 
+def test_how_much_motion_differs_is_of_the_seeds_of_one_prompt():
+    values = [(0, 1.0), (0, 3.0), (1, 9.0), (1, 9.0), (2, 50.0)]
+    rows = [{"prompt_number": n, "measures": {"mean_motion": v}} for n, v in values]
+    found = summary_of(rows)["motion_spread"]
+    assert found["mean"] == pytest.approx(2**0.5 / 2) and found["prompts"] == 2
+    assert "motion_spread" not in summary_of(rows[3:])
+
+
 def test_captions_are_judged_by_the_tracker_and_speed_along_them_has_a_sign():
     scene = scene_of_caption(RED, np.random.default_rng(0))
     video, speed = render([scene], 21)[0], scene.things[0].speed

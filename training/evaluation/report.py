@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from .evaluate import Candidate, read_records
 from .metric import PromptMetric
 
+SPREAD = "motion_spread"  # of videos of one prompt: matching a guided teacher narrows it
 RESAMPLES = 2000  # of a bootstrap
 
 
@@ -28,9 +30,11 @@ TABLES = (
     Table(
         title="motion and stability",
         columns=(
-            *("motion", "mean_motion", "dynamic", "flicker", "first_frame_copy", "sharpness_std"),
+            *("motion", "mean_motion", SPREAD, "dynamic", "flicker", "first_frame_copy"),
+            "sharpness_std",
         ),
-        legend="motion: pixels an image, of the fastest 5 % of the pixels, and of all; dynamic: "
+        legend="motion: pixels an image, of the fastest 5 % of the pixels, and of all; "
+        "motion spread: its standard deviation over the seeds of a prompt, of all pixels; dynamic: "
         "share that counts as moving by VBench's rule; flicker: as VBench has it, 1 for none; "
         "first frame copy: SSIM of the second half with the first image; sharpness std: drift over "
         "windows, by sharpness in place of VBench's imaging quality, not the paper's number",
@@ -79,7 +83,9 @@ def collect(candidates: Sequence[Candidate]) -> dict[str, Any] | None:
 def summary_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Every measure of one model's records, as mean and interval."""
     names = list(dict.fromkeys(name for row in records for name in row["measures"]))
-    found = {name: interval_of(_by_prompt(records, name)) for name in names}
+    found = {name: interval_of([fmean(v) for v in _by_prompt(records, name)]) for name in names}
+    takes = [each for each in _by_prompt(records, "mean_motion") if len(each) > 1]
+    found[SPREAD] = interval_of([stdev(each) for each in takes])
     return {name: vars(each) for name, each in found.items() if each is not None}
 
 
@@ -129,14 +135,14 @@ def _tables_of(metric: PromptMetric | None) -> list[Table]:
     return [Table(title=metric.title, columns=metric.columns, legend=metric.legend)]
 
 
-def _by_prompt(records: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """Means over the seeds of each prompt that has a value."""
+def _by_prompt(records: Sequence[dict[str, Any]], name: str) -> list[list[float]]:
+    """The values of the seeds of each prompt that has any."""
     values: dict[int, list[float]] = {}
     for row in records:
         value = row["measures"].get(name)
         if value is not None:
             values.setdefault(row["prompt_number"], []).append(value)
-    return [sum(each) / len(each) for each in values.values()]
+    return list(values.values())
 
 
 def _cells(model: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
