@@ -23,6 +23,7 @@ from training.claims.plan import TRUE, Item, Setting, plan, reference_name, resu
 from training.claims.plots import GAIN, LOSS, NULL, pictures
 from training.claims.report import report
 from training.claims.results import (
+    change,
     code_digest,
     difference,
     estimate,
@@ -207,6 +208,19 @@ def test_speeds_that_are_all_alike_have_no_spread():
     spread = REWARD_ROWS["spread of speed"]
     assert spread(rewards([0.3, 0.9])) == pytest.approx([0.3, 0.3])
     assert spread(rewards([0.6, 0.6])) == pytest.approx([0.0, 0.0])
+    failed = spread(rewards([0.3, 0.9, 0.0, -1.0]))
+    assert failed[:2] == pytest.approx([0.3, 0.3]) and failed[2:] == [None, None]
+    assert spread(rewards([0.0])) == [None]
+
+
+def test_an_arm_that_is_compared_with_none_is_compared_with_what_it_began_as():
+    results = {
+        reference_name("rewards", "student"): rewards([0.3, 0.9]),
+        result_name(DMD, 0): rewards([0.5, 0.9], 0),
+    }
+    assert change(results, DMD, REWARD_ROWS["speed"]).mean == pytest.approx(0.1)
+    assert "| DMD less before | +0.100" in report(results, 2)
+    assert change({}, DMD, REWARD_ROWS["speed"]) is None
 
 
 def test_a_null_excludes_an_effect_only_where_seeds_and_videos_differ():

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..world.metric import mean_of_known
 from ..world.scenes import IMAGES_PER_FRAME
 from .arms import ARMS, LASTING, STARTS, Arm, Study
-from .plan import TRUE
+from .plan import TEACHER, TRUE, UNGUIDED
 from .report import boundary_arms
 from .results import (
     Estimate,
@@ -154,6 +154,7 @@ def pictures(results: Results) -> dict[str, Image.Image]:
     made = {
         "rewards": _forest(results),
         **{study: _against_time(results, study) for study in LASTING},
+        "speeds": _speeds(results),
         "boundary": _map(results),
         "strips": _strips(results),
     }
@@ -212,6 +213,44 @@ def _forest_panel(panel: Panel, name: str, cells: Sequence[tuple[int, Arm, Estim
         colour = NULL if cell.is_null else GAIN if cell.mean > 0 else LOSS
         canvas.line([(panel.at(cell.low, 0)[0], y), (panel.at(cell.high, 0)[0], y)], colour, 2)
         canvas.dot((panel.at(cell.mean, 0)[0], y), colour, hollow=arm.trained_on == name)
+
+
+def _speeds(results: Results) -> Image.Image | None:
+    """The speed of every video as a dot, a row an arm: of all its seeds, beside what is matched."""
+    names = (TRUE, TEACHER, UNGUIDED)
+    rows = [(name, [r]) for name in names if (r := reference(results, "rewards", name))]
+    for start in STARTS:
+        arms = [arm for arm in ARMS.values() if (arm.study, arm.start) == ("rewards", start)]
+        found = [(f"    {arm.name}", each) for arm in arms if (each := results_of(results, arm))]
+        before = reference(results, "rewards", start)
+        rows += [(f"from {start}", [before] if before else []), *found] if found else []
+    every = [
+        (name, [v for r in each for v in speeds(r["free"]) if v is not None]) for name, each in rows
+    ]
+    values = [value for _, each in every for value in each]
+    if not values:
+        return None
+    canvas = Canvas(820, 90 + _ROW * len(rows))
+    title = "Speed of every video whose caption leaves it open (line: the mean; backwards is at 0)"
+    canvas.text((10, 18), title, size=15)
+    size = (520, _ROW * len(rows))
+    panel = Panel(canvas, (280, 40), size, (0, max(values) * 1.05), (0, 1))
+    right = panel.x[1]
+    for tick in np.arange(0, right, 0.25).tolist():
+        x, bottom = panel.at(tick, 0)
+        canvas.line([(x, panel.corner[1]), (x, bottom)], GREY)
+        canvas.text((x, bottom + 10), f"{tick:g}", size=10, anchor="mm")
+    canvas.text((540, canvas.height - 12), "shape sizes a latent frame", size=10, anchor="mm")
+    for index, (name, shown) in enumerate(every):
+        y = 40 + _ROW * (index + 0.5)
+        canvas.text((10, y), name, size=12)
+        for number, value in enumerate(shown):
+            jitter = (number * 7 % 11 - 5) * 1.1  # so that equal ones are seen to be many
+            canvas.dot((panel.at(max(value, 0), 0)[0], y + jitter), GAIN, radius=1)
+        if shown:
+            middle = panel.at(float(np.mean(shown)), 0)[0]
+            canvas.line([(middle, y - 9), (middle, y + 9)], LOSS, 2)
+    return canvas.finished()
 
 
 def _against_time(results: Results, study: Study) -> Image.Image | None:

@@ -9,6 +9,7 @@ from .plan import DECODED, TEACHER, TRUE, UNGUIDED
 from .results import (
     Result,
     Results,
+    change,
     difference,
     level,
     reference,
@@ -30,19 +31,19 @@ from .rows import (
 
 _INTERVALS = (
     "Means with 95 % intervals, by Student's t over training seeds and prompts; differences are "
-    "paired, by seed, prompt and noise. Where one holds 0, an effect of more than what follows `<` "
-    "is excluded, either way. With one seed intervals are over prompts alone, and exclude nothing "
-    "that another seed might show. So many intervals are here that one in twenty of those that "
-    "leave out 0 would do so by chance. In a column marked * the arm is trained on what is "
-    "measured."
+    "paired, by seed, prompt and noise; `before` is what an arm began as. Where one holds 0, an "
+    "effect of more than what follows `<` is excluded, either way. With one seed intervals are "
+    "over prompts alone, and exclude nothing that another seed might show. So many intervals are "
+    "here that one in twenty of those that leave out 0 would do so by chance. In a column marked * "
+    "the arm is trained on what is measured."
 )
 
 _REWARDS = (
     "Speed in shape sizes a latent frame along the caption, where that leaves it open, and its "
-    "spread as the mean distance from the mean of all videos; flow in pixels an image; shares of a "
-    "caption's attributes that are right; mean SSIM with the first image; flicker as VBench has "
-    "it, 1 for none; pixels of half coverage over those of shapes; distance of a shape's area from "
-    "its outline's, relative."
+    "spread as the mean distance from the mean, of videos that move as their caption says; flow in "
+    "pixels an image; shares of a caption's attributes that are right; mean SSIM with the first "
+    "image; flicker as VBench has it, 1 for none; pixels of half coverage over those of shapes; "
+    "distance of a shape's area from its outline's, relative."
 )
 _SINKS = (
     "In the last quarter of a long video: distance from the first window of the backdrop's "
@@ -133,12 +134,13 @@ def _cell(found: Sequence[Result], row: Row) -> str:
 def _differences(results: Results, arms: Sequence[Arm], rows: Mapping[str, Row]) -> str:
     lines = []
     for arm in arms:
-        found = [difference(results, arm, row) for row in rows.values()]
+        less = difference if arm.against else change
+        found = [less(results, arm, row) for row in rows.values()]
         if any(found):
             cells = [each.signed if each else "" for each in found]
             if arm.trained_on in rows:
                 cells[list(rows).index(arm.trained_on)] += " *"
-            lines.append(_line(f"{arm.name} less {arm.against}", *cells))
+            lines.append(_line(f"{arm.name} less {arm.against or 'before'}", *cells))
     return "\n".join([_line("", *rows), _line(*["---"] * (len(rows) + 1)), *lines]) if lines else ""
 
 

@@ -29,7 +29,7 @@ from .plan import Setting, reference_name, result_name
 Result = Mapping[str, Any]
 Results = dict[str, Result]
 Row = Callable[[Result], Sequence[float | None]]
-"""A measure of every video of a result."""
+"""A measure of every video of a result; None or nan where there is no number."""
 _STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _FILE = "results.json"
 _ABOUT = "about"  # its key beside the results: the setting they are of
@@ -125,7 +125,7 @@ def _half(means: np.ndarray) -> float:
 
 def level(results: Sequence[Result], row: Row) -> Estimate:
     """A measure of an arm, over its seeds."""
-    return estimate(_values([row(result) for result in results]))
+    return estimate(np.array([row(result) for result in results], dtype=float))
 
 
 def difference(results: Results, arm: Arm, row: Row) -> Estimate | None:
@@ -133,10 +133,23 @@ def difference(results: Results, arm: Arm, row: Row) -> Estimate | None:
     if arm.against is None:
         return None
     base = {r["seed"]: r for r in results_of(results, base_of(arm))}
-    both = [(r, base[r["seed"]]) for r in results_of(results, arm) if r["seed"] in base]
-    if not both or not row(both[0][0]):
+    return _paired(
+        [(r, base[r["seed"]]) for r in results_of(results, arm) if r["seed"] in base], row
+    )
+
+
+def change(results: Results, arm: Arm, row: Row) -> Estimate | None:
+    """A measure less that of what the arm began as; None where that was not measured."""
+    before = reference(results, arm.study, arm.start)
+    return _paired([(r, before) for r in results_of(results, arm) if before is not None], row)
+
+
+def _paired(both: Sequence[tuple[Result, Result]], row: Row) -> Estimate | None:
+    pairs = [(row(result), row(beside)) for result, beside in both]
+    if not pairs or not all(pairs[0]):
         return None
-    return estimate(_values([row(r) for r, _ in both]) - _values([row(b) for _, b in both]))
+    mine, theirs = np.array(pairs, dtype=float).swapaxes(0, 1)
+    return estimate(mine - theirs)
 
 
 def base_of(arm: Arm) -> Arm:
@@ -151,7 +164,3 @@ def base_of(arm: Arm) -> Arm:
 def reference(results: Results, study: str, what: str) -> Result | None:
     """What arms of a study stand beside."""
     return results.get(reference_name(study, what))
-
-
-def _values(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
-    return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)

@@ -16,7 +16,7 @@ from .results import Result, Row
 
 Series = Callable[[Mapping[str, Any]], list[float | None]]
 """A measure of every window of a long video."""
-Measure = Callable[[Sequence[Mapping[str, Any]]], list[float]]
+Measure = Callable[[Sequence[Mapping[str, Any]]], list[float | None]]
 """A number a video of some short ones."""
 BINS = ((0, 3), (3, 6), (6, 9), (9, 10**6))
 """Latent frames that an occlusion takes, from and up to; 6 are the past in a window with no sink,
@@ -27,16 +27,17 @@ def _of(group: str, name: str) -> Row:
     return lambda result: [each[name] for each in result[group]]
 
 
-def speeds(videos: Sequence[Mapping[str, Any]]) -> list[float]:
+def speeds(videos: Sequence[Mapping[str, Any]]) -> list[float | None]:
     """Along the caption's direction."""
     return [video["speed_along"] for video in videos]
 
 
-def spread(videos: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Each video's distance from the mean speed: all the same would be 0."""
-    every = speeds(videos)
-    mean = fmean(every)
-    return [abs(speed - mean) for speed in every]
+def spread(videos: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Each video's distance from the mean speed, of those that move as their caption says: all of
+    one speed would be 0, and what fails is not taken for variety."""
+    moving = [speed if speed and speed > 0 else None for speed in speeds(videos)]
+    mean = fmean(known) if (known := [speed for speed in moving if speed]) else 0.0
+    return [None if speed is None else abs(speed - mean) for speed in moving]
 
 
 REWARD_ROWS: Mapping[str, Row] = MappingProxyType(
@@ -128,7 +129,7 @@ window shows is gone."""
 def windows_of(result: Result, series: Series) -> np.ndarray:
     """A measure [videos, windows] of long videos, nan where it is no number."""
     rows = [series(video) for video in result["lasting"]]
-    return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
+    return np.array(rows, dtype=float)
 
 
 def _late(name: str) -> Row:
@@ -136,8 +137,7 @@ def _late(name: str) -> Row:
 
     def row(result: Result) -> list[float | None]:
         values = windows_of(result, SERIES[name])
-        late = mean_of_known(values[:, -max(1, values.shape[1] // 4) :], 1)
-        return [float(each) if np.isfinite(each) else None for each in late]
+        return mean_of_known(values[:, -max(1, values.shape[1] // 4) :], 1).tolist()
 
     return row
 
@@ -219,17 +219,16 @@ def collapse(result: Result) -> list[int]:
 def curve(results: Sequence[Result], measure: Measure) -> list[tuple[int, float]]:
     """A measure against updates, mean over captions, at those that every seed has."""
     shared = set.intersection(*(set(result["curve"]) for result in results))
-    return [
-        (update, fmean(x for result in results for x in measure(result["curve"][str(update)])))
-        for update in sorted(map(int, shared))
-    ]
+    every = {u: [measure(result["curve"][u]) for result in results] for u in shared}
+    means = {int(u): float(mean_of_known(np.array(each, dtype=float))) for u, each in every.items()}
+    return sorted(means.items())
 
 
 def gained(measure: Measure) -> Row:
     """What a curve's last point has more than its first, caption by caption."""
 
-    def row(result: Result) -> list[float]:
+    def row(result: Result) -> list[float | None]:
         first, *_, last = (measure(result["curve"][k]) for k in sorted(result["curve"], key=int))
-        return [after - before for before, after in zip(first, last, strict=True)]
+        return (np.array(last, dtype=float) - np.array(first, dtype=float)).tolist()
 
     return row
