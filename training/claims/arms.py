@@ -16,7 +16,9 @@ from typing import Literal, get_args
 Study = Literal["rewards", "sinks", "boundary", "swaps"]
 STUDIES: tuple[Study, ...] = get_args(Study)
 LASTING: tuple[Study, ...] = ("sinks", "swaps")
-"""Those of long videos, all beside the references of the first."""
+"""Those of long videos."""
+BESIDE: Mapping[Study, Study] = MappingProxyType({"boundary": "rewards", "swaps": "sinks"})
+"""Studies whose arms stand beside what is measured for another's."""
 Motion = Literal["speed", "flow"]
 
 COMMON = (

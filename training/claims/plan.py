@@ -28,7 +28,7 @@ from ..stages.trajectories import PairsConfig, miniature_pairs
 from ..world.clips import captions, scene_of
 from ..world.scenes import PLAIN
 from ..world.stages import Files
-from .arms import COMMON, STARTS, Arm, Start
+from .arms import BESIDE, COMMON, STARTS, Arm, Start
 from .lasting import LastingConfig
 from .measures import MeasureConfig
 
@@ -226,7 +226,7 @@ def _arm_item(arm: Arm, seed: int) -> Item:
 
 def _references(arms: Iterable[Arm]) -> Iterator[Item]:
     for study, starts in _starts_of(arms).items():
-        if study in ("boundary", "swaps"):  # measured from their start on; beside the sinks'
+        if study in BESIDE:
             continue
         name = reference_name(study, TRUE)
         yield Item(name=name, decides="the tracker's own error", kind="true", study=study)

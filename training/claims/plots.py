@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..world.metric import mean_of_known
 from ..world.scenes import IMAGES_PER_FRAME
-from .arms import ARMS, LASTING, STARTS, Arm, Study
+from .arms import ARMS, BESIDE, LASTING, STARTS, Arm, Study
 from .plan import TEACHER, TRUE, UNGUIDED
 from .report import boundary_arms
 from .results import (
@@ -220,7 +220,8 @@ def _speeds(results: Results) -> Image.Image | None:
     names = (TRUE, TEACHER, UNGUIDED)
     rows = [(name, [r]) for name in names if (r := reference(results, "rewards", name))]
     for start in STARTS:
-        arms = [arm for arm in ARMS.values() if (arm.study, arm.start) == ("rewards", start)]
+        of = ("rewards", "boundary")
+        arms = [arm for arm in ARMS.values() if arm.start == start and arm.study in of]
         found = [(f"    {arm.name}", each) for arm in arms if (each := results_of(results, arm))]
         before = reference(results, "rewards", start)
         rows += [(f"from {start}", [before] if before else []), *found] if found else []
@@ -262,7 +263,7 @@ def _against_time(results: Results, study: Study) -> Image.Image | None:
         arm.name: (results_of(results, arm), COLOURS[index % len(COLOURS)])
         for index, arm in enumerate(arms)
     }
-    if true := reference(results, LASTING[0], TRUE):
+    if true := reference(results, BESIDE.get(study, study), TRUE):
         lines[TRUE] = ([true], "#bbbbbb")
     canvas = Canvas(1080, 560)
     titles = {name: f"drift of {name}" for name in DRIFTS}

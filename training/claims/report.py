@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .arms import ARMS, LASTING, STARTS, Arm, Study
+from .arms import ARMS, BESIDE, STARTS, Arm, Study
 from .plan import DECODED, TEACHER, TRUE, UNGUIDED
 from .results import (
     Result,
@@ -84,7 +84,8 @@ def _there(results: Results, study: str, start: str | None = None) -> list[Arm]:
 def _rewards(results: Results) -> list[str]:
     parts = ["## Rewards", _REWARDS]
     for start in STARTS:
-        if arms := _there(results, "rewards", start):
+        arms = [*_there(results, "rewards", start), *_there(results, "boundary", start)]
+        if arms:
             beside = _references(results, "rewards", (TRUE, DECODED, TEACHER, UNGUIDED, start))
             parts.append(f"### From {start}")
             parts.append(_levels(results, arms, beside, REWARD_ROWS))
@@ -96,7 +97,7 @@ def _sinks(results: Results, study: Study, title: str) -> list[str]:
     arms = _there(results, study)
     if not arms:
         return []
-    beside = _references(results, LASTING[0], (TRUE, DECODED, "student"))
+    beside = _references(results, BESIDE.get(study, study), (TRUE, DECODED, "student"))
     return [
         f"## {title}",
         _SINKS,

@@ -23,7 +23,7 @@ from rf_core.weights.files import read_json
 from rf_core.writing import write_text
 
 from ..world.metric import mean_of_known
-from .arms import ARMS, Arm
+from .arms import ARMS, BESIDE, Arm
 from .plan import Setting, reference_name, result_name
 
 Result = Mapping[str, Any]
@@ -140,7 +140,7 @@ def difference(results: Results, arm: Arm, row: Row) -> Estimate | None:
 
 def change(results: Results, arm: Arm, row: Row) -> Estimate | None:
     """A measure less that of what the arm began as; None where that was not measured."""
-    before = reference(results, arm.study, arm.start)
+    before = reference(results, BESIDE.get(arm.study, arm.study), arm.start)
     return _paired([(r, before) for r in results_of(results, arm) if before is not None], row)
 
 
