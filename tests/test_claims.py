@@ -346,7 +346,7 @@ def rehearsed(tmp_path_factory):
 def test_the_whole_command_is_rehearsed_in_a_few_files(rehearsed):
     folder, said = rehearsed
     names = {path.name for path in (folder / "out").iterdir()}
-    plots = {"rewards.png", "sinks.png", "swaps.png", "boundary.png", "strips.png"}
+    plots = {"rewards.png", "speeds.png", "sinks.png", "swaps.png", "boundary.png", "strips.png"}
     assert names <= {"results.json", "report.md", *plots} and "sinks.png" in names
     assert "11 of 11 to run" in said and "results of 11" in (folder / "out/report.md").read_text()
     results = read_results(setting(folder))
@@ -414,4 +414,4 @@ def test_a_sink_is_also_tried_on_a_student_that_was_not_trained_with_it(tmp_path
 def test_no_time_is_a_report_of_what_is_there(tmp_path, capsys):
     command = ["claims", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), *TINY]
     assert main([*command, "--minutes", "0", "--arm", DMD.name]) == 0
-    assert "0 results of 5" in (tmp_path / "out/report.md").read_text()
+    assert "0 results of 6" in (tmp_path / "out/report.md").read_text()
