@@ -128,7 +128,7 @@ class Panel:
 
     def frame(self, title: str, ticks: Sequence[tuple[float, str]], unit: str) -> None:
         """A title above, lines at three heights with their values, and words below."""
-        for above, part in enumerate(reversed(title.split("\n"))):
+        for above, part in enumerate(reversed(_in_lines(title))):
             self.canvas.text((self.corner[0], self.corner[1] - 12 - 15 * above), part, size=13)
         for y in np.linspace(*self.y, 3).tolist():
             self.canvas.line([self.at(self.x[0], y), self.at(self.x[1], y)], GREY)
@@ -306,6 +306,54 @@ def _panel(canvas: Canvas, index: int, values: Sequence[np.ndarray], end: float)
     return Panel(canvas, corner, (190, 170), (0, end), (low, high * 1.05 or 1.0))
 
 
+@dataclass(frozen=True)
+class _Map:
+    """Starts down, settings across: a block of cells and curves a measure of motion."""
+
+    canvas: Canvas
+    results: Results
+    names: Mapping[Arm, str]
+    """Of the arms' settings."""
+    columns: Sequence[str]
+    starts: Sequence[str]
+
+    def cells(self, measure: Measure, top: float) -> None:
+        """What each arm's last update has more than its start."""
+        canvas, columns, starts = self.canvas, self.columns, self.starts
+        changes = {a: level(results_of(self.results, a), gained(measure)) for a in self.names}
+        reach = max(abs(c.mean) for c in changes.values()) or 1.0
+        for index, name in enumerate(columns):
+            for line, part in enumerate(_in_lines(name)):
+                at = 235 + 130 * index, top + 48 + 14 * line
+                canvas.text(at, part, size=11, anchor="mm")
+        for row, start in enumerate(starts):
+            for line, part in enumerate(_in_lines(start)):
+                canvas.text((10, top + 90 + 60 * row + 15 * line), part, size=12)
+        for arm, change in changes.items():
+            x = 172 + 130 * columns.index(self.names[arm])
+            y = top + 78 + 60 * starts.index(arm.start)
+            canvas.box((x, y), (126, 56), _blend(change.mean / reach, pale=change.is_null))
+            canvas.text((x + 63, y + 20), f"{change.mean:+.3f}", size=15, anchor="mm")
+            span = f"[{change.low:+.2f}, {change.high:+.2f}]"
+            canvas.text((x + 63, y + 40), span, size=10, anchor="mm")
+
+    def ways(self, measure: Measure, top: float) -> None:
+        """The measure against updates, a panel a start."""
+        curves = {arm: curve(results_of(self.results, arm), measure) for arm in self.names}
+        every = [value for points in curves.values() for _, value in points]
+        last = max(update for points in curves.values() for update, _ in points)
+        span = (min(0.0, *every), max(every) * 1.05 or 1.0)
+        each = (self.canvas.width - 40) / len(self.starts)
+        for index, start in enumerate(self.starts):
+            corner = 44 + each * index, top + 10
+            panel = Panel(self.canvas, corner, (each - 40, 140), (0, last), span)
+            panel.frame(f"from {start}", [(0, "0"), (last, str(last))], "updates")
+            for arm, points in curves.items():
+                if arm.start == start:
+                    colour = COLOURS[self.columns.index(self.names[arm])]
+                    panel.curve([(float(x), y) for x, y in points], colour, dots=True)
+
+
 def _map(results: Results) -> Image.Image | None:
     """Motion that plain distribution matching kept or lost, by start and setting, and the way: its
     mean, and below it its spread."""
@@ -316,12 +364,13 @@ def _map(results: Results) -> Image.Image | None:
     starts = [start for start in STARTS if any(arm.start == start for arm in names)]
     block = 90 + 60 * len(starts) + 265
     canvas = Canvas(max(700, 190 + 130 * len(columns)), 2 * block + 30)
+    drawn = _Map(canvas, results, names, columns, starts)
     for index, (what, measure) in enumerate((("Speed", speeds), ("Spread of speeds", spread))):
         top = index * block
         title = f"{what} after distribution matching, less before (pale: the interval holds 0)"
         canvas.text((10, top + 18), title, size=14)
-        _cells(canvas, results, names, starts, columns, measure, top)
-        _ways(canvas, results, names, starts, columns, measure, top + 155 + 60 * len(starts))
+        drawn.cells(measure, top)
+        drawn.ways(measure, top + 155 + 60 * len(starts))
     for index, name in enumerate(columns):
         x, y = 20 + index * (canvas.width - 40) / len(columns), 2 * block + 10
         canvas.line([(x, y), (x + 18, y)], COLOURS[index], 3)
@@ -329,58 +378,8 @@ def _map(results: Results) -> Image.Image | None:
     return canvas.finished()
 
 
-def _cells(
-    canvas: Canvas,
-    results: Results,
-    names: Mapping[Arm, str],
-    starts: Sequence[str],
-    columns: Sequence[str],
-    measure: Measure,
-    top: float,
-) -> None:
-    changes = {arm: level(results_of(results, arm), gained(measure)) for arm in names}
-    reach = max(abs(c.mean) for c in changes.values()) or 1.0
-    for index, name in enumerate(columns):
-        for line, part in enumerate(_in_lines(name).split("\n")):
-            at = 235 + 130 * index, top + 48 + 14 * line
-            canvas.text(at, part, size=11, anchor="mm")
-    for row, start in enumerate(starts):
-        for line, part in enumerate(_in_lines(start).split("\n")):
-            canvas.text((10, top + 90 + 60 * row + 15 * line), part, size=12)
-    for arm, change in changes.items():
-        x, y = 172 + 130 * columns.index(names[arm]), top + 78 + 60 * starts.index(arm.start)
-        canvas.box((x, y), (126, 56), _blend(change.mean / reach, pale=change.is_null))
-        canvas.text((x + 63, y + 20), f"{change.mean:+.3f}", size=15, anchor="mm")
-        span = f"[{change.low:+.2f}, {change.high:+.2f}]"
-        canvas.text((x + 63, y + 40), span, size=10, anchor="mm")
-
-
-def _ways(
-    canvas: Canvas,
-    results: Results,
-    names: Mapping[Arm, str],
-    starts: Sequence[str],
-    columns: Sequence[str],
-    measure: Measure,
-    top: float,
-) -> None:
-    curves = {arm: curve(results_of(results, arm), measure) for arm in names}
-    every = [value for points in curves.values() for _, value in points]
-    last = max(update for points in curves.values() for update, _ in points)
-    span = (min(0.0, *every), max(every) * 1.05 or 1.0)
-    each = (canvas.width - 40) / len(starts)
-    for index, start in enumerate(starts):
-        corner = 44 + each * index, top + 10
-        panel = Panel(canvas, corner, (each - 40, 140), (0, last), span)
-        panel.frame(_in_lines(f"from {start}"), [(0, "0"), (last, str(last))], "updates")
-        for arm, points in curves.items():
-            if arm.start == start:
-                colour = COLOURS[columns.index(names[arm])]
-                panel.curve([(float(x), y) for x, y in points], colour, dots=True)
-
-
-def _in_lines(name: str) -> str:
-    return name.replace(", ", ",\n")
+def _in_lines(name: str) -> list[str]:
+    return name.replace(", ", ",\n").split("\n")
 
 
 def _blend(share: float, *, pale: bool) -> str:
