@@ -213,6 +213,19 @@ def test_speeds_that_are_all_alike_have_no_spread():
     assert spread(rewards([0.0])) == [None]
 
 
+def test_what_fails_is_not_taken_for_slow():
+    moving = REWARD_ROWS["speed of what moves"]
+    assert moving(rewards([0.3, 0.0, -1.0])) == [0.3, None, None]
+    results = {
+        result_name(DMD, 0): rewards([0.3, 0.5, 0.7], 0),
+        result_name(PUBLISHED, 0): rewards([0.4, 0.6, 0.0], 0),  # faster, but for what fails
+    }
+    assert difference(results, PUBLISHED, moving).mean == pytest.approx(0.1)
+    assert difference(results, PUBLISHED, REWARD_ROWS["speed"]).mean < 0
+    marked = report(results, 2).split("| Re-DMD, as published less DMD |")[1].splitlines()[0]
+    assert [" *" in cell for cell in marked.split("|")][:4] == [True, True, False, False]
+
+
 def test_an_arm_that_is_compared_with_none_is_compared_with_what_it_began_as():
     results = {
         reference_name("rewards", "student"): rewards([0.3, 0.9]),

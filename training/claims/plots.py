@@ -36,6 +36,7 @@ from .rows import (
     identity,
     speeds,
     spread,
+    trains_on,
     windows_of,
 )
 
@@ -46,7 +47,10 @@ COLOURS = (
 )
 GAIN, LOSS, NULL, GREY = "#1f77b4", "#d62728", "#8a8a8a", "#dddddd"
 _SCALE = 2  # drawn so much larger, and then made smaller, which smooths edges
-_FOREST = ("speed", "spread of speed", "flow", "one thing right", "two things right", "softness")
+_FOREST = (
+    *("speed", "speed of what moves", "spread of speed"),
+    *("flow", "one thing right", "two things right"),
+)
 _TIMED = (
     *("backdrop's brightness", "backdrop's tint", "size", "first picture"),
     *("speed", "caption right", "thing lost"),
@@ -212,7 +216,7 @@ def _forest_panel(panel: Panel, name: str, cells: Sequence[tuple[int, Arm, Estim
         y = 80 + _ROW * row
         colour = NULL if cell.is_null else GAIN if cell.mean > 0 else LOSS
         canvas.line([(panel.at(cell.low, 0)[0], y), (panel.at(cell.high, 0)[0], y)], colour, 2)
-        canvas.dot((panel.at(cell.mean, 0)[0], y), colour, hollow=arm.trained_on == name)
+        canvas.dot((panel.at(cell.mean, 0)[0], y), colour, hollow=trains_on(arm, name))
 
 
 def _speeds(results: Results) -> Image.Image | None:

@@ -27,6 +27,7 @@ from .rows import (
     identity,
     speeds,
     spread,
+    trains_on,
 )
 
 _INTERVALS = (
@@ -39,8 +40,9 @@ _INTERVALS = (
 )
 
 _REWARDS = (
-    "Speed in shape sizes a latent frame along the caption, where that leaves it open, and its "
-    "spread as the mean distance from the mean, of videos that move as their caption says; flow in "
+    "Speed in shape sizes a latent frame along the caption, where that leaves it open: of all "
+    "videos, with 0 for what fails, and of those that move as their caption says, and their "
+    "spread as the mean distance from the mean; flow in "
     "pixels an image; shares of a caption's attributes that are right; mean SSIM with the first "
     "image; flicker as VBench has it, 1 for none; pixels of half coverage over those of shapes; "
     "distance of a shape's area from its outline's, relative."
@@ -136,11 +138,12 @@ def _differences(results: Results, arms: Sequence[Arm], rows: Mapping[str, Row])
     lines = []
     for arm in arms:
         less = difference if arm.against else change
-        found = [less(results, arm, row) for row in rows.values()]
-        if any(found):
-            cells = [each.signed if each else "" for each in found]
-            if arm.trained_on in rows:
-                cells[list(rows).index(arm.trained_on)] += " *"
+        found = {name: less(results, arm, row) for name, row in rows.items()}
+        if any(found.values()):
+            cells = [
+                (each.signed if each else "") + " *" * trains_on(arm, name)
+                for name, each in found.items()
+            ]
             lines.append(_line(f"{arm.name} less {arm.against or 'before'}", *cells))
     return "\n".join([_line("", *rows), _line(*["---"] * (len(rows) + 1)), *lines]) if lines else ""
 

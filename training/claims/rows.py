@@ -12,6 +12,7 @@ import numpy as np
 
 from ..world.metric import mean_of_known
 from ..world.scenes import IMAGES_PER_FRAME
+from .arms import Arm, Motion
 from .results import Result, Row
 
 Series = Callable[[Mapping[str, Any]], list[float | None]]
@@ -32,17 +33,23 @@ def speeds(videos: Sequence[Mapping[str, Any]]) -> list[float | None]:
     return [video["speed_along"] for video in videos]
 
 
+def moving(videos: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """The same of videos that move as their caption says: what fails has none, and is not slow."""
+    return [speed if speed and speed > 0 else None for speed in speeds(videos)]
+
+
 def spread(videos: Sequence[Mapping[str, Any]]) -> list[float | None]:
     """Each video's distance from the mean speed, of those that move as their caption says: all of
     one speed would be 0, and what fails is not taken for variety."""
-    moving = [speed if speed and speed > 0 else None for speed in speeds(videos)]
-    mean = fmean(known) if (known := [speed for speed in moving if speed]) else 0.0
-    return [None if speed is None else abs(speed - mean) for speed in moving]
+    found = moving(videos)
+    mean = fmean(known) if (known := [speed for speed in found if speed]) else 0.0
+    return [None if speed is None else abs(speed - mean) for speed in found]
 
 
 REWARD_ROWS: Mapping[str, Row] = MappingProxyType(
     {
         "speed": lambda result: speeds(result["free"]),
+        "speed of what moves": lambda result: moving(result["free"]),
         "spread of speed": lambda result: spread(result["free"]),
         "flow": _of("free", "flow"),
         "one thing right": _of("named", "right"),
@@ -54,6 +61,14 @@ REWARD_ROWS: Mapping[str, Row] = MappingProxyType(
     }
 )
 """Their units are the report's to tell."""
+_OF_MOTION: Mapping[Motion, tuple[str, ...]] = MappingProxyType(
+    {"speed": ("speed", "speed of what moves"), "flow": ("flow",)}
+)
+
+
+def trains_on(arm: Arm, row: str) -> bool:
+    """Whether a row is of the motion that an arm is trained on, and so does not judge it."""
+    return arm.trained_on is not None and row in _OF_MOTION[arm.trained_on]
 
 
 def _brightness(colour: np.ndarray) -> np.ndarray:
