@@ -6,8 +6,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
-# Its tests wait for pages and servers half of the time: three processes to two cores.
-COMFY_PROCESSES ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 )))
 # One environment for each version of ComfyUI: their requirements differ.
 COMFY_VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' "$(COMFYUI_PATH)/comfyui_version.py" 2>/dev/null)
 COMFY_VENV := .venv-comfy-$(COMFY_VERSION)
@@ -39,8 +37,7 @@ coverage: $(READY)
 
 # Against the ComfyUI at COMFYUI_PATH, which is only read; its packages go to a venv of their own.
 test-comfy: $(COMFY_READY)
-	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_VENV)/bin/python -m pytest \
-		--numprocesses $(COMFY_PROCESSES) --dist loadfile tests/comfyui
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_VENV)/bin/python -m pytest --numprocesses auto --dist loadfile tests/comfyui
 
 # The oldest releases that pyproject.toml allows: of the engine, and of the trainer, which needs newer.
 test-floor: $(FLOOR_VENV)/.ready $(TRAINER_FLOOR_VENV)/.ready
