@@ -41,9 +41,9 @@ _INTERVALS = (
 
 _REWARDS = (
     "Speed in shape sizes a latent frame along the caption, where that leaves it open: of all "
-    "videos, with 0 for what fails, and of those that move as their caption says, and their "
-    "spread as the mean distance from the mean; flow in "
-    "pixels an image; shares of a caption's attributes that are right; mean SSIM with the first "
+    "videos, 0 where nothing is seen to move and less backwards, and of those that move as their "
+    "caption says, with their spread as the mean distance from the mean; flow in pixels an image; "
+    "shares of a caption's attributes that are right; mean SSIM with the first "
     "image; flicker as VBench has it, 1 for none; pixels of half coverage over those of shapes; "
     "distance of a shape's area from its outline's, relative."
 )
